@@ -1,0 +1,1 @@
+"""The `lorasb` command line: one file per verb."""

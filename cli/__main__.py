@@ -1,0 +1,5 @@
+"""`python -m lorasb_cli`."""
+
+from .main import main
+
+main()

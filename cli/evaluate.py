@@ -1,0 +1,41 @@
+"""`lorasb evaluate`: the task's metric on held-out rows, base beside adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .verb import Run
+
+
+def run(
+    run: Run,
+    adapter: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
+    split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Score adapters beside the base; the figures go into each adapter's card."""
+    from lorasb_export.artifact import Adapter
+    from lorasb_export.data import load_task
+    from lorasb_export.inference import evaluate, record_evaluation
+
+    results = {}
+    lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
+    for word in adapter or run.project.adapter_names():
+        loaded = Adapter.load(run.project.find_adapter(word))
+        name = loaded.training.get("task", word)
+        source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
+        result = evaluate(loaded, load_task(name, source), split=split, limit=limit, dtype=dtype)
+        if loaded.folder is not None and data is None:
+            record_evaluation(loaded.folder, result)
+        results[word] = result
+        base = "-" if result["base"] is None else f"{result['base']:.1%}"
+        lines.append(
+            f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {result['adapter']:8.1%}"
+        )
+    run.result({"evaluation": results}, "\n".join(lines))

@@ -1,0 +1,75 @@
+"""`lorasb fit`: data + basis → adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .verb import Run, given
+
+
+def run(
+    run: Run,
+    task: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="Tasks; all by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Data of the one TASK, where no project names it.")
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(metavar="DIR|own", help="Basis folder or Hub id; `own` calibrates on the task alone.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak rate of AdamW.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant_with_warmup.")] = None,
+    init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32, bfloat16, float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Row order.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing adapters and interrupted runs.")] = False,
+    out: Annotated[str | None, typer.Option(help="Adapter folder of the one TASK; adapters/TASK by default.")] = None,
+) -> None:
+    """Train one adapter per task in a frozen basis."""
+    from lorasb_export.fit_tasks import fit_tasks
+    from lorasb_export.train import FitSettings
+
+    flags = given(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        init=init,
+        max_length=max_length,
+        checkpoint_every=checkpoint_every,
+        dtype=dtype,
+        seed=seed,
+    )
+    settings = FitSettings(**{**run.project.fit, **flags})
+    fitted = fit_tasks(
+        run.project,
+        task or [],
+        settings,
+        model=model,
+        data=data,
+        basis=basis,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    adapters: dict[str, Any] = {}
+    lines = []
+    for name, adapter in fitted.items():
+        summary = {key: adapter.training[key] for key in ("steps", "rows", "rows_left_out", "train_loss", "valid_loss")}
+        adapters[name] = {"folder": str(adapter.folder), **summary}
+        loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
+        lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}, {adapter.folder}")
+    run.result({"adapters": adapters}, "\n".join(lines))

@@ -1,0 +1,29 @@
+"""`lorasb generate`: answers of the base and of adapters side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .verb import Run
+
+
+def run(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    adapters: Annotated[
+        str | None, typer.Option(help="Names, folders or Hub ids, with commas; all by default.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, to ask it alone.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Ask the base and the adapters the same thing, here, without a server."""
+    from lorasb_export.inference import side_by_side
+
+    names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
+    folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
+    base = model or (None if folders else run.project.require_model())
+    found = side_by_side(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
+    run.result({"prompt": prompt, "answers": found}, "\n".join(f"[{name}] {answer}" for name, answer in found.items()))

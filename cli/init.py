@@ -1,0 +1,26 @@
+"""`lorasb init`: a commented lorasb.toml."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .verb import Run, parse_pairs
+
+
+def run(
+    run: Run,
+    model: Annotated[
+        str, typer.Option(help="Base model: a folder or a Hub id.")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DATA", help="A task and its data; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented lorasb.toml into the working folder."""
+    from lorasb_export.project import write_project
+
+    path = write_project(run.config, model, parse_pairs(task) or {"a": "data/a"}, overwrite=overwrite)
+    run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb calibrate, then lorasb fit")

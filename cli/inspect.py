@@ -1,0 +1,27 @@
+"""`lorasb inspect`: what is this folder?"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .verb import Run, human_bytes
+
+
+def run(run: Run, path: Annotated[str, typer.Argument(help="Any folder.")]) -> None:
+    """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    from lorasb_export.inspection import inspect_folder
+
+    found = inspect_folder(path)
+    run.result(found, "\n".join(_lines({**found, "bytes": human_bytes(found["bytes"])})))
+
+
+def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            lines += [f"{indent}{key}:", *_lines(entry, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {f'{entry:.4g}' if isinstance(entry, float) else entry}")
+    return lines

@@ -1,0 +1,39 @@
+"""The `lorasb` command: registers the verbs. Nothing heavy is imported until a verb runs."""
+
+from __future__ import annotations
+
+import typer
+
+from . import calibrate, evaluate, export, fit, generate, init, inspect, merge, push, quickstart, serve
+from .verb import as_command
+
+app = typer.Typer(
+    name="lorasb",
+    help="LoRA-SB: one frozen basis for a base model, a tiny adapter for every task.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for module in (init, calibrate, fit, evaluate, generate, merge, export, push, serve, inspect, quickstart):
+    app.command(module.__name__.rpartition(".")[2])(as_command(module.run))
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """LoRA-SB: one frozen basis for a base model, a tiny adapter for every task."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("lorasb"))
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

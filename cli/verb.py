@@ -1,0 +1,128 @@
+"""What every verb shares: --json, --quiet, --verbose, --config, one way to print, one way to fail."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorasb_export.project import Project
+
+JSON_HELP = "Print one JSON object on stdout, last."
+QUIET_HELP = "No progress and no messages, only the result and errors."
+VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
+CONFIG_HELP = "The project file; lorasb.toml in the working folder by default."
+
+_SHARED = {
+    "json": (Annotated[bool, typer.Option("--json", help=JSON_HELP)], False),
+    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help=QUIET_HELP)], False),
+    "verbose": (Annotated[bool, typer.Option("--verbose", "-v", help=VERBOSE_HELP)], False),
+    "config": (Annotated[str | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)], None),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a verb: its project and where its words go. Data on stdout, messages on stderr."""
+
+    json: bool
+    quiet: bool
+    verbose: bool
+    config: str | None
+
+    @functools.cached_property
+    def project(self) -> Project:
+        from lorasb_export.project import Project
+
+        return Project.load(self.config)
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            typer.echo(message, err=True)
+
+    def result(self, value: dict[str, Any], text: str) -> None:
+        """Print the outcome: `value` as JSON, or `text` for people."""
+        typer.echo(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+
+
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """A typer command from a verb's `run(run, …)`: adds the shared options, turns known errors into exit codes."""
+    signature = inspect.signature(function, eval_str=True)
+    own = list(signature.parameters.values())[1:]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _SHARED.items()
+    ]
+
+    @functools.wraps(function)
+    def command(**options: Any) -> None:
+        run = Run(**{name: options.pop(name) for name in _SHARED})
+        _calm_libraries(run)
+        try:
+            function(run, **options)
+        except Exception as error:
+            if run.verbose or not _is_expected(error):
+                raise
+            _fail(run, error)
+
+    del command.__wrapped__  # or typer reads the signature behind it
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _is_expected(error: Exception) -> bool:
+    from lorasb_export.errors import LoraSBError
+
+    return isinstance(error, LoraSBError | OSError)
+
+
+def _fail(run: Run, error: Exception) -> None:
+    typer.echo(f"Error: {error}", err=True)
+    if run.json:
+        parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
+        typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
+    raise typer.Exit(1)
+
+
+def _calm_libraries(run: Run) -> None:
+    """Progress bars only on a terminal; the libraries' own warnings only when asked for."""
+    if run.quiet or not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if not run.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def parse_pairs(words: list[str] | None) -> dict[str, str]:
+    """`name=path` options as a dict. Raises typer.BadParameter."""
+    pairs = {}
+    for word in words or []:
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path:
+            raise typer.BadParameter(f"{word!r} is not name=path")
+        pairs[name] = path
+    return pairs
+
+
+def human_bytes(count: float) -> str:
+    """1234567 → 1.2 MB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,143 @@
+"""The ONNX exports of a real 135M model answer as torch does, and fast enough."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasb_export import environment
+from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.base import BaseModel
+from lorasb_export.data import prompt_ids
+from lorasb_export.export.onnx import export_onnx
+from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.export.onnx_run import OnnxDecoder
+from lorasb_export.export.onnx_verify import PROMPTS, torch_greedy
+
+environment.hide_broken_packages()
+og = pytest.importorskip("onnxruntime_genai")
+
+from transformers import PreTrainedModel  # noqa: E402
+
+RANK, RELATIVE_SIZE, TOKENS, EOS = 32, 0.15, 64, {2}
+
+
+def random_adapters(base: BaseModel, folder: Path, names: list[str]) -> None:
+    """Adapters on all 210 linear layers whose update has 0.15 times the norm of the weight it is added to."""
+    generator = torch.Generator().manual_seed(0)
+    network = base.load(device="cpu")
+    weights = {n: m.weight for n, m in network.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
+
+    def factor(size: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, RANK, generator=generator)).Q
+
+    factors = {
+        name: ModuleBasis(factor(w.shape[0]), factor(w.shape[1]).T.contiguous(), torch.ones(RANK))
+        for name, w in weights.items()
+    }
+    Basis(base.ref(factors), RANK, factors, {}).save(folder / "basis")
+    basis = Basis.load(folder / "basis")
+    for name in names:
+        random = {module: torch.randn(RANK, RANK, generator=generator) for module in weights}
+        R = {module: RELATIVE_SIZE * weights[module].norm() / r.norm() * r for module, r in random.items()}
+        Adapter(basis.base, basis.sha256, basis.source, R, basis=basis).save(folder / name)
+
+
+def merged(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
+    """The reference, without the code under test: W0 + s·B·R·A in the weights."""
+    network = base.load(device="cpu")
+    if adapter is not None:
+        task = Adapter.load(adapter)
+        for name, (B, A, _) in task.load_basis().modules.items():
+            network.get_submodule(name).weight.data += task.scaling * B @ task.R[name] @ A
+    return network
+
+
+class World:
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.base, self.folder = BaseModel.resolve(model), folder
+        random_adapters(self.base, folder, ["red", "blue"])
+        tokenizer = self.base.load_tokenizer()
+        self.prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+        self._expected: dict[str | None, list[list[int]]] = {}
+
+    def expected(self, name: str | None) -> list[list[int]]:
+        if name not in self._expected:
+            network = merged(self.base, self.folder / name if name else None)
+            self._expected[name] = [torch_greedy(network, prompt, TOKENS, EOS)[0] for prompt in self.prompts]
+        return self._expected[name]
+
+
+@pytest.fixture(scope="module")
+def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(smollm2, tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture(scope="module")
+def tasks_onnx(world: World) -> Path:
+    out = world.folder / "tasks-onnx"
+    export_onnx_adapters([world.folder / "red", world.folder / "blue"], out)
+    return out
+
+
+def test_merged_export_answers_as_torch_does(world: World) -> None:
+    out = world.folder / "red-onnx"
+    started = time.monotonic()
+    result = export_onnx(world.folder / "red", out, verify=True)
+    print(f"\nexport and verification: {time.monotonic() - started:.1f} s, {result['bytes']:,} bytes")
+    print(f"verify: {result['verify']}")
+    expected = world.expected("red")
+    print(f"reference tokens per prompt, up to EOS: {[len(answer) for answer in expected]}")
+    decoder = OnnxDecoder(out)
+    assert decoder.eos_ids == EOS
+    assert decoder.generate(world.prompts, TOKENS, EOS) == expected
+    assert [decoder.generate([prompt], TOKENS, EOS)[0] for prompt in world.prompts] == expected
+    assert expected != world.expected(None)
+
+
+@pytest.mark.parametrize("name", [None, "red", "blue"])
+def test_one_graph_answers_as_the_base_and_as_every_task(world: World, tasks_onnx: Path, name: str | None) -> None:
+    decoder = OnnxDecoder(tasks_onnx, tasks_onnx / f"{name}.onnx_adapter" if name else None)
+    assert decoder.generate(world.prompts, TOKENS, EOS) == world.expected(name)
+
+
+def test_genai_runs_the_task(world: World, tasks_onnx: Path) -> None:
+    model = og.Model(str(tasks_onnx))
+    adapters = og.Adapters(model)
+    adapters.load(str(tasks_onnx / "red.onnx_adapter"), "red")
+    for prompt, expected in zip(world.prompts, world.expected("red"), strict=True):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + TOKENS, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.set_active_adapter(adapters, "red")
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+        assert found == [token for token in expected if token not in EOS]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_exports_run_and_say_how_far_they_are(world: World, precision: str) -> None:
+    out = world.folder / f"red-{precision}"
+    started = time.monotonic()
+    result = export_onnx(world.folder / "red", out, precision=precision, verify=True)
+    print(f"\n{precision}: {time.monotonic() - started:.1f} s, {result['bytes']:,} bytes, {result['verify']}")
+    assert result["verify"]["tokens"] == sum(map(len, world.expected("red")))
+    assert result["bytes"] < 0.6 * 4 * 134_515_008
+
+
+def test_a_batch_of_24_rows_is_answered_in_seconds(world: World, tasks_onnx: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(35, 56, (24,), generator=generator).tolist()
+    rows = [torch.randint(100, 40_000, (length,), generator=generator).tolist() for length in lengths]
+    decoder = OnnxDecoder(tasks_onnx, tasks_onnx / "red.onnx_adapter")
+    started = time.monotonic()
+    answers = decoder.generate(rows, 15, set())
+    seconds = time.monotonic() - started
+    print(f"\n24 rows, {sum(lengths)} prompt tokens, 360 new: {seconds:.1f} s, {360 / seconds:.0f} new tokens/s")
+    assert [len(answer) for answer in answers] == [15] * 24
+    assert seconds < 40

@@ -1,0 +1,193 @@
+"""One real server on the real model: names, both endpoints, answers against merged weights, and a clean end.
+
+The server is a child process that calls `serve`, as the command line does; a test near the end stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.random_adapter import save_adapter, write_in  # first: it hides broken optional packages
+
+import torch  # isort: skip
+from openai import AuthenticationError, NotFoundError, OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorasb_export import environment
+
+pytest.importorskip("vllm")
+
+TOKENS = 32
+PROMPTS = [
+    "The capital of France is",
+    "Write one sentence about the sea.",
+    "Name three colours.",
+    "Why is the sky blue?",
+]
+PROGRAM = """
+import json, sys
+from lorasb_export.serve import serve
+options = json.loads(sys.argv[1])
+sys.exit(serve(**options, port=0, on_ready=lambda ready: print(json.dumps(ready), flush=True)))
+"""
+
+
+@dataclass
+class Child:
+    """The process that called `serve`, what it reported, and its folder for temporary files."""
+
+    process: subprocess.Popen[str]
+    ready: dict[str, Any]
+    temporary: Path
+
+    def client(self, key: str = "only-for-this-test") -> OpenAI:
+        return OpenAI(base_url=f"{self.ready['url']}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two random adapters of all linear layers, large enough to change every answer."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    modules = [name for name, module in model.named_modules() if name.endswith("_proj")]
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(smollm2, model, folder / name, modules, rank=64, relative_size=0.15, seed=seed)
+    return {name: folder / name for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def child(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    folder = tmp_path_factory.mktemp("server")
+    process = start(adapters, folder)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, (folder / "log").read_text()[-5000:]
+        yield Child(process, json.loads(line), folder)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def start(adapters: dict[str, Path], folder: Path) -> subprocess.Popen[str]:
+    """A process that serves `adapters`, with its log and its temporary files in `folder`."""
+    options = {
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "dtype": "float32",
+        "extra": ["--max-model-len", "1024"],
+    }
+    variables = {"TMPDIR": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": "only-for-this-test"}
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment.child_environment(**variables),
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[tuple[str, str, str], str]:
+    """(model, endpoint, prompt) → the greedy answer of transformers, for adapters with their weights written in."""
+    from lorasb_export.artifact import Adapter
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    answers = {}
+    for name in (smollm2.name, *adapters):
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+        if name in adapters:
+            write_in(model, Adapter.load(adapters[name]))
+        for prompt in PROMPTS:
+            message = [{"role": "user", "content": prompt}]
+            inputs = {
+                "completions": tokenizer(prompt, return_tensors="pt"),
+                "chat": tokenizer.apply_chat_template(
+                    message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                ),
+            }
+            for endpoint, encoded in inputs.items():
+                output = model.generate(**encoded, max_new_tokens=TOKENS, do_sample=False)
+                new = output[0, encoded["input_ids"].shape[1] :]
+                answers[name, endpoint, prompt] = tokenizer.decode(new, skip_special_tokens=True)
+    return answers
+
+
+def ask(client: OpenAI, model: str, endpoint: str, prompt: str) -> str:
+    if endpoint == "chat":
+        message: Any = [{"role": "user", "content": prompt}]
+        chat = client.chat.completions.create(model=model, messages=message, max_tokens=TOKENS, temperature=0)
+        return chat.choices[0].message.content or ""
+    return client.completions.create(model=model, prompt=prompt, max_tokens=TOKENS, temperature=0).choices[0].text
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_each_adapter_is_a_model_whose_parent_is_the_base(child: Child, smollm2: Path) -> None:
+    assert child.ready["models"] == [smollm2.name, "one", "two"]
+    listed = {model.id: getattr(model, "parent", None) for model in child.client().models.list()}
+    assert listed == {smollm2.name: None, "one": smollm2.name, "two": smollm2.name}
+
+
+def test_mixed_requests_get_the_answers_of_the_merged_weights(
+    child: Child, expected: dict[tuple[str, str, str], str]
+) -> None:
+    """Every (model, endpoint, prompt) at once, so that base and adapter rows share batches."""
+    client = child.client()
+    with ThreadPoolExecutor(len(expected)) as pool:
+        answers = dict(zip(expected, pool.map(lambda key: ask(client, *key), expected), strict=True))
+    assert answers == expected
+
+
+def test_the_adapters_change_the_answers(expected: dict[tuple[str, str, str], str], smollm2: Path) -> None:
+    for endpoint in ("chat", "completions"):
+        for prompt in PROMPTS:
+            assert len({expected[name, endpoint, prompt] for name in (smollm2.name, "one", "two")}) == 3
+
+
+def test_an_unknown_model_is_404(child: Child) -> None:
+    with pytest.raises(NotFoundError):
+        ask(child.client(), "three", "chat", "Hello")
+
+
+def test_the_key_from_the_environment_is_asked_for_and_on_no_command_line(child: Child) -> None:
+    with pytest.raises(AuthenticationError):
+        ask(child.client("another"), "one", "chat", "Hello")
+    for process in psutil.Process(child.process.pid).children(recursive=True):
+        assert "only-for-this-test" not in " ".join(process.cmdline())
+
+
+def test_sigint_ends_it_with_130_and_leaves_nothing(child: Child) -> None:
+    processes = psutil.Process(child.process.pid).children(recursive=True)
+    assert child.ready["pid"] in {process.pid for process in processes}
+    assert left_in(child.temporary) != {"log"}
+    child.process.send_signal(signal.SIGINT)
+    assert child.process.wait(60) == 130
+    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert left_in(child.temporary) == {"log"}
+
+
+def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:
+    process = start(adapters, tmp_path)
+    myself = psutil.Process(process.pid)
+    while not (processes := myself.children(recursive=True)):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert left_in(tmp_path) == {"log"}

@@ -1,0 +1,50 @@
+"""LoRA-SB adapters: one frozen basis (B, A) for a base model, a small matrix R for every task.
+
+The names below load on first use, so that importing this package is cheap.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifact import Adapter, Basis
+    from .calibrate import calibrate
+    from .export import export
+    from .hub import push
+    from .merge import merge
+    from .serve import serve
+    from .train import fit
+
+__all__ = ["Adapter", "Basis", "calibrate", "export", "fit", "merge", "push", "serve"]
+
+_HOMES = {
+    "Adapter": "artifact",
+    "Basis": "artifact",
+    "calibrate": "calibrate",
+    "export": "export",
+    "fit": "train",
+    "merge": "merge",
+    "push": "hub",
+    "serve": "serve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+class _Package(ModuleType):
+    """Keeps `lorasb_export.merge` the function after the module of the same name was imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

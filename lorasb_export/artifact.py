@@ -1,0 +1,351 @@
+"""Basis and Adapter: the two folders that cross between stages (format version 1, docs/reference/files.md).
+
+Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the update of a module is s·B·R·A.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+
+from . import card
+from .base import BaseRef
+from .errors import ArtifactError
+from .storage import TensorInfo, atomic_folder, check_keys, read_header, read_json, sha256_file, write_json
+
+FORMAT_VERSION = 1
+PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
+EMBEDDED = "embedded"
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_BASIS_KEYS = {"format_version", "base_model", "rank", "target_modules", "sha256", "calibration", "created_with"}
+_ADAPTER_KEYS = {
+    *("peft_type", "format_version", "base_model_name_or_path", "revision", "base_fingerprint", "task_type"),
+    *("r", "scaling", "target_modules", "basis", "training"),
+}
+
+
+class ModuleBasis(NamedTuple):
+    """The frozen factors of one module: B (out, r) and A (r, in) orthonormal, S (r,) fp32."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+    S: torch.Tensor
+
+
+def versions() -> dict[str, str]:
+    """Versions of what writes an artifact, for its provenance."""
+    return {name: version(name) for name in ("lorasb", "torch", "transformers")}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One frozen pair (B, A) per target module of one base model, shared by any number of adapters."""
+
+    base: BaseRef
+    rank: int
+    modules: Mapping[str, ModuleBasis]
+    calibration: Mapping[str, Any]
+    created_with: Mapping[str, str] = field(default_factory=versions)
+    source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        tensors = {
+            f"{name}.{part}": tensor.detach().cpu().contiguous()
+            for name, module in sorted(self.modules.items())
+            for part, tensor in module._asdict().items()
+        }
+        return serialize(tensors, {"format": "pt"})
+
+    @cached_property
+    def sha256(self) -> str:
+        """sha256 of `basis.safetensors`."""
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    def config(self) -> dict[str, Any]:
+        """The content of `basis_config.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": dict(self.base.__dict__),
+            "rank": self.rank,
+            "target_modules": {name: [m.B.shape[0], m.A.shape[1]] for name, m in sorted(self.modules.items())},
+            "sha256": self.sha256,
+            "calibration": dict(self.calibration),
+            "created_with": dict(self.created_with),
+        }
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the basis folder, whole or not at all. Raises OutputError when it exists."""
+        with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+            self.write_into(temporary)
+            card.write(temporary, card.basis_card(self.config()))
+
+    def write_into(self, folder: Path) -> None:
+        """Write `basis.safetensors` and `basis_config.json` into an existing folder."""
+        (folder / "basis.safetensors").write_bytes(self._bytes)
+        write_json(folder / "basis_config.json", self.config())
+
+    @classmethod
+    def load(cls, source: str | Path, *, device: str | torch.device = "cpu") -> Basis:
+        """Load and validate a basis folder, or one on the Hub (`owner/name` or `owner/name@revision`).
+
+        Raises:
+            ArtifactError: unknown or missing keys, wrong shape, dtype, rank or hash, non-finite values,
+                another format version, a truncated file.
+        """
+        from .hub import resolve_folder
+
+        folder, where = resolve_folder(source)
+        config = read_json(folder / "basis_config.json")
+        _check_format(config, _BASIS_KEYS, folder / "basis_config.json")
+        path, rank = folder / "basis.safetensors", config["rank"]
+        expected: dict[str, list[int]] = {}
+        for name, (rows, columns) in config["target_modules"].items():
+            if not 0 < rank <= min(rows, columns):
+                raise ArtifactError(f"rank {rank} does not fit module {name} {[rows, columns]}", where=folder)
+            expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
+        tensors = _load_tensors(path, expected, config["sha256"], device)
+        modules = {
+            name: ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS")) for name in config["target_modules"]
+        }
+        base = BaseRef(**config["base_model"])
+        basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
+        basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again
+        return basis
+
+
+@dataclass
+class Adapter:
+    """One task: an r×r matrix R per module of a basis, and for classification the trained head.
+
+    Attributes:
+        base: the base model it was trained on.
+        basis_sha256: hash of the basis its R belong to.
+        basis_source: where that basis is: absolute folder, Hub id@revision, or None when unsaved.
+        R: module → (r, r) fp32. While training these are the live parameters of the model.
+        head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
+        training: what `fit` reports about the run; free-form JSON.
+    """
+
+    base: BaseRef
+    basis_sha256: str
+    basis_source: str | None
+    R: Mapping[str, torch.Tensor]
+    scaling: float = 1.0
+    task_type: str = "CAUSAL_LM"
+    head: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    basis: Basis | None = None
+
+    @classmethod
+    def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
+        """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
+
+        Args:
+            scaling: s.
+            init: `svd` starts at R0 = S/s, the first step of the paper; `zero` starts at the base model.
+
+        Returns:
+            an adapter whose `R` are the model's live parameters: train them, then `save`.
+
+        Raises:
+            ArtifactError: the model lacks a module of the basis, or its shape differs.
+        """
+        from . import layer
+
+        start = {
+            name: torch.diag(module.S.float() / scaling if init == "svd" else torch.zeros_like(module.S))
+            for name, module in basis.modules.items()
+        }
+        live = layer.inject(model, basis.modules, start, scaling)
+        return cls(basis.base, basis.sha256, basis.source, live, scaling, basis=basis)
+
+    def inject(self, model: torch.nn.Module, *, trainable: bool = False) -> None:
+        """Put this adapter on `model`: its R on the modules of its basis, and its head where it has one."""
+        from . import layer
+
+        live = layer.inject(model, self.load_basis().modules, self.R, self.scaling)
+        for parameter in live.values():
+            parameter.requires_grad_(trainable)
+        layer.load_head(model, self.head)
+
+    @property
+    def labels(self) -> list[Any]:
+        """Class names in the order of the head's outputs; empty for CAUSAL_LM."""
+        return list(self.training.get("labels") or [])
+
+    @property
+    def rank(self) -> int:
+        return int(next(iter(self.R.values())).shape[0])
+
+    def config(self, basis_source: str) -> dict[str, Any]:
+        """The content of `adapter_config.json`."""
+        return {
+            "peft_type": PEFT_TYPE,
+            "format_version": FORMAT_VERSION,
+            "base_model_name_or_path": self.base.name_or_path,
+            "revision": self.base.revision,
+            "base_fingerprint": self.base.fingerprint,
+            "task_type": self.task_type,
+            "r": self.rank,
+            "scaling": self.scaling,
+            "target_modules": sorted(self.R),
+            "basis": {"sha256": self.basis_sha256, "source": basis_source},
+            "training": dict(self.training),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `adapter.safetensors` holds, by name; the live tensors, not copies."""
+        return {f"{name}.R": R for name, R in sorted(self.R.items())} | dict(self.head)
+
+    def tensor_bytes(self) -> bytes:
+        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block."""
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.tensors().items()}
+        return serialize(tensors, {"format": "pt"})
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, embed: bool = False) -> None:
+        """Write the adapter folder, whole or not at all.
+
+        Args:
+            embed: put the basis inside, so that the folder stands alone. Done anyway when the basis was never saved.
+        """
+        with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+            self.write_into(temporary, Path(folder), embed=embed)
+
+    def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
+        """Write the adapter's files into `temporary`, which will be renamed to `target`."""
+        source = self.basis_source
+        if embed or source is None:
+            self.load_basis().write_into(temporary)
+            source = EMBEDDED
+        elif os.path.isabs(source):
+            source = os.path.relpath(source, os.path.abspath(target))
+            source = source if source.startswith(".") else f"./{source}"  # the leading dot marks it as a path
+        (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
+        config = self.config(source)
+        write_json(temporary / "adapter_config.json", config)
+        card.write(temporary, card.adapter_card(config))
+
+    @classmethod
+    def load(cls, source: str | Path) -> Adapter:
+        """Load and validate an adapter folder, or one on the Hub; its basis is not read yet (`load_basis`).
+
+        Raises:
+            ArtifactError: as for `Basis.load`.
+        """
+        from .hub import resolve_folder
+
+        folder, _ = resolve_folder(source)
+        where = folder / "adapter_config.json"
+        config = read_json(where)
+        if config.get("peft_type") != PEFT_TYPE:
+            raise ArtifactError(
+                f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where, fix="Not a LoRA-SB adapter"
+            )
+        _check_format(config, _ADAPTER_KEYS, where)
+        check_keys(config["basis"], {"sha256", "source"}, where)
+        rank, modules = config["r"], config["target_modules"]
+        expected = {f"{name}.R": [rank, rank] for name in modules}
+        path = folder / "adapter.safetensors"
+        header, _ = read_header(path)
+        head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
+        tensors = _load_tensors(path, expected | {name: list(header[name].shape) for name in head}, None, "cpu")
+        source_of_basis = config["basis"]["source"]
+        if source_of_basis == EMBEDDED:
+            source_of_basis = str(folder)
+        elif source_of_basis.startswith("."):
+            source_of_basis = os.path.normpath(folder / source_of_basis)
+        return cls(
+            BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
+            config["basis"]["sha256"],
+            source_of_basis,
+            {name: tensors[f"{name}.R"] for name in modules},
+            config["scaling"],
+            config["task_type"],
+            {name: tensors[name] for name in head},
+            config["training"],
+            folder,
+        )
+
+    def load_basis(self) -> Basis:
+        """This adapter's basis, read once and checked against the adapter.
+
+        Raises:
+            ArtifactError: it is missing, or is not the basis the adapter was trained in.
+        """
+        if self.basis is None:
+            if self.basis_source is None:
+                raise ArtifactError("the adapter names no basis", where=self.folder)
+            self.basis = Basis.load(self.basis_source)
+        check_same_basis(self, self.basis)
+        return self.basis
+
+    def delta(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors (s·B·R, A) of module `name`'s update in fp32: shapes (out, r) and (r, in)."""
+        module = self.load_basis().modules[name]
+        return self.scaling * (module.B.float() @ self.R[name].float()), module.A.float()
+
+
+def check_same_basis(adapter: Adapter, basis: Basis) -> None:
+    """Raise ArtifactError unless `adapter` was trained in `basis`."""
+    problems = []
+    if adapter.basis_sha256 != basis.sha256:
+        problems.append(f"trained in basis {adapter.basis_sha256[:12]}, this one is {basis.sha256[:12]}")
+    if adapter.rank != basis.rank:
+        problems.append(f"rank {adapter.rank}, the basis has {basis.rank}")
+    if set(adapter.R) != set(basis.modules):
+        odd = sorted(set(adapter.R) ^ set(basis.modules))[0]
+        problems.append(f"the target modules differ (first: {odd})")
+    if problems:
+        raise ArtifactError(
+            f"adapter and basis do not belong together: {'; '.join(problems)}",
+            where=adapter.folder or basis.source,
+            fix="Give the basis named in adapter_config.json",
+        )
+
+
+def _check_format(config: Mapping[str, Any], keys: set[str], where: Path) -> None:
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}",
+            where=where,
+            fix="Use the lorasb release that wrote it, or write it again",
+        )
+    check_keys(config, keys, where)
+
+
+def _load_tensors(
+    path: Path, expected: Mapping[str, list[int]], digest: str | None, device: str | torch.device
+) -> dict[str, torch.Tensor]:
+    """Tensors of exactly the `expected` names and shapes, float and finite; refused from the header where possible."""
+    header, _ = read_header(path)
+    check_keys(header, set(expected), path)
+    for name, shape in expected.items():
+        _check_tensor(name, header[name], shape, path)
+    if digest is not None and sha256_file(path) != digest:
+        raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
+    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"tensor {name} has non-finite values", where=path, fix="Train or fetch it again")
+    return tensors
+
+
+def _check_tensor(name: str, info: TensorInfo, shape: list[int], path: Path) -> None:
+    only = {"F32"} if name.endswith((".R", ".S")) else _FLOATS
+    if list(info.shape) != shape or info.dtype not in only:
+        raise ArtifactError(
+            f"tensor {name} is {info.dtype} {list(info.shape)}, expected {'/'.join(sorted(only))} {shape}", where=path
+        )

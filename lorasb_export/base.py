@@ -1,0 +1,295 @@
+"""The frozen base model: found, read from its headers, fingerprinted, loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import environment
+from .errors import ArtifactError, BaseModelError
+from .storage import TensorInfo, read_header, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CAUSAL_LM = "CAUSAL_LM"
+SEQ_CLS = "SEQ_CLS"
+
+_SAMPLE_BYTES = 4096
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """Which base an artifact belongs to: its name, its revision, and a fingerprint of its weights."""
+
+    name_or_path: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint folder with its config and the headers of its tensors; no weights are loaded."""
+
+    name_or_path: str
+    revision: str | None
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> BaseModel:
+        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`).
+
+        Raises:
+            BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
+        """
+        name = str(name_or_path)
+        path = Path(name).expanduser()
+        if path.is_file():
+            raise BaseModelError(
+                "the base model is a file", where=name, fix="Give the folder that holds config.json, or a Hub id"
+            )
+        if path.is_dir():
+            folder = path.resolve()
+        else:
+            folder, revision = _download(name, revision)
+        if not (folder / "config.json").is_file():
+            raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
+        config = read_json(folder / "config.json")
+        _check_supported(config, folder)
+        return cls(str(folder) if path.is_dir() else name.split("@")[0], revision, folder, config)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """Checkpoint tensor name → (file, header entry), in file order.
+
+        Raises:
+            BaseModelError: no safetensors file, or the index names a tensor that no file holds.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index)["weight_map"]
+            files = sorted({self.folder / name for name in weight_map.values()})
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise BaseModelError(
+                "no safetensors file in the base model's folder",
+                where=self.folder,
+                fix="Convert it once: AutoModel.from_pretrained(folder).save_pretrained(new_folder)",
+            )
+        found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
+        if index.is_file() and set(found) != set(weight_map):
+            odd = sorted(set(found) ^ set(weight_map))[0]
+            raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
+        return found
+
+    @property
+    def merged_from(self) -> Mapping[str, Any] | None:
+        """The provenance `lorasb merge` left in this folder, or None for a plain base."""
+        path = self.folder / "lorasb.json"
+        if not path.is_file():
+            return None
+        provenance = read_json(path)
+        return provenance if provenance.get("kind") == "merged" else None
+
+    def weight_key(self, module: str) -> str:
+        """The checkpoint's name for the weight of runtime module `module`.
+
+        A model class with a head prefixes its body (`bert.`, `transformer.`); the checkpoint may not.
+
+        Raises:
+            BaseModelError: the checkpoint has no such tensor.
+        """
+        for name in (module, module.partition(".")[2]):
+            if f"{name}.weight" in self.tensors:
+                return f"{name}.weight"
+        raise BaseModelError(
+            f"the base has no weight for module {module}",
+            where=self.folder,
+            fix="Use the base model the basis was calibrated on",
+        )
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
+        return self.config["model_type"] in ("gpt2", "openai-gpt")
+
+    def classifier_config(self, labels: Sequence[Any]) -> dict[str, Any]:
+        """The entries of config.json that make this base load as a sequence classifier over `labels`."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+        return {
+            "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[self.config["model_type"]]],
+            "id2label": {str(i): str(label) for i, label in enumerate(labels)},
+            "label2id": {str(label): i for i, label in enumerate(labels)},
+            "pad_token_id": self.load_tokenizer().pad_token_id,
+        }
+
+    def fingerprint(self, modules: Iterable[str]) -> str:
+        """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""
+        digest = hashlib.sha256()
+        for module in sorted(modules):
+            file, info = self.tensors[self.weight_key(module)]
+            digest.update(json.dumps([module, list(info.shape), info.dtype]).encode())
+            with file.open("rb") as stream:
+                middle = (info.start + info.end) // 2
+                for offset in (info.start, middle, max(info.start, info.end - _SAMPLE_BYTES)):
+                    stream.seek(offset)
+                    digest.update(stream.read(min(_SAMPLE_BYTES, info.end - offset)))
+        return digest.hexdigest()
+
+    def ref(self, modules: Iterable[str]) -> BaseRef:
+        """The reference an artifact keeps to this base."""
+        return BaseRef(self.name_or_path, self.revision, self.fingerprint(modules))
+
+    def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:
+        """Refuse this base when it is not the one `ref` names.
+
+        Raises:
+            BaseModelError: other weights (another model, another revision, or an already merged one).
+        """
+        merged = self.merged_from
+        if merged is not None:
+            raise BaseModelError(
+                f"this base is already merged (with adapter {merged['adapter']['sha256'][:12]})",
+                where=self.folder,
+                fix=f"Use the plain base, {ref.name_or_path}",
+            )
+        if self.fingerprint(modules) != ref.fingerprint:
+            raise BaseModelError(
+                f"the base's weights are not those the artifact was made for ({ref.name_or_path})",
+                where=self.folder,
+                fix="Use that base at the same revision, or calibrate a basis for this one",
+            )
+
+    def load(
+        self,
+        task_type: str = CAUSAL_LM,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        num_labels: int | None = None,
+        seed: int = 0,
+    ) -> PreTrainedModel:
+        """The frozen transformers model in evaluation mode.
+
+        Args:
+            dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`.
+            num_labels: size of a new classification head (SEQ_CLS), drawn with `seed`; the global RNG is untouched.
+
+        Raises:
+            BaseModelError: an encoder asked to generate.
+        """
+        import torch
+
+        architecture = (self.config.get("architectures") or ["ForCausalLM"])[0]
+        if task_type == CAUSAL_LM and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            raise BaseModelError(
+                f"{architecture} does not generate text",
+                where=self.folder,
+                fix="Use a causal language model for prompt/completion data, or text/label data with this one",
+            )
+
+        environment.hide_broken_packages()
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        loader: Any = AutoModelForCausalLM
+        if task_type == SEQ_CLS:
+            loader = AutoModelForSequenceClassification
+            if num_labels is not None:
+                options["num_labels"] = num_labels
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: PreTrainedModel = loader.from_pretrained(self.folder, **options)
+        model.requires_grad_(False).eval()
+        if task_type == SEQ_CLS and model.config.pad_token_id is None:
+            model.config.pad_token_id = self.load_tokenizer().pad_token_id
+        model.to(device or default_device())  # type: ignore[arg-type]
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token."""
+        environment.hide_broken_packages()
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def default_device() -> torch.device:
+    """The accelerator torch sees, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    """Fetch a Hub checkpoint; returns its folder and the commit it is at."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, tagged = name.partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=_CHECKPOINT_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(
+            f"the base model was not found: {reason}", where=name, fix="Give an existing folder or Hub id"
+        ) from None
+    return folder, folder.name
+
+
+def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
+    environment.hide_broken_packages()
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        full = config["quantization_config"].get("base_model_name_or_path") or config.get("_name_or_path")
+        raise BaseModelError(
+            f"the base model is quantized ({method})",
+            where=folder / "config.json",
+            fix=f"Use its full-precision original{f', {full}' if full else ''}",
+        )
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder") or (
+        kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ):
+        raise BaseModelError(
+            f"model type {kind!r} is neither a causal language model nor a sequence classifier",
+            where=folder / "config.json",
+            fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
+        )
+
+
+def artifact_kind(folder: Path) -> str:
+    """What a folder is: `basis`, `adapter`, `merged`, `peft`, `onnx`, `onnx-adapters` or `base`.
+
+    Raises:
+        ArtifactError: not a folder, or none of these.
+    """
+    if not folder.is_dir():
+        raise ArtifactError("not a folder", where=folder, fix="Check the path")
+    if (folder / "adapter_config.json").is_file():
+        return "adapter" if read_json(folder / "adapter_config.json").get("peft_type") == "LORA_SB" else "peft"
+    if (folder / "basis_config.json").is_file():
+        return "basis"
+    if (folder / "lorasb.json").is_file():
+        return str(read_json(folder / "lorasb.json").get("kind"))
+    if (folder / "config.json").is_file():
+        return "base"
+    raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix="Check the path")

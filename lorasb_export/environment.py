@@ -1,0 +1,54 @@
+"""Optional packages that are installed but cannot be imported.
+
+The CPU build of vLLM brings CUDA builds of torchaudio and torchcodec. Importing them raises OSError, which
+transformers and vLLM do not expect from an optional package, so both fail to import. Hiding the broken
+package makes them take the path for "not installed". Healthy packages are left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+_SUSPECTS = ("torchaudio", "torchcodec")
+_CHILD_SITE = Path(__file__).parent / "child_site"
+
+
+@cache
+def broken_packages() -> tuple[str, ...]:
+    """Names among the suspects that are installed and raise something other than ImportError when imported."""
+    broken = []
+    for name in _SUSPECTS:
+        if sys.modules.get(name) is not None or importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+        except Exception:  # OSError (missing CUDA library), RuntimeError (missing ffmpeg), ...
+            broken.append(name)
+    return tuple(broken)
+
+
+def hide_broken_packages() -> None:
+    """Make this process treat each broken package as not installed. Call before importing transformers."""
+    for name in broken_packages():
+        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        sys.modules[name] = None  # type: ignore[assignment]  # the import system reads None as "not found"
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment for a Python child process in which broken packages are hidden as well.
+
+    The child (and every Python process it starts) finds `child_site/sitecustomize.py` first on its path.
+    """
+    environment = {**os.environ, **changes}
+    if broken_packages():
+        environment["LORASB_HIDDEN_PACKAGES"] = ",".join(broken_packages())
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CHILD_SITE), environment.get("PYTHONPATH", "")]))
+    return environment

@@ -1,0 +1,63 @@
+"""One exception tree. Every message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class LoraSBError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        what: what is wrong, one clause.
+        where: the file, key, module or row it was found in.
+        fix: what the reader should do next, one sentence.
+    """
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        place = f" ({self.where})" if self.where else ""
+        advice = f". {self.fix}" if self.fix else ""
+        return f"{self.what}{place}{advice}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(cls: type[LoraSBError], what: str, where: str | None, fix: str | None) -> LoraSBError:
+    return cls(what, where=where, fix=fix)
+
+
+class ArtifactError(LoraSBError, ValueError):
+    """A basis, adapter or model folder is damaged, foreign, or does not belong to the other one."""
+
+
+class BaseModelError(LoraSBError, ValueError):
+    """The base model is missing, of an unsupported kind, or not the one an artifact was made for."""
+
+
+class DataError(LoraSBError, ValueError):
+    """Task data is missing, broken, or has nothing to learn from."""
+
+
+class SettingsError(LoraSBError, ValueError):
+    """A setting, in `lorasb.toml` or on the command line, is unknown or out of range."""
+
+
+class OutputError(LoraSBError, OSError):
+    """The target exists, the disk is full, or a port is taken: nothing was written."""
+
+
+class TrainingError(LoraSBError, RuntimeError):
+    """Training cannot start, continue or resume."""
+
+
+class MissingPackageError(LoraSBError, ImportError):
+    """An optional package that this step needs is not installed."""
+
+
+class ServerError(LoraSBError, RuntimeError):
+    """A child process (the vLLM server, an exporter) or a remote (the Hub) refused or failed."""

@@ -1,0 +1,53 @@
+"""Adapters in other formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingsError
+
+FORMATS = ("peft", "onnx", "onnx-adapters")
+
+
+def export(
+    adapters: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    format: str,
+    base: str | Path | None = None,
+    precision: str = "fp32",
+    verify: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write adapters in another format.
+
+    Args:
+        adapters: one adapter folder; for `onnx-adapters` any number that share a basis.
+        format: `peft` (a stock LoRA folder), `onnx` (a merged graph) or `onnx-adapters` (one graph and a small
+            file per task).
+        base: the base model, where it is not where the adapter says.
+        precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
+        verify: compare what was written with the adapter in torch.
+
+    Raises:
+        SettingsError: an unknown format, or several adapters for a format that takes one.
+        LoraSBError: see the format's own function.
+    """
+    paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if format not in FORMATS:
+        raise SettingsError(f"format is {format!r}", fix=f"Use {', '.join(FORMATS)}")
+    if format == "onnx-adapters":
+        from .onnx_adapters import export_onnx_adapters
+
+        return export_onnx_adapters(paths, out, base=base, precision=precision, verify=verify, overwrite=overwrite)
+    if len(paths) != 1:
+        raise SettingsError(f"format {format} takes one adapter, {len(paths)} were given", fix="Export them one by one")
+    if format == "peft":
+        from .peft import export_peft
+
+        return export_peft(paths[0], out, base=base, overwrite=overwrite)
+    from .onnx import export_onnx
+
+    return export_onnx(paths[0], out, base=base, precision=precision, verify=verify, overwrite=overwrite)

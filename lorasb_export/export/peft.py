@@ -1,0 +1,108 @@
+"""An adapter as a stock PEFT LoRA folder: lora_A = A and lora_B = s·B·R, for every tool that reads LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .. import card
+from ..artifact import Adapter, versions
+from ..base import BaseModel
+from ..storage import atomic_folder, refuse_existing, sha256_file, write_json
+
+_PREFIX = "base_model.model."
+_CONV1D_TYPES = {"gpt2", "openai-gpt"}  # their layers store W transposed, which PEFT calls fan_in_fan_out
+_CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}
+
+
+def export_peft(
+    adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write `adapter` as a PEFT LoRA folder that `PeftModel.from_pretrained` and vLLM load as it is.
+
+    Args:
+        adapter: an adapter folder, or a Hub id.
+        base: where the base model is. When given it is checked against the adapter; otherwise it is only looked at
+            for GPT-2-like module names. Its weights are never loaded.
+
+    Returns:
+        `folder`, `rank`, `modules` (their number) and `bytes` of the weights file.
+
+    Raises:
+        ArtifactError: the adapter or its basis is damaged, or they do not belong together.
+        BaseModelError: the base is not the one the adapter was trained on, or is needed and missing.
+        OutputError: `out` exists and `overwrite` is false, or cannot be written.
+    """
+    refuse_existing(Path(out), overwrite)
+    source = Adapter.load(adapter)
+    transposed = _stores_transposed(source, base)
+    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        size = write_folded(source, folder, transposed=transposed)
+        provenance = {
+            "kind": "peft",
+            "base": dict(source.base.__dict__),
+            "adapter": {
+                "name": source.folder.name if source.folder else None,
+                "sha256": sha256_file(source.folder / "adapter.safetensors") if source.folder else None,
+            },
+            "basis": {"sha256": source.basis_sha256},
+            "rank": source.rank,
+            "scaling": source.scaling,
+            "modules": len(source.R),
+            "versions": versions(),
+        }
+        write_json(folder / "lorasb.json", provenance)
+        card.write(folder, card.peft_card(peft_config(source, transposed=transposed)))
+    return {"folder": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
+
+
+def write_folded(adapter: Adapter, folder: Path, *, transposed: bool = False) -> int:
+    """Write PEFT's two files for `adapter` into an existing folder; returns the size of the weights file."""
+    path = folder / "adapter_model.safetensors"
+    save_file(folded_tensors(adapter), path, {"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(adapter, transposed=transposed))
+    return path.stat().st_size
+
+
+def folded_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """PEFT's tensor name → fp32 tensor: per module lora_A (r, in) = A, lora_B (out, r) = s·B·R; and the head."""
+    tensors = {}
+    for name in sorted(adapter.R):
+        sBR, A = adapter.delta(name)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = sBR.contiguous()
+    return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
+
+
+def peft_config(adapter: Adapter, *, transposed: bool = False) -> dict[str, Any]:
+    """The content of PEFT's `adapter_config.json`.
+
+    The modules are named in full: a suffix such as `q_proj` would also match layers the basis leaves alone.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base.name_or_path,
+        "revision": adapter.base.revision,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank,  # s is inside lora_B; alpha / r must be 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": True,  # vLLM refuses any other way to have started
+        "target_modules": sorted(adapter.R),
+        "modules_to_save": sorted({name.partition(".")[0] for name in adapter.head}) or None,
+    }
+
+
+def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:
+    looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in adapter.R)
+    if base is None and not looks_like_conv1d:
+        return False
+    model = BaseModel.resolve(base or adapter.base.name_or_path, None if base else adapter.base.revision)
+    model.verify(adapter.base, adapter.R)
+    return model.config.get("model_type") in _CONV1D_TYPES

@@ -1,0 +1,90 @@
+"""Fit several tasks of a project: base and basis are loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .artifact import Adapter, Basis
+from .base import CAUSAL_LM, BaseModel
+from .calibrate import CalibrationSettings, calibrate
+from .data import TaskData, load_task
+from .errors import SettingsError
+from .project import OWN_BASIS, Project, refuse_bad_names
+from .train import FitSettings, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def fit_tasks(
+    project: Project,
+    names: Sequence[str],
+    settings: FitSettings,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    basis: str | None = None,
+    out: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Adapter]:
+    """Train the named tasks, or all of the project. The project's shared basis is calibrated first if there is none.
+
+    Args:
+        data, out: for a single task: its data, where the project does not name it, and its adapter folder.
+        basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
+        resume: go on with interrupted tasks, keep finished ones.
+
+    Raises:
+        SettingsError: no task, a bad name, or `data` or `out` with several tasks.
+    """
+    names = list(names) or list(project.tasks)
+    if not names:
+        raise SettingsError("no task to fit", where=project.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
+    if len(names) > 1 and (data or out):
+        raise SettingsError("--data and --out take one task", fix="Name the task they are for")
+    refuse_bad_names(names)
+    tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
+    base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
+    calibration = replace(CalibrationSettings(**project.calibration), dtype=settings.dtype)
+    network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
+
+    shared: dict[str, Basis] = {}
+    adapters = {}
+    for name, task in tasks.items():
+        target = Path(out) if out else project.adapter_folder(name)
+        if resume and target.exists():
+            adapters[name] = Adapter.load(target)
+            continue
+        source = basis or (project.tasks[name].basis if name in project.tasks else None)
+        if source == OWN_BASIS:
+            task_basis = calibrate(base, {name: task}, calibration, network=network)
+        else:
+            source = source or str(project.path(project.basis_path))
+            if source not in shared:
+                shared[source] = _shared_basis(project, source, base, tasks, calibration, network)
+            task_basis = shared[source]
+        adapters[name] = fit(
+            base, task_basis, task, target, settings, resume=resume, overwrite=overwrite, network=network
+        )
+    return adapters
+
+
+def _shared_basis(
+    project: Project,
+    source: str,
+    base: BaseModel,
+    tasks: dict[str, TaskData],
+    calibration: CalibrationSettings,
+    network: PreTrainedModel | None,
+) -> Basis:
+    """The basis at `source`; where that is the project's own and not there yet, it is calibrated over all its tasks."""
+    folder = project.path(project.basis_path)
+    if Path(source) != folder or folder.exists():
+        return Basis.load(source)
+    sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in project.shared_tasks()}
+    calibrate(base, sharing, calibration, network=network).save(folder)
+    return Basis.load(folder)

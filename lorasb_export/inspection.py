@@ -1,0 +1,76 @@
+"""What is this folder? Kind, rank, modules, sizes, hashes, spectrum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import Adapter, Basis
+from .base import BaseModel, artifact_kind
+from .errors import LoraSBError
+from .storage import read_json, sha256_file
+
+
+def inspect_folder(folder: str | Path) -> dict[str, Any]:
+    """A description of any folder this package reads or writes; validated as its loader validates it.
+
+    Raises:
+        ArtifactError: it is none of them, or damaged.
+    """
+    folder = Path(folder)
+    kind = artifact_kind(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found: dict[str, Any] = {"path": str(folder), "kind": kind, "bytes": size}
+    if kind == "basis":
+        return found | _basis(Basis.load(folder))
+    if kind == "adapter":
+        return found | _adapter(Adapter.load(folder))
+    if kind == "base":
+        base = BaseModel.resolve(folder)
+        return found | {"model_type": base.config["model_type"], "tensors": len(base.tensors)}
+    return found | {key: value for key, value in read_json(folder / "lorasb.json").items() if key != "kind"}
+
+
+def _basis(basis: Basis) -> dict[str, Any]:
+    energy = list(basis.calibration["energy"].values())
+    return {
+        "base_model": basis.base.name_or_path,
+        "rank": basis.rank,
+        "modules": len(basis.modules),
+        "dtype": str(next(iter(basis.modules.values())).B.dtype).removeprefix("torch."),
+        "sha256": basis.sha256,
+        "calibrated_on": [source["name"] for source in basis.calibration["data"]],
+        "samples": basis.calibration["samples"],
+        "reduction": basis.calibration["reduction"],
+        "energy": {"mean": sum(energy) / len(energy), "min": min(energy), "max": max(energy)},
+    }
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    assert adapter.folder is not None
+    # Isometry: B and A are orthonormal, so ‖s·B·R·A‖ = s·‖R‖ and the singular values of the update are s·σ(R).
+    spectrum = torch.linalg.svdvals(torch.stack(list(adapter.R.values()))) * adapter.scaling
+    found = {
+        "base_model": adapter.base.name_or_path,
+        "task_type": adapter.task_type,
+        "rank": adapter.rank,
+        "scaling": adapter.scaling,
+        "modules": len(adapter.R),
+        "parameters": sum(R.numel() for R in adapter.R.values()),
+        "sha256": sha256_file(adapter.folder / "adapter.safetensors"),
+        "basis_sha256": adapter.basis_sha256,
+        "basis_source": adapter.basis_source,
+        "update_norm": {
+            "total": float(spectrum.square().sum().sqrt()),
+            "largest_singular_value": float(spectrum.max()),
+        },
+        "training": dict(adapter.training),
+    }
+    try:
+        adapter.load_basis()
+        found["basis_matches"] = True
+    except LoraSBError as error:
+        found["basis_matches"], found["basis_problem"] = False, str(error)
+    return found

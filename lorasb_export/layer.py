@@ -1,0 +1,163 @@
+"""The one formula, y = x·W0ᵀ + bias + s·((x·Aᵀ)·Rᵀ)·Bᵀ, as a layer that trains R alone.
+
+Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from . import environment
+from .errors import ArtifactError, BaseModelError
+
+environment.hide_broken_packages()
+from transformers.pytorch_utils import Conv1D  # noqa: E402  # after the broken packages are hidden
+
+if TYPE_CHECKING:
+    from .artifact import ModuleBasis
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a Linear or Conv1D as (out, in); a view, Conv1D stores it transposed."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+class _LoRASBFunction(torch.autograd.Function):
+    """Saves u = x·Aᵀ (tokens, r) for the backward pass and nothing of size (tokens, in)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        B: torch.Tensor,
+        R: torch.Tensor,
+        A: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        y = linear(x, weight, bias)
+        u = linear(x, A)
+        v = linear(u.to(R.dtype), R).to(x.dtype)
+        y.view(-1, y.shape[-1]).addmm_(v.view(-1, v.shape[-1]), B.T, alpha=scaling)
+        ctx.save_for_backward(u, weight, B, R, A)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        u, weight, B, R, A = ctx.saved_tensors
+        grad_v = ctx.scaling * (grad @ B).to(R.dtype)
+        grad_x = grad_R = None
+        if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
+            rank = R.shape[0]
+            grad_R = grad_v.reshape(-1, rank).T @ u.reshape(-1, rank).to(R.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_u = (grad_v @ R).to(grad.dtype)
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_u.view(-1, grad_u.shape[-1]), A)
+        return grad_x, None, None, None, grad_R, None, None
+
+
+class LoRASBLinear(nn.Module):
+    """A frozen Linear or Conv1D with one trainable R between frozen B and A.
+
+    R is fp32 whatever the base's dtype (float64 under a float64 base): updates of size lr would vanish in bf16.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(self, base: nn.Module, factors: ModuleBasis, R: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        weight = weight_of(base)
+        self.base = base
+        self.scaling = scaling
+        for name, factor in (("A", factors.A), ("B", factors.B)):
+            self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
+        self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.base.bias
+        y: torch.Tensor = _LoRASBFunction.apply(x, weight_of(self.base), bias, self.B, self.R, self.A, self.scaling)
+        return y
+
+    def delta(self) -> torch.Tensor:
+        """The update s·B·R·A, (out, in), in R's dtype."""
+        dtype = self.R.dtype
+        return self.scaling * (self.B.to(dtype) @ self.R @ self.A.to(dtype))
+
+
+def inject(
+    model: nn.Module, factors: Mapping[str, ModuleBasis], R: Mapping[str, torch.Tensor], scaling: float
+) -> dict[str, nn.Parameter]:
+    """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
+
+    Returns:
+        module name → its live R parameter.
+
+    Raises:
+        ArtifactError: the model lacks a module, or its shape differs from the basis's.
+        BaseModelError: the model carries PEFT layers, or a module is neither Linear nor Conv1D.
+    """
+    remove(model)
+    found = dict(model.named_modules())
+    for name, module in factors.items():
+        if name not in found:
+            raise ArtifactError(f"the model has no module {name}", fix="Use the base model of this basis")
+        _check_wrappable(name, found[name])
+        shape = tuple(weight_of(found[name]).shape)
+        if shape != (module.B.shape[0], module.A.shape[1]):
+            raise ArtifactError(f"module {name} is {shape}, the basis was made for another shape")
+    model.requires_grad_(False)
+    live = {}
+    for name, module in factors.items():
+        wrapped = LoRASBLinear(found[name], module, R[name], scaling)
+        _replace(model, name, wrapped)
+        live[name] = wrapped.R
+    return live
+
+
+def remove(model: nn.Module) -> None:
+    """Take every adapter off `model`; the base is left bit for bit as it was."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRASBLinear):
+            _replace(model, name, module.base)
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a sequence classifier's head: all that lie outside its body (`base_model_prefix`)."""
+    body = f"{model.base_model_prefix}."
+    return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+
+
+def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:
+    """Copy a trained head into `model`. Raises ArtifactError when a name or shape does not fit."""
+    parameters = head_parameters(model) if head else {}
+    for name, tensor in head.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ArtifactError(f"the model has no head parameter {name} of shape {list(tensor.shape)}")
+        parameters[name].data.copy_(tensor)
+
+
+def _check_wrappable(name: str, module: nn.Module) -> None:
+    if hasattr(module, "base_layer"):
+        raise BaseModelError(
+            "the model already carries PEFT layers", where=name, fix="Merge or unload them first, or load a plain base"
+        )
+    if not isinstance(module, LINEAR_TYPES):
+        raise BaseModelError(f"module {name} is a {type(module).__name__}, not a Linear or Conv1D")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

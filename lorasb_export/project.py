@@ -1,0 +1,244 @@
+"""`lorasb.toml`: the defaults of a project folder. Flags win; unknown keys are refused with the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .calibrate import CalibrationSettings
+from .errors import OutputError, SettingsError
+from .serve.names import check_name
+from .train import FitSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE_NAME = "lorasb.toml"
+OWN_BASIS = "own"
+
+_TASK_KEYS = ("data", "basis")
+_HUB_KEYS = ("repo", "public")
+_BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
+_FIT_KEYS = tuple(f.name for f in fields(FitSettings))
+_TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One `[tasks.NAME]` table."""
+
+    data: str
+    basis: str | None = None
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder and what its `lorasb.toml` says; all defaults where there is none."""
+
+    folder: Path
+    model: str | None = None
+    revision: str | None = None
+    basis_path: str = "basis"
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    repo: str | None = None
+    public: bool = False
+
+    @classmethod
+    def load(cls, config: str | Path | None = None) -> Project:
+        """Read `config`, or `lorasb.toml` in the working folder where there is one.
+
+        Raises:
+            SettingsError: the file named is not there, is not TOML, or has unknown keys or values of a wrong type;
+                all problems at once.
+        """
+        path = Path(config) if config else Path(FILE_NAME)
+        if not path.is_file():
+            if config:
+                raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")
+            return cls(Path.cwd())
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SettingsError(f"not valid TOML: {error}", where=path) from None
+        problems = _problems(content)
+        if problems:
+            raise SettingsError("; ".join(problems), where=path, fix="See docs/reference/project-file.md")
+        basis, hub = content.get("basis", {}), content.get("hub", {})
+        return cls(
+            folder=path.resolve().parent,
+            model=content.get("model"),
+            revision=content.get("revision"),
+            basis_path=basis.get("path", "basis"),
+            calibration={key: value for key, value in basis.items() if key != "path"},
+            fit=content.get("fit", {}),
+            tasks={name: Task(**table) for name, table in content.get("tasks", {}).items()},
+            repo=hub.get("repo"),
+            public=hub.get("public", False),
+        )
+
+    def path(self, relative: str) -> Path:
+        """A path written in the project file, which is relative to that file."""
+        return self.folder / relative
+
+    def adapter_folder(self, name: str) -> Path:
+        return self.folder / "adapters" / name
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters there are, sorted."""
+        return sorted(path.parent.name for path in (self.folder / "adapters").glob("[!.]*/adapter_config.json"))
+
+    def shared_tasks(self) -> list[str]:
+        """Names of the tasks that use the project's shared basis. Raises SettingsError when there is none."""
+        names = [name for name, task in self.tasks.items() if task.basis is None]
+        if not names:
+            raise SettingsError(
+                "no task to calibrate on", where=FILE_NAME, fix="Add [tasks.NAME] data = …, or pass --data"
+            )
+        return names
+
+    def find_adapter(self, word: str | None) -> str:
+        """The folder or Hub id behind a word: an adapter of this project by name, else the word itself.
+
+        None is the adapter of the project's first task that has one.
+
+        Raises:
+            SettingsError: None, and the project has no adapter.
+        """
+        names = self.adapter_names()
+        if word is None:
+            ordered = [name for name in self.tasks if name in names] + names
+            if not ordered:
+                raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
+            word = ordered[0]
+        return str(self.adapter_folder(word)) if word in names else word
+
+    def find_folder(self, word: str | None) -> str:
+        """As `find_adapter`, but any existing folder of that name comes first."""
+        return word if word is not None and Path(word).is_dir() else self.find_adapter(word)
+
+    def task_source(self, name: str) -> str:
+        """The data of a task: a path made absolute where it exists, else a Hub dataset id.
+
+        Raises:
+            SettingsError: the project has no such task.
+        """
+        if name not in self.tasks:
+            near = _nearest(name, self.tasks)
+            raise SettingsError(
+                f"no task {name!r} in the project{near}", where=FILE_NAME, fix="Add [tasks.NAME] data = …"
+            )
+        source = self.tasks[name].data
+        return str(self.path(source)) if self.path(source).exists() else source
+
+    def require_model(self) -> str:
+        """The base model. Raises SettingsError when neither file nor flag names one."""
+        if self.model is None:
+            raise SettingsError("no base model", where=FILE_NAME, fix='Set model = "…", or pass --model')
+        return str(self.path(self.model)) if self.path(self.model).exists() else self.model
+
+
+_TEMPLATE = """\
+# The project file of lorasb: defaults for every verb run in this folder. Flags win.
+model = {model}          # a folder or a Hub id
+
+[basis]                  # one frozen basis, calibrated over all tasks below
+rank = {rank}
+# samples = 32           # rows of each task: a count, or a fraction below 1
+# targets = "all-linear" # or module name endings: "q_proj,v_proj"
+
+[fit]
+epochs = {epochs}
+# batch_size = 8
+# learning_rate = 6e-3
+# dtype = "float32"      # of the frozen base; R is always fp32
+
+{tasks}
+# [hub]
+# repo = "me/{first}-lorasb"
+"""
+
+
+def write_project(
+    path: str | Path | None, model: str, tasks: Mapping[str, str], *, overwrite: bool = False, **changes: Any
+) -> Path:
+    """Write a commented `lorasb.toml`; `tasks` is name → data.
+
+    Args:
+        changes: `rank` or `epochs`, where they are not the default.
+
+    Raises:
+        OutputError: the file exists and `overwrite` is false.
+        SettingsError: a task's name is not fit for a folder.
+    """
+    path = Path(path or FILE_NAME)
+    if path.exists() and not overwrite:
+        raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
+    refuse_bad_names(tasks)
+    tables = "".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items())
+    values = {"rank": CalibrationSettings.rank, "epochs": FitSettings.epochs, **changes}
+    path.write_text(
+        _TEMPLATE.format(model=json.dumps(model), tasks=tables, first=next(iter(tasks)), **values), encoding="utf-8"
+    )
+    return path
+
+
+def refuse_bad_names(names: Iterable[str]) -> None:
+    """Raise SettingsError for a task name that is not fit for a folder and a served model."""
+    problems = [problem for problem in map(check_name, names) if problem]
+    if problems:
+        raise SettingsError("; ".join(problems), where="tasks", fix="Rename the task")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _problems(content: Mapping[str, Any]) -> list[str]:
+    """Every unknown key and every value of a wrong type."""
+    found = _check_table("", content, _TOP_KEYS, {"model": (str,), "revision": (str,)})
+    for section, keys, types in (
+        ("basis", _BASIS_KEYS, _types(CalibrationSettings) | {"path": (str,)}),
+        ("fit", _FIT_KEYS, _types(FitSettings)),
+        ("hub", _HUB_KEYS, {"repo": (str,), "public": (bool,)}),
+    ):
+        found += _check_table(section, content.get(section, {}), keys, types)
+    tasks = content.get("tasks", {})
+    for name, table in tasks.items() if isinstance(tasks, dict) else ():
+        found += [problem for problem in [check_name(name)] if problem]
+        found += _check_table(f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,)})
+        if isinstance(table, dict) and "data" not in table:
+            found.append(f"[tasks.{name}] lacks data")
+    return found
+
+
+def _check_table(section: str, table: Any, keys: tuple[str, ...], types: Mapping[str, Any]) -> list[str]:
+    place = f"[{section}] " if section else ""
+    if not isinstance(table, dict):
+        return [f"{place}must be a table"]
+    problems = [f"{place}unknown key {key!r}{_nearest(key, keys)}" for key in table if key not in keys]
+    for key, value in table.items():
+        allowed = types.get(key)
+        wrong = allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed))
+        if wrong:
+            problems.append(f"{place}{key} = {value!r} has the wrong type")
+    return problems
+
+
+def _types(settings: type) -> dict[str, tuple[type, ...]]:
+    """The types a TOML value of each setting may have, from the type of its default."""
+    allowed: dict[str, tuple[type, ...]] = {}
+    for setting in fields(settings):
+        names = str(setting.type).split(" | ")
+        types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+        allowed[setting.name] = tuple(t for name in names if name != "None" for t in types[name])
+    return allowed

@@ -1,0 +1,1 @@
+"""`lorasb quickstart`: the whole line on a small real model."""

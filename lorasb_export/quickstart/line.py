@@ -1,0 +1,228 @@
+"""The whole line: two tasks, one basis, two adapters; merged, exported, served, and compared row by row."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import Adapter
+from ..base import BaseModel
+from ..calibrate import CalibrationSettings, calibrate
+from ..data import TaskData, load_task, prompt_ids
+from ..errors import MissingPackageError
+from ..export.onnx import export_onnx
+from ..export.onnx_run import OnnxDecoder
+from ..export.peft import export_peft
+from ..hub import push
+from ..inference import answers, exact_match, max_answer_tokens, record_evaluation
+from ..layer import remove
+from ..merge import merge
+from ..project import Project, write_project
+from ..serve import running_server
+from ..storage import atomic_folder
+from ..train import FitSettings, fit
+from .model import small_model
+from .tasks import write_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COLUMNS = ("base", "adapter", "merged", "peft", "onnx", "served")
+_MERGED = "dates"
+_DTYPE = "float32"  # all ways are compared row by row: no rounding may come between them
+_FIT = FitSettings(epochs=1, learning_rate=6e-3, checkpoint_every=25, dtype=_DTYPE)
+
+
+class _Line:
+    """What the steps share: the tasks' held-out rows, the answers of each way, the seconds of each step."""
+
+    def __init__(self, tasks: Mapping[str, TaskData], say: Callable[[str], None]) -> None:
+        self.tasks = tasks
+        self.say = say
+        self.answers: dict[str, dict[str, list[str]]] = {name: {} for name in tasks}
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str, words: str) -> Iterator[None]:
+        self.say(f"{words} …")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+    def prompts(self, task: str) -> list[str]:
+        return [row["prompt"] for row in self.tasks[task].rows("test")]
+
+    def ask(self, way: str, task: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        rows = self.tasks[task].rows("test")
+        limit = max_answer_tokens(tokenizer, rows)
+        self.answers[task][way] = answers(network, tokenizer, self.prompts(task), max_tokens=limit)
+
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        return {
+            name: {
+                way: round(exact_match(found[way], self.tasks[name].rows("test")), 4) if way in found else None
+                for way in COLUMNS
+            }
+            for name, found in self.answers.items()
+        }
+
+    def disagreements(self) -> list[str]:
+        """Rows on which another way answers otherwise than the adapter in torch."""
+        return [
+            f"{name} row {number}: {way} says {other!r}, the adapter {ours!r}"
+            for name, found in self.answers.items()
+            for way in COLUMNS[2:]
+            for number, (ours, other) in enumerate(zip(found["adapter"], found.get(way, found["adapter"]), strict=True))
+            if ours.strip() != other.strip()
+        ]
+
+
+def quickstart(
+    out: str | Path, *, serve: bool = True, overwrite: bool = False, say: Callable[[str], None] = print
+) -> tuple[dict[str, Any], str]:
+    """Run the whole line in the new project folder `out`.
+
+    Returns:
+        a result (`base_model`, `basis`, `adapters`, `merged`, `merged_adapter`, `peft`, `onnx`, `exact_match`,
+        `disagreements`, `seconds`) and the same as text for people.
+
+    Raises:
+        OutputError: `out` exists.
+        MissingPackageError: PEFT is not installed, which the comparison needs.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPackageError("PEFT is not installed", fix="pip install 'lorasb[cpu]'")
+    out = Path(out).absolute()
+    started = time.monotonic()
+    say("Getting SmolLM2-135M-Instruct …")
+    base = BaseModel.resolve(small_model())
+    with atomic_folder(out, overwrite=overwrite) as temporary:  # only the project: the steps below write into it
+        data = write_tasks(temporary / "data")
+        write_project(temporary / "lorasb.toml", base.name_or_path, {name: f"data/{name}" for name in data}, epochs=1)
+    tasks = {name: load_task(name, out / "data" / name) for name in data}
+    project = Project.load(out / "lorasb.toml")
+    line = _Line(tasks, say)
+    line.seconds["model"] = round(time.monotonic() - started, 1)
+
+    network, tokenizer = base.load(dtype=_DTYPE), base.load_tokenizer()
+    folders = {name: project.adapter_folder(name) for name in tasks}
+    with line.step("calibrate", "Calibrating one basis on both tasks"):
+        settings = CalibrationSettings(**{**project.calibration, "dtype": _DTYPE})
+        calibrate(base, tasks, settings, network=network).save(out / "basis")
+    with line.step("base", "Asking the base model"):
+        for name in tasks:
+            line.ask("base", name, network, tokenizer)
+    for name in tasks:
+        with line.step(f"fit_{name}", f"Fitting {name}"):
+            fit(base, out / "basis", tasks[name], folders[name], _FIT, network=network)
+        with line.step(f"adapter_{name}", f"Asking the adapter {name}"):
+            line.ask("adapter", name, network, tokenizer)
+        _record(line, name, folders[name])
+    remove(network)
+    adapter = folders[_MERGED]
+    with line.step("merge", f"Merging {_MERGED}"):
+        merge(adapter, out / "model", dtype=_DTYPE)
+        line.ask("merged", _MERGED, BaseModel.resolve(out / "model").load(dtype=_DTYPE), tokenizer)
+    with line.step("peft", f"Exporting {_MERGED} to PEFT"):
+        export_peft(adapter, out / "peft")
+        line.ask("peft", _MERGED, _load_peft(network, out / "peft"), tokenizer)
+    del network
+    with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
+        export_onnx(adapter, out / "onnx")
+        line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
+    plan = push(adapter, "you/dates-lorasb", dry_run=True)
+    if serve and importlib.util.find_spec("vllm") is not None:
+        with line.step("serve", "Starting vLLM with both adapters and asking it"):
+            _ask_server(line, folders, tokenizer)
+    else:
+        say("vLLM is not installed (or --no-serve): the column 'served' stays empty")
+
+    result = {
+        "base_model": base.name_or_path,
+        "basis": str(out / "basis"),
+        "adapters": {name: str(folder) for name, folder in folders.items()},
+        "merged": str(out / "model"),
+        "merged_adapter": _MERGED,
+        "peft": str(out / "peft"),
+        "onnx": str(out / "onnx"),
+        "exact_match": line.scores(),
+        "disagreements": line.disagreements(),
+        "seconds": {**line.seconds, "total": round(time.monotonic() - started, 1)},
+    }
+    return result, _report(result, out, push_bytes=plan["bytes"])
+
+
+def _record(line: _Line, name: str, folder: Path) -> None:
+    scores = line.scores()[name]
+    rows = len(line.prompts(name))
+    record_evaluation(
+        folder,
+        {"split": "test", "metric": "exact_match", "base": scores["base"], "adapter": scores["adapter"], "rows": rows},
+    )
+
+
+def _load_peft(network: PreTrainedModel, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(network, str(folder)).eval()  # type: ignore[arg-type]
+
+
+def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    rows = line.tasks[_MERGED].rows("test")
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    decoder = OnnxDecoder(folder)
+    ids = decoder.generate(prompts, max_answer_tokens(tokenizer, rows), {tokenizer.eos_token_id})
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> None:
+    from openai import OpenAI
+
+    with running_server(folders, dtype=_DTYPE, extra=["--max-model-len", "512"]) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+
+        def ask(name: str, prompt: str, limit: int) -> str:
+            reply = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=limit
+            )
+            return reply.choices[0].message.content or ""
+
+        with ThreadPoolExecutor(16) as pool:
+            waiting = {}
+            for name, task in line.tasks.items():
+                limit = max_answer_tokens(tokenizer, task.rows("test"))
+                waiting[name] = [pool.submit(ask, name, prompt, limit) for prompt in line.prompts(name)]
+            for name, futures in waiting.items():
+                line.answers[name]["served"] = [future.result() for future in futures]
+
+
+def _report(result: Mapping[str, Any], out: Path, *, push_bytes: int) -> str:
+    lines = ["", "Exact match on held-out rows", "  ".join(f"{word:>8}" for word in ("task", *COLUMNS))]
+    for name, scores in result["exact_match"].items():
+        cells = ["-" if scores[way] is None else f"{scores[way]:.0%}" for way in COLUMNS]
+        lines.append("  ".join(f"{word:>8}" for word in (name, *cells)))
+    disagreements: Sequence[str] = result["disagreements"]
+    lines.append(f"Rows on which two ways differ: {len(disagreements)}")
+    lines += disagreements[:5]
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items())
+    lines += [
+        f"Seconds: {steps}",
+        "",
+        f"Everything is in {out}. Look around there:",
+        f"  cd {out}",
+        "  lorasb inspect adapters/dates",
+        "  lorasb generate 'Date: 3rd of May 2031'",
+        "  lorasb serve --adapters dates,orders",
+        f"  lorasb push adapters/dates --repo you/dates-lorasb   # {push_bytes / 1e6:.1f} MB, the basis included; private",
+        "",
+        "The same on your own data:",
+        "  lorasb init --model HuggingFaceTB/SmolLM2-135M-Instruct --task mine=path/to/folder-with-train.jsonl",
+        "  lorasb fit",
+        "  lorasb merge --out model/",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""`serve`: check, fold, start vLLM, and leave nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .. import environment
+from ..errors import MissingPackageError, OutputError
+from .names import resolve_adapters
+from .plan import make_plan
+from .server import RunningServer
+
+logger = logging.getLogger(__name__)
+
+Adapters = Mapping[str, str | Path] | Sequence[str]
+
+
+def serve(
+    adapters: Adapters = (),
+    *,
+    model: str | None = None,
+    mode: str = "folded",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "auto",
+    extra: Sequence[str] = (),
+    dry_run: bool = False,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> int | dict[str, Any]:
+    """Serve a base model with `adapters`, or the merged model `model` alone, until interrupted.
+
+    Call it from the main thread: it stops at SIGINT and SIGTERM. The server's log goes to stderr.
+
+    Args:
+        adapters: served name → adapter folder or Hub id; or words as `resolve_adapters` reads them, with names
+            looked up in `adapters/`.
+        model: the base, where the adapters do not find it themselves; without adapters, any model folder or Hub id.
+        mode: `folded`: each adapter is served as an ordinary LoRA.
+        port: 0 takes any free one.
+        dtype: as vLLM's `--dtype`.
+        extra: further vLLM flags; they win over the ones chosen here.
+        dry_run: check everything, start nothing, return `command`, `environment`, `models` and `memory`.
+        on_ready: called once with `url`, `models` and `pid` when the server answers.
+
+    Returns:
+        the exit code: 130 after Ctrl-C, 143 after SIGTERM, 0 when the server ended by itself without error.
+
+    Raises:
+        SettingsError, ArtifactError, BaseModelError: an adapter cannot be served, or not with this base.
+        OutputError: the port is taken, or the disk is full.
+        MissingPackageError: vLLM is not installed.
+        ServerError: the server ended with an error; its last lines are in the message.
+    """
+    options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
+    if dry_run:
+        return make_plan(_named(adapters), **options).describe()
+    try:
+        with _sigterm_interrupts(), running_server(adapters, **options, echo=True) as server:
+            if on_ready is not None:
+                on_ready({"url": server.url, "models": server.models, "pid": server.pid})
+            return server.wait()
+    except KeyboardInterrupt as interrupt:
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+
+
+@contextmanager
+def running_server(
+    adapters: Adapters = (),
+    *,
+    model: str | None = None,
+    mode: str = "folded",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    dtype: str = "auto",
+    extra: Sequence[str] = (),
+    echo: bool = False,
+) -> Iterator[RunningServer]:
+    """A server in the background, ready when the block starts and gone when it ends. Arguments and errors as `serve`.
+
+    Args:
+        echo: copy the server's log to stderr.
+    """
+    port = _claim_port(host, port)
+    if importlib.util.find_spec("vllm") is None:
+        fix = "Run: pip install 'lorasb[cpu]', or 'lorasb[gpu]' on a machine with an accelerator"
+        raise MissingPackageError("vLLM is not installed", fix=fix)
+    if not _is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
+        logger.warning("Listening on %s without a key: set VLLM_API_KEY, or keep to 127.0.0.1 behind a proxy", host)
+    plan = make_plan(_named(adapters), model=model, mode=mode, host=host, port=port, dtype=dtype, extra=extra)
+    with tempfile.TemporaryDirectory(prefix="lorasb-", ignore_cleanup_errors=True) as folder:
+        plan.fold(Path(folder))
+        changes = plan.environment() | _keep_inside(folder)
+        command, variables = plan.command(folder), environment.child_environment(**changes)
+        del plan  # its tensors are on disk now
+        server = RunningServer(command, variables, _url(host, port), echo=echo)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+def _named(adapters: Adapters) -> Mapping[str, str | Path]:
+    if isinstance(adapters, Mapping):
+        return adapters
+    return resolve_adapters(adapters, Path("adapters")) if adapters else {}
+
+
+def _keep_inside(folder: str) -> dict[str, str]:
+    """Variables that make vLLM put what it never removes (sockets, a rendezvous file) into `folder`, to go with it."""
+    if len(folder) > 64:  # a socket's path has room for about 100 characters, and vLLM appends 37
+        return {}
+    # The compiler's cache is worth a minute at the next start, and has to stay where it was.
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)}
+
+
+def _claim_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises OutputError when the address cannot be listened on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fix = "Stop what listens there, or give another --port"
+            raise OutputError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from None
+        return int(probe.getsockname()[1])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that every `finally` runs."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,189 @@
+"""Files: safetensors headers, strict JSON, digests, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, OutputError
+
+MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors format itself
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its safetensors header describes it; `start` and `end` are absolute file offsets."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors (in file order) and metadata of a safetensors file, without reading a byte of weights.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, or its header contradicts itself.
+    """
+
+    def bad(what: str) -> ArtifactError:
+        return ArtifactError(what, where=path, fix="The file is damaged: fetch or write it again")
+
+    if not path.is_file():
+        raise ArtifactError("file not found", where=path, fix="Check the path")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise bad("not a safetensors file, or truncated in its header")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            infos = {
+                name: TensorInfo(
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    8 + length + entry["data_offsets"][0],
+                    8 + length + entry["data_offsets"][1],
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise bad("unreadable safetensors header") from None
+    infos = dict(sorted(infos.items(), key=lambda item: item[1].start))
+    position = 8 + length
+    for name, info in infos.items():
+        if info.dtype not in DTYPE_BYTES or math.prod(info.shape) * DTYPE_BYTES[info.dtype] != info.nbytes:
+            raise bad(f"tensor {name}: {info.nbytes} bytes do not hold {info.dtype} {list(info.shape)}")
+        if info.start != position:
+            raise bad(f"tensor {name}: the data has a gap or overlaps")
+        position = info.end
+    if position != size:
+        raise bad(f"truncated: the header promises {position} bytes, the file has {size}")
+    return infos, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`. Raises ArtifactError when it is missing or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError("file not found", where=path, fix="Check the path") from None
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"unreadable JSON: {error}", where=path) from None
+    if not isinstance(value, dict):
+        raise ArtifactError("expected a JSON object", where=path)
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` with sorted keys, so that equal content is equal bytes."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_keys(found: Mapping[str, Any], required: set[str], where: object) -> None:
+    """Refuse unknown and missing keys of a JSON object, all at once."""
+    unknown, missing = sorted(set(found) - required), sorted(required - set(found))
+    if unknown or missing:
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ArtifactError(
+            f"wrong keys: {'; '.join(parts)}", where=where, fix="Written by another version, or edited by hand"
+        )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise OutputError when `target` exists with content and may not be replaced."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() and not overwrite:
+        raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
+
+    Every file is fsynced before the rename. A process killed inside the block leaves a hidden
+    `.NAME.tmp-PID` beside an untouched target; the next call for the same target removes it.
+    A replaced target is first moved to `.NAME.old`, and put back if the process dies before the new
+    folder is in place.
+
+    Raises:
+        OutputError: the target exists and `overwrite` is false, or its parent cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    old = target.parent / f".{target.name}.old"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        refuse_existing(target, overwrite)
+        for stale in target.parent.glob(f".{target.name}.tmp-*"):
+            if not _process_is_alive(int(stale.name.rsplit("-", 1)[1])):
+                shutil.rmtree(stale)
+        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        temporary.mkdir()
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write: {error.strerror}", where=target.parent, fix="Choose another path") from None
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _fsync(path)
+        _fsync(temporary)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        temporary.rename(target)
+        _fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

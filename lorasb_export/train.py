@@ -1,0 +1,288 @@
+"""Training R: a transformers Trainer that trains, saves and resumes nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from . import environment
+from .artifact import Adapter, Basis, versions
+from .base import SEQ_CLS, BaseModel
+from .data import TaskData, collate, encode, load_task, row_losses
+from .errors import ArtifactError, OutputError, SettingsError, TrainingError
+from .layer import head_parameters
+from .plot import plot_losses
+from .storage import atomic_folder, read_json, refuse_existing, write_json
+
+environment.hide_broken_packages()
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402  # after the broken packages are hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How an adapter is trained.
+
+    Attributes:
+        epochs: passes over the training rows.
+        max_steps: stop after this many optimizer steps; overrides `epochs`.
+        batch_size: rows per forward pass.
+        accumulate: forward passes per optimizer step.
+        learning_rate: peak rate of AdamW.
+        schedule: `linear`, `cosine` or `constant_with_warmup`.
+        warmup: share of the steps spent warming up.
+        weight_decay: on R; 0 by default.
+        max_grad_norm: gradient norm clip.
+        scaling: s.
+        init: R0: `svd` (S/s, the paper) or `zero` (start as the base model).
+        max_length: rows are cut after this many tokens.
+        checkpoint_every: optimizer steps between checkpoints.
+        dtype: `auto` (the checkpoint's) or a torch float type for the frozen base; R is fp32 in any case.
+        seed: row order, and a new classification head.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 6e-3
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    scaling: float = 1.0
+    init: str = "svd"
+    max_length: int = 512
+    checkpoint_every: int = 50
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init not in ("svd", "zero"):
+            raise SettingsError(f"init is {self.init!r}", fix="Use svd or zero")
+        if self.schedule not in ("linear", "cosine", "constant_with_warmup"):
+            raise SettingsError(f"schedule is {self.schedule!r}", fix="Use linear, cosine or constant_with_warmup")
+        for name in ("epochs", "batch_size", "accumulate", "learning_rate", "scaling", "max_length"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
+        if self.checkpoint_every < 1 or (self.max_steps is not None and self.max_steps < 1):
+            raise SettingsError("checkpoint_every and max_steps must be at least 1")
+
+
+def fit(
+    model: str | BaseModel,
+    basis: str | Path | Basis,
+    data: str | Path | TaskData,
+    out: str | Path,
+    settings: FitSettings | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    network: PreTrainedModel | None = None,
+) -> Adapter:
+    """Train one task's R in a frozen basis and write the adapter folder `out`.
+
+    While it runs, checkpoints lie in the hidden sibling `.NAME.run`; it is removed once `out` is in place.
+
+    Args:
+        basis: a basis folder, a Hub id, or a loaded Basis.
+        data: folder, file, Hub dataset id, or loaded task.
+        resume: go on from the last complete checkpoint of an interrupted run with the same settings and data.
+        network: the loaded base, where the caller already has it; its adapters are replaced.
+
+    Raises:
+        OutputError: `out` exists, or an interrupted run does and neither `resume` nor `overwrite` is given.
+        TrainingError: nothing to resume, other settings than the interrupted run's, or a loss that is not finite.
+        DataError, BaseModelError, ArtifactError: the inputs are bad or do not belong together.
+    """
+    started = time.monotonic()
+    settings = settings or FitSettings()
+    out = Path(os.path.abspath(out))
+    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+    basis = basis if isinstance(basis, Basis) else Basis.load(basis)
+    task = data if isinstance(data, TaskData) else load_task(out.name, data)
+    base.verify(basis.base, basis.modules)
+    refuse_existing(out, overwrite)
+
+    run = out.parent / f".{out.name}.run"
+    identity = {
+        "settings": asdict(settings),
+        "data_sha256": task.sha256,
+        "basis_sha256": basis.sha256,
+        "base_fingerprint": basis.base.fingerprint,
+    }
+    checkpoint = _open_run(run, identity, resume, overwrite)
+
+    if network is None:
+        count = len(task.labels) if task.task_type == SEQ_CLS else None
+        network = base.load(task.task_type, dtype=settings.dtype, num_labels=count, seed=settings.seed)
+    adapter = Adapter.attach(network, basis, scaling=settings.scaling, init=settings.init)
+    adapter.task_type = task.task_type
+    if task.task_type == SEQ_CLS:
+        adapter.head = {name: parameter.requires_grad_(True) for name, parameter in head_parameters(network).items()}
+
+    tokenizer = base.load_tokenizer()
+    rows = {
+        split: encode(task.splits[split], tokenizer, task.task_type, task.labels, settings.max_length)
+        for split in ("train", "valid")
+        if task.splits.get(split)
+    }
+    trainer = _RTrainer(
+        adapter=adapter,
+        identity=identity,
+        model=network,
+        args=_arguments(settings, run, has_valid="valid" in rows, rows=len(rows["train"])),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("valid"),
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        compute_loss_func=_mean_loss,
+        callbacks=[_StopOnBadLoss()],
+    )
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    network.eval()
+
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    valid = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    dropped = len(task.splits["train"]) - len(rows["train"])
+    adapter.training = {
+        "task": task.name,
+        "data": task.source,
+        "data_sha256": task.sha256,
+        "rows": len(rows["train"]),
+        "rows_left_out": dropped,
+        "labels": task.labels,
+        "steps": trainer.state.global_step,
+        "train_loss": round(result.training_loss, 6),
+        "valid_loss": round(valid[-1], 6) if valid else None,
+        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+        "settings": asdict(settings),
+        "plot": "training.png",
+    }
+    with atomic_folder(out, overwrite=overwrite) as temporary:
+        adapter.write_into(temporary, out)
+        (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        plot_losses(history, temporary / "training.png", title=f"{task.name}: loss")
+        provenance = {"kind": "adapter", **identity, "seconds": round(time.monotonic() - started, 1)}
+        write_json(temporary / "lorasb.json", {**provenance, "base": dict(basis.base.__dict__), "versions": versions()})
+    shutil.rmtree(run)
+    adapter.folder = out
+    return adapter
+
+
+def _open_run(run: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
+    """Prepare the working folder; returns the checkpoint to resume from."""
+    if resume:
+        last = _last_complete(run)
+        if last is None:
+            raise TrainingError("nothing to resume", where=run, fix="Run fit without --resume")
+        saved = read_json(last / _COMPLETE)
+        differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
+        if differing:
+            raise TrainingError(
+                f"the interrupted run had other {', '.join(differing)}",
+                where=run,
+                fix="Resume with the same settings and data, or start afresh with --overwrite",
+            )
+        return last
+    if _last_complete(run) is not None and not overwrite:
+        raise OutputError(
+            "an interrupted run is there", where=run, fix="Continue it with --resume, or start afresh with --overwrite"
+        )
+    shutil.rmtree(run, ignore_errors=True)
+    return None
+
+
+def _last_complete(run: Path) -> Path | None:
+    done = [marker.parent for marker in run.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(done, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _arguments(settings: FitSettings, run: Path, *, has_valid: bool, rows: int) -> TrainingArguments:
+    per_epoch = math.ceil(rows / (settings.batch_size * settings.accumulate))
+    steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
+    return TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch_fused",
+        logging_steps=max(1, min(10, steps // 10)),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_valid else "no",
+        eval_steps=max(1, steps // 4),
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the newest may be incomplete when the process is killed
+        seed=settings.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=bool(os.environ.get("TQDM_DISABLE")),
+    )
+
+
+def _mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+    """Mean over the labels of the whole optimizer step, whatever its split into batches and processes."""
+    losses, counts = row_losses(outputs.logits, labels)
+    return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class _StopOnBadLoss(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise TrainingError(
+                f"the loss is {loss} at step {state.global_step}", fix="Lower the learning rate, or use --dtype float32"
+            )
+
+
+class _RTrainer(Trainer):
+    """Checkpoints hold R (and a head), the optimizer, the scheduler and the RNG; never the base."""
+
+    def __init__(self, *, adapter: Adapter, identity: Mapping[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.adapter = adapter
+        self.identity = identity
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter.safetensors").write_bytes(self.adapter.tensor_bytes())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            write_json(folder / _COMPLETE, self.identity)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / "adapter.safetensors"
+        saved = load_file(path)
+        live = self.adapter.tensors()
+        if set(saved) != set(live):
+            raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
+        for name, tensor in live.items():
+            tensor.data.copy_(saved[name])

@@ -1,0 +1,71 @@
+"""Random bases and adapters on tiny random models, for tests that need real folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lorasb_export import environment
+
+environment.hide_broken_packages()
+
+from transformers import PreTrainedModel  # noqa: E402
+
+from lorasb_export.artifact import Adapter, Basis, ModuleBasis  # noqa: E402
+from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
+from lorasb_export.layer import head_parameters, weight_of  # noqa: E402
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(
+    base: Path,
+    model: PreTrainedModel,
+    folder: Path,
+    modules: list[str],
+    *,
+    rank: int = 4,
+    scaling: float = 2.0,
+    task_type: str = CAUSAL_LM,
+    relative_size: float | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """An adapter with its basis embedded: B, A orthonormal, R not symmetric, and a random head for a classifier.
+
+    `relative_size` is that of the update, ‖s·B·R·A‖ / ‖W0‖ = s·‖R‖ / ‖W0‖, the same in every module.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = dict(model.named_modules())
+    factors, R = {}, {}
+    for name in modules:
+        weight = weight_of(found[name])
+        rows, columns = weight.shape
+        B = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+        A = torch.linalg.qr(torch.randn(columns, rank, generator=generator))[0].T.contiguous()
+        factors[name] = ModuleBasis(B, A, torch.ones(rank))
+        R[name] = torch.randn(rank, rank, generator=generator)
+        if relative_size is not None:
+            R[name] *= relative_size * weight.detach().norm() / (scaling * R[name].norm())
+    ref = BaseModel.resolve(base).ref(modules)
+    basis = Basis(ref, rank, factors, {"samples": 1})
+    head = {}
+    if task_type != CAUSAL_LM:
+        head = {name: torch.randn(p.shape, generator=generator) for name, p in head_parameters(model).items()}
+    adapter = Adapter(ref, basis.sha256, None, R, scaling, task_type, head, basis=basis)
+    adapter.save(folder)
+    return Adapter.load(folder)
+
+
+def write_in(model: PreTrainedModel, adapter: Adapter) -> None:
+    """W0 + s·B·R·A by hand, and the head."""
+    found = dict(model.named_modules())
+    for name, R in adapter.R.items():
+        module = adapter.load_basis().modules[name]
+        weight_of(found[name]).data += adapter.scaling * module.B @ R @ module.A
+    parameters = dict(model.named_parameters())
+    for name, tensor in adapter.head.items():
+        parameters[name].data.copy_(tensor)

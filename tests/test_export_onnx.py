@@ -1,0 +1,309 @@
+"""ONNX exports answer as torch does with W0 + s·B·R·A in its weights, computed here in float64."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorasb_export import environment
+from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.base import BaseModel, artifact_kind
+from lorasb_export.errors import (
+    ArtifactError,
+    BaseModelError,
+    DataError,
+    MissingPackageError,
+    OutputError,
+    ServerError,
+    SettingsError,
+)
+
+environment.hide_broken_packages()
+ort = pytest.importorskip("onnxruntime")
+og = pytest.importorskip("onnxruntime_genai")
+
+from tokenizers import Tokenizer, models  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lorasb_export.export.onnx import export_onnx  # noqa: E402
+from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
+from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
+from lorasb_export.export.onnx_verify import torch_greedy  # noqa: E402
+
+RANK, EOS, TOKENS = 8, 2, 24
+LENGTHS = (3, 17, 9, 1, 17, 30, 2, 5, 11)  # more than one batch, of unequal rows
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A tokenizer of single characters; returns the size of its vocabulary."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder)
+    return len(vocab)
+
+
+def save_basis(base: Path, folder: Path, modules: list[str], seed: int) -> Basis:
+    """Orthonormal random factors for `modules` of the model in `base`."""
+    generator = torch.Generator().manual_seed(seed)
+    network = BaseModel.resolve(base).load(device="cpu")
+
+    def factor(size: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, RANK, generator=generator)).Q
+
+    factors = {}
+    for name in modules:
+        rows, columns = network.get_submodule(name).weight.shape
+        factors[name] = ModuleBasis(factor(rows), factor(columns).T.contiguous(), torch.ones(RANK))
+    Basis(BaseModel.resolve(base).ref(factors), RANK, factors, {"seed": seed}).save(folder)
+    return Basis.load(folder)
+
+
+def save_adapter(basis: Basis, folder: Path, seed: int, scaling: float = 1.0, **options: Any) -> Path:
+    """A random R, not symmetric, large enough to change the answers."""
+    generator = torch.Generator().manual_seed(seed)
+    R = {name: 0.5 * torch.randn(RANK, RANK, generator=generator) for name in basis.modules}
+    Adapter(basis.base, basis.sha256, basis.source, R, scaling, basis=basis, **options).save(folder)
+    return folder
+
+
+def merged(base: Path, adapter: Path | None) -> PreTrainedModel:
+    """The reference: torch with W0 + s·B·R·A in its weights."""
+    network = BaseModel.resolve(base).load(device="cpu")
+    if adapter is not None:
+        task = Adapter.load(adapter)
+        for name, (B, A, _) in task.load_basis().modules.items():
+            weight = network.get_submodule(name).weight
+            weight.data = (weight.double() + task.scaling * B.double() @ task.R[name].double() @ A.double()).float()
+    return network
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 98, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answers(network: PreTrainedModel, eos: set[int]) -> list[list[int]]:
+    return [torch_greedy(network, prompt, TOKENS, eos)[0] for prompt in prompts()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with grouped queries and biases; adapters red and blue of one basis, stranger of another."""
+    root = tmp_path_factory.mktemp("onnx")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(root / "base"),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=True,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
+    network = LlamaForCausalLM(config)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(root / "base")
+    modules = [name for name, module in network.named_modules() if "proj" in name and hasattr(module, "weight")]
+    basis = save_basis(root / "base", root / "basis", modules, seed=1)
+    save_adapter(basis, root / "red", seed=10)
+    save_adapter(basis, root / "blue", seed=11, scaling=0.5)
+    save_adapter(save_basis(root / "base", root / "basis2", modules[:3], seed=2), root / "stranger", seed=12)
+    return root
+
+
+@pytest.fixture(scope="module")
+def red_onnx(world: Path) -> Path:
+    export_onnx(world / "red", world / "red-onnx")
+    return world / "red-onnx"
+
+
+@pytest.fixture(scope="module")
+def tasks_onnx(world: Path) -> Path:
+    export_onnx_adapters([world / "red", world / "blue"], world / "tasks-onnx", verify=True)
+    return world / "tasks-onnx"
+
+
+def test_merged_folder_is_complete(red_onnx: Path) -> None:
+    names = {path.name for path in red_onnx.iterdir()}
+    assert names == {
+        *("model.onnx", "model.onnx.data", "genai_config.json", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "lorasb.json", "README.md"),
+    }
+    assert artifact_kind(red_onnx) == "onnx"
+    assert json.loads((red_onnx / "lorasb.json").read_text())["precision"] == "fp32"
+    assert (red_onnx / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_merged_logits_equal_torch_at_prefill_and_with_cache(world: Path, red_onnx: Path) -> None:
+    network = merged(world / "base", world / "red")
+    session = ort.InferenceSession(str(red_onnx / "model.onnx"), providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    ids = np.array([prompts()[1]])
+    with torch.inference_mode():
+        expected = network(torch.tensor(ids)).logits.numpy()
+    cache = {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
+    split = 12
+    feed = {"input_ids": ids[:, :split], "attention_mask": np.ones((1, split), np.int64), **cache}
+    first = dict(zip(outputs, session.run(outputs, feed), strict=True))
+    np.testing.assert_allclose(first["logits"], expected[:, :split], atol=1e-4)
+    for position in range(split, ids.shape[1]):
+        cache = {name.replace("present", "past_key_values"): x for name, x in first.items() if "present" in name}
+        mask = np.ones((1, position + 1), np.int64)
+        feed = {"input_ids": ids[:, position : position + 1], "attention_mask": mask, **cache}
+        first = dict(zip(outputs, session.run(outputs, feed), strict=True))
+        np.testing.assert_allclose(first["logits"][:, 0], expected[:, position], atol=1e-4)
+
+
+def test_merged_batch_of_unequal_prompts_decodes_as_torch(world: Path, red_onnx: Path) -> None:
+    network = merged(world / "base", world / "red")
+    plain = answers(network, set())
+    assert OnnxDecoder(red_onnx, threads=1).generate(prompts(), TOKENS, set()) == plain
+    assert plain != answers(merged(world / "base", None), set())  # the adapter matters
+    eos = {plain[0][5], plain[1][2]}
+    stopped = OnnxDecoder(red_onnx, threads=1).generate(prompts(), TOKENS, eos)
+    assert stopped == answers(network, eos)
+    assert stopped[1][-1] in eos
+    assert len({len(answer) for answer in stopped}) > 1  # rows end at different steps
+
+
+def test_one_graph_is_the_base_and_every_task(world: Path, tasks_onnx: Path) -> None:
+    found = {}
+    for name in ("red", "blue", None):
+        file = tasks_onnx / f"{name}.onnx_adapter" if name else None
+        found[name] = OnnxDecoder(tasks_onnx, file, threads=1).generate(prompts(), TOKENS, set())
+        assert found[name] == answers(merged(world / "base", world / name if name else None), set())
+    assert found["red"] != found["blue"] != found[None] != found["red"]
+
+
+def test_decoders_of_two_tasks_live_side_by_side(tasks_onnx: Path) -> None:
+    def decoder(name: str) -> OnnxDecoder:
+        return OnnxDecoder(tasks_onnx, tasks_onnx / f"{name}.onnx_adapter", threads=1)
+
+    red, blue = decoder("red"), decoder("blue")
+    blue_first = blue.generate(prompts(), TOKENS, set())
+    assert red.generate(prompts(), TOKENS, set()) != blue_first
+    assert blue.generate(prompts(), TOKENS, set()) == blue_first
+
+
+def test_adapter_files_hold_the_scaled_transpose(world: Path, tasks_onnx: Path) -> None:
+    task = Adapter.load(world / "blue")
+    stored = ort.AdapterFormat.read_adapter(str(tasks_onnx / "blue.onnx_adapter")).get_parameters()
+    assert len(stored) == len(task.R)
+    for module, R in task.R.items():
+        value = stored[f"{module}.R.{task.basis_sha256[:12]}"].numpy()
+        np.testing.assert_array_equal(value, 0.5 * R.T.numpy())
+
+
+def test_verification_is_recorded_per_task(tasks_onnx: Path) -> None:
+    record = json.loads((tasks_onnx / "lorasb.json").read_text())
+    assert artifact_kind(tasks_onnx) == "onnx-adapters"
+    assert set(record["adapters"]) == set(record["verify"]) == {"red.onnx_adapter", "blue.onnx_adapter"}
+    for result in record["verify"].values():
+        assert result["equal_tokens"] == result["tokens"] > 0
+
+
+def test_genai_runs_the_same_folder(world: Path, tasks_onnx: Path) -> None:
+    model = og.Model(str(tasks_onnx))
+    adapters = og.Adapters(model)
+    for name in ("red", "blue"):
+        adapters.load(str(tasks_onnx / f"{name}.onnx_adapter"), name)
+        for prompt, expected in zip(prompts(), answers(merged(world / "base", world / name), {EOS}), strict=True):
+            parameters = og.GeneratorParams(model)
+            parameters.set_search_options(max_length=len(prompt) + TOKENS, do_sample=False)
+            generator = og.Generator(model, parameters)
+            generator.set_active_adapter(adapters, name)
+            generator.append_tokens(prompt)
+            while not generator.is_done():
+                generator.generate_next_token()
+            found = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+            assert found == [token for token in expected if token != EOS]  # genai does not return it
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions_carry_the_adapter(world: Path, tmp_path: Path, precision: str) -> None:
+    result = export_onnx_adapters([world / "red"], tmp_path / "out", precision=precision, verify=True)
+    counts = result["verify"]["red.onnx_adapter"]
+    assert counts["equal_tokens"] > 0
+    assert counts["gap"] < 0.5  # of logits whose spread is several units
+    assert result["execution_provider"] == {"fp16": "cuda", "int8": "cpu"}[precision]
+
+
+def test_an_adapter_of_another_graph_is_refused(tasks_onnx: Path, tmp_path: Path) -> None:
+    file = ort.AdapterFormat.read_adapter(str(tasks_onnx / "red.onnx_adapter"))
+    foreign = {name.rpartition(".")[0] + ".0123456789ab": value for name, value in file.get_parameters().items()}
+    other = ort.AdapterFormat()
+    other.set_parameters(foreign)
+    other.export_adapter(str(tmp_path / "foreign.onnx_adapter"))
+    with pytest.raises(ArtifactError, match="another graph"):
+        OnnxDecoder(tasks_onnx, tmp_path / "foreign.onnx_adapter")
+    with pytest.raises(ArtifactError, match="no such ONNX adapter"):
+        OnnxDecoder(tasks_onnx, tasks_onnx / "green.onnx_adapter")
+
+
+def test_prompts_that_cannot_be_answered_are_refused(red_onnx: Path) -> None:
+    decoder = OnnxDecoder(red_onnx, threads=1)
+    assert decoder.generate([], 5, set()) == []
+    assert decoder.generate([[5]], 0, set()) == [[]]
+    with pytest.raises(DataError, match="no tokens"):
+        decoder.generate([[5], []], 5, set())
+    with pytest.raises(DataError, match="context of 128"):
+        decoder.generate([[5] * 120], 9, set())
+
+
+def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    red, out = world / "red", tmp_path / "out"
+    with pytest.raises(SettingsError, match="precision 'fp8'"):
+        export_onnx(red, out, precision="fp8")
+    with pytest.raises(SettingsError, match="precision 'bf16'"):
+        export_onnx_adapters([red], out, precision="bf16")
+    with pytest.raises(SettingsError, match="different names"):
+        export_onnx_adapters([red, red], out)
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        export_onnx_adapters([red, world / "stranger"], out)
+    classifier = save_adapter(Basis.load(world / "basis"), tmp_path / "classifier", seed=1, task_type="SEQ_CLS")
+    for export in (export_onnx, lambda adapter, out: export_onnx_adapters([adapter], out)):
+        with pytest.raises(BaseModelError, match="SEQ_CLS"):
+            export(classifier, out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(OutputError, match="exists"):
+        export_onnx(red, tmp_path / "full")
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)  # what the import system reads as "not installed"
+    with pytest.raises(MissingPackageError, match=r"onnxruntime-genai is not installed.*lorasb\[cpu\]"):
+        export_onnx(red, out)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_an_architecture_the_builder_lacks_leaves_nothing(tmp_path: Path) -> None:
+    vocab = save_tokenizer(tmp_path / "base")
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "base")
+    basis = save_basis(tmp_path / "base", tmp_path / "basis", ["transformer.h.0.attn.c_proj"], seed=1)
+    adapter = save_adapter(basis, tmp_path / "task", seed=1)
+    with pytest.raises(ServerError, match=r"(?s)builder failed with exit code 1.*not currently supported"):
+        export_onnx_adapters([adapter], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "basis", "task"}

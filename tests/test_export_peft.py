@@ -1,0 +1,151 @@
+"""Oracle 16: exported to plain LoRA (A, s·B·R, α = r), PEFT's own loader gives the logits of W0 + s·B·R·A."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_adapter import save_adapter, save_base, write_in  # first: it hides broken optional packages
+from safetensors.torch import load_file, save_file
+
+from lorasb_export import environment
+from lorasb_export.artifact import Adapter
+from lorasb_export.base import SEQ_CLS
+from lorasb_export.errors import BaseModelError, OutputError
+from lorasb_export.export.peft import export_peft
+from lorasb_export.storage import read_json
+
+from peft import PeftModel  # isort: skip
+from transformers import (  # isort: skip
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+
+
+def llama() -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=16)).eval()
+
+
+def bert() -> BertForSequenceClassification:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+
+
+CASES: dict[str, tuple[Callable[[], Any], list[str], str]] = {
+    # Layer 1 only for o_proj: the same module of layer 0 must stay as it is.
+    "llama": (llama, ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"], "CAUSAL_LM"),
+    "gpt2": (gpt2, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"], "CAUSAL_LM"),
+    "bert": (bert, ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"], SEQ_CLS),
+}
+
+
+def make(kind: str, folder: Path) -> tuple[Any, Path, Adapter]:
+    build, modules, task_type = CASES[kind]
+    torch.manual_seed(0)
+    model = build()
+    base = save_base(model, folder / "base")
+    return model, base, save_adapter(base, model, folder / "adapter", modules, task_type=task_type)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+def test_oracle_16_peft_loads_the_export_and_gives_the_merged_logits(kind: str, tmp_path: Path) -> None:
+    model, base, adapter = make(kind, tmp_path)
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    with torch.no_grad():
+        plain = model(IDS).logits
+        loaded = PeftModel.from_pretrained(type(model).from_pretrained(base), str(tmp_path / "peft")).eval()(IDS).logits
+        write_in(model, adapter)
+        by_hand = model(IDS).logits
+    assert (loaded - by_hand).abs().max() <= 1e-4
+    assert (plain - by_hand).abs().max() > 1e-2  # the adapter does something
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_keys_and_shapes_are_those_of_a_lora(kind: str, tmp_path: Path) -> None:
+    _, _, adapter = make(kind, tmp_path)
+    result = export_peft(tmp_path / "adapter", tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    expected = {f"base_model.model.{name}": tensor.shape for name, tensor in adapter.head.items()}
+    for name, module in adapter.load_basis().modules.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = module.A.shape
+        expected[f"base_model.model.{name}.lora_B.weight"] = module.B.shape
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    config = read_json(tmp_path / "peft" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 4, True)
+    assert config["fan_in_fan_out"] == (kind == "gpt2")
+    assert config["modules_to_save"] == (["classifier"] if kind == "bert" else None)
+    assert read_json(tmp_path / "peft" / "lorasb.json")["kind"] == "peft"
+    assert "peft" in (tmp_path / "peft" / "README.md").read_text()
+    assert result == {"folder": str(tmp_path / "peft"), "rank": 4, "modules": 2, "bytes": result["bytes"]}
+
+
+def test_a_fresh_process_without_this_package_loads_the_export(tmp_path: Path) -> None:
+    model, _, adapter = make("llama", tmp_path)
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    write_in(model, adapter)
+    with torch.no_grad():
+        save_file({"ids": IDS, "logits": model(IDS).logits}, tmp_path / "expected.safetensors")
+    program = """
+import sys
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+model = AutoPeftModelForCausalLM.from_pretrained("peft")
+expected = load_file("expected.safetensors")
+assert "lorasb_export" not in sys.modules
+print(float((model(expected["ids"]).logits - expected["logits"]).abs().max()))
+"""
+    variables = environment.child_environment()
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 1e-4
+
+
+def test_llama_needs_no_base_but_checks_a_given_one(tmp_path: Path) -> None:
+    _, base, _ = make("llama", tmp_path)
+    torch.manual_seed(1)
+    other = save_base(llama(), tmp_path / "other")
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft", base=other)
+    base.rename(tmp_path / "moved")
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    export_peft(tmp_path / "adapter", tmp_path / "again", base=tmp_path / "moved")
+
+
+def test_gpt2_names_need_the_base_to_tell_conv1d_from_linear(tmp_path: Path) -> None:
+    _, base, _ = make("gpt2", tmp_path)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(BaseModelError):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    export_peft(tmp_path / "adapter", tmp_path / "peft", base=tmp_path / "moved")
+    assert read_json(tmp_path / "peft" / "adapter_config.json")["fan_in_fan_out"]
+
+
+def test_an_existing_target_is_kept_unless_overwritten(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "mine").write_text("kept")
+    with pytest.raises(OutputError, match="exists"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert (tmp_path / "peft" / "mine").read_text() == "kept"
+    export_peft(tmp_path / "adapter", tmp_path / "peft", overwrite=True)
+    assert not (tmp_path / "peft" / "mine").exists()

@@ -1,0 +1,178 @@
+"""Push and resolve, as far as they go without a network; integration/test_push.py goes on from here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_export import push
+from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.base import BaseRef
+from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
+from lorasb_export.hub import _hub_errors, resolve_folder
+
+RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def make(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A saved basis and a saved adapter that names it by a relative path."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: ModuleBasis(
+            torch.linalg.qr(torch.randn(rows, RANK, generator=generator))[0].contiguous(),
+            torch.linalg.qr(torch.randn(columns, RANK, generator=generator))[0].T.contiguous(),
+            torch.ones(RANK),
+        )
+        for name, (rows, columns) in MODULES.items()
+    }
+    base = BaseRef("owner/base", None, "f" * 64)
+    Basis(base, RANK, modules, {"samples": 1}).save(folder / "basis")
+    basis = Basis.load(folder / "basis")
+    R = {name: torch.randn(RANK, RANK, generator=generator) for name in MODULES}
+    Adapter(base, basis.sha256, basis.source, R, training={"steps": 1}).save(folder / "adapters" / "a")
+    return folder / "basis", folder / "adapters" / "a"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_dry_run_plans_and_changes_nothing(tmp_path: Path) -> None:
+    basis, _ = make(tmp_path)
+    before = contents(basis)
+    plan = push(basis, "me/basis", dry_run=True)
+    assert (plan["repo"], plan["kind"], plan["private"]) == ("me/basis", "basis", True)
+    assert [file["path"] for file in plan["files"]] == ["README.md", "basis.safetensors", "basis_config.json"]
+    assert plan["bytes"] == sum(file["bytes"] for file in plan["files"])
+    assert plan["card"]["base_model"] == "owner/base"
+    assert "commit" not in plan
+    assert contents(basis) == before
+    json.dumps(plan)
+
+
+def test_an_adapter_takes_its_local_basis_along(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    before = contents(adapter)
+    plan = push(adapter, "me/a", dry_run=True)
+    assert plan["basis"] == "embedded"
+    assert {"basis.safetensors", "basis_config.json"} <= {file["path"] for file in plan["files"]}
+    assert contents(adapter) == before
+
+
+def test_a_named_basis_is_not_taken_along(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    plan = push(adapter, "me/a", basis_repo="me/basis", dry_run=True)
+    assert plan["basis"] == "me/basis"
+    assert [file["path"] for file in plan["files"]] == ["README.md", "adapter.safetensors", "adapter_config.json"]
+
+
+def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    unwanted = ["training_args.bin", "optimizer.pt", ".env", "notes.py", "checkpoint-3/adapter.safetensors"]
+    for name in unwanted:
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_bytes(b"secret")
+    (adapter / "LICENSE").write_text("MIT")
+    plan = push(adapter, "me/a", dry_run=True)
+    assert sorted(plan["skipped"]) == sorted(unwanted)
+    assert "LICENSE" in [file["path"] for file in plan["files"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "names", "library"),
+    [
+        ("peft", "adapter_config.json", ["adapter_model.safetensors", "lorasb.json"], "peft"),
+        ("onnx", "lorasb.json", ["genai_config.json", "model.onnx", "model.onnx.data", "vocab.txt"], "lorasb"),
+        ("onnx-adapters", "lorasb.json", ["a.onnx_adapter", "basis.onnx.data", "model.onnx"], "lorasb"),
+    ],
+)
+def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], library: str) -> None:
+    for name in [*names, "weights.bin"]:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / config).write_text(json.dumps({"kind": kind, "peft_type": "LORA", "target_modules": []}))
+    plan = push(tmp_path, "me/x", dry_run=True)
+    assert (plan["kind"], plan["skipped"], plan["card"]["library_name"]) == (kind, ["weights.bin"], library)
+    assert [file["path"] for file in plan["files"]] == sorted(["README.md", config, *names])
+
+
+@pytest.mark.parametrize("target", ["../secret.txt", "nowhere"])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, target: str) -> None:
+    basis, _ = make(tmp_path)
+    (tmp_path / "secret.txt").write_text("secret")
+    (basis / "LICENSE.txt").symlink_to(target)
+    with pytest.raises(ArtifactError) as caught:
+        push(basis, "me/basis", dry_run=True)
+    assert str(caught.value) == (
+        f"a link that leads nowhere, or out of the folder ({basis / 'LICENSE.txt'}). Replace it by the file itself"
+    )
+
+
+def test_a_plain_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="a folder of kind 'base' is not pushed"):
+        push(tmp_path, "me/model", dry_run=True)
+
+
+def test_damage_is_refused(tmp_path: Path) -> None:
+    basis, adapter = make(tmp_path)
+    data = (basis / "basis.safetensors").read_bytes()
+    (basis / "basis.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for folder in (basis, adapter):
+        with pytest.raises(ArtifactError, match="sha256 is not"):
+            push(folder, "me/x", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("repo", "options", "message"),
+    [
+        ("basis", {}, "not a Hub repository (basis). Give owner/name"),
+        ("me/a/b", {}, "not a Hub repository (me/a/b). Give owner/name"),
+        ("me/a", {"basis_repo": "x"}, "not a Hub repository (x). Give owner/name"),
+        ("me/a", {"create_pr": True, "revision": "b"}, "create_pr and revision exclude each other. Leave one out"),
+        ("me/a", {"basis_repo": "me/b"}, "basis_repo is only for adapters ({}). Leave it out"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, repo: str, options: dict[str, Any], message: str) -> None:
+    basis, _ = make(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        push(basis, repo, dry_run=True, **options)
+    assert str(caught.value) == message.format(basis)
+
+
+def test_a_local_folder_resolves_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me" / "basis").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    expected = tmp_path / "me" / "basis"
+    assert resolve_folder("me/basis") == (expected, str(expected))  # before the Hub is asked
+    assert os.path.isabs(resolve_folder(Path("me/basis"))[1])
+
+
+@pytest.mark.parametrize("source", ["nothing", "a/b/c", "/tmp/none/x", "./a", "owner/"])
+def test_neither_folder_nor_hub_id(source: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        resolve_folder(source)
+    assert str(caught.value) == (
+        f"neither a folder nor a Hub id ({source}). "
+        "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
+    )
+
+
+def test_no_token_in_an_error() -> None:
+    with pytest.raises(LoraSBError) as caught, _hub_errors("me/a", LoraSBError):
+        raise RuntimeError("header 'Bearer hf_abcDEF123' is illegal, hf_abcDEF123 too")
+    assert "hf_abc" not in str(caught.value)
+    assert caught.value.__suppress_context__

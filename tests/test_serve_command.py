@@ -1,0 +1,209 @@
+"""What `serve` refuses before it starts anything, and the command line it would start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_adapter import save_adapter, save_base  # first: it hides broken optional packages
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lorasb_export.base import SEQ_CLS, default_device
+from lorasb_export.errors import (
+    ArtifactError,
+    BaseModelError,
+    MissingPackageError,
+    OutputError,
+    ServerError,
+    SettingsError,
+)
+from lorasb_export.serve.launcher import running_server, serve
+from lorasb_export.storage import read_json, write_json
+
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+ON_CPU = default_device().type == "cpu"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bases; adapters a and b of the first, other of the second, a classifier."""
+    path = tmp_path_factory.mktemp("serve")
+    for name, seed in (("base", 0), ("base2", 1)):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+        base = save_base(model, path / name)
+        for adapter, rank in (("a", 4), ("b", 9)) if name == "base" else (("other", 4),):
+            save_adapter(base, model, path / adapter, MODULES, rank=rank)
+    classifier = BertForSequenceClassification(BertConfig(**SIZES, num_attention_heads=4))
+    modules = ["bert.encoder.layer.0.output.dense"]
+    save_adapter(save_base(classifier, path / "bert"), classifier, path / "cls", modules, task_type=SEQ_CLS)
+    return path
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def dry_run(adapters: Any, **options: Any) -> dict[str, Any]:
+    described = serve(adapters, dry_run=True, **options)
+    assert isinstance(described, dict)
+    return described
+
+
+def value_of(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_dry_run_gives_the_exact_command(folder: Path) -> None:
+    adapters = {"a": folder / "a", "b": str(folder / "b")}
+    described = dry_run(adapters, port=8123, dtype="float32", extra=["--max-model-len", "64"])
+    slots = "3" if ON_CPU else "2"
+    assert described["command"] == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(folder / "base"), "--served-model-name", "base"),
+        *("--host", "127.0.0.1", "--port", "8123", "--dtype", "float32"),
+        *("--enable-lora", "--max-loras", slots, "--max-lora-rank", "16"),
+        *("--lora-target-modules", "down_proj", "q_proj"),
+        *("--lora-modules", "a=TEMPORARY/a", "b=TEMPORARY/b"),
+        *("--max-model-len", "64"),
+    ]
+    assert described["models"] == ["base", "a", "b"]
+    json.dumps(described)
+
+
+def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
+    widths = (32 + 32) + (48 + 32)
+    adapters = {"a": folder / "a", "b": folder / "b"}
+    slots = 3 if ON_CPU else 2
+    assert dry_run(adapters, dtype="float32")["memory"] == {
+        "slots": slots,
+        "slots_bytes": slots * 16 * widths * 4,
+        "host_bytes": (4 + 9) * widths * 4,
+        "disk_bytes": (4 + 9) * widths * 4,
+    }
+    assert dry_run(adapters)["memory"]["slots_bytes"] == slots * 16 * widths * 2
+    assert dry_run(adapters, extra=["--dtype=float32"])["memory"]["slots_bytes"] == slots * 16 * widths * 4
+
+
+def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (folder / "a").rename(tmp_path / "adapters" / "a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert dry_run(["a", f"{folder}/b"])["models"] == ["base", "a", "b"]
+    finally:
+        (tmp_path / "adapters" / "a").rename(folder / "a")
+
+
+def test_a_model_folder_is_served_alone_without_lora(folder: Path) -> None:
+    described = dry_run((), model=str(folder / "base"))
+    assert described["models"] == ["base"]
+    assert not [word for word in described["command"] if "lora" in word and word.startswith("--")]
+    assert described["memory"]["slots_bytes"] == 0
+
+
+def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    expected = {"VLLM_CPU_KVCACHE_SPACE": "4"} if ON_CPU else {}
+    assert dry_run((), model=str(folder / "base"))["environment"] == expected
+
+
+def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> None:
+    with pytest.raises(OutputError, match=f"127.0.0.1:{busy_port}"):
+        serve({"a": "no/such/folder"}, port=busy_port)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(OutputError, match="cannot listen"):
+        serve({"a": "no/such/folder"}, host="192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "shared"}, "not in this release.*--mode folded"),
+        ({"mode": "fast"}, "unknown mode 'fast'.*folded, shared"),
+        ({"extra": ["--port=1"]}, "not a flag to hand to vLLM here.*--port"),
+        ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
+        ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
+        ({"adapters": {}}, "nothing to serve"),
+        ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
+        ({"adapters": {"base": "a"}}, "the name of the base and of an adapter"),
+        ({"adapters": {"cls": "cls"}}, "a classifier"),
+    ],
+)
+def test_settings_that_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    names = options.pop("adapters", {"a": "a"})
+    with pytest.raises(SettingsError, match=message) as caught:
+        dry_run({name: folder / source for name, source in names.items()}, **options)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a defect of vLLM's CPU kernel only")
+def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
+    with pytest.raises(SettingsError, match="--max-loras 1 for 1 adapters on a CPU"):
+        dry_run({"a": folder / "a"}, extra=["--max-loras", "1"])
+    assert dry_run({"a": folder / "a"}, extra=["--max-loras", "2"])["command"][-1] == "2"
+
+
+def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"1 of 2 adapters cannot be served:\n  other: the base's weights are not"):
+        dry_run({"a": folder / "a", "other": folder / "other"})
+    with pytest.raises(BaseModelError, match="a: the base's weights are not"):
+        dry_run({"a": folder / "a"}, model=str(folder / "base2"))
+    assert dry_run({"other": folder / "other"}, model=str(folder / "base2"))["models"] == ["base2", "other"]
+
+
+def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> None:
+    config = read_json(folder / "a" / "adapter_config.json")
+    for name, change in (("old", {"format_version": 0}), ("foreign", {"peft_type": "LORA"})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "adapter_config.json", config | change)
+    with pytest.raises(ArtifactError) as caught:
+        dry_run({"a": folder / "a", "old": tmp_path / "old", "foreign": tmp_path / "foreign"})
+    assert all(part in str(caught.value) for part in ("2 of 3", "old: format version", "foreign: peft_type"))
+
+
+def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingPackageError, match=r"lorasb\[cpu\]"):
+        serve({"a": folder / "a"}, port=0)
+
+
+def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = {"extra": ["--no-such-flag"], "dtype": "float32"}
+    with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
+        pass
+    assert "no-such-flag" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_open_address_without_a_key_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert "VLLM_API_KEY" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert not caplog.text

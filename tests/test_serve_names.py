@@ -1,0 +1,118 @@
+"""Which adapters the words of `lorasb serve --adapters` mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorasb_export.errors import SettingsError
+from lorasb_export.serve.names import check_name, resolve_adapters
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with adapters/billing and adapters/shipping, and an adapter in runs/7."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapters/billing", "adapters/shipping", "runs/7"):
+        folder(tmp_path / name)
+    return tmp_path
+
+
+def resolve(*names: str) -> dict[str, Path | str]:
+    return resolve_adapters(names, Path("adapters"))
+
+
+def test_project_names_folders_and_hub_ids_in_the_order_given(project: Path) -> None:
+    found = resolve("shipping", "billing", "./runs/7", f"old={project}/runs/7", "me/task-lorasb", "v1=me/x@refs/pr/1")
+    assert found == {
+        "shipping": Path("adapters/shipping"),
+        "billing": Path("adapters/billing"),
+        "7": Path("runs/7"),
+        "old": project / "runs" / "7",
+        "task-lorasb": "me/task-lorasb",
+        "v1": "me/x@refs/pr/1",
+    }
+    assert list(found)[:2] == ["shipping", "billing"]
+
+
+def test_an_existing_folder_goes_before_a_hub_id(project: Path) -> None:
+    assert resolve("runs/7", "b=runs/8") == {"7": Path("runs/7"), "b": "runs/8"}
+
+
+@pytest.mark.parametrize("name", ["a", "A.b-c_9", "x" * 96])
+def test_good_names(name: str) -> None:
+    assert check_name(name) is None
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a..b", ".a", "-a", "a/b", "a b", "a\n", "é", "x" * 97, "a=b", "a,b"])
+def test_bad_names(name: str) -> None:
+    assert check_name(name) is not None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("biling", "no adapter 'biling' in adapters (did you mean billing?; write ./biling"),
+        ("zzz", "there are: billing, shipping"),
+        ("..", "'..' cannot be served as a name"),
+        ("./adapters", "without adapter_config.json"),
+        ("a b=runs/7", "'a b' cannot be served as a name"),
+        ("a=", "nothing after '='"),
+        ("=runs/7", "'' cannot be served as a name"),
+        ("./runs/8", "'./runs/8' is neither a folder nor a Hub id"),
+        ("/etc/passwd", "neither a folder nor a Hub id"),
+        ("a=../../x", "neither a folder nor a Hub id"),
+        ("me/a..b", "neither a folder nor a Hub id"),
+        ("a=billing", "neither a folder nor a Hub id"),
+    ],
+)
+def test_a_wrong_entry_says_why(project: Path, entry: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve(entry)
+    assert message in str(caught.value)
+
+
+def test_a_folder_whose_name_cannot_be_served_needs_a_name(project: Path) -> None:
+    folder(project / "runs" / "my task")
+    with pytest.raises(SettingsError, match=r"write NAME=\./runs/my task"):
+        resolve("./runs/my task")
+    assert resolve("mine=./runs/my task") == {"mine": Path("runs/my task")}
+
+
+def test_two_entries_of_one_name_are_refused(project: Path) -> None:
+    folder(project / "other" / "billing")
+    with pytest.raises(SettingsError, match="'billing' is given twice"):
+        resolve("billing", "./other/billing")
+    assert len(resolve("billing", "b=./other/billing")) == 2
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_links_may_not_lead_out_of_the_adapters_folder(project: Path, inside: bool) -> None:
+    target = project / ("adapters/billing" if inside else "runs/7")
+    (project / "adapters" / "link").symlink_to(target)
+    if inside:
+        assert resolve("link") == {"link": Path("adapters/link")}
+        return
+    with pytest.raises(SettingsError, match="leads out of adapters"):
+        resolve("link")
+
+
+def test_a_linked_file_inside_an_adapter_is_refused_too(project: Path) -> None:
+    (project / "adapters" / "billing" / "adapter.safetensors").symlink_to("/etc/hostname")
+    with pytest.raises(SettingsError, match=r"adapter\.safetensors is a link that leads out of adapters"):
+        resolve("billing")
+
+
+def test_all_problems_are_reported_at_once(project: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve("biling", "..", "shipping", "a=")
+    assert all(part in str(caught.value) for part in ("'biling'", "'..'", "nothing after"))
+    with pytest.raises(SettingsError, match="no adapter to serve"):
+        resolve()

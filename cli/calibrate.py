@@ -27,7 +27,8 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
-    from lorasb_export.calibrate import CalibrationSettings, calibrate
+    from lorasb_export.calibrate import calibrate
+    from lorasb_export.settings import CalibrationSettings
     from lorasb_export.storage import refuse_existing
 
     project = run.project

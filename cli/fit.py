@@ -8,6 +8,8 @@ import typer
 
 from .verb import Run, given
 
+INTERRUPTED = "Go on with the same command and --resume."
+
 
 def run(
     run: Run,
@@ -37,8 +39,7 @@ def run(
     out: Annotated[str | None, typer.Option(help="Adapter folder of the one TASK; adapters/TASK by default.")] = None,
 ) -> None:
     """Train one adapter per task in a frozen basis."""
-    from lorasb_export.fit_tasks import fit_tasks
-    from lorasb_export.train import FitSettings
+    from lorasb_export.settings import FitSettings
 
     flags = given(
         epochs=epochs,
@@ -54,9 +55,12 @@ def run(
         seed=seed,
     )
     settings = FitSettings(**{**run.project.fit, **flags})
+    names = run.project.tasks_to_fit(task)
+    from lorasb_export.fit_tasks import fit_tasks  # only now: it brings transformers
+
     fitted = fit_tasks(
         run.project,
-        task or [],
+        names,
         settings,
         model=model,
         data=data,

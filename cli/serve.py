@@ -24,7 +24,8 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
-    from lorasb_export.serve import resolve_adapters, serve
+    from lorasb_export.names import resolve_adapters
+    from lorasb_export.serve import serve
 
     project = run.project
     words = adapters.split(",") if adapters is not None else project.adapter_names()

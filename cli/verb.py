@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
+NOTHING_WRITTEN = "No output was written."
 CONFIG_HELP = "The project file; lorasb.toml in the working folder by default."
 
 _SHARED = {
@@ -68,6 +69,9 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         _calm_libraries(run)
         try:
             function(run, **options)
+        except KeyboardInterrupt:
+            run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
+            raise typer.Exit(130) from None
         except Exception as error:
             if run.verbose or not _is_expected(error):
                 raise
@@ -98,6 +102,9 @@ def _calm_libraries(run: Run) -> None:
     """Progress bars only on a terminal; the libraries' own warnings only when asked for."""
     if run.quiet or not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
+    # too that makes two threads slower than one; on idle cores the short spin costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

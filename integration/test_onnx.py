@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,19 @@ from lorasb_export.data import prompt_ids
 from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_run import OnnxDecoder
-from lorasb_export.export.onnx_verify import PROMPTS, torch_greedy
+from lorasb_export.export.onnx_verify import PROMPTS
 
 environment.hide_broken_packages()
 og = pytest.importorskip("onnxruntime_genai")
 
 from transformers import PreTrainedModel  # noqa: E402
 
-RANK, RELATIVE_SIZE, TOKENS, EOS = 32, 0.15, 64, {2}
+RANK, TOKENS, EOS = 32, 64, {2}
+SIZES = {"red": 0.15, "blue": 0.03}  # of the update, relative to the weight: red changes every answer, blue some
 
 
-def random_adapters(base: BaseModel, folder: Path, names: list[str]) -> None:
-    """Adapters on all 210 linear layers whose update has 0.15 times the norm of the weight it is added to."""
+def random_adapters(base: BaseModel, folder: Path) -> None:
+    """Adapters on all 210 linear layers, with updates of SIZES times the norm of the weight they are added to."""
     generator = torch.Generator().manual_seed(0)
     network = base.load(device="cpu")
     weights = {n: m.weight for n, m in network.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
@@ -40,9 +42,9 @@ def random_adapters(base: BaseModel, folder: Path, names: list[str]) -> None:
     }
     Basis(base.ref(factors), RANK, factors, {}).save(folder / "basis")
     basis = Basis.load(folder / "basis")
-    for name in names:
+    for name, size in SIZES.items():
         random = {module: torch.randn(RANK, RANK, generator=generator) for module in weights}
-        R = {module: RELATIVE_SIZE * weights[module].norm() / r.norm() * r for module, r in random.items()}
+        R = {module: size * weights[module].norm() / r.norm() * r for module, r in random.items()}
         Adapter(basis.base, basis.sha256, basis.source, R, basis=basis).save(folder / name)
 
 
@@ -56,10 +58,23 @@ def merged(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
     return network
 
 
+def torch_greedy(network: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """The plain argmax loop, up to and including the end of the answer."""
+    answer: list[int] = []
+    cache, ids = None, prompt
+    with torch.inference_mode():
+        while len(answer) < TOKENS and not (answer and answer[-1] in EOS):
+            output = network(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            answer.append(int(output.logits[0, -1].argmax()))
+            ids = answer[-1:]
+    return answer
+
+
 class World:
     def __init__(self, model: Path, folder: Path) -> None:
         self.base, self.folder = BaseModel.resolve(model), folder
-        random_adapters(self.base, folder, ["red", "blue"])
+        random_adapters(self.base, folder)
         tokenizer = self.base.load_tokenizer()
         self.prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
         self._expected: dict[str | None, list[list[int]]] = {}
@@ -67,8 +82,17 @@ class World:
     def expected(self, name: str | None) -> list[list[int]]:
         if name not in self._expected:
             network = merged(self.base, self.folder / name if name else None)
-            self._expected[name] = [torch_greedy(network, prompt, TOKENS, EOS)[0] for prompt in self.prompts]
+            self._expected[name] = [torch_greedy(network, prompt) for prompt in self.prompts]
         return self._expected[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """On shared cores torch's threads wait for each other: two were 7 times slower than one, token by token."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +150,7 @@ def test_quantized_exports_run_and_say_how_far_they_are(world: World, precision:
     started = time.monotonic()
     result = export_onnx(world.folder / "red", out, precision=precision, verify=True)
     print(f"\n{precision}: {time.monotonic() - started:.1f} s, {result['bytes']:,} bytes, {result['verify']}")
-    assert result["verify"]["tokens"] == sum(map(len, world.expected("red")))
+    assert 0 < result["verify"]["equal_tokens"] <= result["verify"]["tokens"] <= 4 * TOKENS
     assert result["bytes"] < 0.6 * 4 * 134_515_008
 
 

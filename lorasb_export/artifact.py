@@ -89,7 +89,7 @@ class Basis:
         """Write the basis folder, whole or not at all. Raises OutputError when it exists."""
         with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
             self.write_into(temporary)
-            card.write(temporary, card.basis_card(self.config()))
+            card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
 
     def write_into(self, folder: Path) -> None:
         """Write `basis.safetensors` and `basis_config.json` into an existing folder."""
@@ -234,9 +234,8 @@ class Adapter:
             source = os.path.relpath(source, os.path.abspath(target))
             source = source if source.startswith(".") else f"./{source}"  # the leading dot marks it as a path
         (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
-        config = self.config(source)
-        write_json(temporary / "adapter_config.json", config)
-        card.write(temporary, card.adapter_card(config))
+        write_json(temporary / "adapter_config.json", self.config(source))
+        card.write(temporary, card.adapter_card(read_json(temporary / "adapter_config.json")))
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,51 +20,14 @@ from .base import SEQ_CLS, BaseModel
 from .data import TaskData, collate, encode, load_task, row_losses
 from .errors import BaseModelError, DataError, SettingsError
 from .layer import LINEAR_TYPES, weight_of
+from .settings import ALL_LINEAR, CalibrationSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
 _EXACT_UP_TO = 1024  # below this size the exact SVD costs no more than the randomized one
 _OVERSAMPLE = 16  # extra columns of the randomized SVD, cut afterwards: the last wanted directions come out better
 _POWER_ITERATIONS = 10  # as in the authors' code
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """How a basis is calibrated.
-
-    Attributes:
-        rank: r.
-        samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
-        targets: `all-linear` (every Linear but the heads) or comma-separated module name endings.
-        reduction: `sign` (the paper) or `raw` (the gradient sum itself).
-        eta: η, the size of the simulated first step. It scales R0 alone, never B or A. The paper gives no value;
-            the default is of the order of the first warm-up step of its schedules.
-        batch_size: rows per backward pass; has no effect on the result beyond rounding.
-        max_length: rows are cut after this many tokens.
-        dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
-        seed: draws the rows and the random start of the SVD. The global RNG is left alone.
-    """
-
-    rank: int = 64
-    samples: float | None = None
-    targets: str = ALL_LINEAR
-    reduction: str = "sign"
-    eta: float = 3e-6
-    batch_size: int = 8
-    max_length: int = 512
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.reduction not in ("sign", "raw"):
-            raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
-        for name in ("rank", "eta", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
-        if self.samples is not None and self.samples <= 0:
-            raise SettingsError(f"samples is {self.samples}, must be positive", fix="A count, or a fraction below 1")
 
 
 def calibrate(

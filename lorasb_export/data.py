@@ -210,8 +210,9 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
         logits: (n, classes) for SEQ_CLS; (n, kept, vocabulary) for CAUSAL_LM, the last `kept` positions.
         labels: (n,) or (n, t).
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.dim() == 1:
-        return cross_entropy(logits.float(), labels, reduction="none"), torch.ones_like(labels)
+        return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
     targets = labels[:, 1 - logits.shape[1] :]  # position i predicts token i + 1
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
     return losses.sum(dim=1), (targets != IGNORE).sum(dim=1)

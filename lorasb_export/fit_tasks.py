@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from .artifact import Adapter, Basis
 from .base import CAUSAL_LM, BaseModel
-from .calibrate import CalibrationSettings, calibrate
+from .calibrate import calibrate
 from .data import TaskData, load_task
 from .errors import SettingsError
-from .project import OWN_BASIS, Project, refuse_bad_names
-from .train import FitSettings, fit
+from .project import OWN_BASIS, Project
+from .settings import CalibrationSettings, FitSettings
+from .train import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ def fit_tasks(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Adapter]:
-    """Train the named tasks, or all of the project. The project's shared basis is calibrated first if there is none.
+    """Train the named tasks. The project's shared basis is calibrated first if there is none.
 
     Args:
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
@@ -39,14 +40,10 @@ def fit_tasks(
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: no task, a bad name, or `data` or `out` with several tasks.
+        SettingsError: `data` or `out` with several tasks.
     """
-    names = list(names) or list(project.tasks)
-    if not names:
-        raise SettingsError("no task to fit", where=project.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
-    refuse_bad_names(names)
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     calibration = replace(CalibrationSettings(**project.calibration), dtype=settings.dtype)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .calibrate import CalibrationSettings
 from .errors import OutputError, SettingsError
-from .serve.names import check_name
-from .train import FitSettings
+from .names import check_name
+from .settings import CalibrationSettings, FitSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -96,6 +95,14 @@ class Project:
         """Names of the adapters there are, sorted."""
         return sorted(path.parent.name for path in (self.folder / "adapters").glob("[!.]*/adapter_config.json"))
 
+    def tasks_to_fit(self, words: Sequence[str] | None) -> list[str]:
+        """The tasks named, or all of the project. Raises SettingsError when there are none, or one is badly named."""
+        names = list(words or self.tasks)
+        if not names:
+            raise SettingsError("no task to fit", where=self.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
+        refuse_bad_names(names)
+        return names
+
     def shared_tasks(self) -> list[str]:
         """Names of the tasks that use the project's shared basis. Raises SettingsError when there is none."""
         names = [name for name, task in self.tasks.items() if task.basis is None]
@@ -148,18 +155,15 @@ class Project:
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.
-model = {model}          # a folder or a Hub id
+model = {model}  # a folder or a Hub id
 
-[basis]                  # one frozen basis, calibrated over all tasks below
-rank = {rank}
-# samples = 32           # rows of each task: a count, or a fraction below 1
-# targets = "all-linear" # or module name endings: "q_proj,v_proj"
+[basis]  # one frozen basis, calibrated over all tasks below
+{basis}
+# also: samples (rows of each task), targets ("all-linear", or module name endings: "q_proj,v_proj"), dtype, seed
 
 [fit]
-epochs = {epochs}
-# batch_size = 8
-# learning_rate = 6e-3
-# dtype = "float32"      # of the frozen base; R is always fp32
+{fit}
+# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16"), checkpoint_every, seed
 
 {tasks}
 # [hub]
@@ -168,12 +172,19 @@ epochs = {epochs}
 
 
 def write_project(
-    path: str | Path | None, model: str, tasks: Mapping[str, str], *, overwrite: bool = False, **changes: Any
+    path: str | Path | None,
+    model: str,
+    tasks: Mapping[str, str],
+    *,
+    basis: Mapping[str, float] | None = None,
+    fit: Mapping[str, float] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write a commented `lorasb.toml`; `tasks` is name → data.
+    """Write a commented `lorasb.toml`.
 
     Args:
-        changes: `rank` or `epochs`, where they are not the default.
+        tasks: name → data.
+        basis, fit: numbers to set in these sections; the rank and the epochs, at their defaults, when None.
 
     Raises:
         OutputError: the file exists and `overwrite` is false.
@@ -183,12 +194,19 @@ def write_project(
     if path.exists() and not overwrite:
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
-    tables = "".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items())
-    values = {"rank": CalibrationSettings.rank, "epochs": FitSettings.epochs, **changes}
-    path.write_text(
-        _TEMPLATE.format(model=json.dumps(model), tasks=tables, first=next(iter(tasks)), **values), encoding="utf-8"
+    text = _TEMPLATE.format(
+        model=json.dumps(model),
+        basis=_lines(basis or {"rank": CalibrationSettings.rank}),
+        fit=_lines(fit or {"epochs": FitSettings.epochs}),
+        tasks="".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items()),
+        first=next(iter(tasks)),
     )
+    path.write_text(text, encoding="utf-8")
     return path
+
+
+def _lines(values: Mapping[str, float]) -> str:
+    return "\n".join(f"{key} = {value}" for key, value in values.items())
 
 
 def refuse_bad_names(names: Iterable[str]) -> None:

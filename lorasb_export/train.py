@@ -8,79 +8,31 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from . import environment
 from .artifact import Adapter, Basis, versions
 from .base import SEQ_CLS, BaseModel
 from .data import TaskData, collate, encode, load_task, row_losses
-from .errors import ArtifactError, OutputError, SettingsError, TrainingError
+from .errors import ArtifactError, OutputError, TrainingError
 from .layer import head_parameters
 from .plot import plot_losses
+from .settings import FitSettings
 from .storage import atomic_folder, read_json, refuse_existing, write_json
 
 environment.hide_broken_packages()
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402  # after the broken packages are hidden
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402  # after the broken packages are hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How an adapter is trained.
-
-    Attributes:
-        epochs: passes over the training rows.
-        max_steps: stop after this many optimizer steps; overrides `epochs`.
-        batch_size: rows per forward pass.
-        accumulate: forward passes per optimizer step.
-        learning_rate: peak rate of AdamW.
-        schedule: `linear`, `cosine` or `constant_with_warmup`.
-        warmup: share of the steps spent warming up.
-        weight_decay: on R; 0 by default.
-        max_grad_norm: gradient norm clip.
-        scaling: s.
-        init: R0: `svd` (S/s, the paper) or `zero` (start as the base model).
-        max_length: rows are cut after this many tokens.
-        checkpoint_every: optimizer steps between checkpoints.
-        dtype: `auto` (the checkpoint's) or a torch float type for the frozen base; R is fp32 in any case.
-        seed: row order, and a new classification head.
-    """
-
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 6e-3
-    schedule: str = "linear"
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    scaling: float = 1.0
-    init: str = "svd"
-    max_length: int = 512
-    checkpoint_every: int = 50
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.init not in ("svd", "zero"):
-            raise SettingsError(f"init is {self.init!r}", fix="Use svd or zero")
-        if self.schedule not in ("linear", "cosine", "constant_with_warmup"):
-            raise SettingsError(f"schedule is {self.schedule!r}", fix="Use linear, cosine or constant_with_warmup")
-        for name in ("epochs", "batch_size", "accumulate", "learning_rate", "scaling", "max_length"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
-        if self.checkpoint_every < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise SettingsError("checkpoint_every and max_steps must be at least 1")
 
 
 def fit(
@@ -101,12 +53,13 @@ def fit(
     Args:
         basis: a basis folder, a Hub id, or a loaded Basis.
         data: folder, file, Hub dataset id, or loaded task.
-        resume: go on from the last complete checkpoint of an interrupted run with the same settings and data.
+        resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
+            from the beginning where there is none.
         network: the loaded base, where the caller already has it; its adapters are replaced.
 
     Raises:
         OutputError: `out` exists, or an interrupted run does and neither `resume` nor `overwrite` is given.
-        TrainingError: nothing to resume, other settings than the interrupted run's, or a loss that is not finite.
+        TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
         DataError, BaseModelError, ArtifactError: the inputs are bad or do not belong together.
     """
     started = time.monotonic()
@@ -150,8 +103,10 @@ def fit(
         eval_dataset=rows.get("valid"),
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         compute_loss_func=_mean_loss,
-        callbacks=[_StopOnBadLoss()],
+        callbacks=[_Progress(task.name), _StopOnBadLoss()],
     )
+    trainer.remove_callback(PrinterCallback)  # both print to stdout, which is for results
+    trainer.remove_callback(ProgressCallback)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     network.eval()
 
@@ -184,11 +139,12 @@ def fit(
 
 
 def _open_run(run: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """Prepare the working folder; returns the checkpoint to resume from."""
+    """Prepare the working folder; returns the checkpoint to resume from, None to start from the beginning."""
     if resume:
         last = _last_complete(run)
-        if last is None:
-            raise TrainingError("nothing to resume", where=run, fix="Run fit without --resume")
+        if last is None:  # killed before its first checkpoint
+            shutil.rmtree(run, ignore_errors=True)
+            return None
         saved = read_json(last / _COMPLETE)
         differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
         if differing:
@@ -237,7 +193,6 @@ def _arguments(settings: FitSettings, run: Path, *, has_valid: bool, rows: int) 
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        disable_tqdm=bool(os.environ.get("TQDM_DISABLE")),
     )
 
 
@@ -245,6 +200,27 @@ def _mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     """Mean over the labels of the whole optimizer step, whatever its split into batches and processes."""
     losses, counts = row_losses(outputs.logits, labels)
     return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class _Progress(TrainerCallback):
+    """One bar with the latest losses, on stderr when that is a terminal."""
+
+    def __init__(self, task: str) -> None:
+        self.bar = tqdm(desc=f"fit {task}", unit="step", disable=None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.reset(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if logs and key in logs}
+        if shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
 
 class _StopOnBadLoss(TrainerCallback):

@@ -38,10 +38,10 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from lorasb_export.export.onnx import export_onnx  # noqa: E402
+from lorasb_export.export.onnx import check_disk, export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
-from lorasb_export.export.onnx_verify import torch_greedy  # noqa: E402
+from lorasb_export.export.onnx_verify import require_equal, verify_folder  # noqa: E402
 
 RANK, EOS, TOKENS = 8, 2, 24
 LENGTHS = (3, 17, 9, 1, 17, 30, 2, 5, 11)  # more than one batch, of unequal rows
@@ -96,13 +96,22 @@ def merged(base: Path, adapter: Path | None) -> PreTrainedModel:
     return network
 
 
+def torch_greedy(network: PreTrainedModel, prompt: list[int], eos: set[int]) -> list[int]:
+    """The plain argmax loop, without a cache."""
+    answer: list[int] = []
+    with torch.inference_mode():
+        while len(answer) < TOKENS and not (answer and answer[-1] in eos):
+            answer.append(int(network(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+    return answer
+
+
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(3, 98, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 def answers(network: PreTrainedModel, eos: set[int]) -> list[list[int]]:
-    return [torch_greedy(network, prompt, TOKENS, eos)[0] for prompt in prompts()]
+    return [torch_greedy(network, prompt, eos) for prompt in prompts()]
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +236,14 @@ def test_verification_is_recorded_per_task(tasks_onnx: Path) -> None:
         assert result["equal_tokens"] == result["tokens"] > 0
 
 
+def test_verification_tells_one_task_from_another(world: Path, tasks_onnx: Path) -> None:
+    found = verify_folder(tasks_onnx, world / "base", Adapter.load(world / "red"), tasks_onnx / "blue.onnx_adapter")
+    assert found["equal_prompts"] < found["prompts"]
+    assert require_equal(found, "int4", tasks_onnx) == found  # a quantized graph may differ: reported, not refused
+    with pytest.raises(ArtifactError, match="leave torch's"):
+        require_equal(found, "fp32", tasks_onnx)
+
+
 def test_genai_runs_the_same_folder(world: Path, tasks_onnx: Path) -> None:
     model = og.Model(str(tasks_onnx))
     adapters = og.Adapters(model)
@@ -265,6 +282,12 @@ def test_an_adapter_of_another_graph_is_refused(tasks_onnx: Path, tmp_path: Path
         OnnxDecoder(tasks_onnx, tasks_onnx / "green.onnx_adapter")
 
 
+def test_a_bf16_graph_is_written_for_cuda_and_refused_on_the_cpu(world: Path, tmp_path: Path) -> None:
+    assert export_onnx(world / "red", tmp_path / "out", precision="bf16")["execution_provider"] == "cuda"
+    with pytest.raises(ArtifactError, match="cannot load the graph on the CPU"):
+        OnnxDecoder(tmp_path / "out")
+
+
 def test_prompts_that_cannot_be_answered_are_refused(red_onnx: Path) -> None:
     decoder = OnnxDecoder(red_onnx, threads=1)
     assert decoder.generate([], 5, set()) == []
@@ -293,6 +316,8 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
     (tmp_path / "full" / "file").touch()
     with pytest.raises(OutputError, match="exists"):
         export_onnx(red, tmp_path / "full")
+    with pytest.raises(OutputError, match="GB free"):
+        check_disk(tmp_path, BaseModel.resolve(world / "base"), 1e12)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)  # what the import system reads as "not installed"
     with pytest.raises(MissingPackageError, match=r"onnxruntime-genai is not installed.*lorasb\[cpu\]"):
         export_onnx(red, out)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,9 +12,6 @@ from ..base import BaseModel
 from ..data import prompt_ids
 from ..errors import ArtifactError
 from .onnx_run import OnnxDecoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROMPTS = (
     "What is the capital of France?",
@@ -35,7 +31,10 @@ def verify_folder(
     prompts: Sequence[str] = PROMPTS,
     tokens: int = 64,
 ) -> dict[str, float]:
-    """Compare greedy answers of an exported folder with torch's in fp32, token by token up to the end of each answer.
+    """Ask an exported folder for greedy answers, and torch in fp32 whether it would have said the same.
+
+    One pass of torch over prompt and answer gives its choice at every step, so an answer without a difference is the
+    one that torch's own greedy loop gives.
 
     Args:
         out: what `export_onnx` or `export_onnx_adapters` wrote.
@@ -43,9 +42,9 @@ def verify_folder(
         adapter: the `.onnx_adapter` file that carries `task` in `out`, where it is not merged in.
 
     Returns:
-        `prompts`, `equal_prompts` (whole answers equal), `tokens` (in torch's answers), `equal_tokens` (before the
-        first that differs), and `gap`: where an answer first differs, by how much torch's logits prefer its own token;
-        the largest over the prompts, 0 when all are equal.
+        `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers), `equal_tokens` (before the first of
+        an answer that differs), and `gap`: by how much torch's logits prefer its own token there, the largest over the
+        prompts; 0 when all are equal.
     """
     base = BaseModel.resolve(reference)
     network, tokenizer = base.load(dtype="float32", device="cpu"), base.load_tokenizer()
@@ -54,14 +53,16 @@ def verify_folder(
     decoder = OnnxDecoder(out, adapter)
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     result = {"prompts": len(encoded), "equal_prompts": 0, "tokens": 0, "equal_tokens": 0, "gap": 0.0}
-    for ids, found in zip(encoded, decoder.generate(encoded, tokens, decoder.eos_ids), strict=True):
-        expected, logits = torch_greedy(network, ids, tokens, decoder.eos_ids)
-        equal = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
-        result["equal_prompts"] += expected == found
-        result["tokens"] += len(expected)
+    for prompt, answer in zip(encoded, decoder.generate(encoded, tokens, decoder.eos_ids), strict=True):
+        with torch.inference_mode():
+            logits = network(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]  # (tokens, vocabulary)
+        preferred = logits.argmax(-1).tolist()
+        equal = next((i for i, token in enumerate(answer) if token != preferred[i]), len(answer))
+        result["equal_prompts"] += equal == len(answer)
+        result["tokens"] += len(answer)
         result["equal_tokens"] += equal
-        if equal < len(expected):
-            gap = logits[equal, expected[equal]] - logits[equal, found[equal]]
+        if equal < len(answer):
+            gap = logits[equal, preferred[equal]] - logits[equal, answer[equal]]
             result["gap"] = max(result["gap"], float(gap))
     return result
 
@@ -76,24 +77,3 @@ def require_equal(result: dict[str, float], precision: str, where: str | Path) -
             fix="Nothing was written; report it with the versions of onnxruntime and onnxruntime-genai",
         )
     return result
-
-
-def torch_greedy(
-    network: PreTrainedModel, prompt: Sequence[int], max_tokens: int, eos_ids: Collection[int]
-) -> tuple[list[int], torch.Tensor]:
-    """The plain argmax loop that exports are compared with.
-
-    Returns:
-        the answer, up to and including the first of `eos_ids`, and the logits (tokens, vocabulary) it was taken from.
-    """
-    ids, cache = torch.tensor([list(prompt)]), None
-    answer: list[int] = []
-    logits: list[torch.Tensor] = []
-    with torch.inference_mode():
-        while len(answer) < max_tokens and not (answer and answer[-1] in eos_ids):
-            output: Any = network(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits.append(output.logits[0, -1])
-            answer.append(int(logits[-1].argmax()))
-            ids = torch.tensor([answer[-1:]])
-    return answer, torch.stack(logits)

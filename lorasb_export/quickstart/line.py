@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import Adapter
 from ..base import BaseModel
-from ..calibrate import CalibrationSettings, calibrate
+from ..calibrate import calibrate
 from ..data import TaskData, load_task, prompt_ids
 from ..errors import MissingPackageError
 from ..export.onnx import export_onnx
@@ -24,8 +23,9 @@ from ..layer import remove
 from ..merge import merge
 from ..project import Project, write_project
 from ..serve import running_server
+from ..settings import CalibrationSettings, FitSettings
 from ..storage import atomic_folder
-from ..train import FitSettings, fit
+from ..train import fit
 from .model import small_model
 from .tasks import write_tasks
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 COLUMNS = ("base", "adapter", "merged", "peft", "onnx", "served")
 _MERGED = "dates"
 _DTYPE = "float32"  # all ways are compared row by row: no rounding may come between them
-_FIT = FitSettings(epochs=1, learning_rate=6e-3, checkpoint_every=25, dtype=_DTYPE)
 
 
 class _Line:
@@ -103,13 +102,20 @@ def quickstart(
     base = BaseModel.resolve(small_model())
     with atomic_folder(out, overwrite=overwrite) as temporary:  # only the project: the steps below write into it
         data = write_tasks(temporary / "data")
-        write_project(temporary / "lorasb.toml", base.name_or_path, {name: f"data/{name}" for name in data}, epochs=1)
+        write_project(
+            temporary / "lorasb.toml",
+            base.name_or_path,
+            {name: f"data/{name}" for name in data},
+            basis={"rank": 64, "samples": 16},
+            fit={"epochs": 1, "learning_rate": 1e-2},
+        )
     tasks = {name: load_task(name, out / "data" / name) for name in data}
     project = Project.load(out / "lorasb.toml")
     line = _Line(tasks, say)
     line.seconds["model"] = round(time.monotonic() - started, 1)
 
     network, tokenizer = base.load(dtype=_DTYPE), base.load_tokenizer()
+    fitting = FitSettings(**{**project.fit, "dtype": _DTYPE})
     folders = {name: project.adapter_folder(name) for name in tasks}
     with line.step("calibrate", "Calibrating one basis on both tasks"):
         settings = CalibrationSettings(**{**project.calibration, "dtype": _DTYPE})
@@ -119,7 +125,7 @@ def quickstart(
             line.ask("base", name, network, tokenizer)
     for name in tasks:
         with line.step(f"fit_{name}", f"Fitting {name}"):
-            fit(base, out / "basis", tasks[name], folders[name], _FIT, network=network)
+            fit(base, out / "basis", tasks[name], folders[name], fitting, network=network)
         with line.step(f"adapter_{name}", f"Asking the adapter {name}"):
             line.ask("adapter", name, network, tokenizer)
         _record(line, name, folders[name])
@@ -169,7 +175,7 @@ def _record(line: _Line, name: str, folder: Path) -> None:
 def _load_peft(network: PreTrainedModel, folder: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(network, str(folder)).eval()  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(network, str(folder)).eval()
 
 
 def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -218,7 +224,7 @@ def _report(result: Mapping[str, Any], out: Path, *, push_bytes: int) -> str:
         "  lorasb inspect adapters/dates",
         "  lorasb generate 'Date: 3rd of May 2031'",
         "  lorasb serve --adapters dates,orders",
-        f"  lorasb push adapters/dates --repo you/dates-lorasb   # {push_bytes / 1e6:.1f} MB, the basis included; private",
+        f"  lorasb push adapters/dates --repo you/dates-lorasb   # private; {push_bytes / 1e6:.0f} MB with its basis",
         "",
         "The same on your own data:",
         "  lorasb init --model HuggingFaceTB/SmolLM2-135M-Instruct --task mine=path/to/folder-with-train.jsonl",

@@ -67,11 +67,14 @@ def _order(rng: random.Random) -> Row:
 TASKS: dict[str, Callable[[random.Random], Row]] = {"dates": _date, "orders": _order}
 
 
-def write_tasks(folder: Path, *, train: int = 600, valid: int = 16, test: int = 24, seed: int = 0) -> dict[str, Path]:
+_TRAINING_ROWS = {"dates": 360, "orders": 200}  # enough for each, and no more: quickstart is to be quick
+
+
+def write_tasks(folder: Path, *, valid: int = 16, test: int = 24, seed: int = 0) -> dict[str, Path]:
     """Write `folder`/NAME/{train,valid,test}.jsonl for each task; no prompt is in two splits. Name → folder."""
     written = {}
     for name, make in TASKS.items():
-        rng = random.Random(f"{name}-{seed}")
+        rng, train = random.Random(f"{name}-{seed}"), _TRAINING_ROWS[name]
         rows: dict[str, Row] = {}
         while len(rows) < train + valid + test:
             row = make(rng)

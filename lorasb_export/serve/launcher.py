@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import environment
 from ..errors import MissingPackageError, OutputError
-from .names import resolve_adapters
+from ..names import resolve_adapters
 from .plan import make_plan
 from .server import RunningServer
 

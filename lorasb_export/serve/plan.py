@@ -13,7 +13,7 @@ from ..artifact import Adapter, Basis
 from ..base import SEQ_CLS, BaseModel, default_device
 from ..errors import LoraSBError, OutputError, SettingsError
 from ..export.peft import write_folded
-from .names import check_name
+from ..names import check_name
 
 _MODES = ("folded", "shared")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.serve.names import check_name, resolve_adapters
+from lorasb_export.names import check_name, resolve_adapters
 
 
 def folder(path: Path) -> Path:

@@ -1,0 +1,311 @@
+"""The two folders of the format: byte-stable, strict, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.artifact import check_same_basis
+from lorasb_export.base import BaseModel
+from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.storage import atomic_folder, read_header
+from tests.tiny import make_llama
+
+
+@pytest.fixture(scope="module")
+def folders(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A saved basis and a saved adapter beside it."""
+    root = tmp_path_factory.mktemp("project")
+    calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4)).save(root / "basis")
+    network = BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, Basis.load(root / "basis"))
+    for R in adapter.R.values():
+        R.data.add_(torch.randn(R.shape, generator=torch.Generator().manual_seed(0)))
+    adapter.save(root / "adapters" / "a")
+    return root / "basis", root / "adapters" / "a"
+
+
+def copy(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / name).read_text())
+    change(config)
+    (folder / name).write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+
+
+def test_basis_save_load_save_is_byte_stable(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    Basis.load(folders[0]).save(tmp_path / "again")
+    for name in ("basis.safetensors", "basis_config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (folders[0] / name).read_bytes()
+
+
+def test_adapter_save_load_save_is_byte_stable(folders: tuple[Path, Path]) -> None:
+    target = folders[1].parent / "again"
+    Adapter.load(folders[1]).save(target)
+    for name in ("adapter.safetensors", "adapter_config.json", "README.md"):
+        assert (target / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_adapter_file_holds_R_alone_in_one_block(folders: tuple[Path, Path]) -> None:
+    """Oracle 22: the R-only file is r²·modules·4 bytes and a header; keys sorted."""
+    header, _ = read_header(folders[1] / "adapter.safetensors")
+    assert list(header) == sorted(header)
+    assert all(name.endswith(".R") and info.dtype == "F32" for name, info in header.items())
+    assert sum(info.nbytes for info in header.values()) == 14 * 4 * 4 * 4
+
+
+def test_config_keys_are_those_of_the_format(folders: tuple[Path, Path]) -> None:
+    basis, adapter = (
+        json.loads((f / n).read_text())
+        for f, n in zip(folders, ("basis_config.json", "adapter_config.json"), strict=True)
+    )
+    assert set(basis) == {
+        "format_version",
+        "base_model",
+        "rank",
+        "target_modules",
+        "sha256",
+        "calibration",
+        "created_with",
+    }
+    assert set(basis["base_model"]) == {"name_or_path", "revision", "fingerprint"}
+    assert adapter["peft_type"] == "LORA_SB"
+    assert set(adapter) == {
+        *("peft_type", "format_version", "base_model_name_or_path", "revision", "base_fingerprint", "task_type", "r"),
+        *("scaling", "target_modules", "basis", "training"),
+    }
+    assert adapter["basis"] == {"sha256": basis["sha256"], "source": "../../basis"}
+
+
+def test_peft_refuses_our_folder(folders: tuple[Path, Path]) -> None:
+    from peft import PeftConfig
+
+    with pytest.raises((KeyError, ValueError)):
+        PeftConfig.from_pretrained(str(folders[1]))
+
+
+def test_embedded_adapter_stands_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = Adapter.load(folders[1])
+    adapter.save(tmp_path / "alone", embed=True)
+    moved = tmp_path / "moved"
+    (tmp_path / "alone").rename(moved)
+    assert Adapter.load(moved).load_basis().sha256 == adapter.basis_sha256
+
+
+def test_basis_inside_the_adapter_folder_is_found(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Adapter.load(folders[1])
+    adapter.basis_source = str(tmp_path / "a" / "basis")
+    adapter.save(tmp_path / "a")
+    copy(folders[0], tmp_path / "a" / "basis")
+    monkeypatch.chdir("/")
+    assert Adapter.load(tmp_path / "a").load_basis().sha256 == adapter.basis_sha256
+
+
+BAD_BASIS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "other hash": (lambda f: edit(f, "basis_config.json", lambda c: c.update(sha256="0" * 64)), "sha256 is not"),
+    "unknown key": (lambda f: edit(f, "basis_config.json", lambda c: c.update(extra=1)), "unknown extra"),
+    "missing key": (lambda f: edit(f, "basis_config.json", lambda c: c.pop("rank")), "missing rank"),
+    "other version": (lambda f: edit(f, "basis_config.json", lambda c: c.update(format_version=2)), "format version 2"),
+    "rank too large": (lambda f: edit(f, "basis_config.json", lambda c: c.update(rank=99)), "rank 99 does not fit"),
+    "other shape": (
+        lambda f: edit(
+            f, "basis_config.json", lambda c: c["target_modules"].update({"model.layers.0.mlp.up_proj": [64, 33]})
+        ),
+        "expected BF16/F16/F32/F64 [4, 33]",
+    ),
+    "missing tensor": (lambda f: edit_tensors(f, "basis.safetensors", lambda t: t.popitem()), "missing"),
+    "broken json": (lambda f: (f / "basis_config.json").write_text("{"), "unreadable JSON"),
+    "truncated": (lambda f: os.truncate(f / "basis.safetensors", 5000), "truncated"),
+    "no file": (lambda f: (f / "basis.safetensors").unlink(), "file not found"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BASIS)
+def test_bad_basis_is_refused(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    damage, message = BAD_BASIS[case]
+    folder = copy(folders[0], tmp_path / "basis")
+    damage(folder)
+    with pytest.raises(ArtifactError) as error:
+        Basis.load(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def half(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: tensor.half() for name, tensor in tensors.items()})
+
+
+BAD_ADAPTER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "non-finite": (lambda f: edit_tensors(f, "adapter.safetensors", nan), "non-finite"),
+    "wrong dtype": (lambda f: edit_tensors(f, "adapter.safetensors", half), "is F16 [4, 4], expected F32 [4, 4]"),
+    "other rank": (lambda f: edit(f, "adapter_config.json", lambda c: c.update(r=5)), "expected F32 [5, 5]"),
+    "extra tensor": (
+        lambda f: edit_tensors(f, "adapter.safetensors", lambda t: t.update(junk=torch.zeros(1))),
+        "unknown junk",
+    ),
+    "unknown key": (lambda f: edit(f, "adapter_config.json", lambda c: c.update(extra=1)), "unknown extra"),
+    "other kind": (lambda f: edit(f, "adapter_config.json", lambda c: c.update(peft_type="LORA")), "not LORA_SB"),
+    "other version": (
+        lambda f: edit(f, "adapter_config.json", lambda c: c.update(format_version=9)),
+        "format version 9",
+    ),
+    "truncated": (lambda f: os.truncate(f / "adapter.safetensors", 3000), "truncated"),
+    "not safetensors": (
+        lambda f: (f / "adapter.safetensors").write_bytes(b"PK\x03\x04" + b"\xff" * 64),
+        "not a safetensors file",
+    ),
+    "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), "not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTER)
+def test_bad_adapter_is_refused(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    damage, message = BAD_ADAPTER[case]
+    folder = copy(folders[1], tmp_path / "a")
+    damage(folder)
+    with pytest.raises(ArtifactError) as error:
+        Adapter.load(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_adapter_of_another_basis_is_refused(
+    folders: tuple[Path, Path], llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, seed=9))
+    with pytest.raises(ArtifactError, match="trained in basis"):
+        check_same_basis(Adapter.load(folders[1]), other)
+    other.save(tmp_path / "basis")
+    folder = copy(folders[1], tmp_path / "adapters" / "a")
+    edit(folder, "adapter_config.json", lambda c: c["basis"].update(source="../../basis"))
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        Adapter.load(folder).load_basis()
+
+
+def test_adapter_of_another_rank_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:
+    other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=5))
+    with pytest.raises(ArtifactError, match="rank 4, the basis has 5"):
+        check_same_basis(Adapter.load(folders[1]), other)
+
+
+def test_adapter_of_another_target_set_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:
+    other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, targets="q_proj"))
+    with pytest.raises(ArtifactError, match="target modules differ"):
+        check_same_basis(Adapter.load(folders[1]), other)
+
+
+def test_other_base_is_refused(folders: tuple[Path, Path], llama: Path, tmp_path: Path) -> None:
+    adapter = Adapter.load(folders[1])
+    BaseModel.resolve(llama).verify(adapter.base, adapter.R)
+    other = copy(llama, tmp_path / "other")
+    edit_tensors(other, "model.safetensors", lambda t: t["model.layers.1.mlp.up_proj.weight"].add_(0.01))
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        BaseModel.resolve(other).verify(adapter.base, adapter.R)
+
+
+def test_missing_module_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = make_llama(tmp_path / "small")
+    edit_tensors(small, "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    adapter = Adapter.load(folders[1])
+    with pytest.raises(BaseModelError, match="no weight for module"):
+        BaseModel.resolve(small).verify(adapter.base, adapter.R)
+
+
+def test_attach_refuses_a_model_of_another_shape(folders: tuple[Path, Path]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with pytest.raises(ArtifactError, match="the basis was made for"):
+        Adapter.attach(LlamaForCausalLM(config), Basis.load(folders[0]))
+
+
+def test_an_existing_target_is_kept(folders: tuple[Path, Path]) -> None:
+    before = (folders[0] / "basis.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="the target exists"):
+        Basis.load(folders[0]).save(folders[0])
+    assert (folders[0] / "basis.safetensors").read_bytes() == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / "half").write_text("…")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
+    for name, overwrite in (("old", False), ("new", True)):
+        with atomic_folder(tmp_path / "x", overwrite=overwrite) as temporary:
+            (temporary / name).write_text(name)
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("old")
+    script = (
+        "import sys, time; from pathlib import Path; from lorasb_export.storage import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
+        "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["old"]
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = ArtifactError("bad", where="here", fix="Do this")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (ArtifactError, "bad (here). Do this")
+    assert isinstance(again, LoraSBError)
+    assert isinstance(again, ValueError)

@@ -1,0 +1,246 @@
+"""Merging: exact, streamed, tied, byte for byte where nothing changes; refused before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasb_export import Adapter, merge
+from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
+from lorasb_export.layer import head_parameters
+from lorasb_export.merge import parse_size
+from tests.random_adapter import save_adapter
+from tests.tiny import make_bert, make_gpt2, make_llama
+
+MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+IDS = torch.tensor([[1, 20, 21, 22, 23, 2]])
+
+
+def adapter_for(base: Path, folder: Path, modules: list[str] = MODULES, task_type: str = "CAUSAL_LM") -> Path:
+    model = BaseModel.resolve(base).load(task_type, num_labels=3 if task_type == SEQ_CLS else None)
+    save_adapter(base, model, folder, modules, task_type=task_type, relative_size=0.3)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def unmerged_logits(base: Path, adapter: Path, task_type: str = "CAUSAL_LM") -> torch.Tensor:
+    network = BaseModel.resolve(base).load(task_type, num_labels=3 if task_type == SEQ_CLS else None)
+    Adapter.load(adapter).inject(network)
+    return logits(network)
+
+
+def test_oracle_14_merged_equals_unmerged(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "a")
+    result = merge(adapter, tmp_path / "model", verify=True)
+    assert result["modules"] == len(MODULES)
+    assert result["verify"]["relative_difference"] < 1e-5
+    merged = logits(BaseModel.resolve(tmp_path / "model").load())
+    assert (merged - unmerged_logits(llama, adapter)).abs().max() < 1e-5
+    assert (merged - logits(BaseModel.resolve(llama).load())).abs().max() > 0.1  # the adapter does something
+
+
+def test_every_touched_tensor_is_the_float64_sum_rounded_once(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = Adapter.load(adapter_for(base, tmp_path / "a"))
+    merge(adapter, tmp_path / "model")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "model"))
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        module = name.removesuffix(".weight")
+        if module in adapter.R:
+            B, A, _ = (part.double() for part in adapter.load_basis().modules[module])
+            exact = tensor.double() + adapter.scaling * B @ adapter.R[module].double() @ A
+            assert (exact.to(torch.bfloat16) == after[name]).float().mean() > 0.999
+            assert torch.allclose(exact, after[name].double(), rtol=2**-8, atol=0)  # never off by more than one ulp
+        else:
+            assert torch.equal(tensor, after[name])
+
+
+def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    for name in ("chat_template.jinja", "vocab.json", "merges.txt", "LICENSE"):
+        (base / name).write_text(f"{name} of the base")
+    (base / "pytorch_model.bin").write_bytes(b"another format")
+    (base / "README.md").write_text("the base's card")
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
+    for path in base.iterdir():
+        copied = tmp_path / "model" / path.name
+        if path.suffix not in (".safetensors", ".bin", ".md"):
+            assert copied.read_bytes() == path.read_bytes(), path.name
+    assert not (tmp_path / "model" / "pytorch_model.bin").exists()
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    network = BaseModel.resolve(tmp_path / "model").load()
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_sharded_base_and_sharded_output(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", shards="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = adapter_for(base, tmp_path / "a")
+    result = merge(adapter, tmp_path / "model", max_shard_size="30KB")
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) == result["shards"] > 2
+    assert index["metadata"]["total_size"] == result["bytes"]
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    assert (logits(BaseModel.resolve(tmp_path / "model").load()) - unmerged_logits(base, adapter)).abs().max() < 1e-5
+
+
+def test_other_dtype(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "a")
+    merge(adapter, tmp_path / "model", dtype="bfloat16", verify=True)
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(SettingsError, match="dtype is 'int8'"):
+        merge(adapter, tmp_path / "other", dtype="int8")
+
+
+def test_gpt2_stores_its_weights_transposed(tmp_path: Path) -> None:
+    """attn.c_proj is square: its orientation cannot be told from its shape."""
+    base = make_gpt2(tmp_path / "base")
+    adapter = adapter_for(base, tmp_path / "a", ["transformer.h.0.attn.c_proj", "transformer.h.1.mlp.c_fc"])
+    merge(adapter, tmp_path / "model")
+    assert (logits(BaseModel.resolve(tmp_path / "model").load()) - unmerged_logits(base, adapter)).abs().max() < 1e-5
+
+
+def test_classifier_with_its_head(tmp_path: Path) -> None:
+    """The checkpoint is a body without prefix; the merged folder loads as a classifier, strictly."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = make_bert(tmp_path / "base")
+    modules = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
+    adapter = Adapter.load(adapter_for(base, tmp_path / "a", modules, SEQ_CLS))
+    adapter.training = {"labels": ["red", "green", "blue"]}
+    merge(adapter, tmp_path / "model")
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+    assert all(torch.equal(p, adapter.head[name]) for name, p in head_parameters(model).items())
+    assert (logits(model.eval()) - unmerged_logits(base, tmp_path / "a", SEQ_CLS)).abs().max() < 1e-5
+
+
+def test_refusals_write_nothing(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="the target exists"):
+        merge(adapter, tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+    shutil.rmtree(tmp_path / "full")
+    with pytest.raises(BaseModelError, match="not found"):
+        merge(adapter, tmp_path / "model", base=tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="file not found"):
+        merge(tmp_path, tmp_path / "model")
+    with pytest.raises(SettingsError, match="is not a number with"):
+        merge(adapter, tmp_path / "model", max_shard_size="many")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "a")
+    merge(adapter, tmp_path / "model")
+    with pytest.raises(BaseModelError, match="already merged"):
+        merge(adapter, tmp_path / "twice", base=tmp_path / "model")
+    (tmp_path / "model" / "lorasb.json").unlink()  # and without the note, by the fingerprint
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        merge(adapter, tmp_path / "twice", base=tmp_path / "model")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_tensor_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    adapter = Adapter.load(adapter_for(base, tmp_path / "a"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 40)
+    save_file(tensors, base / "model.safetensors")
+    adapter.base = BaseModel.resolve(base).ref(adapter.R)  # the fingerprint alone would catch it
+    with pytest.raises(ArtifactError, match=r"is F32 \[64, 40\], the basis was made for \[64, 32\]"):
+        merge(adapter, tmp_path / "model")
+
+
+def test_no_disk_space_is_seen_before_writing(llama: Path, tmp_path: Path) -> None:
+    """A base that claims 8 TB in a sparse file: no disk here has room for it."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    adapter = adapter_for(base, tmp_path / "a")
+    elements = 2 * 10**12
+    header = {"huge": {"dtype": "F32", "shape": [elements], "data_offsets": [0, 4 * elements]}}
+    text = json.dumps(header).encode()
+    with (base / "huge.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 4 * elements)
+    with pytest.raises(OutputError, match=r"not enough disk: 8000\.0 GB needed"):
+        merge(adapter, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    plan = merge(adapter_for(llama, tmp_path / "a"), tmp_path / "model", dry_run=True)
+    assert (plan["modules"], plan["shards"]) == (6, 1)
+    assert plan["bytes"] == sum(t.numel() * 4 for t in load_file(llama / "model.safetensors").values())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_the_middle_leaves_no_model(number: signal.Signals, llama: Path, tmp_path: Path) -> None:
+    """The child stops itself between two tensors; a restart succeeds and cleans up."""
+    adapter = adapter_for(llama, tmp_path / "a")
+    script = (
+        "import os, sys; from lorasb_export import merge as m; import lorasb_export.merge\n"
+        "module = sys.modules['lorasb_export.merge']; real = module._compute\n"
+        "def stopping(tensor, plan):\n"
+        "    if tensor.name == 'model.layers.1.mlp.up_proj.weight': os.kill(os.getpid(), int(sys.argv[3]))\n"
+        "    return real(tensor, plan)\n"
+        "module._compute = stopping\n"
+        "m(sys.argv[1], sys.argv[2])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(adapter), str(tmp_path / "model"), str(int(number))])
+    assert done.returncode != 0
+    assert not (tmp_path / "model").exists()
+    merge(adapter, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model"]
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Peak RSS of a merge of 400 MB of untouched tensors stays within 100 MB of that of a tiny one."""
+    small = make_llama(tmp_path / "small")
+    large = tmp_path / "large"
+    shutil.copytree(small, large)
+    save_file({f"extra.{i}": torch.zeros(5_000_000) for i in range(20)}, large / "extra.safetensors")
+    script = (
+        "import resource, sys; from lorasb_export import merge; merge(*sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for base in (small, large):
+        adapter = adapter_for(base, tmp_path / f"a-{base.name}")
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(adapter), str(tmp_path / f"m-{base.name}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 100
+
+
+def test_parse_size() -> None:
+    assert [parse_size(size) for size in ("5GB", "10 MB", "3kb", "7", 9)] == [5 * 10**9, 10**7, 3000, 7, 9]

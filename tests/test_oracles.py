@@ -1,0 +1,246 @@
+"""The theorems of the paper (arXiv 2411.19557), each on the code that relies on it. float64 unless said."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.artifact import ModuleBasis
+from lorasb_export.base import BaseModel
+from lorasb_export.calibrate import find_targets, gradient_sums, truncated_svd
+from lorasb_export.data import TaskData, collate, encode, load_task, row_losses
+from lorasb_export.layer import LoRASBLinear, remove
+from lorasb_export.settings import CalibrationSettings, FitSettings
+
+OUT, IN, RANK = 48, 40, 6
+
+
+def factors(seed: int = 0, out: int = OUT, inside: int = IN, rank: int = RANK) -> ModuleBasis:
+    generator = torch.Generator().manual_seed(seed)
+    B = torch.linalg.qr(torch.randn(out, rank, generator=generator, dtype=torch.float64))[0]
+    A = torch.linalg.qr(torch.randn(inside, rank, generator=generator, dtype=torch.float64))[0].T.contiguous()
+    return ModuleBasis(B, A, torch.arange(rank, 0, -1.0))
+
+
+def layer(scaling: float = 0.7, seed: int = 0) -> LoRASBLinear:
+    torch.manual_seed(seed)
+    base = nn.Linear(IN, OUT, dtype=torch.float64).requires_grad_(False)
+    R = torch.randn(RANK, RANK, dtype=torch.float64)  # not symmetric: a wrong transpose shows
+    return LoRASBLinear(base, factors(seed), R, scaling)
+
+
+@pytest.fixture(scope="module")
+def task(sums: Path) -> TaskData:
+    return load_task("sums", sums)
+
+
+@pytest.fixture(scope="module")
+def basis(llama: Path, sums: Path) -> Basis:
+    return calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4))
+
+
+def test_oracle_1_basis_is_orthonormal(basis: Basis) -> None:
+    for module in basis.modules.values():
+        identity = torch.eye(basis.rank)
+        assert (module.B.T @ module.B - identity).abs().max() < 1e-5
+        assert (module.A @ module.A.T - identity).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (1100, 1200)], ids=["exact", "randomized"])
+def test_oracle_2_eckart_young(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).sign()
+    U, S, Vh = truncated_svd(matrix, RANK, seed=0)
+    best = torch.linalg.svdvals(matrix)[RANK:].square().sum().sqrt()
+    assert (matrix - U * S @ Vh).norm() <= best * (1 + 1e-2)
+    assert (S.diff() <= 0).all()
+
+
+def test_oracle_3_R0_is_S_over_s(llama: Path, basis: Basis) -> None:
+    network = BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, basis, scaling=2.0)
+    for name, R in adapter.R.items():
+        assert torch.equal(R.detach(), torch.diag(basis.modules[name].S / 2.0))
+        assert (R.detach().diag() >= 0).all()
+        assert (R.detach().diag().diff() <= 0).all()
+
+
+def test_oracle_3_zero_start_is_the_base_bit_for_bit(llama: Path, basis: Basis) -> None:
+    network, ids = BaseModel.resolve(llama).load(), torch.tensor([[5, 6, 7, 8]])
+    before = network(ids).logits
+    Adapter.attach(network, basis, init="zero")
+    assert torch.equal(network(ids).logits, before)
+
+
+def test_oracle_4_lemma_2_gradient_of_R() -> None:
+    """∂L/∂R = s·Bᵀ·(∂L/∂W)·Aᵀ, and y and ∂L/∂x are those of the merged weight."""
+    ours = layer()
+    x = torch.randn(3, 5, IN, dtype=torch.float64, requires_grad=True)
+    y = ours(x)
+    direction = torch.randn_like(y)
+    (y * direction).sum().backward()
+
+    W = (ours.base.weight + ours.delta()).detach().requires_grad_(True)
+    x2 = x.detach().clone().requires_grad_(True)
+    y2 = nn.functional.linear(x2, W, ours.base.bias)
+    (y2 * direction).sum().backward()
+    assert torch.allclose(y, y2, atol=1e-12)
+    assert torch.allclose(x.grad, x2.grad, atol=1e-12)
+    assert torch.allclose(ours.R.grad, ours.scaling * ours.B.T @ W.grad @ ours.A.T, atol=1e-12)
+
+
+def test_oracle_4_the_function_passes_gradcheck() -> None:
+    ours = layer()
+    x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ours, (x,))
+
+
+def test_oracle_5_theorem_3_optimal_gradient() -> None:
+    """(1/s²)(BᵀB)⁻¹ g_R (AAᵀ)⁻¹ is the least-squares solution of s·B·X·A = g, for any full-rank B and A."""
+    generator = torch.Generator().manual_seed(2)
+    B = torch.randn(OUT, RANK, generator=generator, dtype=torch.float64)
+    A = torch.randn(RANK, IN, generator=generator, dtype=torch.float64)
+    g, s = torch.randn(OUT, IN, generator=generator, dtype=torch.float64), 0.7
+    g_R = s * B.T @ g @ A.T
+    optimal = torch.linalg.inv(B.T @ B) @ g_R @ torch.linalg.inv(A @ A.T) / s**2
+    solution = torch.linalg.lstsq(s * torch.kron(B, A.T.contiguous()), g.reshape(-1, 1)).solution.view(RANK, RANK)
+    assert torch.allclose(optimal, solution, atol=1e-10)
+
+
+def test_oracle_5_orthonormal_backprop_is_the_optimal_gradient() -> None:
+    """With orthonormal B, A and s = 1, what the layer back-propagates to R is the optimum of Theorem 3."""
+    ours = layer(scaling=1.0)
+    x = torch.randn(7, IN, dtype=torch.float64)
+    direction = torch.randn(7, OUT, dtype=torch.float64)
+    (ours(x) * direction).sum().backward()
+    g = direction.T @ x
+    solution = torch.linalg.lstsq(torch.kron(ours.B.contiguous(), ours.A.T.contiguous()), g.reshape(-1, 1)).solution
+    assert torch.allclose(ours.R.grad.reshape(-1, 1), solution, atol=1e-10)
+
+
+def test_oracle_11_loss_scale_and_eta(llama: Path, task: TaskData) -> None:
+    """A larger η scales S alone; the sign makes B and A blind to the size of the loss."""
+    small = calibrate(str(llama), {"t": task}, CalibrationSettings(rank=4, eta=1e-6))
+    large = calibrate(str(llama), {"t": task}, CalibrationSettings(rank=4, eta=4e-6))
+    for name, module in small.modules.items():
+        assert torch.equal(module.B, large.modules[name].B)
+        assert torch.allclose(4 * module.S, large.modules[name].S)
+
+
+def test_oracle_13_isometry() -> None:
+    ours = layer(scaling=0.7)
+    delta, R = ours.delta().detach(), ours.R.detach()
+    assert torch.allclose(delta.norm(), 0.7 * R.norm())
+    assert torch.allclose(torch.linalg.svdvals(delta)[:RANK], 0.7 * torch.linalg.svdvals(R))
+
+
+def test_oracle_14_remove_restores_the_base_bit_for_bit(llama: Path, basis: Basis) -> None:
+    network, ids = BaseModel.resolve(llama).load(), torch.tensor([[5, 6, 7, 8]])
+    before, state = network(ids).logits, {k: v.clone() for k, v in network.state_dict().items()}
+    Adapter.attach(network, basis)
+    remove(network)
+    assert torch.equal(network(ids).logits, before)
+    assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
+
+
+def test_oracle_15_transpose_trap() -> None:
+    """R and Rᵀ give different outputs, and the layer uses R."""
+    ours, x = layer(), torch.randn(5, IN, dtype=torch.float64)
+    right = nn.functional.linear(x, ours.base.weight + ours.scaling * ours.B @ ours.R @ ours.A, ours.base.bias)
+    wrong = nn.functional.linear(x, ours.base.weight + ours.scaling * ours.B @ ours.R.T @ ours.A, ours.base.bias)
+    assert torch.allclose(ours(x), right, atol=1e-12)
+    assert (ours(x) - wrong).abs().max() > 0.1
+
+
+def sums_of(base: BaseModel, task: TaskData, batch_size: int, *, reverse: bool = False) -> dict[str, torch.Tensor]:
+    tokenizer = base.load_tokenizer()
+    rows = encode(task.splits["train"][:13], tokenizer, task.task_type, [], 64)
+    rows = rows[::-1] if reverse else rows
+    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    network = base.load(dtype="float64")
+    return gradient_sums(network, find_targets(network, "all-linear"), batches)
+
+
+def test_oracle_19_sum_is_blind_to_order_batches_and_padding(llama: Path, task: TaskData) -> None:
+    """13 rows one by one (no padding), in fours (with a last batch of one), and backwards."""
+    base = BaseModel.resolve(llama)
+    one = sums_of(base, task, 1)
+    for other in (sums_of(base, task, 4), sums_of(base, task, 5, reverse=True)):
+        for name, gradient in one.items():
+            assert torch.allclose(gradient, other[name], atol=1e-12)
+
+
+def test_oracle_19_sum_is_that_of_plain_backward(llama: Path, task: TaskData) -> None:
+    base = BaseModel.resolve(llama)
+    ours = sums_of(base, task, 4)
+    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    network.requires_grad_(True)
+    for row in encode(task.splits["train"][:13], tokenizer, task.task_type, [], 64):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = network(ids).logits[0, :-1]
+        nn.functional.cross_entropy(logits, labels[0, 1:]).backward()
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, network.get_submodule(name).weight.grad, atol=1e-10)
+
+
+def test_oracle_19_flags_and_mode_are_restored_also_after_an_error(llama: Path) -> None:
+    network = BaseModel.resolve(llama).load().train()
+    network.model.norm.weight.requires_grad_(True)
+    before = [p.requires_grad for p in network.parameters()]
+    with pytest.raises(KeyError):
+        gradient_sums(network, find_targets(network, "q_proj"), [{}])
+    assert [p.requires_grad for p in network.parameters()] == before
+    assert network.training
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_oracle_20_same_seed_same_hash_and_the_global_rng_is_left_alone(llama: Path, task: TaskData) -> None:
+    settings = CalibrationSettings(rank=4, seed=3)
+    state = torch.get_rng_state()
+    first, second = (calibrate(str(llama), {"t": task}, settings) for _ in range(2))
+    assert first.sha256 == second.sha256
+    assert torch.equal(torch.get_rng_state(), state)
+    assert calibrate(str(llama), {"t": task}, CalibrationSettings(rank=4, seed=4)).sha256 != first.sha256
+
+
+def test_oracle_21_only_R_moves(llama: Path, basis: Basis, task: TaskData, tmp_path: Path) -> None:
+    network = BaseModel.resolve(llama).load()
+    before = {name: _digest(tensor) for name, tensor in network.state_dict().items()}
+    adapter = fit(str(llama), basis, task, tmp_path / "a", FitSettings(max_steps=4), network=network)
+    modules = {n: m for n, m in network.named_modules() if isinstance(m, LoRASBLinear)}
+    for name, module in modules.items():
+        assert torch.equal(module.B, basis.modules[name].B)
+        assert torch.equal(module.A, basis.modules[name].A)
+        assert not torch.equal(module.R.detach(), torch.diag(basis.modules[name].S))
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == len(modules) * basis.rank**2
+    assert adapter.training["trainable_parameters"] == len(modules) * basis.rank**2
+    remove(network)
+    assert {name: _digest(tensor) for name, tensor in network.state_dict().items()} == before
+
+
+def test_oracle_24_R_is_fp32_under_a_bf16_base(llama: Path, sums: Path, tmp_path: Path) -> None:
+    settings = CalibrationSettings(rank=4, dtype="bfloat16")
+    basis = calibrate(str(llama), {"sums": sums}, settings)
+    assert basis.modules["model.layers.0.self_attn.q_proj"].B.dtype == torch.bfloat16
+    adapter = fit(str(llama), basis, sums, tmp_path / "a", FitSettings(max_steps=2, dtype="bfloat16"))
+    assert {R.dtype for R in adapter.R.values()} == {torch.float32}
+
+
+def test_row_losses_match_transformers(llama: Path, task: TaskData) -> None:
+    base = BaseModel.resolve(llama)
+    tokenizer, network = base.load_tokenizer(), base.load(dtype="float64")
+    rows = encode(task.splits["train"][:5], tokenizer, task.task_type, [], 64)
+    batch = collate(rows, tokenizer.pad_token_id)
+    labels = batch.pop("labels")
+    losses, counts = row_losses(network(**batch).logits, labels)
+    for row, loss, count in zip(rows, losses, counts, strict=True):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        assert float(loss / count) == pytest.approx(float(network(ids, labels=labels).loss), abs=1e-6)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

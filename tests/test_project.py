@@ -1,0 +1,70 @@
+"""lorasb.toml: defaults, flags, and every mistake named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorasb_export.errors import OutputError, SettingsError
+from lorasb_export.project import Project, write_project
+
+
+def load(folder: Path, text: str) -> Project:
+    (folder / "lorasb.toml").write_text(text)
+    return Project.load(folder / "lorasb.toml")
+
+
+def test_what_init_writes_loads(tmp_path: Path) -> None:
+    path = write_project(tmp_path / "lorasb.toml", 'a "quoted" base', {"dates": "data/dates"}, fit={"epochs": 1})
+    project = Project.load(path)
+    assert project.model == 'a "quoted" base'
+    assert project.tasks["dates"].data == "data/dates"
+    assert (project.calibration, project.fit) == ({"rank": 64}, {"epochs": 1})
+    with pytest.raises(OutputError, match="the project file exists"):
+        write_project(path, "x", {"a": "b"})
+    with pytest.raises(SettingsError, match=r"'\.\./evil' cannot be"):
+        write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    text = 'modle = "x"\n[fit]\nepocs = 3\nbatch_size = "8"\n[basis]\nrank = true\n'
+    text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n'
+    with pytest.raises(SettingsError) as error:
+        load(tmp_path, text)
+    message = str(error.value)
+    for part in (
+        "unknown key 'modle' (did you mean 'model'?)",
+        "[fit] unknown key 'epocs' (did you mean 'epochs'?)",
+        "[fit] batch_size = '8' has the wrong type",
+        "[basis] rank = True has the wrong type",
+        "'../up' cannot be",
+        "[tasks.b] lacks data",
+        "lorasb.toml",
+    ):
+        assert part in message
+
+
+def test_not_toml_and_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        load(tmp_path, "model = ")
+    with pytest.raises(SettingsError, match="no such config file"):
+        Project.load(tmp_path / "nowhere.toml")
+
+
+def test_unknown_task_names_the_nearest(tmp_path: Path) -> None:
+    project = load(tmp_path, '[tasks.dates]\ndata = "d"\n')
+    with pytest.raises(SettingsError, match=r"no task 'date' in the project \(did you mean 'dates'\?\)"):
+        project.task_source("date")
+
+
+def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
+    project = load(tmp_path, '[tasks.z]\ndata = "d"\n[tasks.a]\ndata = "d"\n')
+    with pytest.raises(SettingsError, match="no adapter in this project"):
+        project.find_adapter(None)
+    for name in ("a", "z"):
+        project.adapter_folder(name).mkdir(parents=True)
+        (project.adapter_folder(name) / "adapter_config.json").write_text("{}")
+    assert project.find_adapter(None) == str(project.adapter_folder("z"))
+    assert project.find_adapter("a") == str(project.adapter_folder("a"))
+    assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"

@@ -1,0 +1,177 @@
+"""Training: it learns, it resumes bit for bit, it is stopped at any moment and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.data import load_task
+from lorasb_export.errors import BaseModelError, OutputError, TrainingError
+from lorasb_export.inference import evaluate
+from lorasb_export.settings import CalibrationSettings, FitSettings
+
+SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def basis(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project") / "basis"
+    calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=8)).save(folder)
+    return folder
+
+
+def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "adapters" / "learns"
+    adapter = fit(str(llama), basis, sums, out, FitSettings(epochs=12, learning_rate=2e-2))
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter.safetensors",
+        "adapter_config.json",
+        "lorasb.json",
+        "training.png",
+        "training_log.jsonl",
+    ]
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    loaded = Adapter.load(out)
+    assert loaded.training == json.loads(json.dumps(adapter.training))
+    assert loaded.load_basis().sha256 == Basis.load(basis).sha256
+    assert not (out.parent / ".learns.run").exists()
+
+
+def test_resume_is_bit_equal_to_an_undisturbed_run(llama: Path, sums: Path, basis: Path) -> None:
+    """Killed by SIGKILL after a checkpoint, resumed in another process; the same R, bit for bit."""
+    folder = basis.parent / "resume"
+    script = (
+        "import sys; from lorasb_export import fit\n"
+        "from lorasb_export.settings import FitSettings; from lorasb_export.train import _RTrainer\n"
+        "import os, signal, torch; torch.set_num_threads(1)\n"
+        "step = _RTrainer.training_step\n"
+        "def killing(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 10 and not sys.argv[5:]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "_RTrainer.training_step = killing\n"
+        "settings = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)\n"
+        "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[5:]))"
+    )
+    arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a")]
+    assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL
+    assert not (folder / "a").exists()
+    with pytest.raises(OutputError, match="an interrupted run is there"):
+        fit(str(llama), basis, sums, folder / "a", SETTINGS)
+    resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    fit(str(llama), basis, sums, folder / "undisturbed", SETTINGS)
+    one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def interrupt(llama: Path, basis: Path, sums: Path, out: Path, settings: FitSettings) -> None:
+    """Leave an interrupted run of `out` behind, stopped after its first checkpoint."""
+    from lorasb_export import train
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: object, *_: object) -> None:
+        save(self, *_)
+        raise Stop
+
+    save, train._RTrainer._save_checkpoint = train._RTrainer._save_checkpoint, stop
+    try:
+        with pytest.raises(Stop):
+            fit(str(llama), basis, sums, out, settings)
+    finally:
+        train._RTrainer._save_checkpoint = save
+
+
+def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "other" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    with pytest.raises(TrainingError, match="other settings"):
+        fit(str(llama), basis, sums, out, FitSettings(max_steps=12, checkpoint_every=4), resume=True)
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert out.exists()
+
+
+def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "incomplete" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    (checkpoint,) = (out.parent / ".a.run").iterdir()
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 200_000  # no base weights
+    (checkpoint / "complete.json").unlink()
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)  # starts from the beginning
+    assert Adapter.load(out).training["steps"] == 12
+
+
+def test_ctrl_c_in_the_middle_leaves_a_resumable_run(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
+    out = basis.parent / "interrupted" / "a"
+    command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
+    command += ["--data", str(sums), "--out", str(out), "--checkpoint-every", "2", "--max-steps", "100000"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    for _ in range(600):
+        if list(out.parent.glob(".a.run/checkpoint-*/complete.json")):
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, messages = child.communicate(timeout=60)
+    assert child.returncode == 130, messages
+    assert "Traceback" not in messages
+    assert "--resume" in messages
+    assert not out.exists()
+    assert list(out.parent.glob(".a.run/checkpoint-*/complete.json"))
+
+
+def test_a_diverging_run_is_stopped_and_named(llama: Path, sums: Path, basis: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is .* at step"):
+        fit(
+            str(llama),
+            basis,
+            sums,
+            basis.parent / "diverges" / "a",
+            FitSettings(max_steps=40, learning_rate=1e30, max_grad_norm=1e30),
+        )
+
+
+def test_a_basis_of_another_base_is_refused(bert: Path, llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="no weight for module"):
+        fit(str(bert), basis, sums, tmp_path / "a", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classification_trains_and_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8)).save(tmp_path / "basis")
+    settings = FitSettings(epochs=15, learning_rate=2e-2)
+    adapter = fit(str(bert), tmp_path / "basis", parity, tmp_path / "a", settings)
+    assert (adapter.task_type, adapter.labels) == (SEQ_CLS, ["no", "yes"])
+    loaded = Adapter.load(tmp_path / "a")
+    assert set(loaded.head) == {"classifier.weight", "classifier.bias"}
+    assert evaluate(loaded, load_task("parity", parity), split="train")["adapter"] > 0.9
+
+
+def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_path: Path) -> None:
+    """The loop of the design's page, and the reloaded adapter answers as the trained one did."""
+    network = BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, Basis.load(basis))
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    for _ in range(3):
+        network(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save(tmp_path / "mine")
+    fresh = BaseModel.resolve(llama).load()
+    Adapter.load(tmp_path / "mine").inject(fresh)
+    assert torch.equal(fresh(ids).logits, network(ids).logits)

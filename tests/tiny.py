@@ -1,0 +1,77 @@
+"""Model folders small enough to make in a blink, with a tokenizer of single characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+VOCABULARY = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]
+
+
+def save_tokenizer(folder: Path, *, template: bool = True) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(VOCABULARY)}, merges=[])),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=TEMPLATE if template else None,
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def make_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "50GB", tied: bool = True) -> Path:
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,  # at the usual 0.02 a frozen random body has next to no effect on its logits
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return _save(LlamaForCausalLM, config, folder, dtype, shards)
+
+
+def make_gpt2(folder: Path) -> Path:
+    config = GPT2Config(vocab_size=len(VOCABULARY), n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    return _save(GPT2LMHeadModel, config, folder)
+
+
+def make_bert(folder: Path) -> Path:
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=2,
+    )
+    return _save(BertModel, config, folder)
+
+
+def _save(
+    kind: type[PreTrainedModel], config: object, folder: Path, dtype: torch.dtype = torch.float32, shards: str = "50GB"
+) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(config).to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(folder, max_shard_size=shards)
+    save_tokenizer(folder)
+    return folder

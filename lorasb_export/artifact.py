@@ -206,6 +206,22 @@ class Adapter:
             "training": dict(self.training),
         }
 
+    def provenance(self) -> dict[str, Any]:
+        """What `lorasb.json` of a folder made from this adapter says about it."""
+        return {
+            "base": dict(self.base.__dict__),
+            "adapter": {
+                "name": self.folder.name if self.folder else None,
+                "sha256": hashlib.sha256(self.tensor_bytes()).hexdigest(),
+            },
+            "basis": {"sha256": self.basis_sha256},
+            "rank": self.rank,
+            "scaling": self.scaling,
+            "task_type": self.task_type,
+            "modules": len(self.R),
+            "versions": versions(),
+        }
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What `adapter.safetensors` holds, by name; the live tensors, not copies."""
         return {f"{name}.R": R for name, R in sorted(self.R.items())} | dict(self.head)

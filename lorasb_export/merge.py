@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from . import card
-from .artifact import Adapter, versions
+from .artifact import Adapter
 from .base import SEQ_CLS, BaseModel
-from .errors import ArtifactError, OutputError, SettingsError
-from .storage import DTYPE_BYTES, TensorInfo, atomic_folder, refuse_existing, sha256_file, write_json
+from .errors import ArtifactError, SettingsError
+from .storage import DTYPE_BYTES, TensorInfo, atomic_folder, refuse_existing, require_room, write_json
 from .verify import compare_logits
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -116,7 +116,7 @@ def merge(
     out = Path(out)
     refuse_existing(out, overwrite)
     plan = plan_merge(adapter, base=base, dtype=dtype, max_shard_size=max_shard_size)
-    _check_room(out, plan.nbytes + _MARGIN_BYTES)
+    require_room(out, plan.nbytes + _MARGIN_BYTES)
     result = plan.summary() | {"out": str(out)}
     if dry_run:
         return result
@@ -204,19 +204,6 @@ def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTe
     yield tuple(shard)
 
 
-def _check_room(out: Path, needed: int) -> None:
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            where=parent,
-            fix="Nothing was written; free some space or choose another --out",
-        )
-
-
 def _apply(plan: MergePlan, folder: Path) -> None:
     names = plan.shard_names()
     with tqdm(total=plan.nbytes, desc="merge", unit="B", unit_scale=True, disable=None) as bar:
@@ -231,22 +218,7 @@ def _apply(plan: MergePlan, folder: Path) -> None:
     for path in plan.side_files:
         shutil.copyfile(path, folder / path.name)
     _write_config(plan, folder)
-    adapter = plan.adapter
-    provenance = {
-        "kind": "merged",
-        "base": dict(adapter.base.__dict__),
-        "adapter": {
-            "name": adapter.folder.name if adapter.folder else None,
-            "sha256": sha256_file(adapter.folder / "adapter.safetensors") if adapter.folder else None,
-        },
-        "basis": {"sha256": adapter.basis_sha256},
-        "rank": adapter.rank,
-        "scaling": adapter.scaling,
-        "task_type": adapter.task_type,
-        "dtype": plan.dtype,
-        "modules": plan.touched,
-        "versions": versions(),
-    }
+    provenance = {"kind": "merged", **plan.adapter.provenance(), "dtype": plan.dtype}
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

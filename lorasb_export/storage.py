@@ -145,6 +145,20 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
 
 
+def require_room(target: Path, needed: int) -> None:
+    """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            where=parent,
+            fix="Nothing was written; free some space or choose another --out",
+        )
+
+
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.

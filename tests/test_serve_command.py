@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from random_adapter import save_adapter, save_base  # first: it hides broken optional packages
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.base import SEQ_CLS, default_device
@@ -27,6 +26,7 @@ from lorasb_export.errors import (
 )
 from lorasb_export.serve.launcher import running_server, serve
 from lorasb_export.storage import read_json, write_json
+from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}

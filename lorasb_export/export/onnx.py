@@ -16,9 +16,9 @@ from .. import card
 from ..artifact import Adapter, versions
 from ..base import CAUSAL_LM, BaseModel
 from ..environment import child_environment
-from ..errors import BaseModelError, OutputError, ServerError, SettingsError
+from ..errors import BaseModelError, ServerError, SettingsError
 from ..merge import merge
-from ..storage import DTYPE_BYTES, atomic_folder, sha256_file, write_json
+from ..storage import DTYPE_BYTES, atomic_folder, require_room, write_json
 from .onnx_run import require_packages
 from .onnx_verify import require_equal, verify_folder
 
@@ -67,10 +67,10 @@ def export_onnx(
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 2 if precision in _MERGE_DTYPES else 4
-        check_disk(folder, model, merged_bytes + _BYTES[precision])
+        require_room(folder, int(parameters(model) * (merged_bytes + _BYTES[precision])))
         merge(task, scratch / "merged", base=base, dtype=_MERGE_DTYPES.get(precision, "float32"))
         build(scratch / "merged", folder, precision, scratch)
-        record = {"kind": "onnx", **provenance(task, precision), "adapter": described(task)}
+        record = {"kind": "onnx", **provenance(task, precision)}
         if verify:
             record["verify"] = require_equal(verify_folder(folder, scratch / "merged"), precision, out)
         shutil.rmtree(scratch)
@@ -95,16 +95,9 @@ def base_of(task: Adapter, base: str | Path | None) -> BaseModel:
     return BaseModel.resolve(base) if base else BaseModel.resolve(task.base.name_or_path, task.base.revision)
 
 
-def check_disk(folder: Path, model: BaseModel, bytes_per_parameter: float) -> None:
-    """Raise OutputError when `folder`'s disk cannot hold the export."""
-    parameters = sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in model.tensors.values())
-    needed, free = int(parameters * bytes_per_parameter), shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            f"the export needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
-            where=folder.parent,
-            fix="Free some space, or choose another --out",
-        )
+def parameters(model: BaseModel) -> int:
+    """How many numbers the base's files hold."""
+    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in model.tensors.values())
 
 
 def build(model: Path, out: Path, precision: str, scratch: Path, *options: str) -> None:
@@ -143,21 +136,8 @@ def provenance(task: Adapter, precision: str) -> dict[str, Any]:
     """What `lorasb.json` says of every ONNX export."""
     distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
     names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
-    return {
-        "base": dict(task.base.__dict__),
-        "basis": {"sha256": task.basis_sha256},
-        "rank": task.rank,
-        "task_type": task.task_type,
-        "precision": precision,
-        "execution_provider": PROVIDERS[precision],
-        "versions": versions() | {name: version(name) for name in names},
-    }
-
-
-def described(task: Adapter) -> dict[str, Any]:
-    """Which adapter went in."""
-    assert task.folder is not None  # it was loaded from there
-    return {"sha256": sha256_file(task.folder / "adapter.safetensors"), "scaling": task.scaling}
+    record = {**task.provenance(), "precision": precision, "execution_provider": PROVIDERS[precision]}
+    return record | {"versions": versions() | {name: version(name) for name in names}}
 
 
 def finish(folder: Path, out: str | Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..artifact import Adapter, Basis, check_same_basis
 from ..errors import BaseModelError, SettingsError
-from ..storage import atomic_folder
-from .onnx import PROVIDERS, base_of, build, check_disk, check_request, described, finish, provenance
+from ..storage import atomic_folder, require_room
+from .onnx import PROVIDERS, base_of, build, check_request, finish, parameters, provenance
 from .onnx_verify import require_equal, verify_folder
 
 if TYPE_CHECKING:
@@ -70,14 +70,18 @@ def export_onnx_adapters(
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        check_disk(folder, model, dtype.itemsize)
+        require_room(folder, parameters(model) * dtype.itemsize)
         build(model.folder, folder, precision, scratch, "fuse_qkv=false")
         shutil.rmtree(scratch)
         _add_basis(folder, basis, dtype)
         for task, file in zip(tasks, files, strict=True):
             _write_adapter(folder / file, task, dtype)
-        listed = {file: described(task) for file, task in zip(files, tasks, strict=True)}
-        record = {"kind": "onnx-adapters", **provenance(tasks[0], precision), "adapters": listed}
+        record = {"kind": "onnx-adapters", **provenance(tasks[0], precision)}
+        del record["adapter"], record["scaling"]  # those of the first; each adapter's are listed
+        record["adapters"] = {
+            file: {"sha256": task.provenance()["adapter"]["sha256"], "scaling": task.scaling}
+            for file, task in zip(files, tasks, strict=True)
+        }
         if verify:
             record["verify"] = {
                 file: require_equal(verify_folder(folder, model.folder, task, folder / file), precision, out)

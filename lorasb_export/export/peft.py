@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from .. import card
-from ..artifact import Adapter, versions
+from ..artifact import Adapter
 from ..base import BaseModel
-from ..storage import atomic_folder, refuse_existing, sha256_file, write_json
+from ..storage import atomic_folder, refuse_existing, write_json
 
 _PREFIX = "base_model.model."
 _CONV1D_TYPES = {"gpt2", "openai-gpt"}  # their layers store W transposed, which PEFT calls fan_in_fan_out
@@ -41,20 +41,7 @@ def export_peft(
     transposed = _stores_transposed(source, base)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
-        provenance = {
-            "kind": "peft",
-            "base": dict(source.base.__dict__),
-            "adapter": {
-                "name": source.folder.name if source.folder else None,
-                "sha256": sha256_file(source.folder / "adapter.safetensors") if source.folder else None,
-            },
-            "basis": {"sha256": source.basis_sha256},
-            "rank": source.rank,
-            "scaling": source.scaling,
-            "modules": len(source.R),
-            "versions": versions(),
-        }
-        write_json(folder / "lorasb.json", provenance)
+        write_json(folder / "lorasb.json", {"kind": "peft", **source.provenance()})
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed)))
     return {"folder": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
 

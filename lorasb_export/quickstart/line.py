@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,7 @@ def quickstart(
             base.name_or_path,
             {name: f"data/{name}" for name in data},
             basis={"rank": 64, "samples": 16},
-            fit={"epochs": 1, "learning_rate": 1e-2},
+            fit={"epochs": 1, "batch_size": 4, "learning_rate": 6e-3},
         )
     tasks = {name: load_task(name, out / "data" / name) for name in data}
     project = Project.load(out / "lorasb.toml")
@@ -190,7 +191,7 @@ def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedT
     from openai import OpenAI
 
     with running_server(folders, dtype=_DTYPE, extra=["--max-model-len", "512"]) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+        client = OpenAI(base_url=f"{server.url}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), timeout=120)
 
         def ask(name: str, prompt: str, limit: int) -> str:
             reply = client.chat.completions.create(

@@ -70,7 +70,7 @@ TASKS: dict[str, Callable[[random.Random], Row]] = {"dates": _date, "orders": _o
 _TRAINING_ROWS = {"dates": 360, "orders": 200}  # enough for each, and no more: quickstart is to be quick
 
 
-def write_tasks(folder: Path, *, valid: int = 16, test: int = 24, seed: int = 0) -> dict[str, Path]:
+def write_tasks(folder: Path, *, valid: int = 16, test: int = 16, seed: int = 0) -> dict[str, Path]:
     """Write `folder`/NAME/{train,valid,test}.jsonl for each task; no prompt is in two splits. Name → folder."""
     written = {}
     for name, make in TASKS.items():

@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target makes. PYTHON picks the interpreter it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test unit integration lint format docs clean
+
+quickstart: .venv  ## the whole line on a small real model, on a CPU
+	rm -rf build && $(BIN)/pip install --quiet '.[cpu]'
+	$(BIN)/lorasb quickstart --out quickstart --overwrite
+
+test: lint  ## what CI runs
+	$(BIN)/python -m pytest tests integration
+
+unit: install-test  ## the fast tests alone
+	$(BIN)/python -m pytest tests
+
+integration: install-test  ## the slow tests alone: real model, vLLM, ONNX Runtime, a loopback Hub
+	$(BIN)/python -m pytest integration
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install-test  ## docs/reference/cli.md from --help
+	$(BIN)/python docs/make_cli_page.py
+
+.PHONY: install-test
+install-test: .venv
+	rm -rf build && $(BIN)/pip install --quiet '.[cpu,test]'
+
+.venv:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build *.egg-info quickstart

@@ -1,0 +1,43 @@
+"""The small real model, and one run of the quickstart that several tests look at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_export import environment
+
+environment.hide_broken_packages()
+
+from lorasb_export.base import BaseModel  # noqa: E402
+from lorasb_export.quickstart.model import small_model  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What `lorasb quickstart --json` printed, and where."""
+
+    folder: Path
+    result: dict[str, Any]
+    messages: str
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder."""
+    return BaseModel.resolve(small_model()).folder
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    folder = tmp_path_factory.mktemp("quickstart") / "project"
+    command = [sys.executable, "-m", "lorasb_cli", "quickstart", "--out", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return Quickstart(folder, json.loads(done.stdout), done.stderr)

@@ -1,0 +1,84 @@
+"""The whole line on the real model: every way to run an adapter answers alike, and the project can be used on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.conftest import Quickstart
+from lorasb_export.artifact import Adapter
+from lorasb_export.base import artifact_kind
+from lorasb_export.storage import read_json
+
+WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")
+pytestmark = pytest.mark.timeout(1800)
+
+
+def lorasb(folder: Path, *words: str) -> Any:
+    command = [sys.executable, "-m", "lorasb_cli", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_table(quickstart: Quickstart) -> None:
+    found = quickstart.result["exact_match"]
+    print(json.dumps({"exact_match": found, "seconds": quickstart.result["seconds"]}, indent=2))
+    assert set(found) == {"dates", "orders"}
+    assert all(tuple(scores) == WAYS for scores in found.values())
+    assert any(scores["base"] < 0.2 and scores["adapter"] > 0.8 for scores in found.values())
+
+
+def test_five_ways_agree_row_by_row(quickstart: Quickstart) -> None:
+    assert quickstart.result["disagreements"] == []
+    merged = quickstart.result["exact_match"][quickstart.result["merged_adapter"]]
+    assert None not in merged.values()
+
+
+def test_the_result_names_every_folder(quickstart: Quickstart) -> None:
+    result = quickstart.result
+    assert artifact_kind(Path(result["basis"])) == "basis"
+    assert artifact_kind(Path(result["merged"])) == "merged"
+    assert artifact_kind(Path(result["peft"])) == "peft"
+    assert artifact_kind(Path(result["onnx"])) == "onnx"
+    hashes = {Adapter.load(folder).load_basis().sha256 for folder in result["adapters"].values()}
+    assert hashes == {read_json(Path(result["basis"]) / "basis_config.json")["sha256"]}
+    assert set(result["seconds"]) >= {
+        "model",
+        "calibrate",
+        "fit_dates",
+        "fit_orders",
+        "merge",
+        "onnx",
+        "serve",
+        "total",
+    }
+
+
+def test_an_adapter_is_small(quickstart: Quickstart) -> None:
+    for folder in quickstart.result["adapters"].values():
+        assert (Path(folder) / "adapter.safetensors").stat().st_size < 3.6e6  # 210 modules of 64 by 64 in fp32
+
+
+def test_the_project_can_be_used_on(quickstart: Quickstart) -> None:
+    folder = quickstart.folder
+    assert lorasb(folder, "inspect", "adapters/dates")["basis_matches"]
+    answers = lorasb(folder, "generate", "Date: 3rd of May 2031", "--max-tokens", "16")["answers"]
+    assert answers["dates"].startswith("2031-")
+    assert lorasb(folder, "push", "adapters/dates", "--repo", "you/dates-lorasb", "--dry-run")["private"]
+    assert lorasb(folder, "merge", "--out", "again/", "--dry-run")["modules"] == 210
+    assert {"dates", "orders"} <= set(lorasb(folder, "serve", "--adapters", "dates,orders", "--dry-run")["models"])
+
+
+def test_evaluate_finds_what_quickstart_found(quickstart: Quickstart) -> None:
+    found = lorasb(quickstart.folder, "evaluate", "dates", "--dtype", "float32")["evaluation"]["dates"]
+    expected = quickstart.result["exact_match"]["dates"]
+    assert (found["base"], found["adapter"]) == (
+        pytest.approx(expected["base"]),
+        pytest.approx(expected["adapter"], abs=1e-4),
+    )

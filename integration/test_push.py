@@ -184,6 +184,19 @@ print("equal")
     assert hub.run(load, merged / "model.safetensors") == "equal"
 
 
+CLI = "import runpy, sys; sys.argv[0] = 'lorasb'; runpy.run_module('lorasb_cli', run_name='__main__')"
+
+
+def test_the_verb_as_typed_in_a_project(any_hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "lorasb.toml").write_text('[tasks.a]\ndata = "data/a"\n[hub]\nrepo = "me/a-lorasb"\n')
+    result = json.loads(any_hub.run(CLI, "push", "--json"))
+    assert (result["kind"], result["private"], result["changed"]) == ("adapter", True, True)
+    assert any_hub.run(CLI, "push").startswith("Already there: ")
+    assert any_hub.repos["me/a-lorasb"].private
+    moved = json.loads(any_hub.run(CLI, "push", "basis", "--repo", "me/basis", "--public", "--json"))
+    assert (moved["kind"], moved["private"]) == ("basis", False)
+
+
 def test_pushing_again_commits_nothing(hub: Hub, adapter: Path) -> None:
     first, second = hub.push(adapter, "me/a"), hub.push(adapter, "me/a")
     assert second["changed"] is False

@@ -6,32 +6,50 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from . import card
 from .base import BaseRef
+from .checks import check_config, check_keys, load_tensors
 from .errors import ArtifactError
-from .storage import TensorInfo, atomic_folder, check_keys, read_header, read_json, sha256_file, write_json
+from .storage import atomic_folder, read_header, read_json, write_json
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_BASIS_KEYS = {"format_version", "base_model", "rank", "target_modules", "sha256", "calibration", "created_with"}
+_BASIS_KEYS = {
+    "format_version": int,
+    "base_model": dict,
+    "rank": int,
+    "target_modules": dict,
+    "sha256": str,
+    "calibration": dict,
+    "created_with": dict,
+}
 _ADAPTER_KEYS = {
-    *("peft_type", "format_version", "base_model_name_or_path", "revision", "base_fingerprint", "task_type"),
-    *("r", "scaling", "target_modules", "basis", "training"),
+    "peft_type": str,
+    "format_version": int,
+    "base_model_name_or_path": str,
+    "revision": (str, NoneType),
+    "base_fingerprint": str,
+    "task_type": str,
+    "r": int,
+    "scaling": (int, float),
+    "target_modules": list,
+    "basis": dict,
+    "training": dict,
 }
 
 
@@ -108,14 +126,22 @@ class Basis:
 
         folder, where = resolve_folder(source)
         config = read_json(folder / "basis_config.json")
-        _check_format(config, _BASIS_KEYS, folder / "basis_config.json")
+        check_config(config, _BASIS_KEYS, FORMAT_VERSION, folder / "basis_config.json")
+        check_keys(
+            config["base_model"],
+            {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str},
+            folder / "basis_config.json",
+        )
         path, rank = folder / "basis.safetensors", config["rank"]
         expected: dict[str, list[int]] = {}
-        for name, (rows, columns) in config["target_modules"].items():
+        for name, shape in config["target_modules"].items():
+            if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+                raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
+            rows, columns = shape
             if not 0 < rank <= min(rows, columns):
-                raise ArtifactError(f"rank {rank} does not fit module {name} {[rows, columns]}", where=folder)
+                raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
             expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
-        tensors = _load_tensors(path, expected, config["sha256"], device)
+        tensors = load_tensors(path, expected, config["sha256"], device)
         modules = {
             name: ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS")) for name in config["target_modules"]
         }
@@ -132,7 +158,8 @@ class Adapter:
     Attributes:
         base: the base model it was trained on.
         basis_sha256: hash of the basis its R belong to.
-        basis_source: where that basis is: absolute folder, Hub id@revision, or None when unsaved.
+        basis_source: where that basis is: an absolute folder or a Hub id@revision; None when it lies in the
+            adapter's own folder, or was never saved (then `save` puts it there).
         R: module → (r, r) fp32. While training these are the live parameters of the model.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; free-form JSON.
@@ -235,7 +262,7 @@ class Adapter:
         """Write the adapter folder, whole or not at all.
 
         Args:
-            embed: put the basis inside, so that the folder stands alone. Done anyway when the basis was never saved.
+            embed: put the basis inside, so that the folder stands alone; done anyway without a `basis_source`.
         """
         with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
             self.write_into(temporary, Path(folder), embed=embed)
@@ -269,23 +296,25 @@ class Adapter:
             raise ArtifactError(
                 f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where, fix="Not a LoRA-SB adapter"
             )
-        _check_format(config, _ADAPTER_KEYS, where)
-        check_keys(config["basis"], {"sha256", "source"}, where)
+        check_config(config, _ADAPTER_KEYS, FORMAT_VERSION, where)
+        check_keys(config["basis"], {"sha256": str, "source": str}, where)
+        if not math.isfinite(config["scaling"]):
+            raise ArtifactError(f"scaling is {config['scaling']}", where=where)
         rank, modules = config["r"], config["target_modules"]
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
         head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
-        tensors = _load_tensors(path, expected | {name: list(header[name].shape) for name in head}, None, "cpu")
-        source_of_basis = config["basis"]["source"]
-        if source_of_basis == EMBEDDED:
-            source_of_basis = str(folder)
-        elif source_of_basis.startswith("."):
-            source_of_basis = os.path.normpath(folder / source_of_basis)
+        tensors = load_tensors(path, expected | {name: list(header[name].shape) for name in head})
+        basis_source: str | None = config["basis"]["source"]
+        if basis_source == EMBEDDED:
+            basis_source = None
+        elif config["basis"]["source"].startswith("."):
+            basis_source = os.path.normpath(folder / config["basis"]["source"])
         return cls(
             BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
             config["basis"]["sha256"],
-            source_of_basis,
+            basis_source,
             {name: tensors[f"{name}.R"] for name in modules},
             config["scaling"],
             config["task_type"],
@@ -301,9 +330,10 @@ class Adapter:
             ArtifactError: it is missing, or is not the basis the adapter was trained in.
         """
         if self.basis is None:
-            if self.basis_source is None:
-                raise ArtifactError("the adapter names no basis", where=self.folder)
-            self.basis = Basis.load(self.basis_source)
+            source = self.basis_source or self.folder
+            if source is None:
+                raise ArtifactError("the adapter names no basis")
+            self.basis = Basis.load(source)
         check_same_basis(self, self.basis)
         return self.basis
 
@@ -328,39 +358,4 @@ def check_same_basis(adapter: Adapter, basis: Basis) -> None:
             f"adapter and basis do not belong together: {'; '.join(problems)}",
             where=adapter.folder or basis.source,
             fix="Give the basis named in adapter_config.json",
-        )
-
-
-def _check_format(config: Mapping[str, Any], keys: set[str], where: Path) -> None:
-    if config.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}",
-            where=where,
-            fix="Use the lorasb release that wrote it, or write it again",
-        )
-    check_keys(config, keys, where)
-
-
-def _load_tensors(
-    path: Path, expected: Mapping[str, list[int]], digest: str | None, device: str | torch.device
-) -> dict[str, torch.Tensor]:
-    """Tensors of exactly the `expected` names and shapes, float and finite; refused from the header where possible."""
-    header, _ = read_header(path)
-    check_keys(header, set(expected), path)
-    for name, shape in expected.items():
-        _check_tensor(name, header[name], shape, path)
-    if digest is not None and sha256_file(path) != digest:
-        raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
-    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"tensor {name} has non-finite values", where=path, fix="Train or fetch it again")
-    return tensors
-
-
-def _check_tensor(name: str, info: TensorInfo, shape: list[int], path: Path) -> None:
-    only = {"F32"} if name.endswith((".R", ".S")) else _FLOATS
-    if list(info.shape) != shape or info.dtype not in only:
-        raise ArtifactError(
-            f"tensor {name} is {info.dtype} {list(info.shape)}, expected {'/'.join(sorted(only))} {shape}", where=path
         )

@@ -190,11 +190,13 @@ def _check_content(files: _Files, kind: str, folder: Path, basis_repo: str | Non
     if kind != "adapter":
         return None
     adapter = Adapter.load(folder)
-    source = str(adapter.basis_source)
+    source = adapter.basis_source or EMBEDDED
     if basis_repo:
         source = basis_repo if dry_run else _pin(basis_repo, adapter.basis_sha256)
         for name in _BASIS:
             files.pop(name, None)
+    elif source == EMBEDDED:
+        adapter.load_basis()
     elif os.path.isabs(source):
         adapter.load_basis()
         files |= {name: Path(source) / name for name in _BASIS}

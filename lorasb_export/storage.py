@@ -96,16 +96,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_keys(found: Mapping[str, Any], required: set[str], where: object) -> None:
-    """Refuse unknown and missing keys of a JSON object, all at once."""
-    unknown, missing = sorted(set(found) - required), sorted(required - set(found))
-    if unknown or missing:
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
-        raise ArtifactError(
-            f"wrong keys: {'; '.join(parts)}", where=where, fix="Written by another version, or edited by hand"
-        )
-
-
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

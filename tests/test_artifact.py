@@ -109,6 +109,9 @@ def test_peft_refuses_our_folder(folders: tuple[Path, Path]) -> None:
 def test_embedded_adapter_stands_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = Adapter.load(folders[1])
     adapter.save(tmp_path / "alone", embed=True)
+    Adapter.load(tmp_path / "alone").save(tmp_path / "again")
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     moved = tmp_path / "moved"
     (tmp_path / "alone").rename(moved)
     assert Adapter.load(moved).load_basis().sha256 == adapter.basis_sha256
@@ -138,6 +141,15 @@ BAD_BASIS: dict[str, tuple[Callable[[Path], object], str]] = {
         "expected BF16/F16/F32/F64 [4, 33]",
     ),
     "missing tensor": (lambda f: edit_tensors(f, "basis.safetensors", lambda t: t.popitem()), "missing"),
+    "wrong type": (lambda f: edit(f, "basis_config.json", lambda c: c.update(rank="4")), "rank is '4'"),
+    "no shape": (
+        lambda f: edit(f, "basis_config.json", lambda c: c["target_modules"].update({"model.layers.0.mlp.up_proj": 7})),
+        "has no shape [out, in]",
+    ),
+    "base without fingerprint": (
+        lambda f: edit(f, "basis_config.json", lambda c: c["base_model"].pop("fingerprint")),
+        "missing fingerprint",
+    ),
     "broken json": (lambda f: (f / "basis_config.json").write_text("{"), "unreadable JSON"),
     "truncated": (lambda f: os.truncate(f / "basis.safetensors", 5000), "truncated"),
     "no file": (lambda f: (f / "basis.safetensors").unlink(), "file not found"),
@@ -172,6 +184,14 @@ BAD_ADAPTER: dict[str, tuple[Callable[[Path], object], str]] = {
         "unknown junk",
     ),
     "unknown key": (lambda f: edit(f, "adapter_config.json", lambda c: c.update(extra=1)), "unknown extra"),
+    "wrong type": (
+        lambda f: edit(f, "adapter_config.json", lambda c: c.update(target_modules="all")),
+        "target_modules is",
+    ),
+    "scaling not finite": (
+        lambda f: edit(f, "adapter_config.json", lambda c: c.update(scaling=float("nan"))),
+        "scaling is nan",
+    ),
     "other kind": (lambda f: edit(f, "adapter_config.json", lambda c: c.update(peft_type="LORA")), "not LORA_SB"),
     "other version": (
         lambda f: edit(f, "adapter_config.json", lambda c: c.update(format_version=9)),

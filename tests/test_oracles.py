@@ -187,6 +187,19 @@ def test_oracle_19_sum_is_that_of_plain_backward(llama: Path, task: TaskData) ->
         assert torch.allclose(gradient, network.get_submodule(name).weight.grad, atol=1e-10)
 
 
+def test_oracle_19_a_gradient_is_freed_as_soon_as_it_is_summed(llama: Path, task: TaskData) -> None:
+    """When backward comes to the first layer, no weight of the second holds a gradient any more."""
+    base = BaseModel.resolve(llama)
+    tokenizer, network = base.load_tokenizer(), base.load()
+    batch = collate(encode(task.splits["train"][:4], tokenizer, task.task_type, [], 64), tokenizer.pad_token_id)
+    held: list[int] = []
+    network.model.layers[0].register_full_backward_pre_hook(
+        lambda module, grads: held.append(sum(p.grad is not None for p in network.parameters()))
+    )
+    gradient_sums(network, find_targets(network, "all-linear"), [batch])
+    assert held == [0]
+
+
 def test_oracle_19_flags_and_mode_are_restored_also_after_an_error(llama: Path) -> None:
     network = BaseModel.resolve(llama).load().train()
     network.model.norm.weight.requires_grad_(True)

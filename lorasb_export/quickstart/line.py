@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COLUMNS = ("base", "adapter", "merged", "peft", "onnx", "served")
+_STEPS = 11
 _MERGED = "dates"
 _DTYPE = "float32"  # all ways are compared row by row: no rounding may come between them
 
@@ -46,10 +47,12 @@ class _Line:
         self.say = say
         self.answers: dict[str, dict[str, list[str]]] = {name: {} for name in tasks}
         self.seconds: dict[str, float] = {}
+        self.count = 1  # getting the model was the first step
 
     @contextmanager
     def step(self, name: str, words: str) -> Iterator[None]:
-        self.say(f"{words} …")
+        self.count += 1
+        self.say(f"[{self.count}/{_STEPS}] {words} …")
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)
@@ -99,7 +102,7 @@ def quickstart(
         raise MissingPackageError("PEFT is not installed", fix="pip install 'lorasb[cpu]'")
     out = Path(out).absolute()
     started = time.monotonic()
-    say("Getting SmolLM2-135M-Instruct …")
+    say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")
     base = BaseModel.resolve(small_model())
     with atomic_folder(out, overwrite=overwrite) as temporary:  # only the project: the steps below write into it
         data = write_tasks(temporary / "data")

@@ -1,0 +1,71 @@
+"""Strict loading: what does not look exactly as the format says is refused, naming file, key and reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .errors import ArtifactError
+from .storage import TensorInfo, read_header, sha256_file
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_HINT = "Written by another version, or edited by hand"
+
+
+def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], version: int, where: Path) -> None:
+    """Refuse a config of another format version, with other keys, or with values of another type."""
+    if config.get("format_version") != version:
+        raise ArtifactError(
+            f"format version {config.get('format_version')!r}, this release reads {version}",
+            where=where,
+            fix="Use the lorasb release that wrote it, or write it again",
+        )
+    check_keys(config, keys, where)
+
+
+def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
+    """Refuse unknown and missing keys, and values of a wrong type, of a JSON object; all at once.
+
+    Args:
+        keys: key → the type, or types, its value may have.
+    """
+    problems = [f"missing {key}" for key in sorted(set(keys) - set(found))]
+    problems += [f"unknown {key}" for key in sorted(set(found) - set(keys))]
+    for key in sorted(set(keys) & set(found)):
+        if not isinstance(found[key], keys[key]) or isinstance(found[key], bool):
+            problems.append(f"{key} is {found[key]!r:.40}")
+    if problems:
+        raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
+
+
+def load_tensors(
+    path: Path, expected: Mapping[str, list[int]], digest: str | None = None, device: str | torch.device = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Tensors of exactly the `expected` names and shapes, float and finite; refused from the header where possible.
+
+    R and S are fp32, everything else may be any float.
+
+    Args:
+        digest: the sha256 the file must have.
+    """
+    header, _ = read_header(path)
+    check_keys(header, dict.fromkeys(expected, TensorInfo), path)
+    for name, shape in expected.items():
+        only = {"F32"} if name.endswith((".R", ".S")) else _FLOATS
+        if list(header[name].shape) != shape or header[name].dtype not in only:
+            raise ArtifactError(
+                f"tensor {name} is {header[name].dtype} {list(header[name].shape)}, "
+                f"expected {'/'.join(sorted(only))} {shape}",
+                where=path,
+            )
+    if digest is not None and sha256_file(path) != digest:
+        raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
+    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"tensor {name} has non-finite values", where=path, fix="Train or fetch it again")
+    return tensors

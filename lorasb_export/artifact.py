@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,36 +20,12 @@ from safetensors.torch import save as serialize
 
 from . import card
 from .base import BaseRef
-from .checks import check_config, check_keys, load_tensors
 from .errors import ArtifactError
+from .format import ADAPTER_KEYS, BASE_KEYS, BASIS_KEYS, FORMAT_VERSION, check_config, check_keys, load_tensors
 from .storage import atomic_folder, read_header, read_json, write_json
 
-FORMAT_VERSION = 1
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
-
-_BASIS_KEYS = {
-    "format_version": int,
-    "base_model": dict,
-    "rank": int,
-    "target_modules": dict,
-    "sha256": str,
-    "calibration": dict,
-    "created_with": dict,
-}
-_ADAPTER_KEYS = {
-    "peft_type": str,
-    "format_version": int,
-    "base_model_name_or_path": str,
-    "revision": (str, NoneType),
-    "base_fingerprint": str,
-    "task_type": str,
-    "r": int,
-    "scaling": (int, float),
-    "target_modules": list,
-    "basis": dict,
-    "training": dict,
-}
 
 
 class ModuleBasis(NamedTuple):
@@ -126,12 +101,8 @@ class Basis:
 
         folder, where = resolve_folder(source)
         config = read_json(folder / "basis_config.json")
-        check_config(config, _BASIS_KEYS, FORMAT_VERSION, folder / "basis_config.json")
-        check_keys(
-            config["base_model"],
-            {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str},
-            folder / "basis_config.json",
-        )
+        check_config(config, BASIS_KEYS, folder / "basis_config.json")
+        check_keys(config["base_model"], BASE_KEYS, folder / "basis_config.json")
         path, rank = folder / "basis.safetensors", config["rank"]
         expected: dict[str, list[int]] = {}
         for name, shape in config["target_modules"].items():
@@ -296,7 +267,7 @@ class Adapter:
             raise ArtifactError(
                 f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where, fix="Not a LoRA-SB adapter"
             )
-        check_config(config, _ADAPTER_KEYS, FORMAT_VERSION, where)
+        check_config(config, ADAPTER_KEYS, where)
         check_keys(config["basis"], {"sha256": str, "source": str}, where)
         if not math.isfinite(config["scaling"]):
             raise ArtifactError(f"scaling is {config['scaling']}", where=where)

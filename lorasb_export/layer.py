@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from . import environment
 from .errors import ArtifactError, BaseModelError
 
-environment.hide_broken_packages()
-from transformers.pytorch_utils import Conv1D  # noqa: E402  # after the broken packages are hidden
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 if TYPE_CHECKING:
     from .artifact import ModuleBasis

@@ -26,8 +26,14 @@ from .plot import plot_losses
 from .settings import FitSettings
 from .storage import atomic_folder, read_json, refuse_existing, write_json
 
-environment.hide_broken_packages()
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments  # noqa: E402  # after the broken packages are hidden
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import (  # noqa: E402
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,32 +116,37 @@ def fit(
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     network.eval()
 
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    valid = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    dropped = len(task.splits["train"]) - len(rows["train"])
-    adapter.training = {
-        "task": task.name,
-        "data": task.source,
-        "data_sha256": task.sha256,
-        "rows": len(rows["train"]),
-        "rows_left_out": dropped,
-        "labels": task.labels,
-        "steps": trainer.state.global_step,
-        "train_loss": round(result.training_loss, 6),
-        "valid_loss": round(valid[-1], 6) if valid else None,
-        "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
-        "settings": asdict(settings),
-        "plot": "training.png",
-    }
+    adapter.training = _summary(task, settings, trainer, result.training_loss)
     with atomic_folder(out, overwrite=overwrite) as temporary:
         adapter.write_into(temporary, out)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        plot_losses(history, temporary / "training.png", title=f"{task.name}: loss")
+        plot_losses(history, temporary / adapter.training["plot"], title=f"{task.name}: loss")
         provenance = {"kind": "adapter", **identity, "seconds": round(time.monotonic() - started, 1)}
         write_json(temporary / "lorasb.json", {**provenance, "base": dict(basis.base.__dict__), "versions": versions()})
     shutil.rmtree(run)
     adapter.folder = out
     return adapter
+
+
+def _summary(task: TaskData, settings: FitSettings, trainer: Trainer, loss: float) -> dict[str, Any]:
+    """What the adapter's config and card say about its training."""
+    valid = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    rows = len(trainer.train_dataset)  # type: ignore[arg-type]
+    return {
+        "task": task.name,
+        "data": task.source,
+        "data_sha256": task.sha256,
+        "rows": rows,
+        "rows_left_out": len(task.splits["train"]) - rows,
+        "labels": task.labels,
+        "steps": trainer.state.global_step,
+        "train_loss": round(loss, 6),
+        "valid_loss": round(valid[-1], 6) if valid else None,
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "settings": asdict(settings),
+        "plot": "training.png",
+    }
 
 
 def _open_run(run: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
@@ -186,7 +197,7 @@ def _arguments(settings: FitSettings, run: Path, *, has_valid: bool, rows: int) 
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_valid else "no",
-        eval_steps=max(1, steps // 4),
+        eval_steps=math.ceil(steps / 4),
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the newest may be incomplete when the process is killed
         seed=settings.seed,

@@ -1,9 +1,13 @@
-"""Strict loading: what does not look exactly as the format says is refused, naming file, key and reason."""
+"""Format version 1 (docs/reference/files.md): its keys, and strict loading.
+
+What does not look exactly as the format says is refused, naming file, key and reason.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,15 +16,41 @@ from safetensors.torch import load_file
 from .errors import ArtifactError
 from .storage import TensorInfo, read_header, sha256_file
 
+FORMAT_VERSION = 1
+# Key → the type, or types, of its value.
+BASE_KEYS = {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str}
+BASIS_KEYS = {
+    "format_version": int,
+    "base_model": dict,
+    "rank": int,
+    "target_modules": dict,
+    "sha256": str,
+    "calibration": dict,
+    "created_with": dict,
+}
+ADAPTER_KEYS = {
+    "peft_type": str,
+    "format_version": int,
+    "base_model_name_or_path": str,
+    "revision": (str, NoneType),
+    "base_fingerprint": str,
+    "task_type": str,
+    "r": int,
+    "scaling": (int, float),
+    "target_modules": list,
+    "basis": dict,
+    "training": dict,
+}
+
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _HINT = "Written by another version, or edited by hand"
 
 
-def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], version: int, where: Path) -> None:
+def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
     """Refuse a config of another format version, with other keys, or with values of another type."""
-    if config.get("format_version") != version:
+    if config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"format version {config.get('format_version')!r}, this release reads {version}",
+            f"format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}",
             where=where,
             fix="Use the lorasb release that wrote it, or write it again",
         )

@@ -15,6 +15,7 @@ def run(
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
     split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -30,7 +31,7 @@ def run(
         loaded = Adapter.load(run.project.find_adapter(word))
         name = loaded.training.get("task", word)
         source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
-        result = evaluate(loaded, load_task(name, source), split=split, limit=limit, dtype=dtype)
+        result = evaluate(loaded, load_task(name, source), base=model, split=split, limit=limit, dtype=dtype)
         if loaded.folder is not None and data is None:
             record_evaluation(loaded.folder, result)
         results[word] = result

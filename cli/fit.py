@@ -75,5 +75,6 @@ def run(
         summary = {key: adapter.training[key] for key in ("steps", "rows", "rows_left_out", "train_loss", "valid_loss")}
         adapters[name] = {"folder": str(adapter.folder), **summary}
         loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
-        lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}, {adapter.folder}")
+        left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
+        lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
     run.result({"adapters": adapters}, "\n".join(lines))

@@ -84,7 +84,13 @@ def labels_of(
 
 
 def evaluate(
-    adapter: Adapter, task: TaskData, *, split: str | None = None, limit: int | None = None, dtype: str = "auto"
+    adapter: Adapter,
+    task: TaskData,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """The task's metric on held-out rows, for the base and for the adapter.
 
@@ -92,6 +98,7 @@ def evaluate(
     the base has no trained head and is left out.
 
     Args:
+        base: the base model, where it is not where the adapter says.
         split: `valid`, `test` or `train`; the task's held-out split when None.
         limit: only the first so many rows.
 
@@ -102,10 +109,10 @@ def evaluate(
         raise DataError(f"the data is {task.task_type}, the adapter {adapter.task_type}", where=task.source)
     split = split or task.held_out()
     rows = list(task.rows(split))[:limit]
-    base = BaseModel.resolve(adapter.base.name_or_path, adapter.base.revision)
-    base.verify(adapter.base, adapter.R)
-    tokenizer = base.load_tokenizer()
-    network = base.load(adapter.task_type, dtype=dtype, num_labels=len(adapter.labels) or None)
+    model = BaseModel.resolve(base or adapter.base.name_or_path, None if base else adapter.base.revision)
+    model.verify(adapter.base, adapter.R)
+    tokenizer = model.load_tokenizer()
+    network = model.load(adapter.task_type, dtype=dtype, num_labels=len(adapter.labels) or None)
     result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(rows)}
     if adapter.task_type == SEQ_CLS:
         adapter.inject(network)

@@ -9,11 +9,17 @@ import typer
 from .verb import Run, human_bytes
 
 
-def run(run: Run, path: Annotated[str, typer.Argument(help="Any folder.")]) -> None:
+def run(
+    run: Run,
+    path: Annotated[str, typer.Argument(help="Any folder.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Of a basis: what it captures of this task's gradient.")
+    ] = None,
+) -> None:
     """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
     from lorasb_export.inspection import inspect_folder
 
-    found = inspect_folder(path)
+    found = inspect_folder(path, data=data)
     run.result(found, "\n".join(_lines({**found, "bytes": human_bytes(found["bytes"])})))
 
 

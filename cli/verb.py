@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -105,6 +106,8 @@ def _calm_libraries(run: Run) -> None:
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
     # too that makes two threads slower than one; on idle cores the short spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if run.quiet:
+        logging.getLogger("lorasb_export").setLevel(logging.ERROR)
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

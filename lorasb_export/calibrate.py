@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from .artifact import Basis, ModuleBasis
 from .base import SEQ_CLS, BaseModel
 from .data import TaskData, collate, encode, load_task, row_losses
 from .errors import BaseModelError, DataError, SettingsError
-from .layer import LINEAR_TYPES, weight_of
+from .layer import LINEAR_TYPES, remove, weight_of
 from .settings import ALL_LINEAR, CalibrationSettings
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def calibrate(
     Args:
         model: folder, Hub id, or a resolved BaseModel.
         data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
-        network: the loaded base, where the caller already has it.
+        network: the loaded base, where the caller already has it; an adapter on it is taken off.
 
     Raises:
         DataError: no rows, mixed task types.
@@ -65,30 +65,21 @@ def calibrate(
             num_labels=len(labels) if task_type == SEQ_CLS else None,
             seed=settings.seed,
         )
+    remove(network)  # the gradient is wanted at W0
     targets = find_targets(network, settings.targets)
     for name, module in targets.items():
         shape = tuple(weight_of(module).shape)
         if settings.rank > min(shape):
             raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
 
-    tokenizer = base.load_tokenizer()
-    drawn = {task.name: _draw(task, settings) for task in tasks}
-    encoded = [
-        row for rows in drawn.values() for row in encode(rows, tokenizer, task_type, labels, settings.max_length)
-    ]
-    pad_id = tokenizer.pad_token_id
-    batches = [
-        collate(encoded[i : i + settings.batch_size], pad_id) for i in range(0, len(encoded), settings.batch_size)
-    ]
-    sums = gradient_sums(network, targets, tqdm(batches, desc="calibrate: gradients", disable=None))
+    sums, rows = task_gradients(base, network, targets, tasks, settings)
     modules, energy = _decompose(sums, settings, network.dtype)
     calibration = {
         **{k: v for k, v in asdict(settings).items() if k not in ("rank", "samples")},
         "data": [
-            {"name": t.name, "source": t.source, "sha256": t.sha256, "rows": len(drawn[t.name]), "weight": 1.0}
-            for t in tasks
+            {"name": t.name, "source": t.source, "sha256": t.sha256, "rows": rows[t.name], "weight": 1.0} for t in tasks
         ],
-        "samples": len(encoded),
+        "samples": sum(rows.values()),
         "svd": {"exact_up_to": _EXACT_UP_TO, "oversample": _OVERSAMPLE, "power_iterations": _POWER_ITERATIONS},
         "energy": energy,
     }
@@ -114,6 +105,27 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise SettingsError(f"target {ending!r} matches no module", fix=f"Choose from {', '.join(known)}")
     return {name: m for name, m in linear.items() if any(f".{name}".endswith(f".{ending}") for ending in wanted)}
+
+
+def task_gradients(
+    base: BaseModel,
+    network: PreTrainedModel,
+    targets: Mapping[str, torch.nn.Module],
+    tasks: Sequence[TaskData],
+    settings: CalibrationSettings,
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """`gradient_sums` over the training rows that `settings` draws from each task, and their number by task."""
+    tokenizer = base.load_tokenizer()
+    labels = sorted({label for task in tasks for label in task.labels})
+    encoded = {
+        task.name: encode(_draw(task, settings), tokenizer, task.task_type, labels, settings.max_length)
+        for task in tasks
+    }
+    rows = [row for of_task in encoded.values() for row in of_task]
+    size, pad_id = settings.batch_size, tokenizer.pad_token_id
+    batches = [collate(rows[i : i + size], pad_id) for i in range(0, len(rows), size)]
+    sums = gradient_sums(network, targets, tqdm(batches, desc="gradients", disable=None))
+    return sums, {name: len(of_task) for name, of_task in encoded.items()}
 
 
 def gradient_sums(
@@ -197,13 +209,18 @@ def _decompose(
 ) -> tuple[dict[str, ModuleBasis], dict[str, float]]:
     """Every gradient sum as its factors, and the share of its energy they keep. Sums are freed as they are used."""
     modules, energy = {}, {}
-    for name in tqdm(sorted(sums), desc="calibrate: SVD", disable=None):
+    for name in tqdm(sorted(sums), desc="SVD", disable=None):
         matrix = sums.pop(name)
-        step = -settings.eta * (matrix.sign() if settings.reduction == "sign" else matrix)
+        step = -settings.eta * reduced(matrix, settings.reduction)
         U, S, Vh = truncated_svd(step, settings.rank, settings.seed)
         energy[name] = float(S.square().sum() / step.square().sum())
         modules[name] = ModuleBasis(U.to(dtype).contiguous(), Vh.to(dtype).contiguous(), S.float())
     return modules, energy
+
+
+def reduced(gradient: torch.Tensor, reduction: str) -> torch.Tensor:
+    """The matrix whose subspaces are taken: `sign(G)`, AdamW's first step, or `G` itself."""
+    return gradient.sign() if reduction == "sign" else gradient
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

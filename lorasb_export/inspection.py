@@ -9,22 +9,30 @@ import torch
 
 from .artifact import Adapter, Basis
 from .base import BaseModel, artifact_kind
-from .errors import LoraSBError
+from .data import load_task
+from .errors import LoraSBError, SettingsError
 from .storage import read_json, sha256_file
 
 
-def inspect_folder(folder: str | Path) -> dict[str, Any]:
+def inspect_folder(folder: str | Path, *, data: str | None = None) -> dict[str, Any]:
     """A description of any folder this package reads or writes; validated as its loader validates it.
+
+    Args:
+        data: of a basis, also what it captures of this task's gradient; loads the base model.
 
     Raises:
         ArtifactError: it is none of them, or damaged.
+        SettingsError: `data` for something that is not a basis.
     """
     folder = Path(folder)
     kind = artifact_kind(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     found: dict[str, Any] = {"path": str(folder), "kind": kind, "bytes": size}
+    if data is not None and kind != "basis":
+        raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder)
     if kind == "basis":
-        return found | _basis(Basis.load(folder))
+        basis = Basis.load(folder)
+        return found | _basis(basis) | ({} if data is None else {"capture": _capture(basis, data)})
     if kind == "adapter":
         return found | _adapter(Adapter.load(folder))
     if kind == "base":
@@ -46,6 +54,17 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "reduction": basis.calibration["reduction"],
         "energy": {"mean": sum(energy) / len(energy), "min": min(energy), "max": max(energy)},
     }
+
+
+def _capture(basis: Basis, data: str) -> dict[str, Any]:
+    from .capture import capture  # brings transformers, which the rest of this module does without
+
+    task = load_task("data", data)
+    base = BaseModel.resolve(basis.base.name_or_path, basis.base.revision)
+    base.verify(basis.base, basis.modules)
+    labels = len(task.labels) or None
+    network = base.load(task.task_type, dtype=basis.calibration.get("dtype", "auto"), num_labels=labels)
+    return capture(base, network, basis, task)
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from . import environment
 from .artifact import Adapter, Basis, versions
 from .base import SEQ_CLS, BaseModel
+from .capture import capture, is_little, words
 from .data import TaskData, collate, encode, load_task, row_losses
 from .errors import ArtifactError, OutputError, TrainingError
 from .layer import head_parameters
@@ -38,6 +40,7 @@ from transformers import (  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 _COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
 
 
@@ -89,6 +92,7 @@ def fit(
     if network is None:
         count = len(task.labels) if task.task_type == SEQ_CLS else None
         network = base.load(task.task_type, dtype=settings.dtype, num_labels=count, seed=settings.seed)
+    captured = _captured(base, network, basis, task)
     adapter = Adapter.attach(network, basis, scaling=settings.scaling, init=settings.init)
     adapter.task_type = task.task_type
     if task.task_type == SEQ_CLS:
@@ -116,7 +120,7 @@ def fit(
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     network.eval()
 
-    adapter.training = _summary(task, settings, trainer, result.training_loss)
+    adapter.training = {**_summary(task, settings, trainer, result.training_loss), "capture": captured}
     with atomic_folder(out, overwrite=overwrite) as temporary:
         adapter.write_into(temporary, out)
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -127,6 +131,20 @@ def fit(
     shutil.rmtree(run)
     adapter.folder = out
     return adapter
+
+
+def _captured(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, float] | None:
+    """How much of the task's gradient a basis calibrated without it holds; None when it was calibrated with it."""
+    if task.sha256 in {source["sha256"] for source in basis.calibration.get("data", [])}:
+        return None
+    found = capture(base, network, basis, task)
+    if is_little(found):
+        logger.warning(
+            "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
+            task.name,
+            words(found),
+        )
+    return {way: round(found[way], 4) for way in ("basis", "own", "random")}
 
 
 def _summary(task: TaskData, settings: FitSettings, trainer: Trainer, loss: float) -> dict[str, Any]:

@@ -117,7 +117,11 @@ def test_flags_win_over_the_file(project: Path) -> None:
 
 
 def test_own_basis_is_embedded(project: Path, tmp_path: Path) -> None:
-    result_of(lorasb("fit", "a", "--basis", "own", "--out", tmp_path / "own", "--json", cwd=project))
+    config = (project / "lorasb.toml").read_text().replace('data = "data/', f'data = "{project}/data/')
+    (tmp_path / "lorasb.toml").write_text(config)
+    result_of(lorasb("fit", "--basis", "own", "--json", cwd=tmp_path))
+    assert Adapter.load(tmp_path / "adapters" / "b").load_basis().calibration["data"][0]["name"] == "b"
+    (tmp_path / "adapters" / "a").rename(tmp_path / "own")
     assert Adapter.load(tmp_path / "own").load_basis().calibration["data"][0]["name"] == "a"
     assert read_json(tmp_path / "own" / "adapter_config.json")["basis"]["source"] == "embedded"
 
@@ -160,6 +164,12 @@ def test_inspect_says_whether_the_basis_matches(project: Path) -> None:
     found = result_of(lorasb("inspect", "adapters/a", "--json", cwd=project))
     assert (found["kind"], found["rank"], found["modules"], found["basis_matches"]) == ("adapter", 4, 14, True)
     assert result_of(lorasb("inspect", "basis", "--json", cwd=project))["calibrated_on"] == ["a", "b"]
+
+
+def test_inspect_says_what_a_basis_captures(project: Path) -> None:
+    found = result_of(lorasb("inspect", "basis", "--data", "data/a", "--json", cwd=project))["capture"]
+    assert found["random"] < found["basis"] <= found["own"] * 1.01
+    assert lorasb("inspect", "adapters/a", "--data", "data/a", cwd=project).returncode == 1
 
 
 def test_push_dry_run_as_typed(project: Path) -> None:

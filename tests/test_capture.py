@@ -1,0 +1,75 @@
+"""What a basis captures of a task's gradient, and what is said about it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasb_export import calibrate, fit
+from lorasb_export.artifact import Basis, ModuleBasis
+from lorasb_export.base import BaseModel
+from lorasb_export.calibrate import find_targets, task_gradients
+from lorasb_export.capture import capture, is_little
+from lorasb_export.data import load_task
+from lorasb_export.settings import CalibrationSettings, FitSettings
+
+
+def random_basis(like: Basis) -> Basis:
+    """Random orthonormal factors in place of the calibrated ones, and no word of what it was calibrated on."""
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        name: ModuleBasis(
+            torch.linalg.qr(torch.randn(m.B.shape, generator=generator))[0],
+            torch.linalg.qr(torch.randn(m.A.shape[::-1], generator=generator))[0].T.contiguous(),
+            m.S,
+        )
+        for name, m in like.modules.items()
+    }
+    return Basis(like.base, like.rank, modules, {**like.calibration, "data": []})
+
+
+@pytest.mark.parametrize("reduction", ["sign", "raw"])
+def test_oracle_25_own_basis_captures_more_than_a_random_one(reduction: str, llama: Path, sums: Path) -> None:
+    base, task = BaseModel.resolve(llama), load_task("sums", sums)
+    settings = CalibrationSettings(rank=4, reduction=reduction)
+    network = base.load()
+    own = calibrate(base, {"sums": task}, settings, network=network)
+    found, other = capture(base, network, own, task), capture(base, network, random_basis(own), task)
+    assert found["rows"] == 32
+    assert found["basis"] == pytest.approx(found["own"], abs=1e-5)  # it was calibrated on these very rows
+    assert found["basis"] > 2 * found["random"]
+    assert other["basis"] == pytest.approx(found["random"], rel=0.25)
+    assert all(set(ratios) == {"basis", "own", "random"} for ratios in found["modules"].values())
+
+
+def test_oracle_25_a_raw_basis_captures_the_share_of_its_singular_values(llama: Path, sums: Path) -> None:
+    base, task = BaseModel.resolve(llama), load_task("sums", sums)
+    network, settings = base.load(), CalibrationSettings(rank=4, reduction="raw")
+    basis = calibrate(base, {"sums": task}, settings, network=network)
+    gradients, _ = task_gradients(base, network, find_targets(network, "all-linear"), [task], settings)
+    found = capture(base, network, basis, task)["modules"]
+    for name, g in gradients.items():
+        S = torch.linalg.svdvals(g).square()
+        assert found[name]["basis"] == pytest.approx(math.sqrt(S[:4].sum() / S.sum()), abs=1e-4)
+
+
+def test_fit_warns_of_a_basis_that_captures_little(
+    llama: Path, sums: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4))
+    with caplog.at_level(logging.WARNING, logger="lorasb_export"):
+        adapter = fit(str(llama), random_basis(own), sums, tmp_path / "poor", FitSettings(max_steps=1))
+    assert "consider --basis own" in caplog.text
+    assert adapter.training["capture"]["basis"] < adapter.training["capture"]["own"]
+    caplog.clear()
+    assert fit(str(llama), own, sums, tmp_path / "good", FitSettings(max_steps=1)).training["capture"] is None
+    assert "consider" not in caplog.text
+
+
+def test_little_is_near_random() -> None:
+    assert is_little({"basis": 0.12, "own": 0.5, "random": 0.1})
+    assert not is_little({"basis": 0.3, "own": 0.5, "random": 0.1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ environment.hide_broken_packages()
 
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.quickstart.model import small_model  # noqa: E402
+
+# A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SIZES = {"red": 0.15, "blue": 0.03}  # of the update, relative to the weight: re
 def random_adapters(base: BaseModel, folder: Path) -> None:
     """Adapters on all 210 linear layers, with updates of SIZES times the norm of the weight they are added to."""
     generator = torch.Generator().manual_seed(0)
-    network = base.load(device="cpu")
+    network = base.load(dtype="float32", device="cpu")
     weights = {n: m.weight for n, m in network.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
 
     def factor(size: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def random_adapters(base: BaseModel, folder: Path) -> None:
 
 def merged(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
     """The reference, without the code under test: W0 + s·B·R·A in the weights."""
-    network = base.load(device="cpu")
+    network = base.load(dtype="float32", device="cpu")
     if adapter is not None:
         task = Adapter.load(adapter)
         for name, (B, A, _) in task.load_basis().modules.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ environment.hide_broken_packages()
 from tests.tiny import make_bert, make_llama  # noqa: E402
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
+
+
+# A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -64,25 +64,28 @@ def load_task(name: str, source: str | Path) -> TaskData:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        splits = {"train": read_rows(path)}
+        placed = {"train": read_rows(path)}
     elif path.is_dir():
-        splits = {split: read_rows(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
-        if "train" not in splits:
+        placed = {split: read_rows(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+        if "train" not in placed:
             raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
     else:
-        splits = _rows_from_hub(str(source))
-    if not splits["train"]:
+        placed = _rows_from_hub(str(source))
+    if not placed["train"]:
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
-    task_type = _task_type(splits["train"][0], source)
-    for split, rows in splits.items():
-        for number, row in enumerate(rows, 1):
-            _check_row(row, task_type, f"{source} {split} row {number}")
+    task_type = _task_type(placed["train"][0][1], source)
+    for rows in placed.values():
+        for place, row in rows:
+            _check_row(row, task_type, place)
+    if len({type(row.get("label")) for rows in placed.values() for _, row in rows}) > 1:
+        raise DataError("some labels are names, some are numbers", where=source, fix="Use one kind")
+    splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return TaskData(name, str(source), task_type, splits, digest)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The JSON objects of a JSONL file. Raises DataError naming file and line."""
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -91,17 +94,18 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"broken JSON: {error}", where=f"{path}:{number}", fix="One JSON object a line") from None
+            raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line") from None
         if not isinstance(row, dict):
-            raise DataError("not a JSON object", where=f"{path}:{number}", fix="One JSON object a line")
-        rows.append(row)
+            raise DataError("not a JSON object", where=place, fix="One JSON object a line")
+        rows.append((place, row))
     return rows
 
 
-def _rows_from_hub(name: str) -> dict[str, list[Row]]:
+def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     from datasets import load_dataset
 
     try:
@@ -110,7 +114,11 @@ def _rows_from_hub(name: str) -> dict[str, list[Row]]:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"no such file, folder or Hub dataset: {reason}", where=name, fix="Check the path") from None
     names = {"train": "train", "valid": "validation", "test": "test"}
-    return {split: dataset[theirs].to_list() for split, theirs in names.items() if theirs in dataset}
+    return {
+        split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list())]
+        for split, theirs in names.items()
+        if theirs in dataset
+    }
 
 
 def _task_type(row: Row, source: object) -> str:
@@ -128,12 +136,17 @@ def _check_row(row: Row, task_type: str, where: str) -> None:
     for field in _FIELDS[task_type]:
         if field not in row:
             raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
-    if task_type == CAUSAL_LM:
-        for field in ("prompt", "completion"):
-            if not isinstance(row[field], str):
-                raise DataError(f"{field!r} is not a string", where=where)
-        if not row["completion"].strip():
-            raise DataError("the completion is empty", where=where, fix="Remove the row or fill it in")
+    for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
+        if not isinstance(row[field], str):
+            raise DataError(f"{field!r} is not a string", where=where)
+    if task_type == CAUSAL_LM and not row["completion"].strip():
+        raise DataError("the completion is empty", where=where, fix="Remove the row or fill it in")
+    if task_type == SEQ_CLS and not isinstance(row["label"], str | int):
+        raise DataError(
+            f"label {row['label']!r} is neither a name nor a whole number",
+            where=where,
+            fix="Give classes; regression is not supported yet",
+        )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import ArtifactError, OutputError
 
+_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
 MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors format itself
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -128,10 +129,15 @@ def _process_is_alive(pid: int) -> bool:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise OutputError when `target` exists with content and may not be replaced."""
-    if target.is_dir() and not any(target.iterdir()):
+    """Raise OutputError when `target` exists with content and may not be replaced.
+
+    Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if target.exists() and not overwrite:
+    if not any((target / name).is_file() for name in _OURS):
+        raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
+    if not overwrite:
         raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
 
 
@@ -182,6 +188,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             _fsync(path)
         _fsync(temporary)
+        refuse_existing(target, overwrite)  # another process may have been quicker
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)

@@ -297,13 +297,14 @@ def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     for name, overwrite in (("old", False), ("new", True)):
         with atomic_folder(tmp_path / "x", overwrite=overwrite) as temporary:
             (temporary / name).write_text(name)
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
+            (temporary / "lorasb.json").write_text("{}")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["lorasb.json", "new"]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").write_text("old")
+    (tmp_path / "x" / "lorasb.json").write_text("{}")
     script = (
         "import sys, time; from pathlib import Path; from lorasb_export.storage import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
@@ -314,10 +315,38 @@ def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["old"]
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["lorasb.json"]
     assert len(list(tmp_path.iterdir())) == 2
     with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
         (temporary / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("home", "file"):
+        with (
+            pytest.raises(OutputError, match="not a folder lorasb wrote"),
+            atomic_folder(tmp_path / name, overwrite=True),
+        ):
+            pass
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    def race() -> None:
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / "lorasb.json").write_text('{"slow": 1}')
+            with atomic_folder(tmp_path / "y") as quicker:
+                (quicker / "lorasb.json").write_text('{"quick": 1}')
+            (tmp_path / "y").rename(tmp_path / "x")
+
+    with pytest.raises(OutputError, match="the target exists"):
+        race()
+    assert "quick" in (tmp_path / "x" / "lorasb.json").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 

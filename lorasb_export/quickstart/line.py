@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import versions
 from ..base import BaseModel
 from ..calibrate import calibrate
 from ..data import TaskData, load_task, prompt_ids
@@ -25,7 +26,7 @@ from ..merge import merge
 from ..project import Project, write_project
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import atomic_folder
+from ..storage import atomic_folder, write_json
 from ..train import fit
 from .model import small_model
 from .tasks import write_tasks
@@ -106,6 +107,7 @@ def quickstart(
     base = BaseModel.resolve(small_model())
     with atomic_folder(out, overwrite=overwrite) as temporary:  # only the project: the steps below write into it
         data = write_tasks(temporary / "data")
+        write_json(temporary / "lorasb.json", {"kind": "quickstart", "versions": versions()})
         write_project(
             temporary / "lorasb.toml",
             base.name_or_path,

@@ -1,0 +1,1 @@
+"""Benchmarks against named peers, measured in one run, in alternation: `python -m integration.bench NAME [--quick]`."""

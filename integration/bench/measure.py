@@ -1,0 +1,31 @@
+"""Whole processes timed in alternation, so that a machine whose speed drifts slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+
+def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each command, `rounds` times after one warm-up that is not counted: name → times."""
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for counted in [False] + [True] * rounds:
+        for name, command in commands.items():
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            if counted:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the ratios pair by pair."""
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def print_table(times: Mapping[str, Sequence[float]]) -> None:
+    print(f"{'command':24} {'median s':>9} {'min':>7} {'max':>7}")
+    for name, values in times.items():
+        print(f"{name:24} {statistics.median(values):9.3f} {min(values):7.3f} {max(values):7.3f}")

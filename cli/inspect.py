@@ -20,7 +20,12 @@ def run(
     from lorasb_export.inspection import inspect_folder
 
     found = inspect_folder(path, data=data)
-    run.result(found, "\n".join(_lines({**found, "bytes": human_bytes(found["bytes"])})))
+    shown = {**found, "bytes": human_bytes(found["bytes"])}
+    if data is not None:
+        from lorasb_export.capture import words
+
+        shown["capture"] = f"{words(found['capture'])}; module by module with --json"
+    run.result(found, "\n".join(_lines(shown)))
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:

@@ -234,11 +234,13 @@ def _mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
 class _Progress(TrainerCallback):
     """One bar with the latest losses, on stderr when that is a terminal."""
 
+    bar: Any
+
     def __init__(self, task: str) -> None:
-        self.bar = tqdm(desc=f"fit {task}", unit="step", disable=None)
+        self.task = task
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.reset(state.max_steps)
+        self.bar = tqdm(desc=f"fit {self.task}", total=state.max_steps, unit="step", disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseModel
 from lorasb_export.data import prompt_ids
 from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import PROMPTS
+from lorasb_export.format import ModuleBasis
 
 environment.hide_broken_packages()
 og = pytest.importorskip("onnxruntime_genai")

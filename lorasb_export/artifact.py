@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
@@ -21,19 +21,21 @@ from safetensors.torch import save as serialize
 from . import card
 from .base import BaseRef
 from .errors import ArtifactError
-from .format import ADAPTER_KEYS, BASE_KEYS, BASIS_KEYS, FORMAT_VERSION, check_config, check_keys, load_tensors
+from .fetch import resolve_folder
+from .format import (
+    ADAPTER_KEYS,
+    BASE_KEYS,
+    BASIS_KEYS,
+    FORMAT_VERSION,
+    ModuleBasis,
+    check_config,
+    check_keys,
+    load_tensors,
+)
 from .storage import atomic_folder, read_header, read_json, write_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
-
-
-class ModuleBasis(NamedTuple):
-    """The frozen factors of one module: B (out, r) and A (r, in) orthonormal, S (r,) fp32."""
-
-    B: torch.Tensor
-    A: torch.Tensor
-    S: torch.Tensor
 
 
 def versions() -> dict[str, str]:
@@ -97,8 +99,6 @@ class Basis:
             ArtifactError: unknown or missing keys, wrong shape, dtype, rank or hash, non-finite values,
                 another format version, a truncated file.
         """
-        from .hub import resolve_folder
-
         folder, where = resolve_folder(source)
         config = read_json(folder / "basis_config.json")
         check_config(config, BASIS_KEYS, folder / "basis_config.json")
@@ -258,8 +258,6 @@ class Adapter:
         Raises:
             ArtifactError: as for `Basis.load`.
         """
-        from .hub import resolve_folder
-
         folder, _ = resolve_folder(source)
         where = folder / "adapter_config.json"
         config = read_json(where)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import environment
 from .errors import ArtifactError, BaseModelError
+from .fetch import REPO, hub_errors
 from .storage import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -237,16 +238,14 @@ def default_device() -> torch.device:
 def _download(name: str, revision: str | None) -> tuple[Path, str]:
     """Fetch a Hub checkpoint; returns its folder and the commit it is at."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, tagged = name.partition("@")
-    try:
-        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=_CHECKPOINT_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    if not REPO.fullmatch(name):
         raise BaseModelError(
-            f"the base model was not found: {reason}", where=name, fix="Give an existing folder or Hub id"
-        ) from None
+            "the base model was not found: neither a folder nor a Hub id", where=name, fix="Check the path"
+        )
+    with hub_errors(name, BaseModelError, "the base model was not found: no such folder, and "):
+        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=_CHECKPOINT_FILES))
     return folder, folder.name
 
 

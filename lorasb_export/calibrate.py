@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .artifact import Basis, ModuleBasis
+from .artifact import Basis
 from .base import SEQ_CLS, BaseModel
 from .data import TaskData, collate, encode, load_task, row_losses
 from .errors import BaseModelError, DataError, SettingsError
+from .format import ModuleBasis
 from .layer import LINEAR_TYPES, remove, weight_of
 from .settings import ALL_LINEAR, CalibrationSettings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -44,6 +44,14 @@ ADAPTER_KEYS = {
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _HINT = "Written by another version, or edited by hand"
+
+
+class ModuleBasis(NamedTuple):
+    """The frozen factors of one module: B (out, r) and A (r, in) orthonormal, S (r,) fp32."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+    S: torch.Tensor
 
 
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:

@@ -1,19 +1,18 @@
-"""The Hub: find a folder there, push a folder there. Tokens are left to huggingface_hub and never shown."""
+"""Push a folder to the Hub. Tokens are left to huggingface_hub and never shown."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import card
 from .base import BaseModel, artifact_kind
-from .errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
+from .errors import ArtifactError, OutputError, ServerError, SettingsError
+from .fetch import REPO, hub_errors
 from .storage import read_json
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 _Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 
 _BASIS = ("basis.safetensors", "basis_config.json")
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
@@ -37,7 +34,6 @@ _ALLOWED = {
     "onnx": (*_GRAPHS, *_TEXTS, *_ALWAYS),
     "onnx-adapters": (*_GRAPHS, *_TEXTS, *_ALWAYS),
 }
-_FETCHED = ["*.safetensors", "*.json", "*.jsonl", "*.md", "*.png", "*.model", "*.txt", "*.jinja", *_GRAPHS]
 # Left in the repository by an earlier push, these would be loaded together with the new files.
 _STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
 _MARKS = {
@@ -47,40 +43,6 @@ _MARKS = {
     "*.onnx": "onnx",
     "*.safetensors": "merged",
 }
-_ANSWERS = {
-    401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
-    403: ("this token may not do that", "Use a token with write access to that repository"),
-    404: ("the Hub has no such repository or revision, or hides it", "Check the name; if it is private, log in"),
-    412: ("the repository changed meanwhile; nothing was committed", "Push again: no file is sent twice"),
-    429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
-}
-
-
-def resolve_folder(source: str | Path) -> tuple[Path, str]:
-    """The folder behind `source`, and the name to remember it by.
-
-    Args:
-        source: a local folder, or a Hub id `owner/name` or `owner/name@revision`. Of a Hub repository only
-            safetensors, JSON, text, image and ONNX files are fetched: a pickle never reaches this machine.
-
-    Returns:
-        (absolute folder, the same as text), or (its snapshot, `owner/name@commit`).
-
-    Raises:
-        ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
-    """
-    path = Path(os.path.abspath(Path(source).expanduser()))
-    if path.is_dir():
-        return path, str(path)
-    name, _, revision = str(source).partition("@")
-    if path.exists() or not _REPO.fullmatch(name):
-        fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
-        raise ArtifactError("neither a folder nor a Hub id", where=source, fix=fix)
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(source, ArtifactError, "no such folder, and "):
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FETCHED))
-    return folder, f"{name}@{folder.name}"
 
 
 def push(
@@ -118,7 +80,7 @@ def push(
         ServerError: the Hub refused or cannot be reached.
     """
     for name in filter(None, (repo, basis_repo and basis_repo.partition("@")[0])):
-        if not _REPO.fullmatch(name):
+        if not REPO.fullmatch(name):
             raise SettingsError("not a Hub repository", where=name, fix="Give owner/name")
     if create_pr and revision:
         raise SettingsError("create_pr and revision exclude each other", fix="Leave one out")
@@ -152,7 +114,7 @@ def push(
     if basis is not None:
         plan["basis"] = basis
     if not dry_run:
-        with _hub_errors(repo, ServerError):
+        with hub_errors(repo, ServerError):
             plan |= _upload(api, repo, files, public, revision, create_pr, message or f"Upload {kind} with lorasb")
     return plan
 
@@ -213,7 +175,7 @@ def _pin(basis_repo: str, sha256: str) -> str:
     from huggingface_hub import hf_hub_download
 
     name, _, revision = basis_repo.partition("@")
-    with _hub_errors(basis_repo, ServerError):
+    with hub_errors(basis_repo, ServerError):
         path = Path(hf_hub_download(name, "basis_config.json", revision=revision or None))
     found = read_json(path).get("sha256")
     if found != sha256:
@@ -273,29 +235,3 @@ def _upload(
 def _mark(paths: Iterable[str]) -> str | None:
     """The kind of artifact that a listing holds, as far as weights from two kinds must not mix."""
     return next((kind for mark, kind in _MARKS.items() if any(_matches(p, [mark]) for p in paths)), None)
-
-
-@contextmanager
-def _hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iterator[None]:
-    """Raise what huggingface_hub raises as `kind`: one line, what to do, and never a token."""
-    import httpx2
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except LoraSBError:
-        raise
-    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-        chain: list[BaseException] = [error]
-        while cause := chain[-1].__cause__:
-            chain.append(cause)
-        answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
-        status = answers[0].status_code if answers else 0
-        what, fix = " ".join(_SECRET.sub("***", str(error)).split()), "Try again; --verbose shows more"
-        if any(isinstance(e, GatedRepoError) for e in chain):
-            what, fix = "the repository is gated", "Ask for access on its page, then try again"
-        elif status in _ANSWERS:
-            what, fix = _ANSWERS[status]
-        elif any(isinstance(e, (httpx2.TransportError, OfflineModeIsEnabled)) for e in chain):
-            what, fix = "the Hub cannot be reached", "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        raise kind(before + what, where=where, fix=fix) from None

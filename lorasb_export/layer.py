@@ -19,7 +19,7 @@ environment.hide_broken_packages()  # before transformers looks for them
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 if TYPE_CHECKING:
-    from .artifact import ModuleBasis
+    from .format import ModuleBasis
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lorasb_export import calibrate, fit
-from lorasb_export.artifact import Basis, ModuleBasis
+from lorasb_export.artifact import Basis
 from lorasb_export.base import BaseModel
 from lorasb_export.calibrate import find_targets, task_gradients
 from lorasb_export.capture import capture, is_little
 from lorasb_export.data import load_task
+from lorasb_export.format import ModuleBasis
 from lorasb_export.settings import CalibrationSettings, FitSettings
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseModel, artifact_kind
 from lorasb_export.errors import (
     ArtifactError,
@@ -23,6 +23,7 @@ from lorasb_export.errors import (
     ServerError,
     SettingsError,
 )
+from lorasb_export.format import ModuleBasis
 
 environment.hide_broken_packages()
 ort = pytest.importorskip("onnxruntime")

@@ -142,10 +142,15 @@ def test_gpt2_names_need_the_base_to_tell_conv1d_from_linear(tmp_path: Path) -> 
 
 def test_an_existing_target_is_kept_unless_overwritten(tmp_path: Path) -> None:
     make("llama", tmp_path)
-    (tmp_path / "peft").mkdir()
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
     (tmp_path / "peft" / "mine").write_text("kept")
     with pytest.raises(OutputError, match="exists"):
         export_peft(tmp_path / "adapter", tmp_path / "peft")
     assert (tmp_path / "peft" / "mine").read_text() == "kept"
     export_peft(tmp_path / "adapter", tmp_path / "peft", overwrite=True)
     assert not (tmp_path / "peft" / "mine").exists()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "mine").write_text("kept")
+    with pytest.raises(OutputError, match="not a folder lorasb wrote"):
+        export_peft(tmp_path / "adapter", tmp_path / "foreign", overwrite=True)
+    assert (tmp_path / "foreign" / "mine").read_text() == "kept"

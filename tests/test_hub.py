@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from lorasb_export import push
-from lorasb_export.artifact import Adapter, Basis, ModuleBasis
+from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseRef
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
-from lorasb_export.hub import _hub_errors, resolve_folder
+from lorasb_export.fetch import hub_errors, resolve_folder
+from lorasb_export.format import ModuleBasis
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 
@@ -172,7 +173,7 @@ def test_neither_folder_nor_hub_id(source: str) -> None:
 
 
 def test_no_token_in_an_error() -> None:
-    with pytest.raises(LoraSBError) as caught, _hub_errors("me/a", LoraSBError):
+    with pytest.raises(LoraSBError) as caught, hub_errors("me/a", LoraSBError):
         raise RuntimeError("header 'Bearer hf_abcDEF123' is illegal, hf_abcDEF123 too")
     assert "hf_abc" not in str(caught.value)
     assert caught.value.__suppress_context__

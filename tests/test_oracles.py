@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lorasb_export import Adapter, Basis, calibrate, fit
-from lorasb_export.artifact import ModuleBasis
 from lorasb_export.base import BaseModel
 from lorasb_export.calibrate import find_targets, gradient_sums, truncated_svd
 from lorasb_export.data import TaskData, collate, encode, load_task, row_losses
+from lorasb_export.format import ModuleBasis
 from lorasb_export.layer import LoRASBLinear, remove
 from lorasb_export.settings import CalibrationSettings, FitSettings
 

@@ -204,13 +204,18 @@ class Adapter:
             "training": dict(self.training),
         }
 
+    @property
+    def sha256(self) -> str:
+        """sha256 of `adapter.safetensors` as `save` would write it now."""
+        return hashlib.sha256(self.tensor_bytes()).hexdigest()
+
     def provenance(self) -> dict[str, Any]:
         """What `lorasb.json` of a folder made from this adapter says about it."""
         return {
             "base": dict(self.base.__dict__),
             "adapter": {
                 "name": self.folder.name if self.folder else None,
-                "sha256": hashlib.sha256(self.tensor_bytes()).hexdigest(),
+                "sha256": self.sha256,
             },
             "basis": {"sha256": self.basis_sha256},
             "rank": self.rank,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import environment
 from .errors import ArtifactError, BaseModelError
-from .fetch import REPO, hub_errors
+from .fetch import snapshot
 from .storage import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ class BaseRef:
     name_or_path: str
     revision: str | None
     fingerprint: str
+
+    def resolve(self, elsewhere: str | Path | None = None) -> BaseModel:
+        """The base this names, or the one at `elsewhere` in its place; not yet compared with the fingerprint.
+
+        Raises: see `BaseModel.resolve`.
+        """
+        if elsewhere is not None:
+            return BaseModel.resolve(elsewhere)
+        return BaseModel.resolve(self.name_or_path, self.revision)
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,14 @@ class BaseModel:
         if path.is_dir():
             folder = path.resolve()
         else:
-            folder, revision = _download(name, revision)
+            name, revision, folder = snapshot(
+                name, _CHECKPOINT_FILES, BaseModelError, "the base model was not found: ", revision
+            )
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
         config = read_json(folder / "config.json")
         _check_supported(config, folder)
-        return cls(str(folder) if path.is_dir() else name.split("@")[0], revision, folder, config)
+        return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
@@ -233,20 +244,6 @@ def default_device() -> torch.device:
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch a Hub checkpoint; returns its folder and the commit it is at."""
-    from huggingface_hub import snapshot_download
-
-    name, _, tagged = name.partition("@")
-    if not REPO.fullmatch(name):
-        raise BaseModelError(
-            "the base model was not found: neither a folder nor a Hub id", where=name, fix="Check the path"
-        )
-    with hub_errors(name, BaseModelError, "the base model was not found: no such folder, and "):
-        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=_CHECKPOINT_FILES))
-    return folder, folder.name
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:

@@ -40,15 +40,28 @@ def resolve_folder(source: str | Path) -> tuple[Path, str]:
     path = Path(os.path.abspath(Path(source).expanduser()))
     if path.is_dir():
         return path, str(path)
-    name, _, revision = str(source).partition("@")
-    if path.exists() or not REPO.fullmatch(name):
-        fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
-        raise ArtifactError("neither a folder nor a Hub id", where=source, fix=fix)
+    name, commit, folder = snapshot(str(source), _FETCHED, ArtifactError)
+    return folder, f"{name}@{commit}"
+
+
+def snapshot(
+    source: str, patterns: list[str], kind: type[LoraSBError], before: str = "", revision: str | None = None
+) -> tuple[str, str, Path]:
+    """Fetch what `patterns` admit of a Hub repository: its name, the commit it is at, its folder.
+
+    Args:
+        source: `owner/name` or `owner/name@revision`; `revision` wins.
+        kind: of the error raised; `before` begins its message.
+    """
     from huggingface_hub import snapshot_download
 
-    with hub_errors(source, ArtifactError, "no such folder, and "):
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FETCHED))
-    return folder, f"{name}@{folder.name}"
+    name, _, tagged = source.partition("@")
+    if Path(source).expanduser().exists() or not REPO.fullmatch(name):
+        fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
+        raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
+    with hub_errors(source, kind, f"{before}no such folder, and "):
+        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=patterns))
+    return name, folder.name, folder
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def evaluate(
         raise DataError(f"the data is {task.task_type}, the adapter {adapter.task_type}", where=task.source)
     split = split or task.held_out()
     rows = list(task.rows(split))[:limit]
-    model = BaseModel.resolve(base or adapter.base.name_or_path, None if base else adapter.base.revision)
+    model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     tokenizer = model.load_tokenizer()
     network = model.load(adapter.task_type, dtype=dtype, num_labels=len(adapter.labels) or None)
@@ -144,10 +144,7 @@ def side_by_side(
     """
     loaded = {name: Adapter.load(source) for name, source in adapters.items()}
     first = next(iter(loaded.values()), None)
-    if base is None and first is not None:
-        model = BaseModel.resolve(first.base.name_or_path, first.base.revision)
-    else:
-        model = BaseModel.resolve(base or "")
+    model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
     for adapter in loaded.values():
         model.verify(adapter.base, adapter.R)
         adapter.load_basis()

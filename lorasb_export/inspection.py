@@ -60,7 +60,7 @@ def _capture(basis: Basis, data: str) -> dict[str, Any]:
     from .capture import capture  # brings transformers, which the rest of this module does without
 
     task = load_task("data", data)
-    base = BaseModel.resolve(basis.base.name_or_path, basis.base.revision)
+    base = basis.base.resolve()
     base.verify(basis.base, basis.modules)
     labels = len(task.labels) or None
     network = base.load(task.task_type, dtype=basis.calibration.get("dtype", "auto"), num_labels=labels)

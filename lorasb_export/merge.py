@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -41,10 +42,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        size = DTYPE_BYTES[self.info.dtype]
-        for length in self.info.shape:
-            size *= length
-        return size
+        return DTYPE_BYTES[self.info.dtype] * math.prod(self.info.shape)
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def plan_merge(
     if dtype != "auto" and dtype not in _NAMES:
         raise SettingsError(f"dtype is {dtype!r}", fix=f"Use auto, {', '.join(_NAMES)}")
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    model = BaseModel.resolve(base or adapter.base.name_or_path, None if base else adapter.base.revision)
+    model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     modules = adapter.load_basis().modules
     by_key = {model.weight_key(name): name for name in adapter.R}

@@ -128,6 +128,14 @@ def test_basis_inside_the_adapter_folder_is_found(
     assert Adapter.load(tmp_path / "a").load_basis().sha256 == adapter.basis_sha256
 
 
+def check_refused(load: Callable[[Path], object], folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ArtifactError) as error:
+        load(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+
+
 BAD_BASIS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other hash": (lambda f: edit(f, "basis_config.json", lambda c: c.update(sha256="0" * 64)), "sha256 is not"),
     "unknown key": (lambda f: edit(f, "basis_config.json", lambda c: c.update(extra=1)), "unknown extra"),
@@ -158,13 +166,7 @@ BAD_BASIS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", BAD_BASIS)
 def test_bad_basis_is_refused(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    damage, message = BAD_BASIS[case]
-    folder = copy(folders[0], tmp_path / "basis")
-    damage(folder)
-    with pytest.raises(ArtifactError) as error:
-        Basis.load(folder)
-    assert message in str(error.value)
-    assert str(folder) in str(error.value)
+    check_refused(Basis.load, copy(folders[0], tmp_path / "basis"), *BAD_BASIS[case])
 
 
 def nan(tensors: dict[str, torch.Tensor]) -> None:
@@ -208,13 +210,7 @@ BAD_ADAPTER: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", BAD_ADAPTER)
 def test_bad_adapter_is_refused(case: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    damage, message = BAD_ADAPTER[case]
-    folder = copy(folders[1], tmp_path / "a")
-    damage(folder)
-    with pytest.raises(ArtifactError) as error:
-        Adapter.load(folder)
-    assert message in str(error.value)
-    assert str(folder) in str(error.value)
+    check_refused(Adapter.load, copy(folders[1], tmp_path / "a"), *BAD_ADAPTER[case])
 
 
 def test_adapter_of_another_basis_is_refused(

@@ -92,7 +92,7 @@ def base_of(task: Adapter, base: str | Path | None) -> BaseModel:
             where=task.folder,
             fix="Use `lorasb merge` and run the merged classifier with transformers",
         )
-    return BaseModel.resolve(base) if base else BaseModel.resolve(task.base.name_or_path, task.base.revision)
+    return task.base.resolve(base)
 
 
 def parameters(model: BaseModel) -> int:

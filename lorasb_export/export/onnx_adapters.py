@@ -79,8 +79,7 @@ def export_onnx_adapters(
         record = {"kind": "onnx-adapters", **provenance(tasks[0], precision)}
         del record["adapter"], record["scaling"]  # those of the first; each adapter's are listed
         record["adapters"] = {
-            file: {"sha256": task.provenance()["adapter"]["sha256"], "scaling": task.scaling}
-            for file, task in zip(files, tasks, strict=True)
+            file: {"sha256": task.sha256, "scaling": task.scaling} for file, task in zip(files, tasks, strict=True)
         }
         if verify:
             record["verify"] = {

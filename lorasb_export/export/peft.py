@@ -10,11 +10,9 @@ from safetensors.torch import save_file
 
 from .. import card
 from ..artifact import Adapter
-from ..base import BaseModel
 from ..storage import atomic_folder, refuse_existing, write_json
 
 _PREFIX = "base_model.model."
-_CONV1D_TYPES = {"gpt2", "openai-gpt"}  # their layers store W transposed, which PEFT calls fan_in_fan_out
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}
 
 
@@ -90,6 +88,6 @@ def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:
     looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in adapter.R)
     if base is None and not looks_like_conv1d:
         return False
-    model = BaseModel.resolve(base or adapter.base.name_or_path, None if base else adapter.base.revision)
+    model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
-    return model.config.get("model_type") in _CONV1D_TYPES
+    return model.stores_transposed  # what PEFT calls fan_in_fan_out

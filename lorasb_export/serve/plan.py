@@ -143,7 +143,7 @@ def make_plan(
             _check_servable(adapter)
             adapter.basis = bases.get(adapter.basis_sha256)
             bases[adapter.basis_sha256] = adapter.load_basis()
-            base = base or BaseModel.resolve(adapter.base.name_or_path, adapter.base.revision)
+            base = base or adapter.base.resolve()
             base.verify(adapter.base, adapter.R)
         except LoraSBError as error:
             problems.append((name, error))

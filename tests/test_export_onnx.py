@@ -29,37 +29,22 @@ environment.hide_broken_packages()
 ort = pytest.importorskip("onnxruntime")
 og = pytest.importorskip("onnxruntime_genai")
 
-from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import (  # noqa: E402
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from lorasb_export.export.onnx import _BYTES, export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
 from lorasb_export.export.onnx_verify import require_equal, verify_folder  # noqa: E402
+from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer  # noqa: E402
 
 RANK, EOS, TOKENS = 8, 2, 24
 LENGTHS = (3, 17, 9, 1, 17, 30, 2, 5, 11)  # more than one batch, of unequal rows
-TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
-
-
-def save_tokenizer(folder: Path) -> int:
-    """A tokenizer of single characters; returns the size of its vocabulary."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>")),
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-    )
-    tokenizer.save_pretrained(folder)
-    return len(vocab)
 
 
 def save_basis(base: Path, folder: Path, modules: list[str], seed: int) -> Basis:
@@ -119,9 +104,10 @@ def answers(network: PreTrainedModel, eos: set[int]) -> list[list[int]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with grouped queries and biases; adapters red and blue of one basis, stranger of another."""
     root = tmp_path_factory.mktemp("onnx")
+    save_tokenizer(root / "base")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=save_tokenizer(root / "base"),
+        vocab_size=len(VOCABULARY),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -327,8 +313,10 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
 
 
 def test_an_architecture_the_builder_lacks_leaves_nothing(tmp_path: Path) -> None:
-    vocab = save_tokenizer(tmp_path / "base")
-    GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(VOCABULARY), n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "base"
+    )
     basis = save_basis(tmp_path / "base", tmp_path / "basis", ["transformer.h.0.attn.c_proj"], seed=1)
     adapter = save_adapter(basis, tmp_path / "task", seed=1)
     with pytest.raises(ServerError, match=r"(?s)builder failed with exit code 1.*not currently supported"):

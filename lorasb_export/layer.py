@@ -54,17 +54,14 @@ class _LoRASBFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
         u, weight, B, R, A = ctx.saved_tensors
-        grad_v = ctx.scaling * (grad @ B).to(R.dtype)
+        grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
+        v = ctx.scaling * (grad @ B).to(R.dtype)
         grad_x = grad_R = None
         if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
-            rank = R.shape[0]
-            grad_R = grad_v.reshape(-1, rank).T @ u.reshape(-1, rank).to(R.dtype)
+            grad_R = v.T @ u.reshape(v.shape).to(R.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            grad_u = (grad_v @ R).to(grad.dtype)
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_u.view(-1, grad_u.shape[-1]), A)
+            grad_x = (grad @ weight).addmm_((v @ R).to(grad.dtype), A).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None
 
 

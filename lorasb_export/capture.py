@@ -60,6 +60,17 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     }
 
 
+def recorded(basis: Basis, task: TaskData) -> dict[str, float] | None:
+    """What `calibrate` recorded that `basis` captures of this task: the ratios `basis`, `own` and `random`.
+
+    None for a task it was not calibrated on (told by the hash of its data), and where nothing was recorded.
+    """
+    for found in basis.calibration.get("capture", {}).get("tasks", {}).values():
+        if found["sha256"] == task.sha256:
+            return {way: found[way] for way in ("basis", "own", "random")}
+    return None
+
+
 def is_little(found: dict[str, Any]) -> bool:
     """Whether the basis is hardly better for the task than a random one would be."""
     return bool(found["basis"] < found["random"] + _LITTLE * (found["own"] - found["random"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ else:
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
 
-_TASK_KEYS = ("data", "basis")
+_TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
 _BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
 _FIT_KEYS = tuple(f.name for f in fields(FitSettings))
@@ -31,10 +32,17 @@ _TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
 
 @dataclass(frozen=True)
 class Task:
-    """One `[tasks.NAME]` table."""
+    """One `[tasks.NAME]` table.
+
+    Attributes:
+        data: folder, file or Hub dataset id.
+        basis: a basis of its own, in place of the project's shared one.
+        weight: of the task's rows in the calibration of the shared basis.
+    """
 
     data: str
     basis: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,10 @@ class Project:
                 "no task to calibrate on", where=FILE_NAME, fix="Add [tasks.NAME] data = …, or pass --data"
             )
         return names
+
+    def weights(self, names: Iterable[str]) -> dict[str, float]:
+        """The calibration weights of those of the named tasks that the project has."""
+        return {name: self.tasks[name].weight for name in names if name in self.tasks}
 
     def find_adapter(self, word: str | None) -> str:
         """The folder or Hub id behind a word: an adapter of this project by name, else the word itself.
@@ -233,9 +245,13 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     tasks = content.get("tasks", {})
     for name, table in tasks.items() if isinstance(tasks, dict) else ():
         found += [problem for problem in [check_name(name)] if problem]
-        found += _check_table(f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,)})
+        types = {"data": (str,), "basis": (str,), "weight": (int, float)}
+        wrong = _check_table(f"tasks.{name}", table, _TASK_KEYS, types)
         if isinstance(table, dict) and "data" not in table:
-            found.append(f"[tasks.{name}] lacks data")
+            wrong.append(f"[tasks.{name}] lacks data")
+        if not wrong and not 0 < table.get("weight", 1) < math.inf:
+            wrong.append(f"[tasks.{name}] weight = {table['weight']} is not a positive number")
+        found += wrong
     return found
 
 

@@ -45,6 +45,14 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         assert part in message
 
 
+def test_a_task_has_a_positive_weight(tmp_path: Path) -> None:
+    project = load(tmp_path, '[tasks.a]\ndata = "d"\nweight = 2\n[tasks.b]\ndata = "d"\n')
+    assert project.weights(["a", "b", "elsewhere"]) == {"a": 2, "b": 1.0}
+    for wrong in ("0", "-1.5", "inf", "nan", "true", '"2"'):
+        with pytest.raises(SettingsError, match=r"\[tasks.a\] weight"):
+            load(tmp_path, f'[tasks.a]\ndata = "d"\nweight = {wrong}\n')
+
+
 def test_not_toml_and_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="not valid TOML"):
         load(tmp_path, "model = ")

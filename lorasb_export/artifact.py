@@ -163,12 +163,18 @@ class Adapter:
         """
         from . import layer
 
-        start = {
+        adapter = cls.start(basis, scaling=scaling, init=init)
+        adapter.R = layer.inject(model, basis.modules, adapter.R, scaling)
+        return adapter
+
+    @classmethod
+    def start(cls, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
+        """A fresh adapter that is on no model yet; arguments as for `attach`."""
+        R0 = {
             name: torch.diag(module.S.float() / scaling if init == "svd" else torch.zeros_like(module.S))
             for name, module in basis.modules.items()
         }
-        live = layer.inject(model, basis.modules, start, scaling)
-        return cls(basis.base, basis.sha256, basis.source, live, scaling, basis=basis)
+        return cls(basis.base, basis.sha256, basis.source, R0, scaling, basis=basis)
 
     def inject(self, model: torch.nn.Module, *, trainable: bool = False) -> None:
         """Put this adapter on `model`: its R on the modules of its basis, and its head where it has one."""

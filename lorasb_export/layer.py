@@ -30,8 +30,21 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+class Route:
+    """Which R of a stack each row of the next batch goes through; shared by all layers of a model.
+
+    Attributes:
+        rows: (n,) long, an index into the stack for every row, -1 for the base alone.
+    """
+
+    rows: torch.Tensor | None = None
+
+
 class _LoRASBFunction(torch.autograd.Function):
-    """Saves u = x·Aᵀ (tokens, r) for the backward pass and nothing of size (tokens, in)."""
+    """Saves u = x·Aᵀ (tokens, r) for the backward pass and nothing of size (tokens, in).
+
+    R is (r, r) with `rows` None; or a stack (k, r, r), of which row i of x (n, t, in) goes through R[rows[i]].
+    """
 
     @staticmethod
     def forward(
@@ -43,30 +56,45 @@ class _LoRASBFunction(torch.autograd.Function):
         R: torch.Tensor,
         A: torch.Tensor,
         scaling: float,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         y = linear(x, weight, bias)
         u = linear(x, A)
-        v = linear(u.to(R.dtype), R).to(x.dtype)
-        y.view(-1, y.shape[-1]).addmm_(v.view(-1, v.shape[-1]), B.T, alpha=scaling)
-        ctx.save_for_backward(u, weight, B, R, A)
+        v = u.to(R.dtype) @ _of_rows(R, rows).mT
+        y.view(-1, y.shape[-1]).addmm_(v.to(x.dtype).view(-1, v.shape[-1]), B.T, alpha=scaling)
+        ctx.save_for_backward(u, weight, B, R, A, rows)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, weight, B, R, A = ctx.saved_tensors
+        u, weight, B, R, A, rows = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
-        v = ctx.scaling * (grad @ B).to(R.dtype)
+        v = (ctx.scaling * (grad @ B).to(R.dtype)).view(u.shape)
         grad_x = grad_R = None
         if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
-            grad_R = v.T @ u.reshape(v.shape).to(R.dtype)
+            grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_((v @ R).to(grad.dtype), A).view(*u.shape[:-1], -1)
-        return grad_x, None, None, None, grad_R, None, None
+            grad_u = (v @ _of_rows(R, rows)).to(grad.dtype)
+            grad_x = (grad @ weight).addmm_(grad_u.view(-1, u.shape[-1]), A).view(*u.shape[:-1], -1)
+        return grad_x, None, None, None, grad_R, None, None, None
+
+
+def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The matrix of every row, (n, r, r): zero for -1; R itself where there is no stack."""
+    return R if rows is None else R[rows.clamp(min=0)] * (rows >= 0).to(R.dtype).view(-1, 1, 1)
+
+
+def _gradient_of_R(v: torch.Tensor, u: torch.Tensor, R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Σ over tokens of vᵀ·u, gathered by row where R is a stack."""
+    if rows is None:
+        return v.reshape(-1, v.shape[-1]).T @ u.reshape(-1, u.shape[-1])
+    of_rows = v.mT @ u * (rows >= 0).to(R.dtype).view(-1, 1, 1)
+    return torch.zeros(R.shape, dtype=R.dtype, device=R.device).index_add_(0, rows.clamp(min=0), of_rows)
 
 
 class LoRASBLinear(nn.Module):
-    """A frozen Linear or Conv1D with one trainable R between frozen B and A.
+    """A frozen Linear or Conv1D with one trainable R between frozen B and A, or a stack of R (k, r, r) and a route.
 
     R is fp32 whatever the base's dtype (float64 under a float64 base): updates of size lr would vanish in bf16.
     """
@@ -74,19 +102,35 @@ class LoRASBLinear(nn.Module):
     A: torch.Tensor
     B: torch.Tensor
 
-    def __init__(self, base: nn.Module, factors: ModuleBasis, R: torch.Tensor, scaling: float) -> None:
+    def __init__(
+        self, base: nn.Module, factors: ModuleBasis, R: torch.Tensor, scaling: float, route: Route | None = None
+    ) -> None:
         super().__init__()
         weight = weight_of(base)
         self.base = base
         self.scaling = scaling
+        self.route = route
         for name, factor in (("A", factors.A), ("B", factors.B)):
             self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.base.bias
-        y: torch.Tensor = _LoRASBFunction.apply(x, weight_of(self.base), bias, self.B, self.R, self.A, self.scaling)
-        return y
+        if self.route is None or self.route.rows is None:
+            return self._forward(x, None)
+        rows = self.route.rows.expand(len(x))
+        return self._forward(x, rows) if x.dim() == 3 else self._forward(x.unsqueeze(1), rows).squeeze(1)
+
+    def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        weight, bias, B, A = weight_of(self.base), self.base.bias, self.B, self.A
+        if not torch.is_autocast_enabled(x.device.type):
+            y: torch.Tensor = _LoRASBFunction.apply(x, weight, bias, B, self.R, A, self.scaling, rows)
+            return y
+        dtype = torch.get_autocast_dtype(x.device.type)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # in-place products do not autocast
+            return _LoRASBFunction.apply(
+                x.to(dtype), weight.to(dtype), bias, B.to(dtype), self.R, A.to(dtype), self.scaling, rows
+            )
 
     def delta(self) -> torch.Tensor:
         """The update s·B·R·A, (out, in), in R's dtype."""
@@ -95,9 +139,16 @@ class LoRASBLinear(nn.Module):
 
 
 def inject(
-    model: nn.Module, factors: Mapping[str, ModuleBasis], R: Mapping[str, torch.Tensor], scaling: float
+    model: nn.Module,
+    factors: Mapping[str, ModuleBasis],
+    R: Mapping[str, torch.Tensor],
+    scaling: float,
+    route: Route | None = None,
 ) -> dict[str, nn.Parameter]:
     """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
+
+    Args:
+        R: module name → (r, r), or (k, r, r) with a `route`.
 
     Returns:
         module name → its live R parameter.
@@ -118,7 +169,7 @@ def inject(
     model.requires_grad_(False)
     live = {}
     for name, module in factors.items():
-        wrapped = LoRASBLinear(found[name], module, R[name], scaling)
+        wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
         _replace(model, name, wrapped)
         live[name] = wrapped.R
     return live

@@ -1,0 +1,75 @@
+"""Several adapters of one basis on one model at once: a stack of R, and for every row of a batch the one it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from . import layer
+from .artifact import Adapter, check_same_basis
+from .errors import ArtifactError, SettingsError
+
+
+class Stack:
+    """The adapters attached to a model, and the switch between them.
+
+    Attributes:
+        names: in the order of the stack.
+        values: (k, modules, r, r), the R of every adapter; the layers' parameters are views of it.
+    """
+
+    def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Attach `adapters`, all of one basis and one scaling; any adapter on `model` is taken off first.
+
+        While attached, each adapter's `R` are views of the stack: training it trains them, `save` works as ever.
+
+        Raises:
+            ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
+        """
+        first = next(iter(adapters.values()), None)
+        if first is None:
+            raise ArtifactError("no adapter to attach")
+        basis = first.load_basis()
+        for name, adapter in adapters.items():
+            check_same_basis(adapter, basis)
+            if adapter.scaling != first.scaling:
+                raise ArtifactError(f"adapter {name} has scaling {adapter.scaling}, another {first.scaling}")
+            if adapter.head:
+                raise ArtifactError(
+                    f"adapter {name} has a classification head of its own", fix="Attach classifiers one at a time"
+                )
+        self.names = list(adapters)
+        self._model = model
+        self._route = layer.Route()
+        start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
+        live = layer.inject(model, basis.modules, start, first.scaling, self._route)
+        with torch.no_grad():
+            self.values = torch.stack(list(live.values()), dim=1)  # one adapter's R lie together
+        for place, parameter in enumerate(live.values()):
+            parameter.data = self.values[:, place]
+        for k, adapter in enumerate(adapters.values()):
+            adapter.R = {name: self.values[k, place] for place, name in enumerate(live)}
+        self.layers = list(live.values())
+        self.use(self.names[0])
+
+    def use(self, choice: str | Sequence[str | None] | None) -> None:
+        """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
+
+        Raises:
+            SettingsError: no adapter of that name is attached.
+        """
+        chosen = [choice] if choice is None or isinstance(choice, str) else choice
+        for name in chosen:
+            if name is not None and name not in self.names:
+                raise SettingsError(f"no adapter {name!r} is attached", fix=f"Choose from {', '.join(self.names)}")
+        indices = [-1 if name is None else self.names.index(name) for name in chosen]
+        self.use_rows(torch.tensor(indices, device=self.values.device))
+
+    def use_rows(self, rows: torch.Tensor) -> None:
+        """As `use`, by index into `names`: (n,) long, or (1,) for every row; -1 is the base."""
+        self._route.rows = rows
+
+    def detach(self) -> None:
+        """Take the adapters off; the base is left bit for bit as it was. They keep what they have learnt."""
+        layer.remove(self._model)

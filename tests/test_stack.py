@@ -1,0 +1,129 @@
+"""Several adapters at once: a row of a mixed batch is the row alone with its adapter; the base is never touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.base import BaseModel
+from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.layer import LoRASBLinear
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.stack import Stack
+
+
+def random_adapter(basis: Basis, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    adapter = Adapter.start(basis, scaling=2.0)
+    adapter.R = {n: torch.randn(4, 4, generator=generator, dtype=torch.float64) for n in adapter.R}
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def basis(llama: Path, sums: Path) -> Basis:
+    return calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, dtype="float64"))
+
+
+@pytest.fixture
+def adapters(basis: Basis) -> dict[str, Adapter]:
+    return {name: random_adapter(basis, seed) for seed, name in enumerate("abc")}
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits.detach()
+
+
+IDS = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_oracle_18_mixed_batch_is_each_row_alone(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    base = logits(model, IDS)
+    alone = {None: base}
+    for name, adapter in adapters.items():
+        adapter.inject(model)
+        alone[name] = logits(model, IDS)
+    stack = Stack(model, adapters)
+    choice = ["b", None, "c", "b"]
+    stack.use(choice)
+    mixed = logits(model, IDS)
+    for row, name in enumerate(choice):
+        assert torch.allclose(mixed[row], alone[name][row], atol=1e-12), name
+    assert torch.equal(mixed[1], base[1])  # "none" is the base bit for bit
+    assert not torch.allclose(mixed[0], base[0], atol=1e-3)
+
+
+def test_switching_and_detaching_leave_the_base_bit_for_bit(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = logits(model, IDS)
+    stack = Stack(model, adapters)
+    first = logits(model, IDS)
+    stack.use("b")
+    second = logits(model, IDS)
+    stack.use(None)
+    assert torch.equal(logits(model, IDS), base)
+    stack.use("a")
+    assert torch.equal(logits(model, IDS), first)
+    assert not torch.equal(first, second)
+    with pytest.raises(SettingsError, match=r"no adapter 'd' is attached.*a, b, c"):
+        stack.use(["a", "d"])
+    stack.detach()
+    assert not any(isinstance(module, LoRASBLinear) for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model, IDS), base)
+
+
+def test_the_gradient_of_a_stack_is_each_adapters_own(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    alone = {}
+    for row, (name, adapter) in enumerate(adapters.items()):
+        adapter.inject(model, trainable=True)
+        model(IDS[row : row + 1]).logits.square().mean().backward()
+        alone[name] = {n: m.R.grad for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
+    stack = Stack(model, adapters)
+    stack.use(["a", "b", "c", None])
+    sum(row.square().mean() for row in model(IDS).logits).backward()
+    for k, name in enumerate(adapters):
+        for module, gradient in alone[name].items():
+            assert torch.allclose(model.get_submodule(module).R.grad[k], gradient, atol=1e-12)
+
+
+def test_a_trained_stack_saves_adapter_by_adapter(llama: Path, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    stack = Stack(model, adapters)
+    with torch.no_grad():
+        stack.values[1] += 1
+    adapters["b"].save(tmp_path / "b")
+    loaded = Adapter.load(tmp_path / "b")
+    assert all(torch.equal(loaded.R[name], stack.values[1, place].float()) for place, name in enumerate(loaded.R))
+
+
+def test_adapters_of_two_bases_are_refused(llama: Path, sums: Path, adapters: dict[str, Adapter]) -> None:
+    other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, dtype="float64", reduction="raw"))
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        Stack(model, {**adapters, "other": random_adapter(other, 9)})
+
+
+def test_autocast_and_gradient_checkpointing_keep_the_gradient(llama: Path, basis: Basis) -> None:
+    """Under autocast the layer computes in bf16 and R gets an fp32 gradient; recomputed activations give the same."""
+    model = BaseModel.resolve(llama).load(dtype="float32")
+    adapter = Adapter.attach(model, basis)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model.train()(IDS, labels=IDS).loss.backward()
+        return [R.grad.clone() for R in adapter.R.values()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(), plain, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = gradients()
+    for a, b in zip(half, plain, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * b.norm()

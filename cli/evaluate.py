@@ -17,8 +17,12 @@ def run(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
     split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),
+    ] = None,
 ) -> None:
     """Score adapters beside the base; the figures go into each adapter's card."""
     from lorasb_export.artifact import Adapter
@@ -31,12 +35,13 @@ def run(
         loaded = Adapter.load(run.project.find_adapter(word))
         name = loaded.training.get("task", word)
         source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
-        result = evaluate(loaded, load_task(name, source), base=model, split=split, limit=limit, dtype=dtype)
+        task = load_task(name, source)
+        result = evaluate(loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric)
         if loaded.folder is not None and data is None:
             record_evaluation(loaded.folder, result)
         results[word] = result
-        base = "-" if result["base"] is None else f"{result['base']:.1%}"
-        lines.append(
-            f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {result['adapter']:8.1%}"
-        )
+        digits = ".1%" if result["metric"] in ("exact_match", "accuracy") else ".4f"
+        base = "-" if result["base"] is None else format(result["base"], digits)
+        scores = f"{base:>6} {result['adapter']:>8{digits}}"
+        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {scores}")
     run.result({"evaluation": results}, "\n".join(lines))

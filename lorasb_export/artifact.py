@@ -187,8 +187,18 @@ class Adapter:
 
     @property
     def labels(self) -> list[Any]:
-        """Class names in the order of the head's outputs; empty for CAUSAL_LM."""
+        """Class names in the order of the head's outputs; empty for CAUSAL_LM and for regression."""
         return list(self.training.get("labels") or [])
+
+    @property
+    def regression(self) -> bool:
+        """Whether the head predicts a number."""
+        return bool(self.training.get("regression"))
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs of the head; None for CAUSAL_LM."""
+        return 1 if self.regression else len(self.labels) or None
 
     @property
     def rank(self) -> int:

@@ -135,15 +135,20 @@ class BaseModel:
         return self.config["model_type"] in ("gpt2", "openai-gpt")
 
     def classifier_config(self, labels: Sequence[Any]) -> dict[str, Any]:
-        """The entries of config.json that make this base load as a sequence classifier over `labels`."""
+        """The entries of config.json that make this base load as a sequence classifier over `labels`.
+
+        Without labels it predicts one number: regression.
+        """
         from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-        return {
+        names = [str(label) for label in labels] or ["LABEL_0"]  # transformers counts these: its num_labels
+        entries = {
             "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[self.config["model_type"]]],
-            "id2label": {str(i): str(label) for i, label in enumerate(labels)},
-            "label2id": {str(label): i for i, label in enumerate(labels)},
+            "id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)},
             "pad_token_id": self.load_tokenizer().pad_token_id,
         }
+        return entries if labels else entries | {"problem_type": "regression"}
 
     def fingerprint(self, modules: Iterable[str]) -> str:
         """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""
@@ -229,12 +234,22 @@ class BaseModel:
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token."""
+        """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token.
+
+        Raises:
+            BaseModelError: it has neither.
+        """
         environment.hide_broken_packages()
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
         if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise BaseModelError(
+                    "the tokenizer has neither a pad token nor an end-of-sequence token",
+                    where=self.folder,
+                    fix="Name one in tokenizer_config.json, for instance as pad_token",
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 

@@ -97,7 +97,8 @@ def adapter_card(config: Mapping[str, Any], name: str = HERE) -> str:
     training = dict(config["training"])
     evaluation, plot = training.pop("evaluation", {}), training.pop("plot", None)
     image = f"\n![Loss while training]({plot})\n" if plot else ""
-    labels = f", num_labels={len(training['labels'])}" if training.get("labels") else ""
+    outputs = 1 if training.get("regression") else len(training.get("labels") or [])
+    labels = f", num_labels={outputs}" if outputs else ""
     body = f"""# LoRA-SB adapter
 
 An adapter for {_base(base)}: one trained {config["r"]} by {config["r"]} matrix `R` for each of

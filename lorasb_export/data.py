@@ -1,33 +1,34 @@
-"""Task data: rows from JSONL files or the Hub, checked one by one, turned into token batches.
+"""Task data: rows from JSONL files or the Hub, checked one by one.
 
-A row is {"prompt", "completion"} for a causal language model, or {"text"[, "text_pair"], "label"} for a
-sequence classifier. With a chat template the prompt is one user message; the loss is on the completion alone.
+For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; for
+a sequence classifier {"text"[, "text_pair"], "label"}, whose label is a class, or a number to predict when any of the
+task's labels has a decimal point. All rows of a task are of one kind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch.nn.functional import cross_entropy
+from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
 from .errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100
 SPLITS = ("train", "valid", "test")
-_FIELDS = {CAUSAL_LM: ("prompt", "completion"), SEQ_CLS: ("text", "label")}
+COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
+_FIELDS = {
+    COMPLETION: ("prompt", "completion"),
+    CHAT: ("messages",),
+    TEXT: ("text",),
+    LABELLED: ("text", "label"),
+}
 
 Row = dict[str, Any]
-Encoded = dict[str, Any]
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,29 @@ class TaskData:
     sha256: str
 
     @property
+    def kind(self) -> str:
+        """Of which kind the rows are: COMPLETION, CHAT, TEXT or LABELLED."""
+        return kind_of(self.splits["train"][0])
+
+    @property
+    def regression(self) -> bool:
+        """Whether the labels are numbers to predict: any of them is a float."""
+        rows = (row for split in self.splits.values() for row in split)
+        return self.task_type == SEQ_CLS and any(isinstance(row["label"], float) for row in rows)
+
+    @property
     def labels(self) -> list[Any]:
-        """The distinct training labels, sorted; empty for CAUSAL_LM."""
-        return sorted({row["label"] for row in self.splits["train"]}) if self.task_type == SEQ_CLS else []
+        """The distinct training labels, sorted; empty for CAUSAL_LM and for regression."""
+        if self.task_type != SEQ_CLS or self.regression:
+            return []
+        return sorted({row["label"] for row in self.splits["train"]})
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs of the classification head: one for regression; None for CAUSAL_LM."""
+        if self.task_type != SEQ_CLS:
+            return None
+        return 1 if self.regression else len(self.labels)
 
     def rows(self, split: str) -> Sequence[Row]:
         """Rows of `split`. Raises DataError when the task has none."""
@@ -60,7 +81,8 @@ def load_task(name: str, source: str | Path) -> TaskData:
     """Read a task from a folder of train/valid/test.jsonl, one .jsonl file, or a Hub dataset id.
 
     Raises:
-        DataError: nothing there, a broken line (file and line are named), a missing or empty field.
+        DataError: nothing there; or, with file and line, a broken line, a missing, empty or wrong field, a row of
+            another kind than the first, a label that no training row has.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -69,19 +91,26 @@ def load_task(name: str, source: str | Path) -> TaskData:
         placed = {split: read_rows(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
         if "train" not in placed:
             raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
+        for split in placed:
+            if split != "train" and not placed[split]:
+                raise DataError(f"{split}.jsonl is empty", where=path, fix="Remove it or add rows")
     else:
         placed = _rows_from_hub(str(source))
     if not placed["train"]:
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
-    task_type = _task_type(placed["train"][0][1], source)
-    for rows in placed.values():
-        for place, row in rows:
-            _check_row(row, task_type, place)
-    if len({type(row.get("label")) for rows in placed.values() for _, row in rows}) > 1:
-        raise DataError("some labels are names, some are numbers", where=source, fix="Use one kind")
+    kind = kind_of(placed["train"][0][1], placed["train"][0][0])
+    for place, row in (placed_row for rows in placed.values() for placed_row in rows):
+        if kind_of(row, place) != kind:
+            raise DataError(
+                f"a {kind_of(row)} row among {kind} rows", where=place, fix="Give each kind of row a task of its own"
+            )
+        _check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return TaskData(name, str(source), task_type, splits, digest)
+    task = TaskData(name, str(source), SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
+    if kind == LABELLED:
+        _check_labels(task, placed)
+    return task
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
@@ -121,111 +150,80 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     }
 
 
-def _task_type(row: Row, source: object) -> str:
-    for task_type, fields in _FIELDS.items():
-        if fields[0] in row:
-            return task_type
+def kind_of(row: Row, where: object = None) -> str:
+    """COMPLETION, CHAT, TEXT or LABELLED, by the fields `row` has. Raises DataError when it is none of them."""
+    if "messages" in row:
+        return CHAT
+    if "prompt" in row:
+        return COMPLETION
+    if "text" in row:
+        return LABELLED if "label" in row else TEXT
     raise DataError(
-        "rows have neither 'prompt' nor 'text'",
-        where=source,
-        fix='Use {"prompt": …, "completion": …} or {"text": …, "label": …}',
+        "the row has neither 'prompt' nor 'text' nor 'messages'",
+        where=where,
+        fix='Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}',
     )
 
 
-def _check_row(row: Row, task_type: str, where: str) -> None:
-    for field in _FIELDS[task_type]:
+def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
+    """What a row asks the model, and the answer it gives: its completion, or the last turn of its messages.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another.
+    """
+    if kind_of(row) == COMPLETION:
+        return row["prompt"], row["completion"]
+    *before, last = row["messages"]
+    if not before or last["role"] != "assistant":
+        raise DataError("the messages do not end with the assistant's answer", where=where, fix="Use the metric loss")
+    return before, last["content"]
+
+
+def _check_row(row: Row, kind: str, where: str) -> None:
+    for field in _FIELDS[kind]:
         if field not in row:
             raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
+    if kind == CHAT:
+        return _check_messages(row["messages"], where)
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
             raise DataError(f"{field!r} is not a string", where=where)
-    if task_type == CAUSAL_LM and not row["completion"].strip():
-        raise DataError("the completion is empty", where=where, fix="Remove the row or fill it in")
-    if task_type == SEQ_CLS and not isinstance(row["label"], str | int):
-        raise DataError(
-            f"label {row['label']!r} is neither a name nor a whole number",
-            where=where,
-            fix="Give classes; regression is not supported yet",
-        )
+    if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
+        raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
+    return None
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt as the model is asked it: one user message where there is a chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt).input_ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list):
+        raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
+    for number, turn in enumerate(messages, 1):
+        for field in ("role", "content"):
+            if not isinstance(turn, dict) or field not in turn:
+                raise DataError(f"message {number} has no {field!r}", where=where, fix="Every message needs it")
+            if not isinstance(turn[field], str):
+                raise DataError(f"{field!r} of message {number} is not a string", where=where)
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 
 
-def encode(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, task_type: str, labels: Sequence[Any], max_length: int
-) -> list[Encoded]:
-    """Rows as token ids with labels: IGNORE on the prompt (CAUSAL_LM), or an index into `labels` (SEQ_CLS).
-
-    A causal row is cut at `max_length`; one whose prompt alone fills it has nothing to learn and is left out.
-
-    Raises:
-        DataError: a label is not in `labels`, or no row is left.
-    """
-    encoded: list[Encoded] = []
-    for number, row in enumerate(rows, 1):
-        if task_type == SEQ_CLS:
-            if row["label"] not in labels:
-                raise DataError(f"label {row['label']!r} is not among the training labels", where=f"row {number}")
-            text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
-            ids = tokenizer(*text, truncation=True, max_length=max_length).input_ids
-            encoded.append({"input_ids": ids, "labels": labels.index(row["label"])})
-            continue
-        prompt = prompt_ids(tokenizer, row["prompt"])
-        completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if len(prompt) < max_length:
-            encoded.append(
-                {
-                    "input_ids": (prompt + completion)[:max_length],
-                    "labels": ([IGNORE] * len(prompt) + completion)[:max_length],
-                }
+def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> None:
+    rows = [placed_row for split in placed.values() for placed_row in split]
+    named = isinstance(rows[0][1]["label"], str)
+    for place, row in rows:
+        label = row["label"]
+        if isinstance(label, bool) or not isinstance(label, str | int | float):
+            raise DataError(f"label {label!r} is neither a name nor a number", where=place)
+        if isinstance(label, float) and not math.isfinite(label):
+            raise DataError(f"label {label!r} is not finite", where=place, fix="Remove the row")
+        if isinstance(label, str) != named:
+            raise DataError("some labels are names, some are numbers", where=place, fix="Use one kind")
+    if task.regression:
+        return
+    known = set(task.labels)
+    for place, row in rows:
+        if row["label"] not in known:
+            raise DataError(
+                f"label {row['label']!r} is not among the training labels",
+                where=place,
+                fix="Add training rows with it, or remove the row",
             )
-    if not encoded:
-        raise DataError(
-            f"every prompt is {max_length} tokens or longer: nothing to learn", fix="Raise max_length or shorten them"
-        )
-    return encoded
-
-
-def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
-    """Right-padded CPU tensors: input_ids, attention_mask (n, t), labels (n, t) or (n,).
-
-    For a causal model also `logits_to_keep`: logits are needed only from the last prompt token on, and before
-    it they cost time and teach nothing. Known here on the host, so that the training step need not ask the device.
-    """
-    longest = max(len(row["input_ids"]) for row in batch)
-
-    def pad(values: Sequence[int], fill: int) -> list[int]:
-        return list(values) + [fill] * (longest - len(values))
-
-    tensors: dict[str, Any] = {
-        "input_ids": torch.tensor([pad(row["input_ids"], pad_id) for row in batch]),
-        "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in batch]),
-    }
-    if isinstance(batch[0]["labels"], int):
-        return tensors | {"labels": torch.tensor([row["labels"] for row in batch])}
-    first = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in batch)
-    tensors["labels"] = torch.tensor([pad(row["labels"], IGNORE) for row in batch])
-    return tensors | {"logits_to_keep": longest - max(first, 1) + 1}
-
-
-def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of every row and the number of labels behind it: shapes (n,), (n,).
-
-    Args:
-        logits: (n, classes) for SEQ_CLS; (n, kept, vocabulary) for CAUSAL_LM, the last `kept` positions.
-        labels: (n,) or (n, t).
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.dim() == 1:
-        return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
-    targets = labels[:, 1 - logits.shape[1] :]  # position i predicts token i + 1
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-    return losses.sum(dim=1), (targets != IGNORE).sum(dim=1)

@@ -1,8 +1,8 @@
-"""Greedy answers of a model in torch, and the metric of a task on held-out rows."""
+"""Greedy answers of a model in torch, and a metric of a task on held-out rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,24 @@ import torch
 from tqdm import tqdm
 
 from .artifact import Adapter
-from .base import SEQ_CLS, BaseModel
-from .data import TaskData, prompt_ids
-from .errors import DataError
-from .layer import remove
+from .base import CAUSAL_LM, BaseModel
+from .batches import encode, prompt_ids
+from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
+from .errors import DataError, SettingsError
+from .metrics import exact_match
+from .settings import FitSettings
+from .validation import mean_loss, of_predictions, row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Answer = Callable[[Sequence[str]], list[str]]
+# Of each kind of row, the metrics that fit; the first is the default.
+_METRICS = {
+    COMPLETION: ("exact_match", "loss"),
+    CHAT: ("exact_match", "loss"),
+    TEXT: ("loss",),
+    LABELLED: ("accuracy", "mcc"),
+}
 
 
 def generate_ids(
@@ -53,9 +62,9 @@ def generate_ids(
 
 
 def answers(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_tokens: int = 128
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_tokens: int = 128
 ) -> list[str]:
-    """Greedy answers to text prompts, asked as in training (`data.prompt_ids`)."""
+    """Greedy answers to prompts, asked as in training (`batches.prompt_ids`)."""
     ids = generate_ids(
         network,
         [prompt_ids(tokenizer, prompt) for prompt in prompts],
@@ -66,23 +75,6 @@ def answers(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def labels_of(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    batch_size: int = 32,
-) -> list[int]:
-    """The most likely class of each row of a sequence classifier."""
-    found: list[int] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="classify", disable=None, leave=False):
-        batch = rows[start : start + batch_size]
-        pairs = [row["text_pair"] for row in batch] if "text_pair" in batch[0] else None
-        inputs = tokenizer([row["text"] for row in batch], pairs, return_tensors="pt", padding=True, truncation=True)
-        with torch.inference_mode():
-            found += network(**inputs.to(network.device)).logits.argmax(dim=-1).tolist()
-    return found
-
-
 def evaluate(
     adapter: Adapter,
     task: TaskData,
@@ -91,43 +83,68 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     dtype: str = "auto",
+    metric: str | None = None,
 ) -> dict[str, Any]:
-    """The task's metric on held-out rows, for the base and for the adapter.
-
-    Exact match of the greedy answer (white space at the ends aside) for CAUSAL_LM; accuracy for SEQ_CLS, where
-    the base has no trained head and is left out.
+    """A metric on held-out rows, for the base and for the adapter.
 
     Args:
         base: the base model, where it is not where the adapter says.
         split: `valid`, `test` or `train`; the task's held-out split when None.
         limit: only the first so many rows.
+        metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
+            the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
+            `pearson`. The first of these when None.
+
+    Returns:
+        `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where
+        the adapter brings the head, which the base lacks.
 
     Raises:
-        DataError: the split is empty, or of another task type than the adapter.
+        DataError: the split is empty, or of another task type than the adapter; an answer is missing.
+        SettingsError: the metric does not fit the data.
     """
-    if task.task_type != adapter.task_type:
-        raise DataError(f"the data is {task.task_type}, the adapter {adapter.task_type}", where=task.source)
+    if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
+        ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
+        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
+    metric = fitting_metric(task, metric)
     split = split or task.held_out()
     rows = list(task.rows(split))[:limit]
+    asked = []
+    if metric == "exact_match":
+        asked = [question_and_answer(row, f"{split} row {number}") for number, row in enumerate(rows, 1)]
     model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     tokenizer = model.load_tokenizer()
-    network = model.load(adapter.task_type, dtype=dtype, num_labels=len(adapter.labels) or None)
-    result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(rows)}
-    if adapter.task_type == SEQ_CLS:
-        adapter.inject(network)
-        predicted = [adapter.labels[i] for i in labels_of(network, tokenizer, rows)]
-        hits = [p == row["label"] for p, row in zip(predicted, rows, strict=True)]
-        return result | {"metric": "accuracy", "base": None, "adapter": sum(hits) / len(rows)}
-    limit_tokens = max_answer_tokens(tokenizer, rows)
-    prompts = [row["prompt"] for row in rows]
-    scores = {}
-    for name in ("base", "adapter"):
-        if name == "adapter":
-            adapter.inject(network)
-        scores[name] = exact_match(answers(network, tokenizer, prompts, max_tokens=limit_tokens), rows)
-    remove(network)
-    return result | {"metric": "exact_match", **scores}
+    encoded = []
+    if metric != "exact_match":
+        max_length = adapter.training.get("settings", {}).get("max_length", FitSettings.max_length)
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, max_length)
+    network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+
+    def score() -> float:
+        if metric == "exact_match":
+            limit_tokens = max_answer_tokens(tokenizer, rows)
+            found = answers(network, tokenizer, [question for question, _ in asked], max_tokens=limit_tokens)
+            return exact_match(found, [answer for _, answer in asked])
+        scores = row_scores(network, encoded, tokenizer.pad_token_id)
+        if metric == "loss":
+            return mean_loss(scores)
+        predicted, expected = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
+        return of_predictions(predicted, expected, regression=task.regression)[metric]
+
+    result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
+    before = score() if task.task_type == CAUSAL_LM else None
+    adapter.inject(network)
+    return result | {"base": before, "adapter": score()}
+
+
+def fitting_metric(task: TaskData, metric: str | None) -> str:
+    """`metric`, or the default of the task's kind of rows. Raises SettingsError when it does not fit them."""
+    fitting = ("pearson",) if task.regression else _METRICS[task.kind]
+    if metric is not None and metric not in fitting:
+        kind = "regression" if task.regression else task.kind
+        raise SettingsError(f"metric {metric!r} does not fit {kind} rows", fix=f"Use {' or '.join(fitting)}")
+    return metric or fitting[0]
 
 
 def side_by_side(
@@ -157,14 +174,10 @@ def side_by_side(
     return found
 
 
-def exact_match(found: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> float:
-    """Share of answers equal to the row's completion, white space at the ends aside."""
-    return sum(a.strip() == row["completion"].strip() for a, row in zip(found, rows, strict=True)) / len(rows)
-
-
-def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> int:
+def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> int:
     """Tokens to allow an answer: those of the longest reference and its end token, and a few more."""
-    return max(len(tokenizer(row["completion"], add_special_tokens=False).input_ids) for row in rows) + 8
+    expected = [question_and_answer(row)[1] for row in rows]
+    return max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in expected) + 8
 
 
 def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:

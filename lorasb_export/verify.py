@@ -35,7 +35,7 @@ def compare_logits(base: BaseModel, adapter: Adapter, merged: Path) -> dict[str,
     """
     tokenizer = base.load_tokenizer()
     batch = tokenizer(list(_TEXTS), return_tensors="pt", padding=True)
-    network = base.load(adapter.task_type, dtype="float32", num_labels=len(adapter.labels) or None)
+    network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
     adapter.inject(network)
     expected = _logits(network, batch)
     merged_base = BaseModel.resolve(merged)

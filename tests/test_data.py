@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.data import IGNORE, collate, encode, load_task, prompt_ids
+from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
+from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, question_and_answer
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_llama, save_tokenizer
 
 GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
+CLASS = '{"text": "a", "label": "yes"}\n'
+CHAT_LINE = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}\n'
+MARKED = (  # tests.tiny.TEMPLATE that says what the assistant says
+    "{% for m in messages %}<s>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
 
 BAD = {
     "broken line": (GOOD + '{"prompt": "1+', "broken JSON", "train.jsonl:2"),
@@ -23,10 +34,36 @@ BAD = {
     "empty completion": (GOOD + '{"prompt": "1+1=", "completion": " "}\n', "completion is empty", "train.jsonl:2"),
     "not a string": ('{"prompt": 1, "completion": "2"}\n', "'prompt' is not a string", "train.jsonl:1"),
     "text not a string": ('{"text": ["a"], "label": 1}\n', "'text' is not a string", "train.jsonl:1"),
-    "label not a class": ('{"text": "a", "label": 0.5}\n', "label 0.5 is neither a name nor", "train.jsonl:1"),
-    "labels of two kinds": ('{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n', "some labels are names", ""),
+    "label of yes or no": ('{"text": "a", "label": true}\n', "label True is neither a name nor", "train.jsonl:1"),
+    "yes or no among numbers": (
+        '{"text": "a", "label": 0.5}\n{"text": "a", "label": false}\n',
+        "label False is neither a name nor",
+        "train.jsonl:2",
+    ),
+    "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
+    "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
+    "labels of two kinds": (CLASS + '{"text": "a", "label": 1.5}\n', "some labels are names", "train.jsonl:2"),
     "no rows": ("\n\n", "no training rows", ""),
-    "neither kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text'", ""),
+    "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
+    "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
+    "empty text": ('{"text": "a"}\n{"text": ""}\n', "the text is empty", "train.jsonl:2"),
+    "mixed: chat": (GOOD + CHAT_LINE, "a messages row among prompt/completion rows", "train.jsonl:2"),
+    "mixed: no label": (CLASS + CLASS + '{"text": "a"}\n', "a text row among text/label rows", "train.jsonl:3"),
+    "messages not a list": ('{"messages": "hello"}\n', "'messages' is not a list", "train.jsonl:1"),
+    "message not an object": (CHAT_LINE + '{"messages": ["hello"]}\n', "message 1 has no 'role'", "train.jsonl:2"),
+    "message without role": ('{"messages": [{"content": "2"}]}\n', "message 1 has no 'role'", "train.jsonl:1"),
+    "message without content": ('{"messages": [{"role": "user"}]}\n', "message 1 has no 'content'", "train.jsonl:1"),
+    "content not a string": (
+        CHAT_LINE.replace('"2"', '[{"type": "text"}]'),
+        "'content' of message 2 is not a string",
+        "train.jsonl:1",
+    ),
+    "no assistant": (
+        '{"messages": [{"role": "user", "content": "?"}]}\n',
+        "the assistant says nothing",
+        "train.jsonl:1",
+    ),
+    "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
     "not text": (b"\xff\xfe\x00", "cannot read the data", "train.jsonl"),
 }
 
@@ -39,6 +76,45 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
+
+
+def test_a_label_that_training_lacks(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(CLASS + CLASS.replace("yes", "no"))
+    (tmp_path / "valid.jsonl").write_text(CLASS)
+    assert load_task("t", tmp_path).labels == ["no", "yes"]
+    (tmp_path / "test.jsonl").write_text(CLASS + CLASS.replace("yes", "maybe"))
+    with pytest.raises(DataError, match=r"label 'maybe' is not among the training labels .*test\.jsonl:2"):
+        load_task("t", tmp_path)
+
+
+def test_a_split_of_another_kind_or_of_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    (tmp_path / "valid.jsonl").write_text(CLASS)
+    with pytest.raises(DataError, match=r"a text/label row among prompt/completion rows .*valid\.jsonl:1"):
+        load_task("t", tmp_path)
+    (tmp_path / "valid.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"valid\.jsonl is empty .*Remove it or add rows"):
+        load_task("t", tmp_path)
+
+
+KINDS = {
+    COMPLETION: (GOOD, CAUSAL_LM, [], None),
+    CHAT: (CHAT_LINE, CAUSAL_LM, [], None),
+    TEXT: ('{"text": "a"}\n', CAUSAL_LM, [], None),
+    LABELLED: (CLASS + CLASS.replace("yes", "no"), SEQ_CLS, ["no", "yes"], 2),
+    "numbers": ('{"text": "a", "label": 2}\n{"text": "b", "label": 1}\n', SEQ_CLS, [1, 2], 2),
+    "regression": ('{"text": "a", "label": 2}\n{"text": "b", "label": 1.5}\n', SEQ_CLS, [], 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_rows(kind: str, tmp_path: Path) -> None:
+    content, task_type, labels, num_labels = KINDS[kind]
+    (tmp_path / "train.jsonl").write_text(content)
+    task = load_task("t", tmp_path)
+    assert task.kind == (kind if kind in (COMPLETION, CHAT, TEXT) else LABELLED)
+    assert (task.task_type, task.labels, task.num_labels) == (task_type, labels, num_labels)
+    assert task.regression == (kind == "regression")
 
 
 def test_no_data(tmp_path: Path, llama: Path) -> None:
@@ -66,6 +142,87 @@ def test_loss_is_on_the_completion_alone(llama: Path) -> None:
     assert "".join(tokenizer.convert_ids_to_tokens(completion)) == "2</s>"
 
 
+def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = MARKED
+
+    def spelled(ids: list[int]) -> str:
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+    turns = [("system", "add"), ("user", "1+1="), ("assistant", "2"), ("user", "2+2="), ("assistant", "4")]
+    row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+    assert spelled(encoded["input_ids"]) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>4</s>"
+    assert spelled([label for label in encoded["labels"] if label != IGNORE]) == "2</s>4</s>"
+    question, answer = question_and_answer(row)
+    assert spelled(prompt_ids(tokenizer, question)) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>"
+    assert answer == "4"
+    row["messages"].append({"role": "user", "content": "thanks"})
+    with pytest.raises(DataError, match="do not end with the assistant's answer"):
+        question_and_answer(row)
+
+
+def test_chat_templates_that_do_not_do(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = [json.loads(CHAT_LINE)]
+    with pytest.raises(DataError, match=r"does not mark what the assistant says.*user's words.*\{% generation %\}"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = MARKED + "{{ raise_exception('turns must alternate') }}"
+    with pytest.raises(DataError, match=r"the chat template refuses the messages: turns must alternate \(row 1\)"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+
+
+def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    (row,) = encode([{"text": "abc"}], tokenizer, CAUSAL_LM, [], 64)
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
+    assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
+    assert collate([row], 2)["logits_to_keep"] == 4
+
+
+def some_rows(kind: str) -> list[dict[str, Any]]:
+    words = ["7", "a longer one, of many tokens", "some"]
+    if kind == TEXT:
+        return [{"text": word} for word in words]
+    if kind == COMPLETION:
+        return [{"prompt": word, "completion": word[::-1]} for word in words]
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}] for word in words]
+    return [{"messages": turns[0]}, {"messages": turns[1] + turns[0]}, {"messages": turns[2][1:] + turns[2]}]
+
+
+@pytest.mark.parametrize("kind", [COMPLETION, CHAT, TEXT])
+def test_padding_changes_no_loss(kind: str, llama: Path) -> None:
+    base = BaseModel.resolve(llama)
+    tokenizer, network = base.load_tokenizer(), base.load(dtype="float64")
+    tokenizer.chat_template = MARKED
+
+    def losses(rows: list[dict[str, Any]]) -> list[float]:
+        batch = collate(rows, tokenizer.pad_token_id)
+        labels = batch.pop("labels")
+        sums, counts = row_losses(network(**batch).logits, labels)
+        assert counts.tolist() == [sum(label != IGNORE for label in row["labels"]) for row in rows]
+        return (sums / counts).tolist()
+
+    rows = encode(some_rows(kind), tokenizer, CAUSAL_LM, [], 64)
+    assert len({len(row["input_ids"]) for row in rows}) == 3
+    alone = [losses([row])[0] for row in rows]
+    assert losses(rows) == pytest.approx(alone, abs=1e-6)
+    full = [float(network(torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss) for r in rows]
+    assert alone == pytest.approx(full, abs=1e-6)
+
+
+def test_regression_rows_and_their_loss(bert: Path) -> None:
+    tokenizer = BaseModel.resolve(bert).load_tokenizer()
+    rows = [{"text": "a", "label": 2}, {"text": "a b", "text_pair": "c", "label": -0.5}]
+    batch = collate(encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)
+    assert batch["labels"].tolist() == [2.0, -0.5]
+    losses, counts = row_losses(torch.tensor([[1.0], [-1.0]]), batch["labels"])
+    assert (losses.tolist(), counts.tolist()) == ([1.0, 0.25], [1, 1])
+
+
 def test_prompt_without_a_chat_template_is_taken_as_it_is(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, template=False)
     from transformers import AutoTokenizer
@@ -82,6 +239,28 @@ def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
         encode(rows[1:], tokenizer, CAUSAL_LM, [], 20)
 
 
+def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
+    llama: Path, bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    good, long = {"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "2" * 20}
+    prompts = [{"prompt": "1" * 20, "completion": "2"}] * 11
+    with caplog.at_level(logging.WARNING):
+        assert [row["row"] for row in encode([good, long, good], tokenizer, CAUSAL_LM, [], 20)] == [1, 2, 3]
+        assert [row["row"] for row in encode([good, *prompts, long], tokenizer, CAUSAL_LM, [], 20)] == [1, 13]
+        assert encode([good], tokenizer, CAUSAL_LM, [], 20)
+        tokenizer = BaseModel.resolve(bert).load_tokenizer()
+        texts = [{"text": "a" * count, "label": 1} for count in (20, 21)]
+        assert [len(row["input_ids"]) for row in encode(texts, tokenizer, SEQ_CLS, [1], 20)] == [20, 20]
+    assert caplog.messages == [
+        "1 of 3 rows cut at 20 tokens (row 2)",
+        "11 of 13 rows left out: their prompt alone has 20 tokens or more (rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …); "
+        "1 of 13 rows cut at 20 tokens (row 13)",
+        "1 of 2 rows cut at 20 tokens (row 2)",
+    ]
+    assert all(record.name == "lorasb_export.batches" for record in caplog.records)
+
+
 def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -> None:
     tokenizer = BaseModel.resolve(llama).load_tokenizer()
     rows = encode(
@@ -93,6 +272,18 @@ def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -
     assert batch["logits_to_keep"] == 6  # the second row's prompt is 4 tokens: positions 3 to 8
 
 
+def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert BaseModel.resolve(base).load_tokenizer().pad_token == "</s>"
+    del config["eos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="neither a pad token nor an end-of-sequence token"):
+        BaseModel.resolve(base).load_tokenizer()
+
+
 def test_labels_outside_the_training_labels(bert: Path) -> None:
     tokenizer = BaseModel.resolve(bert).load_tokenizer()
     with pytest.raises(DataError, match="label 'maybe' is not among the training labels"):
@@ -100,7 +291,7 @@ def test_labels_outside_the_training_labels(bert: Path) -> None:
 
 
 def test_mixed_kinds_are_refused(llama: Path, sums: Path, parity: Path) -> None:
-    with pytest.raises(DataError, match="mix text generation and classification"):
+    with pytest.raises(DataError, match="the tasks mix text generation"):
         calibrate(str(llama), {"sums": sums, "parity": parity})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..artifact import Adapter
 from ..base import BaseModel
-from ..data import prompt_ids
+from ..batches import prompt_ids
 from ..errors import ArtifactError
 from .onnx_run import OnnxDecoder
 

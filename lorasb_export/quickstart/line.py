@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import versions
 from ..base import BaseModel
+from ..batches import prompt_ids
 from ..calibrate import calibrate
-from ..data import TaskData, load_task, prompt_ids
+from ..data import TaskData, load_task
 from ..errors import MissingPackageError
 from ..export.onnx import export_onnx
 from ..export.onnx_run import OnnxDecoder
 from ..export.peft import export_peft
 from ..hub import push
-from ..inference import answers, exact_match, max_answer_tokens, record_evaluation
+from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
 from ..merge import merge
+from ..metrics import exact_match
 from ..project import Project, write_project
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
@@ -61,6 +63,9 @@ class _Line:
     def prompts(self, task: str) -> list[str]:
         return [row["prompt"] for row in self.tasks[task].rows("test")]
 
+    def expected(self, task: str) -> list[str]:
+        return [row["completion"] for row in self.tasks[task].rows("test")]
+
     def ask(self, way: str, task: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         rows = self.tasks[task].rows("test")
         limit = max_answer_tokens(tokenizer, rows)
@@ -69,8 +74,7 @@ class _Line:
     def scores(self) -> dict[str, dict[str, float | None]]:
         return {
             name: {
-                way: round(exact_match(found[way], self.tasks[name].rows("test")), 4) if way in found else None
-                for way in COLUMNS
+                way: round(exact_match(found[way], self.expected(name)), 4) if way in found else None for way in COLUMNS
             }
             for name, found in self.answers.items()
         }

@@ -1,0 +1,179 @@
+"""Token batches: rows as token ids with labels, padded tensors, the loss of every row.
+
+With a chat template a prompt is one user message. The loss is on the completion, on what the assistant says, or on
+every token of a plain text.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from torch.nn.functional import cross_entropy
+
+from .base import SEQ_CLS
+from .data import CHAT, TEXT, Prompt, Row, kind_of
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+IGNORE = -100
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NAMED_ROWS = 10  # in a warning
+
+Encoded = dict[str, Any]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt as the model is asked it.
+
+    Args:
+        prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
+    """
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return tokenizer(prompt).input_ids
+        prompt = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, task_type: str, labels: Sequence[Any], max_length: int
+) -> list[Encoded]:
+    """Rows as `input_ids` (t,), `labels`, and `row`, the row's number in `rows` from 1.
+
+    `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
+    `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
+    whose prompt alone fills it has nothing to learn and is left out. One warning counts and names both.
+
+    Raises:
+        DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
+    """
+    encoded: list[Encoded] = []
+    cut: list[int] = []
+    left_out: list[int] = []
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if task_type == SEQ_CLS:
+            text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
+            ids = tokenizer(*text, truncation=True, max_length=max_length).input_ids
+            is_cut = len(ids) == max_length and len(tokenizer(*text).input_ids) > max_length
+            target: Any = _target(row, labels, number)
+        else:
+            ids, target = _tokens(row, tokenizer, number)
+            is_cut = len(ids) > max_length
+            ids, target = ids[:max_length], [IGNORE, *target[1:max_length]]  # nothing predicts the first token
+            if all(label == IGNORE for label in target):
+                left_out.append(number)
+                continue
+        if is_cut:
+            cut.append(number)
+        encoded.append({"input_ids": ids, "labels": target, "row": number})
+    if not encoded:
+        raise DataError(
+            f"every prompt is {max_length} tokens or longer: nothing to learn", fix="Raise max_length or shorten them"
+        )
+    parts = []
+    if left_out:
+        words = f"left out: their prompt alone has {max_length} tokens or more"
+        parts.append(f"{len(left_out)} of {number} rows {words} ({_named(left_out)})")
+    if cut:
+        parts.append(f"{len(cut)} of {number} rows cut at {max_length} tokens ({_named(cut)})")
+    if parts:
+        logger.warning("; ".join(parts))
+    return encoded
+
+
+def _target(row: Row, labels: Sequence[Any], number: int) -> int | float:
+    if not labels:
+        return float(row["label"])
+    if row["label"] not in labels:
+        raise DataError(f"label {row['label']!r} is not among the training labels", where=f"row {number}")
+    return labels.index(row["label"])
+
+
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[list[int], list[int]]:
+    """The token ids of a causal row and their labels, uncut."""
+    kind = kind_of(row)
+    if kind == CHAT:
+        return _chat_tokens(row, tokenizer, number)
+    if kind == TEXT:
+        ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
+        return ids, ids
+    prompt = prompt_ids(tokenizer, row["prompt"])
+    completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the rows hold messages, but the tokenizer has no chat template",
+            fix="Use prompt/completion rows for single turns, or give the base a chat template with {% generation %}",
+        )
+    if not _GENERATION.search(tokenizer.get_chat_template()):
+        raise DataError(
+            "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
+            fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
+        )
+    try:
+        found: Any = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+    except TemplateError as error:  # many templates insist on turns that alternate, or on no system message
+        raise DataError(f"the chat template refuses the messages: {error}", where=f"row {number}") from None
+    ids = found["input_ids"]
+    return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
+
+
+def _named(numbers: Sequence[int]) -> str:
+    more = ", …" if len(numbers) > _NAMED_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED_ROWS]))}{more}"
+
+
+def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
+    """Right-padded CPU tensors: input_ids, attention_mask (n, t), labels (n, t), or (n,) for SEQ_CLS.
+
+    For a causal model also `logits_to_keep`: logits are needed only from the token before the first label on, and
+    before it they cost time and teach nothing. Known here on the host, so that the training step need not ask the
+    device.
+    """
+    longest = max(len(row["input_ids"]) for row in batch)
+
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        return list(values) + [fill] * (longest - len(values))
+
+    tensors: dict[str, Any] = {
+        "input_ids": torch.tensor([pad(row["input_ids"], pad_id) for row in batch]),
+        "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in batch]),
+    }
+    if isinstance(batch[0]["labels"], int | float):
+        return tensors | {"labels": torch.tensor([row["labels"] for row in batch])}
+    first = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in batch)
+    tensors["labels"] = torch.tensor([pad(row["labels"], IGNORE) for row in batch])
+    return tensors | {"logits_to_keep": longest - first + 1}
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of every row and the number of labels behind it: shapes (n,), (n,).
+
+    Cross-entropy; for regression, which float labels mean, the squared error.
+
+    Args:
+        logits: (n, classes) for SEQ_CLS, (n, 1) for regression; (n, kept, vocabulary) for CAUSAL_LM, the last `kept`
+            positions.
+        labels: (n,) or (n, t). The first of t is never predicted.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        return (logits[:, 0] - labels).square(), torch.ones_like(labels, dtype=torch.long)
+    if labels.dim() == 1:
+        return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
+    targets = labels[:, 1 - logits.shape[1] :]  # position i predicts token i + 1
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
+    return losses.sum(dim=1), (targets != IGNORE).sum(dim=1)

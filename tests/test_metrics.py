@@ -1,0 +1,168 @@
+"""Metrics against known values, and `evaluate` on every kind of row."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_export import Adapter, merge
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.errors import DataError, SettingsError
+from lorasb_export.inference import evaluate
+from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
+from tests.random_adapter import save_adapter
+from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
+from tests.tiny import make_llama
+
+LLAMA_MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
+BERT_MODULES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
+
+
+def test_exact_match_and_accuracy() -> None:
+    assert exact_match(["2", " 3\n", "x"], ["2", "3", "4"]) == pytest.approx(2 / 3)
+    assert accuracy([0, 1, 1, 2], [0, 1, 2, 2]) == 0.75
+
+
+def test_mcc() -> None:
+    assert mcc(list("yynny"), list("yynny")) == 1
+    assert mcc([0, 0, 1, 1], [1, 1, 0, 0]) == -1
+    found, expected = [1] * 6 + [1] + [0] * 3 + [0] * 2, [1] * 6 + [0] + [0] * 3 + [1] * 2
+    tp, fp, tn, fn = 6, 1, 3, 2
+    of_two = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert mcc(found, expected) == pytest.approx(of_two)
+    # Three classes: the correlation of the one-hot indicators, summed over classes, as Gorodkin defines it.
+    found, expected = [0, 1, 2, 2, 1, 0, 0], [0, 1, 2, 1, 1, 2, 0]
+    a, b = (torch.nn.functional.one_hot(torch.tensor(side)).double() for side in (found, expected))
+    a, b = a - a.mean(0), b - b.mean(0)
+    assert mcc(found, expected) == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())))
+    assert mcc([1, 1, 1], [0, 1, 1]) == mcc([0, 1, 1], [1, 1, 1]) == mcc([1, 1], [1, 1]) == 0
+
+
+def test_pearson() -> None:
+    assert pearson([1, 2, 3], [-1, 3, 7]) == pytest.approx(1)
+    assert pearson([1, 2, 3], [5, 4, 3]) == pytest.approx(-1)
+    found, expected = [0.1, 0.7, 0.3, 0.9], [1.0, 2.0, 2.5, 3.0]
+    known = float(torch.corrcoef(torch.tensor([found, expected], dtype=torch.float64))[0, 1])
+    assert pearson(found, expected) == pytest.approx(known)
+    assert pearson([1e-170, 2e-170], [1, 2]) == pytest.approx(1)
+    assert pearson([0.1] * 3, [1, 2, 3]) == pearson([1, 2, 3], [0.1] * 3) == pearson([1], [2]) == 0
+
+
+def task_of(lines: str, folder: Path) -> TaskData:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text(lines)
+    return load_task("t", folder)
+
+
+def adapter_on(base: Path, folder: Path, task_type: str, **training: Any) -> Adapter:
+    """A random adapter of `base`, whose head has an output for each of training's labels, or one."""
+    num_labels = len(training.get("labels", [])) or 1
+    network = BaseModel.resolve(base).load(task_type, num_labels=num_labels if task_type == SEQ_CLS else None)
+    modules = LLAMA_MODULES if task_type == CAUSAL_LM else BERT_MODULES
+    adapter = save_adapter(base, network, folder, modules, task_type=task_type, relative_size=0.3)
+    adapter.training = training
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a chat template that marks what the assistant says."""
+    base = make_llama(tmp_path_factory.mktemp("bases") / "chatty")
+    (base / "chat_template.jinja").write_text(MARKED)
+    return base
+
+
+@pytest.fixture(scope="module")
+def generates(chatty: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    return adapter_on(chatty, tmp_path_factory.mktemp("adapters") / "a", CAUSAL_LM)
+
+
+GENERATION = {
+    "prompt/completion": (GOOD, "exact_match"),
+    "messages": (CHAT_LINE, "exact_match"),
+    "text": ('{"text": "1+1=2"}\n', "loss"),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+def test_metrics_of_generated_text(kind: str, generates: Adapter, tmp_path: Path) -> None:
+    lines, default = GENERATION[kind]
+    task = task_of(lines, tmp_path / "data")
+    found = evaluate(generates, task, split="train")
+    assert (found["metric"], found["rows"]) == (default, 1)
+    loss = evaluate(generates, task, split="train", metric="loss", dtype="float64")
+    assert loss["base"] > 0
+    assert abs(loss["base"] - loss["adapter"]) > 1e-3
+    with pytest.raises(SettingsError, match=f"metric 'mcc' does not fit {kind} rows. Use .*loss"):
+        evaluate(generates, task, split="train", metric="mcc")
+
+
+def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, tmp_path: Path) -> None:
+    texts = ["1+1=2", "a somewhat longer text", "b" * 30]
+    task = task_of("".join(json.dumps({"text": text}) + "\n" for text in texts), tmp_path / "data")
+    found = evaluate(generates, task, split="train", dtype="float64")["base"]
+    base = BaseModel.resolve(chatty)
+    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    total = count = 0.0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        total += float(network(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert found == pytest.approx(total / count, abs=1e-6)
+
+
+def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> None:
+    turns = [*json.loads(CHAT_LINE)["messages"], {"role": "user", "content": "thanks"}]
+    task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
+    with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
+        evaluate(generates, task, split="train")
+    assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
+
+
+def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    task = task_of(
+        CLASS + CLASS.replace("yes", "no") + '{"text": "a", "text_pair": "b", "label": "no"}\n', tmp_path / "d"
+    )
+    found = evaluate(adapter, task, split="train")
+    assert (found["metric"], found["base"], found["rows"]) == ("accuracy", None, 3)
+    assert found["adapter"] in (1 / 3, 2 / 3)  # the first two rows are one text
+    assert -1 <= evaluate(adapter, task, split="train", metric="mcc")["adapter"] <= 1
+    for metric in ("pearson", "f1"):
+        with pytest.raises(SettingsError, match=f"metric '{metric}' does not fit text/label rows. Use accuracy or mcc"):
+            evaluate(adapter, task, split="train", metric=metric)
+
+
+def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
+    assert merge(adapter, tmp_path / "model", verify=True)["verify"]["relative_difference"] < 1e-5
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1)
+    adapter.inject(network)
+    texts = ["one", "two, longer", "three"]
+    with torch.inference_mode():
+        found = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+        expected = [float(network(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+    lines = "".join(json.dumps({"text": t, "label": 2 * x + 1}) + "\n" for t, x in zip(texts, found, strict=True))
+    result = evaluate(adapter, task_of(lines, tmp_path / "data"), split="train")
+    assert (result["metric"], result["base"]) == ("pearson", None)
+    assert result["adapter"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(SettingsError, match="metric 'accuracy' does not fit regression rows"):
+        evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="accuracy")
+    with pytest.raises(DataError, match=r"the data is SEQ_CLS, the adapter SEQ_CLS \(regression\)"):
+        evaluate(adapter, task_of(CLASS, tmp_path / "data"), split="train")

@@ -32,6 +32,22 @@ def run(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32, bfloat16, float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Row order.")] = None,
+    group_by_length: Annotated[
+        bool | None, typer.Option("--group-by-length", help="Rows of like length together: less padding.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the valid split.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Chooses the best checkpoint: loss, exact_match, accuracy, mcc or pearson.")
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="The R to keep: best (on the valid split) or last.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="All tasks at once, in mixed batches, in one shared basis.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")
     ] = False,
@@ -51,6 +67,13 @@ def run(
         init=init,
         max_length=max_length,
         checkpoint_every=checkpoint_every,
+        group_by_length=group_by_length,
+        gradient_checkpointing=gradient_checkpointing,
+        evaluate_every=evaluate_every,
+        metric=metric,
+        keep=keep,
+        patience=patience,
+        report_to=report_to,
         dtype=dtype,
         seed=seed,
     )
@@ -66,6 +89,7 @@ def run(
         data=data,
         basis=basis,
         out=out,
+        together=together,
         resume=resume,
         overwrite=overwrite,
     )

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,12 +48,17 @@ class Run:
         return Project.load(self.config)
 
     def say(self, message: str) -> None:
-        if not self.quiet:
+        if not self.quiet and _is_main_process():
             typer.echo(message, err=True)
 
     def result(self, value: dict[str, Any], text: str) -> None:
-        """Print the outcome: `value` as JSON, or `text` for people."""
-        typer.echo(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+        """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does."""
+        if _is_main_process():
+            typer.echo(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -68,11 +74,14 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     def command(**options: Any) -> None:
         run = Run(**{name: options.pop(name) for name in _SHARED})
         _calm_libraries(run)
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             function(run, **options)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            from lorasb_export.errors import Terminated
+
             run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
         except Exception as error:
             if run.verbose or not _is_expected(error):
                 raise
@@ -83,6 +92,12 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _terminate(*_: object) -> None:
+    from lorasb_export.errors import Terminated
+
+    raise Terminated
 
 
 def _is_expected(error: Exception) -> bool:
@@ -101,11 +116,11 @@ def _fail(run: Run, error: Exception) -> None:
 
 def _calm_libraries(run: Run) -> None:
     """Progress bars only on a terminal; the libraries' own warnings only when asked for."""
-    if run.quiet or not sys.stderr.isatty():
+    if run.quiet or not sys.stderr.isatty() or not _is_main_process():
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
-    # too that makes two threads slower than one; on idle cores the short spin costs nothing.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # too that makes two threads slower than one; on idle cores this much shorter spin costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if run.quiet:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
     if not run.verbose:

@@ -61,3 +61,7 @@ class MissingPackageError(LoraSBError, ImportError):
 
 class ServerError(LoraSBError, RuntimeError):
     """A child process (the vLLM server, an exporter) or a remote (the Hub) refused or failed."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Unwinds like Ctrl-C, so that every `finally` runs; the CLI exits with 143."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import distributed
 from .artifact import Adapter, Basis
 from .base import CAUSAL_LM, BaseModel
 from .calibrate import calibrate
@@ -14,7 +15,7 @@ from .data import TaskData, load_task
 from .errors import SettingsError
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
-from .train import fit
+from .train import fit, fit_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ def fit_tasks(
     data: str | None = None,
     basis: str | None = None,
     out: str | None = None,
+    together: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Adapter]:
@@ -37,37 +39,49 @@ def fit_tasks(
     Args:
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
+        together: in mixed batches (`fit_together`) instead of one after another.
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: `data` or `out` with several tasks.
+        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together.
     """
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
+    distributed.start()
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     calibration = replace(CalibrationSettings(**project.calibration), dtype=settings.dtype)
+    sources = {name: basis or _basis_of(project, name) for name in tasks}
+    if together and (len(tasks) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
+        raise SettingsError(
+            "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
+        )
     network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
-
-    shared: dict[str, Basis] = {}
+    shared = {
+        source: _shared_basis(project, source, base, tasks, calibration, network)
+        for source in sorted(set(sources.values()) - {OWN_BASIS})
+    }
+    if together:
+        (found,) = shared.values()
+        folder = project.adapter_folder(names[0]).parent
+        fitted = fit_together(
+            base, found, list(tasks.values()), folder, settings, resume=resume, overwrite=overwrite, network=network
+        )
+        return dict(zip(tasks, fitted, strict=True))
     adapters = {}
     for name, task in tasks.items():
         target = Path(out) if out else project.adapter_folder(name)
-        if resume and target.exists():
-            adapters[name] = Adapter.load(target)
-            continue
-        source = basis or (project.tasks[name].basis if name in project.tasks else None)
-        if source == OWN_BASIS:
-            task_basis = calibrate(base, {name: task}, calibration, network=network)
-        else:
-            source = source or str(project.path(project.basis_path))
-            if source not in shared:
-                shared[source] = _shared_basis(project, source, base, tasks, calibration, network)
-            task_basis = shared[source]
+        task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         adapters[name] = fit(
             base, task_basis, task, target, settings, resume=resume, overwrite=overwrite, network=network
         )
     return adapters
+
+
+def _basis_of(project: Project, name: str) -> str:
+    """Where the basis of a task is, or `own`."""
+    own = project.tasks[name].basis if name in project.tasks else None
+    return own or str(project.path(project.basis_path))
 
 
 def _shared_basis(
@@ -83,5 +97,9 @@ def _shared_basis(
     if Path(source) != folder or folder.exists():
         return Basis.load(source)
     sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in project.shared_tasks()}
-    calibrate(base, sharing, calibration, network=network).save(folder)
+    weights = {name: project.tasks[name].weight for name in sharing}
+    found = calibrate(base, sharing, calibration, weights=weights, network=network)
+    if distributed.is_main():
+        found.save(folder)
+    distributed.wait()
     return Basis.load(folder)

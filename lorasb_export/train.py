@@ -1,52 +1,53 @@
-"""Training R: a transformers Trainer that trains, saves and resumes nothing else."""
+"""Training R: data + basis → adapter folders, one task at a time or several together, resumable at any moment."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
-import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from . import environment
+from . import distributed, environment
 from .artifact import Adapter, Basis, versions
-from .base import SEQ_CLS, BaseModel
-from .capture import capture, is_little, words
-from .data import TaskData, collate, encode, load_task, row_losses
-from .errors import ArtifactError, OutputError, TrainingError
+from .base import CAUSAL_LM, SEQ_CLS, BaseModel
+from .batches import encode
+from .calibrate import calibrate
+from .capture import capture, is_little, recorded, words
+from .data import TaskData, load_task, question_and_answer
+from .errors import DataError, MissingPackageError, OutputError, SettingsError, Terminated, TrainingError
+from .inference import fitting_metric, max_answer_tokens
 from .layer import head_parameters
+from .order import RowOrder
 from .plot import plot_losses
-from .settings import FitSettings
+from .settings import CalibrationSettings, FitSettings
+from .stack import Stack
 from .storage import atomic_folder, read_json, refuse_existing, write_json
+from .trainer import COMPLETE, RTrainer, TaskRun
+from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
-from transformers import (  # noqa: E402
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import TrainerCallback  # noqa: E402
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
 
 
 def fit(
     model: str | BaseModel,
-    basis: str | Path | Basis,
+    basis: str | Path | Basis | CalibrationSettings,
     data: str | Path | TaskData,
     out: str | Path,
     settings: FitSettings | None = None,
@@ -60,7 +61,8 @@ def fit(
     While it runs, checkpoints lie in the hidden sibling `.NAME.run`; it is removed once `out` is in place.
 
     Args:
-        basis: a basis folder, a Hub id, or a loaded Basis.
+        basis: a basis folder, a Hub id, or a loaded Basis; or the settings to calibrate the task's own basis with,
+            which then lies in the adapter.
         data: folder, file, Hub dataset id, or loaded task.
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
             from the beginning where there is none.
@@ -69,166 +71,304 @@ def fit(
     Raises:
         OutputError: `out` exists, or an interrupted run does and neither `resume` nor `overwrite` is given.
         TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
-        DataError, BaseModelError, ArtifactError: the inputs are bad or do not belong together.
+        DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
+        Terminated: SIGTERM came; a checkpoint was saved.
     """
-    started = time.monotonic()
-    settings = settings or FitSettings()
     out = Path(os.path.abspath(out))
-    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
-    basis = basis if isinstance(basis, Basis) else Basis.load(basis)
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
-    base.verify(basis.base, basis.modules)
-    refuse_existing(out, overwrite)
-
-    run = out.parent / f".{out.name}.run"
-    identity = {
-        "settings": asdict(settings),
-        "data_sha256": task.sha256,
-        "basis_sha256": basis.sha256,
-        "base_fingerprint": basis.base.fingerprint,
-    }
-    checkpoint = _open_run(run, identity, resume, overwrite)
-
-    if network is None:
-        count = len(task.labels) if task.task_type == SEQ_CLS else None
-        network = base.load(task.task_type, dtype=settings.dtype, num_labels=count, seed=settings.seed)
-    captured = _captured(base, network, basis, task)
-    adapter = Adapter.attach(network, basis, scaling=settings.scaling, init=settings.init)
-    adapter.task_type = task.task_type
-    if task.task_type == SEQ_CLS:
-        adapter.head = {name: parameter.requires_grad_(True) for name, parameter in head_parameters(network).items()}
-
-    tokenizer = base.load_tokenizer()
-    rows = {
-        split: encode(task.splits[split], tokenizer, task.task_type, task.labels, settings.max_length)
-        for split in ("train", "valid")
-        if task.splits.get(split)
-    }
-    trainer = _RTrainer(
-        adapter=adapter,
-        identity=identity,
-        model=network,
-        args=_arguments(settings, run, has_valid="valid" in rows, rows=len(rows["train"])),
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("valid"),
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        compute_loss_func=_mean_loss,
-        callbacks=[_Progress(task.name), _StopOnBadLoss()],
-    )
-    trainer.remove_callback(PrinterCallback)  # both print to stdout, which is for results
-    trainer.remove_callback(ProgressCallback)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    network.eval()
-
-    adapter.training = {**_summary(task, settings, trainer, result.training_loss), "capture": captured}
-    with atomic_folder(out, overwrite=overwrite) as temporary:
-        adapter.write_into(temporary, out)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        plot_losses(history, temporary / adapter.training["plot"], title=f"{task.name}: loss")
-        provenance = {"kind": "adapter", **identity, "seconds": round(time.monotonic() - started, 1)}
-        write_json(temporary / "lorasb.json", {**provenance, "base": dict(basis.base.__dict__), "versions": versions()})
-    shutil.rmtree(run)
-    adapter.folder = out
-    return adapter
+    run = _Run(model, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network)
+    return run.train(resume=resume, overwrite=overwrite)[0]
 
 
-def _captured(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, float] | None:
-    """How much of the task's gradient a basis calibrated without it holds; None when it was calibrated with it."""
-    if task.sha256 in {source["sha256"] for source in basis.calibration.get("data", [])}:
-        return None
-    found = capture(base, network, basis, task)
-    if is_little(found):
-        logger.warning(
-            "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
-            task.name,
-            words(found),
+def fit_together(
+    model: str | BaseModel,
+    basis: str | Path | Basis,
+    tasks: Sequence[TaskData],
+    folder: str | Path,
+    settings: FitSettings | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    network: PreTrainedModel | None = None,
+) -> list[Adapter]:
+    """Train several tasks in one frozen basis at once, in mixed batches, and write `folder`/TASK for each.
+
+    Every step takes `batch_size` rows of every task through one forward pass. Each task's loss is averaged over its
+    own rows and each has its own optimizer state, gradient clip and schedule: its R is that of `fit` alone.
+
+    Args and errors: as for `fit`; also SettingsError for classification, where each task trains a head of its own.
+    """
+    if any(task.task_type != CAUSAL_LM for task in tasks):
+        raise SettingsError(
+            "classifiers do not train together: each has its own head", fix="Fit them one after another"
         )
-    return {way: round(found[way], 4) for way in ("basis", "own", "random")}
+    folder = Path(os.path.abspath(folder))
+    outs = [folder / task.name for task in tasks]
+    run = _Run(model, basis, tasks, outs, folder / ".together.run", settings or FitSettings(), network)
+    return run.train(resume=resume, overwrite=overwrite)
 
 
-def _summary(task: TaskData, settings: FitSettings, trainer: Trainer, loss: float) -> dict[str, Any]:
-    """What the adapter's config and card say about its training."""
-    valid = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    rows = len(trainer.train_dataset)  # type: ignore[arg-type]
-    return {
-        "task": task.name,
-        "data": task.source,
-        "data_sha256": task.sha256,
-        "rows": rows,
-        "rows_left_out": len(task.splits["train"]) - rows,
-        "labels": task.labels,
-        "steps": trainer.state.global_step,
-        "train_loss": round(loss, 6),
-        "valid_loss": round(valid[-1], 6) if valid else None,
-        "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "settings": asdict(settings),
-        "plot": "training.png",
-    }
+class _Run:
+    """One call of `fit` or `fit_together`, from its inputs to the adapter folders."""
 
-
-def _open_run(run: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """Prepare the working folder; returns the checkpoint to resume from, None to start from the beginning."""
-    if resume:
-        last = _last_complete(run)
-        if last is None:  # killed before its first checkpoint
-            shutil.rmtree(run, ignore_errors=True)
-            return None
-        saved = read_json(last / _COMPLETE)
-        differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
-        if differing:
-            raise TrainingError(
-                f"the interrupted run had other {', '.join(differing)}",
-                where=run,
-                fix="Resume with the same settings and data, or start afresh with --overwrite",
+    def __init__(
+        self,
+        model: str | BaseModel,
+        basis: str | Path | Basis | CalibrationSettings,
+        tasks: Sequence[TaskData],
+        outs: Sequence[Path],
+        folder: Path,
+        settings: FitSettings,
+        network: PreTrainedModel | None,
+    ) -> None:
+        distributed.start()
+        self.tasks, self.outs, self.folder, self.settings = tasks, outs, folder, settings
+        self._started = time.monotonic()
+        if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+            raise MissingPackageError(
+                f"{settings.report_to} is not installed",
+                fix=f"pip install {settings.report_to}, or leave report_to out",
             )
-        return last
-    if _last_complete(run) is not None and not overwrite:
-        raise OutputError(
-            "an interrupted run is there", where=run, fix="Continue it with --resume, or start afresh with --overwrite"
+        for task in tasks:
+            if task.splits.get("valid") and settings.metric != "loss":
+                fitting_metric(task, settings.metric)
+        if distributed.world() > settings.batch_size:
+            raise SettingsError(
+                f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
+                fix="The processes share a batch: give at least one row for each",
+            )
+        self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+        self._network, self._basis = network, basis
+        if not isinstance(basis, CalibrationSettings):
+            self._basis = basis if isinstance(basis, Basis) else Basis.load(basis)
+            self.base.verify(self._basis.base, self._basis.modules)
+
+    def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
+        if resume and all(out.exists() for out in self.outs):  # finished before
+            return [Adapter.load(out) for out in self.outs]
+        if not resume:
+            for out in self.outs:
+                refuse_existing(out, overwrite)
+        if distributed.is_main():
+            _open_folder(self.folder, resume, overwrite)
+        distributed.wait()
+        network = self._network or self._load()
+        use_cache = network.config.use_cache if hasattr(network.config, "use_cache") else None
+        basis = self._own_basis(network) if isinstance(self._basis, CalibrationSettings) else self._basis
+        assert isinstance(basis, Basis)
+        identity = {
+            "settings": asdict(self.settings),
+            "data_sha256": [task.sha256 for task in self.tasks],
+            "basis_sha256": basis.sha256,
+            "base_fingerprint": basis.base.fingerprint,
+        }
+        checkpoint = _last_complete(self.folder)
+        if checkpoint is not None:
+            _check_identity(checkpoint, identity)
+
+        captured = [self._captured(network, basis, task) for task in self.tasks]
+        trainer = self._trainer(network, basis, identity)
+        if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
+            trainer.restore_finished(checkpoint)
+        else:
+            with _checkpoint_at_sigterm(trainer):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        network.eval()
+        if use_cache is not None:
+            network.config.use_cache = use_cache
+        for k, found in enumerate(captured):
+            adapter = trainer.runs[k].adapter
+            best = trainer.restore_best(k) if self.settings.keep == "best" else None
+            adapter.training = {**self._summary(trainer, k, best), "capture": found}
+            if distributed.is_main() and not (resume and self.outs[k].exists()):  # written before the interruption
+                self._write(trainer, k, identity, overwrite)
+            adapter.folder = self.outs[k]
+        distributed.wait()
+        if distributed.is_main():
+            shutil.rmtree(self.folder)
+        return [run.adapter for run in trainer.runs]
+
+    def _load(self) -> PreTrainedModel:
+        task = self.tasks[0]
+        return self.base.load(
+            task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
         )
-    shutil.rmtree(run, ignore_errors=True)
-    return None
+
+    def _own_basis(self, network: PreTrainedModel) -> Basis:
+        """The task's own basis, calibrated once for all resumptions of this run."""
+        assert isinstance(self._basis, CalibrationSettings)
+        folder = self.folder / "basis"
+        if not folder.exists():
+            (task,) = self.tasks
+            basis = calibrate(self.base, {task.name: task}, self._basis, network=network)
+            if distributed.is_main():
+                basis.save(folder)
+            distributed.wait()
+        return replace(Basis.load(folder), source=None)  # it will lie in the adapter
+
+    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, float] | None:
+        """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run."""
+        path = self.folder / f"capture-{task.sha256[:16]}.json"
+        found: dict[str, float] | None = recorded(basis, task)
+        if found is None and path.exists():
+            found = read_json(path)
+        elif found is None:
+            measured = capture(self.base, network, basis, task)
+            found = {way: round(measured[way], 4) for way in ("basis", "own", "random")}
+            distributed.wait()
+            if distributed.is_main():
+                write_json(path, found)
+        assert found is not None
+        if is_little(found):
+            logger.warning(
+                "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
+                task.name,
+                words(found),
+            )
+        return found
+
+    def _trainer(self, network: PreTrainedModel, basis: Basis, identity: Mapping[str, Any]) -> RTrainer:
+        settings, tokenizer = self.settings, self.base.load_tokenizer()
+        rows = [encode(t.rows("train"), tokenizer, t.task_type, t.labels, settings.max_length) for t in self.tasks]
+        start: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
+        if len(self.tasks) > 1:
+            adapters = {task.name: Adapter.start(basis, **start) for task in self.tasks}
+            stack = Stack(network, adapters)
+        else:
+            (task,), stack = self.tasks, None
+            adapter = Adapter.attach(network, basis, **start)
+            adapter.task_type = task.task_type
+            if task.task_type == SEQ_CLS:
+                adapter.head = {name: p.requires_grad_(True) for name, p in head_parameters(network).items()}
+            adapters = {task.name: adapter}
+        runs = [
+            TaskRun(
+                task,
+                adapters[task.name],
+                encoded,
+                RowOrder([len(row["input_ids"]) for row in encoded], settings),
+                self._validation(task, tokenizer),
+            )
+            for task, encoded in zip(self.tasks, rows, strict=True)
+        ]
+        return RTrainer(network, tokenizer, runs, stack, settings, self.folder, identity, [_Progress(self.tasks)])
+
+    def _validation(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> Validation | None:
+        rows, settings = task.splits.get("valid"), self.settings
+        if not rows:
+            if settings.patience is not None:
+                raise DataError(
+                    f"task {task.name} has no valid rows, so patience has nothing to count",
+                    where=task.source,
+                    fix="Add valid.jsonl, or leave patience out",
+                )
+            return None
+        encoded = encode(rows, tokenizer, task.task_type, task.labels, settings.max_length)
+        if settings.metric != "exact_match":
+            return Validation(encoded, tokenizer, every=settings.evaluate_every)
+        asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
+        return Validation(encoded, tokenizer, asked, max_answer_tokens(tokenizer, rows), settings.evaluate_every)
+
+    def _summary(self, trainer: RTrainer, k: int, best: int | None) -> dict[str, Any]:
+        """What the adapter's config and card say about its training."""
+        run, history = trainer.runs[k], trainer.history(k)
+        last = next((e["loss"] for e in reversed(history) if "loss" in e), None)
+        valid = [entry for entry in history if "eval_loss" in entry]
+        kept = next((entry for entry in valid if entry["step"] == best), valid[-1] if valid else {})
+        metrics = {key.removeprefix("eval_"): value for key, value in kept.items() if key.startswith("eval_")}
+        return {
+            "task": run.task.name,
+            "data": run.task.source,
+            "data_sha256": run.task.sha256,
+            "rows": len(run.rows),
+            "rows_left_out": len(run.task.splits["train"]) - len(run.rows),
+            "labels": run.task.labels,
+            "regression": run.task.regression,
+            "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
+            "steps": trainer.steps_done(k),
+            "best_step": best,
+            "train_loss": None if last is None else round(last, 6),
+            "valid_loss": round(metrics["loss"], 6) if metrics else None,
+            "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
+            "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
+            "settings": asdict(self.settings),
+            "plot": "training.png",
+        }
+
+    def _write(self, trainer: RTrainer, k: int, identity: Mapping[str, Any], overwrite: bool) -> None:
+        run, out = trainer.runs[k], self.outs[k]
+        with atomic_folder(out, overwrite=overwrite) as temporary:
+            run.adapter.write_into(temporary, out)
+            history = trainer.history(k)
+            (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+            plot_losses(history, temporary / run.adapter.training["plot"], title=f"{run.task.name}: loss")
+            provenance = {
+                "kind": "adapter",
+                **identity,
+                "data_sha256": run.task.sha256,
+                "seconds": round(time.monotonic() - self._started, 1),
+                "base": dict(run.adapter.base.__dict__),
+                "versions": versions(),
+            }
+            write_json(temporary / "lorasb.json", provenance)
 
 
-def _last_complete(run: Path) -> Path | None:
-    done = [marker.parent for marker in run.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(done, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+def _open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make the working folder of a run, empty unless it is resumed."""
+    if not resume:
+        if _last_complete(folder) is not None and not overwrite:
+            raise OutputError(
+                "an interrupted run is there",
+                where=folder,
+                fix="Continue it with --resume, or start afresh with --overwrite",
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
-def _arguments(settings: FitSettings, run: Path, *, has_valid: bool, rows: int) -> TrainingArguments:
-    per_epoch = math.ceil(rows / (settings.batch_size * settings.accumulate))
-    steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
-    return TrainingArguments(
-        output_dir=str(run),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch_fused",
-        logging_steps=max(1, min(10, steps // 10)),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if has_valid else "no",
-        eval_steps=math.ceil(steps / 4),
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,  # the newest may be incomplete when the process is killed
-        seed=settings.seed,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-    )
+def _last_complete(folder: Path) -> Path | None:
+    done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-    """Mean over the labels of the whole optimizer step, whatever its split into batches and processes."""
-    losses, counts = row_losses(outputs.logits, labels)
-    return losses.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    saved = read_json(checkpoint / COMPLETE)
+    differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
+    if differing:
+        raise TrainingError(
+            f"the interrupted run had other {', '.join(differing)}",
+            where=checkpoint.parent,
+            fix="Resume with the same settings and data, or start afresh with --overwrite",
+        )
+
+
+@contextmanager
+def _checkpoint_at_sigterm(trainer: RTrainer) -> Iterator[None]:
+    """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
+
+    Not with several processes: the signal reaches them at different steps, and those ahead would wait for ever.
+    They die of it, and the run is resumed from its last checkpoint.
+    """
+    if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    callback = _StopWhenAsked()
+    trainer.add_callback(callback)
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(callback, "asked", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if callback.asked:
+        raise Terminated
+
+
+class _StopWhenAsked(TrainerCallback):
+    asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
 
 
 class _Progress(TrainerCallback):
@@ -236,60 +376,22 @@ class _Progress(TrainerCallback):
 
     bar: Any
 
-    def __init__(self, task: str) -> None:
-        self.task = task
+    def __init__(self, tasks: Sequence[TaskData]) -> None:
+        self.name = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.task}", total=state.max_steps, unit="step", disable=None)
+        self.bar = tqdm(desc=f"fit {self.name}", total=state.max_steps, unit="step", disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if logs and key in logs}
+        losses = {
+            key: [v for k, v in (logs or {}).items() if k.rpartition("/")[2] == key] for key in ("loss", "eval_loss")
+        }
+        shown = {key: f"{sum(values) / len(values):.4f}" for key, values in losses.items() if values}
         if shown:
             self.bar.set_postfix(shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
-
-
-class _StopOnBadLoss(TrainerCallback):
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise TrainingError(
-                f"the loss is {loss} at step {state.global_step}", fix="Lower the learning rate, or use --dtype float32"
-            )
-
-
-class _RTrainer(Trainer):
-    """Checkpoints hold R (and a head), the optimizer, the scheduler and the RNG; never the base."""
-
-    def __init__(self, *, adapter: Adapter, identity: Mapping[str, Any], **options: Any) -> None:
-        super().__init__(**options)
-        self.adapter = adapter
-        self.identity = identity
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(str(output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "adapter.safetensors").write_bytes(self.adapter.tensor_bytes())
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            write_json(folder / _COMPLETE, self.identity)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint) / "adapter.safetensors"
-        saved = load_file(path)
-        live = self.adapter.tensors()
-        if set(saved) != set(live):
-            raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
-        for name, tensor in live.items():
-            tensor.data.copy_(saved[name])

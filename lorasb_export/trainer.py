@@ -1,0 +1,375 @@
+"""The loop: a transformers Trainer over the R of one task, or of several tasks in mixed batches.
+
+Its dataset is the list of optimizer steps. A step's rows, and the weight of each in the loss, are known beforehand
+(`order.RowOrder`), so that every task's loss is the mean over its own labels whatever the split of a step into
+forward passes, tasks and processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from . import distributed, environment
+from .artifact import Adapter
+from .batches import IGNORE, Encoded, collate, row_losses
+from .data import TaskData
+from .errors import ArtifactError, TrainingError
+from .order import RowOrder
+from .settings import FitSettings
+from .stack import Stack
+from .storage import write_json
+from .validation import Validation, better
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import (  # noqa: E402
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
+_STATE = "trainer_state.json"
+
+
+@dataclass
+class TaskRun:
+    """One task in training: its adapter, its rows, their order, and how it is validated (None without valid rows)."""
+
+    task: TaskData
+    adapter: Adapter
+    rows: Sequence[Encoded]
+    order: RowOrder
+    validation: Validation | None
+
+    @property
+    def evaluate_every(self) -> int:
+        return self.validation.every or math.ceil(self.order.steps / 4) if self.validation else 0
+
+
+class RTrainer(Trainer):
+    """Trains, saves and resumes R (and a classifier's head) and nothing else.
+
+    Checkpoints hold R, the optimizer, the scheduler, the RNG and the position in the data; never the base.
+    """
+
+    _losses: torch.Tensor
+    _bad_step: torch.Tensor
+    _steps: list[int]
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        runs: Sequence[TaskRun],
+        stack: Stack | None,
+        settings: FitSettings,
+        folder: Path,
+        identity: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        """`stack` holds the adapters of several `runs`, in their order; the one adapter of one run is attached."""
+        self.runs, self.stack, self.settings, self.identity = runs, stack, settings, identity
+        self._network, self._pad_id = network, tokenizer.pad_token_id
+        self._dtype = torch.promote_types(network.dtype, torch.float32)
+        self._prefixes = [f"{run.task.name}/" if stack else "" for run in runs]
+        self._counts = [[_label_count(row) for row in run.rows] for run in runs]
+        if stack:  # one parameter for each task, in the memory that the layers' stacks are views of
+            self._parameters = [[torch.nn.Parameter(values)] for values in stack.values]
+        else:
+            self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
+        steps = max(run.order.steps for run in runs)
+        super().__init__(
+            model=network,
+            args=_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
+            train_dataset=range(steps),
+            callbacks=[*callbacks, _Evaluate(self)],
+        )
+        self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
+        self.remove_callback(ProgressCallback)
+        self._reset_window()
+
+    # The data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process builds every step and takes its share of it: nothing is left to a distributed sampler."""
+        return DataLoader(self.train_dataset, batch_size=1, collate_fn=self._batches)  # type: ignore[arg-type]
+
+    def _batches(self, steps: list[int]) -> dict[str, Any]:
+        """The forward passes of one optimizer step, as this process's share of their rows."""
+        (step,) = steps
+        active = self._active(step)
+        parts = {k: self.runs[k].order.step(step) for k in active}
+        labels = {k: sum(self._counts[k][i] for part in parts[k] for i in part) for k in active}
+        world, rank = distributed.world(), distributed.rank()
+        batches = []
+        for number in range(max((len(part) for part in parts.values()), default=0)):
+            rows = [(k, i, world / labels[k]) for k in active for i in (parts[k][number : number + 1] or [[]])[0]]
+            share = rows[rank::world] or [(*rows[0][:2], 0.0)]  # gradients are averaged: all must take part
+            batch = collate([self.runs[k].rows[i] for k, i, _ in share], self._pad_id)
+            batch["weights"] = torch.tensor([weight for *_, weight in share], dtype=self._dtype)
+            batch["tasks"] = torch.tensor([k for k, *_ in share])
+            batches.append(batch)
+        return {"step": step, "active": active, "batches": batches}
+
+    def _active(self, step: int) -> list[int]:
+        """Tasks that train in `step`: neither at their end nor stopped early."""
+        return [k for k, run in enumerate(self.runs) if step < run.order.steps and not self.has_stopped(k)]
+
+    # One step
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        losses = torch.zeros(len(self.runs), device=self.args.device)
+        for number, batch in enumerate(inputs["batches"], 1):
+            batch = self._prepare_inputs(batch)
+            weights, tasks, labels = (batch.pop(key) for key in ("weights", "tasks", "labels"))
+            if self.stack:
+                self.stack.use_rows(tasks)
+            last = number == len(inputs["batches"])
+            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                of_rows = row_losses(model(**batch).logits, labels)[0]
+                weighted = of_rows * weights
+                self.accelerator.backward(weighted.sum())
+            losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
+        if self.stack:
+            for k, (parameter,) in enumerate(self._parameters):  # without a gradient AdamW leaves a task alone
+                active = k in inputs["active"]
+                parameter.grad = torch.stack([R.grad[k] for R in self.stack.layers]) if active else None  # type: ignore[index]
+        step = torch.full_like(self._bad_step, inputs["step"])
+        self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
+        self._losses += losses
+        for k in inputs["active"]:
+            self._steps[k] += 1
+        return losses.sum()
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """Each task's gradient by itself; returns the largest norm."""
+        limit = self.args.max_grad_norm
+        return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in self._parameters]).max()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one group for each task."""
+        groups = [{"params": parameters} for parameters in self._parameters]
+        args = self.args
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=args.device.type in ("cpu", "cuda")
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Each task's rate by its own number of steps."""
+        factors = [_rate(self.settings, run.order.steps) for run in self.runs]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factors)  # type: ignore[arg-type]
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # not reported
+
+    # The log
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but with the loss of each task by itself. Raises TrainingError when one is not finite."""
+        if "loss" in logs:
+            self.require_finite_losses()
+            if distributed.world() > 1:
+                torch.distributed.all_reduce(self._losses)
+            means = [loss / distributed.world() for loss in self._losses.tolist()]
+            rates: list[Any] = self.lr_scheduler.get_last_lr()  # type: ignore[union-attr]
+            logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
+            for k, prefix in enumerate(self._prefixes):
+                if self._steps[k]:
+                    logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": rates[k]}
+            self._reset_window()
+        super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
+
+    def _reset_window(self) -> None:
+        """What is gathered between two logs; on the device, so that a step never waits for it."""
+        self._losses = torch.zeros(len(self.runs), device=self.args.device)
+        self._bad_step = torch.full((len(self.runs),), -1, device=self.args.device)
+        self._steps = [0] * len(self.runs)
+
+    def require_finite_losses(self) -> None:
+        """Raise TrainingError, with the rows, when a loss since the last log was not finite."""
+        for k, step in enumerate(self._bad_step.tolist()):
+            if step < 0:
+                continue
+            run = self.runs[k]
+            rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
+            raise TrainingError(
+                f"the loss of {run.task.name} is not finite at step {step + 1}, on training rows {_shown(rows)}",
+                where=run.task.source,
+                fix="Lower the learning rate, or use --dtype float32",
+            )
+
+    def history(self, k: int) -> list[dict[str, Any]]:
+        """What was logged of task `k`: entries with `step`, `epoch`, and losses or metrics."""
+        prefix, order = self._prefixes[k], self.runs[k].order
+        entries = []
+        for logged in self.state.log_history:
+            own = {key.removeprefix(prefix): value for key, value in logged.items() if key.startswith(prefix)}
+            if "loss" in own or "eval_loss" in own:
+                step = min(int(logged["step"]), order.steps)  # logged with tasks that train on
+                entries.append(own | {"step": step, "epoch": round(order.epoch_of(step), 4)})
+        return entries
+
+    # Evaluation, the best checkpoint, early stopping
+
+    def evaluate_task(self, k: int) -> None:
+        """Log the valid split's loss and metrics; keep this R if it is the best so far."""
+        run = self.runs[k]
+        assert run.validation is not None
+        if self.stack:
+            self.stack.use(run.task.name)
+        found = run.validation.run(self._network, self.args.per_device_eval_batch_size)
+        self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
+        values = self._values(k)
+        if self._best(values) == len(values) - 1 and distributed.is_main():
+            path = self._best_file(k)
+            self._save_tensors(run.adapter, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+    def restore_best(self, k: int) -> int | None:
+        """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
+        evaluated = [entry["step"] for entry in self.history(k) if "eval_loss" in entry]
+        if not evaluated:
+            return None
+        _load_tensors(self.runs[k].adapter, self._best_file(k))
+        return int(evaluated[self._best(self._values(k))])
+
+    def has_stopped(self, k: int) -> bool:
+        """Whether so many evaluations as `patience` allows have passed without a better one."""
+        values = self._values(k) if self.settings.patience else []
+        return bool(values) and len(values) - 1 - self._best(values) >= (self.settings.patience or 0)
+
+    def steps_done(self, k: int) -> int:
+        """Optimizer steps that task `k` has taken."""
+        if self.has_stopped(k):
+            return int(max(entry["step"] for entry in self.history(k) if "eval_loss" in entry))
+        return min(self.state.global_step, self.runs[k].order.steps)
+
+    def _values(self, k: int) -> list[float]:
+        key = f"{self._prefixes[k]}eval_{self.settings.metric}"
+        return [entry[key] for entry in self.state.log_history if key in entry]
+
+    def _best(self, values: Sequence[float]) -> int:
+        return next(i for i, v in enumerate(values) if not any(better(self.settings.metric, o, v) for o in values))
+
+    def _best_file(self, k: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"best-{k}.safetensors"
+
+    # Checkpoints
+
+    @staticmethod
+    def _save_tensors(adapter: Adapter, path: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}, path)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, run in enumerate(self.runs):
+            self._save_tensors(run.adapter, folder / f"adapter-{k}.safetensors")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite_losses()
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        distributed.wait()  # each process has saved its RNG
+        if distributed.is_main():
+            write_json(folder / COMPLETE, {**self.identity, "finished": not self._active(self.state.global_step)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for k, run in enumerate(self.runs):
+            _load_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
+
+    def restore_finished(self, checkpoint: Path) -> None:
+        """Take R and the log from the last checkpoint of a run that has nothing left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+
+
+def _load_tensors(adapter: Adapter, path: Path) -> None:
+    saved, live = load_file(path), adapter.tensors()
+    if set(saved) != set(live):
+        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
+    for name, tensor in live.items():
+        tensor.data.copy_(saved[name])
+
+
+class _Evaluate(TrainerCallback):
+    """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
+
+    def __init__(self, trainer: RTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, trainer = state.global_step, self.trainer
+        for k in trainer._active(step - 1):
+            run = trainer.runs[k]
+            if run.validation and (step % run.evaluate_every == 0 or step == run.order.steps):
+                trainer.evaluate_task(k)
+        if not trainer._active(step):
+            control.should_training_stop = control.should_save = control.should_log = True
+
+
+def _label_count(row: Encoded) -> int:
+    labels = row["labels"]
+    return sum(label != IGNORE for label in labels) if isinstance(labels, list) else 1
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
+
+
+def _rate(settings: FitSettings, steps: int) -> Any:
+    """step → share of the peak rate: linear warm-up, then the schedule, 0 after `steps`."""
+    warmup = math.ceil(settings.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        left = max(0.0, (steps - step) / max(1, steps - warmup))
+        return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant_with_warmup": 1.0}[
+            settings.schedule
+        ]
+
+    return factor
+
+
+def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # an item of the dataset is a whole optimizer step
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        logging_steps=max(1, min(10, steps // 10)),
+        logging_nan_inf_filter=False,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the newest may be incomplete when the process is killed
+        seed=settings.seed,
+        report_to=settings.report_to,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )

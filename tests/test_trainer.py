@@ -1,0 +1,281 @@
+"""The loop: row order, mixed batches of several tasks, evaluation, the best checkpoint, early stopping."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.base import BaseModel
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.errors import DataError, MissingPackageError, SettingsError
+from lorasb_export.order import RowOrder
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.train import fit_together
+from lorasb_export.trainer import RTrainer
+
+SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
+
+
+def write_task(folder: Path, operation: str, rows: int, seed: int) -> TaskData:
+    """Sums or differences of digits, of prompts of various lengths, with a valid split."""
+    folder.mkdir(parents=True)
+    digits = random.Random(seed)
+    for split, count in (("train", rows), ("valid", 6)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(count):
+                a, b = digits.randint(0, 9), digits.randint(0, 9)
+                prompt = f"{'please ' * digits.randint(0, 2)}{a}{operation}{b}="
+                value = a + b if operation == "+" else a - b
+                print(json.dumps({"prompt": prompt, "completion": str(value)}), file=file)
+    return load_task(folder.name, folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskData]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return {"plus": write_task(folder / "plus", "+", 20, 1), "minus": write_task(folder / "minus", "-", 11, 2)}
+
+
+@pytest.fixture(scope="module")
+def basis(llama: Path, tasks: dict[str, TaskData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project") / "basis"
+    calibrate(str(llama), tasks, CalibrationSettings(rank=8, dtype="float64")).save(folder)
+    return folder
+
+
+@pytest.fixture
+def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    step = RTrainer.training_step
+
+    def counting(self: RTrainer, model: object, inputs: dict, *rest: object) -> torch.Tensor:
+        seen["steps"] += 1
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(RTrainer, "training_step", counting)
+    return seen
+
+
+def equal(one: Adapter, two: Adapter, tolerance: float) -> bool:
+    return all(torch.allclose(R.double(), two.R[name].double(), rtol=0, atol=tolerance) for name, R in one.R.items())
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed_alone(grouped: bool) -> None:
+    lengths = [random.Random(0).randint(5, 50) for _ in range(100)]
+    settings = FitSettings(epochs=2, batch_size=4, accumulate=2, group_by_length=grouped)
+    order, again = RowOrder(lengths, settings), RowOrder(lengths, settings)
+    assert order.steps == 26
+    epochs = [[order.step(step) for step in range(epoch * 13, epoch * 13 + 13)] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert again.step(20) == order.step(20)
+    for epoch in epochs:
+        assert sorted(row for step in epoch for part in step for row in part) == list(range(100))
+        assert [len(part) for part in epoch[0]] == [4, 4]
+        assert sum(map(len, epoch[-1])) == 4  # the short step is the last
+
+
+def test_grouping_by_length_pads_less() -> None:
+    lengths = [random.Random(i).randint(5, 100) for i in range(200)]
+
+    def tokens(grouped: bool) -> int:
+        order = RowOrder(lengths, FitSettings(epochs=1, batch_size=8, group_by_length=grouped))
+        batches = [part for step in range(order.steps) for part in order.step(step)]
+        return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+
+    assert tokens(True) < 0.75 * tokens(False)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tasks_together_end_as_each_alone(
+    accumulate: int, llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    """Issue 3.8: other lengths of runs, other schedules, one clip each; the same R to 1e-6 in float64."""
+    settings = replace(SETTINGS, accumulate=accumulate)
+    together = fit_together(str(llama), basis, list(tasks.values()), tmp_path / "together", settings)
+    for adapter, (name, task) in zip(together, tasks.items(), strict=True):
+        alone = fit(str(llama), basis, task, tmp_path / name, settings)
+        assert equal(adapter, alone, 1e-6)
+        written = Adapter.load(tmp_path / "together" / name)
+        assert written.training["together"] == ["plus", "minus"]
+        for key in ("steps", "train_loss", "valid_loss", "best_step", "trainable_parameters"):
+            assert written.training[key] == pytest.approx(alone.training[key], abs=1e-5), key
+    start = Adapter.start(Basis.load(basis))
+    assert not equal(together[0], start, 1e-3)
+    assert not equal(together[0], together[1], 1e-3)
+    assert not list((tmp_path / "together").glob(".*"))
+
+
+def test_a_stopped_run_together_is_resumed_bit_for_bit(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    step = RTrainer.training_step
+
+    def stopping(self: RTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 7:
+            raise Stop
+        return step(self, *arguments)
+
+    inputs = (str(llama), basis, list(tasks.values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(Stop):
+            fit_together(*inputs, tmp_path / "a", SETTINGS)
+    resumed = fit_together(*inputs, tmp_path / "a", SETTINGS, resume=True)
+    undisturbed = fit_together(*inputs, tmp_path / "b", SETTINGS)
+    assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
+    again = fit_together(*inputs, tmp_path / "a", SETTINGS, resume=True)  # finished: read, not trained
+    assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
+
+
+def test_classifiers_do_not_train_together(bert: Path, parity: Path, basis: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="each has its own head"):
+        fit_together(str(bert), basis, [load_task("a", parity), load_task("b", parity)], tmp_path)
+
+
+def test_the_best_evaluated_R_is_kept(llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path) -> None:
+    """A rate that spoils the end: the R kept is that of the best evaluation, and its loss is the one reported."""
+    settings = replace(
+        SETTINGS, max_steps=12, evaluate_every=2, learning_rate=2.0, schedule="constant_with_warmup", warmup=0.5
+    )
+    best = fit(str(llama), basis, tasks["plus"], tmp_path / "best", settings)
+    log = [json.loads(line) for line in (tmp_path / "best" / "training_log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    assert sorted(losses) == [2, 4, 6, 8, 10, 12]
+    assert best.training["best_step"] == min(losses, key=losses.__getitem__) < 12
+    assert best.training["valid_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    last = fit(str(llama), basis, tasks["plus"], tmp_path / "last", replace(settings, keep="last"))
+    assert last.training["valid_loss"] == pytest.approx(losses[12], abs=1e-6)
+    shorter = replace(settings, max_steps=12, patience=None, evaluate_every=2)
+    assert not equal(best, last, 1e-3)
+    assert equal(fit(str(llama), basis, tasks["plus"], tmp_path / "again", shorter), best, 0)
+
+
+def test_patience_ends_the_run_early_and_a_finished_run_is_not_trained_again(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, counted_forwards: Counter[str]
+) -> None:
+    settings = replace(
+        SETTINGS, max_steps=40, evaluate_every=1, patience=2, learning_rate=2.0, schedule="constant_with_warmup"
+    )
+    adapter = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    stopped = adapter.training["steps"]
+    assert counted_forwards["steps"] == stopped == adapter.training["best_step"] + 2 < 40
+    assert fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, resume=True).sha256 == adapter.sha256
+    assert counted_forwards["steps"] == stopped
+
+
+def test_killed_after_an_early_stop_the_run_only_writes(
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counted_forwards: Counter[str],
+) -> None:
+    settings = replace(
+        SETTINGS, max_steps=40, evaluate_every=1, patience=2, learning_rate=2.0, schedule="constant_with_warmup"
+    )
+    inputs = (str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.train._Run._write", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            fit(*inputs)
+    stopped = counted_forwards["steps"]
+    adapter = fit(*inputs, resume=True)
+    assert counted_forwards["steps"] == stopped == adapter.training["steps"]
+
+
+def test_patience_without_valid_rows_is_refused(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no valid rows, so patience"):
+        fit(str(llama), basis, sums / "train.jsonl", tmp_path / "a", replace(SETTINGS, patience=1))
+
+
+def test_metrics_of_the_valid_split(
+    llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, max_steps=4, metric="exact_match")
+    answered = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    assert set(answered.training["valid_metrics"]) == {"exact_match"}
+    with pytest.raises(SettingsError, match=r"metric 'mcc' does not fit"):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "b", replace(settings, metric="mcc"))
+
+    folder = tmp_path / "parity"
+    folder.mkdir()
+    rows = (parity / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(rows)
+    (folder / "valid.jsonl").write_text(rows)
+    own = CalibrationSettings(rank=8)
+    classified = fit(str(bert), own, folder, tmp_path / "c", FitSettings(epochs=15, learning_rate=2e-2, metric="mcc"))
+    assert set(classified.training["valid_metrics"]) == {"accuracy", "mcc"}
+    assert classified.training["valid_metrics"]["accuracy"] > 0.9
+
+
+def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = CalibrationSettings(rank=4)
+    inputs = (str(llama), own, tasks["plus"], tmp_path / "a", replace(SETTINGS, dtype="auto"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs)
+        patch.setattr("lorasb_export.train.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs, resume=True)
+    adapter = fit(*inputs, resume=True)
+    assert (tmp_path / "a" / "basis.safetensors").is_file()
+    assert adapter.basis_source is None
+    assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
+
+
+def test_gradient_checkpointing_trains_the_same_R(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    plain = fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
+    recomputed = fit(str(llama), basis, tasks["plus"], tmp_path / "b", replace(SETTINGS, gradient_checkpointing=True))
+    assert equal(plain, recomputed, 1e-9)
+
+
+def test_the_callers_network_is_given_back_as_it_was(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    cached = network.config.use_cache
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1), network=network)
+    assert network.config.use_cache == cached
+    assert not network.training
+
+
+def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
+        fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))
+
+
+def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasb_export.train.shutil.rmtree", lambda *_, **__: None)
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=3, dtype="auto"))
+    (checkpoint,) = (tmp_path / ".a.run").glob("checkpoint-*")
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "adapter-0.safetensors",
+        "complete.json",
+        "optimizer.pt",  # the last three are the Trainer's own, read with weights_only
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    ]
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    R = load_file(checkpoint / "adapter-0.safetensors")
+    assert sum(state["exp_avg"].numel() for state in moments.values()) == sum(t.numel() for t in R.values())

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("startup",)
+NAMES = ("calibrate", "fit", "startup")
 
 
 def main() -> None:

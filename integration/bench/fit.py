@@ -1,0 +1,246 @@
+"""What does a training step cost? Peers: PEFT's LoRA at its defaults, and the frozen model's own forward and backward.
+
+SmolLM2-135M, all seven linears of every layer, 4 × 256 tokens, AdamW. Steps are timed in one process, in alternation.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM
+
+from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.format import ModuleBasis
+from lorasb_export.layer import weight_of
+from lorasb_export.quickstart.model import small_model
+from lorasb_export.quickstart.tasks import write_tasks
+from lorasb_export.stack import Stack
+from lorasb_export.targets import find_targets
+
+from .measure import print_table, ratio
+
+TASKS = 8
+KILLED = """
+import os, signal, sys
+from lorasb_export import fit
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.trainer import RTrainer
+model, data, out, kill = sys.argv[1:]
+step = RTrainer.training_step
+def killing(self, *arguments):
+    if kill == "kill" and self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+RTrainer.training_step = killing
+own = CalibrationSettings(rank=16, samples=4, targets="q_proj,v_proj")
+settings = FitSettings(max_steps=5, checkpoint_every=2, batch_size=2, dtype="bfloat16", init="zero")
+print(fit(model, own, data, out, settings, resume=kill == "resume").sha256)
+"""
+
+
+class Variant:
+    """One way to train, ready for its next step."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+
+    def step(self, ids: torch.Tensor) -> None:
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def load(dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(BaseModel.resolve(small_model()).folder, dtype=dtype, use_cache=False)
+
+
+def random_basis(model: Any, rank: int) -> Basis:
+    """Orthonormal factors cost a step what calibrated ones do."""
+    modules = {}
+    for name, module in find_targets(model, "all-linear").items():
+        rows, columns = weight_of(module).shape
+        B, A = (torch.linalg.qr(torch.randn(size, rank))[0].to(model.dtype) for size in (rows, columns))
+        modules[name] = ModuleBasis(B, A.T.contiguous(), torch.full((rank,), 1e-3))
+    return Basis(BaseRef("bench", None, "0"), rank, modules, {})
+
+
+def ours(dtype: torch.dtype, rank: int = 64) -> Any:
+    model = load(dtype)
+    Adapter.attach(model, random_basis(model, rank))
+    return model
+
+
+def peft(dtype: torch.dtype, rank: int = 64) -> Any:
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(load(dtype), config)
+
+
+def floor(dtype: torch.dtype) -> Any:
+    """The frozen model alone: forward, and the gradient of every input."""
+    model = load(dtype).requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    return model
+
+
+def timed(variants: dict[str, Variant], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant's step, `rounds` times after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for counted in [False] + [True] * rounds:
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            variant.step(ids)
+            if counted:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def saved_bytes(model: Any, ids: torch.Tensor) -> int:
+    """What the transformer's body keeps for its backward pass, weights aside, each storage once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    body = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = body(input_ids=ids).last_hidden_state  # kept alive, and so is what it saved
+    del hidden
+    return sum(kept.values())
+
+
+def peak(name: str, ids: torch.Tensor, found: Any) -> None:
+    """In a fresh process: the highest memory of two steps, above that before the first."""
+    variant = Variant({"ours": ours, "peft": peft}[name](torch.float32))
+    before = _memory("VmRSS")
+    for _ in range(2):
+        variant.step(ids)
+    found.put(_memory("VmHWM") - before)
+
+
+def _memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def peaks(ids: torch.Tensor) -> dict[str, int]:
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for name in ("ours", "peft"):
+        queue = context.Queue()
+        child = context.Process(target=peak, args=(name, ids, queue))
+        child.start()
+        found[name] = queue.get()
+        child.join()
+    return found
+
+
+def together(rounds: int) -> dict[str, list[float]]:
+    """Eight tasks, one row of 54 tokens each: one mixed step, against eight steps one after another."""
+    model = load(torch.float32)
+    basis = random_basis(model, 64)
+    ids = torch.randint(0, 49152, (TASKS, 54))
+    alone = Adapter.start(basis)
+
+    def step(rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def mixed() -> Callable[[], None]:
+        stack = Stack(model, {str(k): Adapter.start(basis) for k in range(TASKS)})
+        values = [torch.nn.Parameter(v) for v in stack.values]
+        optimizers = [torch.optim.AdamW([v], fused=True) for v in values]
+        stack.use(stack.names)
+
+        def run() -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+            for k, optimizer in enumerate(optimizers):
+                values[k].grad = torch.stack([R.grad[k] for R in stack.layers])  # type: ignore[index]
+                optimizer.step()
+                optimizer.zero_grad()
+            model.zero_grad()
+
+        return run
+
+    def one_by_one() -> Callable[[], None]:
+        alone.inject(model, trainable=True)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizers = [torch.optim.AdamW(parameters, fused=True) for _ in range(TASKS)]
+        return lambda: [step(ids[k : k + 1], optimizers[k]) for k in range(TASKS)] and None
+
+    times: dict[str, list[float]] = {"8 tasks together": [], "8 tasks in turn": []}
+    model.train()
+    for _ in range(rounds):
+        for name, make in zip(times, (mixed, one_by_one), strict=True):
+            run = make()
+            run()
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def resume_bit_equal() -> bool:
+    """Killed by SIGKILL in step 4, resumed in another process: the same adapter as undisturbed?"""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data = write_tasks(folder / "data")["dates"]
+
+        def run(out: str, kill: str) -> str:
+            command = [sys.executable, "-c", KILLED, small_model(), str(data), str(folder / out), kill]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+        killed, resumed, undisturbed = run("a", "kill"), run("a", "resume"), run("b", "none")
+        return not killed and bool(resumed) and resumed == undisturbed
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 49152, (2, 128) if quick else (4, 256))
+    rounds = 3 if quick else 9
+    full, half = torch.float32, torch.bfloat16
+    models = {"ours r=64": ours(full), "PEFT r=64": peft(full), "PEFT r=32": peft(full, 32), "frozen floor": floor(full)}
+    saved = {name: saved_bytes(model, ids) for name, model in models.items()}
+    times = timed({name: Variant(model) for name, model in models.items()}, ids, rounds)
+    del models
+    models = {"ours r=64 bf16": ours(half), "PEFT r=64 bf16": peft(half), "frozen floor bf16": floor(half)}
+    saved |= {name: saved_bytes(model, ids) for name, model in models.items()}
+    times |= timed({name: Variant(model) for name, model in models.items()}, ids, rounds)
+    del models
+    times |= together(2 if quick else 5)
+    memory = peaks(ids)
+    print_table(times)
+    print({name: f"{count / 2**20:.0f} MiB saved" for name, count in saved.items()})
+    mine = times["ours r=64"]
+    return {
+        "step_time_ratio_peft_r64": ratio(mine, times["PEFT r=64"]),
+        "step_time_ratio_peft_r32": ratio(mine, times["PEFT r=32"]),
+        "step_time_ratio_peft_r64_bf16": ratio(times["ours r=64 bf16"], times["PEFT r=64 bf16"]),
+        "saved_bytes_ratio_peft_r64": round(saved["ours r=64"] / saved["PEFT r=64"], 3),
+        "saved_bytes_ratio_peft_r64_bf16": round(saved["ours r=64 bf16"] / saved["PEFT r=64 bf16"], 3),
+        "peak_rss_ratio_peft_r64": round(memory["ours"] / memory["peft"], 3),
+        "step_time_ratio_frozen_floor": ratio(mine, times["frozen floor"]),
+        "step_time_ratio_frozen_floor_bf16": ratio(times["ours r=64 bf16"], times["frozen floor bf16"]),
+        "together_speedup": round(1 / ratio(times["8 tasks together"], times["8 tasks in turn"]), 2),
+        "step_seconds": round(statistics.median(mine), 3),
+        "resume_bit_equal": resume_bit_equal(),
+    }

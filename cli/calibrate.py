@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,29 +18,60 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A task to calibrate on; repeatable. All of the project's by default."),
     ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="What a task's losses are multiplied by; repeatable, 1 by default."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of the basis.")] = None,
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
-    targets: Annotated[str | None, typer.Option(help="all-linear, or module name endings with commas.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="all-linear, module name endings with commas, or a regular expression for whole names."),
+    ] = None,
     reduction: Annotated[str | None, typer.Option(help="sign (the paper) or raw.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="sample: every row counts the same; token: every token does.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
+    ] = None,
+    no_capture: Annotated[
+        bool, typer.Option("--no-capture", help="Of a mixture: do not measure what the basis is good for task by task.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the rows.")] = None,
     out: Annotated[str | None, typer.Option(help="Where the basis goes; basis/ by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
+    from lorasb_export import distributed
     from lorasb_export.calibrate import calibrate
     from lorasb_export.settings import CalibrationSettings
     from lorasb_export.storage import refuse_existing
 
     project = run.project
-    flags = given(rank=rank, samples=samples, targets=targets, reduction=reduction, dtype=dtype, seed=seed)
+    flags = given(
+        rank=rank,
+        samples=samples,
+        targets=targets,
+        reduction=reduction,
+        loss=loss,
+        gradient_checkpointing=gradient_checkpointing,
+        capture=False if no_capture else None,
+        dtype=dtype,
+        seed=seed,
+    )
     settings = CalibrationSettings(**{**project.calibration, **flags})
     target = Path(out) if out else project.path(project.basis_path)
     refuse_existing(target, overwrite)
     sources = parse_pairs(data) or {name: project.task_source(name) for name in project.shared_tasks()}
-    basis = calibrate(model or project.require_model(), sources, settings)
-    basis.save(target, overwrite=overwrite)
-    energy = basis.calibration["energy"].values()
+    weights = {**project.weights(sources), **_numbers(weight)}
+    distributed.start()
+    basis = calibrate(model or project.require_model(), sources, settings, weights=weights)
+    if distributed.is_main():
+        basis.save(target, overwrite=overwrite)
+    distributed.wait()
+    energy, capture = basis.calibration["energy"].values(), basis.calibration["capture"]
     result = {
         "basis": str(target),
         "sha256": basis.sha256,
@@ -47,9 +79,33 @@ def run(
         "modules": len(basis.modules),
         "samples": basis.calibration["samples"],
         "energy_mean": sum(energy) / len(energy),
+        "capture": {key: capture[key] for key in ("basis", "random", "tasks")},  # by module: in basis_config.json
     }
     run.result(
         result,
         f"Basis of rank {basis.rank} for {result['modules']} modules from {result['samples']} rows: {target}\n"
-        f"It keeps {result['energy_mean']:.0%} of the first step's energy (mean over modules).",
+        f"It keeps {result['energy_mean']:.0%} of the first step's energy (mean over modules).\n"
+        f"How much of the gradient it captures, beside a task's own basis and a random one:\n"
+        f"{_table(capture, basis.calibration['samples'])}",
     )
+
+
+def _numbers(words: list[str] | None) -> dict[str, float]:
+    numbers = {}
+    for name, word in parse_pairs(words).items():
+        try:
+            numbers[name] = float(word)
+        except ValueError:
+            raise typer.BadParameter(f"{word!r} is not a number") from None
+    return numbers
+
+
+def _table(capture: Mapping[str, Any], samples: int) -> str:
+    """One line for each task that was measured, and one for the gradient the basis was made from."""
+    rows = {**capture["tasks"], "all": {"rows": samples, **capture}}
+    width = max(map(len, ["task", *rows]))
+    lines = [f"{'task':{width}}   rows  basis    own  random"]
+    for name, found in rows.items():
+        own = f"{found['own']:.0%}" if "own" in found else "-"
+        lines.append(f"{name:{width}} {found['rows']:6} {found['basis']:6.0%} {own:>6} {found['random']:7.0%}")
+    return "\n".join(lines)

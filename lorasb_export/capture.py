@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from .artifact import Basis
 from .base import BaseModel
-from .calibrate import reduced, task_gradients, truncated_svd
+from .batches import Encoded
 from .data import TaskData
+from .format import ModuleBasis
+from .gradients import draw, gradients_of_rows
 from .layer import remove
 from .settings import CalibrationSettings
+from .subspace import CaptureRatios, reduced, rounded, truncated_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SAME = ("reduction", "seed", "batch_size", "max_length")  # settings of the calibration that are used here too
 _LITTLE = 0.3  # share of the way from a random basis to the task's own below which `is_little` warns
+# Settings of the calibration that are used here too.
+_SAME = ("reduction", "loss", "seed", "batch_size", "max_length", "gradient_checkpointing")
 
 
 def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any]:
@@ -36,28 +40,31 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     remove(network)
     same = {key: basis.calibration[key] for key in _SAME if key in basis.calibration}
     settings = CalibrationSettings(rank=basis.rank, **same)
-    targets = {name: network.get_submodule(name) for name in basis.modules}
-    sums, rows = task_gradients(base, network, targets, [task], settings)
-    modules, squares = {}, {"basis": 0.0, "own": 0.0, "random": 0.0}
-    total = 0.0
+    tokenizer = base.load_tokenizer()
+    rows = draw(task, tokenizer, task.labels, settings)
+    return capture_of_rows(network, basis.modules, rows, tokenizer.pad_token_id, settings)
+
+
+def capture_of_rows(
+    network: PreTrainedModel,
+    modules: Mapping[str, ModuleBasis],
+    rows: Sequence[Encoded],
+    pad_id: int,
+    settings: CalibrationSettings,
+) -> dict[str, Any]:
+    """What `capture` returns, of the gradient over `rows` in the factors `modules` of a basis."""
+    sums = gradients_of_rows(network, {name: network.get_submodule(name) for name in modules}, rows, pad_id, settings)
+    ratios = CaptureRatios()
     for name in tqdm(sorted(sums), desc="capture", disable=None):
         g = sums.pop(name)
-        U, _, Vh = truncated_svd(reduced(g, settings.reduction), basis.rank, settings.seed)
-        B, A, _ = (part.to(g.dtype) for part in basis.modules[name])
-        energy = float(g.square().sum())
-        kept = {
-            "basis": float((B.T @ g @ A.T).square().sum()),
-            "own": float((U.T @ g @ Vh.T).square().sum()),
-            "random": energy * basis.rank**2 / g.numel(),
-        }
-        modules[name] = {way: math.sqrt(square / energy) for way, square in kept.items()}
-        squares = {way: squares[way] + square for way, square in kept.items()}
-        total += energy
-    return {
-        "rows": rows[task.name],
-        **{way: math.sqrt(square / total) for way, square in squares.items()},
-        "modules": modules,
-    }
+        U, _, Vh = truncated_svd(reduced(g, settings.reduction), settings.rank, settings.seed)
+        ratios.add(name, g, basis=(modules[name].B, modules[name].A), own=(U, Vh))
+    return {"rows": len(rows), **ratios.overall(), "modules": ratios.modules}
+
+
+def record(task: TaskData, rows: int, ratios: Mapping[str, float]) -> dict[str, Any]:
+    """What a basis says about a task it was calibrated on; `recorded` reads it."""
+    return {"sha256": task.sha256, "rows": rows, **rounded({way: ratios[way] for way in ("basis", "own", "random")})}
 
 
 def recorded(basis: Basis, task: TaskData) -> dict[str, float] | None:

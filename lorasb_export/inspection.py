@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,30 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "calibrated_on": [source["name"] for source in basis.calibration["data"]],
         "samples": basis.calibration["samples"],
         "reduction": basis.calibration["reduction"],
-        "energy": {"mean": sum(energy) / len(energy), "min": min(energy), "max": max(energy)},
+        "energy": _spread(energy),
+    } | _recorded(basis.calibration.get("capture", {}))
+
+
+def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the basis says it captures; nothing for one that says nothing."""
+    if not found:
+        return {}
+    tasks = {
+        name: {key: value for key, value in of_task.items() if key != "sha256"}
+        for name, of_task in found["tasks"].items()
     }
+    overall = {"basis": found["basis"], "random": found["random"]}
+    return {"recorded_capture": {**overall, "tasks": tasks, "by_module": _by_module(found["modules"])}}
+
+
+def _by_module(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Way → the spread of its ratios over the modules."""
+    ways = next(iter(modules.values()))
+    return {way: _spread([ratios[way] for ratios in modules.values()]) for way in ways}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
 
 
 def _capture(basis: Basis, data: str) -> dict[str, Any]:
@@ -62,9 +85,10 @@ def _capture(basis: Basis, data: str) -> dict[str, Any]:
     task = load_task("data", data)
     base = basis.base.resolve()
     base.verify(basis.base, basis.modules)
-    labels = len(task.labels) or None
-    network = base.load(task.task_type, dtype=basis.calibration.get("dtype", "auto"), num_labels=labels)
-    return capture(base, network, basis, task)
+    dtype = basis.calibration.get("dtype", "auto")
+    network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels)
+    found = capture(base, network, basis, task)
+    return found | {"by_module": _by_module(found["modules"])}
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

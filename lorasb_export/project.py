@@ -245,8 +245,9 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     tasks = content.get("tasks", {})
     for name, table in tasks.items() if isinstance(tasks, dict) else ():
         found += [problem for problem in [check_name(name)] if problem]
-        types = {"data": (str,), "basis": (str,), "weight": (int, float)}
-        wrong = _check_table(f"tasks.{name}", table, _TASK_KEYS, types)
+        wrong = _check_table(
+            f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,), "weight": (int, float)}
+        )
         if isinstance(table, dict) and "data" not in table:
             wrong.append(f"[tasks.{name}] lacks data")
         if not wrong and not 0 < table.get("weight", 1) < math.inf:

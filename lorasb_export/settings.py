@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from .errors import SettingsError
 
 ALL_LINEAR = "all-linear"
+_CHOICES = {
+    "init": ("svd", "zero"),
+    "schedule": ("linear", "cosine", "constant_with_warmup"),
+    "metric": ("loss", "exact_match", "accuracy", "mcc", "pearson"),
+    "keep": ("best", "last"),
+    "report_to": ("none", "tensorboard", "trackio", "wandb"),
+}
 
 
 @dataclass(frozen=True)
@@ -16,12 +23,17 @@ class CalibrationSettings:
     Attributes:
         rank: r.
         samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
-        targets: `all-linear` (every Linear but the heads) or comma-separated module name endings.
+        targets: `all-linear` (every Linear but the heads), comma-separated module name endings, or a regular
+            expression that whole module names match.
         reduction: `sign` (the paper) or `raw` (the gradient sum itself).
+        loss: `sample`: every row counts the same; `token`: every token with a label does.
         eta: η, the size of the simulated first step. It scales R0 alone, never B or A. The paper gives no value;
             the default is of the order of the first warm-up step of its schedules.
         batch_size: rows per backward pass; has no effect on the result beyond rounding.
         max_length: rows are cut after this many tokens.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        capture: also measure how much of each task's gradient the basis of a mixture holds; a second pass over the
+            rows. Of a single task it is known anyway.
         dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
         seed: draws the rows and the random start of the SVD. The global RNG is left alone.
     """
@@ -30,15 +42,20 @@ class CalibrationSettings:
     samples: float | None = None
     targets: str = ALL_LINEAR
     reduction: str = "sign"
+    loss: str = "sample"
     eta: float = 3e-6
     batch_size: int = 8
     max_length: int = 512
+    gradient_checkpointing: bool = False
+    capture: bool = True
     dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.reduction not in ("sign", "raw"):
             raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
+        if self.loss not in ("sample", "token"):
+            raise SettingsError(f"loss is {self.loss!r}", fix="Use sample or token")
         for name in ("rank", "eta", "batch_size", "max_length"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
@@ -53,8 +70,9 @@ class FitSettings:
     Attributes:
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps; overrides `epochs`.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; with several processes they share these rows.
         accumulate: forward passes per optimizer step.
+        group_by_length: batches of rows of like length: less padding, a less random order.
         learning_rate: peak rate of AdamW.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
@@ -63,7 +81,14 @@ class FitSettings:
         scaling: s.
         init: R0: `svd` (S/s, the paper) or `zero` (start as the base model).
         max_length: rows are cut after this many tokens.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        evaluate_every: optimizer steps between evaluations on the valid split; a quarter of the run when None.
+        metric: what the best checkpoint is chosen by, and patience counts: `loss`; `exact_match` (answers the
+            valid prompts, which takes time) for text generation; `accuracy` or `mcc` for classes; `pearson`.
+        keep: `best`, the R of the best evaluation, or `last`. Without a valid split it is the last.
+        patience: stop after so many evaluations without a better one; never when None.
         checkpoint_every: optimizer steps between checkpoints.
+        report_to: `none`, or `tensorboard`, `trackio` or `wandb`, which must be installed.
         dtype: `auto` (the checkpoint's) or a torch float type for the frozen base; R is fp32 in any case.
         seed: row order, and a new classification head.
     """
@@ -72,6 +97,7 @@ class FitSettings:
     max_steps: int | None = None
     batch_size: int = 8
     accumulate: int = 1
+    group_by_length: bool = False
     learning_rate: float = 6e-3
     schedule: str = "linear"
     warmup: float = 0.06
@@ -80,17 +106,23 @@ class FitSettings:
     scaling: float = 1.0
     init: str = "svd"
     max_length: int = 512
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    metric: str = "loss"
+    keep: str = "best"
+    patience: int | None = None
     checkpoint_every: int = 50
+    report_to: str = "none"
     dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.init not in ("svd", "zero"):
-            raise SettingsError(f"init is {self.init!r}", fix="Use svd or zero")
-        if self.schedule not in ("linear", "cosine", "constant_with_warmup"):
-            raise SettingsError(f"schedule is {self.schedule!r}", fix="Use linear, cosine or constant_with_warmup")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}", fix=f"Use {', '.join(allowed)}")
         for name in ("epochs", "batch_size", "accumulate", "learning_rate", "scaling", "max_length"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
-        if self.checkpoint_every < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise SettingsError("checkpoint_every and max_steps must be at least 1")
+        for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}, must be at least 1")

@@ -12,11 +12,12 @@ import torch
 from lorasb_export import calibrate, fit
 from lorasb_export.artifact import Basis
 from lorasb_export.base import BaseModel
-from lorasb_export.calibrate import find_targets, task_gradients
-from lorasb_export.capture import capture, is_little
+from lorasb_export.capture import capture, is_little, recorded
 from lorasb_export.data import load_task
 from lorasb_export.format import ModuleBasis
+from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.targets import find_targets
 
 
 def random_basis(like: Basis) -> Basis:
@@ -30,7 +31,7 @@ def random_basis(like: Basis) -> Basis:
         )
         for name, m in like.modules.items()
     }
-    return Basis(like.base, like.rank, modules, {**like.calibration, "data": []})
+    return Basis(like.base, like.rank, modules, {**like.calibration, "data": [], "capture": {}})
 
 
 @pytest.mark.parametrize("reduction", ["sign", "raw"])
@@ -51,7 +52,9 @@ def test_oracle_25_a_raw_basis_captures_the_share_of_its_singular_values(llama: 
     base, task = BaseModel.resolve(llama), load_task("sums", sums)
     network, settings = base.load(), CalibrationSettings(rank=4, reduction="raw")
     basis = calibrate(base, {"sums": task}, settings, network=network)
-    gradients, _ = task_gradients(base, network, find_targets(network, "all-linear"), [task], settings)
+    tokenizer = base.load_tokenizer()
+    rows = draw(task, tokenizer, [], settings)
+    gradients = gradients_of_rows(network, find_targets(network, "all-linear"), rows, tokenizer.pad_token_id, settings)
     found = capture(base, network, basis, task)["modules"]
     for name, g in gradients.items():
         S = torch.linalg.svdvals(g).square()
@@ -67,7 +70,8 @@ def test_fit_warns_of_a_basis_that_captures_little(
     assert "consider --basis own" in caplog.text
     assert adapter.training["capture"]["basis"] < adapter.training["capture"]["own"]
     caplog.clear()
-    assert fit(str(llama), own, sums, tmp_path / "good", FitSettings(max_steps=1)).training["capture"] is None
+    good = fit(str(llama), own, sums, tmp_path / "good", FitSettings(max_steps=1))
+    assert good.training["capture"] == recorded(own, load_task("sums", sums))
     assert "consider" not in caplog.text
 
 

@@ -11,11 +11,14 @@ from torch import nn
 
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
-from lorasb_export.calibrate import find_targets, gradient_sums, truncated_svd
-from lorasb_export.data import TaskData, collate, encode, load_task, row_losses
+from lorasb_export.batches import collate, encode, row_losses
+from lorasb_export.data import TaskData, load_task
 from lorasb_export.format import ModuleBasis
+from lorasb_export.gradients import gradient_sums
 from lorasb_export.layer import LoRASBLinear, remove
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.subspace import truncated_svd
+from lorasb_export.targets import find_targets
 
 OUT, IN, RANK = 48, 40, 6
 

@@ -1,0 +1,70 @@
+"""The subspaces of a gradient sum, and how much of a gradient lies in a pair of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+EXACT_UP_TO = 1024  # below this size the exact SVD costs no more than the randomized one
+OVERSAMPLE = 16  # extra columns of the randomized SVD, cut afterwards: the last wanted directions come out better
+POWER_ITERATIONS = 10  # as in the authors' code
+
+
+def reduced(gradient: torch.Tensor, reduction: str) -> torch.Tensor:
+    """The matrix whose subspaces are taken: `sign(G)`, AdamW's first step, or `G` itself."""
+    return gradient.sign() if reduction == "sign" else gradient
+
+
+def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `rank` largest singular triplets of `matrix` (m, n): U (m, r), S (r,) descending, Vh (r, n).
+
+    Exact where that is as cheap, else randomized with its own seed; the global RNG is untouched. Signs are fixed:
+    the largest entry of each column of U is positive.
+    """
+    width = rank + OVERSAMPLE
+    if min(matrix.shape) <= max(EXACT_UP_TO, 2 * width):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            U, S, V = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
+            Vh = V.T
+    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
+    return U * signs, S, Vh * signs.T
+
+
+class CaptureRatios:
+    """Capture ratios ‖Bᵀ·g·Aᵀ‖_F / ‖g‖_F of a gradient g, gathered module by module.
+
+    Attributes:
+        modules: module name → way → ratio. Among the ways is `random`: the expected ratio of a random basis of
+            the same rank, r/√(out·in). A module without gradient has no ratio and is left out.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[str, dict[str, float]] = {}
+        self._squares: dict[str, float] = {}
+        self._total = 0.0
+
+    def add(self, name: str, g: torch.Tensor, **ways: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Measure g (out, in) of module `name` in each of `ways`: a pair B (out, r), A (r, in)."""
+        energy = float(g.square().sum())
+        if energy == 0:
+            return
+        kept = {way: float((B.to(g.dtype).T @ g @ A.to(g.dtype).T).square().sum()) for way, (B, A) in ways.items()}
+        rank = next(iter(ways.values()))[1].shape[0]
+        kept["random"] = energy * rank**2 / g.numel()
+        self.modules[name] = {way: math.sqrt(square / energy) for way, square in kept.items()}
+        self._squares = {way: self._squares.get(way, 0.0) + square for way, square in kept.items()}
+        self._total += energy
+
+    def overall(self) -> dict[str, float]:
+        """Way → ratio over all modules together (of summed squares)."""
+        return {way: math.sqrt(square / self._total) for way, square in self._squares.items()}
+
+
+def rounded(ratios: dict[str, float]) -> dict[str, float]:
+    """Ratios as they are recorded: to four digits."""
+    return {way: round(ratio, 4) for way, ratio in ratios.items()}

@@ -1,0 +1,69 @@
+"""Which modules of a network a basis is made for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import BaseModelError, SettingsError
+from .layer import LINEAR_TYPES
+from .settings import ALL_LINEAR
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_OF_A_REGEX = frozenset(r"\^$*+?()[]{}|")  # none of them is in a module name; the dot, which is, decides nothing
+
+
+def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
+    r"""The modules `targets` selects, by full name: Linear and Conv1D inside the body, never a head.
+
+    Args:
+        targets: `all-linear`; comma-separated endings of module names (`q_proj,v_proj`); or, told by any of
+            ``\^$*+?()[]{}|`` in it, one regular expression that must match a whole name, as PEFT takes it.
+
+    Raises:
+        SettingsError: an ending or the expression matches nothing, or the expression is not valid.
+        BaseModelError: a selected module shares its weight with another module of the model.
+    """
+    linear: dict[str, torch.nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{model.base_model_prefix}.")
+    }
+    known = f"Module names end in {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+    if _OF_A_REGEX & set(targets):
+        try:
+            expression = re.compile(targets)
+        except re.error as error:
+            raise SettingsError(f"targets {targets!r} is not a regular expression: {error}") from None
+        chosen = {name: module for name, module in linear.items() if expression.fullmatch(name)}
+    elif targets.strip(" ,") == ALL_LINEAR:
+        chosen = linear
+    else:
+        endings = [f".{ending.strip()}" for ending in targets.split(",") if ending.strip()]
+        for ending in endings:
+            if not any(f".{name}".endswith(ending) for name in linear):
+                raise SettingsError(f"target {ending[1:]!r} matches no module", fix=known)
+        chosen = {name: m for name, m in linear.items() if f".{name}".endswith(tuple(endings))}
+    if not chosen:
+        raise SettingsError(f"targets {targets!r} matches no module", fix=known)
+    _refuse_shared(model, chosen)
+    return chosen
+
+
+def _refuse_shared(model: PreTrainedModel, targets: Mapping[str, torch.nn.Module]) -> None:
+    """A shared weight's gradient is the sum over all its uses, while an adapter would change only one of them."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    for module in targets.values():
+        sharing = users[id(module.weight)]
+        if len(sharing) > 1:
+            raise BaseModelError(
+                f"{sharing[0]} and {sharing[1]} share one weight: there is no gradient of one alone",
+                fix="Leave both out with --targets",
+            )

@@ -1,0 +1,391 @@
+"""From rows to a basis: weights, losses, checkpointing, targets, odd models, and what the basis says it captures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lorasb_cli.main import app
+from torch import nn
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from lorasb_export.artifact import Basis
+from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.batches import IGNORE, Encoded, collate
+from lorasb_export.calibrate import calibrate
+from lorasb_export.capture import capture, recorded
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.errors import BaseModelError, DataError, SettingsError
+from lorasb_export.gradients import draw, gradient_sums, gradients_of_rows
+from lorasb_export.inspection import inspect_folder
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.subspace import CaptureRatios
+from lorasb_export.targets import find_targets
+from tests.conftest import write_splits
+from tests.tiny import make_gpt2
+
+PAD = 2
+ROWS = 13
+Sums = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task folder unlike `sums`: long answers of different lengths."""
+    folder = tmp_path_factory.mktemp("data") / "products"
+    rows = [{"prompt": f"{a}*{b}=", "completion": "x" * a + str(a * b)} for a in range(1, 8) for b in range(8)]
+    write_splits(folder, {"train": rows})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(llama: Path) -> BaseModel:
+    return BaseModel.resolve(llama)
+
+
+@pytest.fixture(scope="module")
+def network(base: BaseModel) -> PreTrainedModel:
+    return base.load(dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def rows(base: BaseModel, products: Path) -> list[Encoded]:
+    task = load_task("products", products)
+    return draw(task, base.load_tokenizer(), [], CalibrationSettings(samples=ROWS))
+
+
+def sums_of(network: PreTrainedModel, rows: list[Encoded], **changed: Any) -> Sums:
+    targets = find_targets(network, "all-linear")
+    return gradients_of_rows(network, targets, rows, PAD, CalibrationSettings(**changed))
+
+
+def plain(network: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Sums:
+    """What autograd says without any of our machinery."""
+    targets = find_targets(network, "all-linear")
+    network.requires_grad_(True)
+    loss().backward()
+    found = {name: module.weight.grad.clone() for name, module in targets.items()}
+    network.requires_grad_(False)
+    network.zero_grad()
+    return found
+
+
+def token_losses(network: PreTrainedModel, row: Encoded) -> torch.Tensor:
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    losses = nn.functional.cross_entropy(network(ids).logits[0, :-1], labels[1:], ignore_index=IGNORE, reduction="none")
+    return losses[labels[1:] != IGNORE]
+
+
+def assert_equal(found: Sums, expected: Sums, tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+# --- the loss of a row ----------------------------------------------------------------------------------------------
+
+
+def test_sample_loss_is_that_of_plain_autograd(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    """The base's lm_head is tied to its embeddings, which are no target: nothing of theirs leaks into a sum."""
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    expected = plain(network, lambda: torch.stack([token_losses(network, row).mean() for row in rows]).sum())
+    assert_equal(sums_of(network, rows), expected)
+
+
+def test_token_loss_counts_every_token_the_same(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    expected = plain(network, lambda: ROWS * torch.cat([token_losses(network, row) for row in rows]).mean())
+    found = sums_of(network, rows, loss="token")
+    assert_equal(found, expected)
+    name = next(iter(found))
+    assert (found[name] - sums_of(network, rows)[name]).norm() > 0.01 * found[name].norm()
+
+
+@pytest.mark.parametrize("loss", ["sample", "token"])
+def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrainedModel, rows: list[Encoded]) -> None:
+    one_by_one = sums_of(network, rows, loss=loss, batch_size=1)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [rows[i] for i in order]
+    for other in (
+        sums_of(network, rows, loss=loss, batch_size=3),
+        sums_of(network, rows, loss=loss, batch_size=8),
+        sums_of(network, shuffled, loss=loss, batch_size=3),
+    ):
+        assert_equal(other, one_by_one)
+    longer = collate([*rows, {"input_ids": [5] * 40, "labels": [IGNORE] * 39 + [5]}], PAD)
+    padded = {key: value[:-1] if torch.is_tensor(value) else value for key, value in longer.items()}
+    assert padded["input_ids"].shape == (ROWS, 40)
+    assert_equal(gradient_sums(network, find_targets(network, "all-linear"), [padded], loss=loss), one_by_one)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(SettingsError, match="loss is 'tokens'"):
+        CalibrationSettings(loss="tokens")
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_multiplies_the_losses_of_a_task(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    mine, others = rows[:5], rows[5:]
+    targets, settings = find_targets(network, "all-linear"), CalibrationSettings(batch_size=3)
+    weighted = gradients_of_rows(network, targets, rows, PAD, settings, [2.5] * 5 + [1.0] * (ROWS - 5))
+    first, second = sums_of(network, mine), sums_of(network, others)
+    assert_equal(weighted, {name: 2.5 * first[name] + second[name] for name in first})
+
+
+def test_weights_of_a_mixture(base: BaseModel, sums: Path, products: Path) -> None:
+    network, data = base.load(), {"a": sums, "b": products}
+    settings = CalibrationSettings(rank=4, samples=8, capture=False)
+    plain = calibrate(base, data, settings, network=network)
+    assert [source["weight"] for source in plain.calibration["data"]] == [1.0, 1.0]
+    assert calibrate(base, data, settings, weights={"a": 1, "b": 1.0}, network=network).sha256 == plain.sha256
+    heavy = calibrate(base, data, settings, weights={"a": 20}, network=network)
+    assert [source["weight"] for source in heavy.calibration["data"]] == [20.0, 1.0]
+    task = load_task("a", sums)
+    assert capture(base, network, heavy, task)["basis"] > capture(base, network, plain, task)["basis"]
+    with pytest.raises(SettingsError, match=r"a weight for 'c', which is no task.*a, b"):
+        calibrate(base, data, settings, weights={"c": 1.0}, network=network)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(SettingsError, match="weight of task a"):
+            calibrate(base, data, settings, weights={"a": wrong}, network=network)
+
+
+def test_a_task_is_called_as_in_the_mixture(base: BaseModel, sums: Path) -> None:
+    """Two names for the same loaded data are two tasks, and neither loses its rows."""
+    task = load_task("sums", sums)
+    basis = calibrate(base, {"a": task, "b": task}, CalibrationSettings(rank=4, samples=4, capture=False))
+    assert [(source["name"], source["rows"]) for source in basis.calibration["data"]] == [("a", 4), ("b", 4)]
+
+
+def test_tasks_of_different_kinds_are_refused(base: BaseModel, sums: Path, parity: Path) -> None:
+    with pytest.raises(DataError, match="the tasks mix"):
+        calibrate(base, {"a": sums, "b": parity})
+    numbered = TaskData("n", "memory", SEQ_CLS, {"train": [{"text": "x", "label": 1}]}, "0")
+    with pytest.raises(DataError, match="names, of others numbers"):
+        calibrate(base, {"a": parity, "n": numbered})
+
+
+# --- gradient checkpointing -----------------------------------------------------------------------------------------
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that forward keeps for backward, each storage once; a checkpoint's own are not kept."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(storages.values())
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    expected = sums_of(network, rows)
+    assert_equal(sums_of(network, rows, gradient_checkpointing=True), expected)
+    less = saved_bytes(lambda: sums_of(network, rows, gradient_checkpointing=True, batch_size=ROWS))
+    more = saved_bytes(lambda: sums_of(network, rows, batch_size=ROWS))
+    assert less < 0.6 * more
+
+
+def test_checkpointing_leaves_the_network_as_it_was(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    layer = network.model.layers[0]
+    seen: list[bool | None] = []
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(network.config.use_cache))
+    targets = find_targets(network, "all-linear")
+    good = collate(rows[:2], PAD)
+    broken = {**good, "labels": good["labels"].repeat(2, 1)}  # fails after the forward pass
+    for batch, outcome in ((good, nullcontext()), (broken, pytest.raises((ValueError, RuntimeError)))):
+        with outcome:
+            gradient_sums(network, targets, [batch], gradient_checkpointing=True)
+        assert "forward" not in vars(layer)
+        assert network.config.use_cache is True
+        assert not network.training
+        assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+    handle.remove()
+    assert set(seen) == {False}
+
+
+def test_a_network_that_checkpoints_already_goes_on_doing_so(base: BaseModel, rows: list[Encoded]) -> None:
+    network = base.load(dtype="float64")
+    calls: list[object] = []
+    network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    expected = sums_of(network, rows, batch_size=ROWS)
+    assert len(calls) == 1
+    network.gradient_checkpointing_enable()
+    assert_equal(sums_of(network, rows, batch_size=ROWS), expected)
+    assert len(calls) == 3  # once forward, once more in backward
+    assert network.is_gradient_checkpointing
+
+
+def test_a_model_that_cannot_checkpoint_is_refused(
+    base: BaseModel, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = base.load()
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    with pytest.raises(SettingsError, match="does not support gradient checkpointing"):
+        sums_of(network, rows, gradient_checkpointing=True)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_regular_expression(network: PreTrainedModel) -> None:
+    found = find_targets(network, r"model\.layers\.1\.(self_attn\.[qk]_proj|mlp\.up_proj)")
+    assert {name.removeprefix("model.layers.1.") for name in found} == {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "mlp.up_proj",
+    }
+    assert len(find_targets(network, r".*_proj|lm_head")) == 14  # never a head
+    with pytest.raises(SettingsError, match="not a regular expression"):
+        find_targets(network, "model.(layers")
+    for nothing in (r"q_proj$", "", ","):  # a regular expression matches whole names
+        with pytest.raises(SettingsError, match=r"matches no module.*down_proj, gate_proj"):
+            find_targets(network, nothing)
+
+
+def test_targets_that_share_a_weight_are_refused(base: BaseModel) -> None:
+    network = base.load()
+    first, second = network.model.layers
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    with pytest.raises(BaseModelError, match=r"0\.self_attn\.q_proj and .*1\.self_attn\.q_proj share.*--targets"):
+        find_targets(network, "all-linear")
+    assert len(find_targets(network, "k_proj,v_proj,o_proj,mlp.up_proj")) == 8
+    second.self_attn.q_proj = first.self_attn.q_proj  # the same module at two places
+    with pytest.raises(BaseModelError, match="share one weight"):
+        find_targets(network, "q_proj")
+
+
+# --- odd models -----------------------------------------------------------------------------------------------------
+
+
+def test_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> None:
+    network = BaseModel.resolve(make_gpt2(tmp_path / "gpt2")).load(dtype="float64")
+    expected = plain(network, lambda: torch.stack([token_losses(network, row).mean() for row in rows]).sum())
+    found = sums_of(network, rows)
+    assert_equal(found, {name: gradient.T for name, gradient in expected.items()})
+    assert found["transformer.h.0.attn.c_attn"].shape == (96, 32)  # (out, in)
+
+
+def test_biases_and_the_head_are_left_alone(bert: Path, parity: Path) -> None:
+    base = BaseModel.resolve(bert)
+    network = base.load(SEQ_CLS, num_labels=2)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    basis = calibrate(base, {"parity": parity}, CalibrationSettings(rank=4, samples=8), network=network)
+    assert len(basis.modules) == 13  # six in each layer and the pooler, not the head
+    assert not any("classifier" in name for name in basis.modules)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_full_rank_keeps_everything(base: BaseModel, sums: Path) -> None:
+    """r = min(out, in) for the square modules: the whole gradient is captured."""
+    settings = CalibrationSettings(rank=32, samples=8, targets="self_attn.q_proj,o_proj")
+    basis = calibrate(base, {"sums": sums}, settings)
+    for module in basis.modules.values():
+        assert (module.B.T @ module.B - torch.eye(32)).abs().max() < 1e-5
+    assert basis.calibration["capture"]["basis"] == pytest.approx(1.0, abs=1e-4)
+    assert basis.calibration["capture"]["random"] == 1.0
+
+
+# --- what is captured -----------------------------------------------------------------------------------------------
+
+
+def test_capture_of_a_single_task_is_its_own(base: BaseModel, sums: Path) -> None:
+    task, network = load_task("sums", sums), base.load()
+    basis = calibrate(base, {"sums": task}, CalibrationSettings(rank=4, capture=False), network=network)
+    found, measured = basis.calibration["capture"], capture(base, network, basis, task)
+    assert found["tasks"]["sums"] == {
+        "sha256": task.sha256,
+        "rows": 32,
+        "basis": found["basis"],
+        "own": found["basis"],
+        "random": found["random"],
+    }
+    assert found["basis"] == pytest.approx(measured["basis"], abs=1e-3)
+    assert found["modules"].keys() == basis.modules.keys()
+    for name, ratios in found["modules"].items():
+        assert ratios["basis"] == pytest.approx(measured["modules"][name]["basis"], abs=1e-3)
+        assert ratios["random"] == pytest.approx(measured["modules"][name]["random"], abs=1e-4)
+    assert recorded(basis, task) == {way: found["tasks"]["sums"][way] for way in ("basis", "own", "random")}
+
+
+def test_capture_of_a_mixture_is_measured_task_by_task(
+    base: BaseModel, sums: Path, products: Path, tmp_path: Path
+) -> None:
+    tasks, network = [load_task("sums", sums), load_task("products", products)], base.load()
+    settings = CalibrationSettings(rank=4, samples=32)
+    calibrate(base, {task.name: task for task in tasks}, settings, network=network).save(tmp_path / "basis")
+    basis = Basis.load(tmp_path / "basis")
+    assert json.loads((tmp_path / "basis" / "basis_config.json").read_text())["calibration"] == basis.calibration
+    for task in tasks:
+        measured, found = capture(base, network, basis, task), recorded(basis, task)
+        assert found == {way: round(measured[way], 4) for way in ("basis", "own", "random")}
+        assert found["random"] < found["basis"] < found["own"]
+    assert recorded(basis, replace(tasks[0], sha256="another")) is None
+    without = calibrate(base, {task.name: task for task in tasks}, replace(settings, capture=False), network=network)
+    assert without.sha256 == basis.sha256
+    assert without.calibration["capture"]["tasks"] == {}
+    assert recorded(without, tasks[0]) is None
+
+
+def test_capture_of_a_mixture_of_classes(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """Each task is measured with the head of the mixture, whose classes are those of all tasks."""
+    write_splits(tmp_path / "c", {"train": [{"text": f"{i}", "label": f"label{i % 3}"} for i in range(9)]})
+    basis = calibrate(str(bert), {"parity": parity, "c": tmp_path / "c"}, CalibrationSettings(rank=4, samples=8))
+    assert basis.calibration["capture"]["tasks"]["c"]["rows"] == 8
+
+
+def test_a_module_that_a_task_does_not_use_has_no_ratio() -> None:
+    ratios, eye = CaptureRatios(), torch.eye(4)
+    ratios.add("used", torch.ones(4, 4), basis=(eye[:, :2], eye[:2]))
+    ratios.add("unused", torch.zeros(4, 4), basis=(eye[:, :2], eye[:2]))
+    assert ratios.modules == {"used": {"basis": 0.5, "random": 0.5}}
+    assert ratios.overall() == {"basis": 0.5, "random": 0.5}
+
+
+# --- on the command line --------------------------------------------------------------------------------------------
+
+
+def lorasb(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_calibrate_and_inspect(llama: Path, sums: Path, products: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "basis")
+    words = ["calibrate", "--model", str(llama), "--data", f"a={sums}", "--data", f"b={products}", "--out", folder]
+    options = ["--rank", "4", "--samples", "8", "--loss", "token", "--weight", "b=2", "--gradient-checkpointing"]
+    found = json.loads(lorasb(*words, *options, "--json"))
+    calibration = Basis.load(folder).calibration
+    assert [source["weight"] for source in calibration["data"]] == [1.0, 2.0]
+    assert (calibration["loss"], calibration["gradient_checkpointing"]) == ("token", True)
+    assert found["capture"] == {key: calibration["capture"][key] for key in ("basis", "random", "tasks")}
+
+    text = lorasb(*words, *options, "--overwrite")
+    assert [line.split()[0] for line in text.splitlines()[-4:]] == ["task", "a", "b", "all"]
+    assert "%" in text
+    text = lorasb(*words, *options, "--overwrite", "--no-capture")
+    assert [line.split()[0] for line in text.splitlines()[-2:]] == ["task", "all"]
+
+    shown = inspect_folder(folder)["recorded_capture"]
+    assert shown["basis"] == calibration["capture"]["basis"]
+    assert set(shown["by_module"]["basis"]) == {"min", "mean", "max"}
+    measured = inspect_folder(folder, data=str(sums))["capture"]
+    assert measured["by_module"]["own"]["min"] <= measured["own"] <= measured["by_module"]["own"]["max"]
+    assert "from" in lorasb("inspect", folder, "--data", str(sums))
+
+
+def test_wrong_weights_on_the_command_line() -> None:
+    for wrong in ("a", "a=", "a=heavy"):
+        done = CliRunner().invoke(app, ["calibrate", "--model", "m", "--data", "a=d", "--weight", wrong])
+        assert done.exit_code == 2

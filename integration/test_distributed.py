@@ -1,0 +1,90 @@
+"""Several processes under torchrun, on a CPU (gloo), against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lorasb_export.artifact import Basis
+from lorasb_export.base import BaseModel
+from lorasb_export.calibrate import calibrate
+from lorasb_export.data import load_task
+from lorasb_export.gradients import draw, gradients_of_rows
+from lorasb_export.project import Project
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.targets import find_targets
+from tests.conftest import write_splits
+from tests.tiny import make_llama
+
+PROJECT = """
+model = "llama"
+[basis]
+rank = 4
+samples = 13
+reduction = "raw"
+loss = "token"
+batch_size = 3
+dtype = "float64"
+[tasks.a]
+data = "data"
+"""
+CALIBRATE = """
+import sys
+from pathlib import Path
+import torch
+from integration.test_distributed import sums_of
+from lorasb_cli.main import main
+from lorasb_export import distributed
+
+distributed.start()
+assert distributed.world() == 2
+torch.save([sums_of(Path.cwd(), rows) for rows in (13, 1)], f"sums-{distributed.rank()}.pt")
+sys.argv = ["lorasb", "calibrate", "--json"]
+main()
+"""
+
+
+def torchrun(script: str, folder: Path) -> str:
+    """What two processes of `script` print in `folder`."""
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
+    base = BaseModel.resolve(folder / "llama")
+    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    settings = CalibrationSettings(samples=rows, loss="token", batch_size=3)
+    drawn = draw(load_task("a", folder / "data"), tokenizer, [], settings)
+    return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, tokenizer.pad_token_id, settings)
+
+
+def test_calibrate_in_two_processes(tmp_path: Path) -> None:
+    """They share 13 rows, and 1 row, of which the second process has none; then the verb writes one basis."""
+    make_llama(tmp_path / "llama")
+    rows = [{"prompt": f"{a}+{b}=", "completion": "x" * a + str(a + b)} for a in range(1, 6) for b in range(5)]
+    write_splits(tmp_path / "data", {"train": rows})
+    (tmp_path / "lorasb.toml").write_text(PROJECT)
+    printed = json.loads(torchrun(CALIBRATE, tmp_path))  # one object, from one of them
+
+    saved = [torch.load(tmp_path / f"sums-{rank}.pt") for rank in (0, 1)]
+    for number, expected in enumerate(sums_of(tmp_path, rows) for rows in (13, 1)):
+        for name, gradient in expected.items():
+            for sums in saved:
+                assert (sums[number][name] - gradient).norm() <= 1e-6 * gradient.norm()
+
+    basis = Basis.load(tmp_path / "basis")
+    settings = CalibrationSettings(**Project.load(tmp_path / "lorasb.toml").calibration)
+    alone = calibrate(str(tmp_path / "llama"), {"a": tmp_path / "data"}, settings)
+    assert printed["sha256"] == basis.sha256
+    assert basis.calibration["samples"] == 13
+    for name, module in alone.modules.items():
+        assert torch.allclose(basis.modules[name].S, module.S, rtol=1e-6)

@@ -1,20 +1,29 @@
-"""Whole processes timed in alternation, so that a machine whose speed drifts slows all of them alike."""
+"""Processes and calls timed in alternation, so that a machine whose speed drifts slows all of them alike."""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 
 def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each command, `rounds` times after one warm-up that is not counted: name → times."""
-    times: dict[str, list[float]] = {name: [] for name in commands}
+    """Wall seconds of each command, as `alternate_calls` measures them."""
+    return alternate_calls(
+        {name: partial(subprocess.run, command, check=True, capture_output=True) for name, command in commands.items()},
+        rounds,
+    )
+
+
+def alternate_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each call, `rounds` times after one warm-up that is not counted: name → times."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for counted in [False] + [True] * rounds:
-        for name, command in commands.items():
+        for name, call in calls.items():
             started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
+            call()
             if counted:
                 times[name].append(time.perf_counter() - started)
     return times

@@ -1,0 +1,99 @@
+"""What do the gradient sums of `calibrate` cost beside the bare forward and backward passes they are made of?"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.batches import collate, row_losses
+from lorasb_export.data import TaskData
+from lorasb_export.gradients import draw, gradient_sums
+from lorasb_export.quickstart.model import small_model
+from lorasb_export.quickstart.tasks import TASKS
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.subspace import reduced, truncated_svd
+from lorasb_export.targets import find_targets
+
+from .measure import alternate_calls, print_table, ratio
+
+Batches = list[dict[str, Any]]
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    rows, rounds = (16, 2) if quick else (32, 10)
+    network, targets, batches = _ready(rows)
+    kept: dict[str, torch.Tensor] = {}
+    times = alternate_calls(
+        {
+            "gradient_sums": lambda: kept.update(gradient_sums(network, targets, batches)),
+            "bare passes": lambda: _bare(network, targets, batches),
+        },
+        rounds,
+    )
+    started = time.perf_counter()
+    for gradient in kept.values():
+        truncated_svd(reduced(gradient, "sign"), CalibrationSettings.rank, 0)
+    svd = time.perf_counter() - started
+    print_table(times)
+    child = subprocess.run(
+        [sys.executable, "-m", __name__, str(rows)], check=True, stdout=subprocess.PIPE, text=True
+    )  # a fresh process: the peak of this one has seen everything above
+    return {
+        "calibrate_seconds": round(statistics.median(times["gradient_sums"]), 3),
+        "calibrate_ratio_bare": ratio(*times.values()),
+        "calibrate_extra_mb": json.loads(child.stdout),
+        "target_gradients_mb": round(sum(gradient.nbytes for gradient in kept.values()) / 1e6, 1),
+        "svd_seconds": round(svd, 3),
+    }
+
+
+def _ready(rows: int) -> tuple[PreTrainedModel, dict[str, torch.nn.Module], Batches]:
+    """SmolLM2-135M in fp32, its targets, and batches of rows of the quickstart's two tasks."""
+    rng = random.Random(0)
+    made = [make(rng) for make in TASKS.values() for _ in range(rows // len(TASKS))]
+    base, settings = BaseModel.resolve(small_model()), CalibrationSettings(samples=rows)
+    network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
+    drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), tokenizer, [], settings)
+    size = settings.batch_size
+    batches = [collate(drawn[i : i + size], tokenizer.pad_token_id) for i in range(0, len(drawn), size)]
+    return network, find_targets(network, settings.targets), batches
+
+
+def _bare(network: PreTrainedModel, targets: dict[str, torch.nn.Module], batches: Batches) -> None:
+    """The same passes, with gradients of the same weights, which are dropped after each batch."""
+    for module in targets.values():
+        module.weight.requires_grad_(True)
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        losses, counts = row_losses(network(**inputs, use_cache=False).logits, batch["labels"])
+        (losses / counts).sum().backward()
+        network.zero_grad(set_to_none=True)
+    network.requires_grad_(False)
+
+
+def _extra_mb(rows: int) -> float:
+    """Peak resident memory of `gradient_sums` above what the loaded model takes."""
+    network, targets, batches = _ready(rows)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    before = _status("VmRSS")
+    gradient_sums(network, targets, batches)
+    return round((_status("VmHWM") - before) / 1000, 1)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(_extra_mb(int(sys.argv[1]))))

@@ -71,7 +71,7 @@ def is_hub_id(name: object) -> bool:
 def basis_card(config: Mapping[str, Any], name: str = HERE) -> str:
     """The card of a basis folder from its basis_config.json; `name` is what a reader loads it by."""
     base, calibration = config["base_model"], dict(config["calibration"])
-    energy = calibration.pop("energy", None)
+    energy, capture = calibration.pop("energy", None), calibration.pop("capture", {})
     if isinstance(energy, Mapping) and energy:
         calibration["energy captured, mean of modules"] = sum(energy.values()) / len(energy)
     body = f"""# LoRA-SB basis
@@ -86,7 +86,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({_source(base)})
 adapter = Adapter.attach(model, Basis.load("{name}"))  # train it, then adapter.save("folder")
 ```
-{_table("Calibration", calibration)}"""
+{_table("Calibration", calibration)}{_capture(capture)}"""
     provenance = {"sha256": config["sha256"], "base": base, "created with": config["created_with"]}
     return _card(body, provenance, "lorasb", base, "adapter", None, ["basis"])
 
@@ -244,6 +244,14 @@ def _shown(value: object) -> str:
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
     return _grid(title, ["key", "value"], _flat(values).items())
+
+
+def _capture(capture: Mapping[str, Any]) -> str:
+    """A table of the tasks the basis was calibrated on: which share of each one's gradient it captures."""
+    columns = ["rows", "basis", "own", "random"]
+    tasks = capture.get("tasks", {})
+    rows = [[name, *(found.get(column, "") for column in columns)] for name, found in tasks.items()]
+    return _grid("Share of a task's gradient captured", ["task", *columns], rows)
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:

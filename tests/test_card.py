@@ -96,8 +96,13 @@ def test_a_classifier_names_its_class_and_labels() -> None:
     assert 'from_pretrained("owner/base", revision="abc", num_labels=2)' in text
 
 
-def test_energy_is_summarized() -> None:
-    assert "| energy captured, mean of modules | 0.5 |" in card.basis_card(BASIS)
+def test_energy_and_capture_are_summarized() -> None:
+    found = {"sha256": "0" * 64, "rows": 9, "basis": 0.5, "own": 0.6, "random": 0.1}
+    capture = {"basis": 0.5, "random": 0.1, "tasks": {"dates": found}, "modules": {"a": {"basis": 0.5, "random": 0.1}}}
+    text = card.basis_card({**BASIS, "calibration": {**BASIS["calibration"], "capture": capture}})
+    assert "| energy captured, mean of modules | 0.5 |" in text
+    assert "| dates | 9 | 0.5 | 0.6 | 0.1 |" in text
+    assert "capture." not in text
 
 
 def test_missing_provenance_is_left_out() -> None:

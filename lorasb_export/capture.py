@@ -29,7 +29,8 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     """The capture ratio ‖Bᵀ·g·Aᵀ‖_F / ‖g‖_F of the task's gradient g at W0, over rows drawn from its training split.
 
     Beside it stand what a random basis of this rank captures (the expected value, r/√(out·in)), and what the
-    task's own would: one calibrated on these very rows, so an upper bound.
+    task's own would: one calibrated on these very rows. For a `raw` basis that is an upper bound; for a `sign`
+    basis another one can come out a little above it.
 
     Args:
         network: the loaded base; an adapter on it is taken off.

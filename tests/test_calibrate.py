@@ -329,7 +329,7 @@ def test_capture_of_a_mixture_is_measured_task_by_task(
     for task in tasks:
         measured, found = capture(base, network, basis, task), recorded(basis, task)
         assert found == {way: round(measured[way], 4) for way in ("basis", "own", "random")}
-        assert found["random"] < found["basis"] < found["own"]
+        assert found["random"] < min(found["basis"], found["own"])
     assert recorded(basis, replace(tasks[0], sha256="another")) is None
     without = calibrate(base, {task.name: task for task in tasks}, replace(settings, capture=False), network=network)
     assert without.sha256 == basis.sha256

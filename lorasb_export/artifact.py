@@ -246,8 +246,12 @@ class Adapter:
         return {f"{name}.R": R for name, R in sorted(self.R.items())} | dict(self.head)
 
     def tensor_bytes(self) -> bytes:
-        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block."""
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.tensors().items()}
+        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block.
+
+        Of a model that FSDP2 shards, every process has to come here: R is gathered from all.
+        """
+        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in self.tensors().items()}
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in whole.items()}
         return serialize(tensors, {"format": "pt"})
 
     def save(self, folder: str | Path, *, overwrite: bool = False, embed: bool = False) -> None:

@@ -5,7 +5,7 @@ Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +58,11 @@ class _LoRASBFunction(torch.autograd.Function):
         scaling: float,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        y = linear(x, weight, bias)
-        u = linear(x, A)
+        dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
+        y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        u = linear(x, A.to(dtype))
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
-        y.view(-1, y.shape[-1]).addmm_(v.to(x.dtype).view(-1, v.shape[-1]), B.T, alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(v.to(dtype).view(-1, v.shape[-1]), B.to(dtype).T, alpha=scaling)
         ctx.save_for_backward(u, weight, B, R, A, rows)
         ctx.scaling = scaling
         return y
@@ -69,14 +70,16 @@ class _LoRASBFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, weight, B, R, A, rows = ctx.saved_tensors
+        dtype = u.dtype
         grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
-        v = (ctx.scaling * (grad @ B).to(R.dtype)).view(u.shape)
-        grad_x = grad_R = None
-        if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
-            grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
-        if ctx.needs_input_grad[0]:
-            grad_u = (v @ _of_rows(R, rows)).to(grad.dtype)
-            grad_x = (grad @ weight).addmm_(grad_u.view(-1, u.shape[-1]), A).view(*u.shape[:-1], -1)
+        with torch.autocast(grad.device.type, enabled=False):
+            v = (ctx.scaling * (grad @ B.to(dtype)).to(R.dtype)).view(u.shape)
+            grad_x = grad_R = None
+            if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
+                grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
+            if ctx.needs_input_grad[0]:
+                grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
+                grad_x = (grad @ weight.to(dtype)).addmm_(grad_u, A.to(dtype)).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None, None
 
 
@@ -121,21 +124,34 @@ class LoRASBLinear(nn.Module):
         return self._forward(x, rows) if x.dim() == 3 else self._forward(x.unsqueeze(1), rows).squeeze(1)
 
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, B, A = weight_of(self.base), self.base.bias, self.B, self.A
-        if not torch.is_autocast_enabled(x.device.type):
-            y: torch.Tensor = _LoRASBFunction.apply(x, weight, bias, B, self.R, A, self.scaling, rows)
-            return y
-        dtype = torch.get_autocast_dtype(x.device.type)
-        bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):  # in-place products do not autocast
-            return _LoRASBFunction.apply(
-                x.to(dtype), weight.to(dtype), bias, B.to(dtype), self.R, A.to(dtype), self.scaling, rows
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):  # in-place products do not autocast
+            y: torch.Tensor = _LoRASBFunction.apply(
+                x.to(dtype), weight_of(self.base), self.base.bias, self.B, self.R, self.A, self.scaling, rows
             )
+        return y
 
     def delta(self) -> torch.Tensor:
         """The update s·B·R·A, (out, in), in R's dtype."""
         dtype = self.R.dtype
         return self.scaling * (self.B.to(dtype) @ self.R @ self.A.to(dtype))
+
+
+class LiveR(Mapping[str, nn.Parameter]):
+    """module name → the R that is on the model now: FSDP2 puts another parameter in the place of the one it shards."""
+
+    def __init__(self, layers: Mapping[str, LoRASBLinear]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._layers[name].R
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def inject(
@@ -144,7 +160,7 @@ def inject(
     R: Mapping[str, torch.Tensor],
     scaling: float,
     route: Route | None = None,
-) -> dict[str, nn.Parameter]:
+) -> LiveR:
     """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
 
     Args:
@@ -167,12 +183,12 @@ def inject(
         if shape != (module.B.shape[0], module.A.shape[1]):
             raise ArtifactError(f"module {name} is {shape}, the basis was made for another shape")
     model.requires_grad_(False)
-    live = {}
+    layers = {}
     for name, module in factors.items():
         wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
         _replace(model, name, wrapped)
-        live[name] = wrapped.R
-    return live
+        layers[name] = wrapped
+    return LiveR(layers)
 
 
 def remove(model: nn.Module) -> None:

@@ -44,14 +44,18 @@ class Stack:
         self._route = layer.Route()
         start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
         live = layer.inject(model, basis.modules, start, first.scaling, self._route)
+        self.layers = [live[name] for name in basis.modules]
         with torch.no_grad():
-            self.values = torch.stack(list(live.values()), dim=1)  # one adapter's R lie together
-        for place, parameter in enumerate(live.values()):
-            parameter.data = self.values[:, place]
+            self.values = torch.stack(self.layers, dim=1)  # one adapter's R lie together
+        self.bind()
         for k, adapter in enumerate(adapters.values()):
-            adapter.R = {name: self.values[k, place] for place, name in enumerate(live)}
-        self.layers = list(live.values())
+            adapter.R = {name: self.values[k, place] for place, name in enumerate(basis.modules)}
         self.use(self.names[0])
+
+    def bind(self) -> None:
+        """Make the layers' parameters views of `values` (again: `model.to` may have copied them)."""
+        for place, parameter in enumerate(self.layers):
+            parameter.data = self.values[:, place]
 
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.

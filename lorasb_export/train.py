@@ -183,6 +183,7 @@ class _Run:
             if distributed.is_main() and not (resume and self.outs[k].exists()):  # written before the interruption
                 self._write(trainer, k, identity, overwrite)
             adapter.folder = self.outs[k]
+            adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
         distributed.wait()
         if distributed.is_main():
             shutil.rmtree(self.folder)

@@ -147,9 +147,9 @@ class RTrainer(Trainer):
                 self.accelerator.backward(weighted.sum())
             losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
         if self.stack:
+            gradients = torch.stack([layer.grad for layer in self.stack.layers], dim=1)  # type: ignore[misc]
             for k, (parameter,) in enumerate(self._parameters):  # without a gradient AdamW leaves a task alone
-                active = k in inputs["active"]
-                parameter.grad = torch.stack([R.grad[k] for R in self.stack.layers]) if active else None  # type: ignore[index]
+                parameter.grad = gradients[k] if k in inputs["active"] else None
         step = torch.full_like(self._bad_step, inputs["step"])
         self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
         self._losses += losses
@@ -173,6 +173,8 @@ class RTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Each task's rate by its own number of steps."""
+        if self.stack:
+            self.stack.bind()  # the model has been prepared, and maybe copied
         factors = [_rate(self.settings, run.order.steps) for run in self.runs]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factors)  # type: ignore[arg-type]
         self._created_lr_scheduler = True
@@ -354,6 +356,7 @@ def _rate(settings: FitSettings, steps: int) -> Any:
 def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
+        use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
         run_name=name,
         max_steps=steps,
         per_device_train_batch_size=1,  # an item of the dataset is a whole optimizer step
@@ -369,6 +372,8 @@ def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> Tr
         save_total_limit=2,  # the newest may be incomplete when the process is killed
         seed=settings.seed,
         report_to=settings.report_to,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # B and A, before every forward pass
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,

@@ -116,22 +116,29 @@ def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis:
     assert Adapter.load(out).training["steps"] == 12
 
 
-def test_ctrl_c_in_the_middle_leaves_a_resumable_run(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
-    out = basis.parent / "interrupted" / "a"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_middle_leaves_a_resumable_run(
+    number: signal.Signals, code: int, llama: Path, sums: Path, basis: Path, tmp_path: Path
+) -> None:
+    """After Ctrl-C there is the last checkpoint; SIGTERM saves one of the step at hand first."""
+    out = basis.parent / f"interrupted-{code}" / "a"
     command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
-    command += ["--data", str(sums), "--out", str(out), "--checkpoint-every", "2", "--max-steps", "100000"]
+    command += ["--data", str(sums), "--out", str(out), "--checkpoint-every", "50", "--max-steps", "100000"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     for _ in range(600):
         if list(out.parent.glob(".a.run/checkpoint-*/complete.json")):
             break
         time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, messages = child.communicate(timeout=60)
-    assert child.returncode == 130, messages
+    assert child.returncode == code, messages
     assert "Traceback" not in messages
     assert "--resume" in messages
     assert not out.exists()
-    assert list(out.parent.glob(".a.run/checkpoint-*/complete.json"))
+    steps = [int(path.parent.name.split("-")[1]) for path in out.parent.glob(".a.run/checkpoint-*/complete.json")]
+    assert steps
+    if number == signal.SIGTERM:
+        assert max(steps) % 50 or len(steps) > 1  # one at the step the signal met
 
 
 def test_a_diverging_run_is_stopped_and_named(llama: Path, sums: Path, basis: Path) -> None:

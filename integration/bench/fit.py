@@ -173,8 +173,9 @@ def together(rounds: int) -> dict[str, list[float]]:
 
         def run() -> None:
             model(input_ids=ids, labels=ids).loss.backward()
+            gradients = torch.stack([layer.grad for layer in stack.layers], dim=1)  # type: ignore[misc]
             for k, optimizer in enumerate(optimizers):
-                values[k].grad = torch.stack([R.grad[k] for R in stack.layers])  # type: ignore[index]
+                values[k].grad = gradients[k]
                 optimizer.step()
                 optimizer.zero_grad()
             model.zero_grad()
@@ -218,7 +219,12 @@ def run(*, quick: bool) -> dict[str, Any]:
     ids = torch.randint(0, 49152, (2, 128) if quick else (4, 256))
     rounds = 3 if quick else 9
     full, half = torch.float32, torch.bfloat16
-    models = {"ours r=64": ours(full), "PEFT r=64": peft(full), "PEFT r=32": peft(full, 32), "frozen floor": floor(full)}
+    models = {
+        "ours r=64": ours(full),
+        "PEFT r=64": peft(full),
+        "PEFT r=32": peft(full, 32),
+        "frozen floor": floor(full),
+    }
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
     times = timed({name: Variant(model) for name, model in models.items()}, ids, rounds)
     del models

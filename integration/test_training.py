@@ -1,0 +1,102 @@
+"""Training in several processes under torchrun, on a CPU (gloo): the same R as in one, and a killed worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lorasb_export import Adapter, calibrate
+from lorasb_export.settings import CalibrationSettings
+from tests.conftest import write_splits
+from tests.tiny import make_llama
+
+PROJECT = """
+model = "llama"
+[fit]
+batch_size = 4
+epochs = 2
+learning_rate = 1e-2
+dtype = "float64"
+checkpoint_every = 3
+[tasks.plus]
+data = "plus"
+[tasks.minus]
+data = "minus"
+"""
+WORLD = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorasb_cli"]
+ALONE = [sys.executable, "-m", "lorasb_cli"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    make_llama(tmp_path / "llama")
+    for name, sign in (("plus", 1), ("minus", -1)):
+        rows = [{"prompt": f"{a}{name}{b}=", "completion": str(a + sign * b)} for a in range(5) for b in range(5)]
+        write_splits(tmp_path / name, {"train": rows[:17], "valid": rows[17:]})
+    data = {name: tmp_path / name for name in ("plus", "minus")}
+    calibrate(str(tmp_path / "llama"), data, CalibrationSettings(rank=4, dtype="float64")).save(tmp_path / "basis")
+    (tmp_path / "lorasb.toml").write_text(PROJECT)
+    return tmp_path
+
+
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(command: list[str], folder: Path) -> str:
+    child = start(command, folder)
+    printed, messages = child.communicate(timeout=300)
+    assert child.returncode == 0, messages
+    return printed
+
+
+def differences(project: Path, name: str) -> float:
+    """Between an adapter and the one set aside as `alone`: the largest entry, and their reports."""
+    one, two = (
+        load_file(folder / name / "adapter.safetensors") for folder in (project / "adapters", project / "alone")
+    )
+    return max(float((one[key] - two[key]).abs().max()) for key in two)
+
+
+@pytest.mark.parametrize("how", [["plus"], ["--together"]], ids=["one-task", "together"])
+def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None:
+    """17 rows, 4 a batch: the last batch has one row, of which the second process has none. Only one of them prints."""
+    finish([*ALONE, "fit", *how], project)
+    (project / "adapters").rename(project / "alone")
+    printed = json.loads(finish([*WORLD, "fit", *how, "--json"], project))
+    for name, report in printed["adapters"].items():
+        assert differences(project, name) < 1e-6
+        alone = Adapter.load(project / "alone" / name).training
+        assert report["valid_loss"] == pytest.approx(alone["valid_loss"], abs=1e-5)
+        assert report["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
+    assert not list((project / "adapters").glob(".*"))
+
+
+def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
+    child = start([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20"], project)
+    run = project / "adapters" / ".plus.run"
+    for _ in range(1200):
+        if list(run.glob("checkpoint-*/complete.json")):
+            break
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, messages = child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert not (project / "adapters" / "plus").exists(), messages
+    assert list(run.glob("checkpoint-*/complete.json"))
+    finish([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20", "--resume"], project)
+    (project / "adapters").rename(project / "alone")
+    finish([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20"], project)
+    assert differences(project, "plus") == 0

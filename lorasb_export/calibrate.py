@@ -23,7 +23,16 @@ from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
 from .settings import CalibrationSettings
-from .subspace import EXACT_UP_TO, OVERSAMPLE, POWER_ITERATIONS, CaptureRatios, reduced, rounded, truncated_svd
+from .subspace import (
+    EXACT_UP_TO,
+    OVERSAMPLE,
+    POWER_ITERATIONS,
+    CaptureRatios,
+    reduced,
+    rounded,
+    svd_device,
+    truncated_svd,
+)
 from .targets import find_targets
 
 if TYPE_CHECKING:
@@ -76,7 +85,7 @@ def calibrate(
     every_row = [row for of_task in rows.values() for row in of_task]
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
-    modules, energy, ratios = _decompose(sums, settings, network.dtype)
+    modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
 
     overall = ratios.overall()
     captured = {}
@@ -138,7 +147,7 @@ def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
 
 
 def _decompose(
-    sums: dict[str, torch.Tensor], settings: CalibrationSettings, dtype: torch.dtype
+    sums: dict[str, torch.Tensor], settings: CalibrationSettings, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, ModuleBasis], dict[str, float], CaptureRatios]:
     """Every gradient sum as its factors, the share of the step's energy they keep, and of the gradient itself.
 
@@ -153,10 +162,12 @@ def _decompose(
             )
     modules, energy, ratios = {}, {}, CaptureRatios()
     for name in tqdm(sorted(sums), desc="SVD", disable=None):
-        gradient = sums.pop(name)
+        gradient = sums.pop(name).to(device)
         step = -settings.eta * reduced(gradient, settings.reduction)
         U, S, Vh = truncated_svd(step, settings.rank, settings.seed)
         energy[name] = float(S.square().sum() / step.square().sum())
-        modules[name] = ModuleBasis(U.to(dtype).contiguous(), Vh.to(dtype).contiguous(), S.float())
+        modules[name] = ModuleBasis(
+            U.to("cpu", dtype).contiguous(), Vh.to("cpu", dtype).contiguous(), S.to("cpu", torch.float32)
+        )
         ratios.add(name, gradient, basis=(modules[name].B, modules[name].A))
     return modules, energy, ratios

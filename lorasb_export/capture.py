@@ -15,7 +15,7 @@ from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove
 from .settings import CalibrationSettings
-from .subspace import CaptureRatios, reduced, rounded, truncated_svd
+from .subspace import CaptureRatios, reduced, rounded, svd_device, truncated_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def capture_of_rows(
     sums = gradients_of_rows(network, {name: network.get_submodule(name) for name in modules}, rows, pad_id, settings)
     ratios = CaptureRatios()
     for name in tqdm(sorted(sums), desc="capture", disable=None):
-        g = sums.pop(name)
+        g = sums.pop(name).to(svd_device(network.device))
         U, _, Vh = truncated_svd(reduced(g, settings.reduction), settings.rank, settings.seed)
         ratios.add(name, g, basis=(modules[name].B, modules[name].A), own=(U, Vh))
     return {"rows": len(rows), **ratios.overall(), "modules": ratios.modules}

@@ -97,8 +97,7 @@ def _shared_basis(
     if Path(source) != folder or folder.exists():
         return Basis.load(source)
     sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in project.shared_tasks()}
-    weights = {name: project.tasks[name].weight for name in sharing}
-    found = calibrate(base, sharing, calibration, weights=weights, network=network)
+    found = calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
     if distributed.is_main():
         found.save(folder)
     distributed.wait()

@@ -44,7 +44,7 @@ class Stack:
         self._route = layer.Route()
         start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
         live = layer.inject(model, basis.modules, start, first.scaling, self._route)
-        self.layers = [live[name] for name in basis.modules]
+        self.layers: list[torch.Tensor] = [live[name] for name in basis.modules]
         with torch.no_grad():
             self.values = torch.stack(self.layers, dim=1)  # one adapter's R lie together
         self.bind()

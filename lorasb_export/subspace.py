@@ -16,6 +16,11 @@ def reduced(gradient: torch.Tensor, reduction: str) -> torch.Tensor:
     return gradient.sign() if reduction == "sign" else gradient
 
 
+def svd_device(model_device: torch.device) -> torch.device:
+    """Where decompositions of a model's gradients are computed: on its CUDA device, else on the CPU."""
+    return model_device if model_device.type == "cuda" else torch.device("cpu")
+
+
 def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `rank` largest singular triplets of `matrix` (m, n): U (m, r), S (r,) descending, Vh (r, n).
 
@@ -26,8 +31,10 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Ten
     if min(matrix.shape) <= max(EXACT_UP_TO, 2 * width):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.default_generator.manual_seed(seed)
+            if matrix.is_cuda:
+                torch.cuda.manual_seed(seed)
             U, S, V = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
             Vh = V.T
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
@@ -53,7 +60,7 @@ class CaptureRatios:
         energy = float(g.square().sum())
         if energy == 0:
             return
-        kept = {way: float((B.to(g.dtype).T @ g @ A.to(g.dtype).T).square().sum()) for way, (B, A) in ways.items()}
+        kept = {way: float((B.to(g).T @ g @ A.to(g).T).square().sum()) for way, (B, A) in ways.items()}
         rank = next(iter(ways.values()))[1].shape[0]
         kept["random"] = energy * rank**2 / g.numel()
         self.modules[name] = {way: math.sqrt(square / energy) for way, square in kept.items()}

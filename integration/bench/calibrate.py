@@ -45,13 +45,12 @@ def run(*, quick: bool) -> dict[str, Any]:
         truncated_svd(reduced(gradient, "sign"), CalibrationSettings.rank, 0)
     svd = time.perf_counter() - started
     print_table(times)
-    child = subprocess.run(
-        [sys.executable, "-m", __name__, str(rows)], check=True, stdout=subprocess.PIPE, text=True
-    )  # a fresh process: the peak of this one has seen everything above
+    frozen, summed = (_peak_in_a_fresh_process(what, rows) for what in ("frozen", "sums"))
     return {
         "calibrate_seconds": round(statistics.median(times["gradient_sums"]), 3),
         "calibrate_ratio_bare": ratio(*times.values()),
-        "calibrate_extra_mb": json.loads(child.stdout),
+        "calibrate_extra_mb": round(summed - frozen, 1),
+        "frozen_pass_mb": frozen,
         "target_gradients_mb": round(sum(gradient.nbytes for gradient in kept.values()) / 1e6, 1),
         "svd_seconds": round(svd, 3),
     }
@@ -81,12 +80,29 @@ def _bare(network: PreTrainedModel, targets: dict[str, torch.nn.Module], batches
     network.requires_grad_(False)
 
 
-def _extra_mb(rows: int) -> float:
-    """Peak resident memory of `gradient_sums` above what the loaded model takes."""
+def _frozen(network: PreTrainedModel, batches: Batches) -> None:
+    """The same passes without any weight's gradient: what the activations alone take."""
+    network.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    network.requires_grad_(False)
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        row_losses(network(**inputs, use_cache=False).logits, batch["labels"])[0].sum().backward()
+
+
+def _peak_in_a_fresh_process(what: str, rows: int) -> float:
+    """Peak memory in MB above what the loaded model takes; this process has seen everything."""
+    command = [sys.executable, "-m", __name__, what, str(rows)]
+    return float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+def _peak(what: str, rows: int) -> float:
     network, targets, batches = _ready(rows)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _status("VmRSS")
-    gradient_sums(network, targets, batches)
+    if what == "sums":
+        gradient_sums(network, targets, batches)
+    else:
+        _frozen(network, batches)
     return round((_status("VmHWM") - before) / 1000, 1)
 
 
@@ -96,4 +112,4 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_extra_mb(int(sys.argv[1]))))
+    print(json.dumps(_peak(sys.argv[1], int(sys.argv[2]))))

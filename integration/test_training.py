@@ -31,7 +31,34 @@ data = "plus"
 [tasks.minus]
 data = "minus"
 """
-WORLD = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorasb_cli"]
+FSDP = """
+import sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from lorasb_export import Adapter, Basis, distributed
+from lorasb_export.base import BaseModel
+
+distributed.start()
+model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()
+adapter = Adapter.attach(model, Basis.load("basis"))
+if distributed.world() > 1:
+    mesh = init_device_mesh("cpu", (distributed.world(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if sys.argv[2] == "mixed" else MixedPrecisionPolicy()
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+for step in range(3):
+    ids = torch.randint(3, 98, (4, 12), generator=torch.Generator().manual_seed(step))
+    mine = ids[distributed.rank() :: distributed.world()]
+    model(mine, labels=mine, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+adapter.save(sys.argv[1])
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WORLD = [*TORCHRUN, "-m", "lorasb_cli"]
 ALONE = [sys.executable, "-m", "lorasb_cli"]
 
 
@@ -100,3 +127,16 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
     (project / "adapters").rename(project / "alone")
     finish([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20"], project)
     assert differences(project, "plus") == 0
+
+
+def test_fsdp2_shards_the_model_and_trains_the_same_R(project: Path) -> None:
+    """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
+    (project / "script.py").write_text(FSDP)
+    finish([sys.executable, "script.py", "alone/a", "plain"], project)
+    for policy, tolerance in (("plain", 1e-6), ("mixed", 2e-2)):
+        finish([*TORCHRUN, "script.py", "adapters/a", policy], project)
+        start = Adapter.start(Adapter.load(project / "adapters" / "a").load_basis())
+        assert differences(project, "a") < tolerance
+        moved = Adapter.load(project / "adapters" / "a").R
+        assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in moved.items())
+        (project / "adapters").rename(project / policy)

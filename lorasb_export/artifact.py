@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import card
+from . import card, distributed
 from .base import BaseRef
 from .errors import ArtifactError
 from .fetch import resolve_folder
@@ -246,22 +246,24 @@ class Adapter:
         return {f"{name}.R": R for name, R in sorted(self.R.items())} | dict(self.head)
 
     def tensor_bytes(self) -> bytes:
-        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block.
-
-        Of a model that FSDP2 shards, every process has to come here: R is gathered from all.
-        """
-        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in self.tensors().items()}
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in whole.items()}
+        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block."""
+        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.tensors().items()}
         return serialize(tensors, {"format": "pt"})
 
     def save(self, folder: str | Path, *, overwrite: bool = False, embed: bool = False) -> None:
         """Write the adapter folder, whole or not at all.
 
+        In a process group the first process writes. Where FSDP2 shards the model, all must call this: R is gathered.
+
         Args:
             embed: put the basis inside, so that the folder stands alone; done anyway without a `basis_source`.
         """
-        with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
-            self.write_into(temporary, Path(folder), embed=embed)
+        R, head = (
+            {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in m.items()} for m in (self.R, self.head)
+        )
+        if distributed.is_main():
+            with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+                replace(self, R=R, head=head).write_into(temporary, Path(folder), embed=embed)
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""

@@ -61,14 +61,14 @@ def test_basis_save_load_save_is_byte_stable(folders: tuple[Path, Path], tmp_pat
         assert (tmp_path / "again" / name).read_bytes() == (folders[0] / name).read_bytes()
 
 
-def test_adapter_save_load_save_is_byte_stable(folders: tuple[Path, Path]) -> None:
+def test_oracle_22_save_load_save_is_byte_stable(folders: tuple[Path, Path]) -> None:
     target = folders[1].parent / "again"
     Adapter.load(folders[1]).save(target)
     for name in ("adapter.safetensors", "adapter_config.json", "README.md"):
         assert (target / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_adapter_file_holds_R_alone_in_one_block(folders: tuple[Path, Path]) -> None:
+def test_oracle_22_the_file_holds_R_alone_in_one_block(folders: tuple[Path, Path]) -> None:
     """Oracle 22: the R-only file is r²·modules·4 bytes and a header; keys sorted."""
     header, _ = read_header(folders[1] / "adapter.safetensors")
     assert list(header) == sorted(header)
@@ -213,7 +213,7 @@ def test_bad_adapter_is_refused(case: str, folders: tuple[Path, Path], tmp_path:
     check_refused(Adapter.load, copy(folders[1], tmp_path / "a"), *BAD_ADAPTER[case])
 
 
-def test_adapter_of_another_basis_is_refused(
+def test_oracle_22_an_adapter_of_another_basis_is_refused(
     folders: tuple[Path, Path], llama: Path, sums: Path, tmp_path: Path
 ) -> None:
     other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, seed=9))
@@ -226,19 +226,21 @@ def test_adapter_of_another_basis_is_refused(
         Adapter.load(folder).load_basis()
 
 
-def test_adapter_of_another_rank_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:
+def test_oracle_22_an_adapter_of_another_rank_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:
     other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=5))
     with pytest.raises(ArtifactError, match="rank 4, the basis has 5"):
         check_same_basis(Adapter.load(folders[1]), other)
 
 
-def test_adapter_of_another_target_set_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:
+def test_oracle_22_an_adapter_of_another_target_set_is_refused(
+    folders: tuple[Path, Path], llama: Path, sums: Path
+) -> None:
     other = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, targets="q_proj"))
     with pytest.raises(ArtifactError, match="target modules differ"):
         check_same_basis(Adapter.load(folders[1]), other)
 
 
-def test_other_base_is_refused(folders: tuple[Path, Path], llama: Path, tmp_path: Path) -> None:
+def test_oracle_22_another_base_is_refused(folders: tuple[Path, Path], llama: Path, tmp_path: Path) -> None:
     adapter = Adapter.load(folders[1])
     BaseModel.resolve(llama).verify(adapter.base, adapter.R)
     other = copy(llama, tmp_path / "other")

@@ -253,7 +253,7 @@ def test_targets_by_regular_expression(network: PreTrainedModel) -> None:
             find_targets(network, nothing)
 
 
-def test_targets_that_share_a_weight_are_refused(base: BaseModel) -> None:
+def test_oracle_23_targets_that_share_a_weight_are_refused(base: BaseModel) -> None:
     network = base.load()
     first, second = network.model.layers
     second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
@@ -268,7 +268,7 @@ def test_targets_that_share_a_weight_are_refused(base: BaseModel) -> None:
 # --- odd models -----------------------------------------------------------------------------------------------------
 
 
-def test_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> None:
+def test_oracle_23_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> None:
     network = BaseModel.resolve(make_gpt2(tmp_path / "gpt2")).load(dtype="float64")
     expected = plain(network, lambda: torch.stack([token_losses(network, row).mean() for row in rows]).sum())
     found = sums_of(network, rows)
@@ -276,7 +276,7 @@ def test_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> Non
     assert found["transformer.h.0.attn.c_attn"].shape == (96, 32)  # (out, in)
 
 
-def test_biases_and_the_head_are_left_alone(bert: Path, parity: Path) -> None:
+def test_oracle_23_biases_and_the_head_are_left_alone(bert: Path, parity: Path) -> None:
     base = BaseModel.resolve(bert)
     network = base.load(SEQ_CLS, num_labels=2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -286,7 +286,7 @@ def test_biases_and_the_head_are_left_alone(bert: Path, parity: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_full_rank_keeps_everything(base: BaseModel, sums: Path) -> None:
+def test_oracle_23_full_rank_keeps_everything(base: BaseModel, sums: Path) -> None:
     """r = min(out, in) for the square modules: the whole gradient is captured."""
     settings = CalibrationSettings(rank=32, samples=8, targets="self_attn.q_proj,o_proj")
     basis = calibrate(base, {"sums": sums}, settings)

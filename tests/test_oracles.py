@@ -15,9 +15,9 @@ from lorasb_export.batches import collate, encode, row_losses
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.gradients import gradient_sums
-from lorasb_export.layer import LoRASBLinear, remove
+from lorasb_export.layer import LoRASBLinear, _LoRASBFunction, remove
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.subspace import truncated_svd
+from lorasb_export.subspace import reduced, truncated_svd
 from lorasb_export.targets import find_targets
 
 OUT, IN, RANK = 48, 40, 6
@@ -100,6 +100,18 @@ def test_oracle_4_the_function_passes_gradcheck() -> None:
     ours = layer()
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ours, (x,))
+
+
+def test_oracle_4_the_function_passes_gradcheck_with_a_stack() -> None:
+    """∂/∂x and ∂/∂R where rows go through different R, two of them through the same, one through none."""
+    ours, rows = layer(), torch.tensor([1, 0, -1, 1])
+    x = torch.randn(4, 3, IN, dtype=torch.float64, requires_grad=True)
+    R = torch.randn(2, RANK, RANK, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        return _LoRASBFunction.apply(x, ours.base.weight, ours.base.bias, ours.B, R, ours.A, 0.7, rows)
+
+    assert torch.autograd.gradcheck(run, (x, R))
 
 
 def test_oracle_5_theorem_3_optimal_gradient() -> None:
@@ -236,6 +248,22 @@ def test_oracle_21_only_R_moves(llama: Path, basis: Basis, task: TaskData, tmp_p
     assert adapter.training["trainable_parameters"] == len(modules) * basis.rank**2
     remove(network)
     assert {name: _digest(tensor) for name, tensor in network.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("shape", [(96, 8), (8, 96), (40, 40), (1100, 1040)], ids=str)
+def test_oracle_23_factors_are_orthonormal_whatever_the_gradient(shape: tuple[int, int]) -> None:
+    """m ≫ n, m ≪ n, large enough for the randomized SVD; with rows that got no gradient, and of lower rank than r."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
+    gradient[: shape[0] // 2] = 0
+    for reduction in ("sign", "raw"):
+        step = reduced(gradient, reduction)
+        assert not step[: shape[0] // 2].any()  # sign(0) = 0
+        U, S, Vh = truncated_svd(step, 6, seed=0)
+        assert torch.allclose(U.T @ U, torch.eye(6), atol=1e-5)
+        assert torch.allclose(Vh @ Vh.T, torch.eye(6), atol=1e-5)
+        assert (S >= 0).all()
+        assert S.isfinite().all()
 
 
 def test_oracle_24_R_is_fp32_under_a_bf16_base(llama: Path, sums: Path, tmp_path: Path) -> None:

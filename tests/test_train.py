@@ -52,7 +52,7 @@ def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: P
     assert not (out.parent / ".learns.run").exists()
 
 
-def test_resume_is_bit_equal_to_an_undisturbed_run(llama: Path, sums: Path, basis: Path) -> None:
+def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(llama: Path, sums: Path, basis: Path) -> None:
     """Killed by SIGKILL after a checkpoint, resumed in another process; the same R, bit for bit."""
     folder = basis.parent / "resume"
     script = (

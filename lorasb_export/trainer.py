@@ -70,6 +70,7 @@ class RTrainer(Trainer):
     _losses: torch.Tensor
     _bad_step: torch.Tensor
     _steps: list[int]
+    _rates: list[float]
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class RTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]  # type: ignore[union-attr]
         losses = torch.zeros(len(self.runs), device=self.args.device)
         for number, batch in enumerate(inputs["batches"], 1):
             batch = self._prepare_inputs(batch)
@@ -192,11 +194,10 @@ class RTrainer(Trainer):
             if distributed.world() > 1:
                 torch.distributed.all_reduce(self._losses)
             means = [loss / distributed.world() for loss in self._losses.tolist()]
-            rates: list[Any] = self.lr_scheduler.get_last_lr()  # type: ignore[union-attr]
             logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
             for k, prefix in enumerate(self._prefixes):
                 if self._steps[k]:
-                    logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": rates[k]}
+                    logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": self._rates[k]}
             self._reset_window()
         super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
 

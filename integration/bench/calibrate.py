@@ -31,7 +31,7 @@ Batches = list[dict[str, Any]]
 
 def run(*, quick: bool) -> dict[str, Any]:
     rows, rounds = (16, 2) if quick else (32, 10)
-    network, targets, batches = _ready(rows)
+    network, targets, batches = _ready(rows, CalibrationSettings.batch_size)
     kept: dict[str, torch.Tensor] = {}
     times = alternate_calls(
         {
@@ -56,15 +56,15 @@ def run(*, quick: bool) -> dict[str, Any]:
     }
 
 
-def _ready(rows: int) -> tuple[PreTrainedModel, dict[str, torch.nn.Module], Batches]:
+def _ready(rows: int, batch_size: int) -> tuple[PreTrainedModel, dict[str, torch.nn.Module], Batches]:
     """SmolLM2-135M in fp32, its targets, and batches of rows of the quickstart's two tasks."""
     rng = random.Random(0)
     made = [make(rng) for make in TASKS.values() for _ in range(rows // len(TASKS))]
     base, settings = BaseModel.resolve(small_model()), CalibrationSettings(samples=rows)
     network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
     drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), tokenizer, [], settings)
-    size = settings.batch_size
-    batches = [collate(drawn[i : i + size], tokenizer.pad_token_id) for i in range(0, len(drawn), size)]
+    starts = range(0, len(drawn), batch_size)
+    batches = [collate(drawn[i : i + batch_size], tokenizer.pad_token_id) for i in starts]
     return network, find_targets(network, settings.targets), batches
 
 
@@ -90,13 +90,13 @@ def _frozen(network: PreTrainedModel, batches: Batches) -> None:
 
 
 def _peak_in_a_fresh_process(what: str, rows: int) -> float:
-    """Peak memory in MB above what the loaded model takes; this process has seen everything."""
+    """Peak memory in MB above what the loaded model takes, one row at a time; this process has seen everything."""
     command = [sys.executable, "-m", __name__, what, str(rows)]
     return float(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
 def _peak(what: str, rows: int) -> float:
-    network, targets, batches = _ready(rows)
+    network, targets, batches = _ready(rows, 1)  # so that activations are next to nothing
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = _status("VmRSS")
     if what == "sums":

@@ -8,6 +8,7 @@ import typer
 
 from .verb import Run, given
 
+REPORTED = ("steps", "best_step", "rows", "rows_left_out", "train_loss", "valid_loss", "valid_metrics", "capture")
 INTERRUPTED = "Go on with the same command and --resume."
 
 
@@ -79,7 +80,8 @@ def run(
     )
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task)
-    from lorasb_export.fit_tasks import fit_tasks  # only now: it brings transformers
+    from lorasb_export.capture import words  # only now: these bring transformers
+    from lorasb_export.fit_tasks import fit_tasks
 
     fitted = fit_tasks(
         run.project,
@@ -96,9 +98,11 @@ def run(
     adapters: dict[str, Any] = {}
     lines = []
     for name, adapter in fitted.items():
-        summary = {key: adapter.training[key] for key in ("steps", "rows", "rows_left_out", "train_loss", "valid_loss")}
+        summary = {key: adapter.training.get(key) for key in REPORTED}
         adapters[name] = {"folder": str(adapter.folder), **summary}
         loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
         lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
+        if summary["capture"]:
+            lines.append(f"  {words(summary['capture'])}")
     run.result({"adapters": adapters}, "\n".join(lines))

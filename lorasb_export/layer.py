@@ -174,11 +174,13 @@ def inject(
         BaseModelError: the model carries PEFT layers, or a module is neither Linear nor Conv1D.
     """
     remove(model)
+    refuse_peft(model)
     found = dict(model.named_modules())
     for name, module in factors.items():
         if name not in found:
             raise ArtifactError(f"the model has no module {name}", fix="Use the base model of this basis")
-        _check_wrappable(name, found[name])
+        if not isinstance(found[name], LINEAR_TYPES):
+            raise BaseModelError(f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D")
         shape = tuple(weight_of(found[name]).shape)
         if shape != (module.B.shape[0], module.A.shape[1]):
             raise ArtifactError(f"module {name} is {shape}, the basis was made for another shape")
@@ -213,13 +215,15 @@ def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:
         parameters[name].data.copy_(tensor)
 
 
-def _check_wrappable(name: str, module: nn.Module) -> None:
-    if hasattr(module, "base_layer"):
-        raise BaseModelError(
-            "the model already carries PEFT layers", where=name, fix="Merge or unload them first, or load a plain base"
-        )
-    if not isinstance(module, LINEAR_TYPES):
-        raise BaseModelError(f"module {name} is a {type(module).__name__}, not a Linear or Conv1D")
+def refuse_peft(model: nn.Module) -> None:
+    """Raise BaseModelError when `model` carries PEFT layers: its weights, or what it computes, are not the base's."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise BaseModelError(
+                "the model already carries PEFT layers",
+                where=name,
+                fix="Merge or unload them first, or load a plain base",
+            )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

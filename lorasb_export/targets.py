@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import BaseModelError, SettingsError
-from .layer import LINEAR_TYPES
+from .layer import LINEAR_TYPES, refuse_peft
 from .settings import ALL_LINEAR
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
 
     Raises:
         SettingsError: an ending or the expression matches nothing, or the expression is not valid.
-        BaseModelError: a selected module shares its weight with another module of the model.
+        BaseModelError: a selected module shares its weight with another module, or the model carries PEFT layers.
     """
+    refuse_peft(model)
     linear: dict[str, torch.nn.Module] = {
         name: module
         for name, module in model.named_modules()

@@ -38,6 +38,7 @@ from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import TrainerCallback  # noqa: E402
+from transformers.integrations import TensorBoardCallback  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,7 +253,17 @@ class _Run:
             )
             for task, encoded in zip(self.tasks, rows, strict=True)
         ]
-        return RTrainer(network, tokenizer, runs, stack, settings, self.folder, identity, [_Progress(self.tasks)])
+        callbacks = [_Progress(self.tasks), *self._reporters()]
+        return RTrainer(network, tokenizer, runs, stack, settings, self.folder, identity, callbacks)
+
+    def _reporters(self) -> list[TrainerCallback]:
+        """TensorBoard's files go beside the adapters, in `runs/`: the Trainer's own place is removed at the end."""
+        if self.settings.report_to != "tensorboard" or not distributed.is_main():
+            return []
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = self.outs[0].parent / "runs" / "+".join(task.name for task in self.tasks)
+        return [TensorBoardCallback(SummaryWriter(str(place)))]
 
     def _validation(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> Validation | None:
         rows, settings = task.splits.get("valid"), self.settings

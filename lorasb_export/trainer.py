@@ -372,7 +372,7 @@ def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> Tr
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the newest may be incomplete when the process is killed
         seed=settings.seed,
-        report_to=settings.report_to,
+        report_to="none" if settings.report_to == "tensorboard" else settings.report_to,  # a callback does that
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # B and A, before every forward pass
         remove_unused_columns=False,

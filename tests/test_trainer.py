@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import DataError, MissingPackageError, SettingsError
+from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError
 from lorasb_export.order import RowOrder
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.train import fit_together
@@ -260,6 +260,19 @@ def test_the_callers_network_is_given_back_as_it_was(
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
         fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))
+
+
+def test_a_base_with_peft_layers_is_refused(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))  # puts its layers into `network`
+    with pytest.raises(BaseModelError, match=r"already carries PEFT layers.*q_proj.*Merge or unload them first"):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS, network=network)
+    with pytest.raises(BaseModelError, match="already carries PEFT layers"):
+        calibrate(str(llama), tasks, CalibrationSettings(rank=2), network=network)
 
 
 def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(

@@ -38,7 +38,7 @@ from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import TrainerCallback  # noqa: E402
-from transformers.integrations import TensorBoardCallback  # noqa: E402
+from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,25 +7,22 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from . import distributed, environment
 from .artifact import Adapter, Basis, versions
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .batches import encode
 from .calibrate import calibrate
+from .callbacks import Progress, checkpoint_at_sigterm
 from .capture import capture, is_little, recorded, words
+from .checkpoints import COMPLETE, check_identity, last_complete, open_folder
 from .data import TaskData, load_task, question_and_answer
-from .errors import DataError, MissingPackageError, OutputError, SettingsError, Terminated, TrainingError
+from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric, max_answer_tokens
 from .layer import head_parameters
 from .order import RowOrder
@@ -33,7 +30,7 @@ from .plot import plot_losses
 from .settings import CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import atomic_folder, read_json, refuse_existing, write_json
-from .trainer import COMPLETE, RTrainer, TaskRun
+from .trainer import RTrainer, TaskRun
 from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -151,7 +148,7 @@ class _Run:
             for out in self.outs:
                 refuse_existing(out, overwrite)
         if distributed.is_main():
-            _open_folder(self.folder, resume, overwrite)
+            open_folder(self.folder, resume, overwrite)
         distributed.wait()
         network = self._network or self._load()
         use_cache = network.config.use_cache if hasattr(network.config, "use_cache") else None
@@ -163,16 +160,16 @@ class _Run:
             "basis_sha256": basis.sha256,
             "base_fingerprint": basis.base.fingerprint,
         }
-        checkpoint = _last_complete(self.folder)
+        checkpoint = last_complete(self.folder)
         if checkpoint is not None:
-            _check_identity(checkpoint, identity)
+            check_identity(checkpoint, identity)
 
         captured = [self._captured(network, basis, task) for task in self.tasks]
         trainer = self._trainer(network, basis, identity)
         if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
             trainer.restore_finished(checkpoint)
         else:
-            with _checkpoint_at_sigterm(trainer):
+            with checkpoint_at_sigterm(trainer):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         network.eval()
         if use_cache is not None:
@@ -253,7 +250,7 @@ class _Run:
             )
             for task, encoded in zip(self.tasks, rows, strict=True)
         ]
-        callbacks = [_Progress(self.tasks), *self._reporters()]
+        callbacks = [Progress(self.tasks), *self._reporters()]
         return RTrainer(network, tokenizer, runs, stack, settings, self.folder, identity, callbacks)
 
     def _reporters(self) -> list[TrainerCallback]:
@@ -323,87 +320,3 @@ class _Run:
                 "versions": versions(),
             }
             write_json(temporary / "lorasb.json", provenance)
-
-
-def _open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Make the working folder of a run, empty unless it is resumed."""
-    if not resume:
-        if _last_complete(folder) is not None and not overwrite:
-            raise OutputError(
-                "an interrupted run is there",
-                where=folder,
-                fix="Continue it with --resume, or start afresh with --overwrite",
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _last_complete(folder: Path) -> Path | None:
-    done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    saved = read_json(checkpoint / COMPLETE)
-    differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
-    if differing:
-        raise TrainingError(
-            f"the interrupted run had other {', '.join(differing)}",
-            where=checkpoint.parent,
-            fix="Resume with the same settings and data, or start afresh with --overwrite",
-        )
-
-
-@contextmanager
-def _checkpoint_at_sigterm(trainer: RTrainer) -> Iterator[None]:
-    """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
-
-    Not with several processes: the signal reaches them at different steps, and those ahead would wait for ever.
-    They die of it, and the run is resumed from its last checkpoint.
-    """
-    if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    callback = _StopWhenAsked()
-    trainer.add_callback(callback)
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(callback, "asked", True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if callback.asked:
-        raise Terminated
-
-
-class _StopWhenAsked(TrainerCallback):
-    asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-class _Progress(TrainerCallback):
-    """One bar with the latest losses, on stderr when that is a terminal."""
-
-    bar: Any
-
-    def __init__(self, tasks: Sequence[TaskData]) -> None:
-        self.name = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.name}", total=state.max_steps, unit="step", disable=None)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        losses = {
-            key: [v for k, v in (logs or {}).items() if k.rpartition("/")[2] == key] for key in ("loss", "eval_loss")
-        }
-        shown = {key: f"{sum(values) / len(values):.4f}" for key, values in losses.items() if values}
-        if shown:
-            self.bar.set_postfix(shown)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from . import distributed, environment
 from .artifact import Adapter
 from .batches import IGNORE, Encoded, collate, row_losses
+from .checkpoints import COMPLETE, load_tensors, save_tensors
 from .data import TaskData
-from .errors import ArtifactError, TrainingError
-from .order import RowOrder
+from .errors import TrainingError
+from .order import RowOrder, learning_rate_factor
 from .settings import FitSettings
 from .stack import Stack
 from .storage import write_json
@@ -42,7 +42,6 @@ from transformers import (  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
 _STATE = "trainer_state.json"
 
 
@@ -119,7 +118,8 @@ class RTrainer(Trainer):
         world, rank = distributed.world(), distributed.rank()
         batches = []
         for number in range(max((len(part) for part in parts.values()), default=0)):
-            rows = [(k, i, world / labels[k]) for k in active for i in (parts[k][number : number + 1] or [[]])[0]]
+            under_way = [k for k in active if number < len(parts[k])]
+            rows = [(k, i, world / labels[k]) for k in under_way for i in parts[k][number]]
             share = rows[rank::world] or [(*rows[0][:2], 0.0)]  # gradients are averaged: all must take part
             batch = collate([self.runs[k].rows[i] for k, i, _ in share], self._pad_id)
             batch["weights"] = torch.tensor([weight for *_, weight in share], dtype=self._dtype)
@@ -177,7 +177,7 @@ class RTrainer(Trainer):
         """Each task's rate by its own number of steps."""
         if self.stack:
             self.stack.bind()  # the model has been prepared, and maybe copied
-        factors = [_rate(self.settings, run.order.steps) for run in self.runs]
+        factors = [learning_rate_factor(self.settings, run.order.steps) for run in self.runs]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factors)  # type: ignore[arg-type]
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -244,7 +244,7 @@ class RTrainer(Trainer):
         values = self._values(k)
         if self._best(values) == len(values) - 1 and distributed.is_main():
             path = self._best_file(k)
-            self._save_tensors(run.adapter, path.with_suffix(".tmp"))
+            save_tensors(run.adapter, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
 
     def restore_best(self, k: int) -> int | None:
@@ -252,7 +252,7 @@ class RTrainer(Trainer):
         evaluated = [entry["step"] for entry in self.history(k) if "eval_loss" in entry]
         if not evaluated:
             return None
-        _load_tensors(self.runs[k].adapter, self._best_file(k))
+        load_tensors(self.runs[k].adapter, self._best_file(k))
         return int(evaluated[self._best(self._values(k))])
 
     def has_stopped(self, k: int) -> bool:
@@ -278,15 +278,11 @@ class RTrainer(Trainer):
 
     # Checkpoints
 
-    @staticmethod
-    def _save_tensors(adapter: Adapter, path: Path) -> None:
-        save_file({name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}, path)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         for k, run in enumerate(self.runs):
-            self._save_tensors(run.adapter, folder / f"adapter-{k}.safetensors")
+            save_tensors(run.adapter, folder / f"adapter-{k}.safetensors")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_losses()
@@ -298,20 +294,12 @@ class RTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for k, run in enumerate(self.runs):
-            _load_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
+            load_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
 
     def restore_finished(self, checkpoint: Path) -> None:
         """Take R and the log from the last checkpoint of a run that has nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
-
-
-def _load_tensors(adapter: Adapter, path: Path) -> None:
-    saved, live = load_file(path), adapter.tensors()
-    if set(saved) != set(live):
-        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
-    for name, tensor in live.items():
-        tensor.data.copy_(saved[name])
 
 
 class _Evaluate(TrainerCallback):
@@ -339,23 +327,8 @@ def _shown(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
 
 
-def _rate(settings: FitSettings, steps: int) -> Any:
-    """step → share of the peak rate: linear warm-up, then the schedule, 0 after `steps`."""
-    warmup = math.ceil(settings.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        left = max(0.0, (steps - step) / max(1, steps - warmup))
-        return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant_with_warmup": 1.0}[
-            settings.schedule
-        ]
-
-    return factor
-
-
 def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
         run_name=name,
@@ -379,3 +352,5 @@ def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> Tr
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes, never for DataParallel
+    return arguments

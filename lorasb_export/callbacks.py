@@ -1,0 +1,73 @@
+"""What happens around the training loop: a bar, and a checkpoint when SIGTERM comes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from . import distributed, environment
+from .data import TaskData
+from .errors import Terminated
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+
+@contextmanager
+def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
+
+    Not with several processes: the signal reaches them at different steps, and those ahead would wait for ever.
+    They die of it, and the run is resumed from its last checkpoint.
+    """
+    if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    callback = _StopWhenAsked()
+    trainer.add_callback(callback)
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(callback, "asked", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if callback.asked:
+        raise Terminated
+
+
+class _StopWhenAsked(TrainerCallback):
+    asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """One bar with the latest losses, on stderr when that is a terminal."""
+
+    bar: Any
+
+    def __init__(self, tasks: Sequence[TaskData]) -> None:
+        self.name = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(desc=f"fit {self.name}", total=state.max_steps, unit="step", disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        losses = {
+            key: [v for k, v in (logs or {}).items() if k.rpartition("/")[2] == key] for key in ("loss", "eval_loss")
+        }
+        shown = {key: f"{sum(values) / len(values):.4f}" for key, values in losses.items() if values}
+        if shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,62 @@
+"""What lies in the working folder of a training run: checkpoints, complete or not, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from .artifact import Adapter
+from .errors import ArtifactError, OutputError, TrainingError
+from .storage import read_json
+
+COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
+
+
+def open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make the working folder of a run, empty unless it is resumed. Raises OutputError when a run would be lost."""
+    if not resume:
+        if last_complete(folder) is not None and not overwrite:
+            raise OutputError(
+                "an interrupted run is there",
+                where=folder,
+                fix="Continue it with --resume, or start afresh with --overwrite",
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
+    saved = read_json(checkpoint / COMPLETE)
+    differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
+    if differing:
+        raise TrainingError(
+            f"the interrupted run had other {', '.join(differing)}",
+            where=checkpoint.parent,
+            fix="Resume with the same settings and data, or start afresh with --overwrite",
+        )
+
+
+def save_tensors(adapter: Adapter, path: Path) -> None:
+    """R and head of an adapter, in the dtype they are trained in."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}, path)
+
+
+def load_tensors(adapter: Adapter, path: Path) -> None:
+    """Put what `save_tensors` wrote back into the live tensors of `adapter`. Raises ArtifactError on other names."""
+    saved, live = load_file(path), adapter.tensors()
+    if set(saved) != set(live):
+        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
+    for name, tensor in live.items():
+        tensor.data.copy_(saved[name])

@@ -140,3 +140,11 @@ def test_fsdp2_shards_the_model_and_trains_the_same_R(project: Path) -> None:
         moved = Adapter.load(project / "adapters" / "a").R
         assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in moved.items())
         (project / "adapters").rename(project / policy)
+
+
+def test_the_loop_of_ones_own_in_the_readme_runs_as_printed(project: Path) -> None:
+    """In a fresh process, beside the broken optional packages that the README's own install brings."""
+    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1:]
+    (block,) = [block.partition("```")[0] for block in blocks if "Adapter.attach" in block]
+    finish([sys.executable, "-c", block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "llama")], project)
+    assert Adapter.load(project / "adapters" / "mine").rank == 4

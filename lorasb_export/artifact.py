@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import card, distributed
+from . import card, distributed, environment
 from .base import BaseRef
 from .errors import ArtifactError
 from .fetch import resolve_folder
@@ -33,6 +33,8 @@ from .format import (
     load_tensors,
 )
 from .storage import atomic_folder, read_header, read_json, write_json
+
+environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +153,10 @@ class _Run:
             open_folder(self.folder, resume, overwrite)
         distributed.wait()
         network = self._network or self._load()
-        use_cache = network.config.use_cache if hasattr(network.config, "use_cache") else None
+        with _left_as_found(network):
+            return self._train(network, resume=resume, overwrite=overwrite)
+
+    def _train(self, network: PreTrainedModel, *, resume: bool, overwrite: bool) -> list[Adapter]:
         basis = self._own_basis(network) if isinstance(self._basis, CalibrationSettings) else self._basis
         assert isinstance(basis, Basis)
         identity = {
@@ -171,9 +176,6 @@ class _Run:
         else:
             with checkpoint_at_sigterm(trainer):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        network.eval()
-        if use_cache is not None:
-            network.config.use_cache = use_cache
         for k, found in enumerate(captured):
             adapter = trainer.runs[k].adapter
             best = trainer.restore_best(k) if self.settings.keep == "best" else None
@@ -196,9 +198,10 @@ class _Run:
     def _own_basis(self, network: PreTrainedModel) -> Basis:
         """The task's own basis, calibrated once for all resumptions of this run."""
         assert isinstance(self._basis, CalibrationSettings)
-        folder = self.folder / "basis"
+        (task,) = self.tasks
+        made_from = json.dumps([asdict(self._basis), task.sha256])
+        folder = self.folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
         if not folder.exists():
-            (task,) = self.tasks
             basis = calibrate(self.base, {task.name: task}, self._basis, network=network)
             if distributed.is_main():
                 basis.save(folder)
@@ -320,3 +323,17 @@ class _Run:
                 "versions": versions(),
             }
             write_json(temporary / "lorasb.json", provenance)
+
+
+@contextmanager
+def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
+    """The Trainer sets these on the model and leaves them; the network may be the caller's, or the next task's."""
+    caches, checkpoints = getattr(network.config, "use_cache", None), network.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        network.eval()
+        if caches is not None:
+            network.config.use_cache = caches
+        if network.is_gradient_checkpointing and not checkpoints:
+            network.gradient_checkpointing_disable()

@@ -233,7 +233,9 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
         patch.setattr("lorasb_export.train.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
         with pytest.raises(KeyboardInterrupt):
             fit(*inputs, resume=True)
-    adapter = fit(*inputs, resume=True)
+    other = fit(str(llama), CalibrationSettings(rank=2), *inputs[2:], resume=True)  # no checkpoint of the first yet
+    assert other.rank == 2
+    adapter = fit(*inputs, overwrite=True)
     assert (tmp_path / "a" / "basis.safetensors").is_file()
     assert adapter.basis_source is None
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
@@ -252,9 +254,11 @@ def test_the_callers_network_is_given_back_as_it_was(
 ) -> None:
     network = BaseModel.resolve(llama).load(dtype="float64")
     cached = network.config.use_cache
-    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1), network=network)
+    settings = replace(SETTINGS, max_steps=1, gradient_checkpointing=True)
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, network=network)
     assert network.config.use_cache == cached
     assert not network.training
+    assert not network.is_gradient_checkpointing
 
 
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:

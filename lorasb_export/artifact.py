@@ -24,13 +24,12 @@ from .errors import ArtifactError
 from .fetch import resolve_folder
 from .format import (
     ADAPTER_KEYS,
-    BASE_KEYS,
-    BASIS_KEYS,
     FORMAT_VERSION,
     ModuleBasis,
     check_config,
     check_keys,
     load_tensors,
+    read_basis_config,
 )
 from .storage import atomic_folder, read_header, read_json, write_json
 
@@ -102,18 +101,8 @@ class Basis:
                 another format version, a truncated file.
         """
         folder, where = resolve_folder(source)
-        config = read_json(folder / "basis_config.json")
-        check_config(config, BASIS_KEYS, folder / "basis_config.json")
-        check_keys(config["base_model"], BASE_KEYS, folder / "basis_config.json")
+        config, expected = read_basis_config(folder)
         path, rank = folder / "basis.safetensors", config["rank"]
-        expected: dict[str, list[int]] = {}
-        for name, shape in config["target_modules"].items():
-            if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
-                raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
-            rows, columns = shape
-            if not 0 < rank <= min(rows, columns):
-                raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
-            expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
         tensors = load_tensors(path, expected, config["sha256"], device)
         modules = {
             name: ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS")) for name in config["target_modules"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from .errors import ArtifactError
-from .storage import TensorInfo, read_header, sha256_file
+from .storage import TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
 # Key → the type, or types, of its value.
@@ -80,15 +80,50 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
         raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
 
 
+def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """A basis folder's config, checked, and the shape of every tensor its `basis.safetensors` must hold.
+
+    Raises:
+        ArtifactError: unknown or missing keys, another format version, a rank that does not fit a module.
+    """
+    where = folder / "basis_config.json"
+    config = read_json(where)
+    check_config(config, BASIS_KEYS, where)
+    check_keys(config["base_model"], BASE_KEYS, where)
+    rank = config["rank"]
+    expected: dict[str, list[int]] = {}
+    for name, shape in config["target_modules"].items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+            raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
+        rows, columns = shape
+        if not 0 < rank <= min(rows, columns):
+            raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
+        expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
+    return config, expected
+
+
 def load_tensors(
     path: Path, expected: Mapping[str, list[int]], digest: str | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Tensors of exactly the `expected` names and shapes, float and finite; refused from the header where possible.
 
+    Args:
+        digest: the sha256 the file must have.
+    """
+    check_tensors(path, expected, digest)
+    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+    return tensors
+
+
+def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | None = None) -> dict[str, TensorInfo]:
+    """The header of `path`, which must hold exactly the `expected` names and shapes; its bytes stream by once.
+
     R and S are fp32, everything else may be any float.
 
     Args:
-        digest: the sha256 the file must have.
+        digest: the sha256 the file must have; None to read the header alone.
     """
     header, _ = read_header(path)
     check_keys(header, dict.fromkeys(expected, TensorInfo), path)
@@ -102,8 +137,10 @@ def load_tensors(
             )
     if digest is not None and sha256_file(path) != digest:
         raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
-    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"tensor {name} has non-finite values", where=path, fix="Train or fetch it again")
-    return tensors
+    return header
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
+    """Raise ArtifactError when `tensor` holds an infinity or a NaN."""
+    if not torch.isfinite(tensor).all():
+        raise ArtifactError(f"tensor {name} has non-finite values", where=where, fix="Train or fetch it again")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, OutputError
+from .errors import ArtifactError, LoraSBError, OutputError
 
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
 MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors format itself
@@ -110,7 +110,8 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when the bytes of a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -159,42 +160,62 @@ def require_room(target: Path, needed: int) -> None:
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
-    Every file is fsynced before the rename. A process killed inside the block leaves a hidden
-    `.NAME.tmp-PID` beside an untouched target; the next call for the same target removes it.
-    A replaced target is first moved to `.NAME.old`, and put back if the process dies before the new
-    folder is in place.
+    A process killed inside the block leaves a hidden `.NAME.tmp-PID` beside an untouched target; the next call for
+    the same target removes it.
 
     Raises:
         OutputError: the target exists and `overwrite` is false, or its parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    old = target.parent / f".{target.name}.old"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        refuse_existing(target, overwrite)
+    with cannot_write(target.parent):
+        prepare_target(target, overwrite)
         for stale in target.parent.glob(f".{target.name}.tmp-*"):
             if not _process_is_alive(int(stale.name.rsplit("-", 1)[1])):
                 shutil.rmtree(stale)
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
         temporary.mkdir()
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write: {error.strerror}", where=target.parent, fix="Choose another path") from None
     try:
         yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _fsync(path)
-        _fsync(temporary)
-        refuse_existing(target, overwrite)  # another process may have been quicker
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        temporary.rename(target)
-        _fsync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(temporary, target, overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def cannot_write(where: Path) -> Iterator[None]:
+    """Raise the system's errors (no permission, disk full, …) as an OutputError about `where`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LoraSBError):
+            raise
+        raise OutputError(f"cannot write: {error.strerror}", where=where, fix="Choose another path") from None
+
+
+def prepare_target(target: Path, overwrite: bool) -> None:
+    """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        old.rename(target)
+    refuse_existing(target, overwrite)
+
+
+def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Rename the finished sibling folder `temporary` to `target`, every file fsynced before.
+
+    A replaced target is first moved to `.NAME.old`, and put back by `prepare_target` if the process dies before the
+    new folder is in place.
+    """
+    for path in sorted(temporary.rglob("*")):
+        fsync(path)
+    fsync(temporary)
+    refuse_existing(target, overwrite)  # another process may have been quicker
+    old = target.parent / f".{target.name}.old"
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -204,13 +204,12 @@ def test_stopped_in_the_middle_leaves_no_model(number: signal.Signals, llama: Pa
     """The child stops itself between two tensors; a restart succeeds and cleans up."""
     adapter = adapter_for(llama, tmp_path / "a")
     script = (
-        "import os, sys; from lorasb_export import merge as m; import lorasb_export.merge\n"
-        "module = sys.modules['lorasb_export.merge']; real = module._compute\n"
+        "import os, sys; from lorasb_export import merge, merge_write as module; real = module._update\n"
         "def stopping(tensor, plan):\n"
         "    if tensor.name == 'model.layers.1.mlp.up_proj.weight': os.kill(os.getpid(), int(sys.argv[3]))\n"
         "    return real(tensor, plan)\n"
-        "module._compute = stopping\n"
-        "m(sys.argv[1], sys.argv[2])"
+        "module._update = stopping\n"
+        "merge(sys.argv[1], sys.argv[2])"
     )
     done = subprocess.run([sys.executable, "-c", script, str(adapter), str(tmp_path / "model"), str(int(number))])
     assert done.returncode != 0

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("calibrate", "fit", "startup")
+NAMES = ("calibrate", "fit", "merge", "startup")
 
 
 def main() -> None:

@@ -1,0 +1,294 @@
+"""What a merge will do, from headers and configs alone, and everything that stands against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from . import retained
+from .artifact import Adapter
+from .base import SEQ_CLS, BaseModel
+from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
+from .combine import combine
+from .errors import ArtifactError, LoraSBError, SettingsError
+from .merge_folder import bytes_of_an_earlier_try
+from .storage import DTYPE_BYTES, TensorInfo, refuse_existing, require_room
+
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
+_PYTHON_BYTES = 330 << 20  # measured: the interpreter with torch
+_THREAD_BYTES = 20 << 20  # a block of `merge_write.PIECE` entries at every stage
+_SAMPLE = 2048  # weights of each target that the expected Δ is judged by
+# Never copied from the base: weights in any format, its card, and provenance of another run.
+_NOT_SIDE_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".md", ".pkl"}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the merged folder and what it is made from."""
+
+    name: str
+    info: TensorInfo  # as it will be stored; offsets are those of its source
+    file: Path | None  # where the source bytes are; None for a trained head
+    source: TensorInfo | None
+    module: str | None = None  # the module whose update is added, or None: copied or converted
+    head: str | None = None  # the adapter's head tensor that takes its place
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPE_BYTES[self.info.dtype] * math.prod(self.info.shape)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything `merge` will do. The adapter's basis stays on the disk (`open_basis`)."""
+
+    adapter: Adapter
+    base: BaseModel
+    shards: tuple[tuple[PlannedTensor, ...], ...]
+    dtype: str
+    side_files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
+
+    @property
+    def touched(self) -> list[PlannedTensor]:
+        return [tensor for shard in self.shards for tensor in shard if tensor.module is not None]
+
+    def shard_names(self) -> list[str]:
+        count = len(self.shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of all that decides the bytes of the shards: what an interrupted merge may be resumed by.
+
+        A base file counts by name, size and time of change, and its targets by their fingerprint.
+        """
+        files = sorted({tensor.file for shard in self.shards for tensor in shard if tensor.file is not None})
+        stats = [path.stat() for path in files]
+        parts = [
+            self.adapter.provenance(),
+            self.dtype,
+            [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
+            self.base.fingerprint(self.adapter.R),
+            [[(t.name, t.info.dtype, t.info.shape, t.module) for t in shard] for shard in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "base": self.base.name_or_path,
+            "adapter": str(self.adapter.folder),
+            "dtype": self.dtype,
+            "stored": sorted({tensor.info.dtype for tensor in self.touched}),
+            "modules": len(self.touched),
+            "tensors": sum(map(len, self.shards)),
+            "shards": len(self.shards),
+            "bytes": self.nbytes,
+        }
+
+    def peak_memory(self) -> int:
+        """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
+        factors = max((12 * self.adapter.rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
+        return _PYTHON_BYTES + 2 * factors + torch.get_num_threads() * _THREAD_BYTES
+
+    def expected_retained(self) -> dict[str, Any]:
+        """How much of Δ the stored dtype will keep: a guess from some weights of every target and ‖Δ‖ = s·‖R‖."""
+        found = {}
+        for tensor in self.touched:
+            assert tensor.module is not None
+            assert tensor.file is not None
+            assert tensor.source is not None
+            info = tensor.source
+            entries = math.prod(info.shape)
+            start = info.start + DTYPE_BYTES[info.dtype] * (entries // 2)
+            taken = min(_SAMPLE, entries - entries // 2)
+            sample = read_tensor(
+                tensor.file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype])
+            )
+            rms = abs(self.adapter.scaling) * float(self.adapter.R[tensor.module].norm()) / math.sqrt(entries)
+            guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.info.dtype])
+            factor = entries / taken
+            found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
+        return retained.summary(found)
+
+
+class Problems:
+    """Collects errors of this package from `with` blocks, so that a user reads all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[LoraSBError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, LoraSBError):
+            self.found.append(error)
+            return True
+        return False
+
+    def raise_all(self) -> None:
+        """Raise the one error found, or one of the first's kind that lists all."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
+            raise type(self.found[0])(f"{len(self.found)} problems, nothing was written:{lines}")
+
+
+def plan_merge(
+    adapter: str | Path | Adapter | Mapping[str | Path, float],
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> MergePlan:
+    """Match every module of the adapter to a tensor of the base, lay out the shards, look for room.
+
+    Reads headers, the adapter, a few pages of every target, and the basis once to verify its hash.
+
+    Raises: see `merge`.
+    """
+    problems = Problems()
+    limit, loaded, model = 0, None, None
+    with problems:
+        refuse_existing(out, overwrite)
+    with problems:
+        if dtype != "auto" and dtype not in _NAMES:
+            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use auto, {', '.join(_NAMES)}")
+    with problems:
+        limit = parse_size(max_shard_size)
+    with problems:
+        loaded = _load(adapter)
+        model = loaded.base.resolve(base)
+    if loaded is None or model is None:
+        problems.raise_all()
+    assert loaded is not None
+    assert model is not None
+    if not _modules_fit(loaded, model, problems):
+        problems.raise_all()
+    with problems:
+        loaded = replace(loaded, basis=loaded.basis or open_basis(loaded.basis_source or loaded.folder or ""))
+        shapes = module_shapes(loaded.load_basis())
+        _check_shapes(loaded, model, shapes, problems)
+    problems.raise_all()
+    shards = tuple(_split(_tensors(loaded, model, dtype), limit))
+    plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
+    require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
+    return plan
+
+
+def free_bytes(out: Path) -> int:
+    """Free on the disk that `out` will lie on."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
+
+
+def parse_size(size: str | int) -> int:
+    """`"5GB"` → 5,000,000,000. Raises SettingsError."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("", 1)):
+        if text.endswith(unit) and text[: len(text) - len(unit)].strip().isdigit():
+            return int(text[: len(text) - len(unit)]) * factor
+    raise SettingsError(f"size {size!r} is not a number with KB, MB or GB", fix="For instance 5GB")
+
+
+def _load(adapter: str | Path | Adapter | Mapping[str | Path, float]) -> Adapter:
+    if isinstance(adapter, Adapter):
+        return adapter
+    return combine(adapter) if isinstance(adapter, Mapping) else Adapter.load(adapter)
+
+
+def _modules_fit(adapter: Adapter, model: BaseModel, problems: Problems) -> bool:
+    """Whether the base has every module, and is the one the adapter was trained on."""
+    before = len(problems.found)
+    for name in adapter.R:
+        with problems:
+            model.weight_key(name)
+    if len(problems.found) == before:
+        with problems:
+            model.verify(adapter.base, adapter.R)
+    return len(problems.found) == before
+
+
+def _check_shapes(
+    adapter: Adapter, model: BaseModel, shapes: Mapping[str, tuple[int, int]], problems: Problems
+) -> None:
+    for module in adapter.R:
+        name = model.weight_key(module)
+        file, info = model.tensors[name]
+        shape = shapes[module][::-1] if model.stores_transposed else shapes[module]
+        if info.shape != shape or info.dtype not in TORCH_DTYPES:
+            with problems:
+                raise ArtifactError(
+                    f"tensor {name} is {info.dtype} {list(info.shape)}, the basis was made for {list(shape)}",
+                    where=file,
+                )
+
+
+def _tensors(adapter: Adapter, model: BaseModel, dtype: str) -> list[PlannedTensor]:
+    by_key = {model.weight_key(name): name for name in adapter.R}
+    prefix = _body_prefix(model, adapter)
+    tensors = []
+    for name, (file, info) in model.tensors.items():
+        stored = replace(info, dtype=_NAMES[dtype]) if dtype != "auto" and info.dtype in TORCH_DTYPES else info
+        renamed = name if name.startswith(prefix) else prefix + name
+        if renamed not in adapter.head:
+            tensors.append(PlannedTensor(renamed, stored, file, info, by_key.get(name)))
+    for name, tensor in adapter.head.items():
+        stored_dtype = _NAMES[dtype] if dtype != "auto" else tensors[0].info.dtype
+        tensors.append(PlannedTensor(name, TensorInfo(stored_dtype, tuple(tensor.shape), 0, 0), None, None, head=name))
+    return tensors
+
+
+def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
+    """What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it."""
+    name = next(iter(adapter.R))
+    if adapter.task_type == SEQ_CLS and model.weight_key(name) != f"{name}.weight":
+        return name.partition(".")[0] + "."
+    return ""
+
+
+def _side_files(model: BaseModel) -> tuple[Path, ...]:
+    return tuple(
+        path
+        for path in sorted(model.folder.iterdir())
+        if path.is_file()
+        and path.suffix not in _NOT_SIDE_FILES
+        and not path.name.startswith(".")
+        and path.name not in ("config.json", "lorasb.json", "model.safetensors.index.json")
+    )
+
+
+def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:
+    shard: list[PlannedTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if shard and filled + tensor.nbytes > limit:
+            yield tuple(shard)
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += tensor.nbytes
+    yield tuple(shard)

@@ -6,6 +6,7 @@ Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +73,7 @@ class _LoRASBFunction(torch.autograd.Function):
         u, weight, B, R, A, rows = ctx.saved_tensors
         dtype = u.dtype
         grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             v = (ctx.scaling * (grad @ B.to(dtype)).to(R.dtype)).view(u.shape)
             grad_x = grad_R = None
             if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
@@ -81,6 +82,10 @@ class _LoRASBFunction(torch.autograd.Function):
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
                 grad_x = (grad @ weight.to(dtype)).addmm_(grad_u, A.to(dtype)).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -126,7 +131,7 @@ class LoRASBLinear(nn.Module):
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):  # in-place products do not autocast
+        with _without_autocast(device):  # in-place products do not autocast
             y: torch.Tensor = _LoRASBFunction.apply(
                 x.to(dtype), weight_of(self.base), self.base.bias, self.B, self.R, self.A, self.scaling, rows
             )

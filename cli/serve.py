@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,13 @@ def run(
         str | None, typer.Option(metavar="A,B,…", help="Names, folders, Hub ids or name=path; all by default.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A merged folder to serve alone, or the adapters' base.")] = None,
-    mode: Annotated[str, typer.Option(help="folded: each adapter as an ordinary LoRA.")] = "folded",
+    adapters_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where names are looked up; without --adapters, all there.")
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(help="shared: the basis once, one R per adapter; folded: each a LoRA; auto: shared if it can."),
+    ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -28,9 +35,13 @@ def run(
     from lorasb_export.serve import serve
 
     project = run.project
-    words = adapters.split(",") if adapters is not None else project.adapter_names()
-    alone = adapters is None and model is not None
-    named = {} if alone else resolve_adapters([word.strip() for word in words], project.folder / "adapters")
+    folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
+    if adapters is not None:
+        words = [word.strip() for word in adapters.split(",")]
+    else:
+        words = project.adapter_names() if adapters_dir is None else _names_in(folder)
+    alone = adapters is None and adapters_dir is None and model is not None
+    named = {} if alone else resolve_adapters(words, folder)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype}
 
     def ready(server: dict[str, Any]) -> None:
@@ -39,9 +50,26 @@ def run(
     if dry_run:
         plan = serve(named, **options, extra=flags or [], dry_run=True)
         assert isinstance(plan, dict)
-        taken = human_bytes(plan["memory"]["slots_bytes"])
-        run.result(plan, f"{shlex.join(plan['command'])}\n# adapters take {taken} in vLLM")
+        run.result(plan, f"{_command_line(plan)}\n# {_memory(plan['memory'])}")
         return
     run.say("Starting vLLM; this takes a minute on a CPU")
     code = serve(named, **options, extra=flags or [], on_ready=ready)
     raise typer.Exit(int(code))  # type: ignore[arg-type]
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The adapters in `folder`, without hidden folders: those are being written."""
+    return sorted(p.parent.name for p in folder.glob("*/adapter_config.json") if not p.parent.name.startswith("."))
+
+
+def _command_line(plan: dict[str, Any]) -> str:
+    variables = [f"{name}={shlex.quote(value)}" for name, value in plan["environment"].items()]
+    return " ".join([*variables, shlex.join(plan["command"])])
+
+
+def _memory(memory: dict[str, int]) -> str:
+    taken = f"adapters take {human_bytes(memory['slots_bytes'])} in vLLM"
+    if "basis_bytes" not in memory:
+        return taken
+    one, basis = human_bytes(memory["bytes_per_adapter"]), human_bytes(memory["basis_bytes"])
+    return f"{taken}, {one} each, and their basis {basis} once"

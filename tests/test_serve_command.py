@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from lorasb_export.artifact import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
 from lorasb_export.errors import (
     ArtifactError,
@@ -24,8 +25,9 @@ from lorasb_export.errors import (
     ServerError,
     SettingsError,
 )
+from lorasb_export.serve import plan
 from lorasb_export.serve.launcher import running_server, serve
-from lorasb_export.storage import read_json, write_json
+from lorasb_export.storage import read_json, sha256_file, write_json
 from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -133,8 +135,8 @@ def test_an_address_of_another_machine_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "shared"}, "not in this release.*--mode folded"),
-        ({"mode": "fast"}, "unknown mode 'fast'.*folded, shared"),
+        ({"mode": "shared", "adapters": {"a": "a", "b": "b"}}, "of 2 bases.*--mode folded"),
+        ({"mode": "fast"}, "unknown mode 'fast'.*auto, shared, folded"),
         ({"extra": ["--port=1"]}, "not a flag to hand to vLLM here.*--port"),
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
@@ -153,9 +155,60 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
 
 @pytest.mark.skipif(not ON_CPU, reason="a defect of vLLM's CPU kernel only")
 def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
+    options: dict[str, Any] = {"mode": "folded"}
     with pytest.raises(SettingsError, match="--max-loras 1 for 1 adapters on a CPU"):
-        dry_run({"a": folder / "a"}, extra=["--max-loras", "1"])
-    assert dry_run({"a": folder / "a"}, extra=["--max-loras", "2"])["command"][-1] == "2"
+        dry_run({"a": folder / "a"}, extra=["--max-loras", "1"], **options)
+    assert dry_run({"a": folder / "a"}, extra=["--max-loras", "2"], **options)["command"][-1] == "2"
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if vLLM and the plugin were installed."""
+    monkeypatch.setattr(plan, "why_unavailable", lambda: None)
+
+
+@pytest.fixture
+def siblings(folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two adapters on the basis that is embedded in the first."""
+    first = Adapter.load(folder / "a")
+    second = Adapter(first.base, first.basis_sha256, str(folder / "a"), first.R, scaling=0.5)
+    second.save(tmp_path / "second")
+    return {"a": folder / "a", "second": tmp_path / "second"}
+
+
+@pytest.mark.usefixtures("plugin")
+def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path]) -> None:
+    described = dry_run(siblings, dtype="float32", mode="shared")
+    assert described["mode"] == "shared"
+    assert described["environment"]["LORASB_SHARED_BASIS"] == str(folder / "a")
+    command = described["command"]
+    assert (value_of(command, "--max-loras"), value_of(command, "--max-lora-rank")) == ("2", "8")
+    digests = [sha256_file(path / "adapter.safetensors")[:12] for path in siblings.values()]
+    first = command.index("--lora-modules") + 1
+    assert command[first : first + 2] == [f"a=TEMPORARY/a-{digests[0]}", f"second=TEMPORARY/second-{digests[1]}"]
+    one = len(MODULES) * 4 * 4 * 4
+    assert described["memory"] == {
+        "slots": 2,
+        "slots_bytes": 3 * one,
+        "basis_bytes": 4 * ((32 + 32) + (48 + 32)) * 4,
+        "bytes_per_adapter": one,
+    }
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.skipif(not ON_CPU, reason="shared by default on a CPU only")
+def test_auto_shares_a_basis_where_it_can(
+    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dry_run(siblings)["mode"] == "shared"
+    assert dry_run(siblings, mode="folded")["mode"] == "folded"
+    assert not caplog.text
+    assert dry_run({"a": folder / "a", "b": folder / "b"})["mode"] == "folded"
+    assert "the adapters are of 2 bases" in caplog.text
+    monkeypatch.setattr(plan, "why_unavailable", lambda: "vLLM 9.9 is not one of the tested versions")
+    assert dry_run(siblings)["mode"] == "folded"
+    with pytest.raises(SettingsError, match=r"vLLM 9\.9 is not one.*--mode folded"):
+        dry_run(siblings, mode="shared")
 
 
 def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> None:

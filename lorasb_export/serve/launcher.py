@@ -30,7 +30,7 @@ def serve(
     adapters: Adapters = (),
     *,
     model: str | None = None,
-    mode: str = "folded",
+    mode: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
     dtype: str = "auto",
@@ -46,11 +46,12 @@ def serve(
         adapters: served name → adapter folder or Hub id; or words as `resolve_adapters` reads them, with names
             looked up in `adapters/`.
         model: the base, where the adapters do not find it themselves; without adapters, any model folder or Hub id.
-        mode: `folded`: each adapter is served as an ordinary LoRA.
+        mode: `shared`: B and A once, one R per adapter, with a vLLM this was tested with; `folded`: each adapter as an
+            ordinary LoRA; `auto`: shared where it can be, or folded, with a warning that says why.
         port: 0 takes any free one.
         dtype: as vLLM's `--dtype`.
         extra: further vLLM flags; they win over the ones chosen here.
-        dry_run: check everything, start nothing, return `command`, `environment`, `models` and `memory`.
+        dry_run: check everything, start nothing, return `mode`, `command`, `environment`, `models`, `memory`.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
     Returns:
@@ -79,7 +80,7 @@ def running_server(
     adapters: Adapters = (),
     *,
     model: str | None = None,
-    mode: str = "folded",
+    mode: str = "auto",
     host: str = "127.0.0.1",
     port: int = 0,
     dtype: str = "auto",
@@ -99,7 +100,7 @@ def running_server(
         logger.warning("Listening on %s without a key: set VLLM_API_KEY, or keep to 127.0.0.1 behind a proxy", host)
     plan = make_plan(_named(adapters), model=model, mode=mode, host=host, port=port, dtype=dtype, extra=extra)
     with tempfile.TemporaryDirectory(prefix="lorasb-", ignore_cleanup_errors=True) as folder:
-        plan.fold(Path(folder))
+        plan.mode.write(Path(folder))
         changes = plan.environment() | _keep_inside(folder)
         command, variables = plan.command(folder), environment.child_environment(**changes)
         del plan  # its tensors are on disk now

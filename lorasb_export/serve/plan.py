@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,22 +12,25 @@ from typing import Any
 
 from ..artifact import Adapter, Basis
 from ..base import SEQ_CLS, BaseModel, default_device
-from ..errors import LoraSBError, OutputError, SettingsError
-from ..export.peft import write_folded
+from ..errors import LoraSBError, SettingsError
 from ..names import check_name
+from .modes import VLLM_RANKS, Folded, Mode, Shared
+from .shared import why_unavailable
 
-_MODES = ("folded", "shared")
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+logger = logging.getLogger(__name__)
+
+_MODES = ("auto", "shared", "folded")
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """A base model, the adapters that will be folded onto it (a merged model has none), and how vLLM is told."""
+    """A base model, the adapters on it (a merged model has none), and how vLLM is told."""
 
     base: BaseModel
-    adapters: Mapping[str, Adapter]
+    mode: Mode
+    names: Sequence[str]
     host: str
     port: int
     dtype: str
@@ -35,34 +39,10 @@ class ServePlan:
     @property
     def base_name(self) -> str:
         """The base's Hub id, or the name of its folder."""
-        is_folder = self.base.name_or_path == str(self.base.folder)
-        return self.base.folder.name if is_folder else self.base.name_or_path
-
-    @property
-    def max_rank(self) -> int:
-        """The smallest rank vLLM knows that holds every adapter's."""
-        rank = max(adapter.rank for adapter in self.adapters.values())
-        return next(allowed for allowed in _VLLM_RANKS if allowed >= rank)
-
-    @property
-    def slots(self) -> int:
-        # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
-        # adapter lies there. One slot that is never filled holds zeros and makes them right.
-        return len(self.adapters) + (default_device().type == "cpu")
-
-    def fold(self, folder: Path) -> None:
-        """Write each adapter as an ordinary LoRA to `folder`/NAME. Raises OutputError when the disk is full."""
-        for name, adapter in self.adapters.items():
-            try:
-                (folder / name).mkdir()
-                write_folded(adapter, folder / name)
-            except OSError as error:
-                raise OutputError(
-                    f"cannot write the folded adapter {name}: {error}", where=folder, fix="Set TMPDIR to a larger disk"
-                ) from None
+        return _base_name(self.base)
 
     def command(self, folder: str | Path) -> list[str]:
-        """vLLM's command line for the adapters folded in `folder`; of a flag given twice vLLM takes the last.
+        """vLLM's command line for the adapters written to `folder`; of a flag given twice vLLM takes the last.
 
         The module is started and not `vllm serve`, which does not start when vLLM is installed under another
         distribution name, as its CPU build is.
@@ -70,49 +50,30 @@ class ServePlan:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.base.folder), "--served-model-name", self.base_name]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
-        if self.adapters:
-            # Without the list of modules vLLM also sets aside room for an adapter of the embedding, per slot.
-            suffixes = {name.rpartition(".")[2] for adapter in self.adapters.values() for name in adapter.R}
-            command += ["--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(self.max_rank)]
-            command += ["--lora-target-modules", *sorted(suffixes)]
-            command += ["--lora-modules", *(f"{name}={Path(folder) / name}" for name in self.adapters)]
-        return [*command, *self.extra]
+        return [*command, *self.mode.flags(folder), *self.extra]
 
     def environment(self) -> dict[str, str]:
-        """Variables for the server, where the user has not set them."""
+        """Variables for the server: the mode's, and some where the user has not set them."""
         wanted = {"VLLM_NO_USAGE_STATS": "1"}  # a server tells nobody that it runs unless its owner says so
         if default_device().type == "cpu":
             # GiB. vLLM would take nine tenths of the machine, or refuse to start when they are not free; and with
             # a fixed size it skips a warm-up of the model.
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
-        return {name: value for name, value in wanted.items() if name not in os.environ}
+        return self.mode.environment() | {name: v for name, v in wanted.items() if name not in os.environ}
 
     def memory(self) -> dict[str, int]:
-        """Bytes the adapters take: in vLLM's `slots`, in its copies in host memory, and folded on disk."""
-        if not self.adapters:
-            return {"slots": 0, "slots_bytes": 0, "host_bytes": 0, "disk_bytes": 0}
-        widths: dict[str, int] = {}  # module → in + out
-        numbers = 0
-        for adapter in self.adapters.values():
-            for name, module in adapter.load_basis().modules.items():
-                widths[name] = module.B.shape[0] + module.A.shape[1]
-                numbers += adapter.rank * widths[name]
+        """Bytes the adapters take, in the mode's own terms."""
         dtype = _flags(self.extra).get("--dtype", self.dtype)
-        size = 4 if dtype in ("float32", "float") else 2  # `auto` turns an fp32 checkpoint into 16 bits
-        slot = size * self.max_rank * sum(widths.values())
-        return {
-            "slots": self.slots,
-            "slots_bytes": self.slots * slot,
-            "host_bytes": size * numbers,
-            "disk_bytes": 4 * numbers,
-        }
+        # `auto` turns an fp32 checkpoint into 16 bits.
+        return self.mode.memory(4 if dtype in ("float32", "float") else 2)
 
     def describe(self) -> dict[str, Any]:
-        """What a dry run reports; `TEMPORARY` in the command stands for the folder of the folded adapters."""
+        """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
         return {
+            "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
             "environment": self.environment(),
-            "models": [self.base_name, *self.adapters],
+            "models": [self.base_name, *self.names],
             "memory": self.memory(),
         }
 
@@ -153,10 +114,47 @@ def make_plan(
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
         raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}")
     assert base is not None  # given, or found by the first adapter
-    plan = ServePlan(base, loaded, host, port, dtype, extra)
-    if plan.base_name in loaded:
-        raise SettingsError(f"{plan.base_name!r} is the name of the base and of an adapter", fix="Rename the adapter")
-    return plan
+    if _base_name(base) in loaded:
+        raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
+    return ServePlan(base, _choose_mode(mode, loaded, extra), list(loaded), host, port, dtype, extra)
+
+
+def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
+    if not adapters or mode == "folded":
+        return _folded(adapters, extra)
+    reason = _why_not_shared(adapters, extra)
+    if reason is None and mode == "auto" and default_device().type != "cpu":
+        reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
+    if reason is None:
+        return Shared(adapters)
+    if mode == "shared":
+        fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
+        raise SettingsError(reason, where="--mode shared", fix=fix)
+    logger.warning("Serving folded, with a full LoRA in memory for each adapter: %s", reason)
+    return _folded(adapters, extra)
+
+
+def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
+    bases = {adapter.basis_sha256 for adapter in adapters.values()}
+    if len(bases) > 1:
+        return f"the adapters are of {len(bases)} bases"
+    if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
+        return "a shared basis of mixture-of-experts layers is not supported"
+    if "--fully-sharded-loras" in _flags(extra) or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+        return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
+    return why_unavailable()
+
+
+def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
+    loras = _flags(extra).get("--max-loras", "")
+    if loras.isdigit() and int(loras) <= len(adapters) and default_device().type == "cpu":
+        fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
+        raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
+    return Folded(adapters)
+
+
+def _base_name(base: BaseModel) -> str:
+    return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
 
 
 def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:
@@ -166,9 +164,6 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         raise SettingsError(problem)
     if mode not in _MODES:
         raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")
-    if mode == "shared":
-        fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
-        raise SettingsError("the shared-basis engine is not in this release", where="--mode shared", fix=fix)
     given = _flags(extra)
     if "--api-key" in given:
         fix = "Set VLLM_API_KEY in the environment: a command line can be read by every user of this machine"
@@ -176,19 +171,15 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
     if taken := sorted(_OUR_FLAGS & set(given)):
         fix = "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"
         raise SettingsError("not a flag to hand to vLLM here", where=", ".join(taken), fix=fix)
-    loras = given.get("--max-loras", "")
-    if loras.isdigit() and int(loras) <= len(adapters) and default_device().type == "cpu":
-        fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
-        raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
 
 
 def _check_servable(adapter: Adapter) -> None:
     if adapter.task_type == SEQ_CLS:
         fix = "Use `lorasb merge` or `lorasb export --format onnx`"
         raise SettingsError("a classifier, and this server generates text", where=adapter.folder, fix=fix)
-    if adapter.rank > _VLLM_RANKS[-1]:
+    if adapter.rank > VLLM_RANKS[-1]:
         fix = "Use `lorasb merge` and serve the merged folder with --model"
-        raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {_VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)
+        raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)
 
 
 def _flags(extra: Sequence[str]) -> dict[str, str]:

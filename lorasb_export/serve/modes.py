@@ -1,0 +1,155 @@
+"""How vLLM holds the adapters: each folded into a LoRA of its own, or all on one basis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..artifact import Adapter
+from ..base import default_device
+from ..errors import OutputError
+from ..export.peft import write_folded
+from ..fetch import resolve_folder
+from ..storage import sha256_file
+from .shared import BASIS_VARIABLE
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Mode(Protocol):
+    """What a server needs to know of its adapters."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(self, folder: Path) -> None:
+        """Put into `folder` what the server will read. Raises OutputError when the disk is full."""
+
+    def flags(self, folder: str | Path) -> list[str]:
+        """vLLM's flags for the adapters in `folder`."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables the server needs, whatever the user has set."""
+
+    def memory(self, number_bytes: int) -> dict[str, int]:
+        """Bytes the adapters take, with numbers of so many bytes."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Each adapter as an ordinary LoRA: A, and s·B·R. Stock vLLM, any mixture of bases and ranks."""
+
+    adapters: Mapping[str, Adapter]
+    name: str = "folded"
+
+    @property
+    def slots(self) -> int:
+        # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
+        # adapter lies there. One slot that is never filled holds zeros and makes them right.
+        return len(self.adapters) + (default_device().type == "cpu")
+
+    def write(self, folder: Path) -> None:
+        for name, adapter in self.adapters.items():
+            try:
+                (folder / name).mkdir()
+                write_folded(adapter, folder / name)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write the folded adapter {name}: {error}", where=folder, fix="Set TMPDIR to a larger disk"
+                ) from None
+
+    def flags(self, folder: str | Path) -> list[str]:
+        if not self.adapters:
+            return []
+        paths = {name: Path(folder) / name for name in self.adapters}
+        return _lora_flags(self.adapters, self.slots, paths)
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def memory(self, number_bytes: int) -> dict[str, int]:
+        """In vLLM's `slots`, in its copies in host memory, and folded on disk."""
+        if not self.adapters:
+            return {"slots": 0, "slots_bytes": 0, "host_bytes": 0, "disk_bytes": 0}
+        widths: dict[str, int] = {}  # module → in + out
+        numbers = 0
+        for adapter in self.adapters.values():
+            for name, module in adapter.load_basis().modules.items():
+                widths[name] = module.B.shape[0] + module.A.shape[1]
+                numbers += adapter.rank * widths[name]
+        slot = number_bytes * _max_rank(self.adapters) * sum(widths.values())
+        return {
+            "slots": self.slots,
+            "slots_bytes": self.slots * slot,
+            "host_bytes": number_bytes * numbers,
+            "disk_bytes": 4 * numbers,
+        }
+
+
+@dataclass(frozen=True)
+class Shared:
+    """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis."""
+
+    adapters: Mapping[str, Adapter]
+    name: str = "shared"
+
+    @property
+    def basis_folder(self) -> Path:
+        adapter = next(iter(self.adapters.values()))
+        source = adapter.basis_source or adapter.folder
+        assert source is not None  # adapters here were loaded from a folder
+        return resolve_folder(source)[0]
+
+    def write(self, folder: Path) -> None:
+        for name, path in self._paths(folder).items():
+            source = self.adapters[name].folder
+            assert source is not None
+            path.symlink_to(source, target_is_directory=True)
+
+    def flags(self, folder: str | Path) -> list[str]:
+        # The plugin compiles into vLLM's graphs; of what is here, they differ by the basis alone.
+        basis = json.dumps({"lorasb_basis": next(iter(self.adapters.values())).basis_sha256[:12]})
+        paths = self._paths(Path(folder))
+        return [*_lora_flags(self.adapters, len(self.adapters), paths), "--additional-config", basis]
+
+    def environment(self) -> dict[str, str]:
+        return {BASIS_VARIABLE: str(self.basis_folder)}
+
+    def memory(self, number_bytes: int) -> dict[str, int]:
+        """B and A; R of one adapter; and the slots, one of which is the base's and stays zero."""
+        adapter = next(iter(self.adapters.values()))
+        modules = adapter.load_basis().modules.values()
+        one = number_bytes * len(modules) * adapter.rank**2
+        return {
+            "slots": len(self.adapters),
+            "slots_bytes": one * (len(self.adapters) + 1),
+            "basis_bytes": number_bytes * sum(module.B.numel() + module.A.numel() for module in modules),
+            "bytes_per_adapter": one,
+        }
+
+    def _paths(self, folder: Path) -> dict[str, Path]:
+        """Name → what the server reads. vLLM's prefix cache goes by name and path, so the path names the content."""
+        return {
+            name: folder / f"{name}-{sha256_file(adapter.folder / 'adapter.safetensors')[:12]}"
+            for name, adapter in self.adapters.items()
+            if adapter.folder is not None
+        }
+
+
+def _max_rank(adapters: Mapping[str, Adapter]) -> int:
+    """The smallest rank vLLM knows that holds every adapter's."""
+    rank = max(adapter.rank for adapter in adapters.values())
+    return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
+
+
+def _lora_flags(adapters: Mapping[str, Adapter], slots: int, paths: Mapping[str, Path]) -> list[str]:
+    # Without the list of modules vLLM also sets aside room for an adapter of the embedding, per slot.
+    suffixes = {name.rpartition(".")[2] for adapter in adapters.values() for name in adapter.R}
+    return [
+        *("--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(_max_rank(adapters))),
+        *("--lora-target-modules", *sorted(suffixes)),
+        *("--lora-modules", *(f"{name}={path}" for name, path in paths.items())),
+    ]

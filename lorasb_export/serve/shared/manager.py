@@ -1,0 +1,132 @@
+"""vLLM's LoRA managers with one stack of R for all layers; caches, slots and pinning are vLLM's own."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.lora import utils
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from ...artifact import Basis
+from ...errors import ArtifactError, SettingsError
+from . import BASIS_VARIABLE
+from .layers import LAYERS, SharedBasisLayer
+from .loading import load_R
+from .routes import Routes
+
+
+class SharedAdapter(LoRAModel):
+    """What vLLM's caches hold of an adapter: its R, (m, r, r) in the order of the stack, until a slot has it."""
+
+    def __init__(self, lora_id: int, R: torch.Tensor) -> None:
+        super().__init__(lora_id, R.shape[-1], {})
+        self.R: torch.Tensor | None = R
+
+    def clone(self, lora_model_id: int) -> SharedAdapter:
+        assert self.R is not None
+        return SharedAdapter(lora_model_id, self.R)
+
+
+class SharedModelManager(LRUCacheLoRAModelManager):
+    """Gives every layer its B and A, and its part of the stack (m, slots + 1, r, r) of transposed R."""
+
+    def __init__(self, basis: Basis, **options: Any) -> None:
+        self.basis = basis
+        super().__init__(**options)
+        if self.supports_mm or self.lora_config.fully_sharded_loras:
+            fix = "Use --mode folded"
+            raise SettingsError("the shared basis serves text models, without --fully-sharded-loras", fix=fix)
+        self._share_basis()
+
+    def _create_lora_modules(self) -> None:
+        # vLLM picks the layers from this tuple, and its own would allocate a full A and B for every slot.
+        stock, utils._all_lora_classes = utils._all_lora_classes, LAYERS
+        try:
+            super()._create_lora_modules()
+        finally:
+            utils._all_lora_classes = stock
+
+    def _share_basis(self) -> None:
+        modules = {self._vllm_name(name): (name, factors) for name, factors in self.basis.modules.items()}
+        parts = {
+            layer_name: [modules.pop(name, None) for name in self.packed_modules.get(layer_name, [layer_name])]
+            for layer_name in self.modules
+        }
+        if modules and not self._has_missing_stages():
+            raise ArtifactError(f"this model has no LoRA layer for {next(iter(modules))}", where=self.basis.source)
+        self.stacked = [part[0] for found in parts.values() for part in found if part is not None]
+        rank, slots = self.basis.rank, self.lora_slots
+        shape = (len(self.stacked), slots + 1, rank, rank)
+        dtype: Any = self.lora_config.lora_dtype  # vLLM has put a torch.dtype for the name given
+        self.stack = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.routes = Routes(slots, self.max_num_batched_tokens, rank, self.device)
+        first = 0
+        for layer_name, found in parts.items():
+            layer = self.modules[layer_name]
+            assert isinstance(layer, SharedBasisLayer)
+            count = sum(part is not None for part in found)
+            if count:
+                factors = [part and part[1] for part in found]
+                layer.set_basis(factors, self.stack[first : first + count], self.routes)
+            first += count
+
+    def _vllm_name(self, name: str) -> str:
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        return name if mapper is None else mapper.get_rename_mapper()._map_name(name) or name
+
+    def _has_missing_stages(self) -> bool:
+        """Whether another pipeline stage holds layers of this model."""
+        return any(type(module).__name__ == "PPMissingLayer" for module in self.model.modules())
+
+    def load(self, lora_id: int, folder: Path) -> SharedAdapter:
+        """The adapter in `folder`, cast and in the order of the stack; in pinned memory beside an accelerator."""
+        names, R = load_R(folder, self.basis)
+        if names != self.stacked:
+            position = {name: index for index, name in enumerate(names)}
+            R = R[[position[name] for name in self.stacked]]
+        R = R.to(self.stack.dtype)
+        return SharedAdapter(lora_id, R if self.device.type == "cpu" else R.pin_memory())
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        fresh = super().activate_adapter(lora_id)
+        if fresh:
+            adapter = self._registered_adapters[lora_id]
+            assert isinstance(adapter, SharedAdapter)
+            assert adapter.R is not None
+            index = self.lora_index_to_id.index(lora_id)
+            self.stack[:, index].copy_(adapter.R.mT, non_blocking=True)
+            if self.capacity == self.lora_slots and self.device.type == "cpu":
+                # Both caches drop the same adapter at the same time, so the slot can be the only copy.
+                adapter.R = None
+        return fresh
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> SharedAdapter:
+        zero = torch.zeros((), dtype=self.stack.dtype)
+        return SharedAdapter(lora_id, zero.expand(len(self.stacked), self.basis.rank, self.basis.rank))
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        """Packed layers read their parts' R side by side in the stack: nothing to merge."""
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        super()._set_adapter_mapping(mapping)
+        self.routes.update(self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY].token_lora_indices)
+
+
+class SharedWorkerManager(LRUCacheWorkerLoRAManager):
+    """Made by vLLM's model runner, one in each worker; finds the basis by `BASIS_VARIABLE`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        make: Any = partial(SharedModelManager, Basis.load(os.environ[BASIS_VARIABLE]))
+        self._manager_cls = make
+
+    def _load_adapter(self, lora_request: Any) -> SharedAdapter:
+        manager = self._adapter_manager
+        assert isinstance(manager, SharedModelManager)
+        return manager.load(lora_request.lora_int_id, Path(lora_request.lora_path))

@@ -1,0 +1,134 @@
+"""The parts of the shared-basis plugin that need no vLLM: the product by token, and the reading of R."""
+
+from __future__ import annotations
+
+import math
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.errors import ArtifactError
+from lorasb_export.serve import shared
+from lorasb_export.serve.shared import plugin
+from lorasb_export.serve.shared.loading import load_R
+from lorasb_export.serve.shared.routes import Routes
+from lorasb_export.storage import read_json, write_json
+from tests.random_adapter import save_adapter, save_base
+
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+SLOTS, RANK = 3, 4
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    return save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", MODULES, rank=RANK)
+
+
+def load(adapter: Adapter) -> tuple[list[str], torch.Tensor]:
+    assert adapter.folder is not None
+    return load_R(adapter.folder, Basis.load(adapter.folder))
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [0],
+        [-1, 0, 2, 1, -1, 0],  # decode
+        [1] * 9,  # one prompt
+        [-1] * 9 + [0, 2, -1] + [2] * 20 + [1],  # prompts and decode in one step
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_token_meets_the_R_of_its_slot(slots: list[int], parts: int) -> None:
+    R = torch.randn(parts, SLOTS + 1, RANK, RANK)
+    R[:, SLOTS] = 0
+    u = torch.randn(len(slots), parts, RANK)
+    routes = Routes(SLOTS, 64, RANK, torch.device("cpu"))
+    for wrong in ([0, 1, 2], slots):  # a step before this one leaves nothing behind
+        routes.update(torch.tensor(wrong))
+    v = routes.product(u, R.mT.contiguous())
+    expected = torch.stack([torch.einsum("ijk,ik->ij", R[:, slot], row) for slot, row in zip(slots, u, strict=True)])
+    torch.testing.assert_close(v, expected)
+    base = torch.tensor(slots) < 0
+    assert not v[base].any()
+
+
+def test_a_step_of_the_base_alone_is_idle() -> None:
+    routes = Routes(SLOTS, 64, RANK, torch.device("cpu"))
+    routes.update(torch.tensor([-1, -1]))
+    assert routes.idle
+    routes.update(torch.tensor([-1, 2]))
+    assert not routes.idle
+
+
+def test_R_is_read_as_one_block(adapter: Adapter) -> None:
+    names, R = load(adapter)
+    for name, matrix in zip(names, R, strict=True):
+        torch.testing.assert_close(matrix, adapter.scaling * adapter.R[name], rtol=0, atol=0)
+    assert sorted(names) == sorted(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type is 'LORA'"),
+        ({"format_version": 2}, "format version 2"),
+        ({"basis": {"sha256": "0" * 64, "source": "embedded"}}, "another basis"),
+        ({"scaling": math.inf}, "non-finite"),
+    ],
+)
+def test_a_foreign_config_is_refused(adapter: Adapter, change: dict[str, object], message: str) -> None:
+    assert adapter.folder is not None
+    path = adapter.folder / "adapter_config.json"
+    write_json(path, read_json(path) | change)
+    with pytest.raises(ArtifactError, match=message):
+        load(adapter)
+
+
+@pytest.mark.parametrize("damage", ["nan", "minus infinity", "shape", "dtype", "missing", "truncated"])
+def test_damaged_tensors_are_refused(adapter: Adapter, damage: str) -> None:
+    assert adapter.folder is not None
+    path = adapter.folder / "adapter.safetensors"
+    tensors = load_file(path)
+    key = f"{MODULES[0]}.R"
+    if damage == "nan":
+        tensors[key][1, 2] = math.nan
+    elif damage == "minus infinity":
+        tensors[key][1, 2] = -math.inf
+    elif damage == "shape":
+        tensors[key] = tensors[key][:2].contiguous()
+    elif damage == "dtype":
+        tensors[key] = tensors[key].half()
+    elif damage == "missing":
+        del tensors[key]
+    save_file(tensors, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ArtifactError):
+        load(adapter)
+
+
+def test_the_plugin_is_inert_without_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(shared.BASIS_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # an import of vLLM would raise
+    plugin.register()
+
+
+def test_a_vllm_that_was_not_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "version", {"vllm": "0.99.1+cpu"}.__getitem__)
+    assert "vLLM 0.99.1 is not one of the tested versions (0.32.0)" in str(shared.why_unavailable())
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(shared, "version", missing)
+    assert shared.why_unavailable() == "vLLM is not installed"

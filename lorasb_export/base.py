@@ -262,12 +262,6 @@ def default_device() -> torch.device:
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
-    environment.hide_broken_packages()
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
-
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         full = config["quantization_config"].get("base_model_name_or_path") or config.get("_name_or_path")
@@ -276,15 +270,29 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
             where=folder / "config.json",
             fix=f"Use its full-precision original{f', {full}' if full else ''}",
         )
-    kind = config.get("model_type")
-    if config.get("is_encoder_decoder") or (
-        kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    ):
+    if config.get("is_encoder_decoder") or not _has_a_class(config):
         raise BaseModelError(
-            f"model type {kind!r} is neither a causal language model nor a sequence classifier",
+            f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
             where=folder / "config.json",
             fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
         )
+
+
+def _has_a_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers knows the model as a causal language model or a sequence classifier."""
+    environment.hide_broken_packages()
+    import transformers
+
+    named = (config.get("architectures") or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")) and named in dir(transformers):
+        return True  # without the table below, whose module takes two seconds and 170 MB to import
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
+    return config.get("model_type") in known
 
 
 def artifact_kind(folder: Path) -> str:

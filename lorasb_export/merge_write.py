@@ -38,6 +38,7 @@ Done = tuple[Retained | None, int]  # of one piece: the error of rounding where 
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch would use, each of which computes alone: they share no barrier and overlap their I/O."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # here too: helpers that wait for this thread's next product would spin on a core
     pool = ThreadPoolExecutor(min(threads, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with pool:

@@ -33,7 +33,8 @@ from .measure import alternate, print_table, ratio
 RANK = 64
 _RELATIVE_SIZE = 0.02  # ‖Δ‖ / ‖W0‖ of every module
 
-_PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Not ru_maxrss, which a child starts with at its parent's.
+_PEAK = "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
 _COPY = """
 import os, shutil, sys
 shutil.rmtree(sys.argv[2], ignore_errors=True)

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("calibrate", "fit", "merge", "startup")
+NAMES = ("calibrate", "fit", "merge", "serve", "startup")
 
 
 def main() -> None:

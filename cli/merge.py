@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from .verb import Run, human_bytes
 
+INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
+
 
 def run(
     run: Run,
-    adapter: Annotated[
-        str | None, typer.Argument(help="Name, folder or Hub id; may be left out when the project has one.")
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER[=WEIGHT]",
+            help="Name, folder or Hub id; may be left out when the project has one. Several are added up.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="The folder to write.")] = "model",
     model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits with base + adapter.")] = False,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Write what each module keeps of its update; a plot beside.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
@@ -26,7 +37,7 @@ def run(
     from lorasb_export.merge import merge
 
     result = merge(
-        run.project.find_adapter(adapter),
+        _adapters(run, adapters or []),
         out,
         base=model,
         dtype=dtype,
@@ -34,9 +45,57 @@ def run(
         verify=verify,
         overwrite=overwrite,
         dry_run=dry_run,
+        report=report,
     )
-    what = f"{result['modules']} modules, {human_bytes(result['bytes'])} in {result['shards']} file(s)"
-    text = f"Would merge {what} into {out}" if dry_run else f"Merged {what} into {out} in {result['seconds']:.1f} s"
+    run.result(result, _plan(result) if dry_run else _done(result))
+
+
+def _adapters(run: Run, words: list[str]) -> Any:
+    """One adapter as it is named, or {folder or Hub id: weight}."""
+    if len(words) < 2 and not any(map(_weight, words)):
+        return run.project.find_adapter(words[0] if words else None)
+    return {run.project.find_adapter(name): weight for name, weight in map(_parse, words)}
+
+
+def _weight(word: str) -> str:
+    """The text after the last `=`; none in the name of an existing folder."""
+    return "" if Path(word).is_dir() else word.rpartition("=")[2] if "=" in word else ""
+
+
+def _parse(word: str) -> tuple[str, float]:
+    text = _weight(word)
+    if not text:
+        return word, 1.0
+    try:
+        return word.rpartition("=")[0], float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{word!r}: {text!r} is not a number") from None
+
+
+def _what(result: dict[str, Any]) -> str:
+    return f"{result['modules']} modules, {human_bytes(result['bytes'])} in {result['shards']} file(s)"
+
+
+def _plan(result: dict[str, Any]) -> str:
+    kept = result["expected_retained"]
+    return "\n".join(
+        [
+            f"Would merge {_what(result)} into {result['out']}",
+            f"  tensors      {result['modules']} of {result['tensors']} change",
+            f"  dtype        {', '.join(result['stored'])}",
+            f"  peak memory  about {human_bytes(result['peak_memory_bytes'])}",
+            f"  free disk    {human_bytes(result['free_bytes'])}",
+            f"  kept of it   about {kept['cosine']:.3f} (cosine), relative error {kept['relative_error']:.3f}",
+        ]
+    )
+
+
+def _done(result: dict[str, Any]) -> str:
+    kept = result["retained"]
+    text = f"Merged {_what(result)} into {result['out']} in {result['seconds']:.1f} s"
+    if result["shards_reused"]:
+        text += f" ({result['shards_reused']} file(s) were finished before)"
+    text += f"\nOf the update {kept['cosine']:.4f} is kept (cosine), relative error {kept['relative_error']:.4f}"
     if "verify" in result:
         text += f"\nLogits agree: largest difference {result['verify']['max_difference']:.1e}"
-    run.result(result, text)
+    return text

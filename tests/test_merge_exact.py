@@ -1,0 +1,94 @@
+"""Every touched entry is the float64 sum rounded once, whatever the dtype; and what is said to be kept, is."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from lorasb_export import retained
+from lorasb_export.format import ModuleBasis
+from lorasb_export.merge_sum import Update, add
+from lorasb_export.retained import Retained
+
+ROWS, COLUMNS, RANK = 768, 515, 16
+
+
+def merged(
+    dtype: torch.dtype, size: float, *, transposed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Retained]:
+    """(W0, Δ in float64, what was stored, what is said of it) for an update of relative size `size`."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (COLUMNS, ROWS) if transposed else (ROWS, COLUMNS)
+    B, A = (torch.linalg.qr(torch.randn(n, RANK, generator=generator))[0] for n in shape)
+    R = torch.randn(RANK, RANK, generator=generator)
+    R *= size * 0.02 * (ROWS * COLUMNS) ** 0.5 / R.norm() / 2
+    weights = (torch.randn(ROWS, COLUMNS, generator=generator) * 0.02).to(dtype)
+    weights[3] = 0  # a row of padding: its sums are as small as Δ
+    factors = ModuleBasis(B, A.T.contiguous(), torch.ones(RANK))
+    update = Update.of(factors, R, 2.0, transposed=transposed, source=dtype, stored=dtype)
+    out = torch.empty_like(weights)
+    found = Retained()
+    left, right = update.in_sum_dtype()
+    for start in range(0, ROWS, 256):
+        rows = slice(start, start + 256)
+        found += add(weights[rows], update, left, right, rows, out[rows], measure=True)
+        again = torch.empty_like(out[rows])
+        add(weights[rows], update, left, right, rows, again, measure=False)
+        assert (again != out[rows]).float().mean() < 1e-4
+    delta = 2.0 * B.double() @ R.double() @ A.double().T
+    return weights, delta.T if transposed else delta, out, found
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    integers = torch.int32 if a.dtype == torch.float32 else torch.int16
+    low = torch.iinfo(integers).max
+    x, y = (torch.where(bits < 0, -(bits & low), bits) for bits in (t.view(integers).long() for t in (a, b)))
+    return (x - y).abs()
+
+
+def rounded_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """numpy rounds float64 → fp16 in one step; for bf16 the 45 lowest bits are rounded off before torch sees it."""
+    if dtype != torch.bfloat16:
+        return torch.from_numpy(values.numpy().astype({torch.float16: np.float16, torch.float32: np.float32}[dtype]))
+    bits = values.numpy().view(np.uint64)
+    kept, rest = bits >> np.uint64(45), bits & np.uint64((1 << 45) - 1)
+    kept = kept + ((rest > 1 << 44) | ((rest == 1 << 44) & (kept % 2 == 1))).astype(np.uint64)
+    return torch.from_numpy((kept << np.uint64(45)).view(np.float64)).to(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_sum_is_that_of_float64_rounded_once(dtype: torch.dtype, size: float, transposed: bool) -> None:
+    weights, delta, out, _ = merged(dtype, size, transposed=transposed)
+    steps = ulps(rounded_once(weights.double() + delta, dtype), out)
+    assert steps.max() <= 1
+    assert (steps == 0).double().mean() >= 0.9999
+
+
+@pytest.mark.parametrize(("size", "cosine"), [(1e-2, 0.987), (1e-3, 0.641), (1e-4, 0.214)])
+def test_what_bf16_retains(size: float, cosine: float) -> None:
+    """The cosines are those the neighbours' dossier measured; said, measured and foretold agree."""
+    weights, delta, out, said = merged(torch.bfloat16, size)
+    kept = out.double() - weights.double()
+    assert said.cosine == pytest.approx(float((kept * delta).sum() / kept.norm() / delta.norm()), abs=1e-4)
+    assert said.relative_error == pytest.approx(float((kept - delta).norm() / delta.norm()), rel=1e-4)
+    assert said.cosine == pytest.approx(cosine, abs=0.03)
+    guess = retained.expected(weights.view(-1)[4000:8000], size * 0.02, torch.bfloat16)
+    assert guess.cosine == pytest.approx(cosine, abs=0.06)
+
+
+def test_a_warning_names_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        retained.warn({"cosine": 0.95, "relative_error": 0.3}, "BF16")
+        assert not caplog.text
+        retained.warn({"cosine": 0.5, "relative_error": 0.9}, "BF16")
+    assert "--dtype float16 or float32, or serve the adapter unmerged" in caplog.text
+
+
+def test_nothing_to_keep_is_all_kept() -> None:
+    assert (Retained().cosine, Retained().relative_error) == (1.0, 0.0)
+    assert Retained(1.0, 1.0, -1.0).cosine == 0.0  # nothing moved

@@ -1,0 +1,143 @@
+"""A merge that is killed goes on where it was; one at a time; all problems at once; several adapters as one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasb_export import Adapter, merge
+from lorasb_export.base import BaseModel
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
+from lorasb_export.merge_folder import resumable_folder
+from lorasb_export.storage import read_json
+from tests.random_adapter import save_adapter
+
+MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+
+# Forks after the imports: each child merges, and is killed at its n-th system call of a kind that changes the disk.
+KILLING = """
+import itertools, os, signal, sys
+from lorasb_export import merge
+def killed_at(n):
+    calls = itertools.count()
+    def counting(real):
+        def call(*a, **k):
+            if next(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
+            return real(*a, **k)
+        return call
+    for name in ("pwrite", "copy_file_range", "fsync", "rename", "unlink", "mkdir"):
+        setattr(os, name, counting(getattr(os, name)))
+    merge(sys.argv[1], sys.argv[2], max_shard_size="30KB")
+for n in map(int, sys.argv[3:]):
+    pid = os.fork()
+    if not pid:
+        try: killed_at(n)
+        finally: os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), os.path.exists(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Path:
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", MODULES, relative_size=0.3)
+    return tmp_path / "a"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(adapter: Path, tmp_path: Path) -> None:
+    """Every try of one folder is killed a little later than the last; what remains goes to the next."""
+    merge(adapter, tmp_path / "whole", max_shard_size="30KB")
+    moments = [1, 10, 25, 40, 50]
+    command = [sys.executable, "-c", KILLING, str(adapter), str(tmp_path / "model"), *map(str, moments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("-9 False") >= 3, done.stdout + done.stderr
+    assert "-9 True" not in done.stdout.splitlines()[:3]
+    result = (
+        {"shards_reused": 1}
+        if (tmp_path / "model").exists()
+        else merge(adapter, tmp_path / "model", max_shard_size="30KB")
+    )
+    assert result["shards_reused"] >= 1
+    assert digests(tmp_path / "model") == digests(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model", "whole"]
+
+
+def test_finished_shards_are_reused_for_the_same_plan_alone(adapter: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with suppress(KeyboardInterrupt), resumable_folder(target, "one plan") as folder:
+        (folder.path / "model.safetensors").write_bytes(b"weights")
+        folder.mark("model.safetensors", {"retained": {}})
+        raise KeyboardInterrupt
+    with suppress(KeyboardInterrupt), resumable_folder(target, "one plan") as folder:
+        assert folder.finished("model.safetensors") == {"bytes": 7, "retained": {}}
+        (folder.path / "model.safetensors").write_bytes(b"short")
+        assert folder.finished("model.safetensors") is None
+        raise KeyboardInterrupt
+    with suppress(KeyboardInterrupt), resumable_folder(target, "another plan") as folder:
+        assert folder.finished("model.safetensors") is None
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_second_merge_into_the_same_target_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with resumable_folder(tmp_path / "model", "a plan") as folder:
+        (folder.path / "lorasb.json").write_text("{}")
+        with pytest.raises(OutputError, match="another merge into this target is running"):
+            merge(adapter, tmp_path / "model")
+    assert os.listdir(tmp_path / "model") == ["lorasb.json"]
+
+
+def test_all_problems_are_told_at_once(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="4 problems") as caught:
+        merge(adapter, tmp_path / "model", base=tmp_path / "nowhere", dtype="int8", max_shard_size="many")
+    for problem in ("not a folder lorasb wrote", "dtype is 'int8'", "size 'many'", "not found"):
+        assert problem in str(caught.value)
+
+
+def test_every_missing_module_is_named(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    loaded = Adapter.load(adapter)
+    loaded.R = {name.replace("up_proj", "experts.up_proj"): R for name, R in loaded.R.items()}
+    with pytest.raises(BaseModelError, match="2 problems") as caught:
+        merge(loaded, tmp_path / "model", base=base)
+    assert str(caught.value).count("the base has no weight for module") == 2
+
+
+def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
+    network = BaseModel.resolve(llama).load()
+    first = save_adapter(llama, network, tmp_path / "a", MODULES)
+    second = Adapter.load(tmp_path / "a")
+    second.R = {name: torch.randn_like(R) for name, R in first.R.items()}
+    second.scaling, second.basis_source = 0.5, str(tmp_path / "a")
+    second.save(tmp_path / "b")
+    result = merge({tmp_path / "a": 0.6, tmp_path / "b": -0.4}, tmp_path / "model", verify=True)
+    assert result["verify"]["relative_difference"] < 1e-4
+    before, after = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "model"))
+    for name in MODULES:
+        B, A, _ = (part.double() for part in first.load_basis().modules[name])
+        R = 0.6 * first.scaling * first.R[name].double() - 0.4 * 0.5 * second.R[name].double()
+        exact = before[f"{name}.weight"].double() + B @ R @ A
+        assert torch.equal(exact.float(), after[f"{name}.weight"])
+    found = read_json(tmp_path / "model" / "lorasb.json")["adapters"]
+    assert [(one["name"], one["weight"]) for one in found] == [("a", 0.6), ("b", -0.4)]
+
+
+def test_adapters_of_two_bases_are_not_combined(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "b", MODULES, seed=1)
+    with pytest.raises(ArtifactError, match="another basis"):
+        merge({adapter: 1.0, tmp_path / "b": 1.0}, tmp_path / "model")

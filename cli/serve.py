@@ -28,6 +28,9 @@ def run(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    allow_updates: Annotated[
+        bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
@@ -43,6 +46,7 @@ def run(
     alone = adapters is None and adapters_dir is None and model is not None
     named = {} if alone else resolve_adapters(words, folder)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype}
+    options["updates_from"] = folder if allow_updates else None
 
     def ready(server: dict[str, Any]) -> None:
         run.result(server, f"Serving {', '.join(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")

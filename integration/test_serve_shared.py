@@ -5,17 +5,23 @@ As many slots as adapters, so that every slot is taken: stock vLLM on a CPU then
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
 from tests.random_adapter import save_adapter, write_in  # first: it hides broken optional packages
 
 import torch  # isort: skip
-from openai import OpenAI
+from openai import NotFoundError, OpenAI
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export.artifact import Adapter
@@ -25,6 +31,7 @@ pytest.importorskip("vllm")
 
 NAMES = ("one", "two", "three")
 TOKENS = 32
+KEY = "only-for-this-test"
 LONG = "The ship left the harbour at dawn, and the captain wrote into her book what she saw of the sea. " * 4
 PROMPTS = [f"{LONG}Then {end}" for end in ("she", "the wind", "a light far away")] + ["The capital of France is"]
 Key = tuple[str, str]  # model, prompt
@@ -62,17 +69,48 @@ def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[Key, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def server(adapters: dict[str, Path]) -> Iterator[RunningServer]:
-    extra = ["--max-model-len", "512", "--block-size", "32", "--enable-prompt-tokens-details"]
-    with running_server(adapters, mode="shared", dtype="float32", extra=extra) as running:
-        yield running
+def updates(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder clients may load from: two good adapters, and bad ones."""
+    folder = tmp_path_factory.mktemp("updates")
+    for name in ("two", "three", "nan", "truncated"):
+        shutil.copytree(adapters["three" if name == "three" else "two"], folder / name)
+    (folder / "link").symlink_to(adapters["two"])
+    tensors = load_file(folder / "nan" / "adapter.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / "nan" / "adapter.safetensors")
+    with (folder / "truncated" / "adapter.safetensors").open("r+b") as file:
+        file.truncate(1_000_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapters: dict[str, Path], updates: Path) -> Iterator[RunningServer]:
+    extra = ["--max-model-len", "512", "--block-size", "32", "--enable-prompt-tokens-details", "--max-loras", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        with running_server(adapters, mode="shared", dtype="float32", extra=extra, updates_from=updates) as running:
+            yield running
+
+
+def client_of(server: RunningServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+def post(server: RunningServer, what: str, body: dict[str, Any], key: str = KEY) -> tuple[int, str]:
+    """Status and message of `/v1/load_lora_adapter` or `/v1/unload_lora_adapter`."""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = Request(f"{server.url}/v1/{what}_lora_adapter", json.dumps(body).encode(), headers)
+    try:
+        with urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)["message"]
+    except HTTPError as error:
+        return error.code, json.load(error).get("message", "")
 
 
 def ask(server: RunningServer, key: Key) -> tuple[list[int], int]:
     """The tokens of a greedy answer, and how many of the prompt's came from the prefix cache."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     options: Any = {"max_tokens": TOKENS, "temperature": 0, "extra_body": {"return_token_ids": True}}
-    answer = client.completions.create(model=key[0], prompt=key[1], **options)
+    answer = client_of(server).completions.create(model=key[0], prompt=key[1], **options)
     details: Any = answer.usage and answer.usage.prompt_tokens_details
     chosen: Any = answer.choices[0]
     return chosen.token_ids, details.cached_tokens if details else 0
@@ -94,3 +132,47 @@ def test_a_mixed_batch_answers_as_the_merged_weights_do(
         assert not wrong
         cached.append([count for (_, prompt), (_, count) in answers.items() if prompt.startswith(LONG)])
     assert min(cached[1]) >= 64  # of every model, so the second round is read from the cache
+
+
+# Live changes. The adapters are known by their answers: a copy of "two" under another name answers as "two" does.
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"lora_name": "../x"}, "cannot be served as a name"),
+        ({"lora_name": "x", "lora_path": "/etc"}, "leads out of"),
+        ({"lora_name": "x", "lora_path": "../shared0"}, "leads out of|no adapter"),
+        ({"lora_name": "x", "lora_path": "link"}, "leads out of"),
+        ({"lora_name": "x", "lora_path": "nothing"}, "no adapter 'nothing'"),
+        ({"lora_name": "x", "lora_path": "nan"}, "non-finite"),
+        ({"lora_name": "x", "lora_path": "truncated"}, "truncated"),
+        ({"lora_name": "x", "lora_path": 7}, "the request is not"),
+    ],
+)
+def test_a_bad_adapter_is_refused_with_400(
+    server: RunningServer, updates: Path, body: dict[str, Any], message: str
+) -> None:
+    status, answer = post(server, "load", body)
+    assert status == 400
+    assert re.search(message, answer)
+
+
+def test_without_the_key_nothing_is_loaded(server: RunningServer) -> None:
+    assert post(server, "load", {"lora_name": "four", "lora_path": "two"}, key="another")[0] == 401
+
+
+def test_an_adapter_comes_is_replaced_and_goes(
+    server: RunningServer, expected: dict[Key, list[int]], updates: Path
+) -> None:
+    prompt = PROMPTS[0]
+    for version in ("two", "three"):  # the second replaces the first, whose prompt lies in the prefix cache
+        assert post(server, "load", {"lora_name": "four", "lora_path": version}) == (200, "loaded four")
+        assert ask(server, ("four", prompt))[0] == expected[version, prompt]
+    assert "four" in {model.id for model in client_of(server).models.list()}
+    assert post(server, "unload", {"lora_name": "four"})[0] == 200
+    assert post(server, "unload", {"lora_name": "four"})[0] == 404
+    with pytest.raises(NotFoundError):
+        ask(server, ("four", prompt))
+    for name in NAMES:  # some of them had to leave their slot for it
+        assert ask(server, (name, prompt))[0] == expected[name, prompt]

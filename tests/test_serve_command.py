@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +29,8 @@ from lorasb_export.errors import (
 )
 from lorasb_export.serve import plan
 from lorasb_export.serve.launcher import running_server, serve
-from lorasb_export.storage import read_json, sha256_file, write_json
+from lorasb_export.serve.shared.loading import version_name
+from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -183,9 +186,9 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
     assert described["environment"]["LORASB_SHARED_BASIS"] == str(folder / "a")
     command = described["command"]
     assert (value_of(command, "--max-loras"), value_of(command, "--max-lora-rank")) == ("2", "8")
-    digests = [sha256_file(path / "adapter.safetensors")[:12] for path in siblings.values()]
+    versions = [f"{name}=TEMPORARY/{version_name(name, path)}" for name, path in siblings.items()]
     first = command.index("--lora-modules") + 1
-    assert command[first : first + 2] == [f"a=TEMPORARY/a-{digests[0]}", f"second=TEMPORARY/second-{digests[1]}"]
+    assert command[first : first + 2] == versions
     one = len(MODULES) * 4 * 4 * 4
     assert described["memory"] == {
         "slots": 2,
@@ -193,6 +196,34 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
         "basis_bytes": 4 * ((32 + 32) + (48 + 32)) * 4,
         "bytes_per_adapter": one,
     }
+
+
+def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> None:
+    adapters = tmp_path / "many"
+    for name in ("x2", "x1", ".being-written"):
+        shutil.copytree(folder / "a", adapters / name)
+    (adapters / "notes").mkdir()
+    command = [sys.executable, "-m", "lorasb_cli", "serve", "--adapters-dir", str(adapters), "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
+
+
+@pytest.mark.usefixtures("plugin")
+def test_updates_need_a_key_and_a_shared_basis(
+    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(SettingsError, match="updates need an API key"):
+        dry_run(siblings, updates_from=folder)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    described = dry_run(siblings, updates_from=folder)
+    assert value_of(described["command"], "--max-loras") == str(2 + 32)
+    assert value_of(described["command"], "--middleware").endswith("Updates")
+    assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
+    with pytest.raises(SettingsError, match="only adapters on a shared basis"):
+        dry_run(siblings, updates_from=folder, mode="folded")
+    with pytest.raises(SettingsError, match="of 2 bases"):
+        dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
 
 
 @pytest.mark.usefixtures("plugin")

@@ -35,6 +35,7 @@ def serve(
     port: int = 8000,
     dtype: str = "auto",
     extra: Sequence[str] = (),
+    updates_from: str | Path | None = None,
     dry_run: bool = False,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> int | dict[str, Any]:
@@ -51,6 +52,7 @@ def serve(
         port: 0 takes any free one.
         dtype: as vLLM's `--dtype`.
         extra: further vLLM flags; they win over the ones chosen here.
+        updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         dry_run: check everything, start nothing, return `mode`, `command`, `environment`, `models`, `memory`.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
@@ -64,6 +66,7 @@ def serve(
         ServerError: the server ended with an error; its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
+    options["updates_from"] = None if updates_from is None else Path(updates_from)
     if dry_run:
         return make_plan(_named(adapters), **options).describe()
     try:
@@ -85,6 +88,7 @@ def running_server(
     port: int = 0,
     dtype: str = "auto",
     extra: Sequence[str] = (),
+    updates_from: str | Path | None = None,
     echo: bool = False,
 ) -> Iterator[RunningServer]:
     """A server in the background, ready when the block starts and gone when it ends. Arguments and errors as `serve`.
@@ -98,10 +102,11 @@ def running_server(
         raise MissingPackageError("vLLM is not installed", fix=fix)
     if not _is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
         logger.warning("Listening on %s without a key: set VLLM_API_KEY, or keep to 127.0.0.1 behind a proxy", host)
-    plan = make_plan(_named(adapters), model=model, mode=mode, host=host, port=port, dtype=dtype, extra=extra)
+    options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
+    plan = make_plan(_named(adapters), **options, updates_from=None if updates_from is None else Path(updates_from))
     with tempfile.TemporaryDirectory(prefix="lorasb-", ignore_cleanup_errors=True) as folder:
         plan.mode.write(Path(folder))
-        changes = plan.environment() | _keep_inside(folder)
+        changes = plan.environment(folder) | _keep_inside(folder)
         command, variables = plan.command(folder), environment.child_environment(**changes)
         del plan  # its tensors are on disk now
         server = RunningServer(command, variables, _url(host, port), echo=echo)

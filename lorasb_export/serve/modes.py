@@ -13,9 +13,11 @@ from ..base import default_device
 from ..errors import OutputError
 from ..export.peft import write_folded
 from ..fetch import resolve_folder
-from ..storage import sha256_file
-from .shared import BASIS_VARIABLE
+from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
+from .shared.loading import copy_adapter, version_name
 
+_UPDATES = f"{__package__}.shared.updates.Updates"
+_ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -31,7 +33,7 @@ class Mode(Protocol):
     def flags(self, folder: str | Path) -> list[str]:
         """vLLM's flags for the adapters in `folder`."""
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, folder: str | Path) -> dict[str, str]:
         """Variables the server needs, whatever the user has set."""
 
     def memory(self, number_bytes: int) -> dict[str, int]:
@@ -67,7 +69,7 @@ class Folded:
         paths = {name: Path(folder) / name for name in self.adapters}
         return _lora_flags(self.adapters, self.slots, paths)
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, folder: str | Path) -> dict[str, str]:
         return {}
 
     def memory(self, number_bytes: int) -> dict[str, int]:
@@ -91,10 +93,18 @@ class Folded:
 
 @dataclass(frozen=True)
 class Shared:
-    """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis."""
+    """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis.
+
+    `updates_from` is the folder clients may load further adapters from, or None.
+    """
 
     adapters: Mapping[str, Adapter]
+    updates_from: Path | None = None
     name: str = "shared"
+
+    @property
+    def slots(self) -> int:
+        return len(self.adapters) + (_ROOM if self.updates_from is not None else 0)
 
     @property
     def basis_folder(self) -> Path:
@@ -107,16 +117,23 @@ class Shared:
         for name, path in self._paths(folder).items():
             source = self.adapters[name].folder
             assert source is not None
-            path.symlink_to(source, target_is_directory=True)
+            if self.updates_from is None:
+                path.symlink_to(source, target_is_directory=True)
+            else:  # what left its slot is read again later, and has to be what it was
+                copy_adapter(source, path)
 
     def flags(self, folder: str | Path) -> list[str]:
         # The plugin compiles into vLLM's graphs; of what is here, they differ by the basis alone.
         basis = json.dumps({"lorasb_basis": next(iter(self.adapters.values())).basis_sha256[:12]})
         paths = self._paths(Path(folder))
-        return [*_lora_flags(self.adapters, len(self.adapters), paths), "--additional-config", basis]
+        flags = [*_lora_flags(self.adapters, self.slots, paths), "--additional-config", basis]
+        return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
 
-    def environment(self) -> dict[str, str]:
-        return {BASIS_VARIABLE: str(self.basis_folder)}
+    def environment(self, folder: str | Path) -> dict[str, str]:
+        variables = {BASIS_VARIABLE: str(self.basis_folder)}
+        if self.updates_from is not None:
+            variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute()), VERSIONS_VARIABLE: str(folder)}
+        return variables
 
     def memory(self, number_bytes: int) -> dict[str, int]:
         """B and A; R of one adapter; and the slots, one of which is the base's and stays zero."""
@@ -124,16 +141,16 @@ class Shared:
         modules = adapter.load_basis().modules.values()
         one = number_bytes * len(modules) * adapter.rank**2
         return {
-            "slots": len(self.adapters),
-            "slots_bytes": one * (len(self.adapters) + 1),
+            "slots": self.slots,
+            "slots_bytes": one * (self.slots + 1),
             "basis_bytes": number_bytes * sum(module.B.numel() + module.A.numel() for module in modules),
             "bytes_per_adapter": one,
         }
 
     def _paths(self, folder: Path) -> dict[str, Path]:
-        """Name → what the server reads. vLLM's prefix cache goes by name and path, so the path names the content."""
+        """Name → what the server reads."""
         return {
-            name: folder / f"{name}-{sha256_file(adapter.folder / 'adapter.safetensors')[:12]}"
+            name: folder / version_name(name, adapter.folder)
             for name, adapter in self.adapters.items()
             if adapter.folder is not None
         }

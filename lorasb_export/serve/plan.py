@@ -52,14 +52,14 @@ class ServePlan:
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         return [*command, *self.mode.flags(folder), *self.extra]
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, folder: str | Path) -> dict[str, str]:
         """Variables for the server: the mode's, and some where the user has not set them."""
         wanted = {"VLLM_NO_USAGE_STATS": "1"}  # a server tells nobody that it runs unless its owner says so
         if default_device().type == "cpu":
             # GiB. vLLM would take nine tenths of the machine, or refuse to start when they are not free; and with
             # a fixed size it skips a warm-up of the model.
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
-        return self.mode.environment() | {name: v for name, v in wanted.items() if name not in os.environ}
+        return self.mode.environment(folder) | {name: v for name, v in wanted.items() if name not in os.environ}
 
     def memory(self) -> dict[str, int]:
         """Bytes the adapters take, in the mode's own terms."""
@@ -72,7 +72,7 @@ class ServePlan:
         return {
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
-            "environment": self.environment(),
+            "environment": self.environment("TEMPORARY"),
             "models": [self.base_name, *self.names],
             "memory": self.memory(),
         }
@@ -87,6 +87,7 @@ def make_plan(
     port: int,
     dtype: str,
     extra: Sequence[str],
+    updates_from: Path | None = None,
 ) -> ServePlan:
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
@@ -116,17 +117,25 @@ def make_plan(
     assert base is not None  # given, or found by the first adapter
     if _base_name(base) in loaded:
         raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
-    return ServePlan(base, _choose_mode(mode, loaded, extra), list(loaded), host, port, dtype, extra)
+    return ServePlan(base, _choose_mode(mode, loaded, extra, updates_from), list(loaded), host, port, dtype, extra)
 
 
-def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
+def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
+    if updates_from is not None:
+        if not os.environ.get("VLLM_API_KEY"):
+            fix = "Set VLLM_API_KEY in the environment: who has it may load adapters"
+            raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
+        mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
+        if mode == "folded" or not adapters:
+            fix = "Leave --allow-updates out"
+            raise SettingsError("only adapters on a shared basis change while they are served", fix=fix)
     if not adapters or mode == "folded":
         return _folded(adapters, extra)
     reason = _why_not_shared(adapters, extra)
     if reason is None and mode == "auto" and default_device().type != "cpu":
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
-        return Shared(adapters)
+        return Shared(adapters, updates_from)
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         raise SettingsError(reason, where="--mode shared", fix=fix)

@@ -2,7 +2,7 @@
 
 It does nothing unless `BASIS_VARIABLE` names a basis folder; `lorasb serve --mode shared` sets it. Then `plugin` puts
 `manager` in the place of vLLM's LoRA manager. Its layers (`layers`) read R from one stack, by the slot of each token
-(`routes`); `loading` reads adapter folders.
+(`routes`); `loading` reads adapter folders; `updates` loads and unloads them for clients.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 BASIS_VARIABLE = "LORASB_SHARED_BASIS"
+UPDATES_VARIABLE = "LORASB_UPDATES_FROM"  # the folder clients may load adapters from
+VERSIONS_VARIABLE = "LORASB_VERSIONS"  # where copies of what they load are kept
 TESTED_VERSIONS = ("0.32.0",)
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "lorasb"
 

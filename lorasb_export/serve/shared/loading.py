@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ...artifact import PEFT_TYPE, Basis
-from ...errors import ArtifactError
+from ...errors import ArtifactError, OutputError
 from ...format import ADAPTER_KEYS, check_config
-from ...storage import read_header, read_json
+from ...storage import read_header, read_json, sha256_file
+
+FILES = ("adapter.safetensors", "adapter_config.json")
 
 
 class LoadedR(NamedTuple):
@@ -51,3 +55,20 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     if read != len(memory) or not math.isfinite(block.abs().sum(dtype=torch.float64) * config["scaling"]):
         raise ArtifactError("truncated, or with non-finite values", where=path, fix="Train or fetch it again")
     return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy the files of an adapter into a new folder. Raises OutputError when the disk is full."""
+    try:
+        target.mkdir()
+        for file in FILES:
+            shutil.copyfile(source / file, target / file)
+    except OSError as error:
+        fix = "Set TMPDIR to a larger disk"
+        raise OutputError(f"cannot copy the adapter: {error}", where=target, fix=fix) from None
+
+
+def version_name(name: str, folder: Path) -> str:
+    """`name` with the content of `folder`: vLLM's prefix cache goes by name and path, so a version needs its own."""
+    digest = hashlib.sha256("".join(sha256_file(folder / file) for file in FILES).encode())
+    return f"{name}-{digest.hexdigest()[:16]}"

@@ -1,0 +1,106 @@
+"""Adapters added, replaced and removed while requests run: an ASGI middleware, by vLLM's own flag `--middleware`.
+
+It answers vLLM's two paths itself, so that vLLM's development switch for them stays off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ...artifact import Basis
+from ...errors import ArtifactError, LoraSBError, SettingsError
+from ...names import check_name
+from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
+from .loading import FILES, copy_adapter, load_R, version_name
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+class Updates:
+    """Takes adapters from one folder, by a copy of each version: an engine that reads it again finds the same."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
+        self.versions = Path(os.environ[VERSIONS_VARIABLE])
+        self.basis = Basis.load(os.environ[BASIS_VARIABLE])
+        self.key = os.environ["VLLM_API_KEY"]
+        self.one_at_a_time = asyncio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        ours = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD)
+        if not ours or not self._has_key(Request(scope)):  # vLLM's own check of the key lies behind, and answers 401
+            await self.app(scope, receive, send)
+            return
+        models = scope["app"].state.openai_serving_models
+        update = self._load if scope["path"] == LOAD else self._unload
+        try:
+            body = await _read(Request(scope, receive))
+            async with self.one_at_a_time:
+                status, message = await update(models, body)
+        except LoraSBError as error:
+            status, message = 400, str(error)
+        await JSONResponse({"message": message}, status)(scope, receive, send)
+
+    async def _load(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+        from vllm.lora.request import LoRARequest
+
+        name = body["lora_name"]
+        if problem := check_name(name):
+            raise SettingsError(problem)
+        if models.is_base_model(name):
+            raise SettingsError(f"{name!r} is the name of the base")
+        path = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
+        # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
+        request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
+        await models.engine_client.add_lora(request)
+        models.lora_requests[name] = request
+        return 200, f"loaded {name}"
+
+    async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+        name = body["lora_name"]
+        if models.lora_requests.pop(name, None) is None:
+            return 404, f"no adapter {name!r} is loaded"
+        return 200, f"unloaded {name}"
+
+    def _find(self, path: str) -> Path:
+        folder = self.source / path
+        for item in (folder, *(folder / file for file in FILES)):
+            if not item.resolve().is_relative_to(self.source):
+                raise SettingsError(f"{path!r} leads out of the adapters' folder")
+            if not item.exists():
+                raise ArtifactError(f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}")
+        return folder
+
+    def _keep(self, name: str, folder: Path) -> Path:
+        """A checked copy of `folder`, at a path that names its content."""
+        with tempfile.TemporaryDirectory(dir=self.versions) as temporary:
+            copy = Path(temporary, name)
+            copy_adapter(folder, copy)
+            load_R(copy, self.basis)
+            kept = self.versions / version_name(name, copy)
+            if not kept.exists():
+                copy.rename(kept)
+        return kept
+
+    def _has_key(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "")
+        return hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode())
+
+
+async def _read(request: Request) -> dict[str, str]:
+    try:
+        body = await request.json()
+    except ValueError:
+        raise SettingsError("the request is not JSON") from None
+    if not isinstance(body, dict) or "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):
+        raise SettingsError('the request is not {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}')
+    return body

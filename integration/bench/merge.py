@@ -99,7 +99,7 @@ def _run(folder: Path, quick: bool) -> dict[str, object]:
     }
     shutil.rmtree(folder / "by-peft")
     seconds = times["lorasb merge"][0]
-    return result | _kill(merge, folder / "merged", seconds, kills=5 if quick else 20)
+    return result | _kill(merge, folder / "merged", seconds, kills=3 if quick else 20)
 
 
 def _make_base(folder: Path, quick: bool, shard: str) -> Path:

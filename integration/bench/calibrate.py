@@ -24,7 +24,7 @@ from lorasb_export.settings import CalibrationSettings
 from lorasb_export.subspace import reduced, truncated_svd
 from lorasb_export.targets import find_targets
 
-from .measure import alternate_calls, print_table, ratio
+from .measure import alternate_calls, memory, print_table, ratio
 
 Batches = list[dict[str, Any]]
 
@@ -98,17 +98,12 @@ def _peak_in_a_fresh_process(what: str, rows: int) -> float:
 def _peak(what: str, rows: int) -> float:
     network, targets, batches = _ready(rows, 1)  # so that activations are next to nothing
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     if what == "sums":
         gradient_sums(network, targets, batches)
     else:
         _frozen(network, batches)
-    return round((_status("VmHWM") - before) / 1000, 1)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return round((memory("VmHWM") - before) / 1e6, 1)
 
 
 if __name__ == "__main__":

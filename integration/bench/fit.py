@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.stack import Stack
 from lorasb_export.targets import find_targets
 
-from .measure import print_table, ratio
+from .measure import alternate_calls, memory, print_table, ratio
 
 TASKS = 8
 KILLED = """
@@ -98,15 +99,8 @@ def floor(dtype: torch.dtype) -> Any:
 
 
 def timed(variants: dict[str, Variant], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant's step, `rounds` times after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for counted in [False] + [True] * rounds:
-        for name, variant in variants.items():
-            started = time.perf_counter()
-            variant.step(ids)
-            if counted:
-                times[name].append(time.perf_counter() - started)
-    return times
+    """Seconds of each variant's step."""
+    return alternate_calls({name: partial(variant.step, ids) for name, variant in variants.items()}, rounds)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:
@@ -130,15 +124,10 @@ def saved_bytes(model: Any, ids: torch.Tensor) -> int:
 def peak(name: str, ids: torch.Tensor, found: Any) -> None:
     """In a fresh process: the highest memory of two steps, above that before the first."""
     variant = Variant({"ours": ours, "peft": peft}[name](torch.float32))
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     for _ in range(2):
         variant.step(ids)
-    found.put(_memory("VmHWM") - before)
-
-
-def _memory(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+    found.put(memory("VmHWM") - before)
 
 
 def peaks(ids: torch.Tensor) -> dict[str, int]:

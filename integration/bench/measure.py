@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 
 def alternate(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[float]]:
@@ -38,3 +39,9 @@ def print_table(times: Mapping[str, Sequence[float]]) -> None:
     print(f"{'command':24} {'median s':>9} {'min':>7} {'max':>7}")
     for name, values in times.items():
         print(f"{name:24} {statistics.median(values):9.3f} {min(values):7.3f} {max(values):7.3f}")
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

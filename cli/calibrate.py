@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, given, parse_pairs
+from .verb import Run, given, parse_pairs, percentages
 
 
 def run(
@@ -46,8 +46,10 @@ def run(
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export import distributed
     from lorasb_export.calibrate import calibrate
+    from lorasb_export.capture import overview
     from lorasb_export.settings import CalibrationSettings
     from lorasb_export.storage import refuse_existing
+    from lorasb_export.subspace import by_module, spread
 
     project = run.project
     flags = given(
@@ -71,22 +73,27 @@ def run(
     if distributed.is_main():
         basis.save(target, overwrite=overwrite)
     distributed.wait()
-    energy, capture = basis.calibration["energy"].values(), basis.calibration["capture"]
+    energy, capture = spread(list(basis.calibration["energy"].values())), basis.calibration["capture"]
     result = {
         "basis": str(target),
         "sha256": basis.sha256,
         "rank": basis.rank,
         "modules": len(basis.modules),
         "samples": basis.calibration["samples"],
-        "energy_mean": sum(energy) / len(energy),
-        "capture": {key: capture[key] for key in ("basis", "random", "tasks")},  # by module: in basis_config.json
+        "energy": energy,
+        "capture": {
+            "basis": capture["basis"],
+            "random": capture["random"],
+            "by_module": by_module(capture["modules"]),
+            "tasks": {name: overview(found) for name, found in capture["tasks"].items()},
+        },
     }
     run.result(
         result,
         f"Basis of rank {basis.rank} for {result['modules']} modules from {result['samples']} rows: {target}\n"
-        f"It keeps {result['energy_mean']:.0%} of the first step's energy (mean over modules).\n"
+        f"It keeps {percentages(energy)} of the first step's energy.\n"
         f"How much of the gradient it captures, beside a task's own basis and a random one:\n"
-        f"{_table(capture, basis.calibration['samples'])}",
+        f"{_table(result['capture'], basis.calibration['samples'])}",
     )
 
 
@@ -104,8 +111,12 @@ def _table(capture: Mapping[str, Any], samples: int) -> str:
     """One line for each task that was measured, and one for the gradient the basis was made from."""
     rows = {**capture["tasks"], "all": {"rows": samples, **capture}}
     width = max(map(len, ["task", *rows]))
-    lines = [f"{'task':{width}}   rows  basis    own  random"]
+    lines = [f"{'task':{width}}   rows  basis  by module    own  random"]
     for name, found in rows.items():
+        of_module = found["by_module"]["basis"]
+        span = f"{of_module['min']:.0%}-{of_module['max']:.0%}"
         own = f"{found['own']:.0%}" if "own" in found else "-"
-        lines.append(f"{name:{width}} {found['rows']:6} {found['basis']:6.0%} {own:>6} {found['random']:7.0%}")
+        lines.append(
+            f"{name:{width}} {found['rows']:6} {found['basis']:6.0%} {span:>10} {own:>6} {found['random']:7.0%}"
+        )
     return "\n".join(lines)

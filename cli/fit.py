@@ -6,9 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, given
+from .verb import Run, given, percentages
 
-REPORTED = ("steps", "best_step", "rows", "rows_left_out", "train_loss", "valid_loss", "valid_metrics", "capture")
+REPORTED = (
+    "steps",
+    "best_step",
+    "rows",
+    "rows_left_out",
+    "train_loss",
+    "valid_loss",
+    "valid_metrics",
+    "energy",
+    "capture",
+)
 INTERRUPTED = "Go on with the same command and --resume."
 
 
@@ -103,6 +113,7 @@ def run(
         loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
         lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
-        if summary["capture"]:
+        if summary["capture"] and summary["energy"]:
             lines.append(f"  {words(summary['capture'])}")
+            lines.append(f"  and keeps {percentages(summary['energy'])} of its first step's energy")
     run.result({"adapters": adapters}, "\n".join(lines))

@@ -24,9 +24,7 @@ def run(
     if data is not None:
         from lorasb_export.capture import words
 
-        of_module = found["capture"]["by_module"]["basis"]
-        spread = f"from {of_module['min']:.0%} to {of_module['max']:.0%}, {of_module['mean']:.0%} on average"
-        shown["capture"] = f"{words(found['capture'])}; by module {spread}, each with --json"
+        shown["capture"] = f"{words(found['capture'])}, each with --json"
     run.result(found, "\n".join(_lines(shown)))
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,3 +151,8 @@ def human_bytes(count: float) -> str:
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given: those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def percentages(spread: Mapping[str, float]) -> str:
+    """A mean over modules, with the least and the greatest."""
+    return f"{spread['mean']:.0%} (by module {spread['min']:.0%} to {spread['max']:.0%})"

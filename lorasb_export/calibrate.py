@@ -87,10 +87,11 @@ def calibrate(
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
 
-    overall = ratios.overall()
+    overall, by_name = ratios.overall(), ratios.modules
     captured = {}
     if len(tasks) == 1:  # the basis is the task's own
-        captured = {name: overall | {"own": overall["basis"]} for name in rows}
+        own = {name: ratios | {"own": ratios["basis"]} for name, ratios in by_name.items()}
+        captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture:
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
@@ -113,8 +114,8 @@ def calibrate(
         "energy": energy,
         "capture": {
             **rounded(overall),
-            "tasks": {t.name: record(t, len(rows[t.name]), captured[t.name]) for t in tasks if captured},
-            "modules": {name: rounded(of_module) for name, of_module in ratios.modules.items()},
+            "tasks": {t.name: record(t, captured[t.name]) for t in tasks if captured},
+            "modules": {name: rounded(of_module) for name, of_module in by_name.items()},
         },
     }
     return Basis(base.ref(targets), settings.rank, modules, calibration)

@@ -15,12 +15,13 @@ from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove
 from .settings import CalibrationSettings
-from .subspace import CaptureRatios, reduced, rounded, svd_device, truncated_svd
+from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LITTLE = 0.3  # share of the way from a random basis to the task's own below which `is_little` warns
+WAYS = ("basis", "own", "random")
 # Settings of the calibration that are used here too.
 _SAME = ("reduction", "loss", "seed", "batch_size", "max_length", "gradient_checkpointing")
 
@@ -63,30 +64,47 @@ def capture_of_rows(
     return {"rows": len(rows), **ratios.overall(), "modules": ratios.modules}
 
 
-def record(task: TaskData, rows: int, ratios: Mapping[str, float]) -> dict[str, Any]:
-    """What a basis says about a task it was calibrated on; `recorded` reads it."""
-    return {"sha256": task.sha256, "rows": rows, **rounded({way: ratios[way] for way in ("basis", "own", "random")})}
+def record(task: TaskData, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a basis says about a task it was calibrated on, given what `capture` returns of it; `recorded` reads it."""
+    modules = {name: rounded(ratios) for name, ratios in found["modules"].items()}
+    return {
+        "sha256": task.sha256,
+        "rows": found["rows"],
+        **rounded({way: found[way] for way in WAYS}),
+        "modules": modules,
+    }
 
 
-def recorded(basis: Basis, task: TaskData) -> dict[str, float] | None:
-    """What `calibrate` recorded that `basis` captures of this task: the ratios `basis`, `own` and `random`.
+def recorded(basis: Basis, task: TaskData) -> dict[str, Any] | None:
+    """What `capture` would return, as `calibrate` recorded it, to four digits.
 
-    None for a task it was not calibrated on (told by the hash of its data), and where nothing was recorded.
+    None for a task the basis was not calibrated on (told by the hash of its data), and where nothing was recorded.
     """
     for found in basis.calibration.get("capture", {}).get("tasks", {}).values():
         if found["sha256"] == task.sha256:
-            return {way: found[way] for way in ("basis", "own", "random")}
+            return {key: value for key, value in found.items() if key != "sha256"}
     return None
 
 
-def is_little(found: dict[str, Any]) -> bool:
+def overview(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `capture` returns with, in place of every module's ratios, their spread: `by_module`."""
+    return {
+        "rows": found["rows"],
+        **rounded({way: found[way] for way in WAYS}),
+        "by_module": by_module(found["modules"]),
+    }
+
+
+def is_little(found: Mapping[str, Any]) -> bool:
     """Whether the basis is hardly better for the task than a random one would be."""
     return bool(found["basis"] < found["random"] + _LITTLE * (found["own"] - found["random"]))
 
 
-def words(found: dict[str, Any]) -> str:
-    """One line for people."""
+def words(found: Mapping[str, Any]) -> str:
+    """An overview, in one line for people."""
+    spread = found["by_module"]["basis"]
     return (
         f"the basis captures {found['basis']:.0%} of this task's gradient "
-        f"(a random one {found['random']:.0%}, the task's own {found['own']:.0%})"
+        f"(a random one {found['random']:.0%}, the task's own {found['own']:.0%}; "
+        f"by module {spread['min']:.0%} to {spread['max']:.0%})"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .base import BaseModel, artifact_kind
 from .data import load_task
 from .errors import LoraSBError, SettingsError
 from .storage import read_json, sha256_file
+from .subspace import by_module, spread
 
 
 def inspect_folder(folder: str | Path, *, data: str | None = None) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "calibrated_on": [source["name"] for source in basis.calibration["data"]],
         "samples": basis.calibration["samples"],
         "reduction": basis.calibration["reduction"],
-        "energy": _spread(energy),
+        "energy": spread(energy),
     } | _recorded(basis.calibration.get("capture", {}))
 
 
@@ -62,25 +63,15 @@ def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         return {}
     tasks = {
-        name: {key: value for key, value in of_task.items() if key != "sha256"}
+        name: {key: value for key, value in of_task.items() if key not in ("sha256", "modules")}
         for name, of_task in found["tasks"].items()
     }
     overall = {"basis": found["basis"], "random": found["random"]}
-    return {"recorded_capture": {**overall, "tasks": tasks, "by_module": _by_module(found["modules"])}}
-
-
-def _by_module(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Way → the spread of its ratios over the modules."""
-    ways = next(iter(modules.values()))
-    return {way: _spread([ratios[way] for ratios in modules.values()]) for way in ways}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+    return {"recorded_capture": {**overall, "tasks": tasks, "by_module": by_module(found["modules"])}}
 
 
 def _capture(basis: Basis, data: str) -> dict[str, Any]:
-    from .capture import capture  # brings transformers, which the rest of this module does without
+    from .capture import capture, overview  # brings transformers, which the rest of this module does without
 
     task = load_task("data", data)
     base = basis.base.resolve()
@@ -88,7 +79,7 @@ def _capture(basis: Basis, data: str) -> dict[str, Any]:
     dtype = basis.calibration.get("dtype", "auto")
     network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels)
     found = capture(base, network, basis, task)
-    return found | {"by_module": _by_module(found["modules"])}
+    return found | overview(found)
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -90,3 +91,14 @@ class CaptureRatios:
 def rounded(ratios: dict[str, float]) -> dict[str, float]:
     """Ratios as they are recorded: to four digits."""
     return {way: round(ratio, 4) for way, ratio in ratios.items()}
+
+
+def by_module(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Way → the spread of its ratios over the modules."""
+    ways = next(iter(modules.values()))
+    return {way: spread([ratios[way] for ratios in modules.values()]) for way in ways}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, least and greatest, to four digits."""
+    return rounded({"mean": sum(values) / len(values), "min": min(values), "max": max(values)})

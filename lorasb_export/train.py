@@ -21,7 +21,7 @@ from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .batches import encode
 from .calibrate import calibrate
 from .callbacks import Progress, checkpoint_at_sigterm
-from .capture import capture, is_little, recorded, words
+from .capture import capture, is_little, overview, recorded, words
 from .checkpoints import COMPLETE, check_identity, last_complete, open_folder
 from .data import TaskData, load_task, question_and_answer
 from .errors import DataError, MissingPackageError, SettingsError
@@ -32,6 +32,7 @@ from .plot import plot_losses
 from .settings import CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import atomic_folder, read_json, refuse_existing, write_json
+from .subspace import spread
 from .trainer import RTrainer, TaskRun
 from .validation import Validation
 
@@ -179,9 +180,13 @@ class _Run:
         for k, found in enumerate(captured):
             adapter = trainer.runs[k].adapter
             best = trainer.restore_best(k) if self.settings.keep == "best" else None
-            adapter.training = {**self._summary(trainer, k, best), "capture": found}
+            adapter.training = {
+                **self._summary(trainer, k, best),
+                "energy": spread(list(basis.calibration["energy"].values())),
+                "capture": overview(found),
+            }
             if distributed.is_main() and not (resume and self.outs[k].exists()):  # written before the interruption
-                self._write(trainer, k, identity, overwrite)
+                self._write(trainer, k, identity, found, overwrite)
             adapter.folder = self.outs[k]
             adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
         distributed.wait()
@@ -208,24 +213,22 @@ class _Run:
             distributed.wait()
         return replace(Basis.load(folder), source=None)  # it will lie in the adapter
 
-    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, float] | None:
+    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any]:
         """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run."""
         path = self.folder / f"capture-{task.sha256[:16]}.json"
-        found: dict[str, float] | None = recorded(basis, task)
+        found = recorded(basis, task)
         if found is None and path.exists():
             found = read_json(path)
         elif found is None:
-            measured = capture(self.base, network, basis, task)
-            found = {way: round(measured[way], 4) for way in ("basis", "own", "random")}
+            found = capture(self.base, network, basis, task)
             distributed.wait()
             if distributed.is_main():
                 write_json(path, found)
-        assert found is not None
         if is_little(found):
             logger.warning(
                 "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
                 task.name,
-                words(found),
+                words(overview(found)),
             )
         return found
 
@@ -307,7 +310,9 @@ class _Run:
             "plot": "training.png",
         }
 
-    def _write(self, trainer: RTrainer, k: int, identity: Mapping[str, Any], overwrite: bool) -> None:
+    def _write(
+        self, trainer: RTrainer, k: int, identity: Mapping[str, Any], captured: Mapping[str, Any], overwrite: bool
+    ) -> None:
         run, out = trainer.runs[k], self.outs[k]
         with atomic_folder(out, overwrite=overwrite) as temporary:
             run.adapter.write_into(temporary, out)
@@ -321,6 +326,7 @@ class _Run:
                 "seconds": round(time.monotonic() - self._started, 1),
                 "base": dict(run.adapter.base.__dict__),
                 "versions": versions(),
+                "capture": captured,  # by module; its overview is in the adapter's config
             }
             write_json(temporary / "lorasb.json", provenance)
 

@@ -20,13 +20,13 @@ from lorasb_export.artifact import Basis
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, Encoded, collate
 from lorasb_export.calibrate import calibrate
-from lorasb_export.capture import capture, recorded
+from lorasb_export.capture import capture, overview, recorded
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.subspace import CaptureRatios
+from lorasb_export.subspace import CaptureRatios, rounded
 from lorasb_export.targets import find_targets
 from tests.conftest import write_splits
 from tests.tiny import make_gpt2
@@ -309,13 +309,14 @@ def test_capture_of_a_single_task_is_its_own(base: BaseModel, sums: Path) -> Non
         "basis": found["basis"],
         "own": found["basis"],
         "random": found["random"],
+        "modules": {name: ratios | {"own": ratios["basis"]} for name, ratios in found["modules"].items()},
     }
     assert found["basis"] == pytest.approx(measured["basis"], abs=1e-3)
     assert found["modules"].keys() == basis.modules.keys()
     for name, ratios in found["modules"].items():
         assert ratios["basis"] == pytest.approx(measured["modules"][name]["basis"], abs=1e-3)
         assert ratios["random"] == pytest.approx(measured["modules"][name]["random"], abs=1e-4)
-    assert recorded(basis, task) == {way: found["tasks"]["sums"][way] for way in ("basis", "own", "random")}
+    assert recorded(basis, task).keys() == measured.keys()
 
 
 def test_capture_of_a_mixture_is_measured_task_by_task(
@@ -328,7 +329,8 @@ def test_capture_of_a_mixture_is_measured_task_by_task(
     assert json.loads((tmp_path / "basis" / "basis_config.json").read_text())["calibration"] == basis.calibration
     for task in tasks:
         measured, found = capture(base, network, basis, task), recorded(basis, task)
-        assert found == {way: round(measured[way], 4) for way in ("basis", "own", "random")}
+        assert overview(found) == overview(measured)
+        assert found["modules"] == {name: rounded(ratios) for name, ratios in measured["modules"].items()}
         assert found["random"] < min(found["basis"], found["own"])
     assert recorded(basis, replace(tasks[0], sha256="another")) is None
     without = calibrate(base, {task.name: task for task in tasks}, replace(settings, capture=False), network=network)
@@ -369,7 +371,7 @@ def test_calibrate_and_inspect(llama: Path, sums: Path, products: Path, tmp_path
     calibration = Basis.load(folder).calibration
     assert [source["weight"] for source in calibration["data"]] == [1.0, 2.0]
     assert (calibration["loss"], calibration["gradient_checkpointing"]) == ("token", True)
-    assert found["capture"] == {key: calibration["capture"][key] for key in ("basis", "random", "tasks")}
+    assert found["capture"]["tasks"]["a"] == overview(calibration["capture"]["tasks"]["a"])
 
     text = lorasb(*words, *options, "--overwrite")
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["task", "a", "b", "all"]
@@ -382,7 +384,7 @@ def test_calibrate_and_inspect(llama: Path, sums: Path, products: Path, tmp_path
     assert set(shown["by_module"]["basis"]) == {"min", "mean", "max"}
     measured = inspect_folder(folder, data=str(sums))["capture"]
     assert measured["by_module"]["own"]["min"] <= measured["own"] <= measured["by_module"]["own"]["max"]
-    assert "from" in lorasb("inspect", folder, "--data", str(sums))
+    assert "by module" in lorasb("inspect", folder, "--data", str(sums))
 
 
 def test_wrong_weights_on_the_command_line() -> None:

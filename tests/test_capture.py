@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from lorasb_export import calibrate, fit
 from lorasb_export.artifact import Basis
 from lorasb_export.base import BaseModel
-from lorasb_export.capture import capture, is_little, recorded
+from lorasb_export.capture import capture, is_little, overview, recorded
 from lorasb_export.data import load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
@@ -71,7 +72,11 @@ def test_fit_warns_of_a_basis_that_captures_little(
     assert adapter.training["capture"]["basis"] < adapter.training["capture"]["own"]
     caplog.clear()
     good = fit(str(llama), own, sums, tmp_path / "good", FitSettings(max_steps=1))
-    assert good.training["capture"] == recorded(own, load_task("sums", sums))
+    found = recorded(own, load_task("sums", sums))
+    assert found is not None
+    assert found["modules"].keys() == own.modules.keys()
+    assert good.training["capture"] == overview(found)
+    assert json.loads((tmp_path / "good" / "lorasb.json").read_text())["capture"] == found
     assert "consider" not in caplog.text
 
 

@@ -6,16 +6,20 @@ import argparse
 import importlib
 import json
 
-NAMES = ("calibrate", "fit", "merge", "serve", "startup")
+NAMES = ("basis", "calibrate", "fit", "merge", "quality", "report", "serve", "startup")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__, add_help=False)
     parser.add_argument("name", choices=NAMES)
+    bench = importlib.import_module(f"integration.bench.{parser.parse_known_args()[0].name}")
+    parser = argparse.ArgumentParser(parents=[parser], description=bench.__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, for a look")
-    options = parser.parse_args()
-    result = importlib.import_module(f"integration.bench.{options.name}").run(quick=options.quick)
-    print(json.dumps(result))
+    if hasattr(bench, "arguments"):  # those of its own
+        bench.arguments(parser)
+    options = vars(parser.parse_args())
+    del options["name"]
+    print(json.dumps(bench.run(**options)))
 
 
 main()

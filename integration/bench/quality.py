@@ -1,0 +1,92 @@
+"""LoRA-SB beside LoRA and its kin on real tasks, every method at its best learning rate, over several seeds.
+
+Results lie in docs/results/quality.jsonl, one line a training run; a run that is there is not repeated, so the table
+may be filled over many sittings: `--minutes` ends one. `python -m integration.bench report` makes tables and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from integration.evidence.cells import (
+    CLASSIFYING,
+    GENERATING,
+    RESULTS,
+    Budget,
+    OutOfTime,
+    Results,
+    Runner,
+    cell,
+    over_seeds,
+)
+
+TASKS = (*CLASSIFYING, *GENERATING)
+METHODS: dict[str, dict[str, Any]] = {
+    "base": {"method": "base", "rank": 0},
+    "LoRA r=8": {"method": "lora", "rank": 8},
+    "LoRA r=32": {"method": "lora", "rank": 32},
+    "rsLoRA r=32": {"method": "rslora", "rank": 32},
+    "PiSSA r=8": {"method": "pissa", "rank": 8},
+    "DoRA r=8": {"method": "dora", "rank": 8},
+    "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
+    "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
+    "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
+}
+SEEDS = (0, 1, 2)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--tasks", type=lambda words: words.split(","), default=TASKS, help="some, with commas")
+
+
+def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+    """Runs what is missing. The quick run is one task, two methods, one seed and fewer steps, and keeps nothing."""
+    if not quick:
+        return _fill(Results(RESULTS / "quality.jsonl"), tasks, tuple(METHODS), SEEDS, minutes)
+    with tempfile.TemporaryDirectory() as scratch:
+        short = {"steps": 40, "valid_rows": 64, "test_rows": 128, "samples": 16}
+        results = Results(Path(scratch) / "quick.jsonl")
+        return _fill(results, ("sst2",), ("LoRA r=8", "LoRA-SB own r=64"), (0,), minutes, **short)
+
+
+def _fill(
+    results: Results,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    minutes: float | None,
+    **fields: Any,
+) -> dict[str, Any]:
+    runner, complete = Runner(results, Budget(minutes)), True
+    table: dict[str, dict[str, Any]] = {}
+    try:
+        for task in tasks:
+            for method in methods:
+                lines = list(over_seeds(cell(task, **METHODS[method], **fields), seeds, runner))
+                table.setdefault(task, {})[method] = summary(lines)
+    except OutOfTime:
+        complete = False
+    for task, of_methods in table.items():
+        for method, found in of_methods.items():
+            spread = f"{found['mean']:.4f} ± {found['sd']:.4f}"
+            print(f"{task:10} {method:20} {found['metric']:11} {spread}  lr {found['lr']:.0e}")
+    return {"name": "quality", "complete": complete, "runs": len(results.lines()), "table": table}
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds of one tuned method on one task."""
+    values = [line["value"] for line in lines]
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    same = {key: lines[0][key] for key in ("metric", "lr", "trainable", "adapter_bytes", "steps")}
+    return same | {
+        "mean": round(statistics.mean(values), 4),
+        "sd": round(sd, 4),
+        "loss": round(statistics.mean(line["loss"] for line in lines), 4),
+        "seconds": round(statistics.mean(line["seconds"] for line in lines), 1),
+    }

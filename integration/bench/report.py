@@ -1,0 +1,187 @@
+"""docs/results/*.jsonl → docs/results/README.md and its plots. The best rate is that of least valid loss at seed 0."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, Results
+from lorasb_export.metrics import pearson
+
+from .quality import METHODS, summary
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TASKS = (*CLASSIFYING, *GENERATING)
+Line = dict[str, Any]
+_UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adapter_bytes", "seconds", "device")
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    quality = best_of(Results(RESULTS / "quality.jsonl").lines().values())
+    trained = best_of(Results(RESULTS / "basis.jsonl").lines().values())
+    captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
+    sections = [
+        "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
+        "[benchmarks](../benchmarks.md) says what they mean.",
+        _quality_table(quality),
+        *_basis_tables(trained, captures),
+        _prediction(trained, captures),
+    ]
+    page = RESULTS / "README.md"
+    page.write_text("\n\n".join(section for section in sections if section) + "\n")
+    print(page.read_text())
+    return {"name": "report", "quality": len(quality), "basis": len(trained), "captures": len(captures)}
+
+
+def _identity(line: Line) -> tuple[Any, ...]:
+    """What a cell is, apart from rate and seed."""
+    return tuple((key, value) for key, value in sorted(line.items()) if key not in (*_UNTRAINED, "capture", "random"))
+
+
+def best_of(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
+    """Identity of a cell → its lines at the best rate, one for each seed; only where worse rates lie on both sides."""
+    grouped: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        grouped[_identity(line)].append(line)
+    found = {}
+    for identity, of_cell in grouped.items():
+        first = sorted((line for line in of_cell if line["seed"] == 0), key=lambda line: line["lr"])
+        best = min(first, key=lambda line: line["loss"])
+        inside = best["method"] == "base" or first[0]["lr"] < best["lr"] < first[-1]["lr"]
+        if inside:
+            found[identity] = [line for line in of_cell if line["lr"] == best["lr"]]
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _quality_table(quality: Mapping[tuple[Any, ...], list[Line]]) -> str:
+    """Rows: methods; columns: tasks. Mean ± sd over the seeds."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for lines in quality.values():
+        for name, fields in METHODS.items():
+            if all(lines[0][key] == value for key, value in fields.items()):
+                found[name, lines[0]["task"]] = summary(lines) | {"seeds": len(lines)}
+    tasks = [task for task in TASKS if any(of == task for _, of in found)]
+    if not tasks:
+        return ""
+    metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
+    rows = []
+    for name in METHODS:
+        cells = [found.get((name, task)) for task in tasks]
+        shown = [_cell(of) for of in cells]
+        rows.append([name, *shown])
+    table = _table(["", *(f"{task} ({metrics[task]})" for task in tasks)], rows)
+    sizes = _table(
+        ["", *tasks],
+        [[name, *(_size(found.get((name, task))) for task in tasks)] for name in METHODS if name != "base"],
+    )
+    rates = _table(
+        ["", *tasks],
+        [[name, *(_rate(found.get((name, task))) for task in tasks)] for name in METHODS if name != "base"],
+    )
+    return (
+        "## Quality\n\nTest metric in percent, mean ± sd over the seeds (their number where it is not three).\n\n"
+        f"{table}\n\nTrained parameters, and seconds of training on the device of the run:\n\n{sizes}"
+        f"\n\nBest learning rate, and the loss on valid rows there:\n\n{rates}"
+    )
+
+
+def _cell(of: dict[str, Any] | None) -> str:
+    if of is None:
+        return "-"
+    spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
+    few = f" ({of['seeds']})" if of["seeds"] == 2 or (of["seeds"] == 1 and of["steps"]) else ""
+    return f"{100 * of['mean']:.1f}{spread}{few}"
+
+
+def _size(of: dict[str, Any] | None) -> str:
+    return "-" if of is None else f"{of['trainable'] / 1e6:.2f} M, {of['seconds']:.0f} s"
+
+
+def _rate(of: dict[str, Any] | None) -> str:
+    return "-" if of is None else f"{of['lr']:.0e}, {of['loss']:.3f}"
+
+
+def _column(line: Line) -> str:
+    """The origin of a basis, in words."""
+    if line["basis"] in ("own", "mixture", "without", "wsvd", "random"):
+        return line["basis"] + (", balanced" if line["balanced"] else "")
+    return "another task"
+
+
+def _basis_tables(
+    trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]
+) -> Iterable[str]:
+    """One pair of tables for each rank, reduction and number of samples: capture, and the metric after training."""
+    variants = sorted({(line["rank"], line["reduction"], line["samples"]) for line in captures.values()})
+    for rank, reduction, samples in variants:
+        of_variant = {
+            identity: line
+            for identity, line in captures.items()
+            if (line["rank"], line["reduction"], line["samples"]) == (rank, reduction, samples)
+        }
+        names = list(dict.fromkeys(_column(line) for line in of_variant.values()))
+
+        def rows(show: Callable[[tuple[Any, ...]], str], of_variant: Any = of_variant, names: Any = names) -> Any:
+            found = {(line["task"], _column(line)): show(identity) for identity, line in of_variant.items()}
+            tasks = [task for task in TASKS if any(of == task for of, _ in found)]
+            return _table(["", *names], [[task, *(found.get((task, name), "-") for name in names)] for task in tasks])
+
+        capture = rows(lambda identity: f"{captures[identity]['capture']:.0%}")
+        metric = rows(lambda identity: _trained(trained.get(identity)))
+        yield (
+            f"## Bases of rank {rank}, {reduction}, {samples} samples\n\n"
+            f"Capture ratio of a valid gradient, before training:\n\n{capture}\n\n"
+            f"Test metric in percent (and loss on valid rows), after training:\n\n{metric}"
+        )
+
+
+def _trained(lines: list[Line] | None) -> str:
+    if not lines:
+        return "-"
+    found = summary(lines) | {"seeds": len(lines)}
+    return f"{_cell(found)} ({found['loss']:.3f})"
+
+
+def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]) -> str:
+    """Does the capture ratio say how much a basis costs? Each shared basis against the task's own, same variant."""
+    points: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for identity, lines in trained.items():
+        of = captures.get(identity)
+        own_identity = tuple((k, {"basis": "own", "balanced": False}.get(k, v)) for k, v in identity)
+        own, own_capture = trained.get(own_identity), captures.get(own_identity)
+        if of is None or own is None or own_capture is None or lines is own:
+            continue
+        loss = statistics.mean(line["loss"] for line in lines) - statistics.mean(line["loss"] for line in own)
+        x, y = points[of["task"]]
+        x.append(of["capture"] - own_capture["capture"])
+        y.append(loss)
+    x = [value for xs, _ in points.values() for value in xs]
+    y = [value for _, ys in points.values() for value in ys]
+    if len(x) < 3:
+        return ""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for task, (xs, ys) in points.items():
+        axes.scatter(xs, ys, label=task)
+    axes.set_xlabel("capture ratio, beside the task's own basis")
+    axes.set_ylabel("valid loss, beside the task's own basis")
+    axes.legend()
+    path: Path = RESULTS / "capture-loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return (
+        "## Does the capture ratio predict the loss?\n\n"
+        f"Every basis against the task's own at the same rank, reduction and samples: {len(x)} pairs, "
+        f"Pearson's correlation {pearson(x, y):.2f}.\n\n![loss against capture]({path.name})"
+    )

@@ -1,0 +1,142 @@
+"""A cell is one training run, fixed by its fields. Its result is one JSON line, found again by the fields' hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+DATA = Path(__file__).parents[3] / "shared" / "data"  # real task data, not part of this repository
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        task: a folder of the task data.
+        method: `base` (untrained), `lora`, `rslora`, `dora`, `pissa` (PEFT's), `lora-xs`, `lora-sb`.
+        basis: of `lora-sb`, what the basis was calibrated on: `own`; another task's name; `mixture` of all tasks of
+            this kind; `without` this one; or it is `wsvd`, the weight's own singular vectors, or `random`.
+        balanced: of a mixture, whether every task's gradient sum is divided by its norm first.
+        samples: calibration rows, of each task of a mixture too.
+        init: R0, as for `fit`.
+    """
+
+    task: str
+    method: str
+    lr: float = 0.0
+    seed: int = 0
+    rank: int = 64
+    basis: str = ""
+    reduction: str = "sign"
+    balanced: bool = False
+    samples: int = 50
+    init: str = "svd"
+    steps: int = 120
+    batch_size: int = 8
+    valid_rows: int = 200
+    test_rows: int = 256
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Results:
+    """The lines of one file, which only grows. Several processes may add to it: a line is one write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        """Key → line."""
+        if not self.path.exists():
+            return {}
+        return {line["key"]: line for line in map(json.loads, self.path.read_text().splitlines())}
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
+
+
+class Budget:
+    """Minutes after which no further cell is begun."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._until = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def spent(self) -> bool:
+        return self._until is not None and time.monotonic() > self._until
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what is there is kept."""
+
+
+class Runner:
+    """Runs cells that have no result yet."""
+
+    def __init__(self, results: Results, budget: Budget) -> None:
+        self.results, self.budget = results, budget
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """The result of `cell`. Raises OutOfTime where it would have to be run and the budget is spent."""
+        known = self.results.lines().get(cell.key)
+        if known is not None:
+            return known
+        if self.budget.spent:
+            raise OutOfTime
+        from .training import run_cell
+
+        line = {"key": cell.key, **asdict(cell), **run_cell(cell)}
+        self.results.add(line)
+        print(
+            f"{cell.task:10} {cell.method:8} {cell.basis:10} lr {cell.lr:.0e} seed {cell.seed}: "
+            f"loss {line['loss']:.4f}, {line['metric']} {line['value']:.4f}, {line['seconds']:.0f} s",
+            flush=True,
+        )
+        return line
+
+
+CLASSIFYING = ("cola", "rte", "sst2")
+GENERATING = ("banking77", "e2e", "arc_easy", "boolq", "mawps")
+
+
+def cell(task: str, **fields: Any) -> Cell:
+    """A cell of the full tables: classifiers are small, and train on more rows."""
+    long = {"steps": 400, "batch_size": 16} if task in CLASSIFYING else {}
+    return Cell(task, **{**long, **fields})
+
+
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+START = {"lora": 1e-3, "rslora": 3e-4, "dora": 1e-3, "pissa": 3e-4, "lora-xs": 3e-3, "lora-sb": 1e-2}
+
+
+def tuned(cell: Cell, run: Runner) -> Cell:
+    """`cell` at the rate of least validation loss: a descent along the ladder that ends between two worse rates."""
+
+    def loss(place: int) -> float:
+        return float(run(replace(cell, lr=LADDER[place]))["loss"])
+
+    best = LADDER.index(START[cell.method])
+    while True:
+        neighbours = [place for place in (best - 1, best + 1) if 0 <= place < len(LADDER)]
+        better = min(neighbours, key=loss)
+        if loss(better) >= loss(best):
+            return replace(cell, lr=LADDER[best])
+        best = better
+
+
+def over_seeds(cell: Cell, seeds: Sequence[int], run: Runner) -> Iterator[dict[str, Any]]:
+    """The tuned cell's results, one for each seed; the rate is chosen with the first."""
+    chosen = tuned(replace(cell, seed=seeds[0]), run) if cell.method != "base" else cell
+    for seed in seeds if cell.method != "base" else seeds[:1]:
+        yield run(replace(chosen, seed=seed))

@@ -1,0 +1,53 @@
+"""A task's metric on its first test rows, by a library where the field has a standard one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorasb_export.base import SEQ_CLS
+from lorasb_export.batches import encode
+from lorasb_export.data import Row, TaskData
+from lorasb_export.inference import answers, max_answer_tokens
+from lorasb_export.metrics import exact_match
+from lorasb_export.validation import of_predictions, row_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 512
+
+
+def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit: int) -> tuple[str, float]:
+    """The metric's name and its value over `limit` test rows (for `e2e`, prompts with all their references)."""
+    if task.task_type == SEQ_CLS:
+        rows = encode(some(task.rows("test"), limit), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+        predicted = [prediction for _, _, prediction in row_scores(model, rows, tokenizer.pad_token_id)]
+        found = of_predictions(predicted, [row["labels"] for row in rows], regression=False)
+        metric = "mcc" if task.name == "cola" else "accuracy"
+        return metric, found[metric]
+    if task.name == "e2e":
+        return "bleu", _bleu(model, tokenizer, task.rows("test"), limit)
+    rows = some(task.rows("test"), limit)
+    given = answers(model, tokenizer, [r["prompt"] for r in rows], max_tokens=max_answer_tokens(tokenizer, rows))
+    return "exact_match", exact_match(given, [row["completion"] for row in rows])
+
+
+def _bleu(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], limit: int) -> float:
+    """Corpus BLEU, 0 to 1, of the answers to `limit` different prompts, each with all of its references."""
+    import sacrebleu
+
+    references: dict[str, list[str]] = {}
+    for row in rows:
+        references.setdefault(row["prompt"], []).append(row["completion"])
+    prompts = some(list(references), limit)
+    given = answers(model, tokenizer, prompts, max_tokens=64)
+    streams = itertools.zip_longest(*(references[prompt] for prompt in prompts))  # None where a prompt has fewer
+    return sacrebleu.corpus_bleu([text.strip() for text in given], list(map(list, streams))).score / 100
+
+
+def some(rows: Sequence[Any], limit: int) -> list[Any]:
+    """`limit` rows, the same every time: the files are sorted, banking77's by its classes."""
+    return random.Random(0).sample(list(rows), min(limit, len(rows)))

@@ -1,0 +1,203 @@
+"""One cell: a model with a method on it, trained by one loop that is the same for all methods, and scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from lorasb_export import environment
+from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel, BaseRef, default_device
+from lorasb_export.batches import Encoded, collate, encode, row_losses
+from lorasb_export.calibrate import calibrate
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.format import ModuleBasis
+from lorasb_export.gradients import draw, gradients_of_rows
+from lorasb_export.layer import head_parameters, weight_of
+from lorasb_export.order import RowOrder, learning_rate_factor
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.subspace import CaptureRatios
+from lorasb_export.targets import find_targets
+from lorasb_export.validation import mean_loss, row_scores
+
+from .cells import CLASSIFYING, DATA, GENERATING, Cell
+from .models import base_of
+from .scores import score, some
+
+environment.hide_broken_packages()
+import transformers  # noqa: E402
+from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_LENGTH = 192
+_PEFT = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+_CACHE = Path("~/.cache/lorasb/bases").expanduser()
+transformers.logging.set_verbosity_error()  # a new head is meant to be new
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Train, then the loss on valid rows and the task's metric on test rows, which nothing was chosen by.
+
+    Returns:
+        `loss`, `metric`, `value`, `trainable` (parameters, a classifier's head included), `adapter_bytes`, `steps`,
+        `seconds` of training, `device`.
+    """
+    task = load_task(cell.task, DATA / cell.task)
+    base = base_of(task.task_type)
+    tokenizer = base.load_tokenizer()
+    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
+    network.to(default_device())
+    torch.manual_seed(cell.seed)
+    model = network if cell.method == "base" else _with_method(network, base, task, cell)
+    trained = [p for p in model.parameters() if p.requires_grad] if cell.method != "base" else []
+    rows = encode(task.rows("train"), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    started = time.perf_counter()
+    if trained:
+        _train(model, trained, rows, tokenizer.pad_token_id, cell)
+    seconds = time.perf_counter() - started
+    model.eval()
+    valid = encode(some(task.rows("valid"), cell.valid_rows), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    metric, value = score(model, tokenizer, task, cell.test_rows)
+    return {
+        "loss": mean_loss(row_scores(model, valid, tokenizer.pad_token_id)),
+        "metric": metric,
+        "value": value,
+        "trainable": sum(p.numel() for p in trained),
+        "adapter_bytes": 4 * sum(p.numel() for p in trained),
+        "steps": cell.steps if trained else 0,
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def capture_of(cell: Cell) -> dict[str, Any]:
+    """The capture ratios of the cell's basis for the task's gradient over valid rows, and a random basis's."""
+    task = load_task(cell.task, DATA / cell.task)
+    base = base_of(task.task_type)
+    tokenizer = base.load_tokenizer()
+    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
+    basis = basis_of(network, base, task, cell)
+    rows = encode(some(task.rows("valid"), 64), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    targets = {name: network.get_submodule(name) for name in basis.modules}
+    sums = gradients_of_rows(network, targets, rows, tokenizer.pad_token_id, CalibrationSettings())
+    ratios = CaptureRatios()
+    for name, g in sums.items():
+        ratios.add(name, g, capture=(basis.modules[name].B, basis.modules[name].A))
+    return {way: round(ratio, 4) for way, ratio in ratios.overall().items()}
+
+
+def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:
+    """AdamW without decay, warm-up and linear decay, clipping at 1: as `fit` does by default."""
+    settings = FitSettings(max_steps=cell.steps, batch_size=cell.batch_size, learning_rate=cell.lr, seed=cell.seed)
+    order = RowOrder([len(row["input_ids"]) for row in rows], settings)
+    optimizer = torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, cell.steps))
+    device = default_device()
+    model.train()
+    for step in range(cell.steps):
+        (places,) = order.step(step)
+        batch = collate([rows[i] for i in places], pad_id)
+        labels = batch.pop("labels").to(device)
+        inputs = {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
+        losses, counts = row_losses(model(**inputs).logits, labels)
+        (losses.sum() / counts.sum()).backward()
+        clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Cell) -> Any:
+    if cell.method in _PEFT:
+        kind = TaskType.CAUSAL_LM if task.task_type == CAUSAL_LM else TaskType.SEQ_CLS
+        config = LoraConfig(
+            r=cell.rank, lora_alpha=2 * cell.rank, target_modules="all-linear", task_type=kind, **_PEFT[cell.method]
+        )
+        return get_peft_model(network, config)
+    if cell.method == "lora-xs":
+        basis, init = weight_basis(network, cell.rank, scaled=True), "zero"
+    else:
+        basis, init = basis_of(network, base, task, cell), cell.init
+    adapter = Adapter.attach(network, basis, init=init)
+    if cell.method == "lora-xs":  # its R starts as noise
+        for R in adapter.R.values():
+            torch.nn.init.normal_(R, std=1e-5)
+    if task.task_type == SEQ_CLS:
+        for parameter in head_parameters(network).values():
+            parameter.requires_grad_(True)
+    return network
+
+
+def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Cell) -> Basis:
+    """The basis that `cell.basis` names; a calibrated one is made once and kept."""
+    if cell.basis == "wsvd":
+        return weight_basis(network, cell.rank)
+    if cell.basis == "random":
+        return random_basis(network, cell.rank)
+    tasks = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
+    names = {"own": [cell.task], "mixture": tasks, "without": [t for t in tasks if t != cell.task]}
+    of = list(names.get(cell.basis, [cell.basis]))
+    settings = CalibrationSettings(
+        rank=cell.rank,
+        samples=cell.samples,
+        reduction=cell.reduction,
+        max_length=MAX_LENGTH,
+        capture=False,
+        dtype="float32",
+        seed=cell.seed,
+    )
+    made_from = [of, cell.balanced, repr(settings), base.folder.name]
+    folder = _CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    if not folder.exists():
+        data = {name: load_task(name, DATA / name) for name in of}
+        weights = _balancing(base, data, settings) if cell.balanced else None
+        calibrate(base, data, settings, weights=weights).save(folder)
+    return Basis.load(folder)
+
+
+def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: CalibrationSettings) -> dict[str, float]:
+    """Task → 1/‖its gradient sum‖, so that none drowns in a mixture."""
+    tokenizer, weights = base.load_tokenizer(), {}
+    for name, task in data.items():
+        network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=settings.seed)
+        rows = draw(task, tokenizer, task.labels, settings)
+        targets = find_targets(network, settings.targets)
+        sums = gradients_of_rows(network, targets, rows, tokenizer.pad_token_id, settings)
+        weights[name] = float(sum(g.square().sum() for g in sums.values())) ** -0.5
+    return weights
+
+
+def weight_basis(network: PreTrainedModel, rank: int, *, scaled: bool = False) -> Basis:
+    """The leading singular vectors of every weight; `scaled` as LoRA-XS has them: B = U·Σ."""
+    modules = {}
+    for name, module in find_targets(network, CalibrationSettings.targets).items():
+        U, S, Vh = torch.linalg.svd(weight_of(module).detach().float(), full_matrices=False)
+        B = U[:, :rank] * S[:rank] if scaled else U[:, :rank]
+        modules[name] = ModuleBasis(B.contiguous(), Vh[:rank].contiguous(), torch.zeros(rank))
+    return _basis(network, rank, modules)
+
+
+def random_basis(network: PreTrainedModel, rank: int) -> Basis:
+    modules, generator = {}, torch.Generator().manual_seed(0)
+    for name, module in find_targets(network, CalibrationSettings.targets).items():
+        B, A = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in weight_of(module).shape)
+        modules[name] = ModuleBasis(B, A.T.contiguous(), torch.zeros(rank))
+    return _basis(network, rank, modules)
+
+
+def _basis(network: PreTrainedModel, rank: int, modules: Mapping[str, ModuleBasis]) -> Basis:
+    return Basis(BaseRef(network.name_or_path, None, "0"), rank, modules, {})

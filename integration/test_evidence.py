@@ -1,0 +1,63 @@
+"""The harness of the quality tables: a run is kept and not repeated, the best rate lies inside the ladder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.bench import quality
+from integration.bench.report import best_of
+from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
+
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")
+
+
+class Bowl(Runner):
+    """In place of training: a loss whose least is at `best`."""
+
+    def __init__(self, results: Results, best: float) -> None:
+        super().__init__(results, Budget(None))
+        self.best, self.ran = LADDER.index(best), 0
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        self.ran += 1
+        return {"loss": abs(LADDER.index(cell.lr) - self.best)}
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-2, 3e-1])
+def test_the_ladder_is_followed_to_its_lowest_rate(best: float, tmp_path: Path) -> None:
+    assert tuned(cell("sst2", method="lora-sb"), Bowl(Results(tmp_path / "r"), best)).lr == best
+
+
+def test_a_rate_at_the_end_of_those_tried_is_no_result() -> None:
+    lines = [{"task": "t", "method": "lora", "seed": 0, "lr": lr, "loss": lr} for lr in (1e-3, 3e-3)]
+    assert best_of(lines) == {}
+    (found,) = best_of([*lines, {**lines[0], "lr": 1e-4, "loss": 1}]).values()
+    assert found[0]["lr"] == 1e-3
+
+
+@needs_data
+def test_quick_run_and_its_cache(tmp_path: Path) -> None:
+    """Real training of the real encoder, twice over one file: the second time nothing is trained."""
+    results = Results(tmp_path / "r.jsonl")
+    of = cell("sst2", method="lora-sb", basis="own", steps=30, valid_rows=64, test_rows=128, samples=16, lr=1e-2)
+    base = replace(of, method="base", basis="", lr=0.0)
+    run = Runner(results, Budget(None))
+    trained, untrained = run(of), run(base)
+    assert trained["loss"] < untrained["loss"]
+    assert trained["value"] > untrained["value"]
+    assert trained["trainable"] == 37 * 64 * 64 + 2 * 384 + 2  # with the pooler; and the head
+    assert json.loads(results.path.read_text().splitlines()[0]) == trained
+    spent = Runner(results, Budget(-1))
+    assert spent(of) == trained
+    with pytest.raises(OutOfTime):
+        spent(replace(of, seed=1))
+
+
+def test_methods_are_cells() -> None:
+    for fields in quality.METHODS.values():
+        assert cell("e2e", **fields).key != cell("mawps", **fields).key

@@ -49,21 +49,24 @@ def load(adapter: Adapter) -> tuple[list[str], torch.Tensor]:
 )
 @pytest.mark.parametrize("parts", [1, 3])
 def test_every_token_meets_the_R_of_its_slot(slots: list[int], parts: int) -> None:
-    R = torch.randn(parts, SLOTS + 1, RANK, RANK)
-    R[:, SLOTS] = 0
-    u = torch.randn(len(slots), parts, RANK)
-    routes = Routes(SLOTS, 64, RANK, torch.device("cpu"))
+    R = torch.randn(SLOTS + 1, 4, RANK, RANK)
+    R[SLOTS] = 0
+    first = 4 - parts
+    u = torch.randn(max(3, len(slots)), parts, RANK)
+    routes = Routes(R.mT.contiguous(), 64)
     for wrong in ([0, 1, 2], slots):  # a step before this one leaves nothing behind
         routes.update(torch.tensor(wrong))
-    v = routes.product(u, R.mT.contiguous())
-    expected = torch.stack([torch.einsum("ijk,ik->ij", R[:, slot], row) for slot, row in zip(slots, u, strict=True)])
+        v = routes.product(u[: len(wrong)].flatten(1), parts, first).view(-1, parts, RANK)
+    expected = torch.stack(
+        [torch.einsum("ijk,ik->ij", R[slot, first:], row) for slot, row in zip(slots, u, strict=False)]
+    )
     torch.testing.assert_close(v, expected)
     base = torch.tensor(slots) < 0
     assert not v[base].any()
 
 
 def test_a_step_of_the_base_alone_is_idle() -> None:
-    routes = Routes(SLOTS, 64, RANK, torch.device("cpu"))
+    routes = Routes(torch.zeros(SLOTS + 1, 1, RANK, RANK), 64)
     routes.update(torch.tensor([-1, -1]))
     assert routes.idle
     routes.update(torch.tensor([-1, 2]))

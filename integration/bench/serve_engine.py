@@ -47,7 +47,7 @@ class Engine:
         manager = self.engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
         held = manager._registered_adapters.cache.values()
         copies = sum(adapter.R.nbytes for adapter in held if adapter.R is not None)
-        return manager.stack.nbytes / (manager.lora_slots + 1) + copies / len(self.adapters)
+        return manager.stack[0].nbytes + copies / len(self.adapters)
 
     @staticmethod
     def _timed(call: Any) -> float:

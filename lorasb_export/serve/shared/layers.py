@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -16,32 +17,46 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ...format import ModuleBasis
 from .routes import Routes
+
+_BLOCK = 1024  # columns of W read at a time
+_FUSABLE = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
 
 
 class SharedBasisLayer:
     """Mixed into vLLM's LoRA layers, which bring forward, collectives, quantized weights and slicing for these.
 
-    A packed layer (q, k, v) has several parts, each a module of the basis or none.
+    A packed layer (q, k, v) has several parts, each a module of the basis or none. On a CPU, where a small product
+    costs as much as a large one, the base's weight is held as [W | B] and multiplied by (x, v) in one.
     """
 
+    base_layer: Any
     tp_size: int
     output_slices: tuple[int, ...]
     slice_lora_a: Any
     slice_lora_b: Any
+    _get_quant_method: Any
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Nothing yet: vLLM tells a layer neither its name nor its basis. `set_basis` follows."""
         self.lora_config = lora_config
-        self.has_basis = False
+        self.has_basis = self.is_fused = False
 
-    def set_basis(self, factors: Sequence[ModuleBasis | None], stack: torch.Tensor, routes: Routes) -> None:
+    def set_basis(self, factors: Sequence[ModuleBasis | None], first: int, routes: Routes) -> None:
         """Take B and A of every part, None where the basis has no such module.
 
         Args:
-            stack: (s·R)ᵀ of the parts that are not None, (n, slots + 1, r, r); the manager fills it.
+            first: where the R of the parts that are not None begin in the stack.
         """
         A: Any = [factor and factor.A for factor in factors]
         B: Any = [factor and factor.B for factor in factors]
@@ -49,26 +64,69 @@ class SharedBasisLayer:
             A = [self.slice_lora_a(A[0])] if len(A) == 1 else self.slice_lora_a(A)
             B = [self.slice_lora_b(B[0])] if len(B) == 1 else self.slice_lora_b(B)
         sizes = self.output_slices if len(B) > 1 else (B[0].shape[0],)
+        stack = routes.stack
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
             (slice(stop - size, stop), b.T.contiguous().to(stack))
             for b, size, stop in zip(B, sizes, accumulate(sizes), strict=True)
             if b is not None
         ]
-        self.stack, self.routes, self.has_basis = stack, routes, True
+        self.routes, self.first, self.parts, self.has_basis = routes, first, len(self.basis_B), True
+        if self._can_fuse():
+            self._fuse(sum(sizes))
+
+    def _can_fuse(self) -> bool:
+        """On a CPU, with plain weights, and where vLLM does not run a forward of the base layer's own."""
+        is_plain = type(self._get_quant_method()) is UnquantizedLinearMethod and hasattr(self.base_layer, "cpu_linear")
+        return is_plain and type(self.base_layer) in _FUSABLE
+
+    def _fuse(self, rows: int) -> None:
+        """Make W (out, in) into [W | B]. vLLM has packed W its own way, so it is read as W·I, which is exact."""
+        method, base, dtype = self._get_quant_method(), self.base_layer, self.basis_A.dtype
+        W = torch.cat([method.apply(base, unit).T for unit in _units(self.basis_A.shape[1], dtype)], dim=1)
+        B = W.new_zeros(rows, len(self.basis_A))  # (out, n·r): each part's B in its rows of y and its columns of v
+        for part, (columns, factor) in enumerate(self.basis_B):
+            B[columns].view(-1, len(self.basis_B), self.routes.rank)[:, part] = factor.T
+        base.weight = nn.Parameter(torch.cat([W, B], dim=1), requires_grad=False)
+        if base.bias is not None:
+            base.bias.data = base.bias.to(dtype)  # one of vLLM's kernels has made it fp32, another wants it as it was
+        method.process_weights_after_loading(base)
+        self.packed_A = nn.Module()
+        self.packed_A.weight = nn.Parameter(self.basis_A, requires_grad=False)
+        dispatch_cpu_unquantized_gemm(self.packed_A, remove_weight=True)
+        self.u_of: Any = self.packed_A.cpu_linear
+        del self.basis_A, self.basis_B
+        self.is_fused = True
 
     def reset_lora(self, index: int) -> None:
         """The manager fills all layers' slots at once."""
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.is_fused:
+            return super().apply(x, bias)  # type: ignore[misc]
+        if self.routes.idle:
+            both = F.pad(x, (0, self.parts * self.routes.rank))
+        else:
+            u = self.u_of(x.reshape(-1, x.shape[-1]), None, None)
+            v = self.routes.product(u, self.parts, self.first)
+            both = torch.cat([x, v.view(*x.shape[:-1], -1)], dim=-1)
+        return self._get_quant_method().apply(self.base_layer, both, bias)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if not self.has_basis or self.routes.idle:
             return output
         y = output.view(-1, output.shape[-1])  # (T, out); some models have (1, T, out)
         u = F.linear(x.reshape(-1, x.shape[-1]), self.basis_A)
-        v = self.routes.product(u.view(len(y), len(self.basis_B), -1), self.stack)
-        for part, (columns, B) in enumerate(self.basis_B):
-            y[:, columns].addmm_(v[:, part], B)
+        v = self.routes.product(u, self.parts, self.first)
+        for (columns, B), part in zip(self.basis_B, v.split(self.routes.rank, 1), strict=True):
+            y[:, columns].addmm_(part, B)
         return output
+
+
+def _units(size: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The unit matrix, some rows at a time."""
+    for columns in torch.arange(size).split(_BLOCK):
+        yield F.one_hot(columns, size).to(dtype)
 
 
 LAYERS = tuple(

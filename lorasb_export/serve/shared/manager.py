@@ -34,7 +34,7 @@ class SharedAdapter(LoRAModel):
 
 
 class SharedModelManager(LRUCacheLoRAModelManager):
-    """Gives every layer its B and A, and its part of the stack (m, slots + 1, r, r) of transposed R."""
+    """Gives every layer its B and A, and its part of the stack (slots + 1, m, r, r) of transposed R."""
 
     def __init__(self, basis: Basis, **options: Any) -> None:
         self.basis = basis
@@ -61,11 +61,10 @@ class SharedModelManager(LRUCacheLoRAModelManager):
         if modules and not self._has_missing_stages():
             raise ArtifactError(f"this model has no LoRA layer for {next(iter(modules))}", where=self.basis.source)
         self.stacked = [part[0] for found in parts.values() for part in found if part is not None]
-        rank, slots = self.basis.rank, self.lora_slots
-        shape = (len(self.stacked), slots + 1, rank, rank)
+        shape = (self.lora_slots + 1, len(self.stacked), self.basis.rank, self.basis.rank)
         dtype: Any = self.lora_config.lora_dtype  # vLLM has put a torch.dtype for the name given
         self.stack = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.routes = Routes(slots, self.max_num_batched_tokens, rank, self.device)
+        self.routes = Routes(self.stack, self.max_num_batched_tokens)
         first = 0
         for layer_name, found in parts.items():
             layer = self.modules[layer_name]
@@ -73,7 +72,7 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             count = sum(part is not None for part in found)
             if count:
                 factors = [part and part[1] for part in found]
-                layer.set_basis(factors, self.stack[first : first + count], self.routes)
+                layer.set_basis(factors, first, self.routes)
             first += count
 
     def _vllm_name(self, name: str) -> str:
@@ -100,11 +99,19 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             assert isinstance(adapter, SharedAdapter)
             assert adapter.R is not None
             index = self.lora_index_to_id.index(lora_id)
-            self.stack[:, index].copy_(adapter.R.mT, non_blocking=True)
+            self.stack[index].copy_(adapter.R.mT, non_blocking=True)
             if self.capacity == self.lora_slots and self.device.type == "cpu":
                 # Both caches drop the same adapter at the same time, so the slot can be the only copy.
                 adapter.R = None
         return fresh
+
+    def touch(self, lora_id: int) -> bool:
+        """Mark an adapter as used now, if it has a slot."""
+        if lora_id not in self._active_adapters:
+            return False
+        self._active_adapters.touch(lora_id)
+        self._registered_adapters.touch(lora_id)
+        return True
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> SharedAdapter:
         zero = torch.zeros((), dtype=self.stack.dtype)
@@ -125,6 +132,14 @@ class SharedWorkerManager(LRUCacheWorkerLoRAManager):
         super().__init__(*arguments, **options)
         make: Any = partial(SharedModelManager, Basis.load(os.environ[BASIS_VARIABLE]))
         self._manager_cls = make
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Called for every adapter of a step; vLLM's own copies its list of all adapters each time."""
+        manager, lora_id = self._adapter_manager, lora_request.lora_int_id
+        assert isinstance(manager, SharedModelManager)
+        if lora_request.load_inplace or not manager.touch(lora_id):
+            return super().add_adapter(lora_request)
+        return True
 
     def _load_adapter(self, lora_request: Any) -> SharedAdapter:
         manager = self._adapter_manager

@@ -3,75 +3,86 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 _LONG = 8  # from this many tokens of one adapter in a row on, a matrix product is faster than a sum of rows
 
 
 class Routes:
-    """The slot of every token, set once a step and read by every layer.
+    """The R of all slots, and the slot of every token: set once a step and read by every layer.
 
-    Slot `slots`, one past vLLM's last, belongs to the base: it is never written, so that its tokens read zeros. vLLM's
+    The last slot, one past vLLM's, belongs to the base: it is never written, so that its tokens read zeros. vLLM's
     own index for them is -1.
 
     Attributes:
+        stack: (s·R)ᵀ of every slot and module, (slots + 1, m, r, r); the manager fills it. An adapter is one block.
         idle: no token of this step has an adapter. Known on a CPU only: elsewhere asking would wait for the device.
     """
 
-    def __init__(self, slots: int, max_tokens: int, rank: int, device: torch.device) -> None:
-        self._stride = slots + 1
-        self._slot = torch.full((max_tokens,), slots, dtype=torch.long, device=device)  # its address never changes
-        self._columns = torch.arange(rank, device=device)
-        self._on_cpu = device.type == "cpu"
-        self._rows_of: dict[tuple[int, int], torch.Tensor] = {}
-        self._runs: list[tuple[int, int, int | None]] = []
+    def __init__(self, stack: torch.Tensor, max_tokens: int) -> None:
+        self.stack = stack
+        self.rank = stack.shape[-1]
         self.idle = False
+        self._tokens = max_tokens
+        self._flat = stack.view(-1, self.rank)
+        # int32 halves the bytes of the indices; a stack of 2³¹ rows would be 137 GB at rank 32.
+        kind = torch.int32 if len(self._flat) < 2**31 else torch.long
+        self._columns = torch.arange(self.rank, device=stack.device)
+        self._slot = torch.full((max_tokens,), len(stack) - 1, dtype=kind, device=stack.device)  # its address stays
+        self._on_cpu = stack.device.type == "cpu"
+        self._rows_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._runs: list[tuple[int, int, int | None]] = []
 
     def update(self, token_slots: torch.Tensor) -> None:
         """Take the slots (T,) of the next step's tokens, -1 for the base."""
-        slot = self._slot[: len(token_slots)]
-        torch.remainder(token_slots, self._stride, out=slot)  # -1 becomes the last
+        self._tokens = len(token_slots)
+        slot = self._slot[: self._tokens]
+        slot.copy_(torch.remainder(token_slots, len(self.stack)))  # -1 becomes the last
         if self._on_cpu:
             self._rows_of.clear()
             values, counts = torch.unique_consecutive(slot, return_counts=True)
-            self.idle = values.tolist() == [self._stride - 1]
+            self.idle = values.tolist() == [len(self.stack) - 1]
             self._runs = _runs(values.tolist(), counts.tolist())
 
-    def product(self, u: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
-        """v (T, n, r) with v[t, i] = R[i, slot of t] · u[t, i].
+    def product(self, u: torch.Tensor, parts: int, first: int) -> torch.Tensor:
+        """v (T, n·r), where each r of v[t] are R[i, slot of t] · u[t, i].
 
         Args:
-            u: (T, n, r), contiguous.
-            stack: Rᵀ of every module and slot, (n, slots + 1, r, r).
+            u: (T, n·r), contiguous.
+            parts: n, how many modules.
+            first: the first of them in the stack.
         """
-        tokens, parts, rank = u.shape
-        rows = self._rows(tokens, parts)
-        flat = stack.view(-1, rank)
-        # A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered.
         if not self._runs:
-            return F.embedding_bag(rows, flat, per_sample_weights=u.view(-1, rank), mode="sum").view_as(u)
+            return self._sum_of_rows(u, parts, first)
         v = torch.empty_like(u)
         for start, stop, slot in self._runs:
             if slot is None:
-                part, weights = rows[start * parts : stop * parts], u[start:stop].view(-1, rank)
-                v[start:stop] = F.embedding_bag(part, flat, per_sample_weights=weights, mode="sum").view(
-                    -1, parts, rank
-                )
+                v[start:stop] = self._sum_of_rows(u[start:stop], parts, first, start)
             else:
-                v[start:stop] = torch.bmm(u[start:stop].transpose(0, 1), stack[:, slot]).transpose(0, 1)
+                run = u[start:stop].view(-1, parts, self.rank).transpose(0, 1)
+                product = torch.bmm(run, self.stack[slot, first : first + parts])
+                v[start:stop].view(-1, parts, self.rank).copy_(product.transpose(0, 1))
         return v
 
-    def _rows(self, tokens: int, parts: int) -> torch.Tensor:
-        """For every token and part the rows of its Rᵀ in the flat stack, (T·n, r)."""
-        key = (tokens, parts)
-        if key in self._rows_of:
-            return self._rows_of[key]
-        first = torch.arange(parts, device=self._slot.device) * self._stride
-        matrix = (self._slot[:tokens, None] + first).view(-1, 1)
-        rows = matrix * len(self._columns) + self._columns
-        if self._on_cpu:  # layers of one shape share it, and half the bytes are faster
-            rows = self._rows_of[key] = rows.int()
-        return rows
+    def _sum_of_rows(self, u: torch.Tensor, parts: int, first: int, start: int = 0) -> torch.Tensor:
+        """A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered."""
+        # A graph that was captured on an accelerator is padded; the slots of its spare tokens are of an earlier step.
+        rows, offsets = self._rows(self._tokens if self._on_cpu else len(u), parts)
+        rows, offsets = rows[start * parts * self.rank :][: u.numel()], offsets[: len(u) * parts]
+        flat = self._flat[first * self.rank :]
+        options = (False, 0, False, u.view(-1))  # a sum, dense, weighted
+        return torch.ops.aten._embedding_bag_forward_only(flat, rows, offsets, *options)[0].view_as(u)
+
+    def _rows(self, tokens: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every token and part, the rows of its Rᵀ in the flat stack (T·n·r,), and where each begin (T·n,)."""
+        if parts in self._rows_of:  # of another layer with as many
+            return self._rows_of[parts]
+        part = torch.arange(parts, device=self._slot.device)
+        matrix = (self._slot[:tokens, None] * self.stack.shape[1] + part).view(-1, 1)
+        rows = (matrix * self.rank + self._columns).view(-1).to(self._slot.dtype)
+        offsets = torch.arange(0, len(rows), self.rank, dtype=rows.dtype, device=rows.device)
+        if self._on_cpu:
+            self._rows_of[parts] = rows, offsets
+        return rows, offsets
 
 
 def _runs(values: list[int], counts: list[int]) -> list[tuple[int, int, int | None]]:

@@ -37,7 +37,7 @@ def run(
         source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
         task = load_task(name, source)
         result = evaluate(loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric)
-        if loaded.folder is not None and data is None:
+        if loaded.folder is not None and loaded.hub_source is None and data is None:
             record_evaluation(loaded.folder, result)
         results[word] = result
         digits = ".1%" if result["metric"] in ("exact_match", "accuracy") else ".4f"

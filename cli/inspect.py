@@ -11,7 +11,7 @@ from .verb import Run, human_bytes
 
 def run(
     run: Run,
-    path: Annotated[str, typer.Argument(help="Any folder.")],
+    path: Annotated[str, typer.Argument(help="Any folder, an adapter of the project by name, or a Hub id.")],
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Of a basis: what it captures of this task's gradient.")
     ] = None,
@@ -19,8 +19,8 @@ def run(
     """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
     from lorasb_export.inspection import inspect_folder
 
-    found = inspect_folder(path, data=data)
-    shown = {**found, "bytes": human_bytes(found["bytes"])}
+    found = inspect_folder(run.project.find_folder(path), data=data)
+    shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.capture import words
 

@@ -75,9 +75,10 @@ def test_usage_errors_exit_2() -> None:
 def test_expected_failures_exit_1_with_one_line(tmp_path: Path) -> None:
     done = lorasb("inspect", tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"Error: not a folder ({tmp_path / 'nowhere'}). Check the path\n"
+    fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
+    assert done.stderr == f"Error: neither a folder nor a Hub id ({tmp_path / 'nowhere'}). {fix}\n"
     failed = lorasb("inspect", tmp_path / "nowhere", "--json")
-    assert json.loads(failed.stdout)["error"]["what"] == "not a folder"
+    assert json.loads(failed.stdout)["error"]["what"] == "neither a folder nor a Hub id"
     assert "Traceback" in lorasb("inspect", tmp_path / "nowhere", "--verbose").stderr
 
 

@@ -277,9 +277,9 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
     any_hub.push(basis, "me/basis")
     files = {**any_hub.files("me/basis"), "evil.bin": any_hub.files("me/basis")["README.md"]}
     any_hub.repos["me/basis"].commit("main", files, "by hand")
-    listing = "from lorasb_export.fetch import resolve_folder\n"
-    listing += "print(*sorted(path.name for path in resolve_folder('me/basis')[0].iterdir()))"
-    assert any_hub.run(listing) == "README.md basis.safetensors basis_config.json"
+    listing = "from lorasb_export.fetch import MARK_FILES, resolve_folder\n"
+    listing += "print(*sorted(path.name for path in resolve_folder('me/basis', MARK_FILES)[0].iterdir()))"
+    assert any_hub.run(listing) == "basis_config.json"
     assert not [line for line in any_hub.requests if "evil" in line]
 
 
@@ -335,7 +335,7 @@ def test_a_repository_that_changes_meanwhile(any_hub: Hub, basis: Path) -> None:
 @pytest.mark.parametrize("source", ["me/none", "me/basis@none"])
 def test_loading_what_is_not_there(any_hub: Hub, basis: Path, source: str) -> None:
     any_hub.push(basis, "me/basis")
-    load = "import sys; from lorasb_export.fetch import resolve_folder\ntry: resolve_folder(sys.argv[1])\n"
+    load = "import sys; from lorasb_export import Basis\ntry: Basis.load(sys.argv[1])\n"
     load += "except ValueError as error: print(type(error).__name__, error)"
     assert any_hub.run(load, source) == (
         "ArtifactError no such folder, and the Hub has no such repository or revision, or hides it "

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from . import card, distributed, environment
 from .base import BaseRef
 from .errors import ArtifactError
-from .fetch import resolve_folder
+from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import (
     ADAPTER_KEYS,
     FORMAT_VERSION,
@@ -100,7 +100,7 @@ class Basis:
             ArtifactError: unknown or missing keys, wrong shape, dtype, rank or hash, non-finite values,
                 another format version, a truncated file.
         """
-        folder, where = resolve_folder(source)
+        folder, where = resolve_folder(source, BASIS_FILES)
         config, expected = read_basis_config(folder)
         path, rank = folder / "basis.safetensors", config["rank"]
         tensors = load_tensors(path, expected, config["sha256"], device)
@@ -125,6 +125,8 @@ class Adapter:
         R: module → (r, r) fp32. While training these are the live parameters of the model.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; free-form JSON.
+        folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
+        hub_source: of one from the Hub, `owner/name@commit`.
     """
 
     base: BaseRef
@@ -137,6 +139,7 @@ class Adapter:
     training: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     basis: Basis | None = None
+    hub_source: str | None = None
 
     @classmethod
     def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
@@ -192,6 +195,13 @@ class Adapter:
         return 1 if self.regression else len(self.labels) or None
 
     @property
+    def name(self) -> str | None:
+        """Of its folder, or of its repository on the Hub; None before it is saved."""
+        if self.hub_source is not None:
+            return self.hub_source.partition("@")[0].rpartition("/")[2]
+        return self.folder.name if self.folder else None
+
+    @property
     def rank(self) -> int:
         return int(next(iter(self.R.values())).shape[0])
 
@@ -218,13 +228,16 @@ class Adapter:
 
     def provenance(self) -> dict[str, Any]:
         """What `lorasb.json` of a folder made from this adapter says about it."""
+        adapter = {"name": self.name, "sha256": self.sha256}
+        basis = {"sha256": self.basis_sha256}
+        if self.hub_source is not None:
+            adapter["source"] = self.hub_source
+        if self.basis_source is not None and parse_hub_id(self.basis_source):
+            basis["source"] = self.basis_source
         return {
             "base": dict(self.base.__dict__),
-            "adapter": {
-                "name": self.folder.name if self.folder else None,
-                "sha256": self.sha256,
-            },
-            "basis": {"sha256": self.basis_sha256},
+            "adapter": adapter,
+            "basis": basis,
             "rank": self.rank,
             "scaling": self.scaling,
             "task_type": self.task_type,
@@ -276,7 +289,8 @@ class Adapter:
         Raises:
             ArtifactError: as for `Basis.load`.
         """
-        folder, _ = resolve_folder(source)
+        folder, found_at = resolve_folder(source, ADAPTER_FILES)
+        hub_source = None if found_at == str(folder) else found_at
         where = folder / "adapter_config.json"
         config = read_json(where)
         if config.get("peft_type") != PEFT_TYPE:
@@ -293,11 +307,16 @@ class Adapter:
         header, _ = read_header(path)
         head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
         tensors = load_tensors(path, expected | {name: list(header[name].shape) for name in head})
-        basis_source: str | None = config["basis"]["source"]
-        if basis_source == EMBEDDED:
+        named: str = config["basis"]["source"]
+        basis_source: str | None = named
+        if named == EMBEDDED:
             basis_source = None
-        elif config["basis"]["source"].startswith("."):
-            basis_source = os.path.normpath(folder / config["basis"]["source"])
+            resolve_folder(found_at, BASIS_FILES)
+        elif hub_source is not None and parse_hub_id(named) is None:
+            fix = "Ask its owner to push it again, with its basis"
+            raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
+        elif named.startswith("."):
+            basis_source = os.path.normpath(folder / named)
         return cls(
             BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
             config["basis"]["sha256"],
@@ -308,6 +327,7 @@ class Adapter:
             {name: tensors[name] for name in head},
             config["training"],
             folder,
+            hub_source=hub_source,
         )
 
     def load_basis(self) -> Basis:

@@ -226,7 +226,7 @@ class BaseModel:
                 options["num_labels"] = num_labels
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model: PreTrainedModel = loader.from_pretrained(self.folder, **options)
+            model: PreTrainedModel = loader.from_pretrained(self.folder, trust_remote_code=False, **options)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS and model.config.pad_token_id is None:
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
@@ -242,7 +242,7 @@ class BaseModel:
         environment.hide_broken_packages()
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise BaseModelError(

@@ -10,7 +10,7 @@ import torch
 from .artifact import Basis
 from .base import BaseRef
 from .errors import ArtifactError
-from .fetch import resolve_folder
+from .fetch import BASIS_FILES, resolve_folder
 from .format import ModuleBasis, check_finite, check_tensors, read_basis_config
 from .storage import TensorInfo
 
@@ -44,7 +44,7 @@ def open_basis(source: str | Path) -> Basis:
     Raises:
         ArtifactError: as for `Basis.load`, but non-finite values are found when their module is read.
     """
-    folder, where = resolve_folder(source)
+    folder, where = resolve_folder(source, BASIS_FILES)
     config, shapes = read_basis_config(folder)
     path = folder / "basis.safetensors"
     modules = _Modules(path, list(config["target_modules"]), check_tensors(path, shapes, config["sha256"]))

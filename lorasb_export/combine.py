@@ -49,4 +49,4 @@ def combine(weights: Mapping[str | Path, float]) -> Adapter:
 def provenance(weights: Mapping[str | Path, float]) -> list[dict[str, object]]:
     """What `lorasb.json` says about each adapter of a combination."""
     loaded = [(Adapter.load(source), weight) for source, weight in weights.items()]
-    return [{"name": a.folder.name if a.folder else None, "sha256": a.sha256, "weight": w} for a, w in loaded]
+    return [{**a.provenance()["adapter"], "weight": w} for a, w in loaded]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import ArtifactError, LoraSBError
+from .storage import sha256_file
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
+ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors")
+BASIS_FILES = ("basis_config.json", "basis.safetensors")
+MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
-# No pattern admits a pickle: it never reaches this machine.
-_FETCHED = ["*.safetensors", "*.json", "*.jsonl", "*.md", "*.png", "*.model", "*.txt", "*.jinja"]
-_FETCHED += ["*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter"]
+_WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
     403: ("this token may not do that", "Use a token with write access to that repository"),
@@ -23,13 +30,22 @@ _ANSWERS = {
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
 }
 
+T = TypeVar("T")
 
-def resolve_folder(source: str | Path) -> tuple[Path, str]:
+
+def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
+    """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
+    match = _HUB_ID.fullmatch(str(source))
+    return None if match is None or ".." in str(source) else (match.group(1), match.group(2))
+
+
+def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]:
     """The folder behind `source`, and the name to remember it by.
 
     Args:
-        source: a local folder, or a Hub id `owner/name` or `owner/name@revision`. Of a Hub repository only
-            safetensors, JSON, text, image and ONNX files are fetched: a pickle never reaches this machine.
+        source: a local folder, or a Hub id `owner/name` or `owner/name@revision`.
+        files: what is wanted of it. Of a Hub repository only these are fetched, and checked against the hashes that
+            the Hub names.
 
     Returns:
         (absolute folder, the same as text), or (its snapshot, `owner/name@commit`).
@@ -40,14 +56,22 @@ def resolve_folder(source: str | Path) -> tuple[Path, str]:
     path = Path(os.path.abspath(Path(source).expanduser()))
     if path.is_dir():
         return path, str(path)
-    name, commit, folder = snapshot(str(source), _FETCHED, ArtifactError)
+    name, commit, folder = snapshot(str(source), files, ArtifactError)
+    found = [folder / file for file in files if (folder / file).is_file()]
+    if not found:
+        fix = "See what it is: lorasb inspect"
+        raise ArtifactError(f"that repository has no {' or '.join(files)}", where=f"{name}@{commit}", fix=fix)
+    for damaged in (file for file in found if not _is_intact(file)):
+        _fetch_again(name, commit, damaged)
     return folder, f"{name}@{commit}"
 
 
 def snapshot(
-    source: str, patterns: list[str], kind: type[LoraSBError], before: str = "", revision: str | None = None
+    source: str, patterns: Sequence[str], kind: type[LoraSBError], before: str = "", revision: str | None = None
 ) -> tuple[str, str, Path]:
     """Fetch what `patterns` admit of a Hub repository: its name, the commit it is at, its folder.
+
+    With HF_HUB_OFFLINE, or where the Hub does not answer, what was fetched before is taken from the cache.
 
     Args:
         source: `owner/name` or `owner/name@revision`; `revision` wins.
@@ -55,13 +79,74 @@ def snapshot(
     """
     from huggingface_hub import snapshot_download
 
-    name, _, tagged = source.partition("@")
-    if Path(source).expanduser().exists() or not REPO.fullmatch(name):
+    parsed = parse_hub_id(source)
+    if parsed is None or Path(source).expanduser().exists():
         fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
         raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
+    name, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
-        folder = Path(snapshot_download(name, revision=revision or tagged or None, allow_patterns=patterns))
-    return name, folder.name, folder
+        folder = patiently(lambda: snapshot_download(name, revision=revision or tagged, allow_patterns=list(patterns)))
+    return name, Path(folder).name, Path(folder)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file of the cache has the hash it is called by there: sha256 of a large file, git's of a small one."""
+    if not path.is_symlink():
+        return True  # a cache without links keeps no hash
+    expected = path.readlink().name
+    if re.fullmatch("[0-9a-f]{64}", expected):
+        return sha256_file(path) == expected
+    return git_hash(path.read_bytes()) == expected
+
+
+def git_hash(data: bytes) -> str:
+    """What git calls these bytes, and the Hub a file that is not large."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _fetch_again(name: str, commit: str, path: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    where = f"{name}@{commit}"
+    with hub_errors(where, ArtifactError):
+        patiently(lambda: hf_hub_download(name, path.name, revision=commit, force_download=True))
+    if not _is_intact(path):
+        fix = "Try again later; if it stays so, ask the owner to upload it again"
+        raise ArtifactError(f"{path.name} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """The result of `call`; tried again while the Hub is failing or asks to wait, at most `len(_WAITS)` times."""
+    for wait in _WAITS:
+        try:
+            return call()
+        except Exception as error:
+            pause = will_pass(error)
+            if pause is None:
+                raise
+            time.sleep(pause or wait)
+    return call()
+
+
+def will_pass(error: BaseException) -> float | None:
+    """Seconds to wait before trying again (0: the Hub does not say), or None: trying again would not help."""
+    import httpx2
+
+    for cause in _chain(error):
+        answer = getattr(cause, "response", None)
+        if answer is not None and (answer.status_code in (408, 429) or answer.status_code >= 500):
+            asked = answer.headers.get("Retry-After", "")
+            return float(asked) if asked.isdigit() else 0.0
+        if isinstance(cause, (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError, httpx2.ReadTimeout)):
+            return 0.0
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while cause := chain[-1].__cause__:
+        chain.append(cause)
+    return chain
 
 
 @contextmanager
@@ -75,9 +160,7 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
     except LoraSBError:
         raise
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-        chain: list[BaseException] = [error]
-        while cause := chain[-1].__cause__:
-            chain.append(cause)
+        chain = _chain(error)
         answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
         status = answers[0].status_code if answers else 0
         what, fix = " ".join(_SECRET.sub("***", str(error)).split()), "Try again; --verbose shows more"
@@ -85,6 +168,10 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
-        elif any(isinstance(e, (httpx2.TransportError, OfflineModeIsEnabled)) for e in chain):
-            what, fix = "the Hub cannot be reached", "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        elif status >= 500:
+            what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
+        elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+            what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
+        elif any(isinstance(e, httpx2.TransportError) for e in chain):
+            what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
         raise kind(before + what, where=where, fix=fix) from None

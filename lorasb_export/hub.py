@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import card
 from .base import BaseModel, artifact_kind
 from .errors import ArtifactError, OutputError, ServerError, SettingsError
-from .fetch import REPO, hub_errors
+from .fetch import hub_errors, parse_hub_id
 from .storage import read_json
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def push(
         ServerError: the Hub refused or cannot be reached.
     """
     for name in filter(None, (repo, basis_repo and basis_repo.partition("@")[0])):
-        if not REPO.fullmatch(name):
+        if "@" in name or parse_hub_id(name) is None:
             raise SettingsError("not a Hub repository", where=name, fix="Give owner/name")
     if create_pr and revision:
         raise SettingsError("create_pr and revision exclude each other", fix="Leave one out")

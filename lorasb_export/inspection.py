@@ -12,32 +12,38 @@ from .artifact import Adapter, Basis
 from .base import BaseModel, artifact_kind
 from .data import load_task
 from .errors import LoraSBError, SettingsError
+from .fetch import MARK_FILES, resolve_folder
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread
 
 
-def inspect_folder(folder: str | Path, *, data: str | None = None) -> dict[str, Any]:
+def inspect_folder(source: str | Path, *, data: str | None = None) -> dict[str, Any]:
     """A description of any folder this package reads or writes; validated as its loader validates it.
 
     Args:
+        source: a folder, or a Hub id, of which only what is described is fetched.
         data: of a basis, also what it captures of this task's gradient; loads the base model.
 
     Raises:
         ArtifactError: it is none of them, or damaged.
         SettingsError: `data` for something that is not a basis.
     """
-    folder = Path(folder)
+    folder, where = resolve_folder(source, MARK_FILES)
     kind = artifact_kind(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    found: dict[str, Any] = {"path": str(folder), "kind": kind, "bytes": size}
+    found: dict[str, Any] = {"path": where, "kind": kind}
+    on_disk = where == str(folder)
+    if on_disk:
+        found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if data is not None and kind != "basis":
         raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder)
     if kind == "basis":
-        basis = Basis.load(folder)
+        basis = Basis.load(where)
         return found | _basis(basis) | ({} if data is None else {"capture": _capture(basis, data)})
     if kind == "adapter":
-        return found | _adapter(Adapter.load(folder))
+        return found | _adapter(Adapter.load(where))
     if kind == "base":
+        if not on_disk:  # its weights may take hours to fetch
+            return found | {"model_type": read_json(folder / "config.json").get("model_type")}
         base = BaseModel.resolve(folder)
         return found | {"model_type": base.config["model_type"], "tensors": len(base.tensors)}
     return found | {key: value for key, value in read_json(folder / "lorasb.json").items() if key != "kind"}

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import SettingsError
+from .fetch import parse_hub_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def check_name(name: str) -> str | None:
@@ -73,7 +73,7 @@ def _folder_or_hub_id(value: str) -> Path | str:
         if not (path / "adapter_config.json").is_file():
             raise ValueError(f"{value!r} is a folder without adapter_config.json")
         return path
-    if _HUB_ID.fullmatch(value) and ".." not in value:
+    if parse_hub_id(value):
         return value
     raise ValueError(f"{value!r} is neither a folder nor a Hub id")
 

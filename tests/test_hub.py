@@ -15,7 +15,7 @@ from lorasb_export import push
 from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseRef
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
-from lorasb_export.fetch import hub_errors, resolve_folder
+from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
 from lorasb_export.format import ModuleBasis
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
@@ -158,14 +158,14 @@ def test_a_local_folder_resolves_to_itself(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "me" / "basis").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     expected = tmp_path / "me" / "basis"
-    assert resolve_folder("me/basis") == (expected, str(expected))  # before the Hub is asked
-    assert os.path.isabs(resolve_folder(Path("me/basis"))[1])
+    assert resolve_folder("me/basis", BASIS_FILES) == (expected, str(expected))  # before the Hub is asked
+    assert os.path.isabs(resolve_folder(Path("me/basis"), BASIS_FILES)[1])
 
 
 @pytest.mark.parametrize("source", ["nothing", "a/b/c", "/tmp/none/x", "./a", "owner/"])
 def test_neither_folder_nor_hub_id(source: str) -> None:
     with pytest.raises(ArtifactError) as caught:
-        resolve_folder(source)
+        resolve_folder(source, BASIS_FILES)
     assert str(caught.value) == (
         f"neither a folder nor a Hub id ({source}). "
         "Give an existing folder, or a Hub id: owner/name or owner/name@revision"

@@ -12,7 +12,7 @@ from ..artifact import Adapter
 from ..base import default_device
 from ..errors import OutputError
 from ..export.peft import write_folded
-from ..fetch import resolve_folder
+from ..fetch import BASIS_FILES, resolve_folder
 from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .shared.loading import copy_adapter, version_name
 
@@ -111,7 +111,7 @@ class Shared:
         adapter = next(iter(self.adapters.values()))
         source = adapter.basis_source or adapter.folder
         assert source is not None  # adapters here were loaded from a folder
-        return resolve_folder(source)[0]
+        return resolve_folder(source, BASIS_FILES)[0]
 
     def write(self, folder: Path) -> None:
         for name, path in self._paths(folder).items():

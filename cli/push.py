@@ -1,8 +1,8 @@
-"""`lorasb push`: a folder → the Hub."""
+"""`lorasb push`: a folder, or the basis and adapters of a project → the Hub."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,35 +13,69 @@ def run(
     run: Run,
     folder: Annotated[
         str | None,
-        typer.Argument(help="Basis, adapter, merged, PEFT or ONNX folder; the project's adapter by default."),
+        typer.Argument(
+            help="Basis, adapter, merged, PEFT or ONNX folder, or an adapter's name; without, the project's basis and "
+            "all its adapters."
+        ),
     ] = None,
-    repo: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where to; [hub] repo by default.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Where to; [hub] repo by default. {name} in it: the adapter's name, or basis."
+        ),
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
-    basis_repo: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Name the basis there instead of taking it along.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files and card, send nothing.")] = False,
+    message: Annotated[str | None, typer.Option("--commit-message", help="Of the commit.")] = None,
+    basis_repo: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where the adapter's basis is.")] = None,
+    with_basis: Annotated[
+        bool, typer.Option("--with-basis", help="Upload the basis inside the adapter's repository.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print files, commit and the card's changes; send nothing.")
+    ] = False,
 ) -> None:
-    """Upload a folder to the Hub, with its card."""
+    """Upload a folder to the Hub, with its card; in a project the basis and every adapter that changed."""
     from lorasb_export.errors import SettingsError
-    from lorasb_export.hub import push
+    from lorasb_export.push_project import push_folder, push_project
 
-    target = repo or run.project.repo
+    project, target = run.project, repo or run.project.repo
     if target is None:
-        raise SettingsError("no repository", fix='Pass --repo owner/name, or set [hub] repo = "…" in lorasb.toml')
-    result = push(
-        run.project.find_folder(folder),
-        target,
-        public=public or run.project.public,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        basis_repo=basis_repo,
-        dry_run=dry_run,
-    )
-    done = "Would push" if dry_run else "Pushed" if result["changed"] else "Already there:"
-    text = f"{done} {len(result['files'])} files, {human_bytes(result['bytes'])}, to {result['url']}"
-    run.result(result, text)
+        fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'
+        raise SettingsError("no repository", fix=fix)
+    options: dict[str, Any] = {
+        "public": public or project.public,
+        "revision": revision,
+        "create_pr": create_pr,
+        "message": message,
+        "dry_run": dry_run,
+    }
+    show = _plan if dry_run else _done
+    if folder is None:
+        if basis_repo:
+            raise SettingsError("--basis-repo is for one adapter", fix="Name it, or leave --basis-repo out")
+        results = push_project(project, target, with_basis=with_basis, **options)
+        run.result({"pushed": results}, "\n".join(map(show, results)))
+        return
+    found = project.find_folder(folder)
+    result = push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options)
+    run.result(result, show(result))
+
+
+def _done(result: dict[str, Any]) -> str:
+    done = "Pushed" if result["changed"] else "Already there:"
+    return f"{done} {len(result['files'])} files, {human_bytes(result['bytes'])}, to {result['url']}"
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    """Every file with what happens to it, the commit, and the card's changes."""
+    lines = [f"Would push to {plan['url']} ({'private' if plan['private'] else 'public'})"]
+    if not plan["reached"]:
+        lines.append("The Hub cannot be reached: what it holds already is not known")
+    lines += [f"  {file['change']:8} {file['path']}  {human_bytes(file['bytes'])}" for file in plan["files"]]
+    lines += [f"  deleted  {path}" for path in plan["deleted"]]
+    changes = plan["sent"] or plan["deleted"]
+    on_top = f"on top of {plan['parent'][:12]}" if plan["parent"] else "the first"
+    commit = f"{plan['message']!r}, {on_top}, {human_bytes(plan['sent'])}" if changes else "none: nothing changes"
+    return "\n".join([*lines, f"Commit: {commit}", *([f"Card:\n{plan['card_diff']}"] if plan["card_diff"] else [])])

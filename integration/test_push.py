@@ -1,140 +1,63 @@
-"""Push and read back over the loopback Hub: real client, real processes, both transports.
-
-HF_ENDPOINT and HF_HUB_DISABLE_XET are read when huggingface_hub is imported, so every step is a process of its own.
-"""
+"""Push and read back over the loopback Hub: the real client, in real processes, over both transports."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
+import httpx2
 import pytest
-import torch
 
-from integration.hub_server import TOKEN, Entry, HubServer
-from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
-from lorasb_export.base import BaseRef
-from lorasb_export.format import ModuleBasis
-from lorasb_export.storage import sha256_file, write_json
+from integration.hub_client import CLI, Hub, make_adapter, make_basis, make_merged, serve
+from integration.hub_server import HubServer
+from lorasb_export.storage import sha256_file
 
-PUSH = """
-import json, sys
-from lorasb_export import push
-from lorasb_export.errors import LoraSBError
-try:
-    print(json.dumps(push(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))))
-except LoraSBError as error:
-    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
-"""
 DOWNLOAD = (
     "import sys; from huggingface_hub import snapshot_download as get; print(get(*sys.argv[1:2], revision=sys.argv[2]))"
 )
-RANK, MODULES = 4, {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.0.mlp.up_proj": (32, 16)}
 
 
-class Hub(HubServer):
-    """The loopback Hub and the clients that talk to it, each with an empty cache."""
+@pytest.fixture(scope="module")
+def xet(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    yield from serve(tmp_path_factory.mktemp("xet"), llama)
 
-    def __init__(self, root: Path, **changes: str) -> None:
-        super().__init__(root / "server")
-        self.root, self.changes, self.runs = root, changes, 0
 
-    def run(self, code: str, *args: object, **changes: str) -> str:
-        self.runs += 1
-        changed = self.environment(self.root / f"home-{self.runs}", **{**self.changes, **changes})
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, args)],
-            env={**environment.child_environment(), **changed},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=self.root,
-        )
-        assert TOKEN not in done.stdout + done.stderr
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().splitlines()[-1]
-
-    def push(self, folder: Path, repo: str, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self.run(PUSH, folder, repo, json.dumps(options), **(env or {})))
-        return result
-
-    def files(self, repo: str, ref: str = "main") -> dict[str, Entry]:
-        found = self.repos[repo]
-        return {path: e for path, e in found.commits[found.refs[ref]].items() if path != ".gitattributes"}
-
-    def content(self, repo: str, path: str, ref: str = "main") -> bytes:
-        return self.store.path(self.files(repo, ref)[path].sha256).read_bytes()
+@pytest.fixture(scope="module")
+def lfs(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    yield from serve(tmp_path_factory.mktemp("lfs"), llama, HF_HUB_DISABLE_XET="1")
 
 
 @pytest.fixture(params=["xet", "lfs"])
-def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
-    yield from _serve(tmp_path, {"HF_HUB_DISABLE_XET": "1"} if request.param == "lfs" else {})
+def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
+    found: Hub = request.getfixturevalue(request.param)
+    yield from _for_one_test(found, "/lfs/" if request.param == "xet" else "/xet-")
 
 
 @pytest.fixture
-def any_hub(tmp_path: Path) -> Iterator[Hub]:
+def any_hub(xet: Hub) -> Iterator[Hub]:
     """For what does not depend on the transport."""
-    yield from _serve(tmp_path, {})
+    yield from _for_one_test(xet, "/lfs/")
 
 
-def _serve(root: Path, changes: dict[str, str]) -> Iterator[Hub]:
-    with Hub(root, **changes) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-        assert server.violations == []
-        other = "/xet-" if changes else "/lfs/"
-        assert not [line for line in server.requests if other in line], "the other transport was used"
+def _for_one_test(hub: Hub, other_transport: str) -> Iterator[Hub]:
+    hub.clear()
+    yield hub
+    assert hub.violations == []
+    assert not [line for line in hub.requests if other_transport in line], "the other transport was used"
 
 
 @pytest.fixture
-def basis(tmp_path: Path) -> Path:
-    return make_basis(tmp_path / "basis")
+def basis(tmp_path: Path, llama: Path) -> Path:
+    return make_basis(tmp_path / "basis", llama)
 
 
 @pytest.fixture
 def adapter(tmp_path: Path, basis: Path) -> Path:
     return make_adapter(tmp_path / "adapters" / "a", basis)
-
-
-def make_basis(folder: Path, seed: int = 0) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        name: ModuleBasis(
-            torch.linalg.qr(torch.randn(rows, RANK, generator=generator))[0].contiguous(),
-            torch.linalg.qr(torch.randn(columns, RANK, generator=generator))[0].T.contiguous(),
-            torch.ones(RANK),
-        )
-        for name, (rows, columns) in MODULES.items()
-    }
-    Basis(BaseRef("owner/base", None, "f" * 64), RANK, modules, {"samples": 1}).save(folder)
-    return folder
-
-
-def make_adapter(folder: Path, basis: Path, seed: int = 1) -> Path:
-    generator, found = torch.Generator().manual_seed(seed), Basis.load(basis)
-    R = {name: torch.randn(RANK, RANK, generator=generator) for name in MODULES}
-    Adapter(found.base, found.sha256, found.source, R, training={"steps": 3}).save(folder)
-    return folder
-
-
-def make_merged(folder: Path, shard: str = "5GB") -> Path:
-    environment.hide_broken_packages()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder, max_shard_size=shard)
-    base = {"name_or_path": "owner/base", "revision": None, "fingerprint": "f" * 64}
-    write_json(folder / "lorasb.json", {"kind": "merged", "base": base, "adapter": {"name": "a", "sha256": "0" * 64}})
-    return folder
 
 
 def test_a_basis_comes_back_byte_for_byte(hub: Hub, basis: Path) -> None:
@@ -153,7 +76,7 @@ def test_a_basis_comes_back_byte_for_byte(hub: Hub, basis: Path) -> None:
 
 def test_an_adapter_is_loadable_by_its_name_alone(hub: Hub, adapter: Path, basis: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    result = hub.push(adapter, "me/a")
+    result = hub.push(adapter, "me/a", with_basis=True)
     assert result["basis"] == "embedded"
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     basis.rename(tmp_path / "elsewhere")
@@ -185,29 +108,18 @@ print("equal")
     assert hub.run(load, merged / "model.safetensors") == "equal"
 
 
-CLI = "import runpy, sys; sys.argv[0] = 'lorasb'; runpy.run_module('lorasb_cli', run_name='__main__')"
-
-
-def test_the_verb_as_typed_in_a_project(any_hub: Hub, adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "lorasb.toml").write_text('[tasks.a]\ndata = "data/a"\n[hub]\nrepo = "me/a-lorasb"\n')
-    result = json.loads(any_hub.run(CLI, "push", "--json"))
-    assert (result["kind"], result["private"], result["changed"]) == ("adapter", True, True)
-    assert any_hub.run(CLI, "push").startswith("Already there: ")
-    assert any_hub.repos["me/a-lorasb"].private
-    moved = json.loads(any_hub.run(CLI, "push", "basis", "--repo", "me/basis", "--public", "--json"))
-    assert (moved["kind"], moved["private"]) == ("basis", False)
-
-
-def test_pushing_again_commits_nothing(hub: Hub, adapter: Path) -> None:
-    first, second = hub.push(adapter, "me/a"), hub.push(adapter, "me/a")
-    assert second["changed"] is False
-    assert second["commit"] == first["commit"]
-    assert len([line for line in hub.requests if "/commit/" in line]) == 1
+def test_pushing_again_sends_nothing(hub: Hub, adapter: Path) -> None:
+    first = hub.push(adapter, "me/a", with_basis=True)
+    hub.requests.clear()
+    second = hub.push(adapter, "me/a", with_basis=True)
+    assert (second["changed"], second["commit"], second["sent"]) == (False, first["commit"], 0)
+    assert {file["change"] for file in second["files"]} == {"same"}
+    assert [line for line in hub.requests if not line.startswith(("GET ", "HEAD "))] == []
 
 
 def test_pull_request_and_branch_leave_main_alone(hub: Hub, basis: Path) -> None:
     head = hub.push(basis, "me/basis")["commit"]
-    make_basis(basis.parent / "other", seed=7)
+    make_basis(basis.parent / "other", hub.base, seed=7)
     pull = hub.push(basis.parent / "other", "me/basis", create_pr=True)
     assert pull["url"] == f"{hub.url}/me/basis/discussions/1"
     branch = hub.push(basis.parent / "other", "me/basis", revision="try/this")
@@ -231,18 +143,21 @@ def test_private_unless_public(any_hub: Hub, basis: Path) -> None:
 
 def test_a_basis_of_its_own_repository(any_hub: Hub, adapter: Path, basis: Path) -> None:
     commit = any_hub.push(basis, "me/basis")["commit"]
-    any_hub.push(adapter, "me/a")
+    any_hub.push(adapter, "me/a", with_basis=True)
     result = any_hub.push(adapter, "me/a", basis_repo="me/basis")
     assert result["basis"] == f"me/basis@{commit}"
     assert not [path for path in any_hub.files("me/a") if path.startswith("basis")]  # the embedded one is gone
     load = "from lorasb_export import Adapter; print(Adapter.load('me/a').load_basis().source)"
     assert any_hub.run(load) == f"me/basis@{commit}"
 
-    make_basis(basis.parent / "other", seed=7)
+    make_basis(basis.parent / "other", any_hub.base, seed=7)
     any_hub.push(basis.parent / "other", "me/other")
     refused = any_hub.push(adapter, "me/a", basis_repo="me/other")
     assert refused["error"] == "ArtifactError"
     assert "the basis there is" in refused["text"]
+    refused = any_hub.push(adapter, "me/open", basis_repo="me/basis", public=True)
+    assert refused["text"].startswith("the adapter would be public, its basis is private (me/basis).")
+    assert "me/open" not in any_hub.repos
 
 
 def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> None:
@@ -256,7 +171,7 @@ def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> No
 
 def test_another_kind_is_not_overwritten(any_hub: Hub, basis: Path, adapter: Path) -> None:
     any_hub.push(basis, "me/basis")
-    refused = any_hub.push(adapter, "me/basis")
+    refused = any_hub.push(adapter, "me/basis", with_basis=True)
     assert refused["error"] == "OutputError"
     assert refused["text"].startswith("the repository holds another kind (basis) (me/basis).")
 
@@ -265,7 +180,7 @@ def test_only_what_belongs_there_is_sent(any_hub: Hub, adapter: Path) -> None:
     (adapter / "checkpoint-3").mkdir()
     for name in ("training_args.bin", ".env", "checkpoint-3/adapter.safetensors"):
         (adapter / name).write_bytes(b"secret")
-    any_hub.push(adapter, "me/a")
+    any_hub.push(adapter, "me/a", with_basis=True)
     assert sorted(any_hub.files("me/a")) == [
         *("README.md", "adapter.safetensors", "adapter_config.json", "basis.safetensors", "basis_config.json")
     ]
@@ -296,40 +211,18 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
         (
             "me/a",
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "the Hub cannot be reached (me/a). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
+            "the Hub cannot be reached (me/a). Check the network and HF_ENDPOINT",
         ),
         (
             "me/a",
             {"HF_HUB_OFFLINE": "1"},
-            "the Hub cannot be reached (me/a). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
+            "HF_HUB_OFFLINE is set and the cache does not have it (me/a). Fetch it once with a connection",
         ),
     ],
 )
 def test_what_the_user_is_told(any_hub: Hub, basis: Path, repo: str, env: dict[str, str], text: str) -> None:
     assert any_hub.push(basis, repo, env) == {"error": "ServerError", "text": text}
-    assert any_hub.repos == {}
-
-
-def test_a_repository_that_changes_meanwhile(any_hub: Hub, basis: Path) -> None:
-    any_hub.push(basis, "me/basis")
-    repo = any_hub.repos["me/basis"]
-
-    class Racing(list[str]):
-        """Somebody else's commit lands after this push has looked, before it commits."""
-
-        def append(self, line: str) -> None:
-            super().append(line)
-            if "/preupload/" in line:
-                theirs.append(repo.commit("main", dict(repo.commits[repo.refs["main"]]), "somebody else's"))
-
-    theirs: list[str] = []
-    any_hub.requests = Racing()
-    refused = any_hub.push(make_basis(basis.parent / "other", seed=7), "me/basis")
-    assert refused == {
-        "error": "ServerError",
-        "text": "the repository changed meanwhile; nothing was committed (me/basis). Push again: no file is sent twice",
-    }
-    assert [repo.refs["main"]] == theirs
+    assert list(any_hub.repos) == ["owner/base"]
 
 
 @pytest.mark.parametrize("source", ["me/none", "me/basis@none"])
@@ -343,18 +236,84 @@ def test_loading_what_is_not_there(any_hub: Hub, basis: Path, source: str) -> No
     )
 
 
-def test_dry_run_asks_the_hub_nothing(any_hub: Hub, adapter: Path) -> None:
-    assert any_hub.push(adapter, "me/a", dry_run=True)["url"] == f"{any_hub.url}/me/a"
-    assert any_hub.requests == []
+def test_a_dry_run_reads_and_writes_nothing(any_hub: Hub, basis: Path) -> None:
+    plan = any_hub.push(basis, "me/basis", dry_run=True)
+    assert (plan["parent"], plan["reached"], plan["private"]) == (None, True, True)
+    assert {file["change"] for file in plan["files"]} == {"added"}
+    assert "me/basis" not in any_hub.repos
+
+    commit = any_hub.push(basis, "me/basis")["commit"]
+    (basis / "README.md").write_text("Ours.\n")
+    any_hub.requests.clear()
+    plan = any_hub.push(basis, "me/basis", dry_run=True, message="Say who made it")
+    assert (plan["parent"], plan["message"]) == (commit, "Say who made it")
+    changes = {file["path"]: file["change"] for file in plan["files"]}
+    assert changes == {"README.md": "changed", "basis.safetensors": "same", "basis_config.json": "same"}
+    assert "+Ours." in plan["card_diff"].splitlines()
+    assert plan["card_diff"].count("\n+") < 6
+    assert [line for line in any_hub.requests if not line.startswith(("GET ", "HEAD "))] == []
+    shown = any_hub.start(CLI, "push", basis, "--repo", "me/basis", "--dry-run")[1]
+    assert "changed  README.md" in shown
+    assert "same     basis.safetensors" in shown
+    assert "+Ours." in shown
+
+
+def test_what_people_write_on_the_website_survives(any_hub: Hub, basis: Path) -> None:
+    any_hub.push(basis, "me/basis")
+    card = any_hub.content("me/basis", "README.md").decode()
+    repo, edited = any_hub.repos["me/basis"], f"{card}\nMind the dates before 1900.\n"
+    repo.commit("main", any_hub.files("me/basis") | {"README.md": any_hub.store.regular(edited.encode())}, "web")
+    assert any_hub.push(basis, "me/basis")["changed"] is False
+    assert any_hub.push(basis, "me/basis", message="Again")["changed"] is False
+    assert any_hub.content("me/basis", "README.md").decode() == edited
+    assert "license: apache-2.0" in card  # the base's
 
 
 def test_the_server_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    with Hub(tmp_path) as server:
+    with HubServer(tmp_path) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        code = "import sys, httpx2; print(httpx2.post(sys.argv[1]).status_code)"
-        assert server.run(code, f"{server.url}/api/anything") == "501"
-        put = "import sys, httpx2; print(httpx2.put(sys.argv[1], content=b'x').status_code)"
-        assert server.run(put, f"{server.url}/lfs/{'0' * 64}?size=1") == "400"
+        assert httpx2.post(f"{server.url}/api/anything", trust_env=False).status_code == 501
+        assert httpx2.put(f"{server.url}/lfs/{'0' * 64}?size=1", content=b"x", trust_env=False).status_code == 400
         server.shutdown()
         assert len(server.violations) == 2
         assert os.listdir(server.store.blobs) == []
+
+
+def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    project = basis.parent
+    make_adapter(project / "adapters" / "b", basis, seed=5)
+    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
+    words = ["push", "--config", project / "lorasb.toml"]
+
+    def changed(*more: str) -> dict[str, bool]:
+        pushed = any_hub.lorasb(*words, *more)["pushed"]
+        return {result["repo"]: result.get("changed", result["sent"] > 0) for result in pushed}
+
+    everything = dict.fromkeys(["me/basis-lorasb", "me/a-lorasb", "me/b-lorasb"], True)
+    assert changed("--dry-run") == everything
+    assert list(any_hub.repos) == ["owner/base"]
+    assert changed() == everything
+    head = any_hub.repos["me/basis-lorasb"].refs["main"]
+    config = json.loads(any_hub.content("me/b-lorasb", "adapter_config.json"))
+    assert config["basis"]["source"] == f"me/basis-lorasb@{head}"
+    assert all(repo.private for name, repo in any_hub.repos.items() if name.startswith("me/"))
+
+    assert changed() == dict.fromkeys(everything, False)
+    # A new card of the basis is a new commit there; the adapters still name the one that holds their basis.
+    (basis / "README.md").write_text("Ours.\n")
+    shutil.rmtree(project / "adapters" / "b")
+    make_adapter(project / "adapters" / "b", basis, seed=6)
+    assert changed() == {"me/basis-lorasb": True, "me/a-lorasb": False, "me/b-lorasb": True}
+    alone = any_hub.lorasb(*words, project / "adapters" / "a")
+    assert (alone["repo"], alone["changed"], alone["kind"]) == ("me/a-lorasb", False, "adapter")
+    said = any_hub.lorasb_fails(*words, "--repo", "me/one")
+    assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
+
+
+def test_one_more_task_costs_its_r(hub: Hub, adapter: Path, basis: Path) -> None:
+    """All bytes of all requests; `bench push` counts the same at the size of a real task."""
+    hub.push(basis, "me/basis")
+    before = hub.bytes_received()
+    hub.push(adapter, "me/a", basis_repo="me/basis")
+    r_bytes = (adapter / "adapter.safetensors").stat().st_size
+    assert hub.bytes_received() - before <= 1.1 * r_bytes + 100_000

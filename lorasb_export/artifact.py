@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +39,18 @@ environment.hide_broken_packages()  # so that after `from lorasb_export import A
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
+
+
+def command() -> str | None:
+    """The `lorasb` command line this process runs, with the last part of every absolute path; None for other programs.
+
+    It is provenance: with the settings that are recorded beside it, how to make the same thing again.
+    """
+    program = Path(sys.argv[0])
+    if program.name != "lorasb" and program.parent.name != "lorasb_cli":
+        return None
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return shlex.join(["lorasb", *words])
 
 
 def versions() -> dict[str, str]:
@@ -348,6 +362,11 @@ class Adapter:
         """The factors (s·B·R, A) of module `name`'s update in fp32: shapes (out, r) and (r, in)."""
         module = self.load_basis().modules[name]
         return self.scaling * (module.B.float() @ self.R[name].float()), module.A.float()
+
+
+def published_training(adapter: Adapter) -> dict[str, Any]:
+    """What a folder made from `adapter` says about its training; the picture of the curve stays with the adapter."""
+    return {key: value for key, value in adapter.training.items() if key != "plot"}
 
 
 def check_same_basis(adapter: Adapter, basis: Basis) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .artifact import Basis
+from .artifact import Basis, command
 from .base import SEQ_CLS, BaseModel
 from .capture import capture_of_rows, record
 from .data import TaskData, load_task
@@ -99,6 +99,7 @@ def calibrate(
         }
     calibration = {
         **{k: v for k, v in asdict(settings).items() if k not in ("rank", "samples", "capture")},
+        "command": command(),
         "data": [
             {
                 "name": t.name,

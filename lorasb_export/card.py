@@ -1,28 +1,34 @@
-"""Model cards: a generated block and front matter in README.md, around whatever the user wrote there."""
+"""The card of each kind of folder, from what the folder records about itself."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .card_sections import (
+    NOTHING,
+    Facts,
+    base_link,
+    basis_shown,
+    capture,
+    data_of_basis,
+    data_of_training,
+    evaluation,
+    is_hub_id,
+    limits,
+    metadata,
+    method,
+    provenance_table,
+    retained,
+    source_of,
+    training_table,
+)
+from .readme import assemble, update
 
-from .errors import ArtifactError
-
-BEGIN, END = "<!-- lorasb:begin -->", "<!-- lorasb:end -->"
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
-_BLOCK = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 _CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
-_MAX_ENTRIES = 24  # a larger object is data, not a summary
-
-_METHOD = "LoRA-SB adds `s·B·R·A` to frozen weights; `B` and `A` are made once for a base model and shared."
 
 
 def write(folder: Path, card: str) -> None:
@@ -36,236 +42,196 @@ def write(folder: Path, card: str) -> None:
     path.write_text(update(old, card, where=path), encoding="utf-8")
 
 
-def update(old: str, card: str, *, where: object = None) -> str:
-    """The text `old` with its generated block and keys replaced by those of `card`; raises as `write` does."""
-    if not old.strip():
-        return card
-    user_keys, user_text = _split(old)
-    new_keys, new_text = front_matter(card), _split(card)[1]
-    try:
-        user_tags = (yaml.safe_load(user_keys) or {}).get("tags") or []
-    except (yaml.YAMLError, AttributeError):
-        fix = "Correct the lines between the first two `---`"
-        raise ArtifactError("the card's front matter is not valid YAML", where=where, fix=fix) from None
-    new_keys["tags"] += [tag for tag in user_tags if tag not in new_keys["tags"]]
-    # The user's keys are kept as text, not parsed and dumped: comments and spelling (`language: no`) survive.
-    entries = re.split(r"(?m)^(?=[^\s#-])", user_keys)
-    kept = "".join(entry for entry in entries if entry.partition(":")[0].strip("'\" ") not in new_keys)
-    if _BLOCK.search(user_text):
-        text = _BLOCK.sub(lambda _: new_text.strip(), user_text, count=1)
-    else:
-        text = f"{user_text.rstrip()}\n\n{new_text}"
-    return f"---\n{_dump(new_keys)}{kept}---\n{text}"
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    """The metadata of a card written by this module."""
-    return dict(yaml.safe_load(_split(card)[0]) or {})
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether `name` can be a Hub repository (`owner/name`, or an old one without owner), not a path."""
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
-
-
-def basis_card(config: Mapping[str, Any], name: str = HERE) -> str:
+def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a basis folder from its basis_config.json; `name` is what a reader loads it by."""
-    base, calibration = config["base_model"], dict(config["calibration"])
-    energy, capture = calibration.pop("energy", None), calibration.pop("capture", {})
-    if isinstance(energy, Mapping) and energy:
-        calibration["energy captured, mean of modules"] = sum(energy.values()) / len(energy)
-    body = f"""# LoRA-SB basis
+    base, rank, calibration = base_of(config), config["rank"], config["calibration"]
+    energy = calibration.get("energy") or {}
+    numbers = {
+        "rank": rank,
+        "modules": len(config["target_modules"]),
+        "trained parameters of an adapter in it": rank * rank * len(config["target_modules"]),
+        "LoRA of this rank on these modules": sum(rank * sum(shape) for shape in config["target_modules"].values()),
+        "kept of the first step's energy, mean of modules": sum(energy.values()) / len(energy) if energy else None,
+        **{key: calibration.get(key) for key in ("samples", "reduction", "loss", "dtype", "seed")},
+    }
+    body = f"""# A LoRA-SB basis for {base_link(base)}
 
-The frozen `B` and `A` of rank {config["rank"]} for {len(config["target_modules"])} modules of {_base(base)}.
-An adapter trained in it adds one {config["rank"]} by {config["rank"]} matrix `R` to each. {_METHOD}
+The frozen factors `B` and `A` that adapters for this model share. An adapter trained in the basis adds `s·B·R·A` to the
+weight of each of {len(config["target_modules"])} linear layers and is a file of its `R` alone: {rank} × {rank} numbers
+a layer.
+
+## How to use it
 
 ```python
 from lorasb_export import Adapter, Basis
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({_source(base)})
-adapter = Adapter.attach(model, Basis.load("{name}"))  # train it, then adapter.save("folder")
+model = AutoModelForCausalLM.from_pretrained({source_of(base)})
+adapter = Adapter.attach(model, Basis.load("{name}"))  # then any training loop, and adapter.save("folder")
 ```
-{_table("Calibration", calibration)}{_capture(capture)}"""
-    provenance = {"sha256": config["sha256"], "base": base, "created with": config["created_with"]}
-    return _card(body, provenance, "lorasb", base, "adapter", None, ["basis"])
+
+```bash
+lorasb fit --basis {name}    # in a project: trains an adapter of each task
+```
+{method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
+    made = {"basis sha256": config["sha256"], "created with": config["created_with"]}
+    return _card(body, base, "lorasb", "adapter", None, ["lora-sb-basis"], made, facts, name)
 
 
-def adapter_card(config: Mapping[str, Any], name: str = HERE) -> str:
+def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of an adapter folder from its adapter_config.json; `name` is what a reader loads it by."""
-    base, task_type = _base_of(config), config["task_type"]
-    training = dict(config["training"])
-    evaluation, plot = training.pop("evaluation", {}), training.pop("plot", None)
-    image = f"\n![Loss while training]({plot})\n" if plot else ""
+    base, task_type, training = base_of(config), config["task_type"], config["training"]
     outputs = 1 if training.get("regression") else len(training.get("labels") or [])
     labels = f", num_labels={outputs}" if outputs else ""
-    body = f"""# LoRA-SB adapter
+    numbers = {
+        "rank": config["r"],
+        "modules": len(config["target_modules"]),
+        "scaling s": config["scaling"],
+        "trained parameters": training.get("trainable_parameters"),
+        "LoRA of this rank on these modules": training.get("lora_parameters"),
+    }
+    elsewhere = "" if is_hub_id(base.get("name_or_path")) else " --model path/to/the/base/model"
+    body = f"""# {_task(training)}: a LoRA-SB adapter for {base_link(base)}
 
-An adapter for {_base(base)}: one trained {config["r"]} by {config["r"]} matrix `R` for each of
-{len(config["target_modules"])} modules. {_METHOD}
+One trained {config["r"]} × {config["r"]} matrix `R` for each of {len(config["target_modules"])} linear layers.
+It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared by many tasks:
+{basis_shown(config["basis"])}.
+
+## How to load it
 
 ```python
 from lorasb_export import Adapter
 from transformers import {_model_class(task_type)} as AutoModel
 
-model = AutoModel.from_pretrained({_source(base)}{labels})
+model = AutoModel.from_pretrained({source_of(base)}{labels})
 Adapter.load("{name}").inject(model)
 ```
 
 ```bash
-lorasb serve --adapters {name}
+lorasb merge {name} --out model{elsewhere}    # a plain model folder
+lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible
 ```
-{_table("Training", training)}{image}{_evaluation(evaluation)}"""
-    provenance = {"basis": config["basis"], "scaling": config["scaling"], "base": base}
-    return _card(body, provenance, "lorasb", base, "adapter", task_type, [])
+{method(numbers)}{_trained(training, facts)}"""
+    made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
+    return _card(body, base, "lorasb", "adapter", task_type, [], made, facts, name, training)
 
 
-def peft_card(config: Mapping[str, Any], name: str = HERE) -> str:
+def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a PEFT export from its adapter_config.json; `name` is what a reader loads it by."""
-    base, task_type = _base_of(config), config.get("task_type")
-    body = f"""# LoRA adapter
+    base, task_type = base_of(config), config.get("task_type")
+    training = facts.made.get("training", {})
+    body = f"""# {_task(training)}: a LoRA for {base_link(base)}
 
-A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")} for {_base(base)}.
+A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` and `s·B·R`.
+
+## How to load it
 
 ```python
 from peft import PeftModel
 from transformers import {_model_class(task_type)} as AutoModel
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained({_source(base)}), "{name}")
+model = PeftModel.from_pretrained(AutoModel.from_pretrained({source_of(base)}), "{name}")
 ```
-"""
-    return _card(body, {"base": base}, "peft", base, "adapter", task_type, ["lora"])
+{_trained(training, facts)}"""
+    return _card(body, base, "peft", "adapter", task_type, ["lora"], facts.made, facts, name, training)
 
 
-def merged_card(provenance: Mapping[str, Any], name: str = HERE) -> str:
+def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a merged model from its lorasb.json; `name` is what a reader loads it by."""
-    base, task_type = _base_of(provenance), provenance.get("task_type")
-    body = f"""# Merged model
+    base, task_type, training = base_of(provenance), provenance.get("task_type"), provenance.get("training", {})
+    body = f"""# {_task(training)}: {base_link(base)} with a LoRA-SB adapter merged in
 
-{_base(base)} with a LoRA-SB adapter merged in: an ordinary model that needs no adapter library.
+An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.
+
+## How to load it
 
 ```python
-from transformers import {_model_class(task_type)} as AutoModel
+from transformers import {_model_class(task_type)} as AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
-"""
-    return _card(body, provenance, "transformers", base, "finetune", task_type, [])
+{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts)}"""
+    return _card(body, base, "transformers", "finetune", task_type, [], provenance, facts, name, training)
 
 
-def onnx_card(provenance: Mapping[str, Any], name: str = HERE) -> str:
+def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of an ONNX export (kind `onnx` or `onnx-adapters`) from its lorasb.json."""
-    base = _base_of(provenance)
-    content = "a LoRA-SB adapter merged in"
-    if provenance.get("kind") == "onnx-adapters":
-        content = "LoRA-SB adapters as inputs: each `.onnx_adapter` file is one task"
-    body = f"""# ONNX model
+    base, training = base_of(provenance), provenance.get("training", {})
+    files = list(provenance.get("adapters", {}))
+    title = "adapters for" if files else "an adapter merged into"
+    content = "with a LoRA-SB adapter merged in"
+    load = ""
+    graph = {"precision": provenance.get("precision"), "made for": provenance.get("execution_provider")}
+    numbers = _of_update(provenance) | graph
+    if files:
+        content = (
+            "with LoRA-SB adapters as inputs: each `.onnx_adapter` file is one task, and without one it is the base"
+        )
+        load = f'''adapters = og.Adapters(model)
+adapters.load(f"{{folder}}/{files[0]}", "{files[0].removesuffix(".onnx_adapter")}")  # generator.set_active_adapter
+'''
+    body = f"""# {_task(training)}: {title} {base_link(base)}, for ONNX Runtime
 
-{_base(base)} for ONNX Runtime, with {content}.
+{base_link(base)} as an ONNX graph with a key-value cache, {content}.
+
+## How to load it
 
 ```python
+import onnxruntime_genai as og
 from huggingface_hub import snapshot_download
 
-folder = snapshot_download("{name}")  # open it with onnxruntime or onnxruntime-genai
-```
-"""
-    return _card(body, provenance, "lorasb", base, "finetune", provenance.get("task_type"), ["onnx"])
+folder = snapshot_download("{name}")
+model = og.Model(folder)
+{load}```
+{method(numbers)}{_trained(training, facts)}"""
+    return _card(
+        body, base, "onnxruntime", "finetune", provenance.get("task_type"), ["onnx"], provenance, facts, name, training
+    )
+
+
+def _task(training: Mapping[str, Any]) -> str:
+    return str(training.get("task") or "One task")
+
+
+def _of_update(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    training = provenance.get("training", {})
+    return {
+        **{key: provenance.get(key) for key in ("rank", "modules", "scaling")},
+        "trained parameters": training.get("trainable_parameters"),
+        "LoRA of this rank on these modules": training.get("lora_parameters"),
+    }
+
+
+def _trained(training: Mapping[str, Any], facts: Facts) -> str:
+    return data_of_training(training, facts) + training_table(training) + evaluation(training)
 
 
 def _card(
     body: str,
-    provenance: Mapping[str, Any],
-    library: str,
     base: Mapping[str, Any],
+    library: str,
     relation: str,
     task_type: str | None,
     tags: list[str],
+    made: Mapping[str, Any],
+    facts: Facts,
+    name: str,
+    training: Mapping[str, Any] = {},
 ) -> str:
-    keys: dict[str, Any] = {"library_name": library}
-    if is_hub_id(base.get("name_or_path")):
-        keys |= {"base_model": base["name_or_path"], "base_model_relation": relation}
-    if task_type in _PIPELINES:
-        keys["pipeline_tag"] = _PIPELINES[task_type]
-    keys["tags"] = ["lora-sb", "lorasb", *tags]
-    return f"---\n{_dump(keys)}---\n{BEGIN}\n{body.rstrip()}\n{_table('Provenance', provenance)}{END}\n"
+    keys = metadata(base, library, relation, task_type, tags, facts, name, training)
+    rest = limits(base, training, facts) + provenance_table(base, made)
+    return assemble(keys, f"{body.rstrip()}\n{rest}")
 
 
-def _split(card: str) -> tuple[str, str]:
-    match = _FRONT_MATTER.match(card)
-    return (match.group(1), card[match.end() :]) if match else ("", card)
-
-
-def _dump(keys: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True))
-
-
-def _base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`name_or_path`, `revision` and `fingerprint` of the base, from any config of ours."""
     flat = {"name_or_path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-    base: Mapping[str, Any] = config.get("base") or flat | {"fingerprint": config.get("base_fingerprint")}
+    base: Mapping[str, Any] = (
+        config.get("base") or config.get("base_model") or flat | {"fingerprint": config.get("base_fingerprint")}
+    )
     return base
-
-
-def _base(base: Mapping[str, Any]) -> str:
-    known = is_hub_id(base.get("name_or_path"))
-    return f"`{base['name_or_path']}`" if known else "a base model that is not on the Hub (a local folder)"
-
-
-def _source(base: Mapping[str, Any]) -> str:
-    if not is_hub_id(base.get("name_or_path")):
-        return '"path/to/the/base/model"'
-    revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
-    return f'"{base["name_or_path"]}"{revision}'
 
 
 def _model_class(task_type: str | None) -> str:
     return _CLASSES.get(task_type or "", "AutoModelForCausalLM")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Scalars of nested objects under dotted names; lists and large objects are left out."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and len(value) <= _MAX_ENTRIES:
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, (str, int, float)):
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _shown(value: object) -> str:
-    """A value for a table cell; of a path only its last part, for the author's folders are nobody's business."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = str(value)
-    if os.path.isabs(text) or text.startswith((".", "~")):
-        text = os.path.basename(os.path.normpath(text))
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    return _grid(title, ["key", "value"], _flat(values).items())
-
-
-def _capture(capture: Mapping[str, Any]) -> str:
-    """A table of the tasks the basis was calibrated on: which share of each one's gradient it captures."""
-    columns = ["rows", "basis", "own", "random"]
-    tasks = capture.get("tasks", {})
-    rows = [[name, *(found.get(column, "") for column in columns)] for name, found in tasks.items()]
-    return _grid("Share of a task's gradient captured", ["task", *columns], rows)
-
-
-def _evaluation(evaluation: Mapping[str, Any]) -> str:
-    """A table of {split: {metric: {"base", "adapter", "rows"}}}."""
-    columns = ["base", "adapter", "rows"]
-    rows = [
-        [split, metric, *(found.get(column, "") for column in columns)]
-        for split, metrics in evaluation.items()
-        for metric, found in metrics.items()
-    ]
-    return _grid("Evaluation", ["split", "metric", *columns], rows)
-
-
-def _grid(title: str, header: list[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [f"| {' | '.join(map(_shown, row))} |" for row in rows]
-    head = ["", f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return "\n".join([*head, *lines, ""]) if lines else ""

@@ -107,7 +107,8 @@ def load_task(name: str, source: str | Path) -> TaskData:
         _check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    task = TaskData(name, str(source), SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
+    where = str(path.absolute()) if path.exists() else str(source)
+    task = TaskData(name, where, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
     if kind == LABELLED:
         _check_labels(task, placed)
     return task

@@ -168,6 +168,8 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
+        elif status == 400:
+            what, fix = f"the Hub does not take it: {what}", "Nothing was published; push again"
         elif status >= 500:
             what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
         elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import card, combine, retained
-from .artifact import Adapter
+from .artifact import Adapter, command, published_training
 from .base import SEQ_CLS
 from .errors import SettingsError
 from .merge_folder import MergeFolder, resumable_folder
@@ -81,7 +81,8 @@ def merge(
             modules, reused = _write_shards(plan, folder)
             result |= {"retained": retained.summary(modules), "shards_reused": reused}
             retained.warn(result["retained"], " and ".join(result["stored"]))
-            provenance = {"kind": "merged", **plan.adapter.provenance(), "dtype": plan.dtype}
+            provenance = {"kind": "merged", **plan.adapter.provenance(), "dtype": plan.dtype, "command": command()}
+            provenance["training"] = published_training(plan.adapter)
             if isinstance(adapter, Mapping):
                 provenance["adapters"] = combine.provenance(adapter)
             _write_other_files(plan, folder.path, provenance | {"retained": result["retained"]})

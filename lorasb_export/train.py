@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
-from .artifact import Adapter, Basis, versions
+from .artifact import Adapter, Basis, command, versions
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .batches import encode
 from .calibrate import calibrate
@@ -287,6 +287,7 @@ class _Run:
     def _summary(self, trainer: RTrainer, k: int, best: int | None) -> dict[str, Any]:
         """What the adapter's config and card say about its training."""
         run, history = trainer.runs[k], trainer.history(k)
+        basis = run.adapter.load_basis()
         last = next((e["loss"] for e in reversed(history) if "loss" in e), None)
         valid = [entry for entry in history if "eval_loss" in entry]
         kept = next((entry for entry in valid if entry["step"] == best), valid[-1] if valid else {})
@@ -306,6 +307,7 @@ class _Run:
             "valid_loss": round(metrics["loss"], 6) if metrics else None,
             "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
             "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
+            "lora_parameters": sum(basis.rank * (m.B.shape[0] + m.A.shape[1]) for m in basis.modules.values()),
             "settings": asdict(self.settings),
             "plot": "training.png",
         }
@@ -327,6 +329,7 @@ class _Run:
                 "base": dict(run.adapter.base.__dict__),
                 "versions": versions(),
                 "capture": captured,  # by module; its overview is in the adapter's config
+                "command": command(),
             }
             write_json(temporary / "lorasb.json", provenance)
 

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from lorasb_export import card
-from lorasb_export.errors import ArtifactError
+from lorasb_export.card_sections import Facts, is_hub_id
+from lorasb_export.errors import ArtifactError, OutputError
+from lorasb_export.readme import BEGIN, END, front_matter, merge, update
 
+FIGURES = {"base": 0.0, "adapter": 0.75, "rows": 64}
 ADAPTER: dict[str, Any] = {
     "base_model_name_or_path": "owner/base",
     "revision": "abc",
@@ -41,16 +45,16 @@ def adapter(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "library", "relation", "tags"),
     [
-        (card.basis_card(BASIS), "lorasb", "adapter", {"basis"}),
+        (card.basis_card(BASIS), "lorasb", "adapter", {"lora-sb-basis"}),
         (adapter(), "lorasb", "adapter", set()),
         (card.peft_card(ADAPTER), "peft", "adapter", {"lora"}),
         (card.merged_card(MERGED), "transformers", "finetune", set()),
-        (card.onnx_card({**MERGED, "kind": "onnx"}), "lorasb", "finetune", {"onnx"}),
-        (card.onnx_card({**MERGED, "kind": "onnx-adapters"}), "lorasb", "finetune", {"onnx"}),
+        (card.onnx_card({**MERGED, "kind": "onnx"}), "onnxruntime", "finetune", {"onnx"}),
+        (card.onnx_card({**MERGED, "kind": "onnx-adapters"}), "onnxruntime", "finetune", {"onnx"}),
     ],
 )
 def test_front_matter(text: str, library: str, relation: str, tags: set[str]) -> None:
-    keys = card.front_matter(text)
+    keys = front_matter(text)
     assert (keys["library_name"], keys["base_model_relation"]) == (library, relation)
     assert keys["base_model"] == "owner/base"
     assert set(keys["tags"]) == {"lora-sb", "lorasb"} | tags
@@ -59,9 +63,10 @@ def test_front_matter(text: str, library: str, relation: str, tags: set[str]) ->
 
 def test_a_local_base_is_named_nowhere() -> None:
     text = adapter(base_model_name_or_path="/home/somebody/models/base")
-    assert "base_model" not in card.front_matter(text)
-    assert "base_model_relation" not in card.front_matter(text)
-    assert "not on the Hub (a local folder)" in text
+    assert "base_model" not in front_matter(text)
+    assert "base_model_relation" not in front_matter(text)
+    assert "`base` (a base model that is not on the Hub)" in text
+    assert 'from_pretrained("path/to/the/base/model")' in text
     assert "somebody" not in text
 
 
@@ -70,28 +75,81 @@ def test_a_local_base_is_named_nowhere() -> None:
     [("owner/name", True), ("gpt2", True), ("/a/b", False), ("./a", False), ("a/b/c", False), (None, False)],
 )
 def test_hub_ids(name: object, expected: bool) -> None:
-    assert card.is_hub_id(name) is expected
+    assert is_hub_id(name) is expected
 
 
 def test_training_is_shown_and_paths_are_cut() -> None:
     training = {
         **ADAPTER["training"],
+        "task": "dates",
         "data": "/home/somebody/data/mine",
+        "rows": 1200,
+        "rows_left_out": 3,
+        "data_sha256": "d" * 64,
+        "trainable_parameters": 1_000_000,
+        "lora_parameters": 6_500_000,
         "evaluation": {"test": {"accuracy": {"base": 0.5, "adapter": 0.9375, "rows": 64}}},
     }
     text = adapter(training=training)
-    assert "| train_loss | 0.125 |" in text
-    assert "| settings.epochs | 3 |" in text
-    assert "| data | mine |" in text
+    assert "| train loss | 0.125 |" in text
+    assert "\nSettings: `epochs` 3.\n" in text
+    assert "| mine | 1200 | 3 | not stated | dddddddddddd |" in text
     assert "somebody" not in text
     assert "\n\n![Loss while training](training.png)\n" in text
-    assert "| test | accuracy | 0.5 | 0.9375 | 64 |" in text
-    assert "evaluation.test" not in text
+    assert "| test | accuracy | 64 | 0.5 | 0.9375 |" in text
+    assert "| trained parameters | 1,000,000 |" in text
+    assert "| LoRA of this rank on these modules | 6,500,000 parameters, 6.5 times as many |" in text
+    assert front_matter(text)["model-index"] == [
+        {
+            "name": "folder",
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"name": "dates", "type": "dates", "split": "test"},
+                    "metrics": [{"type": "accuracy", "value": 0.9375}],
+                }
+            ],
+        }
+    ]
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["How to load it", "Method", "Data", "Training", "Evaluation", "Limits", "Provenance"]
+
+
+def test_the_hubs_own_reader_takes_the_metadata() -> None:
+    training = {"task": "dates", "data": "owner/dates", "evaluation": {"test": {"exact_match": FIGURES}}}
+    keys = yaml.safe_dump(front_matter(card.adapter_card(ADAPTER | {"training": training}, "me/a")))
+    found = ModelCardData(**ModelCard(f"---\n{keys}---\n").data.to_dict(), ignore_metadata_errors=False)
+    assert found.datasets == ["owner/dates"]
+    results = ModelCard(f"---\n{keys}---\n").data.eval_results
+    assert [(r.dataset_type, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [
+        ("owner/dates", "test", "exact_match", 0.75)
+    ]
+
+
+def test_licences_of_base_and_data() -> None:
+    training = {"task": "dates", "data": "owner/dates"}
+    facts = Facts(
+        {"license": "other", "license_name": "llama3"}, {"owner/dates": "cc-by-4.0"}, {"command": "lorasb fit"}
+    )
+    text = card.adapter_card(ADAPTER | {"training": training}, "me/a", facts)
+    assert (front_matter(text)["license"], front_matter(text)["license_name"]) == ("other", "llama3")
+    assert "| owner/dates |" in text
+    assert "| cc-by-4.0 |" in text
+    assert "| command | lorasb fit |" in text
+    assert "licence of the base model is not known" not in text
+
+
+def test_a_merged_model_says_what_it_kept() -> None:
+    kept = {"cosine": 0.98, "relative_error": 0.19, "worst": {"module": "a", "cosine": 0.9, "relative_error": 0.4}}
+    text = card.merged_card(MERGED | {"retained": kept, "rank": 4}, "me/merged")
+    assert "| all modules | 0.98 | 0.19 |" in text
+    assert "| `a`, which kept least | 0.9 | 0.4 |" in text
+    assert 'AutoModel.from_pretrained("me/merged")' in text
 
 
 def test_a_classifier_names_its_class_and_labels() -> None:
     text = adapter(task_type="SEQ_CLS", training={"labels": ["no", "yes"]})
-    assert card.front_matter(text)["pipeline_tag"] == "text-classification"
+    assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "import AutoModelForSequenceClassification as AutoModel" in text
     assert 'from_pretrained("owner/base", revision="abc", num_labels=2)' in text
 
@@ -100,13 +158,13 @@ def test_energy_and_capture_are_summarized() -> None:
     found = {"sha256": "0" * 64, "rows": 9, "basis": 0.5, "own": 0.6, "random": 0.1}
     capture = {"basis": 0.5, "random": 0.1, "tasks": {"dates": found}, "modules": {"a": {"basis": 0.5, "random": 0.1}}}
     text = card.basis_card({**BASIS, "calibration": {**BASIS["calibration"], "capture": capture}})
-    assert "| energy captured, mean of modules | 0.5 |" in text
+    assert "| kept of the first step's energy, mean of modules | 0.5 |" in text
     assert "| dates | 9 | 0.5 | 0.6 | 0.1 |" in text
     assert "capture." not in text
 
 
 def test_missing_provenance_is_left_out() -> None:
-    assert card.front_matter(card.merged_card({"kind": "merged"})) == {
+    assert front_matter(card.merged_card({"kind": "merged"})) == {
         "library_name": "transformers",
         "tags": ["lora-sb", "lorasb"],
     }
@@ -121,10 +179,10 @@ def test_an_update_replaces_the_block_and_keeps_the_rest(tmp_path: Path) -> None
     path.write_text(path.read_text() + "\nAfter: \\1 stays.\n")
     card.write(tmp_path, adapter(scaling=7.5))
     text = path.read_text()
-    assert text.count(card.BEGIN) == text.count(card.END) == 1
-    assert "| scaling | 7.5 |" in text
-    assert "| scaling | 1 |" not in text
-    assert text.index("# My title\n\nBefore.") < text.index(card.BEGIN)
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert "| scaling s | 7.5 |" in text
+    assert "| scaling s | 1 |" not in text
+    assert text.index("# My title\n\nBefore.") < text.index(BEGIN)
     assert text.endswith("\nAfter: \\1 stays.\n")
     front = text.split("---\n")[1]
     assert "license: mit # ours\nlanguage: no\n" in front  # not turned into `language: false`
@@ -141,10 +199,10 @@ def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_opened_block_that_never_ends_swallows_nothing() -> None:
-    text = card.update(f"{card.BEGIN}\nMine.\n", adapter())
-    text = card.update(text, adapter(scaling=7.5))
+    text = update(f"{BEGIN}\nMine.\n", adapter())
+    text = update(text, adapter(scaling=7.5))
     assert "\nMine.\n" in text
-    assert text.count("| scaling |") == 1
+    assert text.count("| scaling s |") == 1
 
 
 def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
@@ -153,3 +211,51 @@ def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
         card.write(tmp_path, adapter())
     assert str(tmp_path / "README.md") in str(caught.value)
     assert (tmp_path / "README.md").read_text().endswith("text\n")
+
+
+MINE = "---\nlanguage: no\n---\nWritten in the folder.\n"
+THEIRS = "Written on the Hub.\n"
+
+
+def on_the_hub(card: str, text: str) -> str:
+    """The published card after somebody wrote `text` under it on the website."""
+    return f"{card}\n{text}"
+
+
+def test_text_written_on_the_hub_survives_a_push() -> None:
+    first = merge("", "", adapter())
+    second = merge("", on_the_hub(first, THEIRS), adapter(scaling=7.5))
+    assert THEIRS in second
+    assert "| scaling s | 7.5 |" in second
+    assert merge("", second, adapter(scaling=7.5)) == second
+
+
+def test_text_written_in_the_folder_replaces_what_was_published_from_there() -> None:
+    first = merge(MINE, "", adapter())
+    assert "language: no\n" in first
+    again = merge(MINE.replace("folder", "new folder"), first, adapter())
+    assert "Written in the new folder." in again
+    assert "Written in the folder." not in again
+    assert "Written in the folder." in merge("", first, adapter())  # the folder was written anew: nothing is lost
+
+
+def test_text_written_on_both_sides_is_not_lost_in_silence() -> None:
+    published = merge(MINE, "", adapter())
+    edited = published.replace("in the folder", "on the Hub")
+    kept = merge(MINE, edited, adapter())  # edited there alone
+    assert kept == edited
+    for theirs in (edited, kept):
+        with pytest.raises(OutputError, match="edited here and on the Hub, differently"):
+            merge(MINE.replace("folder", "new folder"), theirs, adapter())
+    assert merge(edited, edited, adapter()).count("Written on the Hub.") == 1
+
+
+def test_a_published_licence_stays_until_the_folder_says_another() -> None:
+    def licence(mine: str, theirs: str) -> str:
+        generated = card.adapter_card(ADAPTER, "me/a", Facts({"license": "apache-2.0"}))
+        return str(front_matter(merge(mine, theirs, generated))["license"])
+
+    published = merge("", "", card.adapter_card(ADAPTER, "me/a", Facts({"license": "mit"})))
+    assert licence("", "") == "apache-2.0"
+    assert licence("", published) == "mit"
+    assert licence("---\nlicense: gpl-3.0\n---\n", published) == "gpl-3.0"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb_export import push
+from lorasb_export import outgoing, push
 from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseRef
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
@@ -27,6 +27,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the network was touched")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def make(folder: Path, seed: int = 0) -> tuple[Path, Path]:
@@ -61,34 +62,43 @@ def test_a_dry_run_plans_and_changes_nothing(tmp_path: Path) -> None:
     assert plan["bytes"] == sum(file["bytes"] for file in plan["files"])
     assert plan["card"]["base_model"] == "owner/base"
     assert "commit" not in plan
+    assert (plan["reached"], plan["parent"], plan["sent"]) == (False, None, plan["bytes"])
+    assert "+# A LoRA-SB basis for `owner/base`" in plan["card_diff"].splitlines()
     assert contents(basis) == before
     json.dumps(plan)
 
 
-def test_an_adapter_takes_its_local_basis_along(tmp_path: Path) -> None:
+def test_an_adapter_takes_its_local_basis_along_when_asked(tmp_path: Path) -> None:
     _, adapter = make(tmp_path)
     before = contents(adapter)
-    plan = push(adapter, "me/a", dry_run=True)
+    plan = push(adapter, "me/a", with_basis=True, dry_run=True)
     assert plan["basis"] == "embedded"
     assert {"basis.safetensors", "basis_config.json"} <= {file["path"] for file in plan["files"]}
     assert contents(adapter) == before
 
 
-def test_a_named_basis_is_not_taken_along(tmp_path: Path) -> None:
-    _, adapter = make(tmp_path)
-    plan = push(adapter, "me/a", basis_repo="me/basis", dry_run=True)
+def test_an_adapter_whose_basis_nobody_finds_is_refused(tmp_path: Path) -> None:
+    basis, adapter = make(tmp_path)
+    with pytest.raises(ArtifactError) as caught:
+        push(adapter, "me/a", dry_run=True)
+    assert str(caught.value) == (
+        f"nobody else could find this adapter's basis, a local folder ({basis}). Push the basis first and name it "
+        "with --basis-repo, or upload it in the adapter with --with-basis"
+    )
+    plan = push(adapter, "me/a", basis_repo="me/basis", dry_run=True)  # the Hub does not answer: not pinned
     assert plan["basis"] == "me/basis"
     assert [file["path"] for file in plan["files"]] == ["README.md", "adapter.safetensors", "adapter_config.json"]
 
 
 def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     _, adapter = make(tmp_path)
-    unwanted = ["training_args.bin", "optimizer.pt", ".env", "notes.py", "checkpoint-3/adapter.safetensors"]
+    unwanted = ["training_args.bin", "optimizer.pt", ".env", "notes.py", "checkpoint-3/adapter.safetensors", "token"]
+    unwanted += [".cache/huggingface/token", "scheduler.pt", "rng_state.pth", "a.ckpt", "model.pkl", "token.txt"]
     for name in unwanted:
-        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).parent.mkdir(parents=True, exist_ok=True)
         (adapter / name).write_bytes(b"secret")
     (adapter / "LICENSE").write_text("MIT")
-    plan = push(adapter, "me/a", dry_run=True)
+    plan = push(adapter, "me/a", with_basis=True, dry_run=True)
     assert sorted(plan["skipped"]) == sorted(unwanted)
     assert "LICENSE" in [file["path"] for file in plan["files"]]
 
@@ -97,8 +107,8 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     ("kind", "config", "names", "library"),
     [
         ("peft", "adapter_config.json", ["adapter_model.safetensors", "lorasb.json"], "peft"),
-        ("onnx", "lorasb.json", ["genai_config.json", "model.onnx", "model.onnx.data", "vocab.txt"], "lorasb"),
-        ("onnx-adapters", "lorasb.json", ["a.onnx_adapter", "basis.onnx.data", "model.onnx"], "lorasb"),
+        ("onnx", "lorasb.json", ["genai_config.json", "model.onnx", "model.onnx.data", "vocab.txt"], "onnxruntime"),
+        ("onnx-adapters", "lorasb.json", ["a.onnx_adapter", "basis.onnx.data", "model.onnx"], "onnxruntime"),
     ],
 )
 def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], library: str) -> None:
@@ -134,7 +144,40 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     (basis / "basis.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     for folder in (basis, adapter):
         with pytest.raises(ArtifactError, match="sha256 is not"):
-            push(folder, "me/x", dry_run=True)
+            push(folder, "me/x", with_basis=folder == adapter, dry_run=True)
+
+
+def test_paths_and_tokens_stay_at_home(tmp_path: Path) -> None:
+    """Absolute paths are cut to their last part wherever JSON of ours has them; a token in any text is refused."""
+    _, adapter = make(tmp_path)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = "/home/somebody/models/base"
+    config["training"] = {"data": "/home/somebody/data/a", "settings": {"files": ["/home/somebody/x"], "seed": 0}}
+    path.write_text(json.dumps(config))
+    (adapter / "lorasb.json").write_text(json.dumps({"base": {"name_or_path": "/home/somebody/models/base"}}))
+    files, _ = outgoing.collect(adapter, "adapter")
+    outgoing.take_out_paths(files)
+    sent = {name: json.loads(data) for name, data in files.items() if isinstance(data, bytes)}
+    assert sorted(sent) == ["adapter_config.json", "lorasb.json"]
+    assert "somebody" not in json.dumps(sent)
+    assert sent["adapter_config.json"]["training"] == {"data": "a", "settings": {"files": ["x"], "seed": 0}}
+    assert sent["lorasb.json"]["base"]["name_or_path"] == "base"
+
+    (adapter / "training_log.jsonl").write_text('{"token": "hf_abcdefghijklmnopqrstuvwxyz"}')
+    with pytest.raises(ArtifactError) as caught:
+        push(adapter, "me/a", with_basis=True, dry_run=True)
+    assert str(caught.value) == ("an access token is in this file (training_log.jsonl). Take it out, and revoke it")
+
+
+def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:
+    tokenizer = {"model": {"vocab": {"/": 1, "/usr": 2}}, "name_or_path": "/home/somebody/base", "added": ["/tmp"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    files: outgoing.Files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
+    outgoing.take_out_paths(files)
+    sent = files["tokenizer_config.json"]
+    assert isinstance(sent, bytes)
+    assert json.loads(sent) == tokenizer | {"name_or_path": "base"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +187,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         ("me/a/b", {}, "not a Hub repository (me/a/b). Give owner/name"),
         ("me/a", {"basis_repo": "x"}, "not a Hub repository (x). Give owner/name"),
         ("me/a", {"create_pr": True, "revision": "b"}, "create_pr and revision exclude each other. Leave one out"),
-        ("me/a", {"basis_repo": "me/b"}, "basis_repo is only for adapters ({}). Leave it out"),
+        ("me/a", {"basis_repo": "me/b"}, "basis_repo and with_basis are for adapters ({}). Leave it out"),
     ],
 )
 def test_wrong_options(tmp_path: Path, repo: str, options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import card
-from ..artifact import Adapter, versions
+from ..artifact import Adapter, command, published_training, versions
 from ..base import CAUSAL_LM, BaseModel
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError, SettingsError
@@ -137,6 +137,7 @@ def provenance(task: Adapter, precision: str) -> dict[str, Any]:
     distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
     names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
     record = {**task.provenance(), "precision": precision, "execution_provider": PROVIDERS[precision]}
+    record |= {"command": command(), "training": published_training(task)}
     return record | {"versions": versions() | {name: version(name) for name in names}}
 
 

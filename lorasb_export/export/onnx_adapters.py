@@ -77,7 +77,7 @@ def export_onnx_adapters(
         for task, file in zip(tasks, files, strict=True):
             _write_adapter(folder / file, task, dtype)
         record = {"kind": "onnx-adapters", **provenance(tasks[0], precision)}
-        del record["adapter"], record["scaling"]  # those of the first; each adapter's are listed
+        del record["adapter"], record["scaling"], record["training"]  # those of the first; each adapter's are listed
         record["adapters"] = {
             file: {"sha256": task.sha256, "scaling": task.scaling} for file, task in zip(files, tasks, strict=True)
         }

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from .. import card
-from ..artifact import Adapter
+from ..artifact import Adapter, command, published_training
+from ..card_sections import Facts
 from ..storage import atomic_folder, refuse_existing, write_json
 
 _PREFIX = "base_model.model."
@@ -39,8 +40,9 @@ def export_peft(
     transposed = _stores_transposed(source, base)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
-        write_json(folder / "lorasb.json", {"kind": "peft", **source.provenance()})
-        card.write(folder, card.peft_card(peft_config(source, transposed=transposed)))
+        record = {"kind": "peft", **source.provenance(), "command": command(), "training": published_training(source)}
+        write_json(folder / "lorasb.json", record)
+        card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
     return {"folder": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
 
 

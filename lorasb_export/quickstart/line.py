@@ -151,7 +151,7 @@ def quickstart(
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx")
         line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
-    plan = push(adapter, "you/dates-lorasb", dry_run=True)
+    plan = push(adapter, "you/dates-lorasb", with_basis=True, dry_run=True)
     if serve and importlib.util.find_spec("vllm") is not None:
         with line.step("serve", "Starting vLLM with both adapters and asking it"):
             _ask_server(line, folders, tokenizer)

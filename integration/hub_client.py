@@ -1,0 +1,203 @@
+"""The loopback Hub and the processes that talk to it, with folders to push.
+
+HF_ENDPOINT and HF_HUB_DISABLE_XET are read when huggingface_hub is imported. So there is one long-lived client process
+for each transport, in which most steps run, and a process of its own for a step that needs another environment.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from integration.hub_server import TOKEN, Entry, HubServer
+from integration.hub_server.store import Repo
+from lorasb_export import environment
+from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.format import ModuleBasis
+from lorasb_export.storage import write_json
+
+RANK, MODULES = (
+    4,
+    {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (64, 32)},
+)  # of tests.tiny
+BASE = "owner/base"
+
+_PUSH = """
+import json, sys
+from lorasb_export import push
+from lorasb_export.errors import LoraSBError
+try:
+    print(json.dumps(push(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))))
+except LoraSBError as error:
+    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+"""
+CLI = "import runpy, sys; sys.argv[0] = 'lorasb'; runpy.run_module('lorasb_cli', run_name='__main__')"
+CLIENT = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    asked, said, code = json.loads(line), io.StringIO(), 0
+    sys.argv = ["-c", *asked["words"]]
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(asked["code"], {"__name__": "__main__"})
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    print(json.dumps({"code": code, "said": said.getvalue()}), flush=True)
+"""
+
+
+class Hub(HubServer):
+    """A server of its own, and its clients. `home` is what they call HF_HOME; `owner/base` is there from the start."""
+
+    def __init__(self, root: Path, base: Path, **changes: str) -> None:
+        super().__init__(root / "server")
+        self.root, self.home, self.base, self.changes = root, root / "home", base, changes
+        self._errors = (root / "client.log").open("w+b")
+        self._client: subprocess.Popen[str] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """As at the start, but for what clients have cached and uploaded."""
+        for container in (self.repos, self.moved, self.requests, self.violations, self.faults):
+            container.clear()
+        self.put(BASE, self.base)
+        card = self.store.regular(b"---\nlicense: apache-2.0\n---\nA base.\n")
+        self.repos[BASE].commit("main", {**self.files(BASE), "README.md": card}, "its card")
+
+    def put(self, repo: str, folder: Path) -> str:
+        """A public repository with the files of a folder, as somebody else made it; the commit."""
+        found = self.repos.setdefault(repo, Repo(private=False))
+        return found.commit("main", self.store.folder(folder), "by hand")
+
+    def run(self, code: str, *words: object, **changes: str) -> str:
+        """What `code` prints last, run by a client; it must not fail."""
+        exit_code, said, errors = self.start(code, *words, **changes)
+        assert exit_code == 0, errors
+        return said.strip().splitlines()[-1]
+
+    def start(self, code: str, *words: object, **changes: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of `code`."""
+        if changes:
+            command = [sys.executable, "-c", code, *map(str, words)]
+            done = subprocess.run(
+                command, env=self._variables(changes), capture_output=True, text=True, timeout=300, cwd=self.root
+            )
+            found = (done.returncode, done.stdout, done.stderr)
+        else:
+            found = self._ask_client(code, [str(word) for word in words])
+        assert TOKEN not in found[1] + found[2]
+        return found
+
+    def _ask_client(self, code: str, words: list[str]) -> tuple[int, str, str]:
+        if self._client is None:
+            self._client = subprocess.Popen(
+                [sys.executable, "-c", CLIENT],
+                env=self._variables({}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                cwd=self.root,
+            )
+        assert self._client.stdin is not None
+        assert self._client.stdout is not None
+        before = self._errors.seek(0, 2)
+        self._client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
+        self._client.stdin.flush()
+        answer = json.loads(self._client.stdout.readline())
+        self._errors.seek(before)
+        return answer["code"], answer["said"], self._errors.read().decode()
+
+    def _variables(self, changes: dict[str, str]) -> dict[str, str]:
+        return {**environment.child_environment(), **self.environment(self.home, **{**self.changes, **changes})}
+
+    def stop(self) -> None:
+        if self._client is not None:
+            self._client.kill()
+            self._client.wait()
+        self._errors.close()
+        self.shutdown()
+
+    def push(self, folder: Path, repo: str, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+        """What `push` returns, or {"error": its type, "text": …}."""
+        result: dict[str, Any] = json.loads(self.run(_PUSH, folder, repo, json.dumps(options), **(env or {})))
+        return result
+
+    def lorasb(self, *words: object, **changes: str) -> Any:
+        """The object that the command prints with --json."""
+        return json.loads(self.run(CLI, *words, "--json", **changes))
+
+    def lorasb_fails(self, *words: object, **changes: str) -> str:
+        """What the command says on stderr when it ends with exit code 1."""
+        exit_code, _, errors = self.start(CLI, *words, **changes)
+        assert exit_code == 1
+        return errors[errors.index("Error: ") :].strip()
+
+    def files(self, repo: str, ref: str = "main") -> dict[str, Entry]:
+        found = self.repos[repo]
+        return {path: e for path, e in found.commits[found.refs[ref]].items() if path != ".gitattributes"}
+
+    def content(self, repo: str, path: str, ref: str = "main") -> bytes:
+        return self.store.path(self.files(repo, ref)[path].sha256).read_bytes()
+
+    def commits(self, repo: str) -> int:
+        """How many there are beside the one that made the repository."""
+        return len(self.repos[repo].commits) - 1
+
+
+def serve(root: Path, base: Path, **changes: str) -> Iterator[Hub]:
+    """A running Hub. At the end: no token is in any file that a client or the server wrote."""
+    with Hub(root, base, **changes) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        yield hub
+        hub.stop()
+        files = [path for path in root.rglob("*") if path.is_file()]
+        assert files
+        assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+
+
+def make_basis(folder: Path, base: Path, seed: int = 0) -> Path:
+    """A random basis for the base on the Hub, whose weights are those of the folder `base`."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: ModuleBasis(
+            torch.linalg.qr(torch.randn(rows, RANK, generator=generator))[0].contiguous(),
+            torch.linalg.qr(torch.randn(columns, RANK, generator=generator))[0].T.contiguous(),
+            torch.ones(RANK),
+        )
+        for name, (rows, columns) in MODULES.items()
+    }
+    ref = BaseRef(BASE, None, BaseModel.resolve(base).fingerprint(modules))
+    Basis(ref, RANK, modules, {"samples": 1, "energy": {"a": 0.5}, "data": [], "reduction": "sign"}).save(folder)
+    return folder
+
+
+def make_adapter(folder: Path, basis: Path, seed: int = 1) -> Path:
+    generator, found = torch.Generator().manual_seed(seed), Basis.load(basis)
+    R = {name: torch.randn(RANK, RANK, generator=generator) for name in MODULES}
+    Adapter(found.base, found.sha256, found.source, R, training={"task": folder.name, "steps": 3}).save(folder)
+    return folder
+
+
+def make_merged(folder: Path, shard: str = "5GB", seed: int = 0) -> Path:
+    environment.hide_broken_packages()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder, max_shard_size=shard)
+    base = {"name_or_path": BASE, "revision": None, "fingerprint": "f" * 64}
+    write_json(folder / "lorasb.json", {"kind": "merged", "base": base, "adapter": {"name": "a", "sha256": "0" * 64}})
+    return folder

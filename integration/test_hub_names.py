@@ -1,0 +1,147 @@
+"""A Hub id wherever a folder is taken: only what is needed comes down, it is verified, pinned, and runs offline."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.hub_client import BASE, Hub, make_adapter, make_basis, serve
+from lorasb_export.storage import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    """With me/basis, me/a and me/b on it, of owner/base."""
+    root = tmp_path_factory.mktemp("hub")
+    for found in serve(root, llama):
+        basis = make_basis(root / "basis", llama)
+        found.push(basis, "me/basis")
+        for seed, name in enumerate("ab"):
+            found.push(make_adapter(root / name, basis, seed=seed), f"me/{name}", basis_repo="me/basis")
+        yield found
+        assert found.violations == []
+
+
+def fetched(hub: Hub, repo: str) -> set[str]:
+    """The files of a repository that were downloaded."""
+    return {line.rpartition("/")[2] for line in hub.requests if re.match(f"(GET|HEAD) /{repo}/resolve/", line)}
+
+
+def test_merge_by_name_then_offline(hub: Hub, tmp_path: Path) -> None:
+    hub.requests.clear()
+    hub.lorasb("merge", "me/a", "--out", tmp_path / "model")
+    assert fetched(hub, "me/a") <= {"adapter_config.json", "adapter.safetensors"}
+    assert fetched(hub, "me/basis") <= {"basis_config.json", "basis.safetensors"}
+    made = read_json(tmp_path / "model" / "lorasb.json")
+    refs = {name: hub.repos[name].refs["main"] for name in ("me/a", "me/basis")}
+    assert made["adapter"]["source"] == f"me/a@{refs['me/a']}"
+    assert made["adapter"]["name"] == "a"
+    assert made["basis"]["source"] == f"me/basis@{refs['me/basis']}"
+    assert made["command"].startswith("lorasb merge me/a --out model")
+
+    hub.requests.clear()
+    offline = """
+import sys
+from lorasb_export import export, merge
+from lorasb_export.inspection import inspect_folder
+merge("me/a", sys.argv[1] + "/again")
+export("me/a", sys.argv[1] + "/peft", format="peft")
+print(inspect_folder("me/a")["basis_matches"])
+"""
+    assert hub.run(offline, tmp_path, HF_HUB_OFFLINE="1") == "True"
+    assert hub.requests == []
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    assert read_json(tmp_path / "peft" / "lorasb.json")["adapter"]["source"] == f"me/a@{refs['me/a']}"
+
+
+def test_what_is_not_in_the_cache_needs_a_connection(hub: Hub) -> None:
+    said = hub.lorasb_fails("inspect", "me/never", HF_HUB_OFFLINE="1")
+    assert said == (
+        "Error: no such folder, and HF_HUB_OFFLINE is set and the cache does not have it (me/never). "
+        "Fetch it once with a connection"
+    )
+
+
+def test_inspect_by_name(hub: Hub) -> None:
+    head = hub.repos["me/basis"].refs["main"]
+    basis, base = hub.lorasb("inspect", "me/basis"), hub.lorasb("inspect", BASE)
+    assert (basis["kind"], basis["path"], basis["rank"]) == ("basis", f"me/basis@{head}", 4)
+    assert (base["kind"], base["model_type"]) == ("base", "llama")
+    assert hub.lorasb("inspect", "me/a")["basis_source"] == f"me/basis@{head}"
+
+
+def test_fit_in_a_basis_by_name(hub: Hub, sums: Path, tmp_path: Path) -> None:
+    words = ["--model", BASE, "--data", sums, "--basis", "me/basis", "--max-steps", "2", "--out", tmp_path / "sums"]
+    hub.lorasb("fit", "sums", *words)
+    config, made = (read_json(tmp_path / "sums" / name) for name in ("adapter_config.json", "lorasb.json"))
+    assert config["basis"]["source"] == f"me/basis@{hub.repos['me/basis'].refs['main']}"
+    base = f"from lorasb_export.base import BaseModel; print(BaseModel.resolve('{BASE}').revision)"
+    assert hub.run(base) == hub.repos[BASE].refs["main"]
+    assert made["command"].startswith("lorasb fit sums --model owner/base --data sums --basis me/basis")
+
+
+def test_serve_evaluate_and_generate_by_name(hub: Hub, sums: Path) -> None:
+    revision = hub.repos["me/b"].refs["main"]
+    plan = hub.lorasb("serve", "--adapters", f"me/a,me/b@{revision}", "--dry-run")
+    assert plan["models"] == [BASE, "a", "b"]
+    cache = {path: path.read_bytes() for path in (hub.home / "hub").rglob("*") if path.is_file()}
+    found = hub.lorasb("evaluate", "me/a", "--data", sums, "--metric", "loss")["evaluation"]["me/a"]
+    assert found["rows"] == 24
+    answers = hub.lorasb("generate", "1+1=", "--adapters", "me/a,me/b", "--max-tokens", "2")["answers"]
+    assert set(answers) == {"base", "me/a", "me/b"}
+    assert {path: path.read_bytes() for path in cache} == cache  # what was fetched is not written to
+
+
+def test_what_does_not_belong_together_is_refused(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    """Another basis under the same name, another base, a basis on somebody's disk: nobody merges these."""
+    adapter = tmp_path / "c"
+    shutil.copytree(hub.root / "a", adapter)
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"base_fingerprint": "0" * 64})
+    (adapter / "evil.py").write_text("raise SystemExit('executed')")
+    (adapter / "pytorch_model.bin").write_bytes(b"a pickle")
+    hub.put("me/c", adapter)
+    said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
+    assert "its basis is a folder on somebody else's disk (me/c@" in said
+    source = {"sha256": config["basis"]["sha256"], "source": "me/basis@main"}
+    write_json(adapter / "adapter_config.json", config | {"base_fingerprint": "0" * 64, "basis": source})
+    hub.put("me/c", adapter)
+    said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
+    assert "the base's weights are not those the artifact was made for (owner/base)" in said
+    make_basis(tmp_path / "other", llama, seed=9)
+    hub.put("me/other", tmp_path / "other")
+    wrong = {"sha256": config["basis"]["sha256"], "source": "me/other@main"}
+    write_json(adapter / "adapter_config.json", config | {"basis": wrong})
+    hub.put("me/c", adapter)
+    said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
+    assert "adapter and basis do not belong together" in said
+    assert not fetched(hub, "me/c") & {"evil.py", "pytorch_model.bin"}
+
+
+def lines_of(hub: Hub, repo: str) -> str:
+    """The first block of Python in a published card."""
+    block = re.search(r"```python\n(.*?)```", hub.content(repo, "README.md").decode(), re.DOTALL)
+    assert block is not None
+    return block.group(1)
+
+
+LOGITS = "\nimport torch\nprint(model(torch.arange(8)[None]).logits.double().sum().item())"
+
+
+def test_the_cards_lines_run_as_they_stand(hub: Hub, tmp_path: Path) -> None:
+    hub.lorasb("merge", "me/a", "--out", tmp_path / "model", "--dtype", "float32")
+    hub.lorasb("export", "me/a", "--format", "peft", "--out", tmp_path / "peft")
+    hub.push(tmp_path / "model", "me/merged")
+    hub.push(tmp_path / "peft", "me/peft")
+    sums = {repo: float(hub.run(lines_of(hub, repo) + LOGITS)) for repo in ("me/a", "me/merged", "me/peft")}
+    plain = f'from transformers import AutoModelForCausalLM as M\nmodel = M.from_pretrained("{BASE}")'
+    base = float(hub.run(plain + LOGITS))
+    assert sums["me/a"] == pytest.approx(sums["me/merged"], rel=1e-4)
+    assert sums["me/a"] == pytest.approx(sums["me/peft"], rel=1e-4)
+    assert abs(sums["me/a"] - base) > 1
+    assert hub.run(lines_of(hub, "me/basis") + "\nprint(len(adapter.R))") == "2"

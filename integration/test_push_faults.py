@@ -1,0 +1,101 @@
+"""What a push and a pull do when the Hub fails: they go on, or say so clearly; nothing is ever half published."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from integration.hub_client import Hub, make_adapter, make_basis, make_merged, serve
+from integration.hub_faults import FAULTS
+from integration.hub_server import Fault
+from lorasb_export.storage import sha256_file
+
+SEEDS = itertools.count(100)  # fresh weights for every test: what was uploaded once is not uploaded again
+
+
+@pytest.fixture(scope="module", params=["xet", "lfs"])
+def hub_of_module(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama: Path
+) -> Iterator[Hub]:
+    changes = {"HF_HUB_DISABLE_XET": "1"} if request.param == "lfs" else {}
+    yield from serve(tmp_path_factory.mktemp(request.param), llama, **changes)
+
+
+@pytest.fixture
+def hub(hub_of_module: Hub) -> Iterator[Hub]:
+    hub_of_module.clear()
+    yield hub_of_module
+    assert hub_of_module.violations == []
+
+
+@pytest.fixture
+def basis(tmp_path: Path, llama: Path) -> Path:
+    return make_basis(tmp_path / "basis", llama, seed=next(SEEDS))
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_ends_in_a_retry_or_a_clear_word(hub: Hub, basis: Path, what: str) -> None:
+    FAULTS[what](hub, basis)
+
+
+def test_two_pushers_at_once(hub: Hub, basis: Path, llama: Path) -> None:
+    """Somebody else's commit lands after this push has looked and before it commits, even behind a failure."""
+    hub.push(basis, "me/basis")
+    repo = hub.repos["me/basis"]
+
+    class Racing(list[str]):
+        def append(self, line: str) -> None:
+            super().append(line)
+            if "/preupload/" in line and not theirs:
+                theirs.append(repo.commit("main", dict(repo.commits[repo.refs["main"]]), "somebody else's"))
+
+    for faults in ([], [Fault("POST .*/commit/", status=500)]):
+        theirs: list[str] = []
+        hub.requests, hub.faults = Racing(), list(faults)
+        refused = hub.push(make_basis(basis.parent / f"other-{len(faults)}", llama, seed=next(SEEDS)), "me/basis")
+        hub.requests = []
+        assert refused["error"] == "ServerError"
+        assert "the repository changed meanwhile; nothing" in refused["text"]
+        assert [repo.refs["main"]] == theirs
+
+
+def test_an_interrupted_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+    merged = make_merged(tmp_path / "merged", shard="8KB", seed=next(SEEDS))
+    hub.faults.append(Fault("POST .*/commit/", status=401, times=9))  # everything is uploaded, nothing is published
+    assert hub.push(merged, "me/merged")["error"] == "ServerError"
+    hub.faults.clear()
+    hub.requests.clear()
+    before = hub.store.xet_bytes()
+    assert hub.push(merged, "me/merged")["changed"] is True
+    assert hub.store.xet_bytes() < before + 2_000  # xet describes the files anew, and sends none of their chunks
+    assert not [line for line in hub.requests if line.startswith("PUT ")]
+    assert len([path for path in hub.files("me/merged") if path.endswith(".safetensors")]) == 3
+
+
+DAMAGED = Fault(r"^GET /me/a/resolve/.*/adapter\.safetensors|^GET /me/a/resolve/.*adapter_config\.json", "damage")
+
+
+def test_what_arrives_damaged_is_fetched_again(hub: Hub, basis: Path, tmp_path: Path) -> None:
+    hub.push(basis, "me/basis")
+    adapter = make_adapter(tmp_path / "a", basis, seed=next(SEEDS))
+    commit = hub.push(adapter, "me/a", basis_repo="me/basis")["commit"]
+    hub.faults.append(damaged := replace(DAMAGED))
+    assert hub.lorasb("inspect", "me/a")["sha256"] == sha256_file(adapter / "adapter.safetensors")
+    assert damaged.times == 0
+    where = hub.home / "hub" / "models--me--a" / "snapshots" / commit / "adapter_config.json"
+    config = json.loads(where.read_text())
+    where.write_text(json.dumps(config | {"scaling": 2.0}))  # on the disk, later
+    assert hub.lorasb("inspect", "me/a")["scaling"] == 1.0
+
+
+@pytest.mark.parametrize("fault", [Fault("GET /api/models/me/basis", status=500), Fault("GET /me/basis/", "cut")])
+def test_a_pull_waits_too(hub: Hub, basis: Path, fault: Fault) -> None:
+    hub.push(basis, "me/basis")
+    hub.faults.append(here := replace(fault))
+    assert hub.lorasb("inspect", "me/basis")["kind"] == "basis"
+    assert here.times == 0

@@ -1,0 +1,255 @@
+"""The sections of a model card and its metadata, from what a folder records about itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_MAX_ENTRIES = 24  # a larger object is data, not a summary
+_METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
+# What a training summary says in other sections, or to machines.
+_ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "evaluation", "plot", "trainable_parameters"}
+_ELSEWHERE |= {"lora_parameters", "labels", "regression"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says that the folder's own config does not; empty until a push finds it out.
+
+    Attributes:
+        licence: `license`, `license_name`, `license_link` of the base's card.
+        data_licences: data source → the licence its card names.
+        made: the content of `lorasb.json`.
+    """
+
+    licence: Mapping[str, str] = field(default_factory=dict)
+    data_licences: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+
+NOTHING = Facts()
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether `name` can be a Hub repository (`owner/name`, or an old one without owner), not a path."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
+
+
+def metadata(
+    base: Mapping[str, Any],
+    library: str,
+    relation: str,
+    task_type: str | None,
+    tags: list[str],
+    facts: Facts,
+    name: str,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The front matter. A base model that is a local folder is left out: the Hub could not link to it."""
+    keys: dict[str, Any] = {"library_name": library}
+    if is_hub_id(base.get("name_or_path")):
+        keys |= {"base_model": base["name_or_path"], "base_model_relation": relation}
+    pipeline = _PIPELINES.get(task_type or "")
+    if pipeline:
+        keys["pipeline_tag"] = pipeline
+    keys |= facts.licence
+    if _is_dataset_id(training.get("data")):
+        keys["datasets"] = [training["data"]]
+    keys["tags"] = ["lora-sb", "lorasb", *tags]
+    results = _results(training, pipeline or "text-generation")
+    if results:
+        keys["metrics"] = sorted({metric["type"] for result in results for metric in result["metrics"]})
+        keys["model-index"] = [{"name": name.rpartition("/")[2], "results": results}]
+    return keys
+
+
+def _results(training: Mapping[str, Any], pipeline: str) -> list[dict[str, Any]]:
+    """The adapter's figures, one result for each split, as the Hub's model-index wants them."""
+    task, data = training.get("task") or "task", training.get("data")
+    return [
+        {
+            "task": {"type": pipeline},
+            "dataset": {"name": task, "type": data if _is_dataset_id(data) else task, "split": split},
+            "metrics": [{"type": metric, "value": found["adapter"]} for metric, found in metrics.items()],
+        }
+        for split, metrics in training.get("evaluation", {}).items()
+    ]
+
+
+def _is_dataset_id(source: object) -> bool:
+    return is_hub_id(source) and "/" in str(source)
+
+
+def base_link(base: Mapping[str, Any]) -> str:
+    """The base by name; a folder of the author's disk by its last part, and in words."""
+    name = base.get("name_or_path")
+    if is_hub_id(name):
+        return f"`{name}`"
+    return f"`{_shown(name)}` (a base model that is not on the Hub)" if name else "a base model"
+
+
+def source_of(base: Mapping[str, Any]) -> str:
+    """The arguments that `from_pretrained` loads the base by."""
+    if not is_hub_id(base.get("name_or_path")):
+        return '"path/to/the/base/model"'
+    revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
+    return f'"{base["name_or_path"]}"{revision}'
+
+
+def basis_shown(basis: Mapping[str, Any]) -> str:
+    """Where the basis of an adapter is."""
+    source = str(basis.get("source", ""))
+    if source == "embedded":
+        return "a basis that lies in this folder"
+    repo, at, commit = source.partition("@")
+    if at:
+        return f"the basis [{repo}](https://huggingface.co/{repo}) at `{commit[:12]}`"
+    return f"the basis with sha256 `{basis['sha256'][:12]}…`"
+
+
+def method(numbers: Mapping[str, Any]) -> str:
+    """Rank and sizes, the trained parameters beside those of LoRA."""
+    shown = {key: value for key, value in numbers.items() if value is not None}
+    ours, lora = shown.get("trained parameters"), shown.get("LoRA of this rank on these modules")
+    if ours and lora:
+        shown["LoRA of this rank on these modules"] = f"{lora:,} parameters, {lora / ours:.1f} times as many"
+    return grid("Method", ["", ""], shown.items(), before=_METHOD)
+
+
+def retained(provenance: Mapping[str, Any]) -> str:
+    """What the stored dtype kept of the update."""
+    found = provenance.get("retained")
+    if not found:
+        return ""
+    rows = [["all modules", found["cosine"], found["relative_error"]]]
+    if "worst" in found:
+        worst = found["worst"]
+        rows.append([f"`{worst['module']}`, which kept least", worst["cosine"], worst["relative_error"]])
+    before = "Rounding a small update to the stored dtype loses part of it. Beside the exact update, what is stored has"
+    return grid("Retained update", ["", "cosine", "relative error"], rows, before=f"{before}:")
+
+
+def data_of_training(training: Mapping[str, Any], facts: Facts) -> str:
+    """The rows an adapter was trained on."""
+    if not training.get("data"):
+        return ""
+    row = {
+        "data": training["data"],
+        "rows": training.get("rows"),
+        "left out": training.get("rows_left_out"),
+        "licence": facts.data_licences.get(training["data"], "not stated"),
+        "sha256": str(training.get("data_sha256"))[:12],
+    }
+    return grid("Data", list(row), [row.values()])
+
+
+def data_of_basis(calibration: Mapping[str, Any], facts: Facts) -> str:
+    """The rows a basis was calibrated on."""
+    rows = [
+        [
+            s["name"],
+            s["source"],
+            s["rows"],
+            s["weight"],
+            facts.data_licences.get(s["source"], "not stated"),
+            s["sha256"][:12],
+        ]
+        for s in calibration.get("data", [])
+    ]
+    return grid("Data", ["task", "data", "rows", "weight", "licence", "sha256"], rows)
+
+
+def training_table(training: Mapping[str, Any]) -> str:
+    """The curve, and everything the run reports."""
+    rest = {key: value for key, value in training.items() if key not in _ELSEWHERE | {"settings"}}
+    rows = [[name.replace("_", " ").replace(".", ", "), value] for name, value in _flat(rest).items()]
+    image = f"![Loss while training]({training['plot']})" if training.get("plot") else ""
+    settings = [
+        f"`{name}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
+    ]
+    after = f"\nSettings: {', '.join(settings)}.\n" if settings else ""
+    return grid("Training", ["", ""], rows, before=image) + after
+
+
+def evaluation(training: Mapping[str, Any]) -> str:
+    """A table of {split: {metric: {"base", "adapter", "rows"}}}, or the words that there is none."""
+    if not training:
+        return ""
+    rows = [
+        [split, metric, found["rows"], "-" if found["base"] is None else found["base"], found["adapter"]]
+        for split, metrics in training.get("evaluation", {}).items()
+        for metric, found in metrics.items()
+    ]
+    if not rows:
+        return "\n## Evaluation\n\nNot evaluated on held-out rows beside the base.\n"
+    before = "On held-out rows, the base asked the same way; greedy decoding where the metric is of answers."
+    return grid("Evaluation", ["split", "metric", "rows", "base", "adapter"], rows, before=before)
+
+
+def capture(found: Mapping[str, Any]) -> str:
+    """A table of the tasks the basis was calibrated on: which share of each one's gradient it captures."""
+    columns = ["rows", "basis", "own", "random"]
+    tasks = found.get("tasks", {})
+    rows = [[name, *(of_task.get(column, "") for column in columns)] for name, of_task in tasks.items()]
+    before = "Of each task's gradient: held by this basis, by one of the task's own, by a random one."
+    return grid("Captured gradient", ["task", *columns], rows, before=before)
+
+
+def limits(base: Mapping[str, Any], training: Mapping[str, Any], facts: Facts) -> str:
+    """What a reader must not expect."""
+    lines = [
+        f"It is made for {base_link(base)} with exactly the weights it was trained on, and has that model's "
+        "knowledge, gaps and biases.",
+        "What it does on inputs unlike its training data was not looked at.",
+    ]
+    if training and not training.get("evaluation"):
+        lines.append("No figure on held-out rows is known.")
+    if not facts.licence:
+        lines.append("The licence of the base model is not known here; it applies to this as well.")
+    return "\n## Limits\n\n" + "".join(f"* {line}\n" for line in lines)
+
+
+def provenance_table(base: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    """Hashes, versions and the command."""
+    said = {"kind", "training", "retained", "settings", "scaling", "rank", "modules", "task_type", "verify", "seconds"}
+    said |= {"capture", "base_fingerprint"}
+    rows = {"base": base} | {key: value for key, value in made.items() if key not in said | {"base"}}
+    return grid("Provenance", ["", ""], ([name.replace("_", " "), value] for name, value in _flat(rows).items()))
+
+
+def grid(title: str, header: list[str], rows: Iterable[Iterable[object]], *, before: str = "") -> str:
+    """A section with a table; empty without rows."""
+    lines = [f"| {' | '.join(map(_shown, row))} |" for row in rows]
+    if not lines:
+        return f"\n## {title}\n\n{before}\n" if before.startswith("!") else ""
+    text = [before, ""] if before else []
+    head = ["", f"## {title}", "", *text, f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return "\n".join([*head, *lines, ""])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Scalars of nested objects under dotted names; lists and large objects are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and len(value) <= _MAX_ENTRIES:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (str, int, float)):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _shown(value: object) -> str:
+    """A value for a table cell; of a path only its last part, for the author's folders are nobody's business."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:,}"
+    text = str(value)
+    if os.path.isabs(text) or text.startswith((".", "~")):
+        text = os.path.basename(os.path.normpath(text))
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,138 @@
+"""Which files of a folder go to the Hub, and what is taken out of them first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .base import BaseModel, artifact_kind
+from .errors import ArtifactError
+
+Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
+
+_BASIS = ("basis.safetensors", "basis_config.json")
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+_GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
+_ALWAYS = ("README.md", "LICENSE", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "lorasb.json", "*.png")
+# What a folder of each kind may publish. No pattern admits a pickle, a checkpoint or a cache.
+_ALLOWED = {
+    "basis": (*_BASIS, *_ALWAYS),
+    "adapter": ("adapter.safetensors", "adapter_config.json", "training_log.jsonl", *_BASIS, *_ALWAYS),
+    "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
+    "merged": ("*.safetensors", *_TEXTS, *_ALWAYS),
+    "onnx": (*_GRAPHS, *_TEXTS, *_ALWAYS),
+    "onnx-adapters": (*_GRAPHS, *_TEXTS, *_ALWAYS),
+}
+# Left in the repository by an earlier push, these would be loaded together with the new files.
+_STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
+_MARKS = {
+    "adapter.safetensors": "adapter",  # first: an embedded basis lies beside it
+    "basis.safetensors": "basis",
+    "adapter_model.safetensors": "peft",
+    "*.onnx": "onnx",
+    "*.safetensors": "merged",
+}
+_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
+_TEXT_BYTES = 1 << 20  # a larger file is a vocabulary or weights, not written by hand
+
+
+def kind_of(folder: Path) -> str:
+    """What is pushed. Raises ArtifactError for a folder of a kind that is not."""
+    kind = artifact_kind(folder)
+    if kind not in _ALLOWED:
+        fix = f"Push a folder written by lorasb ({', '.join(_ALLOWED)})"
+        raise ArtifactError(f"a folder of kind {kind!r} is not pushed", where=folder, fix=fix)
+    return kind
+
+
+def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
+    """The files to publish by their path inside the folder, and the paths passed over.
+
+    Raises:
+        ArtifactError: a link that leads nowhere or out of the folder; weights that are damaged.
+    """
+    files: Files = {}
+    skipped = []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        inside = path.relative_to(folder).as_posix()
+        if not _matches(inside, _ALLOWED[kind]):
+            skipped.append(inside)
+        elif not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            fix = "Replace it by the file itself"
+            raise ArtifactError("a link that leads nowhere, or out of the folder", where=path, fix=fix)
+        else:
+            files[inside] = path
+    if kind == "merged":
+        BaseModel.resolve(folder).tensors  # noqa: B018  # reads and checks every header
+    return files, skipped
+
+
+def take_out_paths(files: Files) -> None:
+    """Put in place of every absolute path in the JSON files its last part: folders are their owner's business.
+
+    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from.
+    """
+    for name, file in files.items():
+        if not name.endswith(".json") or (name not in _OURS and _size(file) > _TEXT_BYTES):
+            continue
+        text = _read(file)
+        content = json.loads(text)
+        if name in _OURS:
+            clean = _without_paths(content)
+        elif isinstance(content, dict):
+            paths = {key: content[key] for key in ("_name_or_path", "name_or_path") if key in content}
+            clean = content | _without_paths(paths)
+        if clean != content:
+            files[name] = to_json(clean)
+
+
+def refuse_tokens(files: Files) -> None:
+    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not."""
+    for name, file in files.items():
+        if _size(file) <= _TEXT_BYTES and not name.endswith((".safetensors", ".png")) and _TOKEN.search(_read(file)):
+            raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
+
+
+def stale(there: Iterable[str], files: Files) -> list[str]:
+    """Paths of the repository that must go because the folder no longer has them."""
+    return [path for path in there if _matches(path, _STALE) and path not in files]
+
+
+def mark(paths: Iterable[str]) -> str | None:
+    """The kind of artifact that a listing holds, as far as weights from two kinds must not mix."""
+    names = list(paths)
+    return next((kind for pattern, kind in _MARKS.items() if any(_matches(p, [pattern]) for p in names)), None)
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    return f"{json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(os.path.normpath(value))
+    return value
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return not path.startswith(".") and any(
+        fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns
+    )
+
+
+def _read(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _size(file: Path | bytes) -> int:
+    return len(file) if isinstance(file, bytes) else file.stat().st_size

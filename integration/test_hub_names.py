@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from integration.hub_client import BASE, Hub, make_adapter, make_basis, serve
+from lorasb_export.format import sealed
 from lorasb_export.storage import read_json, write_json
 
 
@@ -102,21 +103,21 @@ def test_what_does_not_belong_together_is_refused(hub: Hub, llama: Path, tmp_pat
     adapter = tmp_path / "c"
     shutil.copytree(hub.root / "a", adapter)
     config = read_json(adapter / "adapter_config.json")
-    write_json(adapter / "adapter_config.json", config | {"base_fingerprint": "0" * 64})
+    write_json(adapter / "adapter_config.json", sealed(config | {"base_fingerprint": "0" * 64}))
     (adapter / "evil.py").write_text("raise SystemExit('executed')")
     (adapter / "pytorch_model.bin").write_bytes(b"a pickle")
     hub.put("me/c", adapter)
     said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
     assert "its basis is a folder on somebody else's disk (me/c@" in said
     source = {"sha256": config["basis"]["sha256"], "source": "me/basis@main"}
-    write_json(adapter / "adapter_config.json", config | {"base_fingerprint": "0" * 64, "basis": source})
+    write_json(adapter / "adapter_config.json", sealed(config | {"base_fingerprint": "0" * 64, "basis": source}))
     hub.put("me/c", adapter)
     said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
     assert "the base's weights are not those the artifact was made for (owner/base)" in said
     make_basis(tmp_path / "other", llama, seed=9)
     hub.put("me/other", tmp_path / "other")
     wrong = {"sha256": config["basis"]["sha256"], "source": "me/other@main"}
-    write_json(adapter / "adapter_config.json", config | {"basis": wrong})
+    write_json(adapter / "adapter_config.json", sealed(config | {"basis": wrong}))
     hub.put("me/c", adapter)
     said = hub.lorasb_fails("merge", "me/c", "--out", tmp_path / "out")
     assert "adapter and basis do not belong together" in said

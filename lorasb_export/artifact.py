@@ -32,6 +32,7 @@ from .format import (
     check_keys,
     load_tensors,
     read_basis_config,
+    sealed,
 )
 from .storage import atomic_folder, read_header, read_json, write_json
 
@@ -85,7 +86,7 @@ class Basis:
 
     def config(self) -> dict[str, Any]:
         """The content of `basis_config.json`."""
-        return {
+        content = {
             "format_version": FORMAT_VERSION,
             "base_model": dict(self.base.__dict__),
             "rank": self.rank,
@@ -94,6 +95,7 @@ class Basis:
             "calibration": dict(self.calibration),
             "created_with": dict(self.created_with),
         }
+        return sealed(content)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the basis folder, whole or not at all. Raises OutputError when it exists."""
@@ -221,7 +223,7 @@ class Adapter:
 
     def config(self, basis_source: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
-        return {
+        content = {
             "peft_type": PEFT_TYPE,
             "format_version": FORMAT_VERSION,
             "base_model_name_or_path": self.base.name_or_path,
@@ -233,7 +235,9 @@ class Adapter:
             "target_modules": sorted(self.R),
             "basis": {"sha256": self.basis_sha256, "source": basis_source},
             "training": dict(self.training),
+            "sha256": self.sha256,
         }
+        return sealed(content)
 
     @property
     def sha256(self) -> str:
@@ -316,11 +320,14 @@ class Adapter:
         if not math.isfinite(config["scaling"]):
             raise ArtifactError(f"scaling is {config['scaling']}", where=where)
         rank, modules = config["r"], config["target_modules"]
+        if rank < 1 or not modules or not all(isinstance(name, str) for name in modules):
+            raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where)
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
         head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
-        tensors = load_tensors(path, expected | {name: list(header[name].shape) for name in head})
+        expected |= {name: list(header[name].shape) for name in head}
+        tensors = load_tensors(path, expected, config["sha256"])
         named: str = config["basis"]["source"]
         basis_source: str | None = named
         if named == EMBEDDED:

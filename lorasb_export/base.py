@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import ArtifactError, BaseModelError
+from .errors import ArtifactError, BaseModelError, LoraSBError
 from .fetch import snapshot
 from .storage import TensorInfo, read_header, read_json
 
@@ -87,7 +88,7 @@ class BaseModel:
         """
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = read_json(index)["weight_map"]
+            weight_map = _weight_map(index)
             files = sorted({self.folder / name for name in weight_map.values()})
         else:
             files = sorted(self.folder.glob("*.safetensors"))
@@ -203,7 +204,8 @@ class BaseModel:
             num_labels: size of a new classification head (SEQ_CLS), drawn with `seed`; the global RNG is untouched.
 
         Raises:
-            BaseModelError: an encoder asked to generate.
+            BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
+                raises on files that contradict each other.
         """
         import torch
 
@@ -224,9 +226,14 @@ class BaseModel:
             loader = AutoModelForSequenceClassification
             if num_labels is not None:
                 options["num_labels"] = num_labels
-        with torch.random.fork_rng():
+        self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
+        with torch.random.fork_rng(), _as_base_model_error(self.folder):
             torch.manual_seed(seed)
-            model: PreTrainedModel = loader.from_pretrained(self.folder, trust_remote_code=False, **options)
+            model: PreTrainedModel
+            model, found = loader.from_pretrained(
+                self.folder, trust_remote_code=False, output_loading_info=True, **options
+            )
+        _refuse_made_up(model, found["missing_keys"], self.folder)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS and model.config.pad_token_id is None:
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
@@ -237,12 +244,13 @@ class BaseModel:
         """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token.
 
         Raises:
-            BaseModelError: it has neither.
+            BaseModelError: it has neither; the tokenizer's files are missing or damaged.
         """
         environment.hide_broken_packages()
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        with _as_base_model_error(self.folder):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise BaseModelError(
@@ -254,11 +262,47 @@ class BaseModel:
         return tokenizer
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file of an index. Raises BaseModelError when it is none, or a file lies outside the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BaseModelError("the index has no weight_map", where=index, fix="Fetch it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise BaseModelError(f"the index names {name!r:.60}, no safetensors file beside it", where=index)
+    return weight_map
+
+
 def default_device() -> torch.device:
     """The accelerator torch sees, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextmanager
+def _as_base_model_error(folder: Path) -> Iterator[None]:
+    """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
+    try:
+        yield
+    except (LoraSBError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(
+            f"transformers cannot load the base: {reason:.300}", where=folder, fix="Fetch the base again"
+        ) from error
+
+
+def _refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
+    """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
+
+    A head may be new: a classifier's is. So may a pooler, which checkpoints of language models lack.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for name in sorted(missing):
+        if name.startswith(prefix) and ".pooler." not in name:
+            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix="Fetch the base again")
 
 
 def _check_supported(config: Mapping[str, Any], folder: Path) -> None:

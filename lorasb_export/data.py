@@ -17,6 +17,7 @@ from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
 from .errors import DataError
+from .storage import parse_json
 
 SPLITS = ("train", "valid", "test")
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
@@ -126,12 +127,9 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            rows.append((place, parse_json(line)))
         except ValueError as error:
             raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line") from None
-        if not isinstance(row, dict):
-            raise DataError("not a JSON object", where=place, fix="One JSON object a line")
-        rows.append((place, row))
     return rows
 
 

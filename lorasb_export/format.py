@@ -5,12 +5,15 @@ What does not look exactly as the format says is refused, naming file, key and r
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import ArtifactError
@@ -27,6 +30,7 @@ BASIS_KEYS = {
     "sha256": str,
     "calibration": dict,
     "created_with": dict,
+    "config_sha256": str,
 }
 ADAPTER_KEYS = {
     "peft_type": str,
@@ -40,6 +44,8 @@ ADAPTER_KEYS = {
     "target_modules": list,
     "basis": dict,
     "training": dict,
+    "sha256": str,
+    "config_sha256": str,
 }
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -55,7 +61,7 @@ class ModuleBasis(NamedTuple):
 
 
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
-    """Refuse a config of another format version, with other keys, or with values of another type."""
+    """Refuse a config of another format version, with other keys or types, or changed since it was written."""
     if config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}",
@@ -63,6 +69,15 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path
             fix="Use the lorasb release that wrote it, or write it again",
         )
     check_keys(config, keys, where)
+    if config["config_sha256"] != sealed(config)["config_sha256"]:
+        raise ArtifactError("the config is not as it was written: its config_sha256 differs", where=where, fix=_HINT)
+
+
+def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with its own digest, so that a changed number is found: sha256 of its JSON, keys sorted, no spaces."""
+    content = json.loads(json.dumps({key: value for key, value in config.items() if key != "config_sha256"}))
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"config_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
@@ -92,8 +107,10 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]
     check_keys(config["base_model"], BASE_KEYS, where)
     rank = config["rank"]
     expected: dict[str, list[int]] = {}
+    if not config["target_modules"]:
+        raise ArtifactError("the basis has no module", where=where, fix=_HINT)
     for name, shape in config["target_modules"].items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
             raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
         rows, columns = shape
         if not 0 < rank <= min(rows, columns):
@@ -111,7 +128,10 @@ def load_tensors(
         digest: the sha256 the file must have.
     """
     check_tensors(path, expected, digest)
-    tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ArtifactError(f"unreadable safetensors file: {error}", where=path, fix="Fetch it again") from None
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     return tensors

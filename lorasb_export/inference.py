@@ -183,6 +183,7 @@ def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -
 def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
     from . import card
+    from .format import sealed
     from .storage import read_json, write_json
 
     path = folder / "adapter_config.json"
@@ -190,6 +191,6 @@ def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
     split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
     temporary = path.with_suffix(".tmp")
-    write_json(temporary, config)
+    write_json(temporary, sealed(config))
     temporary.replace(path)
     card.write(folder, card.adapter_card(config))

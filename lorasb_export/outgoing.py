@@ -12,6 +12,7 @@ from typing import Any
 
 from .base import BaseModel, artifact_kind
 from .errors import ArtifactError
+from .format import sealed
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
 
@@ -85,6 +86,8 @@ def take_out_paths(files: Files) -> None:
         content = json.loads(text)
         if name in _OURS:
             clean = _without_paths(content)
+            if "config_sha256" in content:
+                clean = sealed(clean)
         elif isinstance(content, dict):
             paths = {key: content[key] for key in ("_name_or_path", "name_or_path") if key in content}
             clean = content | _without_paths(paths)

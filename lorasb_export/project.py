@@ -22,6 +22,7 @@ else:
 
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
+_MAX_BYTES = 1_000_000  # ten thousand tasks take half of it
 
 _TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
@@ -73,9 +74,11 @@ class Project:
                 raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")
             return cls(Path.cwd())
         try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError(f"larger than {_MAX_BYTES} bytes")
             content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SettingsError(f"not valid TOML: {error}", where=path) from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise SettingsError(f"not valid TOML: {error}", where=path, fix="Write one with: lorasb init") from None
         problems = _problems(content)
         if problems:
             raise SettingsError("; ".join(problems), where=path, fix="See docs/reference/project-file.md")
@@ -243,7 +246,9 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     ):
         found += _check_table(section, content.get(section, {}), keys, types)
     tasks = content.get("tasks", {})
-    for name, table in tasks.items() if isinstance(tasks, dict) else ():
+    if not isinstance(tasks, dict):
+        return [*found, "[tasks] must be a table"]
+    for name, table in tasks.items():
         found += [problem for problem in [check_name(name)] if problem]
         wrong = _check_table(
             f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,), "weight": (int, float)}

@@ -16,7 +16,8 @@ from typing import Any
 from .errors import ArtifactError, LoraSBError, OutputError
 
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
-MAX_HEADER_BYTES = 100_000_000  # the cap of the safetensors format itself
+MAX_JSON_BYTES = 12_000_000  # the largest index published, of a model of 671 B parameters, has 9 MB
+_MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred times its own size
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -50,22 +51,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        if size < 8 or length > size - 8:
             raise bad("not a safetensors file, or truncated in its header")
+        if length > MAX_JSON_BYTES:
+            raise bad(f"its header takes {length} bytes, more than the {MAX_JSON_BYTES} this reads")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             metadata = header.pop("__metadata__", {})
-            infos = {
-                name: TensorInfo(
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    8 + length + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise bad("unreadable safetensors header") from None
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("metadata that is not text")
+            infos = {name: _tensor_info(entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise bad(f"unreadable safetensors header: {error}") from None
     infos = dict(sorted(infos.items(), key=lambda item: item[1].start))
     position = 8 + length
     for name, info in infos.items():
@@ -79,17 +76,58 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
+def _tensor_info(entry: Any, offset: int) -> TensorInfo:
+    """A header's entry, its offsets made absolute. Raises ValueError when it is not as the format says."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("a tensor is not {dtype, shape, data_offsets}")
+    shape, ends = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and isinstance(ends, list) and len(ends) == 2 and isinstance(entry["dtype"], str)):
+        raise ValueError("a tensor's dtype, shape or data_offsets is of another type")
+    if not all(type(number) is int and number >= 0 for number in (*shape, *ends)):
+        raise ValueError("a tensor's shape or data_offsets are not whole numbers")
+    return TensorInfo(entry["dtype"], tuple(shape), offset + ends[0], offset + ends[1])
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`. Raises ArtifactError when it is missing or not an object."""
+    """A JSON object from `path`. Raises ArtifactError when it is missing, too large or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ArtifactError("not a file", where=path, fix="Check the path")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ArtifactError(f"more than {MAX_JSON_BYTES} bytes of JSON", where=path, fix="Check the path")
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError("file not found", where=path, fix="Check the path") from None
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"unreadable JSON: {error}", where=path) from None
+        if isinstance(error, LoraSBError):
+            raise
+        raise ArtifactError(f"unreadable JSON: {error}", where=path, fix="Write or fetch it again") from None
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """A JSON object, read strictly: UTF-8, no key twice, no bomb of brackets.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise ValueError(f"more than {_MAX_BRACKETS} lists and objects")
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ArtifactError("expected a JSON object", where=path)
+        raise ValueError("expected a JSON object")
     return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r:.60} stands there twice")
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

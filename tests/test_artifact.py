@@ -20,8 +20,9 @@ from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.artifact import check_same_basis
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
+from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import atomic_folder, read_header
+from lorasb_export.storage import atomic_folder, read_header, sha256_file
 from tests.tiny import make_llama
 
 
@@ -46,13 +47,16 @@ def copy(folder: Path, target: Path) -> Path:
 def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((folder / name).read_text())
     change(config)
-    (folder / name).write_text(json.dumps(config))
+    (folder / name).write_text(json.dumps(sealed(config)))
 
 
 def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name)
+    config = f"{Path(name).stem}_config.json"
+    if (folder / config).exists():  # of our own; a base has none
+        edit(folder, config, lambda c: c.update(sha256=sha256_file(folder / name)))
 
 
 def test_basis_save_load_save_is_byte_stable(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -89,12 +93,13 @@ def test_config_keys_are_those_of_the_format(folders: tuple[Path, Path]) -> None
         "sha256",
         "calibration",
         "created_with",
+        "config_sha256",
     }
     assert set(basis["base_model"]) == {"name_or_path", "revision", "fingerprint"}
     assert adapter["peft_type"] == "LORA_SB"
     assert set(adapter) == {
         *("peft_type", "format_version", "base_model_name_or_path", "revision", "base_fingerprint", "task_type", "r"),
-        *("scaling", "target_modules", "basis", "training"),
+        *("scaling", "target_modules", "basis", "training", "sha256", "config_sha256"),
     }
     assert adapter["basis"] == {"sha256": basis["sha256"], "source": "../../basis"}
 

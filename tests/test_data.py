@@ -29,7 +29,7 @@ MARKED = (  # tests.tiny.TEMPLATE that says what the assistant says
 
 BAD = {
     "broken line": (GOOD + '{"prompt": "1+', "broken JSON", "train.jsonl:2"),
-    "not an object": (GOOD + "[1, 2]\n", "not a JSON object", "train.jsonl:2"),
+    "not an object": (GOOD + "[1, 2]\n", "expected a JSON object", "train.jsonl:2"),
     "lacks a field": (GOOD + '\n{"prompt": "1+1="}\n', "lacks field 'completion'", "train.jsonl:3"),
     "empty completion": (GOOD + '{"prompt": "1+1=", "completion": " "}\n', "completion is empty", "train.jsonl:2"),
     "not a string": ('{"prompt": 1, "completion": "2"}\n', "'prompt' is not a string", "train.jsonl:1"),

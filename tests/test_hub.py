@@ -16,7 +16,8 @@ from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseRef
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
-from lorasb_export.format import ModuleBasis
+from lorasb_export.format import ModuleBasis, sealed
+from lorasb_export.storage import write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 
@@ -154,7 +155,7 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = "/home/somebody/models/base"
     config["training"] = {"data": "/home/somebody/data/a", "settings": {"files": ["/home/somebody/x"], "seed": 0}}
-    path.write_text(json.dumps(config))
+    write_json(path, sealed(config))
     (adapter / "lorasb.json").write_text(json.dumps({"base": {"name_or_path": "/home/somebody/models/base"}}))
     files, _ = outgoing.collect(adapter, "adapter")
     outgoing.take_out_paths(files)

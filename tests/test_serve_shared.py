@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.errors import ArtifactError
+from lorasb_export.format import sealed
 from lorasb_export.serve import shared
 from lorasb_export.serve.shared import plugin
 from lorasb_export.serve.shared.loading import load_R
@@ -92,7 +93,7 @@ def test_R_is_read_as_one_block(adapter: Adapter) -> None:
 def test_a_foreign_config_is_refused(adapter: Adapter, change: dict[str, object], message: str) -> None:
     assert adapter.folder is not None
     path = adapter.folder / "adapter_config.json"
-    write_json(path, read_json(path) | change)
+    write_json(path, sealed(read_json(path) | change))
     with pytest.raises(ArtifactError, match=message):
         load(adapter)
 

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from ...artifact import Basis
 from ...errors import ArtifactError, LoraSBError, SettingsError
 from ...names import check_name
+from ...storage import read_json, sha256_file
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R, version_name
 
@@ -86,6 +87,7 @@ class Updates:
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
+            _check_digest(copy)
             kept = self.versions / version_name(name, copy)
             if not kept.exists():
                 copy.rename(kept)
@@ -94,6 +96,11 @@ class Updates:
     def _has_key(self, request: Request) -> bool:
         given = request.headers.get("authorization", "")
         return hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode())
+
+
+def _check_digest(folder: Path) -> None:
+    if sha256_file(folder / "adapter.safetensors") != read_json(folder / "adapter_config.json")["sha256"]:
+        raise ArtifactError("adapter.safetensors is not the file its config names (sha256)")
 
 
 async def _read(request: Request) -> dict[str, str]:

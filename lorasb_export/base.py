@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -324,12 +325,10 @@ def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
 
 def _has_a_class(config: Mapping[str, Any]) -> bool:
     """Whether transformers knows the model as a causal language model or a sequence classifier."""
-    environment.hide_broken_packages()
-    import transformers
-
     named = (config.get("architectures") or [""])[0]
-    if named.endswith(("ForCausalLM", "LMHeadModel")) and named in dir(transformers):
-        return True  # without the table below, whose module takes two seconds and 170 MB to import
+    if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
+        return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
+    environment.hide_broken_packages()
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -337,6 +336,16 @@ def _has_a_class(config: Mapping[str, Any]) -> bool:
 
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
     return config.get("model_type") in known
+
+
+def _transformers_defines(class_name: str, model_type: str) -> bool:
+    found = importlib.util.find_spec("transformers")
+    family = model_type.replace("-", "_").removesuffix("_text")
+    for root in (found.submodule_search_locations or []) if found else []:
+        path = Path(root, "models", family, f"modeling_{family}.py")
+        if path.is_file() and f"class {class_name}(" in path.read_text(encoding="utf-8"):
+            return True
+    return False
 
 
 def artifact_kind(folder: Path) -> str:

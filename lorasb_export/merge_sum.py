@@ -7,7 +7,9 @@ theirs are summed again in float64.
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,8 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.blocks = torch.empty(0, dtype=torch.uint8)
+        self.magnitudes = np.empty(0, np.int16)
+        self.found = bytearray()
 
     def two(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         needed = 2 * rows * columns * dtype.itemsize
@@ -74,6 +78,12 @@ class _Scratch(threading.local):
             self.blocks = torch.empty(needed, dtype=torch.uint8)
         x, y = self.blocks[:needed].view(dtype).view(2, rows, columns)
         return x, y
+
+    def search(self, entries: int) -> tuple[np.ndarray[Any, np.dtype[np.int16]], bytearray]:
+        """(entries,) magnitudes, and at least as many bytes."""
+        if len(self.magnitudes) < entries:
+            self.magnitudes, self.found = np.empty(entries, np.int16), bytearray(entries)
+        return self.magnitudes[:entries], self.found
 
 
 _scratch = _Scratch()
@@ -111,28 +121,28 @@ def add(
     else:
         out.copy_(total.addmm_(left[rows], right))
     if update.small:
-        _sum_small_entries_again(weights, update, rows, out, spare=total)
+        _sum_small_entries_again(weights, update, rows, out)
     return found
 
 
-def _sum_small_entries_again(
-    weights: torch.Tensor, update: Update, rows: slice, out: torch.Tensor, spare: torch.Tensor
-) -> None:
+def _sum_small_entries_again(weights: torch.Tensor, update: Update, rows: slice, out: torch.Tensor) -> None:
     bits = out.view(-1).view(torch.int16).numpy()
-    magnitudes, small = spare.view(-1).view(torch.int16).numpy().reshape(2, -1)  # numpy: five times as fast as torch
-    np.bitwise_and(bits, 0x7FFF, out=magnitudes)
-    found = _indices(np.less(magnitudes, update.small, out=small.view(np.bool_)[: len(bits)]))
-    if len(found) > out.numel() // 64:
+    magnitudes, found = _scratch.search(len(bits))
+    np.bitwise_and(bits, 0x7FFF, out=magnitudes)  # numpy: five times as fast as torch
+    np.less(magnitudes, update.small, out=np.frombuffer(found, np.bool_)[: len(bits)])
+    most = len(bits) // 64
+    where = np.fromiter(itertools.islice(_ones(found, len(bits)), most + 1), np.intp)
+    if len(where) > most:
         out.copy_(weights.double().addmm_(update.left[rows], update.right))
-    elif len(found):
-        i, j = (torch.from_numpy(index) for index in np.unravel_index(found, out.shape))
+    elif len(where):
+        i, j = (torch.from_numpy(index) for index in np.unravel_index(where, out.shape))
         delta = (update.left[rows][i] * update.right.T[j]).sum(dim=1)
         out[i, j] = (weights[i, j].double() + delta).to(out.dtype)
 
 
-def _indices(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """Where a flat mask with few entries is true: eight bytes at a time, then within those."""
-    whole = len(mask) // 8 * 8
-    words = np.flatnonzero(mask[:whole].view(np.uint64))
-    inner, byte = np.nonzero(mask[:whole].reshape(-1, 8)[words])
-    return np.concatenate([words[inner] * 8 + byte, whole + np.flatnonzero(mask[whole:])])
+def _ones(found: bytearray, stop: int) -> Iterator[int]:
+    """Where a byte is 1, lowest first: a tenth of the time of `flatnonzero` when there are few."""
+    index = found.find(1, 0, stop)
+    while index >= 0:
+        yield index
+        index = found.find(1, index + 1, stop)

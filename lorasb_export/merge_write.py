@@ -1,7 +1,8 @@
 """One merged shard, streamed: a few threads, each with a block of rows to read, sum, round and write.
 
-What does not change is copied by the kernel (`copy_file_range`, which shares blocks where the file system can). Memory
-holds the factors of one or two modules and a few megabytes a thread, whatever the size of the model or of a tensor.
+What is written goes past the page cache (`O_DIRECT`) where the file system allows it: to fill the cache costs more than
+the sum, and evicts what others keep there. Memory holds the factors of one or two modules and a few megabytes a thread,
+whatever the size of the model or of a tensor.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,25 @@ import torch
 
 from . import merge_sum
 from .basis_file import TORCH_DTYPES
+from .direct import PAGE, Buffers, OutputFile
 from .errors import ArtifactError
 from .merge_plan import MergePlan, PlannedTensor
 from .retained import Retained
-from .storage import DTYPE_BYTES
 
 MAX_THREADS = 8
 PIECE = 1 << 19  # entries of a block: its two fp32 copies and the bytes around them stay near the L2 cache
 MEASURED = 8  # one block in so many says what bf16 retains: the sums of 64,000 entries and more are sharp enough
-_COPY_BYTES = 64 << 20
+_COPY_BYTES = 2 << 20
 
 Done = tuple[Retained | None, int]  # of one piece: the error of rounding where it was touched, and bytes written
 
 
 @contextmanager
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, each of which computes alone: they share no barrier and overlap their I/O."""
+    """Twice as many threads as torch would use, for half of them wait for the disk. Each computes alone, no barrier."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # here too: helpers that wait for this thread's next product would spin on a core
-    pool = ThreadPoolExecutor(min(threads, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(2 * min(threads, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with pool:
             yield pool
@@ -71,9 +71,9 @@ def write_shard(
         bar.update(nbytes)
 
     with ExitStack() as stack:
-        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        stack.callback(os.close, out)
-        os.pwrite(out, header, 0)
+        out = OutputFile(path, starts[-1] + shard[-1].nbytes)
+        stack.callback(out.close)
+        out.write(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         files = {}
         for source in {tensor.file for tensor in shard if tensor.file is not None}:
             files[source] = os.open(source, os.O_RDONLY)
@@ -109,7 +109,7 @@ def _layout(shard: tuple[PlannedTensor, ...]) -> tuple[bytes, list[int]]:
             "data_offsets": [starts[-1], position],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    text += b" " * ((-8 - len(text)) % PAGE)  # the format wants the data aligned to 8 bytes, direct writes to a page
     return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]
 
 
@@ -133,12 +133,11 @@ def _pieces(
     plan: MergePlan,
     update: merge_sum.Update | None,
     files: dict[Path, int],
-    out: int,
+    out: OutputFile,
 ) -> Iterator[Callable[[], Done]]:
     """The work one tensor is, cut into calls that may run in any order."""
     if tensor.head is not None:
-        value = plan.adapter.head[tensor.head].to(TORCH_DTYPES[tensor.info.dtype]).contiguous()
-        yield partial(_write, out, start, value)
+        yield partial(_store, out, start, plan.adapter.head[tensor.head], TORCH_DTYPES[tensor.info.dtype])
         return
     assert tensor.file is not None
     assert tensor.source is not None
@@ -164,7 +163,7 @@ def _pieces(
 
 def _add(
     file: int,
-    out: int,
+    out: OutputFile,
     tensor: PlannedTensor,
     start: int,
     update: merge_sum.Update,
@@ -176,67 +175,49 @@ def _add(
     columns = right.shape[1]
     count = (rows.stop - rows.start) * columns
     weights = _read(file, tensor, rows.start * columns, count).view(-1, columns)
-    stored = _buffers.take("stored", count, TORCH_DTYPES[tensor.info.dtype]).view(-1, columns)
+    dtype = TORCH_DTYPES[tensor.info.dtype]
+    start += rows.start * columns * dtype.itemsize
+    stored = _buffers.take("stored", count, dtype, start).view(-1, columns)
     retained = merge_sum.add(weights, update, left, right, rows, stored, measure=measure)
-    return retained, _write(out, start + rows.start * columns * stored.element_size(), stored)[1]
+    return retained, out.write(start, stored)
 
 
-def _convert(file: int, out: int, tensor: PlannedTensor, start: int, first: int, count: int) -> Done:
+def _convert(file: int, out: OutputFile, tensor: PlannedTensor, start: int, first: int, count: int) -> Done:
     weights = _read(file, tensor, first, count)
-    stored = weights.to(TORCH_DTYPES[tensor.info.dtype])
+    dtype = TORCH_DTYPES[tensor.info.dtype]
+    start += first * dtype.itemsize
+    stored = _buffers.take("stored", count, dtype, start).copy_(weights)
     if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
         raise ArtifactError(f"tensor {tensor.name} does not fit float16", fix="Merge with --dtype float32")
-    return _write(out, start + first * stored.element_size(), stored)
+    return None, out.write(start, stored)
 
 
-def _copy(file: int, position: int, out: int, start: int, count: int) -> Done:
-    done = 0
-    with suppress(OSError, AttributeError):  # not on this system, or not between these two file systems
-        while done < count and (copied := os.copy_file_range(file, out, count - done, position + done, start + done)):
-            done += copied
-    while done < count:
-        block = os.pread(file, min(1 << 20, count - done), position + done)
-        if not block:
-            raise ArtifactError("a file of the base became shorter while it was read", fix="Fetch it again")
-        done += os.pwrite(out, block, start + done)
-    return None, count
+def _store(out: OutputFile, start: int, value: torch.Tensor, dtype: torch.dtype) -> Done:
+    stored = _buffers.take("stored", value.numel(), dtype, start).copy_(value.reshape(-1))
+    return None, out.write(start, stored)
 
 
-class _Buffers(threading.local):
-    """Named blocks of memory per thread, kept: to fault in fresh pages would cost more than to copy them."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, entries: int, dtype: torch.dtype) -> torch.Tensor:
-        """(entries,) of any content, until the same thread asks for this name again."""
-        nbytes = entries * dtype.itemsize
-        if name not in self.blocks or len(self.blocks[name]) < nbytes:
-            self.blocks[name] = torch.empty(nbytes, dtype=torch.uint8)
-        return self.blocks[name][:nbytes].view(dtype)
+def _copy(file: int, position: int, out: OutputFile, start: int, count: int) -> Done:
+    memory = _buffers.take("stored", count, torch.uint8, start)
+    _fill(file, position, memory)
+    return None, out.write(start, memory)
 
 
-_buffers = _Buffers()
+_buffers = Buffers()
 
 
 def _read(file: int, tensor: PlannedTensor, first: int, count: int) -> torch.Tensor:
     """(count,) entries of the source from entry `first`, in this thread's buffer."""
     assert tensor.source is not None
-    size = DTYPE_BYTES[tensor.source.dtype]
     weights = _buffers.take("weights", count, TORCH_DTYPES[tensor.source.dtype])
-    memory = weights.view(torch.uint8).numpy().data
-    position, done = tensor.source.start + first * size, 0
-    while done < len(memory):
-        read = os.preadv(file, [memory[done:]], position + done)
-        if not read:
-            raise ArtifactError("the file became shorter while it was read", where=tensor.file, fix="Fetch it again")
-        done += read
+    _fill(file, tensor.source.start + first * weights.element_size(), weights)
     return weights
 
 
-def _write(out: int, start: int, value: torch.Tensor) -> Done:
-    memory = value.view(-1).view(torch.uint8).numpy().data
-    done = 0
+def _fill(file: int, position: int, value: torch.Tensor) -> None:
+    memory, done = value.view(torch.uint8).numpy().data, 0
     while done < len(memory):
-        done += os.pwrite(out, memory[done:], start + done)
-    return None, len(memory)
+        read = os.preadv(file, [memory[done:]], position + done)
+        if not read:
+            raise ArtifactError("a file of the base became shorter while it was read", fix="Fetch it again")
+        done += read

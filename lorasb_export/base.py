@@ -114,17 +114,21 @@ class BaseModel:
         provenance = read_json(path)
         return provenance if provenance.get("kind") == "merged" else None
 
-    def weight_key(self, module: str) -> str:
-        """The checkpoint's name for the weight of runtime module `module`.
+    def tensor_key(self, name: str) -> str | None:
+        """The checkpoint's name for the runtime parameter `name`, or None where it has none.
 
         A model class with a head prefixes its body (`bert.`, `transformer.`); the checkpoint may not.
+        """
+        return next((key for key in (name, name.partition(".")[2]) if key in self.tensors), None)
+
+    def weight_key(self, module: str) -> str:
+        """The checkpoint's name for the weight of runtime module `module`.
 
         Raises:
             BaseModelError: the checkpoint has no such tensor.
         """
-        for name in (module, module.partition(".")[2]):
-            if f"{name}.weight" in self.tensors:
-                return f"{name}.weight"
+        if key := self.tensor_key(f"{module}.weight"):
+            return key
         raise BaseModelError(
             f"the base has no weight for module {module}",
             where=self.folder,

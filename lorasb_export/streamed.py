@@ -1,0 +1,107 @@
+"""A model whose weights stay on the disk: every module reads its own when it is called and forgets them afterwards.
+
+Memory holds one module's weights in fp32 and the hidden states, so that a forward pass of any checkpoint fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import environment
+from .artifact import Adapter
+from .base import CAUSAL_LM, BaseModel, default_device
+from .basis_file import TORCH_DTYPES, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def streamed_model(base: BaseModel, task_type: str, *, adapter: Adapter | None = None) -> PreTrainedModel | None:
+    """The model of `base`, computing in fp32; with `adapter` its updates are added to what its modules return.
+
+    Returns:
+        None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
+        renamed modules.
+    """
+    network = _empty_model(base, task_type, adapter)
+    sources = _sources(network, base, adapter.head if adapter else {})
+    if sources is None:
+        return None
+    device = default_device()
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        own = {name: sources[id(p)] for name, p in module.named_parameters(recurse=False)}
+        if own:
+            _read_when_called(module, own, device)
+    if adapter is not None:
+        for name in adapter.R:
+            network.get_submodule(name).register_forward_hook(_adding(adapter, name))
+    return network
+
+
+def _empty_model(base: BaseModel, task_type: str, adapter: Adapter | None) -> PreTrainedModel:
+    """Parameters without memory, buffers as the model makes them."""
+    environment.hide_broken_packages()
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    if adapter is not None and adapter.num_labels is not None:
+        config.num_labels = adapter.num_labels
+    loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+    with init_empty_weights():
+        network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
+    network.tie_weights()  # a parameter that is assigned within is another one
+    if task_type != CAUSAL_LM and network.config.pad_token_id is None:
+        network.config.pad_token_id = base.load_tokenizer().pad_token_id
+    return network.requires_grad_(False).eval()
+
+
+def _sources(network: nn.Module, base: BaseModel, head: Mapping[str, torch.Tensor]) -> dict[int, Any] | None:
+    """id of a parameter → where its values are; a tied one has several names, of which the checkpoint knows one."""
+    found: dict[int, Any] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        key = base.tensor_key(name)
+        if name in head:
+            found[id(parameter)] = head[name]
+        elif key is not None and base.tensors[key][1].dtype in TORCH_DTYPES:
+            found.setdefault(id(parameter), base.tensors[key])
+    whole = all(_fits(found.get(id(parameter)), parameter) for parameter in network.parameters())
+    return found if whole else None
+
+
+def _fits(source: Any, parameter: torch.Tensor) -> bool:
+    if source is None:
+        return False
+    return parameter.shape == (source.shape if isinstance(source, torch.Tensor) else source[1].shape)
+
+
+def _read_when_called(module: nn.Module, sources: Mapping[str, Any], device: torch.device) -> None:
+    empty = dict(module._parameters)
+
+    def read(*_: Any) -> None:
+        for name, source in sources.items():
+            value = source if isinstance(source, torch.Tensor) else read_tensor(*source)
+            module._parameters[name] = nn.Parameter(value.to(device, torch.float32), requires_grad=False)
+
+    def forget(*_: Any) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(forget)
+
+
+def _adding(adapter: Adapter, name: str) -> Any:
+    """A hook that adds s·((x·Aᵀ)·Rᵀ)·Bᵀ to a module's output."""
+
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        factors = adapter.load_basis().modules[name]
+        B, R, A = (part.to(output.device, torch.float32) for part in (factors.B, adapter.R[name], factors.A))
+        return output + adapter.scaling * (((args[0] @ A.T) @ R.T) @ B.T)
+
+    return add

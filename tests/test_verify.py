@@ -1,0 +1,67 @@
+"""Merged against unmerged, from the disk: the weights never are in memory together, and a wrong folder is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasb_export import Adapter, merge
+from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.errors import ArtifactError
+from lorasb_export.streamed import streamed_model
+from lorasb_export.verify import compare_logits
+from tests.random_adapter import save_adapter
+
+MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")]
+IDS = torch.tensor([[1, 20, 21, 22, 23, 2]])
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Adapter:
+    return save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", MODULES, relative_size=0.3)
+
+
+def test_one_module_is_in_memory_at_a_time(llama: Path, adapter: Adapter) -> None:
+    whole = BaseModel.resolve(llama).load()
+    adapter.inject(whole)
+    network = streamed_model(BaseModel.resolve(llama), CAUSAL_LM, adapter=adapter)
+    assert network is not None
+    most = []
+
+    def count(*_: object) -> None:
+        most.append(sum(not p.is_meta for p in network.parameters()))
+
+    for module in network.modules():
+        module.register_forward_hook(count)
+    with torch.inference_mode():
+        assert torch.allclose(network(IDS).logits, whole(IDS).logits, rtol=1e-5, atol=1e-6)
+    assert max(most) == 0  # after its call every module has forgotten its weights
+    assert all(p.is_meta for p in network.parameters())
+
+
+def test_rows_of_the_task_where_they_still_lie(llama: Path, adapter: Adapter, sums: Path, tmp_path: Path) -> None:
+    assert compare_logits(BaseModel.resolve(llama), adapter, _merged(adapter, tmp_path / "m"))["rows"] == 0
+    adapter.training = {"data": str(sums)}
+    found = merge(adapter, tmp_path / "model", verify=True)["verify"]
+    assert (found["rows"], found["streamed"]) == (4, True)
+    assert found["relative_difference"] < 1e-5
+    adapter.training = {"data": str(tmp_path / "gone")}
+    assert merge(adapter, tmp_path / "again", verify=True)["verify"]["rows"] == 0
+
+
+def _merged(adapter: Adapter, folder: Path) -> Path:
+    merge(adapter, folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_wrong_folder_is_seen(value: float, llama: Path, adapter: Adapter, tmp_path: Path) -> None:
+    file = _merged(adapter, tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{MODULES[0]}.weight"][:4] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match="the merged logits differ"):
+        compare_logits(BaseModel.resolve(llama), adapter, tmp_path / "model")

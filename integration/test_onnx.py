@@ -104,14 +104,14 @@ def world(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def tasks_onnx(world: World) -> Path:
     out = world.folder / "tasks-onnx"
-    export_onnx_adapters([world.folder / "red", world.folder / "blue"], out)
+    export_onnx_adapters([world.folder / "red", world.folder / "blue"], out, verify=False)
     return out
 
 
 def test_merged_export_answers_as_torch_does(world: World) -> None:
     out = world.folder / "red-onnx"
     started = time.monotonic()
-    result = export_onnx(world.folder / "red", out, verify=True)
+    result = export_onnx(world.folder / "red", out)
     print(f"\nexport and verification: {time.monotonic() - started:.1f} s, {result['bytes']:,} bytes")
     print(f"verify: {result['verify']}")
     expected = world.expected("red")
@@ -149,9 +149,9 @@ def test_genai_runs_the_task(world: World, tasks_onnx: Path) -> None:
 def test_quantized_exports_run_and_say_how_far_they_are(world: World, precision: str) -> None:
     out = world.folder / f"red-{precision}"
     started = time.monotonic()
-    result = export_onnx(world.folder / "red", out, precision=precision, verify=True)
+    result = export_onnx(world.folder / "red", out, precision=precision)
     print(f"\n{precision}: {time.monotonic() - started:.1f} s, {result['bytes']:,} bytes, {result['verify']}")
-    assert 0 < result["verify"]["equal_tokens"] <= result["verify"]["tokens"] <= 4 * TOKENS
+    assert 0 < result["verify"]["equal_tokens"] <= result["verify"]["tokens"] <= 4 * 32
     assert result["bytes"] < 0.6 * 4 * 134_515_008
 
 

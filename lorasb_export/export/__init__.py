@@ -18,7 +18,8 @@ def export(
     format: str,
     base: str | Path | None = None,
     precision: str = "fp32",
-    verify: bool = False,
+    routed: bool = False,
+    verify: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write adapters in another format.
@@ -29,7 +30,8 @@ def export(
             file per task).
         base: the base model, where it is not where the adapter says.
         precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
-        verify: compare what was written with the adapter in torch.
+        routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
+        verify: compare an ONNX graph with the adapter in torch.
 
     Raises:
         SettingsError: an unknown format, or several adapters for a format that takes one.
@@ -41,7 +43,11 @@ def export(
     if format == "onnx-adapters":
         from .onnx_adapters import export_onnx_adapters
 
-        return export_onnx_adapters(paths, out, base=base, precision=precision, verify=verify, overwrite=overwrite)
+        return export_onnx_adapters(
+            paths, out, base=base, precision=precision, routed=routed, verify=verify, overwrite=overwrite
+        )
+    if routed:
+        raise SettingsError("routed is for the format onnx-adapters", fix="Leave it out, or export that format")
     if len(paths) != 1:
         raise SettingsError(f"format {format} takes one adapter, {len(paths)} were given", fix="Export them one by one")
     if format == "peft":

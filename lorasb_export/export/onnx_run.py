@@ -1,15 +1,20 @@
-"""Greedy decoding of an exported ONNX folder on plain onnxruntime."""
+"""Exported ONNX folders on plain onnxruntime: greedy decoding, and a classifier's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import ArtifactError, DataError, MissingPackageError
+from ..errors import ArtifactError, DataError, MissingPackageError, SettingsError
 from ..storage import read_json
+from .onnx_adapter_file import SUFFIX, read_adapter
+from .onnx_build import GENAI, GRAPH
+from .onnx_graph import read_graph
+from .onnx_swap import IDS
 
 _ROWS = 8  # prompts decoded together,
 _PREFILL_TOKENS = 2048  # as long as their prompts fit in this many tokens: the graph returns logits for each of them
@@ -25,67 +30,111 @@ def require_packages(*names: str) -> None:
             )
 
 
+def open_session(folder: Path, threads: int | None = None) -> Any:
+    """onnxruntime's session on the CPU for the graph of `folder`, which is checked first (`onnx_graph.read_graph`).
+
+    Args:
+        threads: onnxruntime's threads; None takes all cores.
+
+    Raises:
+        ArtifactError: the graph is damaged or dangerous, or does not run on the CPU (bf16 needs CUDA).
+        MissingPackageError: onnx or onnxruntime is not installed.
+    """
+    require_packages("onnx", "onnxruntime")
+    import onnxruntime as ort
+
+    read_graph(folder / GRAPH)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # else it warns of every R that a run may replace
+    options.intra_op_num_threads = threads or 0
+    # Waiting threads sleep: busy ones steal the cores from torch and other processes (half the speed when shared).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise ArtifactError(
+            f"onnxruntime cannot load the graph on the CPU: {error}", where=folder, fix="Export it as fp32 or int8"
+        ) from None
+
+
 class OnnxDecoder:
     """An exported decoder on the CPU.
 
     Args:
         folder: what `export_onnx` or `export_onnx_adapters` wrote.
-        adapter: an `.onnx_adapter` file of that folder; None runs the graph's own weights.
+        adapter: the name of one of the folder's adapters, or an `.onnx_adapter` file made for it; None runs the graph's
+            own weights. `use` changes it.
         threads: onnxruntime's threads; None takes all cores.
 
     Attributes:
-        eos_ids: the tokens that end an answer, from `genai_config.json`.
+        eos_ids: the tokens that end an answer.
+        ids: adapter → its number, in a routed folder, whose rows may use different ones.
 
     Raises:
-        ArtifactError: a file is missing, or the graph does not run on the CPU (bf16 needs CUDA).
+        ArtifactError: a file is missing, damaged or of another graph, or the graph does not run on the CPU.
         MissingPackageError: onnxruntime is not installed.
     """
 
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
-        require_packages("onnxruntime")
+        self.folder = Path(folder)
+        record, config = read_json(self.folder / "lorasb.json"), read_json(self.folder / "config.json")
+        generation = self.folder / "generation_config.json"
+        eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+        self.eos_ids = set(eos if isinstance(eos, list) else [eos])
+        self._context = int(config.get("max_position_embeddings") or config["n_positions"])
+        self._head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+        self._head = self._head or config["n_embd"] // config["n_head"]
+        # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
+        # at that position; torch's graphs take any mask.
+        self._pad_right = record.get("exporter", GENAI) == GENAI
+        self.ids = {name: entry["id"] for name, entry in record.get("adapters", {}).items() if "id" in entry}
+        self._session = open_session(self.folder, threads)
         import onnxruntime as ort
 
-        folder = Path(folder)
-        config = read_json(folder / "genai_config.json")["model"]
-        eos, decoder = config["eos_token_id"], config["decoder"]
-        self.eos_ids = set(eos if isinstance(eos, list) else [eos])
-        self._context = int(config["context_length"])
-        self._kv_shape = (decoder["num_key_value_heads"], 0, decoder["head_size"])  # after the batch: nothing cached
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # else it warns of every R that a run may replace
-        options.intra_op_num_threads = threads or 0
-        # Waiting threads sleep: busy ones steal the cores from torch and other processes (half the speed when shared).
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        path = folder / decoder["filename"]
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no base class of their own
-            raise ArtifactError(
-                f"onnxruntime cannot load the graph on the CPU: {error}", where=path, fix="Export it as fp32 or int8"
-            ) from None
-        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._ort = ort
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._past = {i.name: _FLOATS[i.type] for i in self._session.get_inputs() if i.name.startswith("past_")}
-        self._run_options = ort.RunOptions()
-        self._adapter = ort.LoraAdapter()  # kept: RunOptions does not keep it alive
-        if adapter is not None:
-            if not Path(adapter).is_file():
-                raise ArtifactError("no such ONNX adapter", where=adapter, fix="Give an .onnx_adapter of the folder")
-            replaceable = {item.name for item in self._session.get_overridable_initializers()}
-            if set(ort.AdapterFormat.read_adapter(str(adapter)).get_parameters()) != replaceable:
-                raise ArtifactError(
-                    "the ONNX adapter belongs to another graph", where=adapter, fix=f"Use one exported into {folder}"
-                )
-            self._adapter.Load(str(adapter))
-            self._run_options.add_active_adapter(self._adapter)
+        self._inputs = {item.name for item in self._session.get_inputs()}
+        self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith("past_")}
+        self._loaded: dict[tuple[Path, int | None], Any] = {}  # kept: RunOptions does not keep an adapter alive
+        self.use(adapter)
+
+    def use(self, adapter: str | Path | None) -> None:
+        """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
+        self._run_options = self._ort.RunOptions()  # a new one: of two active adapters the first would win
+        self._id = 0
+        if adapter is None:
+            return
+        if IDS in self._inputs:
+            self._id = self._number(str(adapter))
+            return
+        path = Path(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
+        state = (path, path.stat().st_mtime_ns if path.is_file() else None)
+        if state not in self._loaded:
+            check_adapter(path, {i.name: i.shape for i in self._session.get_overridable_initializers()}, self.folder)
+            self._loaded[state] = self._ort.LoraAdapter()
+            self._loaded[state].Load(str(path))
+        self._run_options.add_active_adapter(self._loaded[state])
+
+    def _number(self, adapter: str) -> int:
+        if adapter not in self.ids:
+            raise ArtifactError(f"no adapter {adapter!r}", where=self.folder, fix=f"It has {', '.join(self.ids)}")
+        return int(self.ids[adapter])
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], max_tokens: int, eos_ids: Collection[int]
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        max_tokens: int,
+        eos_ids: Collection[int],
+        adapters: Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Greedy continuations: for each prompt at most `max_tokens` ids, up to and including the first of `eos_ids`.
 
+        Args:
+            adapters: the adapter of each prompt, None for the base; only in a routed folder.
+
         Raises:
             DataError: a prompt is empty, or does not fit into the model's context with its answer.
+            SettingsError: `adapters` for a folder that is not routed.
         """
         lengths = [len(prompt) for prompt in prompt_ids]
         if not all(lengths):
@@ -96,27 +145,43 @@ class OnnxDecoder:
                 f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {self._context}",
                 fix="Shorten the prompt, or ask for fewer tokens",
             )
+        numbers = [self._id] * len(prompt_ids)
+        if adapters is not None:
+            if IDS not in self._inputs:
+                fix = "Export it with --routed, or call `use` before each batch"
+                raise SettingsError("this folder has one adapter for a whole batch", where=self.folder, fix=fix)
+            numbers = [0 if name is None else self._number(name) for name in adapters]
         rows = max(1, min(_ROWS, _PREFILL_TOKENS // longest))
-        groups = (prompt_ids[start : start + rows] for start in range(0, len(prompt_ids), rows))
-        return [answer for group in groups for answer in self._generate(group, max_tokens, eos_ids)]
+        answers: list[list[int]] = []
+        for start in range(0, len(prompt_ids), rows):
+            part = slice(start, start + rows)
+            answers += self._generate(prompt_ids[part], max_tokens, eos_ids, np.array(numbers[part]))
+        return answers
 
-    def _generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Collection[int]) -> list[list[int]]:
-        """One batch. GroupQueryAttention takes each row's length from the sum of its mask and appends the row's next
-        key at that position, so padding is on the right and the mask of a row is always its length in ones."""
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Collection[int], numbers: np.ndarray[Any, Any]
+    ) -> list[list[int]]:
+        """One batch. Padding is on the side the graph takes; a row's mask covers its own tokens."""
         lengths = np.array([len(prompt) for prompt in prompts])
-        ids = np.zeros((len(prompts), lengths.max()), np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        rows, last = np.arange(len(prompts)), lengths - 1
-        cache = {name: self._value(np.zeros((len(rows), *self._kv_shape), t)) for name, t in self._past.items()}
+        ids, mask = np.zeros((2, len(prompts), lengths.max()), np.int64)
+        for row, ones, prompt in zip(ids, mask, prompts, strict=True):
+            place = slice(len(prompt)) if self._pad_right else slice(-len(prompt), None)
+            row[place], ones[place] = prompt, 1
+        value = self._ort.OrtValue.ortvalue_from_numpy
+        last = lengths - 1 if self._pad_right else np.full_like(lengths, -1)
+        cache = {
+            name: value(np.zeros((len(prompts), item.shape[1], 0, self._head), _FLOATS[item.type]))
+            for name, item in self._past.items()
+        }
         answers: list[list[int]] = [[] for _ in prompts]
         for _ in range(max_tokens):
-            mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-            feed = {"input_ids": self._value(ids), "attention_mask": self._value(mask), **cache}
+            positions = np.clip(mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]
+            feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, IDS: numbers}
+            values = {name: value(np.ascontiguousarray(array)) for name, array in feed.items() if name in self._inputs}
             # Not IO binding: onnxruntime ignores active adapters there, without a word.
-            results = self._session.run_with_ort_values(self._outputs, feed, self._run_options)
+            results = self._session.run_with_ort_values(self._outputs, values | cache, self._run_options)
             present = dict(zip(self._outputs, results, strict=True))
-            tokens = present.pop("logits").numpy()[rows, last].argmax(-1)
+            tokens = present.pop("logits").numpy()[np.arange(len(prompts)), last].argmax(-1)
             for answer, token in zip(answers, tokens, strict=True):
                 if not (answer and answer[-1] in eos_ids):
                     answer.append(int(token))
@@ -124,4 +189,23 @@ class OnnxDecoder:
                 break
             cache = {name.replace("present", "past_key_values"): value for name, value in present.items()}
             ids, last, lengths = tokens[:, None].astype(np.int64), np.zeros_like(last), lengths + 1
+            if self._pad_right:
+                mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+            else:
+                mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         return answers
+
+
+def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]], threads: int | None = None) -> np.ndarray[Any, Any]:
+    """Logits (rows, classes) of an exported classifier, for the arrays its tokenizer returns."""
+    session = open_session(folder, threads)
+    logits: np.ndarray[Any, Any] = session.run(None, {item.name: batch[item.name] for item in session.get_inputs()})[0]
+    return logits
+
+
+def check_adapter(path: Path, expected: Mapping[str, list[int]], folder: Path) -> None:
+    """Raise ArtifactError when an `.onnx_adapter` file does not have the names and shapes that a graph expects."""
+    if {name: list(array.shape) for name, array in read_adapter(path).items()} != expected:
+        raise ArtifactError(
+            "the ONNX adapter belongs to another graph", where=path, fix=f"Use one exported into {folder}"
+        )

@@ -149,7 +149,7 @@ def quickstart(
         line.ask("peft", _MERGED, _load_peft(network, out / "peft"), tokenizer)
     del network
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
-        export_onnx(adapter, out / "onnx")
+        export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below
         line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
     plan = push(adapter, "you/dates-lorasb", with_basis=True, dry_run=True)
     if serve and importlib.util.find_spec("vllm") is not None:

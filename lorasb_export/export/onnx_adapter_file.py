@@ -1,0 +1,79 @@
+"""`.onnx_adapter` files: s·Rᵀ of every module of one task, in ONNX Runtime's own format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Adapter
+from ..errors import ArtifactError, SettingsError
+
+SUFFIX = ".onnx_adapter"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+def adapter_name(adapter: str | Path) -> str:
+    """The last part of an adapter's folder or Hub id. Raises SettingsError for a name unfit for a file."""
+    name = Path(adapter).resolve().name if Path(adapter).is_dir() else str(adapter).partition("@")[0].split("/")[-1]
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} cannot name an adapter", where=adapter, fix="Use letters, digits, dots, dashes and underscores"
+        )
+    return name
+
+
+def parameter(module: str, basis_sha256: str) -> str:
+    """The name of a module's R in graph and file. It names the basis, so that a file of another one is refused."""
+    return f"{module}.R.{basis_sha256[:12]}"
+
+
+def values(task: Adapter, dtype: np.dtype[Any]) -> Arrays:
+    """Parameter name → s·Rᵀ, (r, r): the graph multiplies from the right, and adapters may differ in s."""
+    return {
+        parameter(module, task.basis_sha256): np.ascontiguousarray((task.scaling * R.T).numpy().astype(dtype))
+        for module, R in task.R.items()
+    }
+
+
+def write_adapter(path: Path, arrays: Arrays) -> None:
+    """Write one task's file and read it back.
+
+    Raises:
+        ArtifactError: what was written is not what was meant. (onnxruntime does not keep the arrays alive while it
+            writes: with a temporary among them the file holds rubbish, and says nothing.)
+    """
+    import onnxruntime as ort
+
+    held = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    file = ort.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters(held)
+    file.export_adapter(str(path))
+    found = read_adapter(path)
+    if set(found) != set(arrays) or not all(np.array_equal(found[name], array) for name, array in arrays.items()):
+        raise ArtifactError("the ONNX adapter reads back otherwise than it was written", where=path, fix="Try again")
+
+
+def read_adapter(path: Path) -> Arrays:
+    """Parameter name → array.
+
+    Raises:
+        ArtifactError: no such file, not an adapter, truncated, or with numbers that are not finite.
+    """
+    import onnxruntime as ort
+
+    if not path.is_file():
+        raise ArtifactError("no such ONNX adapter", where=path, fix="Give an .onnx_adapter of the folder, or its name")
+    try:
+        file = ort.AdapterFormat.read_adapter(str(path))
+        found = {name: value.numpy() for name, value in file.get_parameters().items()}
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        raise ArtifactError(f"not an ONNX adapter, or truncated: {error}", where=path, fix="Export it again") from None
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ArtifactError("the ONNX adapter holds numbers that are not finite", where=path, fix="Export it again")
+    return {name: array.copy() for name, array in found.items()}

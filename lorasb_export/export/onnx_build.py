@@ -1,0 +1,135 @@
+"""Two exporters, one rule: onnxruntime-genai's builder for the decoders it knows, torch's exporter for all else.
+
+The builder is an order of magnitude faster and its graph has fused attention, which decodes faster; torch's covers
+encoders and further decoders with standard operators. Each runs as a child process: it loads the whole model, and its
+memory goes back when it ends.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..artifact import Basis
+from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..environment import child_environment
+from ..errors import BaseModelError, ServerError
+from ..storage import read_json, write_json
+from .onnx_graph import read_graph, rename_data
+
+GENAI, TORCH = "genai", "torch"
+GRAPH, DATA = "model.onnx", "model.onnx_data"  # the data file's name is the one transformers.js looks for
+PROVIDERS = {"fp32": "cpu", "int8": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}  # what each graph is for
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # of the torch model; else float32
+_GENAI_ARCHITECTURES = {
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"),
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+}
+_TORCH_TYPES = {
+    CAUSAL_LM: {"gpt2", "gpt_neox", "phi", "phi3", "stablelm", "starcoder2", "cohere", "olmo2"},
+    SEQ_CLS: {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"},
+}
+_SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
+_SIDE_FILES = {".json", ".jinja", ".model", ".txt"}
+_NOT_COPIED = {"lorasb.json", "model.safetensors.index.json"}
+
+
+def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()) -> str:
+    """GENAI or TORCH.
+
+    Args:
+        swappable: the modules that must stay linear layers of their own; the builder splits fused ones.
+
+    Raises:
+        BaseModelError: neither exporter was tested with this architecture.
+    """
+    architecture = (model.config.get("architectures") or [""])[0]
+    fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
+    if task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused:
+        return GENAI
+    if model.config["model_type"] in _TORCH_TYPES[task_type]:
+        return TORCH
+    known = _TORCH_TYPES[task_type] | (_GENAI_ARCHITECTURES if task_type == CAUSAL_LM else set())
+    raise BaseModelError(
+        f"{architecture or model.config['model_type']} is not exported to ONNX for {task_type}"
+        + (f" with an adapter on {fused[0]}" if fused and architecture in _GENAI_ARCHITECTURES else ""),
+        where=model.folder,
+        fix=f"Use `lorasb merge` and run the model with transformers or vLLM. Exported are {', '.join(sorted(known))}",
+    )
+
+
+def build(
+    exporter: str, model: Path, out: Path, precision: str, scratch: Path, task_type: str, basis: Basis | None = None
+) -> None:
+    """Write GRAPH and DATA into `out` and copy what lies beside the transformers folder `model`.
+
+    Args:
+        precision: fp32, fp16 or bf16.
+        scratch: a temporary folder to run in. `python -m` puts the current folder first on its path, where a user's
+            `datasets/` would hide the package of that name.
+        basis: makes the targets swappable: kept apart (GENAI; `onnx_swap.add_basis` follows), or with A, B and R
+            beside them (TORCH).
+    """
+    if exporter == GENAI:
+        command = ["onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision]
+        command += ["-e", PROVIDERS[precision], "-c", str(scratch / "cache")]
+        command += ["--extra_options", "fuse_qkv=false"] if basis is not None else []
+    else:
+        command = ["lorasb_export.export.onnx_torch", str(model), str(out), task_type]
+        command.append(_DTYPES.get(precision, "float32"))
+        if basis is not None:
+            (scratch / "basis").mkdir()
+            basis.write_into(scratch / "basis")
+            command.append(str(scratch / "basis"))
+    _run(command, scratch, model)
+    _move_data(out)
+    for path in model.iterdir():
+        if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
+    # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
+    settings = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
+    write_json(out / "config.json", read_json(out / "config.json") | {"transformers.js_config": settings})
+
+
+def genai_outputs(modules: Iterable[str]) -> dict[str, str]:
+    """Module → the builder's name for its linear layer's output, before its bias; the same in all precisions."""
+    found = {}
+    for module in modules:
+        layer, attention, mlp, leaf = _SPLIT.fullmatch(module).groups()  # type: ignore[union-attr]  # exporter_for saw to it
+        found[module] = f"/model/layers.{layer}/{attention or mlp}/{leaf}/MatMul/output_0"
+    return found
+
+
+def _run(command: list[str], scratch: Path, model: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=scratch,
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if child.returncode != 0:
+        lines = [line for line in child.stdout.splitlines() if line.strip()]
+        raise ServerError(
+            "\n  ".join([f"the ONNX exporter failed with exit code {child.returncode}; its last lines:", *lines[-6:]]),
+            where=model,
+            fix="Check that the memory holds the model; then report it with the versions of the packages",
+        )
+
+
+def _move_data(out: Path) -> None:
+    """Give the weights the name DATA; the exporters add `.data` to the graph's."""
+    import onnx
+
+    if not (out / f"{GRAPH}.data").exists():
+        return
+    model = read_graph(out / GRAPH)
+    rename_data(model, f"{GRAPH}.data", DATA)
+    (out / f"{GRAPH}.data").rename(out / DATA)
+    onnx.save(model, out / GRAPH)

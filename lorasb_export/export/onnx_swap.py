@@ -1,0 +1,150 @@
+"""The graph of many tasks: y + ((x·Aᵀ)·Rᵀ)·Bᵀ after every target, with R to be replaced, or chosen row by row.
+
+Swappable: each R is an initializer of zeros that a run may replace, by an active adapter. Routed: each R is a stack
+(tasks, r, r), the first of them zeros, from which the input `adapter_ids` (rows) picks one for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from ..artifact import Basis
+from ..errors import BaseModelError
+from .onnx_adapter_file import Arrays, parameter
+from .onnx_graph import external_files, read_graph
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+BASIS_FILE = "basis.onnx_data"
+IDS = "adapter_ids"
+MERGED = "Export each adapter merged instead: --format onnx"
+
+
+def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dtype[Any]) -> None:
+    """Rewrite the graph in `path` with B, A and a swappable R on every target; A and B go into BASIS_FILE beside it.
+
+    Args:
+        outputs: module → the name of its linear layer's output in the graph, before its bias.
+    """
+    import onnx
+    from onnx.helper import make_node, make_tensor_value_info, np_dtype_to_tensor_dtype
+    from onnx.numpy_helper import from_array
+
+    model = read_graph(path)
+    targets = {output: module for module, output in outputs.items()}
+    absent = set(targets) - {name for node in model.graph.node for name in node.output}
+    if absent:
+        raise BaseModelError(f"the graph has no linear layer of its own for {targets[min(absent)]}", fix=MERGED)
+    nodes: list[NodeProto] = []
+    with (path.parent / BASIS_FILE).open("wb") as data:
+        for node in model.graph.node:
+            nodes.append(node)
+            y = node.output[0]
+            if y not in targets:
+                continue
+            module, factors = targets[y], basis.modules[targets[y]]
+            A, B, R = f"{module}.A", f"{module}.B", parameter(module, basis.sha256)
+            for name, factor in ((A, factors.A), (B, factors.B)):
+                model.graph.initializer.append(_external(name, factor.T.float().numpy().astype(dtype), data))
+            model.graph.initializer.append(from_array(np.zeros([basis.rank] * 2, dtype), R))
+            # An initializer that is an input as well may be replaced in a run.
+            model.graph.input.append(make_tensor_value_info(R, np_dtype_to_tensor_dtype(dtype), [basis.rank] * 2))
+            node.output[0] = f"{y}/base"
+            nodes += [
+                make_node("MatMul", [node.input[0], A], [f"{module}/xA"], f"{module}/A"),
+                make_node("MatMul", [f"{module}/xA", R], [f"{module}/xAR"], f"{module}/R"),
+                make_node("MatMul", [f"{module}/xAR", B], [f"{module}/xARB"], f"{module}/B"),
+                make_node("Add", [f"{y}/base", f"{module}/xARB"], [y], f"{module}/Add"),
+            ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+def make_swappable(path: Path, basis: Basis) -> None:
+    """Rewrite a graph of `onnx_torch`, which computes with `<module>.R`, so that a run may replace each R."""
+    import onnx
+    from onnx.helper import make_tensor_value_info
+    from onnx.numpy_helper import from_array
+
+    model = read_graph(path)
+    names = {f"{module}.R": parameter(module, basis.sha256) for module in basis.modules}
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            dtype = tensor.data_type
+            name = names[tensor.name]
+            tensor.CopyFrom(from_array(np.zeros([basis.rank] * 2, onnx.helper.tensor_dtype_to_np_dtype(dtype)), name))
+            model.graph.input.append(make_tensor_value_info(name, dtype, [basis.rank] * 2))
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
+    onnx.save(model, path)
+
+
+def add_to_stack(path: Path, tasks: Sequence[Arrays]) -> None:
+    """Make the graph in `path` a routed one, or give a routed one further tasks; the base is number 0.
+
+    The stack lies in a data file of its own, whose name holds its number of tasks, so that the graph and what it refers
+    to change in one rename: a reader sees the old tasks or the new ones.
+    """
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    model = read_graph(path)
+    routed = any(value.name == IDS for value in model.graph.input)
+    present = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in tasks[0]}
+    before = external_files(model)
+    stacks = {}
+    for name, tensor in present.items():
+        own = to_array(tensor, str(path.parent))
+        stacks[name] = np.concatenate([own if routed else own[None], *(task[name][None] for task in tasks)])
+    file = f"tasks-{len(next(iter(stacks.values()))) - 1}.onnx_data"
+    with (path.parent / file).open("wb") as data:
+        for name, tensor in present.items():
+            tensor.CopyFrom(_external(name, stacks[name], data))
+    if not routed:
+        _route(model, set(present))
+    temporary = path.with_name(f".{path.name}.new")
+    onnx.save(model, temporary)
+    temporary.replace(path)
+    for name in before - external_files(model):
+        (path.parent / name).unlink()
+
+
+def _route(model: ModelProto, names: set[str]) -> None:
+    """Pick each R from its stack by row, and make the rows' numbers an input."""
+    from onnx import TensorProto
+    from onnx.helper import make_node, make_tensor_value_info
+
+    kept = [value for value in model.graph.input if value.name not in names]
+    rows = next(value for value in kept if value.name == "input_ids").type.tensor_type.shape.dim[0].dim_param
+    del model.graph.input[:]
+    model.graph.input.extend([*kept, make_tensor_value_info(IDS, TensorProto.INT64, [rows])])
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if len(node.input) == 2 and node.input[1] in names:
+            R = node.input[1]
+            nodes.append(make_node("Gather", [R, IDS], [f"{R}/rows"], f"{R}/Gather", axis=0))
+            node.input[1] = f"{R}/rows"
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _external(name: str, array: np.ndarray[Any, Any], data: BinaryIO) -> TensorProto:
+    """Append `array` to `data`; returns the initializer that points there."""
+    from onnx import TensorProto
+    from onnx.helper import np_dtype_to_tensor_dtype
+
+    offset = data.tell()
+    length = data.write(np.ascontiguousarray(array).tobytes())
+    tensor = TensorProto(name=name, dims=list(array.shape), data_type=np_dtype_to_tensor_dtype(array.dtype))
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", Path(data.name).name), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,134 @@
+"""A transformers folder as an ONNX graph by `torch.onnx.export`, in standard operators only. Run as a child process.
+
+    python -m lorasb_export.export.onnx_torch MODEL OUT TASK_TYPE DTYPE [BASIS]
+
+Inputs and outputs are named as transformers.js and optimum expect them. With BASIS every target also computes
+((x·Aᵀ)·Rᵀ)·Bᵀ, from the initializers `<module>.A`, `.R` (a placeholder) and `.B`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import environment
+from ..artifact import Basis
+from ..base import CAUSAL_LM, BaseModel
+
+environment.hide_broken_packages()
+
+from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+
+_ROWS, _TOKENS, _PAST = 2, 3, 5  # of the example; no 0 or 1, which the tracer takes for constants
+
+
+class _Decoder(torch.nn.Module):
+    """ids (b, t), mask (b, past + t), positions (b, t), then past keys and values → logits, new keys and values."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        output = self.network(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        layers = output.past_key_values.layers
+        return output.logits, [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+
+class _Classifier(torch.nn.Module):
+    """ids, mask and, where the tokenizer makes them, token types, all (b, t) → logits (b, classes)."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
+        return self.network(ids, attention_mask=mask, **({} if types is None else {"token_type_ids": types})).logits
+
+
+class _Swappable(torch.nn.Module):
+    """A linear layer with the three factors beside it, in the order that keeps R an initializer of its own."""
+
+    A: torch.Tensor
+    R: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Module, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = linear
+        R = torch.randn(A.shape[0], A.shape[0])  # zeros later: of equal initializers the exporter keeps one
+        for name, factor in (("A", A.T), ("R", R), ("B", B.T)):
+            self.register_buffer(name, factor.to(dtype).contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + ((x @ self.A) @ self.R) @ self.B
+
+
+def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path | None) -> None:
+    """Write `out`/model.onnx and model.onnx_data."""
+    base = BaseModel.resolve(model)
+    network = base.load(task_type, dtype=dtype, device="cpu")
+    network.config._attn_implementation = "sdpa"
+    if basis is not None:
+        for name, module in Basis.load(basis).modules.items():
+            network.set_submodule(name, _Swappable(network.get_submodule(name), module.A, module.B, network.dtype))
+    if task_type == CAUSAL_LM:
+        wrapper, arguments, shapes, inputs, outputs = _decoder(network)
+    else:
+        wrapper, arguments, shapes, inputs, outputs = _classifier(network, base)
+    program = torch.onnx.export(
+        wrapper,
+        arguments,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=inputs,
+        output_names=outputs,
+        external_data=True,
+        verbose=False,
+    )
+    assert program is not None
+    for value in list(program.model.graph.initializers.values()):
+        value.name = str(value.name).removeprefix("network.")
+    program.save(out / "model.onnx", external_data=True)
+
+
+def _decoder(network: PreTrainedModel) -> Any:
+    config = network.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config.num_hidden_layers
+    shape = (_ROWS, heads, _PAST, size)
+    past = [torch.randn(shape, dtype=network.dtype) for _ in range(2 * layers)]
+    arguments = (
+        torch.full((_ROWS, _TOKENS), 1),
+        torch.ones(_ROWS, _PAST + _TOKENS, dtype=torch.long),
+        torch.arange(_PAST, _PAST + _TOKENS).expand(_ROWS, _TOKENS).contiguous(),
+        past,
+    )
+    free = torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in past])
+    kinds = [(layer, kind) for layer in range(layers) for kind in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}.{kind}" for n, kind in kinds)]
+    return _Decoder(network), arguments, shapes, inputs, ["logits", *(f"present.{n}.{kind}" for n, kind in kinds)]
+
+
+def _classifier(network: PreTrainedModel, base: BaseModel) -> Any:
+    known = base.load_tokenizer().model_input_names
+    inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
+    first = torch.full((_ROWS, _TOKENS), 3)
+    arguments = (first, torch.ones_like(first), torch.zeros_like(first))[: len(inputs)]
+    free = torch.export.Dim.DYNAMIC
+    return _Classifier(network), arguments, tuple({0: free, 1: free} for _ in inputs), inputs, ["logits"]
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    model, out, task_type, dtype, *basis = sys.argv[1:]
+    export_graph(Path(model), Path(out), task_type, dtype, Path(basis[0]) if basis else None)

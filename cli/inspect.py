@@ -15,11 +15,14 @@ def run(
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Of a basis: what it captures of this task's gradient.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
+    ] = False,
 ) -> None:
     """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
     from lorasb_export.inspection import inspect_folder
 
-    found = inspect_folder(run.project.find_folder(path), data=data)
+    found = inspect_folder(run.project.find_folder(path), data=data, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.capture import words

@@ -8,6 +8,8 @@ import typer
 
 from .verb import Run, human_bytes
 
+INTERRUPTED = "What was not finished is not published; the same command again sends what is missing."
+
 
 def run(
     run: Run,

@@ -37,6 +37,14 @@ LASTING = {  # the push ends, saying this
         Fault("POST .*/commit/", status=401, times=9),
         "the Hub asks for a valid token (me/basis). Run `hf auth login`, or set HF_TOKEN",
     ),
+    "expired token when asked where to upload": (
+        Fault(r"^POST .*/info/lfs/|^GET .*/xet-write-token/", status=401, times=9),
+        "the Hub asks for a valid token (me/basis). Run `hf auth login`, or set HF_TOKEN",
+    ),
+    "429 that stays": (
+        Fault("POST .*/commit/", status=429, headers={"Retry-After": "1"}, times=99),
+        "the Hub's rate limit is reached (me/basis). Wait a few minutes, then try again",
+    ),
     "stale parent": (
         Fault("POST .*/commit/", status=412, times=9),
         "the repository changed meanwhile; nothing was committed (me/basis). Push again: no file is sent twice",
@@ -66,7 +74,7 @@ def _stays(fault: Fault, text: str, hub: Hub, basis: Path) -> None:
     hub.faults.append(replace(fault))
     refused = hub.push(basis, "me/basis")
     assert refused["error"] == "ServerError"
-    assert text in refused["text"]
+    assert text in refused["text"], refused
     assert "\n" not in refused["text"]
     assert hub.files("me/basis") == {}, "half published"
     hub.faults.clear()

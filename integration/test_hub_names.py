@@ -76,6 +76,25 @@ def test_inspect_by_name(hub: Hub) -> None:
     assert hub.lorasb("inspect", "me/a")["basis_source"] == f"me/basis@{head}"
 
 
+def test_published_files_are_compared_with_their_checksums(hub: Hub) -> None:
+    found = hub.lorasb("inspect", "me/a", "--verify")["verified"]
+    assert (found["files"], found["unlisted"]) == (2, [])
+    whole = hub.run("import sys; from huggingface_hub import snapshot_download as get; print(get('me/a'))")
+    assert hub.lorasb("inspect", whole, "--verify")["verified"] == found
+    assert hub.lorasb("inspect", "me/a", "--verify", HF_HUB_OFFLINE="1")["verified"] == found
+
+    repo, files = hub.repos["me/a"], hub.files("me/a")
+    said = "Error: not as published: adapter.safetensors changed (me/a@"
+    for changed, expected in (
+        ({"adapter.safetensors": hub.files("me/b")["adapter.safetensors"]}, said),
+        ({"SHA256SUMS": hub.store.regular(f"{'0' * 64}  evil.bin\n".encode())}, "Error: not a line of a SHA256SUMS of"),
+    ):
+        repo.commit("tampered", files | changed | {"evil.bin": files["README.md"]}, "not by lorasb")
+        hub.requests.clear()
+        assert hub.lorasb_fails("inspect", "me/a@tampered", "--verify").startswith(expected)
+        assert "evil.bin" not in fetched(hub, "me/a")
+
+
 def test_fit_in_a_basis_by_name(hub: Hub, sums: Path, tmp_path: Path) -> None:
     words = ["--model", BASE, "--data", sums, "--basis", "me/basis", "--max-steps", "2", "--out", tmp_path / "sums"]
     hub.lorasb("fit", "sums", *words)

@@ -182,7 +182,8 @@ def test_only_what_belongs_there_is_sent(any_hub: Hub, adapter: Path) -> None:
         (adapter / name).write_bytes(b"secret")
     any_hub.push(adapter, "me/a", with_basis=True)
     assert sorted(any_hub.files("me/a")) == [
-        *("README.md", "adapter.safetensors", "adapter_config.json", "basis.safetensors", "basis_config.json")
+        *("README.md", "SHA256SUMS", "adapter.safetensors", "adapter_config.json", "basis.safetensors"),
+        "basis_config.json",
     ]
     config = json.loads(any_hub.content("me/a", "adapter_config.json"))
     assert config["basis"]["source"] == "embedded"
@@ -248,7 +249,8 @@ def test_a_dry_run_reads_and_writes_nothing(any_hub: Hub, basis: Path) -> None:
     plan = any_hub.push(basis, "me/basis", dry_run=True, message="Say who made it")
     assert (plan["parent"], plan["message"]) == (commit, "Say who made it")
     changes = {file["path"]: file["change"] for file in plan["files"]}
-    assert changes == {"README.md": "changed", "basis.safetensors": "same", "basis_config.json": "same"}
+    assert changes.pop("README.md") == "changed"
+    assert changes == dict.fromkeys(["SHA256SUMS", "basis.safetensors", "basis_config.json"], "same")
     assert "+Ours." in plan["card_diff"].splitlines()
     assert plan["card_diff"].count("\n+") < 6
     assert [line for line in any_hub.requests if not line.startswith(("GET ", "HEAD "))] == []

@@ -21,6 +21,7 @@ MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
@@ -142,6 +143,17 @@ def will_pass(error: BaseException) -> float | None:
     return None
 
 
+def _status(error: BaseException) -> int:
+    """The HTTP status of the answer that made this error, or 0."""
+    answer = getattr(error, "response", None)
+    if answer is not None:
+        return int(answer.status_code)
+    if type(error).__name__ == "XetAuthenticationError":
+        return 401
+    said = _XET_STATUS.search(str(error))
+    return int(said.group(1)) if said else 0
+
+
 def _chain(error: BaseException) -> list[BaseException]:
     chain = [error]
     while cause := chain[-1].__cause__:
@@ -161,8 +173,7 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         raise
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         chain = _chain(error)
-        answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
-        status = answers[0].status_code if answers else 0
+        status = next(filter(None, map(_status, chain)), 0)
         what, fix = " ".join(_SECRET.sub("***", str(error)).split()), "Try again; --verbose shows more"
         if any(isinstance(e, GatedRepoError) for e in chain):
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
@@ -174,6 +185,6 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
         elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
             what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
-        elif any(isinstance(e, httpx2.TransportError) for e in chain):
+        elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):
             what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
         raise kind(before + what, where=where, fix=fix) from None

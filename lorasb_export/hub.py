@@ -12,6 +12,7 @@ from typing import Any
 from . import card, outgoing, readme
 from .artifact import EMBEDDED, Adapter, Basis
 from .card_sections import Facts
+from .checksums import checksums
 from .errors import ArtifactError, ServerError, SettingsError
 from .fetch import BASIS_FILES, hub_errors, parse_hub_id, patiently, resolve_folder
 from .licence import licence
@@ -96,6 +97,7 @@ def push(
     files["README.md"] = text.encode()
     outgoing.take_out_paths(files)
     outgoing.refuse_tokens(files)
+    files[outgoing.SUMS] = checksums(files)
     message = message or f"Upload {kind} with lorasb"
     plan = _plan(repository, files, head, kind, public, message)
     plan |= {"skipped": skipped, "card": readme.front_matter(text)} | ({"basis": basis} if basis else {})

@@ -8,24 +8,28 @@ from typing import Any
 
 import torch
 
+from . import checksums
 from .artifact import Adapter, Basis
 from .base import BaseModel, artifact_kind
 from .data import load_task
 from .errors import LoraSBError, SettingsError
 from .fetch import MARK_FILES, resolve_folder
+from .outgoing import SUMS
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread
 
 
-def inspect_folder(source: str | Path, *, data: str | None = None) -> dict[str, Any]:
+def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool = False) -> dict[str, Any]:
     """A description of any folder this package reads or writes; validated as its loader validates it.
 
     Args:
         source: a folder, or a Hub id, of which only what is described is fetched.
         data: of a basis, also what it captures of this task's gradient; loads the base model.
+        verify: also compare every published file with SHA256SUMS; of a Hub id all of them are fetched. A basis or an
+            adapter that was never pushed is compared with what its own config says.
 
     Raises:
-        ArtifactError: it is none of them, or damaged.
+        ArtifactError: it is none of them, or damaged; or with `verify` not as it was published.
         SettingsError: `data` for something that is not a basis.
     """
     folder, where = resolve_folder(source, MARK_FILES)
@@ -36,6 +40,10 @@ def inspect_folder(source: str | Path, *, data: str | None = None) -> dict[str, 
         found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if data is not None and kind != "basis":
         raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder)
+    if verify and on_disk and kind in ("basis", "adapter") and not (folder / SUMS).is_file():
+        found["verified"] = {"against": f"{kind}_config.json"}  # never pushed; to load it is to compare it with that
+    elif verify:
+        found["verified"] = {"against": SUMS, **checksums.verify(where)}
     if kind == "basis":
         basis = Basis.load(where)
         return found | _basis(basis) | ({} if data is None else {"capture": _capture(basis, data)})

@@ -16,6 +16,8 @@ from .format import sealed
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
 
+SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
+
 _BASIS = ("basis.safetensors", "basis_config.json")
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
@@ -40,7 +42,8 @@ _MARKS = {
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
-_TEXT_BYTES = 1 << 20  # a larger file is a vocabulary or weights, not written by hand
+_BINARY = ("*.safetensors", "*.png", "*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
+_TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
 
 def kind_of(folder: Path) -> str:
@@ -62,6 +65,8 @@ def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
     skipped = []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         inside = path.relative_to(folder).as_posix()
+        if inside == SUMS:
+            continue  # of another push
         if not _matches(inside, _ALLOWED[kind]):
             skipped.append(inside)
         elif not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
@@ -72,6 +77,11 @@ def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
     if kind == "merged":
         BaseModel.resolve(folder).tensors  # noqa: B018  # reads and checks every header
     return files, skipped
+
+
+def is_publishable(path: str) -> bool:
+    """Whether a folder of some kind may publish this; never a path that leaves the folder."""
+    return any(_matches(path, patterns) for patterns in _ALLOWED.values())
 
 
 def take_out_paths(files: Files) -> None:
@@ -96,9 +106,18 @@ def take_out_paths(files: Files) -> None:
 
 
 def refuse_tokens(files: Files) -> None:
-    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not."""
+    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not.
+
+    The token in use is looked for as it is, whatever it looks like.
+    """
+    from huggingface_hub import get_token
+
+    in_use = (get_token() or "").encode()
     for name, file in files.items():
-        if _size(file) <= _TEXT_BYTES and not name.endswith((".safetensors", ".png")) and _TOKEN.search(_read(file)):
+        if any(fnmatch(name, pattern) for pattern in _BINARY):
+            continue
+        text = _read(file)
+        if _TOKEN.search(text) or (in_use and in_use in text):
             raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
 
 

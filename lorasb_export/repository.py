@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checksums import digest
 from .errors import OutputError, ServerError
 from .fetch import git_hash, hub_errors, patiently, will_pass
 from .outgoing import Files, mark, stale
-from .storage import sha256_file
 
 _TRIES = 4  # of a commit
 
@@ -190,7 +189,6 @@ def _is_stored(file: Path | bytes, there: Stored | None) -> bool:
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if there is None or there.size != size:
         return False
-    if there.large and isinstance(file, Path):
-        return sha256_file(file) == there.digest
-    data = file if isinstance(file, bytes) else file.read_bytes()
-    return (hashlib.sha256(data).hexdigest() if there.large else git_hash(data)) == there.digest
+    if there.large:
+        return digest(file) == there.digest
+    return git_hash(file if isinstance(file, bytes) else file.read_bytes()) == there.digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lorasb_export.base import BaseRef
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
 from lorasb_export.format import ModuleBasis, sealed
+from lorasb_export.inspection import inspect_folder
+from lorasb_export.outgoing import SUMS
 from lorasb_export.storage import write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
@@ -43,7 +46,8 @@ def make(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         for name, (rows, columns) in MODULES.items()
     }
     base = BaseRef("owner/base", None, "f" * 64)
-    Basis(base, RANK, modules, {"samples": 1}).save(folder / "basis")
+    calibration = {"samples": 1, "reduction": "sign", "data": [], "energy": {"a": 0.5}}
+    Basis(base, RANK, modules, calibration).save(folder / "basis")
     basis = Basis.load(folder / "basis")
     R = {name: torch.randn(RANK, RANK, generator=generator) for name in MODULES}
     Adapter(base, basis.sha256, basis.source, R, training={"steps": 1}).save(folder / "adapters" / "a")
@@ -59,7 +63,7 @@ def test_a_dry_run_plans_and_changes_nothing(tmp_path: Path) -> None:
     before = contents(basis)
     plan = push(basis, "me/basis", dry_run=True)
     assert (plan["repo"], plan["kind"], plan["private"]) == ("me/basis", "basis", True)
-    assert [file["path"] for file in plan["files"]] == ["README.md", "basis.safetensors", "basis_config.json"]
+    assert [file["path"] for file in plan["files"]] == ["README.md", SUMS, "basis.safetensors", "basis_config.json"]
     assert plan["bytes"] == sum(file["bytes"] for file in plan["files"])
     assert plan["card"]["base_model"] == "owner/base"
     assert "commit" not in plan
@@ -88,7 +92,7 @@ def test_an_adapter_whose_basis_nobody_finds_is_refused(tmp_path: Path) -> None:
     )
     plan = push(adapter, "me/a", basis_repo="me/basis", dry_run=True)  # the Hub does not answer: not pinned
     assert plan["basis"] == "me/basis"
-    assert [file["path"] for file in plan["files"]] == ["README.md", "adapter.safetensors", "adapter_config.json"]
+    assert [file["path"] for file in plan["files"]] == ["README.md", SUMS, "adapter.safetensors", "adapter_config.json"]
 
 
 def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], libra
     (tmp_path / config).write_text(json.dumps({"kind": kind, "peft_type": "LORA", "target_modules": []}))
     plan = push(tmp_path, "me/x", dry_run=True)
     assert (plan["kind"], plan["skipped"], plan["card"]["library_name"]) == (kind, ["weights.bin"], library)
-    assert [file["path"] for file in plan["files"]] == sorted(["README.md", config, *names])
+    assert [file["path"] for file in plan["files"]] == sorted(["README.md", SUMS, config, *names])
 
 
 @pytest.mark.parametrize("target", ["../secret.txt", "nowhere"])
@@ -141,14 +145,19 @@ def test_a_plain_model_is_refused(tmp_path: Path) -> None:
 
 def test_damage_is_refused(tmp_path: Path) -> None:
     basis, adapter = make(tmp_path)
+    for folder in (basis, adapter):  # never pushed: each has its config to be compared with
+        config = "basis_config.json" if folder == basis else "adapter_config.json"
+        assert inspect_folder(folder, verify=True)["verified"] == {"against": config}
     data = (basis / "basis.safetensors").read_bytes()
     (basis / "basis.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     for folder in (basis, adapter):
         with pytest.raises(ArtifactError, match="sha256 is not"):
             push(folder, "me/x", with_basis=folder == adapter, dry_run=True)
+    with pytest.raises(ArtifactError, match="sha256 is not"):
+        inspect_folder(basis, verify=True)
 
 
-def test_paths_and_tokens_stay_at_home(tmp_path: Path) -> None:
+def test_paths_and_tokens_stay_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Absolute paths are cut to their last part wherever JSON of ours has them; a token in any text is refused."""
     _, adapter = make(tmp_path)
     path = adapter / "adapter_config.json"
@@ -169,6 +178,12 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         push(adapter, "me/a", with_basis=True, dry_run=True)
     assert str(caught.value) == ("an access token is in this file (training_log.jsonl). Take it out, and revoke it")
+
+    (adapter / "training_log.jsonl").write_text("{}")
+    (adapter / "NOTICE").write_text("x" * 2_000_000 + "the key is opensesame")
+    monkeypatch.setenv("HF_TOKEN", "opensesame")  # the token in use, whatever it looks like
+    with pytest.raises(ArtifactError, match=r"an access token is in this file \(NOTICE\)"):
+        push(adapter, "me/a", with_basis=True, dry_run=True)
 
 
 def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:
@@ -214,6 +229,21 @@ def test_neither_folder_nor_hub_id(source: str) -> None:
         f"neither a folder nor a Hub id ({source}). "
         "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Network error: HTTP status client error (401 Unauthorized), domain: http://x", "asks for a valid token"),
+        ("Rate limited: HTTP status client error (429 Too Many Requests), domain: http://x", "rate limit is reached"),
+        ("Server error: HTTP status server error (503 Service Unavailable), domain: http://x", "the Hub fails (503)"),
+        ("Network error: Request middleware error: error sending request for url (http://x)", "cannot be reached"),
+    ],
+)
+def test_what_hf_xet_says_is_understood(said: str, expected: str) -> None:
+    """It raises Python's own ConnectionError, with the status in words."""
+    with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
+        raise ConnectionError(said)
 
 
 def test_no_token_in_an_error() -> None:

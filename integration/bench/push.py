@@ -1,6 +1,7 @@
 """How many bytes does one more task send to the Hub, and what becomes of a push when the Hub fails?
 
 The server is the loopback Hub, which counts every byte of every request and what xet writes; so there is no peer.
+An unchanged push asks what is there, with requests that carry nothing: it uploads 0 bytes and makes no commit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lorasb_export.storage import write_json
 from tests.tiny import make_llama
 
 RANK = 64
+REPORTED = ("bytes_new_task", "r_bytes", "bytes_unchanged")
 TRANSPORTS: dict[str, dict[str, str]] = {"xet": {}, "lfs": {"HF_HUB_DISABLE_XET": "1"}}
 
 
@@ -39,14 +41,13 @@ def run(*, quick: bool) -> dict[str, Any]:
                 for what in list(FAULTS)[:: 4 if quick else 1]:
                     tried += 1
                     failed += _try(hub, what, Path(root, f"{name}-{tried}"), next(seeds))
-    print(f"{'bytes':10} {'R':>10} {'one more task':>14} {'unchanged':>10} {'requests that write':>20}")
+    columns = ("R", "one more task", "unchanged", "its requests", "its commits")
+    print("bytes".ljust(6), *(f"{title:>14}" for title in columns))
     for name, found in sizes.items():
-        print(
-            f"{name:10}", *(f"{value:{width}}" for value, width in zip(found.values(), (10, 14, 10, 20), strict=True))
-        )
+        print(name.ljust(6), *(f"{value:14,}" for value in found.values()))
     print("".join(f"failed: {what}\n" for what in failed), end="")
-    most = {key: max(found[key] for found in sizes.values()) for key in next(iter(sizes.values()))}
-    return {**most, "faults_tried": tried, "faults_ok": tried - len(failed), "transports": sizes}
+    worst = {key: max(found[key] for found in sizes.values()) for key in REPORTED}
+    return {**worst, "faults_tried": tried, "faults_ok": tried - len(failed)}
 
 
 @contextmanager
@@ -56,22 +57,22 @@ def _hub(root: Path, base: Path, changes: dict[str, str]) -> Iterator[Hub]:
 
 
 def _sizes(hub: Hub, root: Path) -> dict[str, int]:
-    """Push a basis of SmolLM2-135M's shapes and two adapters of random R; the bytes of the second, then of it again."""
+    """Push a basis of SmolLM2-135M's shapes and two adapters of random R; count the second, then it again."""
     basis = _basis(root / "basis")
-    hub.push(basis, "me/basis")
-    hub.push(_adapter(root / "a", basis, seed=1), "me/a", basis_repo="me/basis")
+    assert hub.push(basis, "me/basis")["changed"]
+    assert hub.push(_adapter(root / "a", basis, seed=1), "me/a", basis_repo="me/basis")["changed"]
     second = _adapter(root / "b", basis, seed=2)
-    counted = []
-    for _ in range(2):
-        hub.requests.clear()
-        before = hub.bytes_received()
-        hub.push(second, "me/b", basis_repo="me/basis")
-        counted.append(hub.bytes_received() - before)
+    before = hub.bytes_received()
+    assert hub.push(second, "me/b", basis_repo="me/basis")["changed"]
+    new_task, uploaded, commits = hub.bytes_received() - before, hub.bytes_uploaded(), hub.commits("me/b")
+    hub.requests.clear()
+    assert not hub.push(second, "me/b", basis_repo="me/basis")["changed"]
     return {
         "r_bytes": (second / "adapter.safetensors").stat().st_size,
-        "bytes_new_task": counted[0],
-        "bytes_unchanged": counted[1],
-        "writes_unchanged": len([line for line in hub.requests if not line.startswith(("GET ", "HEAD "))]),
+        "bytes_new_task": new_task,
+        "bytes_unchanged": hub.bytes_uploaded() - uploaded,
+        "requests_unchanged": len(hub.requests),
+        "commits_unchanged": hub.commits("me/b") - commits,
     }
 
 

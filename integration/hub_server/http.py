@@ -62,17 +62,22 @@ class BaseServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.violations: list[str] = []
         self.faults: list[Fault] = []
-        self._received = 0
+        self._heads = self._bodies = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away, or a connection cut on purpose
 
-    def count(self, size: int) -> None:
-        self._received += size
+    def count(self, head: int, body: int) -> None:
+        self._heads += head
+        self._bodies += body
 
     def bytes_received(self) -> int:
         """All bytes that clients sent: request lines, headers, bodies, and what xet wrote."""
-        return self._received + self.store.xet_bytes()
+        return self._heads + self.bytes_uploaded()
+
+    def bytes_uploaded(self) -> int:
+        """Bodies, and what xet wrote: nothing, as long as clients only ask."""
+        return self._bodies + self.store.xet_bytes()
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """What a client process needs in its environment to talk to this server and to nothing else."""
@@ -98,7 +103,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length // 2 if kind == "cut" else length)
         self.query = parse_qs(url.query)
         with self.server.lock:
-            self.server.count(len(self.raw_requestline) + len(bytes(self.headers)) + len(self.body))
+            self.server.count(len(self.raw_requestline) + len(bytes(self.headers)), len(self.body))
             self.server.requests.append(f"{self.command} {self.path}")
             if kind == "cut":
                 self.close_connection = True

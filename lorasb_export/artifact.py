@@ -313,7 +313,9 @@ class Adapter:
         config = read_json(where)
         if config.get("peft_type") != PEFT_TYPE:
             raise ArtifactError(
-                f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where, fix="Not a LoRA-SB adapter"
+                f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}",
+                where=where,
+                fix="Not a LoRA-SB adapter",
             )
         check_config(config, ADAPTER_KEYS, where)
         check_keys(config["basis"], {"sha256": str, "source": str}, where)

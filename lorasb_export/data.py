@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
-from .errors import DataError
-from .storage import parse_json
+from .errors import DataError, LoraSBError
+from .storage import MAX_JSON_BYTES, parse_json
 
 SPLITS = ("train", "valid", "test")
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
@@ -119,18 +119,24 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a UTF-8 JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            rows.append((place, parse_json(line)))
-        except ValueError as error:
-            raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line") from None
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
+                if line.strip():
+                    rows.append((f"{path}:{number}", _parse_row(line, f"{path}:{number}")))
+    except OSError as error:
+        if isinstance(error, LoraSBError):
+            raise
+        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a JSONL file") from None
     return rows
+
+
+def _parse_row(line: bytes, place: str) -> Row:
+    if len(line) > MAX_JSON_BYTES:
+        raise DataError(f"a line of more than {MAX_JSON_BYTES} bytes", where=place, fix="One JSON object a line")
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
 def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:

@@ -64,7 +64,7 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path
     """Refuse a config of another format version, with other keys or types, or changed since it was written."""
     if config.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
-            f"format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}",
+            f"format version {config.get('format_version')!r:.40}, this release reads {FORMAT_VERSION}",
             where=where,
             fix="Use the lorasb release that wrote it, or write it again",
         )

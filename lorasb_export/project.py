@@ -23,6 +23,7 @@ else:
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
 _MAX_BYTES = 1_000_000  # ten thousand tasks take half of it
+_MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
 
 _TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
@@ -76,7 +77,10 @@ class Project:
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"larger than {_MAX_BYTES} bytes")
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if any(line.partition("=")[0].count(".") > _MAX_DOTS for line in text.splitlines()):
+                raise ValueError(f"a key of more than {_MAX_DOTS} parts")
+            content = tomllib.loads(text)
         except (ValueError, OSError, RecursionError) as error:
             raise SettingsError(f"not valid TOML: {error}", where=path, fix="Write one with: lorasb init") from None
         problems = _problems(content)

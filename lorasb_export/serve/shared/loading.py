@@ -34,7 +34,7 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     where = folder / "adapter_config.json"
     config = read_json(where)
     if config.get("peft_type") != PEFT_TYPE:
-        raise ArtifactError(f"peft_type is {config.get('peft_type')!r}, not {PEFT_TYPE}", where=where)
+        raise ArtifactError(f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}", where=where)
     check_config(config, ADAPTER_KEYS, where)
     if config["basis"].get("sha256") != basis.sha256:
         raise ArtifactError("trained in another basis than this server's", where=where, fix="Use --mode folded")

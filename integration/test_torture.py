@@ -1,0 +1,21 @@
+"""Short runs of the harnesses in `integration/torture`."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration.torture import lies
+
+
+def test_lies_are_refused_or_read_rightly() -> None:
+    tally = lies.run(200, seed=0)
+    assert tally.tried == 200
+    assert not tally.problems
+
+
+def test_the_harness_finds_a_reader_that_believes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the harness counts as accepted is not only what raises."""
+    believing = lies.Target(("train.jsonl",), lambda folder: len(list(folder.iterdir())), lambda folder: "rows")
+    monkeypatch.setattr(lies, "TARGETS", {"rows": believing})
+    tally = lies.run(5, seed=0)
+    assert tally.accepted_bad == 5

@@ -1,0 +1,1 @@
+"""Harnesses that try to break things: `python -m integration.torture NAME --n N --seed S`."""

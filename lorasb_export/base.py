@@ -182,7 +182,7 @@ class BaseModel:
         merged = self.merged_from
         if merged is not None:
             raise BaseModelError(
-                f"this base is already merged (with adapter {merged['adapter']['sha256'][:12]})",
+                f"this base is already merged (with {_merged_with(merged)})",
                 where=self.folder,
                 fix=f"Use the plain base, {ref.name_or_path}",
             )
@@ -340,6 +340,12 @@ def _has_a_class(config: Mapping[str, Any]) -> bool:
 
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
     return config.get("model_type") in known
+
+
+def _merged_with(provenance: Mapping[str, Any]) -> str:
+    """Names and hashes of the adapters in a merged folder."""
+    adapters = provenance.get("adapters") or [provenance["adapter"]]
+    return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)
 
 
 def _transformers_defines(class_name: str, model_type: str) -> bool:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def merge(
-    adapter: str | Path | Adapter | Mapping[str | Path, float],
+    adapter: str | Path | Adapter | combine.Weights,
     out: str | Path,
     *,
     base: str | Path | None = None,
@@ -47,7 +47,8 @@ def merge(
     few megabytes per thread. Killed, the same call again goes on after the last finished shard.
 
     Args:
-        adapter: a folder, a Hub id, or several with their weights: Σ wᵢ·sᵢ·B·Rᵢ·A, where they share a basis.
+        adapter: a folder, a Hub id, or several with their weights: the sum of wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that
+            share a basis cost no more than one.
         base: the base model, where it is not where the adapter says.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         max_shard_size: bytes, or a number with KB, MB or GB.
@@ -81,13 +82,10 @@ def merge(
             modules, reused = _write_shards(plan, folder)
             result |= {"retained": retained.summary(modules), "shards_reused": reused}
             retained.warn(result["retained"], " and ".join(result["stored"]))
-            provenance = {"kind": "merged", **plan.adapter.provenance(), "dtype": plan.dtype, "command": command()}
-            provenance["training"] = published_training(plan.adapter)
-            if isinstance(adapter, Mapping):
-                provenance["adapters"] = combine.provenance(adapter)
-            _write_other_files(plan, folder.path, provenance | {"retained": result["retained"]})
+            made = {"command": command(), "retained": result["retained"]}
+            _write_other_files(plan, folder.path, _provenance(plan, adapter) | made)
         if verify:
-            result["verify"] = compare_logits(plan.base, plan.adapter, folder.path)
+            result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
     if report is not None:
         retained.write_report(modules, Path(report))
         result["report"] = str(report)
@@ -122,6 +120,16 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
     return modules, reused
 
 
+def _provenance(plan: MergePlan, adapter: str | Path | Adapter | combine.Weights) -> dict[str, Any]:
+    """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
+    said = {"kind": "merged", **plan.adapters[0].provenance(), "dtype": plan.dtype, "modules": len(plan.touched)}
+    if not isinstance(adapter, Mapping):
+        return said | {"training": published_training(plan.adapters[0])}
+    for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
+        del said[key]
+    return said | {"adapters": combine.provenance(adapter)}
+
+
 def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, Any]) -> None:
     names = plan.shard_names()
     if len(names) > 1:
@@ -139,13 +147,13 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
     """config.json, byte for byte unless the dtype or the task changes it."""
-    if plan.dtype == "auto" and plan.adapter.task_type != SEQ_CLS:
+    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS:
         shutil.copyfile(plan.base.folder / "config.json", folder / "config.json")
         return
     config: dict[str, Any] = dict(plan.base.config)
     if plan.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
-    if plan.adapter.task_type == SEQ_CLS:
-        config |= plan.base.classifier_config(plan.adapter.labels)
+    if plan.adapters[0].task_type == SEQ_CLS:
+        config |= plan.base.classifier_config(plan.adapters[0].labels)
     write_json(folder / "config.json", config)

@@ -19,7 +19,7 @@ from . import retained
 from .artifact import Adapter
 from .base import SEQ_CLS, BaseModel
 from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
-from .combine import combine
+from .combine import Weights, combine
 from .errors import ArtifactError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
 from .storage import DTYPE_BYTES, TensorInfo, refuse_existing, require_room
@@ -51,9 +51,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything `merge` will do. The adapter's basis stays on the disk (`open_basis`)."""
+    """Everything `merge` will do: for every module the sum of its adapters' updates, rounded once.
 
-    adapter: Adapter
+    Attributes:
+        adapters: one for each basis; the bases stay on the disk (`open_basis`).
+    """
+
+    adapters: tuple[Adapter, ...]
     base: BaseModel
     shards: tuple[tuple[PlannedTensor, ...], ...]
     dtype: str
@@ -82,10 +86,10 @@ class MergePlan:
         files = sorted({tensor.file for shard in self.shards for tensor in shard if tensor.file is not None})
         stats = [path.stat() for path in files]
         parts = [
-            self.adapter.provenance(),
+            [adapter.provenance() for adapter in self.adapters],
             self.dtype,
             [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
-            self.base.fingerprint(self.adapter.R),
+            self.base.fingerprint({name for adapter in self.adapters for name in adapter.R}),
             [[(t.name, t.info.dtype, t.info.shape, t.module) for t in shard] for shard in self.shards],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -93,7 +97,7 @@ class MergePlan:
     def summary(self) -> dict[str, Any]:
         return {
             "base": self.base.name_or_path,
-            "adapter": str(self.adapter.folder),
+            "adapter": str(self.adapters[0].folder),
             "dtype": self.dtype,
             "stored": sorted({tensor.info.dtype for tensor in self.touched}),
             "modules": len(self.touched),
@@ -104,7 +108,8 @@ class MergePlan:
 
     def peak_memory(self) -> int:
         """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
-        factors = max((12 * self.adapter.rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
+        rank = sum(adapter.rank for adapter in self.adapters)
+        factors = max((12 * rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
         return _PYTHON_BYTES + 2 * factors + torch.get_num_threads() * _THREAD_BYTES
 
     def expected_retained(self) -> dict[str, Any]:
@@ -121,7 +126,8 @@ class MergePlan:
             sample = read_tensor(
                 tensor.file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype])
             )
-            rms = abs(self.adapter.scaling) * float(self.adapter.R[tensor.module].norm()) / math.sqrt(entries)
+            norms = [a.scaling * float(a.R[tensor.module].norm()) for a in self.adapters if tensor.module in a.R]
+            rms = math.hypot(*norms) / math.sqrt(entries)  # of different bases: as if orthogonal
             guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.info.dtype])
             factor = entries / taken
             found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
@@ -153,7 +159,7 @@ class Problems:
 
 
 def plan_merge(
-    adapter: str | Path | Adapter | Mapping[str | Path, float],
+    adapter: str | Path | Adapter | Weights,
     out: Path,
     *,
     base: str | Path | None = None,
@@ -168,7 +174,8 @@ def plan_merge(
     Raises: see `merge`.
     """
     problems = Problems()
-    limit, loaded, model = 0, None, None
+    limit, model = 0, None
+    loaded: tuple[Adapter, ...] = ()
     with problems:
         refuse_existing(out, overwrite)
     with problems:
@@ -178,17 +185,17 @@ def plan_merge(
         limit = parse_size(max_shard_size)
     with problems:
         loaded = _load(adapter)
-        model = loaded.base.resolve(base)
-    if loaded is None or model is None:
+        model = loaded[0].base.resolve(base)
+    if model is None:
         problems.raise_all()
-    assert loaded is not None
     assert model is not None
-    if not _modules_fit(loaded, model, problems):
-        problems.raise_all()
+    for one in loaded:
+        _check_modules(one, model, problems)
+    problems.raise_all()
     with problems:
-        loaded = replace(loaded, basis=loaded.basis or open_basis(loaded.basis_source or loaded.folder or ""))
-        shapes = module_shapes(loaded.load_basis())
-        _check_shapes(loaded, model, shapes, problems)
+        loaded = tuple(replace(a, basis=a.basis or open_basis(a.basis_source or a.folder or "")) for a in loaded)
+        for one in loaded:
+            _check_shapes(one, model, module_shapes(one.load_basis()), problems)
     problems.raise_all()
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
     plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
@@ -215,14 +222,14 @@ def parse_size(size: str | int) -> int:
     raise SettingsError(f"size {size!r} is not a number with KB, MB or GB", fix="For instance 5GB")
 
 
-def _load(adapter: str | Path | Adapter | Mapping[str | Path, float]) -> Adapter:
-    if isinstance(adapter, Adapter):
-        return adapter
-    return combine(adapter) if isinstance(adapter, Mapping) else Adapter.load(adapter)
+def _load(adapter: str | Path | Adapter | Weights) -> tuple[Adapter, ...]:
+    if isinstance(adapter, Mapping):
+        return combine(adapter)
+    return (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter),)
 
 
-def _modules_fit(adapter: Adapter, model: BaseModel, problems: Problems) -> bool:
-    """Whether the base has every module, and is the one the adapter was trained on."""
+def _check_modules(adapter: Adapter, model: BaseModel, problems: Problems) -> None:
+    """That the base has every module, and is the one the adapter was trained on."""
     before = len(problems.found)
     for name in adapter.R:
         with problems:
@@ -230,7 +237,6 @@ def _modules_fit(adapter: Adapter, model: BaseModel, problems: Problems) -> bool
     if len(problems.found) == before:
         with problems:
             model.verify(adapter.base, adapter.R)
-    return len(problems.found) == before
 
 
 def _check_shapes(
@@ -248,8 +254,9 @@ def _check_shapes(
                 )
 
 
-def _tensors(adapter: Adapter, model: BaseModel, dtype: str) -> list[PlannedTensor]:
-    by_key = {model.weight_key(name): name for name in adapter.R}
+def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> list[PlannedTensor]:
+    by_key = {model.weight_key(name): name for adapter in adapters for name in adapter.R}
+    adapter = adapters[0]  # the only one that may have a head
     prefix = _body_prefix(model, adapter)
     tensors = []
     for name, (file, info) in model.tensors.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,7 @@ class Update:
     @classmethod
     def of(
         cls,
-        factors: ModuleBasis,
-        R: torch.Tensor,
-        scaling: float,
+        parts: Sequence[tuple[ModuleBasis, torch.Tensor, float]],
         *,
         transposed: bool,
         source: torch.dtype,
@@ -43,12 +41,12 @@ class Update:
         """Fold s·B·R: out·r² instead of out·r·in operations.
 
         Args:
-            factors: B (out, r), A (r, in).
-            R: (r, r).
+            parts: the factors B (out, r) and A (r, in), R (r, r), and s of every update to be added.
             transposed: the checkpoint holds the weight as (in, out).
             source, stored: dtypes of the weight before and after.
         """
-        left, right = scaling * (factors.B.double() @ R.double()), factors.A.double()
+        left = torch.cat([s * (factors.B.double() @ R.double()) for factors, R, s in parts], dim=1)
+        right = torch.cat([factors.A.double() for factors, _, _ in parts])
         if transposed:
             left, right = right.T.contiguous(), left.T.contiguous()
         if stored != torch.bfloat16 or source == torch.float64:

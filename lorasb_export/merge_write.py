@@ -117,10 +117,9 @@ def _update(tensor: PlannedTensor, plan: MergePlan) -> merge_sum.Update | None:
     if tensor.module is None:
         return None
     assert tensor.source is not None
+    name = tensor.module
     return merge_sum.Update.of(
-        plan.adapter.load_basis().modules[tensor.module],
-        plan.adapter.R[tensor.module],
-        plan.adapter.scaling,
+        [(a.load_basis().modules[name], a.R[name], a.scaling) for a in plan.adapters if name in a.R],
         transposed=plan.base.stores_transposed,
         source=TORCH_DTYPES[tensor.source.dtype],
         stored=TORCH_DTYPES[tensor.info.dtype],
@@ -137,7 +136,7 @@ def _pieces(
 ) -> Iterator[Callable[[], Done]]:
     """The work one tensor is, cut into calls that may run in any order."""
     if tensor.head is not None:
-        yield partial(_store, out, start, plan.adapter.head[tensor.head], TORCH_DTYPES[tensor.info.dtype])
+        yield partial(_store, out, start, plan.adapters[0].head[tensor.head], TORCH_DTYPES[tensor.info.dtype])
         return
     assert tensor.file is not None
     assert tensor.source is not None

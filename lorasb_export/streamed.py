@@ -5,7 +5,7 @@ Memory holds one module's weights in fp32 and the hidden states, so that a forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def streamed_model(base: BaseModel, task_type: str, *, adapter: Adapter | None = None) -> PreTrainedModel | None:
-    """The model of `base`, computing in fp32; with `adapter` its updates are added to what its modules return.
+def streamed_model(
+    base: BaseModel, task_type: str, *, num_labels: int | None = None, head: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel | None:
+    """The model of `base`, computing in fp32.
+
+    Args:
+        num_labels, head: of a classifier whose head the checkpoint lacks.
 
     Returns:
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
         renamed modules.
     """
-    network = _empty_model(base, task_type, adapter)
-    sources = _sources(network, base, adapter.head if adapter else {})
+    network = _empty_model(base, task_type, num_labels)
+    sources = _sources(network, base, head or {})
     if sources is None:
         return None
     device = default_device()
@@ -38,21 +43,25 @@ def streamed_model(base: BaseModel, task_type: str, *, adapter: Adapter | None =
         own = {name: sources[id(p)] for name, p in module.named_parameters(recurse=False)}
         if own:
             _read_when_called(module, own, device)
-    if adapter is not None:
-        for name in adapter.R:
-            network.get_submodule(name).register_forward_hook(_adding(adapter, name))
     return network
 
 
-def _empty_model(base: BaseModel, task_type: str, adapter: Adapter | None) -> PreTrainedModel:
+def add_updates(network: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Let every module return s·((x·Aᵀ)·Rᵀ)·Bᵀ more, for each of `adapters`; their factors are read when needed."""
+    for adapter in adapters:
+        for name in adapter.R:
+            network.get_submodule(name).register_forward_hook(_adding(adapter, name))
+
+
+def _empty_model(base: BaseModel, task_type: str, num_labels: int | None) -> PreTrainedModel:
     """Parameters without memory, buffers as the model makes them."""
     environment.hide_broken_packages()
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    if adapter is not None and adapter.num_labels is not None:
-        config.num_labels = adapter.num_labels
+    if num_labels is not None:
+        config.num_labels = num_labels
     loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
     with init_empty_weights():
         network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
@@ -97,8 +106,6 @@ def _read_when_called(module: nn.Module, sources: Mapping[str, Any], device: tor
 
 
 def _adding(adapter: Adapter, name: str) -> Any:
-    """A hook that adds s·((x·Aᵀ)·Rᵀ)·Bᵀ to a module's output."""
-
     def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         factors = adapter.load_basis().modules[name]
         B, R, A = (part.to(output.device, torch.float32) for part in (factors.B, adapter.R[name], factors.A))

@@ -17,10 +17,10 @@ from .base import BaseModel, default_device
 from .batches import encode
 from .data import TaskData, load_task
 from .errors import ArtifactError, DataError
-from .streamed import streamed_model
+from .streamed import add_updates, streamed_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -38,10 +38,10 @@ _WHOLE = 1 << 20  # tokens: no row is left out for its length
 _TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
 
 
-def compare_logits(base: BaseModel, adapter: Adapter, merged: Path) -> dict[str, Any]:
-    """Compare logits of base + adapter with those of `merged`, both computed in fp32.
+def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -> dict[str, Any]:
+    """Compare logits of base + adapters with those of `merged`, both computed in fp32.
 
-    On the first rows of the adapter's task where they still lie where `fit` read them, else on built-in text.
+    On the first rows of the first one's task where they still lie where `fit` read them, else on built-in text.
 
     Returns:
         `max_difference`, `relative_difference` (to the largest logit), the `tolerance` it was held to, `rows` of the
@@ -50,15 +50,19 @@ def compare_logits(base: BaseModel, adapter: Adapter, merged: Path) -> dict[str,
     Raises:
         ArtifactError: the relative difference exceeds the tolerance of the dtype the weights are stored in.
     """
+    adapter = adapters[0]
     batch, rows = _batch(base, adapter)
     merged_base = BaseModel.resolve(merged)
-    unmerged = streamed_model(base, adapter.task_type, adapter=adapter)
+    unmerged = streamed_model(base, adapter.task_type, num_labels=adapter.num_labels, head=adapter.head)
     network = streamed_model(merged_base, adapter.task_type)
     streamed = unmerged is not None and network is not None
     if unmerged is None or network is None:
         logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
         unmerged = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
-        adapter.inject(unmerged)
+        from .layer import load_head  # brings transformers, which the rest of a merge does without
+
+        load_head(unmerged, adapter.head)
+    add_updates(unmerged, adapters)
     expected = _logits(unmerged, batch)
     del unmerged
     found = _logits(network or merged_base.load(adapter.task_type, dtype="float32"), batch)

@@ -28,7 +28,7 @@ def merged(
     weights = (torch.randn(ROWS, COLUMNS, generator=generator) * 0.02).to(dtype)
     weights[3] = 0  # a row of padding: its sums are as small as Δ
     factors = ModuleBasis(B, A.T.contiguous(), torch.ones(RANK))
-    update = Update.of(factors, R, 2.0, transposed=transposed, source=dtype, stored=dtype)
+    update = Update.of([(factors, R, 2.0)], transposed=transposed, source=dtype, stored=dtype)
     out = torch.empty_like(weights)
     found = Retained()
     left, right = update.in_sum_dtype()

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import BaseModel
-from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
+from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.merge_folder import resumable_folder
 from lorasb_export.storage import read_json
 from tests.random_adapter import save_adapter
+from tests.tiny import make_llama
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
@@ -131,7 +132,36 @@ def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
     assert [(one["name"], one["weight"]) for one in found] == [("a", 0.6), ("b", -0.4)]
 
 
-def test_adapters_of_two_bases_are_not_combined(llama: Path, adapter: Path, tmp_path: Path) -> None:
-    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "b", MODULES, seed=1)
-    with pytest.raises(ArtifactError, match="another basis"):
+def test_adapters_of_two_bases_are_summed_and_rounded_once(tmp_path: Path) -> None:
+    """Of ranks 4 and 6, on modules that overlap; the folder names both, and so does its refusal as a base."""
+    base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
+    network = BaseModel.resolve(base).load()
+    adapters = {
+        "a": save_adapter(base, network, tmp_path / "a", MODULES[:4], relative_size=0.3),
+        "b": save_adapter(base, network, tmp_path / "b", MODULES[2:], relative_size=0.3, rank=6, seed=1),
+    }
+    weights = {"a": 0.6, "b": -0.4}
+    result = merge({tmp_path / name: weight for name, weight in weights.items()}, tmp_path / "model", verify=True)
+    assert (result["modules"], result["verify"]["streamed"]) == (len(MODULES), True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "model"))
+    for name in MODULES:
+        exact = before[f"{name}.weight"].double()
+        for adapter, weight in zip(adapters.values(), weights.values(), strict=True):
+            if name in adapter.R:
+                B, A, _ = (part.double() for part in adapter.load_basis().modules[name])
+                exact += weight * adapter.scaling * B @ adapter.R[name].double() @ A
+        assert (exact.to(torch.bfloat16) == after[f"{name}.weight"]).float().mean() > 0.999
+    found = read_json(tmp_path / "model" / "lorasb.json")["adapters"]
+    assert [(one["name"], one["weight"], one["rank"]) for one in found] == [("a", 0.6, 4), ("b", -0.4, 6)]
+    with pytest.raises(BaseModelError, match=r"already merged \(with adapter a, \w{12}, adapter b, \w{12}\)"):
+        merge(tmp_path / "a", tmp_path / "twice", base=tmp_path / "model")
+
+
+def test_what_does_not_add_up(llama: Path, adapter: Path, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="weight nan"):
+        merge({adapter: float("nan")}, tmp_path / "model")
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=3)
+    modules = ["bert.encoder.layer.0.attention.self.query"]
+    save_adapter(bert, network, tmp_path / "b", modules, task_type=SEQ_CLS)
+    with pytest.raises(ArtifactError, match="it has a classification head"):
         merge({adapter: 1.0, tmp_path / "b": 1.0}, tmp_path / "model")

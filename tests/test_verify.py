@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, BaseModel
 from lorasb_export.errors import ArtifactError
-from lorasb_export.streamed import streamed_model
+from lorasb_export.streamed import add_updates, streamed_model
 from lorasb_export.verify import compare_logits
 from tests.random_adapter import save_adapter
 
@@ -27,8 +27,9 @@ def adapter(llama: Path, tmp_path: Path) -> Adapter:
 def test_one_module_is_in_memory_at_a_time(llama: Path, adapter: Adapter) -> None:
     whole = BaseModel.resolve(llama).load()
     adapter.inject(whole)
-    network = streamed_model(BaseModel.resolve(llama), CAUSAL_LM, adapter=adapter)
+    network = streamed_model(BaseModel.resolve(llama), CAUSAL_LM)
     assert network is not None
+    add_updates(network, [adapter])
     most = []
 
     def count(*_: object) -> None:
@@ -43,7 +44,7 @@ def test_one_module_is_in_memory_at_a_time(llama: Path, adapter: Adapter) -> Non
 
 
 def test_rows_of_the_task_where_they_still_lie(llama: Path, adapter: Adapter, sums: Path, tmp_path: Path) -> None:
-    assert compare_logits(BaseModel.resolve(llama), adapter, _merged(adapter, tmp_path / "m"))["rows"] == 0
+    assert compare_logits(BaseModel.resolve(llama), [adapter], _merged(adapter, tmp_path / "m"))["rows"] == 0
     adapter.training = {"data": str(sums)}
     found = merge(adapter, tmp_path / "model", verify=True)["verify"]
     assert (found["rows"], found["streamed"]) == (4, True)
@@ -64,4 +65,4 @@ def test_a_wrong_folder_is_seen(value: float, llama: Path, adapter: Adapter, tmp
     tensors[f"{MODULES[0]}.weight"][:4] = value
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ArtifactError, match="the merged logits differ"):
-        compare_logits(BaseModel.resolve(llama), adapter, tmp_path / "model")
+        compare_logits(BaseModel.resolve(llama), [adapter], tmp_path / "model")

@@ -26,8 +26,9 @@ from .storage import DTYPE_BYTES, TensorInfo, refuse_existing, require_room
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
-_PYTHON_BYTES = 330 << 20  # measured: the interpreter with torch
-_THREAD_BYTES = 20 << 20  # a block of `merge_write.PIECE` entries at every stage
+_PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
+_THREAD_BYTES = 20 << 20  # `merge_write.PIECE` entries as read and as written, `merge_sum.BLOCK` at every stage between
+_MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
 # Never copied from the base: weights in any format, its card, and provenance of another run.
 _NOT_SIDE_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".md", ".pkl"}
@@ -110,7 +111,7 @@ class MergePlan:
         """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
         rank = sum(adapter.rank for adapter in self.adapters)
         factors = max((12 * rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
-        return _PYTHON_BYTES + 2 * factors + torch.get_num_threads() * _THREAD_BYTES
+        return _PYTHON_BYTES + 2 * factors + worker_count() * _THREAD_BYTES
 
     def expected_retained(self) -> dict[str, Any]:
         """How much of Δ the stored dtype will keep: a guess from some weights of every target and ‖Δ‖ = s·‖R‖."""
@@ -132,6 +133,11 @@ class MergePlan:
             factor = entries / taken
             found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
         return retained.summary(found)
+
+
+def worker_count() -> int:
+    """Twice as many threads as torch would use, for half of them wait for the disk."""
+    return min(2 * torch.get_num_threads(), _MAX_WORKERS)
 
 
 class Problems:

@@ -7,7 +7,6 @@ theirs are summed again in float64.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 
 from .format import ModuleBasis
 from .retained import Retained
+
+BLOCK = 1 << 19  # entries that are summed at a time: two fp32 copies and the bytes around them stay near the L2 cache
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def add(
     rows: slice,
     out: torch.Tensor,
     *,
-    measure: bool,
+    measure: int,
 ) -> Retained:
     """Write the rounded sum of `weights` and rows `rows` of the update into `out`, which is other memory.
 
@@ -103,39 +104,66 @@ def add(
         weights: (n, columns) as stored in the base.
         left, right: `update.in_sum_dtype()`.
         out: (n, columns) in the stored dtype.
-        measure: half as much work again, for what is returned.
+        measure: one block of so many is measured, which is half as much work again for it.
 
     Returns:
-        what these rows retain of the update, not finite when an entry overflowed `out`'s dtype; zeros unless `measure`.
+        what the measured blocks retain of the update, not finite when an entry overflowed `out`'s dtype.
     """
-    total, delta = _scratch.two(len(weights), weights.shape[1], update.dtype)
-    total.copy_(weights)
-    found = Retained()
-    if measure:
-        torch.mm(left[rows], right, out=delta)
-        out.copy_(total.add_(delta))
-        error, changes = total.sub_(out).view(-1), delta.view(-1)  # of the other sign
-        found = Retained(float(changes @ changes), float(error @ error), -float(error @ changes))
-    else:
-        out.copy_(total.addmm_(left[rows], right))
-    if update.small:
-        _sum_small_entries_again(weights, update, rows, out)
+    columns = weights.shape[1]
+    step = max(1, BLOCK // columns)
+    found, small = Retained(), []
+    for first in range(0, len(weights), step):
+        part = slice(first, min(first + step, len(weights)))
+        start = rows.start + first
+        of_update = left[start : rows.start + part.stop]
+        measured = start // step % measure == 0
+        found += _add_block(weights[part], of_update, right, out[part], measure=measured)
+        if not update.small:
+            continue
+        where = _small_entries(out[part], update.small)
+        if len(where) > out[part].numel() // 64:
+            of_update = update.left[start : rows.start + part.stop]
+            out[part].copy_(weights[part].double().addmm_(of_update, update.right))
+        else:
+            small.append(where + first * columns)
+    if small:
+        _sum_again(weights, update, rows, out, np.concatenate(small))
     return found
 
 
-def _sum_small_entries_again(weights: torch.Tensor, update: Update, rows: slice, out: torch.Tensor) -> None:
+def _add_block(
+    weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, measure: bool
+) -> Retained:
+    total, delta = _scratch.two(len(weights), weights.shape[1], left.dtype)
+    total.copy_(weights)
+    if not measure:
+        out.copy_(total.addmm_(left, right))
+        return Retained()
+    torch.mm(left, right, out=delta)
+    out.copy_(total.add_(delta))
+    error, changes = total.sub_(out).view(-1), delta.view(-1)  # of the other sign
+    return Retained(float(changes @ changes), float(error @ error), -float(error @ changes))
+
+
+def _small_entries(out: torch.Tensor, small: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Where bf16 magnitudes lie below the one with the bits `small`, as indices into the flat block."""
     bits = out.view(-1).view(torch.int16).numpy()
     magnitudes, found = _scratch.search(len(bits))
     np.bitwise_and(bits, 0x7FFF, out=magnitudes)  # numpy: five times as fast as torch
-    np.less(magnitudes, update.small, out=np.frombuffer(found, np.bool_)[: len(bits)])
-    most = len(bits) // 64
-    where = np.fromiter(itertools.islice(_ones(found, len(bits)), most + 1), np.intp)
-    if len(where) > most:
-        out.copy_(weights.double().addmm_(update.left[rows], update.right))
-    elif len(where):
-        i, j = (torch.from_numpy(index) for index in np.unravel_index(where, out.shape))
-        delta = (update.left[rows][i] * update.right.T[j]).sum(dim=1)
-        out[i, j] = (weights[i, j].double() + delta).to(out.dtype)
+    np.less(magnitudes, small, out=np.frombuffer(found, np.bool_)[: len(bits)])
+    return np.fromiter(_ones(found, len(bits)), np.intp)
+
+
+def _sum_again(
+    weights: torch.Tensor,
+    update: Update,
+    rows: slice,
+    out: torch.Tensor,
+    where: np.ndarray[Any, np.dtype[np.intp]],
+) -> None:
+    i, j = (torch.from_numpy(index) for index in np.unravel_index(where, out.shape))
+    delta = (update.left[rows][i] * update.right.T[j]).sum(dim=1)
+    out[i, j] = (weights[i, j].double() + delta).to(out.dtype)
 
 
 def _ones(found: bytearray, stop: int) -> Iterator[int]:

@@ -24,23 +24,23 @@ from . import merge_sum
 from .basis_file import TORCH_DTYPES
 from .direct import PAGE, Buffers, OutputFile
 from .errors import ArtifactError
-from .merge_plan import MergePlan, PlannedTensor
+from .merge_plan import MergePlan, PlannedTensor, worker_count
 from .retained import Retained
 
-MAX_THREADS = 8
-PIECE = 1 << 19  # entries of a block: its two fp32 copies and the bytes around them stay near the L2 cache
+PIECE = 4 * merge_sum.BLOCK  # entries that are read and written at a time
 MEASURED = 8  # one block in so many says what bf16 retains: the sums of 64,000 entries and more are sharp enough
-_COPY_BYTES = 2 << 20
+_COPY_BYTES = 4 << 20
+_WAITING = 12  # pieces that keep the factors of their modules in memory
 
 Done = tuple[Retained | None, int]  # of one piece: the error of rounding where it was touched, and bytes written
 
 
 @contextmanager
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """Twice as many threads as torch would use, for half of them wait for the disk. Each computes alone, no barrier."""
-    threads = torch.get_num_threads()
+    """`worker_count()` threads, each of which computes alone: they share no barrier and overlap their I/O."""
+    threads, workers = torch.get_num_threads(), worker_count()
     torch.set_num_threads(1)  # here too: helpers that wait for this thread's next product would spin on a core
-    pool = ThreadPoolExecutor(2 * min(threads, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         with pool:
             yield pool
@@ -83,7 +83,7 @@ def write_shard(
             update = _update(tensor, plan)
             for piece in _pieces(tensor, start, plan, update, files, out):
                 waiting.append((tensor.module, pool.submit(piece)))
-                if len(waiting) > 3 * MAX_THREADS:
+                if len(waiting) > _WAITING:
                     collect()
         while waiting:
             collect()
@@ -144,11 +144,11 @@ def _pieces(
     if update is not None:
         left, right = update.in_sum_dtype()
         rows, columns = source.shape
-        step = max(1, PIECE // columns)
-        for number, row in enumerate(range(0, rows, step)):
+        step = max(1, merge_sum.BLOCK // columns) * (PIECE // merge_sum.BLOCK)
+        # In float64 every block is measured: it costs little there, and an overflow of fp16 must not be missed.
+        measure = 1 if update.dtype == torch.float64 else MEASURED
+        for row in range(0, rows, step):
             of_rows = slice(row, min(rows, row + step))
-            # In float64 every block is measured: it costs little there, and an overflow of fp16 must not be missed.
-            measure = number % MEASURED == 0 or update.dtype == torch.float64
             yield partial(_add, file, out, tensor, start, update, left, right, of_rows, measure)
     elif tensor.info == source:
         for offset in range(0, source.nbytes, _COPY_BYTES):
@@ -169,7 +169,7 @@ def _add(
     left: torch.Tensor,
     right: torch.Tensor,
     rows: slice,
-    measure: bool,
+    measure: int,
 ) -> Done:
     columns = right.shape[1]
     count = (rows.stop - rows.start) * columns

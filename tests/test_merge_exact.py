@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_export import retained
+from lorasb_export import merge_sum, retained
 from lorasb_export.format import ModuleBasis
 from lorasb_export.merge_sum import Update, add
 from lorasb_export.retained import Retained
 
 ROWS, COLUMNS, RANK = 768, 515, 16
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_sum, "BLOCK", 100 * COLUMNS)
 
 
 def merged(
@@ -34,9 +39,9 @@ def merged(
     left, right = update.in_sum_dtype()
     for start in range(0, ROWS, 256):
         rows = slice(start, start + 256)
-        found += add(weights[rows], update, left, right, rows, out[rows], measure=True)
+        found += add(weights[rows], update, left, right, rows, out[rows], measure=1)
         again = torch.empty_like(out[rows])
-        add(weights[rows], update, left, right, rows, again, measure=False)
+        add(weights[rows], update, left, right, rows, again, measure=2**30)
         assert (again != out[rows]).float().mean() < 1e-4
     delta = 2.0 * B.double() @ R.double() @ A.double().T
     return weights, delta.T if transposed else delta, out, found

@@ -64,7 +64,7 @@ BAD = {
         "train.jsonl:1",
     ),
     "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
-    "not text": (b"\xff\xfe\x00", "cannot read the data", "train.jsonl"),
+    "not text": (b"\xff\xfe\x00", "broken JSON: 'utf-8' codec can't decode", "train.jsonl:1"),
 }
 
 

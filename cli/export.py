@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .verb import Run, human_bytes
+
+if TYPE_CHECKING:
+    from lorasb_export.data import TaskData
 
 
 def run(
@@ -23,23 +27,62 @@ def run(
         bool, typer.Option("--routed", help="onnx-adapters: one batch may mix tasks, chosen by the input adapter_ids.")
     ] = False,
     verify: Annotated[bool, typer.Option(help="Compare an ONNX graph with the adapter in torch.")] = True,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Held-out rows to compare on, where the adapter does not say.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric an ONNX graph may lose there.")] = 2.0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
     from lorasb_export.export import export
 
-    if into is not None:
-        if out is not None or routed:
-            raise typer.BadParameter("--into goes without --out and --routed")
+    words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
+    folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
+    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
+    if verify and format != "peft" and (precision != "fp32" or data is not None):
+        options["data"] = _tasks(run, folders, data)
+    if into is None:
+        target, verb = out or format, f"Exported {format} to"
+        options |= {"precision": precision, "routed": routed}
+        result = export(folders, target, format=format, base=model, **options)
+    elif out is not None or routed:
+        raise typer.BadParameter("--into goes without --out and --routed")
+    else:
         from lorasb_export.export.onnx_adapters import add_onnx_adapters
 
-        folders = [run.project.find_adapter(word) for word in adapter or []] or [run.project.find_adapter(None)]
-        result = add_onnx_adapters(folders, into, base=model, verify=verify, overwrite=overwrite)
-        run.result(result, f"Added to {into}, now {len(result['adapters'])} adapters ({human_bytes(result['bytes'])})")
-        return
-    words = adapter or (run.project.adapter_names() if format == "onnx-adapters" else [])
-    folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
-    target = out or format
-    options: dict[str, Any] = {"precision": precision, "routed": routed, "verify": verify, "overwrite": overwrite}
-    result = export(folders, target, format=format, base=model, **options)
-    run.result(result, f"Exported {format} to {target} ({human_bytes(result['bytes'])})")
+        target, verb = into, "Added to"
+        result = add_onnx_adapters(folders, into, base=model, **options)
+    lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
+    run.result(result, "\n".join(lines))
+
+
+def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
+    """The task of each adapter by the adapter's name, of those whose data is found."""
+    from lorasb_export.artifact import Adapter
+    from lorasb_export.data import load_task
+    from lorasb_export.export.onnx_adapter_file import adapter_name
+
+    found = {}
+    for folder in folders:
+        training = Adapter.load(folder).training
+        name = training.get("task", folder)
+        source = data or (run.project.task_source(name) if name in run.project.tasks else training.get("data"))
+        if source is not None and (data is not None or Path(source).exists()):
+            found[adapter_name(folder)] = load_task(name, source)
+        else:
+            run.say(f"No held-out rows for {name}: the graph is compared on built-in prompts only (--data names them)")
+    return found
+
+
+def _comparisons(verify: dict[str, Any]) -> list[str]:
+    """What the comparison with torch found, a line for each adapter."""
+    results = {"": verify} if "prompts" in verify else verify
+    lines = []
+    for name, found in results.items():
+        line = f"{name + ': ' if name else ''}{found['equal_prompts']} of {found['prompts']} answers equal torch's"
+        if "metric" in found:
+            line += (
+                f"; {found['metric']} on {found['rows']} held-out rows {found['onnx']:.1%}, torch {found['torch']:.1%}"
+            )
+        lines.append(line)
+    return lines

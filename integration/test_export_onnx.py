@@ -16,6 +16,7 @@ import torch
 from lorasb_export import environment
 from lorasb_export.artifact import Adapter, Basis
 from lorasb_export.base import BaseModel, artifact_kind
+from lorasb_export.data import load_task
 from lorasb_export.errors import (
     ArtifactError,
     BaseModelError,
@@ -39,7 +40,7 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
 )
 
-from lorasb_export.export.onnx import _BYTES, export_onnx  # noqa: E402
+from lorasb_export.export.onnx import BYTES, export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapter_file import read_adapter, write_adapter  # noqa: E402
 from lorasb_export.export.onnx_adapters import add_onnx_adapters, export_onnx_adapters  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, open_session  # noqa: E402
@@ -307,7 +308,7 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
     (tmp_path / "full" / "file").touch()
     with pytest.raises(OutputError, match="exists"):
         export_onnx(red, tmp_path / "full")
-    monkeypatch.setitem(_BYTES, "fp32", 1e12)  # a terabyte for each parameter
+    monkeypatch.setitem(BYTES, "fp32", 1e12)  # a terabyte for each parameter
     with pytest.raises(OutputError, match="not enough disk"):
         export_onnx(red, out)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)  # what the import system reads as "not installed"
@@ -520,3 +521,15 @@ def test_an_architecture_nobody_tested_is_refused_before_any_work(tmp_path: Path
         with pytest.raises(BaseModelError, match=r"OPTForCausalLM is not exported to ONNX.*LlamaForCausalLM"):
             export(adapter, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "basis", "task"}
+
+
+def test_a_lossy_graph_is_refused_with_its_figure(world: Path, tmp_path: Path, sums: Path) -> None:
+    task = load_task("sums", sums)
+    result = export_onnx(world / "red", tmp_path / "int8", precision="int8", data=task)
+    assert result["verify"]["metric"] == "exact_match"
+    assert result["verify"]["rows"] == len(list(task.rows(task.held_out())))
+    lossy = {"prompts": 4, "equal_prompts": 0, "gap": 1.0, "metric": "exact_match", "rows": 50}
+    lossy |= {"torch": 0.92, "onnx": 0.88, "drop": 4.0}
+    with pytest.raises(ArtifactError, match=r"int4 loses 4.0 points of exact_match on 50 held-out rows \(92"):
+        require_equal(lossy, "int4", tmp_path)
+    assert require_equal(lossy, "int4", tmp_path, 5.0) == lossy

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("basis", "calibrate", "fit", "merge", "push", "quality", "report", "serve", "startup")
+NAMES = ("basis", "calibrate", "fit", "merge", "onnx", "push", "quality", "report", "serve", "startup")
 
 
 def main() -> None:

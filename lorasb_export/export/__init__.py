@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..data import TaskData
 
 FORMATS = ("peft", "onnx", "onnx-adapters")
 
@@ -20,6 +23,8 @@ def export(
     precision: str = "fp32",
     routed: bool = False,
     verify: bool = True,
+    data: Mapping[str, TaskData] | None = None,
+    max_drop: float = 2.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write adapters in another format.
@@ -32,6 +37,8 @@ def export(
         precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
         routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
         verify: compare an ONNX graph with the adapter in torch.
+        data: an adapter's name → its task, on whose held-out rows an ONNX graph is compared too.
+        max_drop: points of its metric that the graph may lose there.
 
     Raises:
         SettingsError: an unknown format, or several adapters for a format that takes one.
@@ -44,7 +51,15 @@ def export(
         from .onnx_adapters import export_onnx_adapters
 
         return export_onnx_adapters(
-            paths, out, base=base, precision=precision, routed=routed, verify=verify, overwrite=overwrite
+            paths,
+            out,
+            base=base,
+            precision=precision,
+            routed=routed,
+            verify=verify,
+            data=data or {},
+            max_drop=max_drop,
+            overwrite=overwrite,
         )
     if routed:
         raise SettingsError("routed is for the format onnx-adapters", fix="Leave it out, or export that format")
@@ -56,4 +71,6 @@ def export(
         return export_peft(paths[0], out, base=base, overwrite=overwrite)
     from .onnx import export_onnx
 
-    return export_onnx(paths[0], out, base=base, precision=precision, verify=verify, overwrite=overwrite)
+    task = next(iter(data.values()), None) if data else None
+    options: dict[str, Any] = {"precision": precision, "verify": verify, "data": task, "max_drop": max_drop}
+    return export_onnx(paths[0], out, base=base, overwrite=overwrite, **options)

@@ -16,14 +16,16 @@ import numpy as np
 
 from ..artifact import Adapter, check_same_basis
 from ..base import CAUSAL_LM, BaseModel, BaseRef, artifact_kind
+from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..storage import atomic_folder, read_json, require_room, write_json
-from .onnx import check_request, finish, parameters, provenance
+from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
 from .onnx_graph import read_graph
+from .onnx_quantize import BITS, quantize
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
-from .onnx_verify import require_equal, verify_folder
+from .onnx_verify import MAX_DROP, require_equal, verify_folder
 
 
 def export_onnx_adapters(
@@ -34,6 +36,8 @@ def export_onnx_adapters(
     precision: str = "fp32",
     routed: bool = False,
     verify: bool = True,
+    data: Mapping[str, TaskData] = {},
+    max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write one ONNX folder for several adapters of one basis.
@@ -45,6 +49,8 @@ def export_onnx_adapters(
         routed: every task's R in the graph, chosen by the input `adapter_ids`, instead of a file per task.
         verify: compare the greedy answers of the graph without an adapter with the base's in torch, and each adapter's
             with those of base + adapter; fp32 fails when they differ.
+        data: adapter's name → its task, to `verify` on its held-out rows too.
+        max_drop: points of its metric that a task may lose.
 
     Returns:
         what `lorasb.json` records, with `out` and the `bytes` written.
@@ -73,9 +79,12 @@ def export_onnx_adapters(
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        require_room(folder, parameters(model) * dtype.itemsize)
-        build(exporter, model.folder, folder, precision, scratch, CAUSAL_LM, basis)
+        require_room(folder, int(parameters(model) * BYTES[precision]))
+        built = "fp32" if precision in BITS else precision
+        build(exporter, model.folder, folder, built, scratch, CAUSAL_LM, basis)
         shutil.rmtree(scratch)
+        if precision in BITS:
+            quantize(folder, BITS[precision], {f"{module}.{part}" for module in basis.modules for part in "ARB"})
         if exporter == GENAI:
             add_basis(folder / GRAPH, basis, genai_outputs(basis.modules), dtype)
         else:
@@ -85,7 +94,7 @@ def export_onnx_adapters(
         record["adapters"] = {}
         _add(folder, record, tasks)
         if verify:
-            _verify(folder, record, model, {"": None, **tasks}, out)
+            _verify(folder, record, model, {"": None, **tasks}, data, max_drop, out)
         return finish(folder, out, record)
 
 
@@ -95,6 +104,8 @@ def add_onnx_adapters(
     *,
     base: str | Path | None = None,
     verify: bool = True,
+    data: Mapping[str, TaskData] = {},
+    max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Add tasks to an exported folder; its graph's base is not touched.
@@ -135,7 +146,8 @@ def add_onnx_adapters(
                 shutil.copyfile(path, new / path.name)
         _add(new, record, tasks)
         if verify:
-            _verify(new, record, BaseRef(**record["base"]).resolve(base), tasks, into)
+            model = BaseRef(**record["base"]).resolve(base)
+            _verify(new, record, model, tasks, data, max_drop, into)
         if read_json(folder / "lorasb.json") != before:
             raise ArtifactError("somebody else added to the folder meanwhile", where=folder, fix="Try again")
         return finish(new, into, record)
@@ -160,11 +172,17 @@ def _add(folder: Path, record: dict[str, Any], tasks: Mapping[str, Adapter]) -> 
 
 
 def _verify(
-    folder: Path, record: dict[str, Any], model: BaseModel, tasks: Mapping[str, Adapter | None], out: str | Path
+    folder: Path,
+    record: dict[str, Any],
+    model: BaseModel,
+    tasks: Mapping[str, Adapter | None],
+    data: Mapping[str, TaskData],
+    max_drop: float,
+    out: str | Path,
 ) -> None:
     write_json(folder / "lorasb.json", record)
-    for name, found in verify_folder(folder, model, tasks).items():
-        record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out)
+    for name, found in verify_folder(folder, model, tasks, data=data).items():
+        record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..artifact import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..batches import prompt_ids
+from ..data import TEXT, TaskData, question_and_answer
 from ..errors import ArtifactError
+from ..inference import answers, max_answer_tokens
 from ..layer import remove
+from ..metrics import exact_match
 from .onnx_run import OnnxDecoder, classify
 
 PROMPTS = (
@@ -21,6 +24,11 @@ PROMPTS = (
     "Explain in two sentences why the sky is blue.",
     "List three uses of a brick.",
 )
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_DROP = 2.0  # points of a metric
+_METRIC_ROWS = 128
 _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 
 
@@ -29,10 +37,11 @@ def verify_folder(
     reference: BaseModel,
     tasks: Mapping[str, Adapter | None],
     task_type: str = CAUSAL_LM,
+    data: Mapping[str, TaskData] | None = None,
     *,
     prompts: Sequence[str] = PROMPTS,
     tokens: int = 32,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Ask an exported folder for answers, and torch in fp32 whether it would have said the same.
 
     One pass of torch over prompt and answer gives its choice at every step, so an answer without a difference is the
@@ -41,38 +50,74 @@ def verify_folder(
     Args:
         out: what an ONNX export wrote.
         reference: the merged model; or the base, to which torch adds each task.
+        data: of those of `tasks` whose metric on held-out rows is wanted too.
         tasks: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
 
     Returns:
         for each of `tasks` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
         `equal_tokens` (before the first of an answer that differs), and `gap`: by how much torch's logits prefer its
         own token there, the largest over the prompts; 0 when all are equal. For a classifier `prompts`,
-        `equal_prompts` (the same class) and `gap`, the largest difference of a logit.
+        `equal_prompts` (the same class) and `gap`, the largest difference of a logit. With data also `metric`, `rows`,
+        its value in `torch` and in `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
-    network, tokenizer = reference.load(task_type, dtype="float32", device="cpu"), reference.load_tokenizer()
+    tokenizer = reference.load_tokenizer()
     if task_type != CAUSAL_LM:
         batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
-        with torch.inference_mode():
-            expected = network(**batch).logits
         found = torch.from_numpy(classify(out, {name: ids.numpy() for name, ids in batch.items()})).float()
+        with torch.inference_mode():
+            expected = reference.load(task_type, dtype="float32", device="cpu")(**batch).logits
         same = int((found.argmax(-1) == expected.argmax(-1)).sum())
         return {"": {"prompts": len(prompts), "equal_prompts": same, "gap": float((found - expected).abs().max())}}
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    held_out = {name: _HeldOut(task, tokenizer) for name, task in (data or {}).items() if task.kind != TEXT}
     decoder = OnnxDecoder(out)
+    answered = {}
+    for name in tasks:
+        decoder.use(name or None)
+        answered[name] = decoder.generate(encoded, tokens, decoder.eos_ids)
+        if name in held_out:
+            held_out[name].ask(decoder)
+    del decoder  # before torch loads the same weights
+    network = reference.load(task_type, dtype="float32", device="cpu")
     results = {}
     for name, task in tasks.items():
-        decoder.use(name or None)
         if task is not None:
             task.inject(network)
-        results[name] = _compare(network, encoded, decoder.generate(encoded, tokens, decoder.eos_ids))
+        results[name] = _compare(network, encoded, answered[name])
+        if name in held_out:
+            results[name] |= held_out[name].compare(network)
         if task is not None:
             remove(network)
     return results
 
 
-def _compare(network: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, float]:
+class _HeldOut:
+    """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
+
+    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+        rows = list(task.rows(task.held_out()))[:_METRIC_ROWS]
+        self._asked = [question_and_answer(row) for row in rows]
+        self._tokenizer, self._limit = tokenizer, max_answer_tokens(tokenizer, rows)
+
+    def ask(self, decoder: OnnxDecoder) -> None:
+        ids = [prompt_ids(self._tokenizer, question) for question, _ in self._asked]
+        found = decoder.generate(ids, self._limit, decoder.eos_ids)
+        self._in_onnx = self._score(self._tokenizer.batch_decode(found, skip_special_tokens=True))
+
+    def compare(self, network: PreTrainedModel) -> dict[str, Any]:
+        questions = [question for question, _ in self._asked]
+        in_torch = self._score(answers(network, self._tokenizer, questions, max_tokens=self._limit))
+        drop = round(100 * (in_torch - self._in_onnx), 2)
+        found = {"torch": in_torch, "onnx": self._in_onnx, "drop": drop}
+        return {"metric": "exact_match", "rows": len(self._asked), **found}
+
+    def _score(self, found: Sequence[str]) -> float:
+        return exact_match(found, [answer for _, answer in self._asked])
+
+
+def _compare(network: PreTrainedModel, prompts: Sequence[list[int]], answered: Sequence[list[int]]) -> dict[str, float]:
     result = {"prompts": len(prompts), "equal_prompts": 0, "tokens": 0, "equal_tokens": 0, "gap": 0.0}
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, answered, strict=True):
         with torch.inference_mode():
             logits = network(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]  # (tokens, vocabulary)
         preferred = logits.argmax(-1).tolist()
@@ -86,8 +131,22 @@ def _compare(network: Any, prompts: Sequence[list[int]], answers: Sequence[list[
     return result
 
 
-def require_equal(result: dict[str, float], precision: str, where: str | Path) -> dict[str, float]:
-    """`result` of `verify_folder`. Raises ArtifactError when fp32 answers differ by more than a tie between tokens."""
+def require_equal(
+    result: dict[str, Any], precision: str, where: str | Path, max_drop: float = MAX_DROP
+) -> dict[str, Any]:
+    """`result` of `verify_folder`.
+
+    Raises:
+        ArtifactError: fp32 answers differ by more than a tie between tokens, or the metric drops by more than
+            `max_drop` points.
+    """
+    if result.get("drop", 0.0) > max_drop:
+        raise ArtifactError(
+            f"{precision} loses {result['drop']} points of {result['metric']} on {result['rows']} held-out rows "
+            f"({result['torch']:.1%} in torch, {result['onnx']:.1%} in the graph)",
+            where=where,
+            fix="Nothing was written; export with --precision int8 or fp32, or allow it with --max-drop",
+        )
     if precision == "fp32" and result["gap"] > _TIE:
         counts = f"{result['equal_tokens']} of {result['tokens']} tokens are equal, " if "tokens" in result else ""
         raise ArtifactError(

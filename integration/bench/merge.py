@@ -1,13 +1,15 @@
 """Merging against `cp -r` + fsync and against PEFT, on a generated bf16 checkpoint of Llama's shape; and kills.
 
-The checkpoint (8 GB in shards of 5 GB; --quick: 0.5 GB) holds random weights and lies in a temporary folder while this
+The checkpoint (8 GB in shards of 5 GB; --quick: 0.2 GB) holds random weights and lies in a temporary folder while this
 runs. Peak memory is the resident set of a child process, the interpreter and torch included.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -15,37 +17,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.artifact import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.export import export
-from lorasb_export.format import ModuleBasis
 from lorasb_export.retained import Retained
 
-from .measure import alternate, print_table, ratio
+from .checkpoint import make_checkpoint
+from .measure import alternate_calls, print_table, ratio
 
-RANK = 64
-_RELATIVE_SIZE = 0.02  # ‖Δ‖ / ‖W0‖ of every module
-
-# Not ru_maxrss, which a child starts with at its parent's.
-_PEAK = "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
+# Not ru_maxrss, which a child starts with at its parent's. `wchar` counts what is written, in whatever way.
+_REPORT = """
+import json
+status, io = (dict(line.split(":") for line in open(f"/proc/self/{name}")) for name in ("status", "io"))
+peak, written = int(status["VmHWM"].split()[0]) // 1024, int(io["wchar"])
+print(json.dumps({"peak_rss_mb": peak, "written": written, "result": result}))
+"""
 _COPY = """
 import os, shutil, sys
 shutil.rmtree(sys.argv[2], ignore_errors=True)
 os.system(f"cp -r '{sys.argv[1]}' '{sys.argv[2]}'")
 for name in os.listdir(sys.argv[2]):
     handle = os.open(os.path.join(sys.argv[2], name), os.O_RDONLY); os.fsync(handle); os.close(handle)
+result = None
 """
 _MERGE = """
 import sys
 from lorasb_export import merge
-merge(sys.argv[1], sys.argv[2], overwrite=True, max_shard_size=sys.argv[3])
+result = merge(sys.argv[1], sys.argv[2], overwrite=True, max_shard_size=sys.argv[3], verify=len(sys.argv) > 4)
 """
 _PEFT = """
 import os, shutil, sys
@@ -59,32 +65,38 @@ merged = PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
 merged.save_pretrained(sys.argv[3], max_shard_size=sys.argv[4])
 for name in os.listdir(sys.argv[3]):
     handle = os.open(os.path.join(sys.argv[3], name), os.O_RDONLY); os.fsync(handle); os.close(handle)
+result = None
 """
 
 
-def run(*, quick: bool) -> dict[str, object]:
-    """Make the checkpoint, time, count bits, kill."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gb", type=float, help="size of the checkpoint (8; --quick: 0.2)")
+    parser.add_argument("--kills", type=int, help="how often to kill a merge (100; --quick: 2)")
+
+
+def run(*, quick: bool, gb: float | None = None, kills: int | None = None) -> dict[str, object]:
+    """Make the checkpoint, time, count bits, double it, kill."""
+    size = gb or (0.2 if quick else 8)
     with tempfile.TemporaryDirectory(prefix="lorasb-bench-") as name:
-        return _run(Path(name), quick)
+        return _run(Path(name), size, rounds=1 if quick else 3, kills=(2 if quick else 100) if kills is None else kills)
 
 
-def _run(folder: Path, quick: bool) -> dict[str, object]:
-    shard = "200MB" if quick else "5GB"
-    base = _make_base(folder / "base", quick, shard)
-    adapter = _make_adapter(base, folder / "adapter")
+def _run(folder: Path, gb: float, rounds: int, kills: int) -> dict[str, object]:
+    shard = min(5000, int(gb * 600))
+    base, adapter = make_checkpoint(folder, gb, shard)
     export(folder / "adapter", folder / "peft", format="peft")
     size = sum(path.stat().st_size for path in base.iterdir())
-    python = [sys.executable, "-c"]
-    merge = [*python, _MERGE + _PEAK, str(folder / "adapter"), str(folder / "merged"), shard]
+    merge = _command(_MERGE, folder / "adapter", folder / "merged", f"{shard}MB")
     commands = {
-        "cp -r + fsync": [*python, _COPY, str(base), str(folder / "copied")],
+        "cp -r + fsync": _command(_COPY, base, folder / "copied"),
         "lorasb merge": merge,
-        "PEFT merge": [*python, _PEFT, str(base), str(folder / "peft"), str(folder / "by-peft"), shard],
+        "PEFT merge": _command(_PEFT, base, folder / "peft", folder / "by-peft", f"{shard}MB"),
     }
-    times = alternate(commands, 1 if quick else 3)
+    reports: dict[str, dict[str, Any]] = {}
+    times = alternate_calls({name: partial(_call, c, name, reports) for name, c in commands.items()}, rounds)
     print_table(times)
-    shutil.rmtree(folder / "copied")
-    shutil.rmtree(folder / "by-peft")
+    for name in ("copied", "by-peft"):
+        shutil.rmtree(folder / name)
     written = sum(path.stat().st_size for path in (folder / "merged").iterdir())
     result = {
         "checkpoint_gb": round(size / 1e9, 2),
@@ -92,65 +104,46 @@ def _run(folder: Path, quick: bool) -> dict[str, object]:
         "seconds": round(min(times["lorasb merge"]), 2),
         "seconds_ratio_cp": ratio(times["lorasb merge"], times["cp -r + fsync"]),
         "seconds_ratio_peft": ratio(times["lorasb merge"], times["PEFT merge"]),
-        "peak_rss_mb": _peak(merge),
-        "peft_peak_rss_mb": _peak([*commands["PEFT merge"][:2], _PEFT + _PEAK, *commands["PEFT merge"][3:]]),
+        "peak_rss_mb": reports["lorasb merge"]["peak_rss_mb"],
+        "peft_peak_rss_mb": reports["PEFT merge"]["peak_rss_mb"],
+        "largest_touched_fp32_mb": 4 * max(map(math.prod, _shapes(base, adapter))) // 2**20,
         "bytes_written_ratio": round(written / size, 4),
-        **_exactness(base, adapter, folder / "merged", sample=2 if quick else 8),
+        **_exactness(base, adapter, folder / "merged", sample=2 if gb < 1 else 8),
+        **_kill(merge, folder / "merged", size, min(times["lorasb merge"]), kills),
+        **_verify([*merge, "verify"]),
     }
-    shutil.rmtree(folder / "by-peft")
-    seconds = times["lorasb merge"][0]
-    return result | _kill(merge, folder / "merged", seconds, kills=3 if quick else 20)
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+    make_checkpoint(folder, 2 * gb, shard)
+    return result | {"peak_rss_mb_at_twice_the_size": _call(merge)["peak_rss_mb"]}
 
 
-def _make_base(folder: Path, quick: bool, shard: str) -> Path:
-    environment.hide_broken_packages()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    width, layers = (1024, 12) if quick else (4096, 17)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=width * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128,
-        num_key_value_heads=max(1, width // 512),
-        dtype=torch.bfloat16,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    block = (torch.randn(1 << 22, generator=generator) * 0.02).bfloat16()  # drawn once: 4e9 draws take a minute
-    for number, parameter in enumerate(model.parameters()):
-        flat = parameter.data.view(-1)
-        for start in range(0, len(flat), len(block)):
-            part = flat[start : start + len(block)]
-            part.copy_(block.roll(number * 7919 + start // len(block))[: len(part)])
-    model.save_pretrained(folder, max_shard_size=shard)
-    return folder
+def _command(script: str, *words: object) -> list[str]:
+    return [sys.executable, "-c", script + _REPORT, *map(str, words)]
 
 
-def _make_adapter(base: Path, folder: Path) -> Adapter:
-    found = BaseModel.resolve(base)
-    names = [name.removesuffix(".weight") for name in found.tensors if "_proj" in name]
-    generator = torch.Generator().manual_seed(1)
-    modules, R = {}, {}
-    for name in names:
-        rows, columns = found.tensors[f"{name}.weight"][1].shape
-        B = torch.linalg.qr(torch.randn(rows, RANK, generator=generator))[0]
-        A = torch.linalg.qr(torch.randn(columns, RANK, generator=generator))[0].T.contiguous()
-        modules[name] = ModuleBasis(B.bfloat16(), A.bfloat16(), torch.ones(RANK))
-        R[name] = torch.randn(RANK, RANK, generator=generator) / RANK
-        R[name] *= _RELATIVE_SIZE * 0.02 * (rows * columns) ** 0.5 / float(R[name].norm())
-    basis = Basis(found.ref(names), RANK, modules, {"samples": 0})
-    adapter = Adapter(basis.base, basis.sha256, None, R, basis=basis)
-    adapter.save(folder)
-    return adapter
-
-
-def _peak(command: list[str]) -> int:
+def _call(command: list[str], name: str = "", reports: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """What the child says of itself; kept under `name` in `reports`."""
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) // 1024
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if reports is not None:
+        reports[name] = report
+    return report
+
+
+def _verify(command: list[str]) -> dict[str, object]:
+    report = _call(command)
+    found = report["result"]["verify"]
+    return {
+        "verify_peak_rss_mb": report["peak_rss_mb"],
+        "verify_relative_difference": found["relative_difference"],
+        "verify_streamed": found["streamed"],
+    }
+
+
+def _shapes(base: Path, adapter: Adapter) -> list[tuple[int, ...]]:
+    found = BaseModel.resolve(base)
+    return [found.tensors[found.weight_key(name)][1].shape for name in adapter.R]
 
 
 def _exactness(base: Path, adapter: Adapter, merged: Path, sample: int) -> dict[str, float]:
@@ -197,11 +190,11 @@ def _ordered(values: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
-def _kill(command: list[str], merged: Path, seconds: float, kills: int) -> dict[str, object]:
+def _kill(command: list[str], merged: Path, size: int, seconds: float, kills: int) -> dict[str, object]:
     """SIGKILL at random moments, each time until a restart is left alone; every end must have the same bytes."""
     expected = _digests(merged)
     rng = random.Random(0)
-    recovered = reused = 0
+    recovered, restarts = 0, []  # of restarts that found finished shards: the share of the bytes they wrote
     for _ in range(kills):
         shutil.rmtree(merged)
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -209,12 +202,17 @@ def _kill(command: list[str], merged: Path, seconds: float, kills: int) -> dict[
         child.send_signal(signal.SIGKILL)
         child.wait()
         whole_or_absent = not merged.exists() or _digests(merged) == expected
-        marks = list((merged.parent / f".{merged.name}.merge").glob(".*.safetensors.json"))
-        reused += bool(marks)
-        subprocess.run(command, check=True, capture_output=True)
+        report = _call(command)
+        if report["result"]["shards_reused"]:
+            restarts.append(report["written"] / size)
         left = [path for path in merged.parent.iterdir() if path.name.startswith(".")]
         recovered += whole_or_absent and _digests(merged) == expected and not left
-    return {"kills": kills, "kills_recovered": recovered, "kills_with_finished_shards": reused}
+    return {
+        "kills": kills,
+        "kills_recovered": recovered,
+        "kills_with_finished_shards": len(restarts),
+        "bytes_written_ratio_after_these": round(max(restarts), 4) if restarts else None,
+    }
 
 
 def _digests(folder: Path) -> dict[str, str]:

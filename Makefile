@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test unit integration lint format docs clean
+.PHONY: quickstart test unit integration lint format docs examples clean
 
 quickstart: .venv  ## the whole line on a small real model, on a CPU
 	rm -rf build && $(BIN)/pip install --quiet '.[cpu]'
@@ -28,6 +28,9 @@ format: install-test
 
 docs: install-test  ## docs/reference/cli.md from --help
 	$(BIN)/python docs/make_cli_page.py
+
+examples: install-test  ## docs/examples/: cards as a push publishes them
+	$(BIN)/python -m docs.make_card_examples
 
 .PHONY: install-test
 install-test: .venv

@@ -100,6 +100,11 @@ class Hub(HubServer):
         assert TOKEN not in found[1] + found[2]
         return found
 
+    def begin(self, *words: object) -> subprocess.Popen[str]:
+        """A `lorasb` of its own that is running: to be killed."""
+        command = [sys.executable, "-c", CLI, *map(str, words)]
+        return subprocess.Popen(command, env=self._variables({}), stderr=subprocess.PIPE, text=True, cwd=self.root)
+
     def _ask_client(self, code: str, words: list[str]) -> tuple[int, str, str]:
         if self._client is None:
             self._client = subprocess.Popen(

@@ -51,7 +51,7 @@ LASTING = {  # the push ends, saying this
     ),
     "no right to write": (
         Fault("POST .*/commit/", status=403, times=9),
-        "this token may not do that (me/basis). Use a token with write access to that repository",
+        "this token may not do that: fault (me/basis). Use a token that may, with write access for a push",
     ),
 }
 

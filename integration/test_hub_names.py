@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,12 +105,16 @@ def test_fit_in_a_basis_by_name(hub: Hub, sums: Path, tmp_path: Path) -> None:
     base = f"from lorasb_export.base import BaseModel; print(BaseModel.resolve('{BASE}').revision)"
     assert hub.run(base) == hub.repos[BASE].refs["main"]
     assert made["command"].startswith("lorasb fit sums --model owner/base --data sums --basis me/basis")
+    offline = hub.lorasb("fit", "sums", *words, "--overwrite", HF_HUB_OFFLINE="1")
+    assert offline["adapters"]["sums"]["steps"] == 2
 
 
 def test_serve_evaluate_and_generate_by_name(hub: Hub, sums: Path) -> None:
     revision = hub.repos["me/b"].refs["main"]
     plan = hub.lorasb("serve", "--adapters", f"me/a,me/b@{revision}", "--dry-run")
     assert plan["models"] == [BASE, "a", "b"]
+    words = ["serve", "--adapters", f"me/a,me/b@{revision}", "--dry-run"]
+    assert hub.lorasb(*words, HF_HUB_OFFLINE="1")["models"] == plan["models"]
     cache = {path: path.read_bytes() for path in (hub.home / "hub").rglob("*") if path.is_file()}
     found = hub.lorasb("evaluate", "me/a", "--data", sums, "--metric", "loss")["evaluation"]["me/a"]
     assert found["rows"] == 24
@@ -143,9 +149,39 @@ def test_what_does_not_belong_together_is_refused(hub: Hub, llama: Path, tmp_pat
     assert not fetched(hub, "me/c") & {"evil.py", "pytorch_model.bin"}
 
 
-def lines_of(hub: Hub, repo: str) -> str:
-    """The first block of Python in a published card."""
-    block = re.search(r"```python\n(.*?)```", hub.content(repo, "README.md").decode(), re.DOTALL)
+def test_a_base_with_code_and_pickles_is_read_without_them(hub: Hub, tmp_path: Path) -> None:
+    """Nothing of it is fetched, so nothing can be run; the marker would show it if it were."""
+    marker, base = tmp_path / "executed", tmp_path / "base"
+    shutil.copytree(hub.base, base)
+    classes = {f"Auto{what}": f"evil.Evil{what}" for what in ("Config", "Model", "ModelForCausalLM", "Tokenizer")}
+    for name in ("config.json", "tokenizer_config.json"):
+        write_json(base / name, read_json(base / name) | {"auto_map": classes})
+    (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit('executed')")
+    for name in ("pytorch_model.bin", "training_args.bin", "model.pkl"):
+        (base / name).write_bytes(pickle.dumps(Touch(marker)))
+    hub.put("owner/evil", base)
+    answers = hub.lorasb("generate", "1+1=", "--adapters", "me/a", "--model", "owner/evil", "--max-tokens", "2")
+    assert set(answers["answers"]) == {"base", "me/a"}
+    hub.lorasb("merge", "me/a", "--model", "owner/evil", "--out", tmp_path / "merged")
+    assert not any(path.suffix in (".py", ".bin", ".pkl") for path in (tmp_path / "merged").iterdir())
+    assert fetched(hub, "owner/evil") >= {"config.json", "model.safetensors"}
+    assert not {name for name in fetched(hub, "owner/evil") if name.endswith((".py", ".bin", ".pkl"))}
+    assert not marker.exists()
+
+
+class Touch:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def lines_of(hub: Hub, repo: str, language: str = "python") -> str:
+    """The first block of code in a published card."""
+    block = re.search(rf"```{language}\n(.*?)```", hub.content(repo, "README.md").decode(), re.DOTALL)
     assert block is not None
     return block.group(1)
 
@@ -153,11 +189,13 @@ def lines_of(hub: Hub, repo: str) -> str:
 LOGITS = "\nimport torch\nprint(model(torch.arange(8)[None]).logits.double().sum().item())"
 
 
-def test_the_cards_lines_run_as_they_stand(hub: Hub, tmp_path: Path) -> None:
-    hub.lorasb("merge", "me/a", "--out", tmp_path / "model", "--dtype", "float32")
-    hub.lorasb("export", "me/a", "--format", "peft", "--out", tmp_path / "peft")
-    hub.push(tmp_path / "model", "me/merged")
-    hub.push(tmp_path / "peft", "me/peft")
+def test_the_cards_lines_run_as_they_stand(hub: Hub) -> None:
+    merge, serve = (shlex.split(line, comments=True)[1:] for line in lines_of(hub, "me/a", "bash").splitlines())
+    hub.lorasb(*merge)
+    assert hub.lorasb(*serve, "--dry-run")["models"] == [BASE, "a"]
+    hub.lorasb("export", "me/a", "--format", "peft", "--out", hub.root / "peft")
+    hub.push(hub.root / "model", "me/merged")
+    hub.push(hub.root / "peft", "me/peft")
     sums = {repo: float(hub.run(lines_of(hub, repo) + LOGITS)) for repo in ("me/a", "me/merged", "me/peft")}
     plain = f'from transformers import AutoModelForCausalLM as M\nmodel = M.from_pretrained("{BASE}")'
     base = float(hub.run(plain + LOGITS))
@@ -165,3 +203,25 @@ def test_the_cards_lines_run_as_they_stand(hub: Hub, tmp_path: Path) -> None:
     assert sums["me/a"] == pytest.approx(sums["me/peft"], rel=1e-4)
     assert abs(sums["me/a"] - base) > 1
     assert hub.run(lines_of(hub, "me/basis") + "\nprint(len(adapter.R))") == "2"
+
+
+def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from lorasb_export.export.onnx import export_onnx
+    from lorasb_export.export.onnx_adapters import export_onnx_adapters
+
+    export_onnx(hub.root / "a", hub.root / "onnx", base=hub.base, verify=False)
+    export_onnx_adapters([hub.root / "a", hub.root / "b"], hub.root / "tasks", base=hub.base, verify=False)
+    for repo, last in (("me/onnx", "type(model)"), ("me/tasks", "type(adapters)")):
+        assert hub.push(hub.root / repo.partition("/")[2], repo)["skipped"] == []
+        assert "onnxruntime_genai" in hub.run(f"{lines_of(hub, repo)}\nprint({last})")
+    assert "adapters for `owner/base`" in hub.content("me/tasks", "README.md").decode()
+
+
+def test_no_published_file_says_where_its_owner_keeps_it(hub: Hub) -> None:
+    """Of everything that the tests above have pushed, as it lies on the Hub."""
+    places = [str(hub.root).encode(), str(hub.base).encode(), str(Path.home()).encode() + b"/"]
+    pushed = {(repo, path) for repo in hub.repos if repo.startswith("me/") for path in hub.files(repo)}
+    assert {repo for repo, _ in pushed} >= {"me/basis", "me/a", "me/merged", "me/peft"}
+    telling = {(repo, path) for repo, path in pushed if any(place in hub.content(repo, path) for place in places)}
+    assert telling - {("me/c", "adapter_config.json")} == set()  # that one was not pushed by lorasb

@@ -13,8 +13,9 @@ import httpx2
 import pytest
 
 from integration.hub_client import CLI, Hub, make_adapter, make_basis, make_merged, serve
-from integration.hub_server import HubServer
-from lorasb_export.storage import sha256_file
+from integration.hub_server import Fault, HubServer
+from lorasb_export.format import sealed
+from lorasb_export.storage import read_json, sha256_file, write_json
 
 DOWNLOAD = (
     "import sys; from huggingface_hub import snapshot_download as get; print(get(*sys.argv[1:2], revision=sys.argv[2]))"
@@ -120,11 +121,12 @@ def test_pushing_again_sends_nothing(hub: Hub, adapter: Path) -> None:
 def test_pull_request_and_branch_leave_main_alone(hub: Hub, basis: Path) -> None:
     head = hub.push(basis, "me/basis")["commit"]
     make_basis(basis.parent / "other", hub.base, seed=7)
-    pull = hub.push(basis.parent / "other", "me/basis", create_pr=True)
+    pull = hub.push(basis.parent / "other", "me/basis", create_pr=True, message="Try another one")
     assert pull["url"] == f"{hub.url}/me/basis/discussions/1"
     branch = hub.push(basis.parent / "other", "me/basis", revision="try/this")
     assert branch["url"] == f"{hub.url}/me/basis/tree/try/this"
     refs = hub.repos["me/basis"].refs
+    assert hub.repos["me/basis"].titles[pull["commit"]] == "Try another one"
     assert refs == {"main": head, "refs/pr/1": pull["commit"], "try/this": branch["commit"]}
     load = "import sys; from lorasb_export import Basis; print(Basis.load(sys.argv[1]).sha256)"
     assert hub.run(load, "me/basis@try/this") == sha256_file(basis.parent / "other" / "basis.safetensors")
@@ -208,7 +210,12 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
             {"HF_TOKEN": "hf_wrong"},
             "the Hub asks for a valid token (me/a). Run `hf auth login`, or set HF_TOKEN",
         ),
-        ("you/a", {}, "this token may not do that (you/a). Use a token with write access to that repository"),
+        (
+            "you/a",
+            {},
+            "this token may not do that: You don't have the rights to create a model under this namespace (you/a). "
+            "Use a token that may, with write access for a push",
+        ),
         (
             "me/a",
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
@@ -269,6 +276,31 @@ def test_what_people_write_on_the_website_survives(any_hub: Hub, basis: Path) ->
     assert any_hub.push(basis, "me/basis", message="Again")["changed"] is False
     assert any_hub.content("me/basis", "README.md").decode() == edited
     assert "license: apache-2.0" in card  # the base's
+
+
+def test_the_card_says_whose_data_and_under_which_licence(any_hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "dates").mkdir()
+    (tmp_path / "dates" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nDates.\n")
+    any_hub.put("datasets/owner/dates", tmp_path / "dates")
+    config = read_json(adapter / "adapter_config.json")
+    config["training"] |= {"data": "owner/dates", "rows": 9, "rows_left_out": 0, "data_sha256": "d" * 64}
+    write_json(adapter / "adapter_config.json", sealed(config))
+    assert any_hub.push(adapter, "me/a", with_basis=True)["card"]["datasets"] == ["owner/dates"]
+    card = any_hub.content("me/a", "README.md").decode()
+    assert "| owner/dates | 9 | 0 | cc-by-4.0 | dddddddddddd |" in card
+    assert "license: apache-2.0" in card
+
+
+@pytest.mark.parametrize("more", [["--verbose"], ["--verbose", "HF_DEBUG"], []])
+def test_no_token_is_shown_however_much_is_said(any_hub: Hub, basis: Path, more: list[str]) -> None:
+    """`start` looks for it in all output, and `serve` in all files; here the Hub does not accept it."""
+    any_hub.faults.append(Fault("POST .*/commit/", status=401, times=9))
+    variables = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"} if "HF_DEBUG" in more else {}
+    words = ["push", basis, "--repo", "me/basis", *[word for word in more if word.startswith("-")]]
+    code, _, said = any_hub.start(CLI, *words, **variables)
+    assert code == 1
+    assert ("Traceback" in said) is bool(more)
+    assert "the Hub asks for a valid token" in said
 
 
 def test_the_server_refuses_what_it_does_not_know(tmp_path: Path) -> None:

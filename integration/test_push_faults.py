@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,20 +49,54 @@ def test_two_pushers_at_once(hub: Hub, basis: Path, llama: Path) -> None:
     hub.push(basis, "me/basis")
     repo = hub.repos["me/basis"]
 
-    class Racing(list[str]):
-        def append(self, line: str) -> None:
-            super().append(line)
-            if "/preupload/" in line and not theirs:
-                theirs.append(repo.commit("main", dict(repo.commits[repo.refs["main"]]), "somebody else's"))
-
     for faults in ([], [Fault("POST .*/commit/", status=500)]):
         theirs: list[str] = []
-        hub.requests, hub.faults = Racing(), list(faults)
+
+        def commit(theirs: list[str] = theirs) -> None:
+            theirs.append(repo.commit("main", dict(repo.commits[repo.refs["main"]]), "somebody else's"))
+
+        hub.requests, hub.faults = Watched("/preupload/", commit), list(faults)
         refused = hub.push(make_basis(basis.parent / f"other-{len(faults)}", llama, seed=next(SEEDS)), "me/basis")
         hub.requests = []
         assert refused["error"] == "ServerError"
         assert "the repository changed meanwhile; nothing" in refused["text"]
         assert [repo.refs["main"]] == theirs
+
+
+class Watched(list[str]):
+    """The requests of a server; `then` is called once, when one of them has `word` in it and before it is answered."""
+
+    def __init__(self, word: str, then: Callable[[], object]) -> None:
+        super().__init__()
+        self.word, self.then = word, then
+
+    def append(self, line: str) -> None:
+        super().append(line)
+        if self.word in line:
+            self.word = "\0"
+            self.then()
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "at", "committed"),
+    [(signal.SIGKILL, "/preupload/", 0), (signal.SIGKILL, "/commit/", 1), (signal.SIGINT, "/preupload/", 0)],
+)
+def test_a_killed_push_goes_on(hub: Hub, basis: Path, signal_number: signal.Signals, at: str, committed: int) -> None:
+    """Before the commit nothing is published, after it everything is; the same command again says which."""
+    words = ["push", basis, "--repo", "me/basis"]
+    hub.requests = Watched(at, lambda: process.send_signal(signal_number))
+    process = hub.begin(*words)
+    said = process.communicate(timeout=120)[1]
+    hub.requests = []
+    with hub.lock:  # a request that came whole is carried out
+        assert hub.commits("me/basis") == committed
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 130
+        last = "Interrupted. What was not finished is not published; the same command again sends what is missing."
+        assert said.splitlines()[-1] == last
+    assert hub.lorasb(*words)["changed"] is (committed == 0)
+    assert hub.commits("me/basis") == 1
+    assert sorted(hub.files("me/basis")) == ["README.md", "SHA256SUMS", "basis.safetensors", "basis_config.json"]
 
 
 def test_an_interrupted_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> None:

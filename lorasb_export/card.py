@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .card_sections import (
     NOTHING,
     Facts,
+    adapters,
     base_link,
     basis_shown,
     capture,
@@ -27,6 +28,8 @@ from .card_sections import (
 from .readme import assemble, update
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
+
+_BEFORE = " Measured with the adapter itself, before it was written in this form."
 
 _CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
 
@@ -74,7 +77,7 @@ adapter = Adapter.attach(model, Basis.load("{name}"))  # then any training loop,
 lorasb fit --basis {name}    # in a project: trains an adapter of each task
 ```
 {method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
-    made = {"basis sha256": config["sha256"], "created with": config["created_with"]}
+    made = {"basis sha256": config["sha256"], "command": calibration.get("command"), "versions": config["created_with"]}
     return _card(body, base, "lorasb", "adapter", None, ["lora-sb-basis"], made, facts, name)
 
 
@@ -132,14 +135,18 @@ from transformers import {_model_class(task_type)} as AutoModel
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained({source_of(base)}), "{name}")
 ```
-{_trained(training, facts)}"""
+{_trained(training, facts, _BEFORE)}"""
     return _card(body, base, "peft", "adapter", task_type, ["lora"], facts.made, facts, name, training)
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a merged model from its lorasb.json; `name` is what a reader loads it by."""
     base, task_type, training = base_of(provenance), provenance.get("task_type"), provenance.get("training", {})
-    body = f"""# {_task(training)}: {base_link(base)} with a LoRA-SB adapter merged in
+    several = [str(one["name"]) for one in provenance.get("adapters", [])]
+    title, what = _task(training), "a LoRA-SB adapter"
+    if several:
+        title, what = " + ".join(several), f"{len(several)} LoRA-SB adapters"
+    body = f"""# {title}: {base_link(base)} with {what} merged in
 
 An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.
 
@@ -151,43 +158,53 @@ from transformers import {_model_class(task_type)} as AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
-{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts)}"""
+{adapters(provenance)}{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts, _BEFORE)}"""
     return _card(body, base, "transformers", "finetune", task_type, [], provenance, facts, name, training)
 
 
 def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of an ONNX export (kind `onnx` or `onnx-adapters`) from its lorasb.json."""
-    base, training = base_of(provenance), provenance.get("training", {})
-    files = list(provenance.get("adapters", {}))
-    title = "adapters for" if files else "an adapter merged into"
-    content = "with a LoRA-SB adapter merged in"
-    load = ""
-    graph = {"precision": provenance.get("precision"), "made for": provenance.get("execution_provider")}
-    numbers = _of_update(provenance) | graph
-    if files:
-        content = (
-            "with LoRA-SB adapters as inputs: each `.onnx_adapter` file is one task, and without one it is the base"
+    base, training, task_type = base_of(provenance), provenance.get("training", {}), provenance.get("task_type")
+    tasks = list(provenance.get("adapters", {}))
+    title, content = f"{_task(training)}: an adapter merged into", "with a LoRA-SB adapter merged in"
+    if tasks and provenance.get("routed"):
+        title, content = (
+            f"{', '.join(tasks)}: adapters for",
+            "with LoRA-SB adapters, of which each row of a batch picks one",
         )
-        load = f'''adapters = og.Adapters(model)
-adapters.load(f"{{folder}}/{files[0]}", "{files[0].removesuffix(".onnx_adapter")}")  # generator.set_active_adapter
-'''
-    body = f"""# {_task(training)}: {title} {base_link(base)}, for ONNX Runtime
+    elif tasks:
+        title, content = f"{', '.join(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
+    cache = "" if task_type == "SEQ_CLS" else " with a key-value cache"
+    numbers = {**_of_update(provenance), "precision": provenance.get("precision")}
+    numbers |= {"made for": provenance.get("execution_provider"), "exporter": provenance.get("exporter")}
+    body = f"""# {title} {base_link(base)}, for ONNX Runtime
 
-{base_link(base)} as an ONNX graph with a key-value cache, {content}.
+{base_link(base)} as an ONNX graph{cache}, {content}.
 
 ## How to load it
 
 ```python
-import onnxruntime_genai as og
-from huggingface_hub import snapshot_download
+{_onnx_lines(provenance, tasks, name)}```
+{adapters(provenance)}{method(numbers)}{_trained(training, facts, _BEFORE)}"""
+    return _card(body, base, "onnxruntime", "finetune", task_type, ["onnx"], provenance, facts, name, training)
 
-folder = snapshot_download("{name}")
-model = og.Model(folder)
-{load}```
-{method(numbers)}{_trained(training, facts)}"""
-    return _card(
-        body, base, "onnxruntime", "finetune", provenance.get("task_type"), ["onnx"], provenance, facts, name, training
-    )
+
+def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
+    """How to load a folder by what can run it: onnxruntime-genai its own builder's graphs, if they are not routed."""
+    fetch = "" if name == HERE else "from huggingface_hub import snapshot_download\n"
+    folder = f'folder = "{name}"\n' if name == HERE else f'folder = snapshot_download("{name}")\n'
+    if provenance.get("task_type") == "SEQ_CLS":
+        return f'import onnxruntime as ort\n{fetch}\n{folder}session = ort.InferenceSession(folder + "/model.onnx")\n'
+    if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):
+        adapter = f', "{tasks[0]}"' if tasks else ""
+        decoder = f"decoder = OnnxDecoder(folder{adapter})  # decoder.generate(prompt_ids, 40, decoder.eos_ids)\n"
+        return f"{fetch}from lorasb_export.export.onnx_run import OnnxDecoder\n\n{folder}{decoder}"
+    load = ""
+    if tasks:
+        load = f"""adapters = og.Adapters(model)
+adapters.load(folder + "/{tasks[0]}.onnx_adapter", "{tasks[0]}")  # generator.set_active_adapter(adapters, "{tasks[0]}")
+"""
+    return f"import onnxruntime_genai as og\n{fetch}\n{folder}model = og.Model(folder)\n{load}"
 
 
 def _task(training: Mapping[str, Any]) -> str:
@@ -203,8 +220,8 @@ def _of_update(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trained(training: Mapping[str, Any], facts: Facts) -> str:
-    return data_of_training(training, facts) + training_table(training) + evaluation(training)
+def _trained(training: Mapping[str, Any], facts: Facts, note: str = "") -> str:
+    return data_of_training(training, facts) + training_table(training) + evaluation(training, note)
 
 
 def _card(

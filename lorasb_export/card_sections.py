@@ -14,7 +14,7 @@ _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
 _ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "evaluation", "plot", "trainable_parameters"}
-_ELSEWHERE |= {"lora_parameters", "labels", "regression"}
+_ELSEWHERE |= {"lora_parameters", "labels", "regression", "capture", "energy", "settings"}
 
 
 @dataclass(frozen=True)
@@ -165,19 +165,41 @@ def data_of_basis(calibration: Mapping[str, Any], facts: Facts) -> str:
 
 
 def training_table(training: Mapping[str, Any]) -> str:
-    """The curve, and everything the run reports."""
-    rest = {key: value for key, value in training.items() if key not in _ELSEWHERE | {"settings"}}
+    """The curve, what the run reports, what the basis holds of the task, the settings."""
+    rest = {key: value for key, value in training.items() if key not in _ELSEWHERE}
     rows = [[name.replace("_", " ").replace(".", ", "), value] for name, value in _flat(rest).items()]
     image = f"![Loss while training]({training['plot']})" if training.get("plot") else ""
     settings = [
         f"`{name}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
     ]
     after = f"\nSettings: {', '.join(settings)}.\n" if settings else ""
-    return grid("Training", ["", ""], rows, before=image) + after
+    return grid("Training", ["", ""], rows, before=image) + _held_by_basis(training) + after
 
 
-def evaluation(training: Mapping[str, Any]) -> str:
-    """A table of {split: {metric: {"base", "adapter", "rows"}}}, or the words that there is none."""
+def _held_by_basis(training: Mapping[str, Any]) -> str:
+    """What `fit` found out about the basis and this task."""
+    found, energy = training.get("capture"), training.get("energy")
+    if not found or not energy:
+        return ""
+    by_module = found["by_module"]["basis"]
+    return (
+        f"\nThe basis holds {found['basis']:.0%} of this task's gradient (by module {by_module['min']:.0%} to "
+        f"{by_module['max']:.0%}); one of the task's own would hold {found['own']:.0%}, a random one "
+        f"{found['random']:.0%}. It keeps {energy['mean']:.0%} of the energy of the task's first step.\n"
+    )
+
+
+def adapters(provenance: Mapping[str, Any]) -> str:
+    """The adapters of a folder that holds several: name → what is said of each, or a list that says names too."""
+    found = provenance.get("adapters") or {}
+    if isinstance(found, Mapping):
+        found = [{"name": name, **of_one} for name, of_one in found.items()]
+    rows = [[one["name"], one.get("weight", 1), one.get("source", "-"), one["sha256"]] for one in found]
+    return grid("Adapters", ["name", "weight", "source", "sha256"], rows)
+
+
+def evaluation(training: Mapping[str, Any], note: str = "") -> str:
+    """A table of {split: {metric: {"base", "adapter", "rows"}}} after a `note`, or the words that there is none."""
     if not training:
         return ""
     rows = [
@@ -187,7 +209,7 @@ def evaluation(training: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return "\n## Evaluation\n\nNot evaluated on held-out rows beside the base.\n"
-    before = "On held-out rows, the base asked the same way; greedy decoding where the metric is of answers."
+    before = f"On held-out rows, the base asked the same way; greedy decoding where the metric is of answers.{note}"
     return grid("Evaluation", ["split", "metric", "rows", "base", "adapter"], rows, before=before)
 
 
@@ -217,7 +239,7 @@ def limits(base: Mapping[str, Any], training: Mapping[str, Any], facts: Facts) -
 def provenance_table(base: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     """Hashes, versions and the command."""
     said = {"kind", "training", "retained", "settings", "scaling", "rank", "modules", "task_type", "verify", "seconds"}
-    said |= {"capture", "base_fingerprint"}
+    said |= {"capture", "base_fingerprint", "adapters"}
     rows = {"base": base} | {key: value for key, value in made.items() if key not in said | {"base"}}
     return grid("Provenance", ["", ""], ([name.replace("_", " "), value] for name, value in _flat(rows).items()))
 

@@ -25,7 +25,7 @@ _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's wor
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
-    403: ("this token may not do that", "Use a token with write access to that repository"),
+    403: ("this token may not do that", "Use a token that may, with write access for a push"),
     404: ("the Hub has no such repository or revision, or hides it", "Check the name; if it is private, log in"),
     412: ("the repository changed meanwhile; nothing was committed", "Push again: no file is sent twice"),
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
@@ -143,6 +143,11 @@ def will_pass(error: BaseException) -> float | None:
     return None
 
 
+def _clean(text: str) -> str:
+    """One line without a token."""
+    return " ".join(_SECRET.sub("***", text).split())
+
+
 def _status(error: BaseException) -> int:
     """The HTTP status of the answer that made this error, or 0."""
     answer = getattr(error, "response", None)
@@ -174,11 +179,14 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         chain = _chain(error)
         status = next(filter(None, map(_status, chain)), 0)
-        what, fix = " ".join(_SECRET.sub("***", str(error)).split()), "Try again; --verbose shows more"
+        what, fix = _clean(str(error)), "Try again"
         if any(isinstance(e, GatedRepoError) for e in chain):
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
+            reason = next((text for e in chain if (text := getattr(e, "server_message", None))), "")
+            if status == 403 and reason:  # a missing right, a full quota, a blocked account
+                what = f"{what}: {_clean(reason)}"
         elif status == 400:
             what, fix = f"the Hub does not take it: {what}", "Nothing was published; push again"
         elif status >= 500:

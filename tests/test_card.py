@@ -145,6 +145,10 @@ def test_a_merged_model_says_what_it_kept() -> None:
     assert "| all modules | 0.98 | 0.19 |" in text
     assert "| `a`, which kept least | 0.9 | 0.4 |" in text
     assert 'AutoModel.from_pretrained("me/merged")' in text
+    measured = {"evaluation": {"test": {"accuracy": {"base": 0.5, "adapter": 0.75, "rows": 8}}}}
+    note = "Measured with the adapter itself, before it was written in this form."  # rounding may have changed it
+    assert note in card.merged_card(MERGED | {"training": measured})
+    assert note not in adapter(training=measured)
 
 
 def test_a_classifier_names_its_class_and_labels() -> None:
@@ -161,6 +165,42 @@ def test_energy_and_capture_are_summarized() -> None:
     assert "| kept of the first step's energy, mean of modules | 0.5 |" in text
     assert "| dates | 9 | 0.5 | 0.6 | 0.1 |" in text
     assert "capture." not in text
+
+
+def test_what_the_basis_holds_of_the_task_is_one_line() -> None:
+    of_basis = {"min": 0.25, "mean": 0.5, "max": 0.75}
+    found = {"basis": 0.5, "own": 0.625, "random": 0.125, "rows": 16, "by_module": {"basis": of_basis}}
+    text = adapter(training={"steps": 3, "capture": found, "energy": {"min": 0.5, "mean": 0.75, "max": 1.0}})
+    assert (
+        "\nThe basis holds 50% of this task's gradient (by module 25% to 75%); one of the task's own would hold 62%, a "
+        "random one 12%. It keeps 75% of the energy of the task's first step.\n"
+    ) in text
+    assert "| capture" not in text
+
+
+def test_several_adapters_are_named_with_their_weights() -> None:
+    two = [{"name": "a", "weight": 1.0, "sha256": "1" * 64}, {"name": "b", "weight": -0.5, "sha256": "2" * 64}]
+    text = card.merged_card({"kind": "merged", "base": BASE, "adapters": two}, "me/ab")
+    assert "# a + b: `owner/base` with 2 LoRA-SB adapters merged in\n" in text
+    assert f"| b | -0.5 | - | {'2' * 64} |" in text
+
+    tasks = {"a": {"sha256": "1" * 64, "scaling": 1.0}, "b": {"sha256": "2" * 64, "scaling": 1.0}}
+    text = card.onnx_card({**MERGED, "kind": "onnx-adapters", "exporter": "genai", "adapters": tasks}, "me/ab")
+    assert "# a, b: adapters for `owner/base`, for ONNX Runtime\n" in text
+    assert 'adapters.load(folder + "/a.onnx_adapter", "a")' in text
+    assert f"| b | 1 | - | {'2' * 64} |" in text
+
+
+def test_an_onnx_card_loads_with_what_can_run_it() -> None:
+    def lines(**said: Any) -> str:
+        text = card.onnx_card({**MERGED, "kind": "onnx", "exporter": "genai", **said}, "me/x")
+        return text.partition("```python\n")[2].partition("```")[0]
+
+    assert "og.Model(folder)" in lines()
+    tasks = {"a": {"sha256": "1" * 64, "id": 1}}
+    assert 'OnnxDecoder(folder, "a")' in lines(adapters=tasks, routed=True)
+    assert "OnnxDecoder(folder)" in lines(exporter="torch")
+    assert "InferenceSession" in lines(exporter="torch", task_type="SEQ_CLS")
 
 
 def test_missing_provenance_is_left_out() -> None:

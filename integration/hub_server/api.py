@@ -30,7 +30,7 @@ _ROUTES = [
     ("POST", f"/api/models/{_ID}/branch/{_REV}", "branch", "token"),
     ("GET", f"/api/models/{_ID}(/revision/{_REV})?", "info", "reader"),
     ("GET", f"/api/models/{_ID}/tree/{_REV}(/(?P<folder>.+))?", "tree", "reader"),
-    ("(HEAD|GET)", f"/{_ID}/resolve/{_REV}/(?P<file>.+)", "resolve", "reader"),
+    ("(HEAD|GET)", rf"/(?P<id>(datasets/)?[\w.-]+/[\w.-]+)/resolve/{_REV}/(?P<file>.+)", "resolve", "reader"),
 ]
 
 

@@ -25,19 +25,20 @@ class Entry:
 
 @dataclass
 class Repo:
-    """A repository; a gated one shows its files' names but gives none of them."""
+    """A repository; a gated one shows its files' names but gives none of them. `titles` are those of its commits."""
 
     private: bool
     gated: bool = False
     commits: dict[str, MappingProxyType[str, Entry]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
 
     def commit(self, ref: str, files: dict[str, Entry], title: str) -> str:
         """Put `files` on top of `ref`; the new commit's id."""
         content = [self.refs.get(ref), title, sorted((path, entry.oid) for path, entry in files.items())]
         oid = hashlib.sha1(json.dumps([*content, len(self.commits)]).encode()).hexdigest()
         self.commits[oid] = MappingProxyType(files)
-        self.refs[ref] = oid
+        self.refs[ref], self.titles[oid] = oid, title
         return oid
 
 

@@ -32,7 +32,7 @@ def main() -> None:
             hub.lorasb("fit", "dates", *fitting)
             hub.lorasb("evaluate", "dates")
             hub.lorasb("push", "--repo", "me/{name}-lorasb", "--public")
-            hub.lorasb("merge", "me/dates-lorasb", "--out", "model", "--dtype", "bfloat16")
+            hub.lorasb("merge", "dates", "--out", "model", "--dtype", "bfloat16")
             hub.lorasb("push", "model", "--repo", PUSHED["merged"], "--public")
             for kind, repo in PUSHED.items():
                 (OUT / f"{kind}.md").write_bytes(hub.content(repo, "README.md"))

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ environment.hide_broken_packages()  # so that after `from lorasb_export import A
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
+CURVE = "training.png"  # the picture of an adapter's losses
 
 
 def command() -> str | None:
@@ -373,9 +375,18 @@ class Adapter:
         return self.scaling * (module.B.float() @ self.R[name].float()), module.A.float()
 
 
-def published_training(adapter: Adapter) -> dict[str, Any]:
-    """What a folder made from `adapter` says about its training; the picture of the curve stays with the adapter."""
-    return {key: value for key, value in adapter.training.items() if key != "plot"}
+def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
+    """What a folder made from `adapter` says about its training.
+
+    Args:
+        folder: takes a copy of the picture of the curve, where the adapter has one; without, it is not spoken of.
+    """
+    training = {key: value for key, value in adapter.training.items() if key != "plot"}
+    # Only under its own name: what a config calls its picture may be any path.
+    if folder is not None and adapter.folder is not None and (adapter.folder / CURVE).is_file():
+        shutil.copyfile(adapter.folder / CURVE, folder / CURVE)
+        training["plot"] = CURVE
+    return training
 
 
 def check_same_basis(adapter: Adapter, basis: Basis) -> None:

@@ -83,7 +83,7 @@ def merge(
             result |= {"retained": retained.summary(modules), "shards_reused": reused}
             retained.warn(result["retained"], " and ".join(result["stored"]))
             made = {"command": command(), "retained": result["retained"]}
-            _write_other_files(plan, folder.path, _provenance(plan, adapter) | made)
+            _write_other_files(plan, folder.path, _provenance(plan, adapter, folder.path) | made)
         if verify:
             result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
     if report is not None:
@@ -120,11 +120,11 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
     return modules, reused
 
 
-def _provenance(plan: MergePlan, adapter: str | Path | Adapter | combine.Weights) -> dict[str, Any]:
+def _provenance(plan: MergePlan, adapter: str | Path | Adapter | combine.Weights, folder: Path) -> dict[str, Any]:
     """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
     said = {"kind": "merged", **plan.adapters[0].provenance(), "dtype": plan.dtype, "modules": len(plan.touched)}
     if not isinstance(adapter, Mapping):
-        return said | {"training": published_training(plan.adapters[0])}
+        return said | {"training": published_training(plan.adapters[0], folder)}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
         del said[key]
     return said | {"adapters": combine.provenance(adapter)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
-from .artifact import Adapter, Basis, command, versions
+from .artifact import CURVE, Adapter, Basis, command, versions
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .batches import encode
 from .calibrate import calibrate
@@ -309,7 +309,7 @@ class _Run:
             "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
             "lora_parameters": sum(basis.rank * (m.B.shape[0] + m.A.shape[1]) for m in basis.modules.values()),
             "settings": asdict(self.settings),
-            "plot": "training.png",
+            "plot": CURVE,
         }
 
     def _write(
@@ -320,7 +320,7 @@ class _Run:
             run.adapter.write_into(temporary, out)
             history = trainer.history(k)
             (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-            plot_losses(history, temporary / run.adapter.training["plot"], title=f"{run.task.name}: loss")
+            plot_losses(history, temporary / CURVE, title=f"{run.task.name}: loss")
             provenance = {
                 "kind": "adapter",
                 **identity,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.artifact import check_same_basis
+from lorasb_export.artifact import check_same_basis, published_training
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed
@@ -131,6 +131,22 @@ def test_basis_inside_the_adapter_folder_is_found(
     copy(folders[0], tmp_path / "a" / "basis")
     monkeypatch.chdir("/")
     assert Adapter.load(tmp_path / "a").load_basis().sha256 == adapter.basis_sha256
+
+
+def test_the_picture_of_the_curve_goes_where_the_adapter_is_published(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = copy(folders[1], tmp_path / "adapter")
+    edit(adapter, "adapter_config.json", lambda config: config["training"].update(plot="../secret.png"))
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    for with_picture, plot in ((False, None), (True, "training.png")):
+        if with_picture:
+            (adapter / "training.png").write_bytes(b"curve")
+        into = tmp_path / f"into-{with_picture}"
+        into.mkdir()
+        assert published_training(Adapter.load(adapter), into).get("plot") == plot
+        assert [path.read_bytes() for path in into.iterdir()] == [b"curve"] * with_picture
+    assert "plot" not in published_training(Adapter.load(adapter))  # nowhere to copy it to
 
 
 def check_refused(load: Callable[[Path], object], folder: Path, damage: Callable[[Path], object], message: str) -> None:

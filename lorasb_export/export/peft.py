@@ -40,7 +40,8 @@ def export_peft(
     transposed = _stores_transposed(source, base)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
-        record = {"kind": "peft", **source.provenance(), "command": command(), "training": published_training(source)}
+        record = {"kind": "peft", **source.provenance(), "command": command()}
+        record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
     return {"folder": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}

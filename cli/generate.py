@@ -16,14 +16,29 @@ def run(
         str | None, typer.Option(help="Names, folders or Hub ids, with commas; all by default.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model, to ask it alone.")] = None,
+    onnx: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing, here, without a server."""
     from lorasb_export.inference import side_by_side
 
+    if onnx is not None:
+        from pathlib import Path
+
+        from lorasb_export.export.onnx_run import answers
+
+        chosen = adapters.split(",") if adapters is not None else None
+        _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
+        return
     names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
     folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
     base = model or (None if folders else run.project.require_model())
     found = side_by_side(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
+    _print(run, prompt, found)
+
+
+def _print(run: Run, prompt: str, found: dict[str, str]) -> None:
     run.result({"prompt": prompt, "answers": found}, "\n".join(f"[{name}] {answer}" for name, answer in found.items()))

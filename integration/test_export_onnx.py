@@ -25,7 +25,6 @@ from lorasb_export.errors import (
     OutputError,
     SettingsError,
 )
-from lorasb_export.format import ModuleBasis
 
 environment.hide_broken_packages()
 ort = pytest.importorskip("onnxruntime")
@@ -33,8 +32,6 @@ og = pytest.importorskip("onnxruntime_genai")
 onnx = pytest.importorskip("onnx")
 
 from transformers import (  # noqa: E402
-    LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -47,32 +44,10 @@ from lorasb_export.export.onnx_run import OnnxDecoder, open_session  # noqa: E40
 from lorasb_export.export.onnx_verify import require_equal, verify_folder  # noqa: E402
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer  # noqa: E402
 
-RANK, EOS, TOKENS = 8, 2, 24
+from .onnx_world import EOS, make_world, save_adapter, save_basis  # noqa: E402
+
+TOKENS = 24
 LENGTHS = (3, 17, 9, 1, 17, 30, 2, 5, 11)  # more than one batch, of unequal rows
-
-
-def save_basis(base: Path, folder: Path, modules: list[str], seed: int) -> Basis:
-    """Orthonormal random factors for `modules` of the model in `base`."""
-    generator = torch.Generator().manual_seed(seed)
-    network = BaseModel.resolve(base).load(device="cpu")
-
-    def factor(size: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(size, RANK, generator=generator)).Q
-
-    factors = {}
-    for name in modules:
-        rows, columns = network.get_submodule(name).weight.shape
-        factors[name] = ModuleBasis(factor(rows), factor(columns).T.contiguous(), torch.ones(RANK))
-    Basis(BaseModel.resolve(base).ref(factors), RANK, factors, {"seed": seed}).save(folder)
-    return Basis.load(folder)
-
-
-def save_adapter(basis: Basis, folder: Path, seed: int, scaling: float = 1.0, **options: Any) -> Path:
-    """A random R, not symmetric, large enough to change the answers."""
-    generator = torch.Generator().manual_seed(seed)
-    R = {name: 0.5 * torch.randn(RANK, RANK, generator=generator) for name in basis.modules}
-    Adapter(basis.base, basis.sha256, basis.source, R, scaling, basis=basis, **options).save(folder)
-    return folder
 
 
 def merged(base: Path, adapter: Path | None) -> PreTrainedModel:
@@ -106,34 +81,7 @@ def answers(network: PreTrainedModel, eos: set[int]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with grouped queries and biases; adapters red and blue of one basis, stranger of another."""
-    root = tmp_path_factory.mktemp("onnx")
-    save_tokenizer(root / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=EOS,
-    )
-    network = LlamaForCausalLM(config)
-    for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    network.save_pretrained(root / "base")
-    modules = [name for name, module in network.named_modules() if "proj" in name and hasattr(module, "weight")]
-    basis = save_basis(root / "base", root / "basis", modules, seed=1)
-    save_adapter(basis, root / "red", seed=10)
-    save_adapter(basis, root / "blue", seed=11, scaling=0.5)
-    save_adapter(save_basis(root / "base", root / "basis2", modules[:3], seed=2), root / "stranger", seed=12)
-    return root
+    return make_world(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture(scope="module")

@@ -86,10 +86,13 @@ def build(
             basis.write_into(scratch / "basis")
             command.append(str(scratch / "basis"))
     _run(command, scratch, model)
-    _move_data(out)
+    _finish_graph(out)
     for path in model.iterdir():
         if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
+    template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"
+    if template.is_file():  # transformers.js looks for it in the tokenizer's config alone
+        write_json(tokenizer, read_json(tokenizer) | {"chat_template": template.read_text(encoding="utf-8")})
     # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
     settings = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
     write_json(out / "config.json", read_json(out / "config.json") | {"transformers.js_config": settings})
@@ -123,13 +126,18 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
         )
 
 
-def _move_data(out: Path) -> None:
-    """Give the weights the name DATA; the exporters add `.data` to the graph's."""
+def _finish_graph(out: Path) -> None:
+    """Give the weights the name DATA, for the exporters add `.data` to the graph's; and the cache its head size, which
+    the builder leaves open and transformers.js then takes for 0."""
     import onnx
 
-    if not (out / f"{GRAPH}.data").exists():
-        return
     model = read_graph(out / GRAPH)
-    rename_data(model, f"{GRAPH}.data", DATA)
-    (out / f"{GRAPH}.data").rename(out / DATA)
+    if (out / f"{GRAPH}.data").exists():
+        rename_data(model, f"{GRAPH}.data", DATA)
+        (out / f"{GRAPH}.data").rename(out / DATA)
+    if (out / "genai_config.json").is_file():
+        size = read_json(out / "genai_config.json")["model"]["decoder"]["head_size"]
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name.startswith(("past_key_values.", "present.")):
+                value.type.tensor_type.shape.dim[3].dim_value = size
     onnx.save(model, out / GRAPH)

@@ -82,8 +82,6 @@ class OnnxDecoder:
         eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self._context = int(config.get("max_position_embeddings") or config["n_positions"])
-        self._head = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
-        self._head = self._head or config["n_embd"] // config["n_head"]
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
         self._pad_right = record.get("exporter", GENAI) == GENAI
@@ -170,7 +168,7 @@ class OnnxDecoder:
         value = self._ort.OrtValue.ortvalue_from_numpy
         last = lengths - 1 if self._pad_right else np.full_like(lengths, -1)
         cache = {
-            name: value(np.zeros((len(prompts), item.shape[1], 0, self._head), _FLOATS[item.type]))
+            name: value(np.zeros((len(prompts), item.shape[1], 0, item.shape[3]), _FLOATS[item.type]))
             for name, item in self._past.items()
         }
         answers: list[list[int]] = [[] for _ in prompts]
@@ -194,6 +192,45 @@ class OnnxDecoder:
             else:
                 mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         return answers
+
+
+def answers(
+    folder: Path, prompt: str, adapters: Sequence[str] | None = None, *, max_tokens: int = 128
+) -> dict[str, str]:
+    """Greedy answers of an exported decoder to one prompt, asked as in training.
+
+    Args:
+        adapters: of an `onnx-adapters` folder; None takes all.
+
+    Returns:
+        of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
+
+    Raises:
+        ArtifactError: not an ONNX export, or it has no such adapter.
+    """
+    record = read_json(folder / "lorasb.json")
+    if record.get("kind") not in ("onnx", "onnx-adapters") or not (folder / GRAPH).is_file():
+        raise ArtifactError("not an ONNX export", where=folder, fix="Give what `lorasb export --format onnx` wrote")
+    from ..environment import hide_broken_packages
+
+    hide_broken_packages()
+    from transformers import AutoTokenizer
+
+    from ..batches import prompt_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = prompt_ids(tokenizer, prompt)
+    decoder = OnnxDecoder(folder)
+    if record["kind"] == "onnx":
+        names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}
+    else:
+        names = {"base": None} | {name: name for name in (record["adapters"] if adapters is None else adapters)}
+    found = {}
+    for name, adapter in names.items():
+        decoder.use(adapter)
+        answer = decoder.generate([ids], max_tokens, decoder.eos_ids)[0]
+        found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
+    return found
 
 
 def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]], threads: int | None = None) -> np.ndarray[Any, Any]:

@@ -29,6 +29,9 @@ from lorasb_export.serve import RunningServer, running_server
 
 pytest.importorskip("vllm")
 
+from .torture.load import load
+from .torture.tiny_server import Target
+
 NAMES = ("one", "two", "three")
 TOKENS = 32
 KEY = "only-for-this-test"
@@ -176,3 +179,22 @@ def test_an_adapter_comes_is_replaced_and_goes(
         ask(server, ("four", prompt))
     for name in NAMES:  # some of them had to leave their slot for it
         assert ask(server, (name, prompt))[0] == expected[name, prompt]
+
+
+def test_nothing_is_lost_or_wrong_under_load(
+    server: RunningServer, expected: dict[Key, list[int]], smollm2: Path
+) -> None:
+    """The last test here: names stand for other versions afterwards. What each client does is in `torture`."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    answers = {
+        (version, tuple(tokenizer(prompt)["input_ids"])): tuple(tokens[:4])
+        for (version, prompt), tokens in expected.items()
+    }
+    served = {name: name for name in NAMES}
+    target = Target(server.url, KEY, server.pid, smollm2.name, served, ("two", "three"), answers, context=512)
+    tally = load(target, n=200, seed=0)
+    assert tally.is_clean, tally.line()
+    assert tally.tried == tally.ok > 1200
+    with urlopen(f"{server.url}/metrics", timeout=60) as response:
+        metrics = response.read().decode()
+    assert metrics.count("vllm:lora_requests_info{") == 1  # not one more for every mixture of adapters in a step

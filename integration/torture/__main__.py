@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("lies",)
+NAMES = ("lies", "load")
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from . import BASIS_VARIABLE, TESTED_VERSIONS
 def register() -> None:
     """Put our LoRA manager in the place of vLLM's, if this server was started for a shared basis.
 
-    One name in one module is replaced: all of vLLM's model runners make their LoRA manager by it. Called more than once
-    it does the same again.
+    One name in one module is replaced, by which all of vLLM's model runners make their LoRA manager, and the class of
+    its gauges. Called more than once it does the same again.
 
     Raises:
         RuntimeError: this vLLM is not one the plugin was tested with.
@@ -29,7 +29,10 @@ def register() -> None:
             "Use `lorasb serve --mode folded`"
         )
 
+    from .gauge import LatestGauge
     from .manager import SharedWorkerManager
 
     runners: Any = import_module("vllm.v1.worker.lora_model_runner_mixin")
     runners.LRUCacheWorkerLoRAManager = SharedWorkerManager
+    metrics: Any = import_module("vllm.v1.metrics.loggers")
+    metrics.PrometheusStatLogger._gauge_cls = LatestGauge

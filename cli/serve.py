@@ -31,6 +31,9 @@ def run(
     allow_updates: Annotated[
         bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")
     ] = False,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Holds the key clients have to give; else VLLM_API_KEY.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
@@ -46,7 +49,7 @@ def run(
     alone = adapters is None and adapters_dir is None and model is not None
     named = {} if alone else resolve_adapters(words, folder)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype}
-    options["updates_from"] = folder if allow_updates else None
+    options |= {"updates_from": folder if allow_updates else None, "api_key_file": api_key_file}
 
     def ready(server: dict[str, Any]) -> None:
         run.result(server, f"Serving {', '.join(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")

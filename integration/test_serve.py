@@ -181,6 +181,17 @@ def test_sigint_ends_it_with_130_and_leaves_nothing(child: Child) -> None:
     assert left_in(child.temporary) == {"log"}
 
 
+def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -> None:
+    process = start(adapters, tmp_path)
+    myself = psutil.Process(process.pid)
+    while not (processes := [child for child in myself.children() if "vllm" in " ".join(child.cmdline())]):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(processes, timeout=30)[1]
+
+
 def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:
     process = start(adapters, tmp_path)
     myself = psutil.Process(process.pid)

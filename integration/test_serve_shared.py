@@ -6,7 +6,7 @@ As many slots as adapters, so that every slot is taken: stock vLLM on a CPU then
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export.artifact import Adapter
+from lorasb_export.format import sealed
 from lorasb_export.serve import RunningServer, running_server
+from lorasb_export.storage import read_json, write_json
 
 pytest.importorskip("vllm")
 
@@ -75,14 +77,28 @@ def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[Key, list[int]]:
 def updates(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder clients may load from: two good adapters, and bad ones."""
     folder = tmp_path_factory.mktemp("updates")
-    for name in ("two", "three", "nan", "truncated"):
+    bad = ("nan", "truncated", "large", "swapped", "foreign", "edited", "fifo", "linked")
+    for name in ("two", "three", *bad):
         shutil.copytree(adapters["three" if name == "three" else "two"], folder / name)
     (folder / "link").symlink_to(adapters["two"])
-    tensors = load_file(folder / "nan" / "adapter.safetensors")
+    (folder / "empty").mkdir()
+    weights = {name: folder / name / "adapter.safetensors" for name in bad}
+    tensors = load_file(weights["nan"])
     next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, folder / "nan" / "adapter.safetensors")
-    with (folder / "truncated" / "adapter.safetensors").open("r+b") as file:
-        file.truncate(1_000_000)
+    save_file(tensors, weights["nan"])
+    os.truncate(weights["truncated"], 1_000_000)
+    os.truncate(weights["large"], 10**12)  # of holes, which a copy would fill
+    shutil.copy(adapters["three"] / "adapter.safetensors", weights["swapped"])
+    for name in ("fifo", "linked"):
+        weights[name].unlink()
+    os.mkfifo(weights["fifo"])
+    weights["linked"].symlink_to(adapters["two"] / "adapter.safetensors")
+    for name, change in (
+        ("foreign", {"basis": {"sha256": "0" * 64, "source": "embedded"}}),
+        ("edited", {"scaling": 9}),
+    ):
+        config = read_json(folder / name / "adapter_config.json") | change
+        write_json(folder / name / "adapter_config.json", sealed(config) if name == "foreign" else config)
     return folder
 
 
@@ -143,22 +159,34 @@ def test_a_mixed_batch_answers_as_the_merged_weights_do(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"lora_name": "../x"}, "cannot be served as a name"),
-        ({"lora_name": "x", "lora_path": "/etc"}, "leads out of"),
-        ({"lora_name": "x", "lora_path": "../shared0"}, "leads out of|no adapter"),
+        *(
+            ({"lora_name": name}, "cannot be served as a name")
+            for name in ("../x", "/etc", "a/b", "..", "", "ｔwo", "twо", "two\u200b", "two\n", "two\0", "x" * 97)
+        ),
+        *(
+            ({"lora_name": "x", "lora_path": path}, "not the name of a folder")
+            for path in ("/etc", "../shared0", "two/.", "two\0", "ｔwo", "x" * 5000)
+        ),
         ({"lora_name": "x", "lora_path": "link"}, "leads out of"),
+        ({"lora_name": "x", "lora_path": "linked"}, "leads out of"),
+        ({"lora_name": "x", "lora_path": "empty"}, "has no adapter.safetensors"),
+        ({"lora_name": "x", "lora_path": "fifo"}, "has no adapter.safetensors"),
+        ({"lora_name": "x", "lora_path": "large"}, "larger than any adapter"),
+        ({"lora_name": "x", "lora_path": "swapped"}, "not the tensors its config"),
+        ({"lora_name": "x", "lora_path": "foreign"}, "another basis"),
+        ({"lora_name": "x", "lora_path": "edited"}, "not as it was written"),
+        ({"lora_name": "SmolLM2-135M-Instruct", "lora_path": "two"}, "the name of the base"),
         ({"lora_name": "x", "lora_path": "nothing"}, "no adapter 'nothing'"),
         ({"lora_name": "x", "lora_path": "nan"}, "non-finite"),
         ({"lora_name": "x", "lora_path": "truncated"}, "truncated"),
         ({"lora_name": "x", "lora_path": 7}, "the request is not"),
     ],
 )
-def test_a_bad_adapter_is_refused_with_400(
-    server: RunningServer, updates: Path, body: dict[str, Any], message: str
-) -> None:
+def test_a_bad_adapter_is_refused_with_400(server: RunningServer, body: dict[str, Any], message: str) -> None:
     status, answer = post(server, "load", body)
     assert status == 400
-    assert re.search(message, answer)
+    assert message in answer
+    assert set(server.models) == {model.id for model in client_of(server).models.list()}
 
 
 def test_without_the_key_nothing_is_loaded(server: RunningServer) -> None:

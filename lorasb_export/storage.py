@@ -157,7 +157,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _process_is_alive(pid: int) -> bool:
+def process_is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -208,7 +208,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with cannot_write(target.parent):
         prepare_target(target, overwrite)
         for stale in target.parent.glob(f".{target.name}.tmp-*"):
-            if not _process_is_alive(int(stale.name.rsplit("-", 1)[1])):
+            if not process_is_alive(int(stale.name.rsplit("-", 1)[1])):
                 shutil.rmtree(stale)
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
         temporary.mkdir()

@@ -121,7 +121,7 @@ def test_a_model_folder_is_served_alone_without_lora(folder: Path) -> None:
 def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
-    expected = {"VLLM_CPU_KVCACHE_SPACE": "4"} if ON_CPU else {}
+    expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"} if ON_CPU else {}
     assert dry_run((), model=str(folder / "base"))["environment"] == expected
 
 
@@ -220,6 +220,11 @@ def test_updates_need_a_key_and_a_shared_basis(
     assert value_of(described["command"], "--max-loras") == str(2 + 32)
     assert value_of(described["command"], "--middleware").endswith("Updates")
     assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
+    monkeypatch.delenv("VLLM_API_KEY")
+    (folder / "key").write_text("s3cret\n")
+    described = dry_run(siblings, updates_from=folder, api_key_file=folder / "key")
+    assert "s3cret" not in json.dumps(described)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     with pytest.raises(SettingsError, match="only adapters on a shared basis"):
         dry_run(siblings, updates_from=folder, mode="folded")
     with pytest.raises(SettingsError, match="of 2 bases"):
@@ -266,11 +271,22 @@ def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.Monke
         serve({"a": folder / "a"}, port=0)
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
+def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    with pytest.raises(SettingsError, match="API key"):
+        dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
+
+
 def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f"lorasb-serve-{killed.pid}-x").mkdir()  # left by a `lorasb serve` that was killed
     options = {"extra": ["--no-such-flag"], "dtype": "float32"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
         pass

@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -16,13 +17,15 @@ from types import FrameType
 from typing import Any
 
 from .. import environment
-from ..errors import MissingPackageError, OutputError
+from ..errors import MissingPackageError, OutputError, SettingsError
 from ..names import resolve_adapters
+from ..storage import process_is_alive
 from .plan import make_plan
 from .server import RunningServer
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = "lorasb-serve-"  # of the temporary folder; our process's id follows
 Adapters = Mapping[str, str | Path] | Sequence[str]
 
 
@@ -36,6 +39,7 @@ def serve(
     dtype: str = "auto",
     extra: Sequence[str] = (),
     updates_from: str | Path | None = None,
+    api_key_file: str | Path | None = None,
     dry_run: bool = False,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> int | dict[str, Any]:
@@ -53,6 +57,7 @@ def serve(
         dtype: as vLLM's `--dtype`.
         extra: further vLLM flags; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
+        api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
         dry_run: check everything, start nothing, return `mode`, `command`, `environment`, `models`, `memory`.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
@@ -66,9 +71,11 @@ def serve(
         ServerError: the server ended with an error; its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
-    options["updates_from"] = None if updates_from is None else Path(updates_from)
     if dry_run:
-        return make_plan(_named(adapters), **options).describe()
+        updates = None if updates_from is None else Path(updates_from)
+        has_key = bool(_api_key(api_key_file))
+        return make_plan(_named(adapters), **options, updates_from=updates, has_key=has_key).describe()
+    options |= {"updates_from": updates_from, "api_key_file": api_key_file}
     try:
         with _sigterm_interrupts(), running_server(adapters, **options, echo=True) as server:
             if on_ready is not None:
@@ -89,6 +96,7 @@ def running_server(
     dtype: str = "auto",
     extra: Sequence[str] = (),
     updates_from: str | Path | None = None,
+    api_key_file: str | Path | None = None,
     echo: bool = False,
 ) -> Iterator[RunningServer]:
     """A server in the background, ready when the block starts and gone when it ends. Arguments and errors as `serve`.
@@ -100,13 +108,17 @@ def running_server(
     if importlib.util.find_spec("vllm") is None:
         fix = "Run: pip install 'lorasb[cpu]', or 'lorasb[gpu]' on a machine with an accelerator"
         raise MissingPackageError("vLLM is not installed", fix=fix)
-    if not _is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
-        logger.warning("Listening on %s without a key: set VLLM_API_KEY, or keep to 127.0.0.1 behind a proxy", host)
+    key = _api_key(api_key_file)
+    if not _is_loopback(host) and not key:
+        fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
+        logger.warning("Listening on %s without a key: %s", host, fix)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
-    plan = make_plan(_named(adapters), **options, updates_from=None if updates_from is None else Path(updates_from))
-    with tempfile.TemporaryDirectory(prefix="lorasb-", ignore_cleanup_errors=True) as folder:
+    updates = None if updates_from is None else Path(updates_from)
+    plan = make_plan(_named(adapters), **options, updates_from=updates, has_key=bool(key))
+    _remove_what_was_killed()
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         plan.mode.write(Path(folder))
-        changes = plan.environment(folder) | _keep_inside(folder)
+        changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
         del plan  # its tensors are on disk now
         server = RunningServer(command, variables, _url(host, port), echo=echo)
@@ -121,6 +133,27 @@ def _named(adapters: Adapters) -> Mapping[str, str | Path]:
     if isinstance(adapters, Mapping):
         return adapters
     return resolve_adapters(adapters, Path("adapters")) if adapters else {}
+
+
+def _api_key(file: str | Path | None) -> str:
+    """The key clients have to give, or "". Raises SettingsError when `file` has none."""
+    if file is None:
+        return os.environ.get("VLLM_API_KEY", "")
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the API key: {error}", where=str(file)) from None
+    if not key.isprintable() or not key:
+        raise SettingsError("the file of the API key is not one line of text", where=str(file))
+    return key
+
+
+def _remove_what_was_killed() -> None:
+    """Remove the folders of servers whose `lorasb serve` was killed before it could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not process_is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_inside(folder: str) -> dict[str, str]:

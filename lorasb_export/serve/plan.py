@@ -59,6 +59,7 @@ class ServePlan:
             # GiB. vLLM would take nine tenths of the machine, or refuse to start when they are not free; and with
             # a fixed size it skips a warm-up of the model.
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
+            wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
         return self.mode.environment(folder) | {name: v for name, v in wanted.items() if name not in os.environ}
 
     def memory(self) -> dict[str, int]:
@@ -87,7 +88,8 @@ def make_plan(
     port: int,
     dtype: str,
     extra: Sequence[str],
-    updates_from: Path | None = None,
+    updates_from: Path | None,
+    has_key: bool,
 ) -> ServePlan:
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
@@ -95,6 +97,9 @@ def make_plan(
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
     """
     _check_settings(adapters, model, mode, extra)
+    if updates_from is not None and not has_key:
+        fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
+        raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
     loaded: dict[str, Adapter] = {}
     bases: dict[str, Basis] = {}  # adapters of one basis share it
     base = None if model is None else BaseModel.resolve(model)
@@ -122,9 +127,6 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
-        if not os.environ.get("VLLM_API_KEY"):
-            fix = "Set VLLM_API_KEY in the environment: who has it may load adapters"
-            raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
         if mode == "folded" or not adapters:
             fix = "Leave --allow-updates out"
@@ -175,7 +177,7 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")
     given = _flags(extra)
     if "--api-key" in given:
-        fix = "Set VLLM_API_KEY in the environment: a command line can be read by every user of this machine"
+        fix = "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine"
         raise SettingsError("an API key on the command line", where="--api-key", fix=fix)
     if taken := sorted(_OUR_FLAGS & set(given)):
         fix = "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -11,8 +12,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -20,6 +22,7 @@ from ..errors import ServerError
 
 _STOP_SECONDS = 30  # for the server to end by itself; then it is killed
 _LOG_LINES = 20
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RunningServer:
@@ -58,6 +61,7 @@ class RunningServer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent(),
             )
         self._reader.start()
         while not self._answers("/health"):
@@ -94,7 +98,7 @@ class RunningServer:
         return True
 
     def _get(self, path: str) -> bytes:
-        headers = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
+        headers = {"Authorization": f"Bearer {self._variables.get('VLLM_API_KEY', '')}"}
         opener = build_opener(ProxyHandler({}))  # the server is on this machine, whatever http_proxy says
         with opener.open(Request(self.url + path, headers=headers), timeout=10) as response:
             content: bytes = response.read()
@@ -116,6 +120,16 @@ class RunningServer:
         lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
         code = self._started.returncode
         return ServerError(f"the vLLM server ended with exit code {code}", fix=f"Its last lines:\n{lines.rstrip()}")
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """What a child calls so that the kernel stops it when we are killed; None where there is no such call.
+
+    It goes by the thread that starts the child, so only the main thread, which ends with the process, does it.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

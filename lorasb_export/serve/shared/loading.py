@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -51,8 +50,8 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
         file.seek(infos[0].start)
         read = file.readinto(memory)
     block = torch.frombuffer(memory, dtype=torch.float32).view(-1, *shape)
-    # A single NaN or infinity makes the sum of all |R| one: no array of booleans is needed.
-    if read != len(memory) or not math.isfinite(block.abs().sum(dtype=torch.float64) * config["scaling"]):
+    low, high = torch.aminmax(block)  # NaN if there is one; and a tenth of the time of `isfinite`
+    if read != len(memory) or not (math.isfinite(low * config["scaling"]) and math.isfinite(high * config["scaling"])):
         raise ArtifactError("truncated, or with non-finite values", where=path, fix="Train or fetch it again")
     return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))
 
@@ -69,6 +68,12 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 
 def version_name(name: str, folder: Path) -> str:
-    """`name` with the content of `folder`: vLLM's prefix cache goes by name and path, so a version needs its own."""
-    digest = hashlib.sha256("".join(sha256_file(folder / file) for file in FILES).encode())
-    return f"{name}-{digest.hexdigest()[:16]}"
+    """`name` with the content of `folder`: vLLM's prefix cache goes by name and path, so a version needs its own.
+
+    Raises ArtifactError when the tensors are not those the config was written for, whose digest it holds.
+    """
+    where = folder / "adapter.safetensors"
+    config = read_json(folder / "adapter_config.json")
+    if config["sha256"] != sha256_file(where):
+        raise ArtifactError("not the tensors its config was written for", where=where, fix="Train or fetch it again")
+    return f"{name}-{config['config_sha256'][:16]}"

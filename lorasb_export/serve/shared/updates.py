@@ -22,6 +22,7 @@ from ...storage import read_json, sha256_file
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R, version_name
 
+_HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -33,6 +34,7 @@ class Updates:
         self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
         self.versions = Path(os.environ[VERSIONS_VARIABLE])
         self.basis = Basis.load(os.environ[BASIS_VARIABLE])
+        self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
         self.key = os.environ["VLLM_API_KEY"]
         self.one_at_a_time = asyncio.Lock()
 
@@ -73,12 +75,16 @@ class Updates:
         return 200, f"unloaded {name}"
 
     def _find(self, path: str) -> Path:
+        if check_name(path):
+            raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder")
         folder = self.source / path
         for item in (folder, *(folder / file for file in FILES)):
             if not item.resolve().is_relative_to(self.source):
                 raise SettingsError(f"{path!r} leads out of the adapters' folder")
-            if not item.exists():
+            if not (item.is_dir() if item == folder else item.is_file()):
                 raise ArtifactError(f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}")
+            if item != folder and item.stat().st_size > self.largest:  # before a byte of it is copied
+                raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis")
         return folder
 
     def _keep(self, name: str, folder: Path) -> Path:

@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import psutil
@@ -23,7 +22,6 @@ from .tally import Tally
 from .tiny_server import Target, Tokens, tiny_server
 
 CLIENTS = 32
-ROOM = 16  # slots beyond the adapters served at the start, so that some are evicted and read again
 MEMORY_GROWTH, LATENCY_GROWTH = 1.02, 2.0
 JUDGED = 5000  # from so many requests on: with fewer, kernels are still compiled for batch sizes not met before
 _TIMEOUT = aiohttp.ClientTimeout(total=120)
@@ -32,7 +30,7 @@ _TIMEOUT = aiohttp.ClientTimeout(total=120)
 def run(n: int, seed: int, adapters: int = 0) -> Tally:
     """`adapters`: how many exist, half of them served at the start; by default one for ten requests, 20 to 1000."""
     adapters = adapters or min(1000, max(20, n // 10))
-    with tempfile.TemporaryDirectory() as folder, tiny_server(Path(folder), adapters, ROOM) as target:
+    with tempfile.TemporaryDirectory() as folder, tiny_server(Path(folder), adapters) as target:
         return load(target, n, seed)
 
 

@@ -50,8 +50,11 @@ class Target:
 
 
 @contextmanager
-def tiny_server(folder: Path, adapters: int, room: int) -> Iterator[Target]:
-    """Serve half of `adapters` random adapters of a random model with two layers; the rest can be loaded."""
+def tiny_server(folder: Path, adapters: int) -> Iterator[Target]:
+    """Serve half of `adapters` random adapters of a random model with two layers; the rest can be loaded.
+
+    There are slots for half of those served, so that they are evicted and read again all the time.
+    """
     model = _model()
     base = save_base(model, folder / "tiny")
     tokenizer = BaseModel.resolve(small_model()).folder
@@ -60,7 +63,7 @@ def tiny_server(folder: Path, adapters: int, room: int) -> Iterator[Target]:
     versions = [f"v{number:04d}" for number in range(adapters)]
     answers = _answers(model, base, folder / "adapters", versions)
     served = {f"task-{version}": version for version in versions[: adapters // 2]}
-    extra = ["--max-model-len", str(CONTEXT), "--max-num-seqs", "32", "--max-loras", str(len(served) + room)]
+    extra = ["--max-model-len", str(CONTEXT), "--max-num-seqs", "32", "--max-loras", str(max(2, len(served) // 2))]
     # Few blocks: all are written to in the first requests, so that later growth of memory is a leak.
     extra += ["--block-size", "32", "--num-gpu-blocks-override", "512", "--disable-uvicorn-access-log"]
     key = "only-for-this-run"

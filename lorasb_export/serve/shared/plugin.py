@@ -12,8 +12,8 @@ from . import BASIS_VARIABLE, TESTED_VERSIONS
 def register() -> None:
     """Put our LoRA manager in the place of vLLM's, if this server was started for a shared basis.
 
-    One name in one module is replaced, by which all of vLLM's model runners make their LoRA manager, and the class of
-    its gauges. Called more than once it does the same again.
+    Replaced are the name in one module by which all of vLLM's model runners make their LoRA manager, the class of its
+    gauges, and what makes two requests for an adapter equal. Called more than once it does the same again.
 
     Raises:
         RuntimeError: this vLLM is not one the plugin was tested with.
@@ -34,5 +34,10 @@ def register() -> None:
 
     runners: Any = import_module("vllm.v1.worker.lora_model_runner_mixin")
     runners.LRUCacheWorkerLoRAManager = SharedWorkerManager
+    # vLLM compares names, and collects the adapters of a step in a set: of two versions of one name, one running still
+    # and one new, it would have only one in its slots, and stop with an error at the other.
+    request: Any = import_module("vllm.lora.request").LoRARequest
+    request.__eq__ = lambda self, other: isinstance(other, request) and self.lora_int_id == other.lora_int_id
+    request.__hash__ = lambda self: hash(self.lora_int_id)
     metrics: Any = import_module("vllm.v1.metrics.loggers")
     metrics.PrometheusStatLogger._gauge_cls = LatestGauge

@@ -229,6 +229,8 @@ def test_updates_need_a_key_and_a_shared_basis(
         dry_run(siblings, updates_from=folder, mode="folded")
     with pytest.raises(SettingsError, match="of 2 bases"):
         dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
+    with pytest.raises(SettingsError, match="beside --data-parallel-size"):
+        dry_run(siblings, updates_from=folder, extra=["--data-parallel-size=2"])
 
 
 @pytest.mark.usefixtures("plugin")

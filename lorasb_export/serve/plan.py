@@ -20,6 +20,7 @@ from .shared import why_unavailable
 logger = logging.getLogger(__name__)
 
 _MODES = ("auto", "shared", "folded")
+_SEVERAL_FRONT_ENDS = {"--data-parallel-size", "--api-server-count"}
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
 
@@ -127,6 +128,9 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
+        if several := _SEVERAL_FRONT_ENDS & set(_flags(extra)):
+            fix = "Run several servers behind a load balancer, and send each of them the updates"
+            raise SettingsError(f"--allow-updates beside {', '.join(several)}: only one front end would know", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
         if mode == "folded" or not adapters:
             fix = "Leave --allow-updates out"

@@ -45,6 +45,10 @@ LASTING = {  # the push ends, saying this
         Fault("POST .*/commit/", status=429, headers={"Retry-After": "1"}, times=99),
         "the Hub's rate limit is reached (me/basis). Wait a few minutes, then try again",
     ),
+    "429 for an hour": (
+        Fault("POST .*/commit/", status=429, headers={"Retry-After": "3600"}),
+        "the Hub's rate limit is reached (me/basis). Wait a few minutes, then try again",
+    ),
     "stale parent": (
         Fault("POST .*/commit/", status=412, times=9),
         "the repository changed meanwhile; nothing was committed (me/basis). Push again: no file is sent twice",

@@ -224,7 +224,7 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
         (
             "me/a",
             {"HF_HUB_OFFLINE": "1"},
-            "HF_HUB_OFFLINE is set and the cache does not have it (me/a). Fetch it once with a connection",
+            "HF_HUB_OFFLINE is set: nothing can be pushed (me/a). Unset it",
         ),
     ],
 )

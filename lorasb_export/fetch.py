@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import ArtifactError, LoraSBError
+from .errors import ArtifactError, LoraSBError, ServerError
 from .storage import sha256_file
+
+logger = logging.getLogger(__name__)
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors")
@@ -23,6 +26,7 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
+_SAID, _LONGEST = 5, 300  # seconds the Hub may ask to wait: from these on it is said, after those the try ends
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
     403: ("this token may not do that", "Use a token that may, with write access for a push"),
@@ -125,19 +129,27 @@ def patiently(call: Callable[[], T]) -> T:
             pause = will_pass(error)
             if pause is None:
                 raise
-            time.sleep(pause or wait)
+            rest(pause or wait)
     return call()
 
 
+def rest(seconds: float) -> None:
+    """Wait, and say so where it takes long enough to wonder."""
+    if seconds >= _SAID:
+        logger.warning("the Hub asks to wait %.0f s", seconds)
+    time.sleep(seconds)
+
+
 def will_pass(error: BaseException) -> float | None:
-    """Seconds to wait before trying again (0: the Hub does not say), or None: trying again would not help."""
+    """Seconds to wait before trying again (0: the Hub does not say), or None: trying again would not help soon."""
     import httpx2
 
     for cause in _chain(error):
         answer = getattr(cause, "response", None)
         if answer is not None and (answer.status_code in (408, 429) or answer.status_code >= 500):
             asked = answer.headers.get("Retry-After", "")
-            return float(asked) if asked.isdigit() else 0.0
+            seconds = float(asked) if asked.isdigit() else 0.0
+            return seconds if seconds <= _LONGEST else None
         if isinstance(cause, (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError, httpx2.ReadTimeout)):
             return 0.0
     return None
@@ -191,6 +203,8 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = f"the Hub does not take it: {what}", "Nothing was published; push again"
         elif status >= 500:
             what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
+        elif kind is ServerError and any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+            what, fix = "HF_HUB_OFFLINE is set: nothing can be pushed", "Unset it"
         elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
             what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
         elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):

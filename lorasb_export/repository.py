@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from .checksums import digest
 from .errors import OutputError, ServerError
-from .fetch import git_hash, hub_errors, patiently, will_pass
+from .fetch import git_hash, hub_errors, patiently, rest, will_pass
 from .outgoing import Files, mark, stale
 
 _TRIES = 4  # of a commit
@@ -126,7 +125,7 @@ class Repository:
                     pause = will_pass(error)
                     if pause is None or create_pr or attempt == _TRIES:  # a second try may open a second request
                         raise
-                    time.sleep(pause or attempt)
+                    rest(pause or attempt)
                     now = self.read()
                     if now.commit != head.commit:
                         return self._landed(files, now)

@@ -27,10 +27,19 @@ PROVIDERS = {"fp32": "cpu", "int8": "cpu", "int4": "cpu", "fp16": "cuda", "bf16"
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # of the torch model; else float32
 _GENAI_ARCHITECTURES = {
     *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"),
-    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    *("GemmaForCausalLM", "Gemma2ForCausalLM"),
 }
+_HEAD_STEP = 16  # of the head size in GroupQueryAttention, which the builder's graphs use
+_BOTH = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+)  # with a head size, window or targets the builder lacks
 _TORCH_TYPES = {
-    CAUSAL_LM: {"gpt2", "gpt_neox", "phi", "phi3", "stablelm", "starcoder2", "cohere", "olmo2"},
+    CAUSAL_LM: {*_BOTH, "gemma3_text", "gpt2", "gpt_neox", "phi", "phi3", "stablelm", "starcoder2", "cohere", "olmo2"},
     SEQ_CLS: {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"},
 }
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
@@ -49,7 +58,8 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     """
     architecture = (model.config.get("architectures") or [""])[0]
     fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
-    if task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused:
+    genai = task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused
+    if genai and _head_size(model) % _HEAD_STEP == 0 and not _wrong_window(model):
         return GENAI
     if model.config["model_type"] in _TORCH_TYPES[task_type]:
         return TORCH
@@ -60,6 +70,18 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
         where=model.folder,
         fix=f"Use `lorasb merge` and run the model with transformers or vLLM. Exported are {', '.join(sorted(known))}",
     )
+
+
+def _wrong_window(model: BaseModel) -> bool:
+    """Whether attention has a sliding window that the builder's graph gets wrong; Gemma 2's it gets right."""
+    config = model.config
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return window is not None and config["model_type"] != "gemma2"
+
+
+def _head_size(model: BaseModel) -> int:
+    config = model.config
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def build(
@@ -77,7 +99,8 @@ def build(
     if exporter == GENAI:
         command = ["onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision]
         command += ["-e", PROVIDERS[precision], "-c", str(scratch / "cache")]
-        command += ["--extra_options", "fuse_qkv=false"] if basis is not None else []
+        # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window.
+        command += ["--extra_options", f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false"]
     else:
         command = ["lorasb_export.export.onnx_torch", str(model), str(out), task_type]
         command.append(_DTYPES.get(precision, "float32"))

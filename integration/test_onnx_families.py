@@ -1,0 +1,134 @@
+"""ONNX exports of a tiny random model of every family answer as torch does; windows shorter than the prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorasb_export import environment
+
+environment.hide_broken_packages()
+pytest.importorskip("onnxruntime_genai")
+
+import transformers as t  # noqa: E402
+
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel  # noqa: E402
+from lorasb_export.export.onnx import export_onnx  # noqa: E402
+from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
+from lorasb_export.export.onnx_run import OnnxDecoder, classify  # noqa: E402
+from tests.random_adapter import save_adapter, write_in  # noqa: E402
+from tests.test_merge_families import CONFIGS, SIZES  # noqa: E402
+from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402
+
+TOKENS = 16
+LENGTHS = (3, 26, 9, 1, 40)
+SPLIT = ("q_proj", "v_proj", "down_proj")
+WINDOW = {"sliding_window": 16}
+HEAD = {"head_dim": 16}
+GPT2 = {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+# family: its class, what its config has of its own, the ends of the targets' names
+DECODERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "qwen2": ("Qwen2ForCausalLM", {}, SPLIT),
+    "qwen3": ("Qwen3ForCausalLM", {}, SPLIT),
+    "mistral": ("MistralForCausalLM", WINDOW, SPLIT),
+    "gemma": ("GemmaForCausalLM", {}, SPLIT),
+    "gemma2": ("Gemma2ForCausalLM", WINDOW, SPLIT),
+    "gemma3": ("Gemma3ForCausalLM", WINDOW, SPLIT),
+    "an odd head": ("LlamaForCausalLM", {"head_dim": 8}, SPLIT),
+    "phi3": ("Phi3ForCausalLM", {}, ("qkv_proj", "gate_up_proj")),
+    "gpt2": ("GPT2LMHeadModel", GPT2, ("c_attn", "c_fc")),
+}
+ENCODERS = {
+    "bert": ("BertForSequenceClassification", {}, ("query", "output.dense")),
+    "roberta": ("RobertaForSequenceClassification", {}, ("query", "output.dense")),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+        ("q_lin", "lin1"),
+    ),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+        ("Wqkv", "Wo"),
+    ),
+}
+
+
+def make(folder: Path, name: str, own: dict[str, Any], ends: tuple[str, ...], task_type: str) -> t.PreTrainedModel:
+    """A base in `folder`/base and an adapter in `folder`/a; returns the network with the adapter in its weights."""
+    prefix = name.partition("For")[0].removesuffix("LMHeadModel")
+    config = getattr(t, CONFIGS.get(prefix, f"{prefix}Config"))(
+        **(own if prefix == "GPT2" else SIZES | (HEAD if task_type == CAUSAL_LM else {}) | own)
+    )
+    config.eos_token_id, config.pad_token_id = 2, 2
+    torch.manual_seed(0)
+    getattr(t, name)(config).save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    network = BaseModel.resolve(folder / "base").load(task_type, dtype="float32", device="cpu")
+    modules = [name for name, _ in network.named_modules() if name.endswith(ends)]
+    assert len(modules) >= 2 * len(ends)
+    adapter = save_adapter(
+        folder / "base", network, folder / "a", modules, task_type=task_type, relative_size=0.5, scaling=2.0
+    )
+    if task_type == SEQ_CLS:
+        adapter.training = {"labels": ["no", "yes"]}
+        adapter.save(folder / "a", overwrite=True)
+    if task_type == CAUSAL_LM:
+        write_in(network, adapter)
+    else:
+        adapter.inject(network)
+    return network
+
+
+def greedy(network: t.PreTrainedModel, prompt: list[int]) -> list[int]:
+    answer: list[int] = []
+    with torch.inference_mode():
+        for _ in range(TOKENS):
+            answer.append(int(network(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+    return answer
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 98, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_answers_as_base_and_as_task(family: str, tmp_path: Path) -> None:
+    network = make(tmp_path, *DECODERS[family], CAUSAL_LM)
+    export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx")
+    decoder = OnnxDecoder(tmp_path / "onnx", "a", threads=1)
+    task = [greedy(network, prompt) for prompt in prompts()]
+    assert decoder.generate(prompts(), TOKENS, set()) == task
+    decoder.use(None)
+    base = BaseModel.resolve(tmp_path / "base").load(dtype="float32", device="cpu")
+    assert decoder.generate(prompts(), TOKENS, set()) == [greedy(base, prompt) for prompt in prompts()] != task
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_a_merged_decoder_answers_as_the_task(family: str, tmp_path: Path) -> None:
+    network = make(tmp_path, *DECODERS[family], CAUSAL_LM)
+    export_onnx(tmp_path / "a", tmp_path / "onnx")
+    decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
+    assert decoder.generate(prompts(), TOKENS, set()) == [greedy(network, prompt) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_classifier_gives_torchs_logits(family: str, tmp_path: Path) -> None:
+    network = make(tmp_path, *ENCODERS[family], SEQ_CLS)
+    result = export_onnx(tmp_path / "a", tmp_path / "onnx")
+    assert result["verify"]["gap"] < 1e-4
+    rows = prompts()
+    ids = torch.full((len(rows), max(LENGTHS)), 2)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(rows):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+    found = classify(tmp_path / "onnx", {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.inference_mode():
+        expected = network(ids, attention_mask=mask).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - expected[0]).max() > 1e-2

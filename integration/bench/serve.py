@@ -1,135 +1,151 @@
 """How fast does vLLM answer with every request on its own adapter? Peers: the bare base, and stock vLLM LoRA, folded.
 
-SmolLM2-135M, r = 64, all seven linears, bf16, eager, one thread for each engine; tokens per CPU-second, engines in
-alternation. Stock LoRA gets the same adapters and its list of modules; few files serve under many ids.
+SmolLM2-135M, r = 64, all seven linears, bf16, one thread for each engine; tokens per CPU-second, in alternation.
+All are eager but "compiled", the base without adapters as vLLM compiles it by default. Stock LoRA gets the same
+adapters and its list of modules; few files serve under many ids.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from lorasb_export import environment
-from lorasb_export.artifact import Adapter
 from lorasb_export.base import BaseModel
-from lorasb_export.export.peft import write_folded
 from lorasb_export.quickstart.model import small_model
-from lorasb_export.serve.shared import BASIS_VARIABLE
-from tests.random_adapter import save_adapter
 
-FILES, RANK = 4, 64
-VARIABLES = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+from .serve_child import Child, fold, write_adapters
+from .serve_parity import parity
+
+RANK, SMALL_RANK, MODULES = 64, 16, 210
+STOCK = {"max_num_batched_tokens": 128}  # its time goes by the tokens of a step, not of the prompts
+OTHERS = {"max_num_batched_tokens": 512}
+Speeds = dict[tuple[str, int, int], float]  # engine, rows, adapters among them → tokens per CPU-second
 
 
-class Child:
-    """An engine in a process of its own; it waits on its stdin while another is timed."""
-
-    def __init__(self, base: Path, folders: list[Path], ids: int, tokens: int, basis: Path | None = None) -> None:
-        command = [sys.executable, "-m", "integration.bench.serve_engine", str(base), str(ids), str(tokens)]
-        variables = environment.child_environment(**VARIABLES, **({BASIS_VARIABLE: str(basis)} if basis else {}))
-        self.process = subprocess.Popen(
-            [*command, *map(str, folders)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=variables,
-        )
-        self.report: dict[str, float] = self._answer()
-
-    def steps(self, rows: int, prompt: int, count: int) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"rows": rows, "prompt": prompt, "count": count}) + "\n")
-        self.process.stdin.flush()
-        times: list[float] = self._answer()
-        return times
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, help="write throughput against the number of adapters to this SVG")
 
 
-def write_adapters(base: Path, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Random adapters on one basis (in the first folder), and the same folded."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    modules = [name for name, _ in model.named_modules() if name.endswith("_proj")]
-    first = save_adapter(base, model, folder / "0", modules, rank=RANK, relative_size=0.15)
-    for number in range(1, FILES):
-        R = {name: matrix.roll(number, 0) for name, matrix in first.R.items()}
-        Adapter(first.base, first.basis_sha256, str(folder / "0"), R, first.scaling).save(folder / str(number))
-    ours = [folder / str(number) for number in range(FILES)]
-    folded = [folder / f"folded-{number}" for number in range(FILES)]
-    for source, target in zip(ours, folded, strict=True):
-        target.mkdir()
-        write_folded(Adapter.load(source), target)
-    return ours, folded
-
-
-def run(*, quick: bool) -> dict[str, Any]:
+def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     base = BaseModel.resolve(small_model()).folder
-    resident, rounds = (32, 2) if quick else (1000, 6)
-    children: dict[str, Child] = {}
     with tempfile.TemporaryDirectory() as folder:
-        ours, folded = write_adapters(base, Path(folder))
-        try:
-            children["base"] = Child(base, [], 0, 512)
-            children["stock"] = Child(base, folded, 32, 128)
-            children["shared"] = Child(base, ours, resident, 512, basis=ours[0])
-            return measure(children, rounds) | {"adapters_resident": resident}
-        finally:
-            for child in children.values():
-                child.stop()
+        ours = write_adapters(base, Path(folder, "large"), RANK)
+        small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
+        result, speeds = peers(base, ours, quick=quick)
+        more, resident = many(base, ours, small, quick=quick)
+        result |= more | parity(base, ours, prompts=4 if quick else 32, tokens=16 if quick else 64)
+    if plot is not None:
+        draw(speeds, resident, plot)
+    return result
 
 
-def measure(children: dict[str, Child], rounds: int) -> dict[str, Any]:
-    steps: dict[tuple[str, int], list[float]] = {}  # (engine, rows) → seconds of decode steps
-    prompts: dict[tuple[str, int], list[float]] = {}  # (engine, prompts of 128 tokens) → seconds of reading them
-    for counted in [False] + [True] * rounds:
-        for name, child in children.items():
-            for rows in (16, 32):
-                times = child.steps(rows, 3, 4 if name == "stock" else 24)[1:]
-                steps.setdefault((name, rows), []).extend(times if counted else [])
-            for rows in (1, 4) if name != "stock" else ():
-                times = child.steps(rows, 128, 1)[:1]
-                prompts.setdefault((name, rows), []).extend(times if counted else [])
-    speed = {key: key[1] / statistics.median(times) for key, times in steps.items()}
-    read = {key: statistics.median(times) for key, times in prompts.items()}
-    print(f"{'tokens per CPU-second':24} {'16 rows':>9} {'32 rows':>9}")
-    for name in children:
-        print(f"{name:24} {speed[name, 16]:9.1f} {speed[name, 32]:9.1f}")
-    report = children["shared"].report
+def peers(base: Path, ours: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:
+    """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests."""
+    children: dict[str, Child] = {}
+    try:
+        children["base"] = Child(base, [], **OTHERS)
+        children["compiled"] = Child(base, [], enforce_eager=False, **OTHERS)
+        children["stock LoRA"] = Child(base, fold(ours), 32, **STOCK)
+        children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
+        settings = [(16, 0), (32, 0), *((32, few) for few in (1, 4, 16))]
+        speeds = decode(children, settings if not quick else settings[:3], rounds=1 if quick else 3)
+        few = {name: children[name] for name in ("base", "shared")}  # stock LoRA takes minutes to read prompts
+        read = prompts(few, rounds=2 if quick else 8)
+    finally:
+        for child in children.values():
+            child.stop()
+    table(speeds)
+    stock, bare = speeds["stock LoRA", 32, 0], speeds["base", 32, 0]
     return {
-        **{f"tok_s_{name}_b16": round(speed[engine, 16], 1) for engine, name in KEYS.items()},
-        **{f"tok_s_{name}": round(speed[engine, 32], 1) for engine, name in KEYS.items()},
-        "ratio_vs_stock": round(speed["shared", 32] / speed["stock", 32], 2),
-        "ratio_vs_base": round(speed["shared", 32] / speed["base", 32], 3),
-        "ratio_vs_stock_b16": round(speed["shared", 16] / speed["stock", 16], 2),
-        "ratio_vs_base_b16": round(speed["shared", 16] / speed["base", 16], 3),
+        "tok_s_base": round(bare, 1),
+        "tok_s_base_compiled": round(speeds["compiled", 32, 0], 1),
+        "tok_s_stock_lora": round(stock, 1),
+        "tok_s_shared": round(speeds["shared", 32, 0], 1),
+        "ratio_vs_stock": round(speeds["shared", 32, 0] / stock, 2),
+        "ratio_vs_base": round(speeds["shared", 32, 0] / bare, 3),
+        "ratio_vs_stock_b16": round(speeds["shared", 16, 0] / speeds["stock LoRA", 16, 0], 2),
+        "ratio_vs_base_b16": round(speeds["shared", 16, 0] / speeds["base", 16, 0], 3),
         "prefill_ratio_vs_base": round(read["base", 4] / read["shared", 4], 3),
         "ttft_ratio_vs_base": round(read["shared", 1] / read["base", 1], 3),
-        "bytes_per_adapter": round(report["bytes_per_adapter"]),
-        "r_bytes": 210 * RANK * RANK * 2,
-        "load_ms": round(report["load_ms"], 2),
-    }
+    }, speeds
 
 
-KEYS = {"base": "base", "stock": "stock_lora", "shared": "shared"}  # engine → its name in the result
+def many(base: Path, ours: list[Path], small: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:
+    """With a thousand adapters resident (r = 64), and ten thousand (r = 16), beside as many as there are requests."""
+    counts = {RANK: 100 if quick else 1000, SMALL_RANK: 200 if quick else 10_000}
+    children: dict[str, Child] = {}
+    try:
+        for folders, rank in ((ours, RANK), (small, SMALL_RANK)):
+            for count in (32, counts[rank]):
+                options = {"max_lora_rank": rank, **OTHERS}
+                children[f"r={rank}, {count} resident"] = Child(base, folders, count, basis=folders[0], **options)
+        speeds = decode(children, [(32, 0)], rounds=2 if quick else 4)
+        reports = {name: child.report for name, child in children.items()}
+    finally:
+        for child in children.values():
+            child.stop()
+    table(speeds)
+    large, tiny = (f"r={rank}, {count} resident" for rank, count in counts.items())
+    return {
+        "adapters_resident": counts[SMALL_RANK],
+        "ratio_1000_resident": round(speeds[large, 32, 0] / speeds[f"r={RANK}, 32 resident", 32, 0], 3),
+        "ratio_10000_resident": round(speeds[tiny, 32, 0] / speeds[f"r={SMALL_RANK}, 32 resident", 32, 0], 3),
+        "bytes_per_adapter": round(reports[large]["bytes_per_adapter"]),
+        "r_bytes": MODULES * RANK * RANK * 2,
+        "bytes_per_adapter_r16": round(reports[tiny]["bytes_per_adapter"]),
+        "r_bytes_r16": MODULES * SMALL_RANK * SMALL_RANK * 2,
+        "load_ms": round(reports[large]["load_ms"], 2),
+        "load_ms_r16": round(reports[tiny]["load_ms"], 2),
+    }, speeds
+
+
+def decode(children: dict[str, Child], settings: list[tuple[int, int]], rounds: int) -> Speeds:
+    """(engine, rows, adapters among them) → tokens per CPU-second, after one round that is not counted."""
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    for counted in [False] + [True] * rounds:
+        for name, child in children.items():
+            for rows, few in settings if name in ("stock LoRA", "shared") else [s for s in settings if not s[1]]:
+                count = 4 if name == "stock LoRA" else 24
+                times = child.call("steps", rows=rows, prompt=3, count=count, adapters=few)[1:]
+                seconds.setdefault((name, rows, few), []).extend(times if counted else [])
+    return {key: key[1] / statistics.median(times) for key, times in seconds.items()}
+
+
+def prompts(children: dict[str, Child], rounds: int) -> dict[tuple[str, int], float]:
+    """(engine, rows) → CPU seconds of reading so many prompts of 128 tokens, in one step."""
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for counted in [False] + [True] * rounds:
+        for name, child in children.items():
+            for rows in (1, 4):
+                first = child.call("steps", rows=rows, prompt=128, count=1)[:1]
+                seconds.setdefault((name, rows), []).extend(first if counted else [])
+    return {key: statistics.median(times) for key, times in seconds.items()}
+
+
+def table(speeds: Speeds) -> None:
+    print(f"{'tokens per CPU-second':24} {'requests':>8} {'adapters':>8} {'tok/s':>8}")
+    for (name, rows, few), speed in speeds.items():
+        print(f"{name:24} {rows:8} {few or rows:8} {speed:8.1f}")
+
+
+def draw(speeds: Speeds, resident: Speeds, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.axhline(speeds["base", 32, 0], color="grey", linestyle="--", label="bare base, eager")
+    for name in ("stock LoRA", "shared"):
+        found = {few or rows: speed for (engine, rows, few), speed in speeds.items() if engine == name and rows == 32}
+        axes.plot(*zip(*sorted(found.items()), strict=True), marker="o", label=name)
+    for (name, _, _), speed in resident.items():
+        rank, count = name.removesuffix(" resident").split(", ")
+        if count != "32":
+            axes.plot([int(count)], [speed], marker="D", linestyle="", label=f"shared, {rank}, {count} resident")
+    axes.set(xscale="log", ylim=(0, None), xlabel="adapters", ylabel="tokens per CPU-second, 32 requests in decode")
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})

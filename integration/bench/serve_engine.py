@@ -18,29 +18,47 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Engine:
     """A model, and adapters under as many ids as wanted: the folders are used in turn."""
 
-    def __init__(self, base: str, folders: list[str], ids: int, tokens: int) -> None:
-        options: dict[str, Any] = {}
+    def __init__(self, base: str, folders: list[str], ids: int, options: dict[str, Any]) -> None:
         if folders:
-            options = {"enable_lora": True, "max_loras": ids, "max_lora_rank": 64, "lora_target_modules": TARGETS}
+            options = {"max_loras": ids, "max_lora_rank": 64, "lora_target_modules": TARGETS} | options
         common = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "enable_prefix_caching": False}
-        self.engine = LLM(base, max_num_batched_tokens=tokens, **common, **options).llm_engine
+        self.llm = LLM(base, enable_lora=bool(folders), **common | options)
+        self.engine = self.llm.llm_engine
         self.adapters = [LoRARequest(f"a{n}", n + 1, folders[n % len(folders)]) for n in range(ids) if folders]
         times = [self._timed(lambda request=request: self.engine.add_lora(request)) for request in self.adapters]
         self.load_ms = 1000 * statistics.median(times) if times else 0.0
-        self.requests = 0
+        self.requests = self.turn = 0
 
-    def steps(self, rows: int, prompt: int, count: int) -> list[float]:
-        """CPU seconds of the step that reads `rows` prompts of `prompt` tokens, then of `count` steps of decode."""
+    def steps(self, rows: int, prompt: int, count: int, adapters: int = 0) -> list[float]:
+        """CPU seconds of the step that reads `rows` prompts of `prompt` tokens, then of `count` steps of decode.
+
+        So many `adapters` serve the rows (0: each row has its own), other ones in each call.
+        """
         options = SamplingParams(max_tokens=count + 1, temperature=0, ignore_eos=True)
+        self.turn += 37 * rows
         for row in range(rows):
             self.requests += 1
             ids = [(17 * self.requests + 5 * place) % 40000 + 100 for place in range(prompt)]
-            adapter = self.adapters[row] if self.adapters else None
+            number = self.turn + row % (adapters or rows)
+            adapter = self.adapters[number % len(self.adapters)] if self.adapters else None
             self.engine.add_request(str(self.requests), {"prompt_token_ids": ids}, options, lora_request=adapter)
         times = []
         while self.engine.has_unfinished_requests():
             times.append(self._timed(self.engine.step))
         return times[: count + 1]
+
+    def answers(self, prompts: list[list[int]], tokens: int, logprobs: bool) -> list[Any]:
+        """[tokens, their log-probabilities] for each prompt by the base, then by each adapter: all in one batch."""
+        options = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=1 if logprobs else None)
+        models = [None, *self.adapters]
+        asked: Any = [({"prompt_token_ids": ids}, model) for ids in prompts for model in models]  # mixed
+        outputs = self.llm.generate([ids for ids, _ in asked], options, lora_request=[model for _, model in asked])
+        found: list[Any] = [None] * len(outputs)
+        for place, output in enumerate(outputs):
+            answer = output.outputs[0]
+            chosen = [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs or (), strict=False)]
+            found[place % len(models) * len(prompts) + place // len(models)] = [list(answer.token_ids), chosen]
+        return found
 
     def resident_bytes(self) -> float:
         """What vLLM holds of one adapter: its part of the stack, and copies beside it."""
@@ -58,15 +76,20 @@ class Engine:
 
 
 def main() -> None:
-    base, ids, tokens, *folders = sys.argv[1:]
+    base, ids, options, *folders = sys.argv[1:]
     answers = sys.stdout
     sys.stdout = sys.stderr  # vLLM prints
-    engine = Engine(base, folders, int(ids), int(tokens))
+    engine = Engine(base, folders, int(ids), json.loads(options))
     is_shared = bool(folders) and not (Path(folders[0]) / "adapter_model.safetensors").exists()
-    report = {"load_ms": engine.load_ms, "bytes_per_adapter": engine.resident_bytes() if is_shared else 0}
+    one_process = "tensor_parallel_size" not in options
+    report = {
+        "load_ms": engine.load_ms,
+        "bytes_per_adapter": engine.resident_bytes() if is_shared and one_process else 0,
+    }
     print(json.dumps(report), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(engine.steps(**json.loads(line))), file=answers, flush=True)
+        call, arguments = json.loads(line)
+        print(json.dumps(getattr(engine, call)(**arguments)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

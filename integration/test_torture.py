@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integration.torture import lies
+from integration.torture import kill, lies
 
 
 def test_lies_are_refused_or_read_rightly() -> None:
@@ -19,3 +19,10 @@ def test_the_harness_finds_a_reader_that_believes_anything(monkeypatch: pytest.M
     monkeypatch.setattr(lies, "TARGETS", {"rows": believing})
     tally = lies.run(5, seed=0)
     assert tally.accepted_bad == 5
+
+
+def test_killed_verbs_go_on_and_end_with_the_same_bytes() -> None:
+    verbs = {name: kill.VERBS[name] for name in ("calibrate", "fit", "merge", "peft")}
+    tally = kill.run(2, seed=0, verbs=verbs, hub=False)
+    assert tally.tried == 8
+    assert not tally.problems

@@ -32,10 +32,12 @@ def save_tokenizer(folder: Path, *, template: bool = True) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "50GB", tied: bool = True) -> Path:
+def make_llama(
+    folder: Path, *, dtype: torch.dtype = torch.float32, shards: str = "50GB", tied: bool = True, width: int = 32
+) -> Path:
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("lies", "load")
+NAMES = ("kill", "lies", "load")
 
 
 def main() -> None:

@@ -212,10 +212,11 @@ def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
 
     export_onnx(hub.root / "a", hub.root / "onnx", base=hub.base, verify=False)
     export_onnx_adapters([hub.root / "a", hub.root / "b"], hub.root / "tasks", base=hub.base, verify=False)
-    for repo, last in (("me/onnx", "type(model)"), ("me/tasks", "type(adapters)")):
-        assert hub.push(hub.root / repo.partition("/")[2], repo)["skipped"] == []
-        assert "onnxruntime_genai" in hub.run(f"{lines_of(hub, repo)}\nprint({last})")
-    assert "adapters for `owner/base`" in hub.content("me/tasks", "README.md").decode()
+    for folder in ("onnx", "tasks"):
+        repo = f"me/{folder}-graph"
+        assert hub.push(hub.root / folder, repo)["skipped"] == []
+        assert hub.run(f"{lines_of(hub, repo)}\nprint(folder)").endswith(f"{folder}-graph")
+    assert "adapters for `owner/base`" in hub.content("me/tasks-graph", "README.md").decode()
 
 
 def test_no_published_file_says_where_its_owner_keeps_it(hub: Hub) -> None:

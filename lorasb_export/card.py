@@ -191,8 +191,9 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
 
 def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
     """How to load a folder by what can run it: onnxruntime-genai its own builder's graphs, if they are not routed."""
+    short = name.rpartition("/")[2]  # a folder of its own: in the cache the graph's data would be a link
     fetch = "" if name == HERE else "from huggingface_hub import snapshot_download\n"
-    folder = f'folder = "{name}"\n' if name == HERE else f'folder = snapshot_download("{name}")\n'
+    folder = f'folder = "{name}"\n' if name == HERE else f'folder = snapshot_download("{name}", local_dir="{short}")\n'
     if provenance.get("task_type") == "SEQ_CLS":
         return f'import onnxruntime as ort\n{fetch}\n{folder}session = ort.InferenceSession(folder + "/model.onnx")\n'
     if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):

@@ -184,13 +184,12 @@ def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
     from . import card
     from .format import sealed
-    from .storage import read_json, write_json
+    from .storage import read_json, replaced_file, write_json
 
     path = folder / "adapter_config.json"
     config = read_json(path)
     split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
     split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
-    temporary = path.with_suffix(".tmp")
-    write_json(temporary, sealed(config))
-    temporary.replace(path)
+    with replaced_file(path) as temporary:
+        write_json(temporary, sealed(config))
     card.write(folder, card.adapter_card(config))

@@ -26,7 +26,7 @@ from .errors import TrainingError
 from .order import RowOrder, learning_rate_factor
 from .settings import FitSettings
 from .stack import Stack
-from .storage import write_json
+from .storage import replaced_file, write_json
 from .validation import Validation, better
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -243,9 +243,8 @@ class RTrainer(Trainer):
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         values = self._values(k)
         if self._best(values) == len(values) - 1 and distributed.is_main():
-            path = self._best_file(k)
-            save_tensors(run.adapter, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            with replaced_file(self._best_file(k)) as path:
+                save_tensors(run.adapter, path)
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""

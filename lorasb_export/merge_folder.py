@@ -1,22 +1,20 @@
 """The folder a merge works in: one merge at a time, resumable after a kill, renamed when complete.
 
-Beside the target `NAME` lie, while a merge runs or after it was killed, `.NAME.merge` (the folder) and its lock,
-`.NAME.merge.lock`.
+Beside the target `NAME` lies, while a merge runs or after it was killed, `.NAME.merge`.
 A shard is finished when its mark, `.SHARD.json`, exists: the mark is written after the shard's bytes are on the disk.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from .errors import OutputError
+from .lock import only_writer
 from .storage import cannot_write, fsync, prepare_target, put_in_place, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -64,14 +62,11 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
     an error, the folder is removed.
 
     Raises:
-        OutputError: another merge into `target` is running, the target exists and `overwrite` is false, or its
+        OutputError: another process is writing `target`, the target exists and `overwrite` is false, or its
             parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    with cannot_write(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(target)
-    try:
+    with only_writer(target):
         with cannot_write(target.parent):
             prepare_target(target, overwrite)
             folder = _open(_work_path(target), identity)
@@ -88,9 +83,6 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
-    finally:
-        _lock_path(target).unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone
-        lock.close()
 
 
 def bytes_of_an_earlier_try(target: Path) -> int:
@@ -101,30 +93,6 @@ def bytes_of_an_earlier_try(target: Path) -> int:
 
 def _work_path(target: Path) -> Path:
     return target.parent / f".{target.name}.merge"
-
-
-def _lock_path(target: Path) -> Path:
-    return target.parent / f".{target.name}.merge.lock"
-
-
-def _lock(target: Path) -> IO[bytes]:
-    """The lock of `target`, which the system releases when this process ends, however it ends."""
-    path = _lock_path(target)
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise OutputError(
-                "another merge into this target is running", where=target, fix="Wait for it, or choose another path"
-            ) from None
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()  # its holder removed it just now: this is a lock on nothing
 
 
 def _open(work: Path, identity: str) -> MergeFolder:

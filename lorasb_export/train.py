@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .data import TaskData, load_task, question_and_answer
 from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric, max_answer_tokens
 from .layer import head_parameters
+from .lock import only_writer
 from .order import RowOrder
 from .plot import plot_losses
 from .settings import CalibrationSettings, FitSettings
@@ -70,7 +71,8 @@ def fit(
         network: the loaded base, where the caller already has it; its adapters are replaced.
 
     Raises:
-        OutputError: `out` exists, or an interrupted run does and neither `resume` nor `overwrite` is given.
+        OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
+            `overwrite` is given.
         TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
@@ -147,15 +149,19 @@ class _Run:
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
         if resume and all(out.exists() for out in self.outs):  # finished before
             return [Adapter.load(out) for out in self.outs]
-        if not resume:
-            for out in self.outs:
-                refuse_existing(out, overwrite)
-        if distributed.is_main():
-            open_folder(self.folder, resume, overwrite)
-        distributed.wait()
-        network = self._network or self._load()
-        with _left_as_found(network):
-            return self._train(network, resume=resume, overwrite=overwrite)
+        with ExitStack() as locks:
+            if distributed.is_main():
+                for out in sorted(self.outs):
+                    locks.enter_context(only_writer(out))
+            if not resume:
+                for out in self.outs:
+                    refuse_existing(out, overwrite)
+            if distributed.is_main():
+                open_folder(self.folder, resume, overwrite)
+            distributed.wait()
+            network = self._network or self._load()
+            with _left_as_found(network):
+                return self._train(network, resume=resume, overwrite=overwrite)
 
     def _train(self, network: PreTrainedModel, *, resume: bool, overwrite: bool) -> list[Adapter]:
         basis = self._own_basis(network) if isinstance(self._basis, CalibrationSettings) else self._basis

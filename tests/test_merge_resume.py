@@ -89,7 +89,7 @@ def test_finished_shards_are_reused_for_the_same_plan_alone(adapter: Path, tmp_p
 def test_a_second_merge_into_the_same_target_is_refused(adapter: Path, tmp_path: Path) -> None:
     with resumable_folder(tmp_path / "model", "a plan") as folder:
         (folder.path / "lorasb.json").write_text("{}")
-        with pytest.raises(OutputError, match="another merge into this target is running"):
+        with pytest.raises(OutputError, match="another process is writing this target"):
             merge(adapter, tmp_path / "model")
     assert os.listdir(tmp_path / "model") == ["lorasb.json"]
 

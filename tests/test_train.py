@@ -18,6 +18,7 @@ from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.inference import evaluate
+from lorasb_export.lock import only_writer
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.trainer import RTrainer
 
@@ -139,6 +140,18 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
     assert steps
     if number == signal.SIGTERM:
         assert max(steps) % 50 or len(steps) > 1  # one at the step the signal met
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_fit_into_the_same_folder_leaves_the_first_alone(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, resume: bool
+) -> None:
+    running = tmp_path / ".a.run"
+    running.mkdir()
+    (running / "half a checkpoint").write_text("…")
+    with only_writer(tmp_path / "a"), pytest.raises(OutputError, match="another process is writing this target"):
+        fit(str(llama), basis, sums, tmp_path / "a", resume=resume, overwrite=True)
+    assert (running / "half a checkpoint").exists()
 
 
 def test_a_diverging_run_is_stopped_and_named(llama: Path, sums: Path, basis: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("kill", "lies", "load")
+NAMES = ("concurrency", "kill", "lies", "load")
 
 
 def main() -> None:

@@ -11,53 +11,17 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from threading import Thread
 
 from integration.hub_server import HubServer
+from integration.torture.project import VERBS, Verb, done, entries, make, prepared, weights
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.storage import sha256_file
-from tests.conftest import write_splits
-from tests.tiny import make_llama
 
-_PROJECT = """\
-model = "llama"
-[basis]
-rank = 4
-samples = 16
-[fit]
-batch_size = 4
-epochs = 1
-learning_rate = 1e-2
-checkpoint_every = 2
-[tasks.a]
-data = "sums"
-"""
-_WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_adapter")
 _CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A command, the folder it writes, and the words to add when it is started again."""
-
-    words: tuple[str, ...]
-    target: str
-    again: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-
-
-VERBS = {
-    "calibrate": Verb(("calibrate",), "basis"),
-    "fit": Verb(("fit", "a"), "adapters/a", ("--resume",), ("calibrate",)),
-    "merge": Verb(("merge", "a", "--out", "model", "--max-shard-size", "60KB"), "model", (), ("calibrate", "fit")),
-    "peft": Verb(("export", "a", "--format", "peft", "--out", "peft"), "peft", (), ("calibrate", "fit")),
-    "onnx": Verb(("export", "a", "--format", "onnx", "--out", "onnx"), "onnx", (), ("calibrate", "fit")),
-}
 
 
 def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = True) -> Tally:
@@ -67,7 +31,7 @@ def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = Tru
         root = Path(folder)
         zygote = Zygote()
         try:
-            _make(root / "start")
+            make(root / "start")
             for name, verb in verbs.items():
                 _kill_verb(root, zygote, tally, random, name, verb, n)
         finally:
@@ -77,39 +41,12 @@ def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = Tru
     return tally
 
 
-def _make(folder: Path) -> None:
-    make_llama(folder / "llama", shards="80KB", width=64)
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
-    write_splits(folder / "sums", {"train": rows[:32], "valid": rows[32:]})
-    (folder / "lorasb.toml").write_text(_PROJECT)
-
-
-def _prepared(root: Path, zygote: Zygote, verb: Verb) -> Path:
-    """A folder in which everything that `verb` needs is done."""
-    place = root / "-".join(("ready", *verb.needs))
-    if not place.exists():
-        shutil.copytree(root / "start", place)
-        for name in verb.needs:
-            _done(zygote, place, VERBS[name].words, root / "log")
-    return place
-
-
-def _done(zygote: Zygote, place: Path, words: tuple[str, ...], log: Path) -> float:
-    """Seconds of an undisturbed run."""
-    log.write_text("")
-    zygote.start(place, *words, log=log)
-    code, seconds = zygote.wait()
-    if code:
-        raise RuntimeError(f"lorasb {' '.join(words)} exits with {code}: {log.read_text()}")
-    return seconds
-
-
 def _kill_verb(root: Path, zygote: Zygote, tally: Tally, random: Random, name: str, verb: Verb, n: int) -> None:
-    ready, place, log = _prepared(root, zygote, verb), root / "place", root / "log"
+    ready, place, log = prepared(root, zygote, verb), root / "place", root / "log"
     whole = root / f"whole-{name}"
     shutil.copytree(ready, whole)
-    seconds = _done(zygote, whole, verb.words, log)
-    expected, before, ended = _weights(whole / verb.target), _entries(ready), _entries(whole)
+    seconds = done(zygote, whole, verb.words, log)
+    expected, before, ended = weights(whole / verb.target), entries(ready), entries(whole)
     for number in range(n):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(ready, place)
@@ -137,12 +74,12 @@ def _judge(
     if code not in (0, _CODES[sent], -sent):  # the last: before the verb began
         return "wrong", f"{where}: exit code {code}: {log.read_text()[-300:]}"
     last = (log.read_text().strip().splitlines() or [""])[-1]
-    if code > 0 and not last.startswith("Interrupted.") and _entries(place) != before:
+    if code > 0 and not last.startswith("Interrupted.") and entries(place) != before:
         return "wrong", f"{where}: the last line is {last!r}"
     target = place / verb.target
     if target.exists():
         inspect_folder(target)
-        if _weights(target) != expected:
+        if weights(target) != expected:
             return "wrong", f"{where}: what is there is not what an undisturbed run writes"
     else:
         log.write_text("")
@@ -150,20 +87,11 @@ def _judge(
         code, _ = zygote.wait()
         if code:
             return "lost", f"{where}: the next start exits with {code}: {log.read_text()[-300:]}"
-        if _weights(target) != expected:
+        if weights(target) != expected:
             return "wrong", f"{where}: the next start ends with other bytes"
-        if _entries(place) != after:
-            return "wrong", f"{where}: left behind {sorted(_entries(place) ^ after)}"
+        if entries(place) != after:
+            return "wrong", f"{where}: left behind {sorted(entries(place) ^ after)}"
     return "ok", ""
-
-
-def _weights(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in folder.iterdir() if path.name.endswith(_WEIGHTS)}
-
-
-def _entries(place: Path) -> set[str]:
-    """Everything in the project's folder, hidden files too, down to the folders that verbs write."""
-    return {path.relative_to(place).as_posix() for pattern in ("*", "adapters/*") for path in place.glob(pattern)}
 
 
 def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
@@ -174,9 +102,9 @@ def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
         Thread(target=server.serve_forever, daemon=True).start()
         zygote = Zygote(**server.environment(root / "home", HF_HUB_DISABLE_XET="1"))
         try:
-            place, log = _prepared(root, zygote, Verb(words, "", (), ("calibrate", "fit"))), root / "log"
-            seconds = _done(zygote, place, words, log)
-            expected = _published(server, repo)
+            place, log = prepared(root, zygote, Verb(words, "", (), ("calibrate", "fit"))), root / "log"
+            seconds = done(zygote, place, words, log)
+            expected = published(server, repo)
             for number in range(n):
                 server.repos.clear()
                 after = random.uniform(0.0, seconds)
@@ -184,7 +112,7 @@ def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
                 zygote.start(place, *words, log=log, after=after)
                 zygote.wait()
                 where = f"push #{number}, SIGKILL after {after:.3f} of {seconds:.3f} s"
-                found = _published(server, repo)
+                found = published(server, repo)
                 if found and found != expected:
                     tally.add("wrong", f"{where}: half of it is published: {sorted(found)}")
                     continue
@@ -193,7 +121,7 @@ def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
                 code, _ = zygote.wait()
                 if code:
                     tally.add("lost", f"{where}: the next push exits with {code}: {log.read_text()[-300:]}")
-                elif _published(server, repo) != expected:
+                elif published(server, repo) != expected:
                     tally.add("wrong", f"{where}: the next push ends with other files")
                 else:
                     tally.add("ok")
@@ -201,7 +129,7 @@ def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
             zygote.stop()
 
 
-def _published(server: HubServer, repo: str) -> dict[str, str]:
+def published(server: HubServer, repo: str) -> dict[str, str]:
     """The files of the repository's main branch, but for the ones the Hub itself makes."""
     found = server.repos.get(repo)
     if found is None:

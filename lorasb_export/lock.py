@@ -1,0 +1,50 @@
+"""One writer at a time for a folder that takes long to make."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from .errors import OutputError
+from .storage import cannot_write
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[None]:
+    """Hold `.NAME.lock` beside `target` while the block runs; the system lets go of it however this process ends.
+
+    Raises:
+        OutputError: another process holds it, or the parent cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    with cannot_write(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = target.parent / f".{target.name}.lock"
+        file = _lock(path, target)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it is gone
+        file.close()
+
+
+def _lock(path: Path, target: Path) -> IO[bytes]:
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise OutputError(
+                "another process is writing this target", where=target, fix="Wait for it, or choose another path"
+            ) from None
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder removed it just now: this is a lock on nothing

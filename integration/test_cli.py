@@ -39,7 +39,7 @@ def project(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(sums, folder / "data" / "b")
     (folder / "lorasb.toml").write_text(
         f'model = "{llama}"\n[basis]\nrank = 4\n[fit]\nmax_steps = 3\n'
-        '[tasks.a]\ndata = "data/a"\n[tasks.b]\ndata = "data/b"\n[hub]\nrepo = "me/a-lorasb"\n'
+        '[tasks.a]\ndata = "data/a"\n[tasks.b]\ndata = "data/b"\n[hub]\nrepo = "me/{name}-lorasb"\n'
     )
     found = result_of(lorasb("fit", "--json", cwd=folder))
     assert set(found["adapters"]) == {"a", "b"}
@@ -174,8 +174,13 @@ def test_inspect_says_what_a_basis_captures(project: Path) -> None:
 
 
 def test_push_dry_run_as_typed(project: Path) -> None:
-    found = result_of(lorasb("push", "--dry-run", "--json", cwd=project))
-    assert (found["repo"], found["kind"], found["private"]) == ("me/a-lorasb", "adapter", True)
+    """In a project the basis and every adapter; named, the one."""
+    pushed = result_of(lorasb("push", "--dry-run", "--json", cwd=project))["pushed"]
+    found = {(one["repo"], one["kind"], one["private"]) for one in pushed}
+    kinds = {"basis": "basis", "a": "adapter", "b": "adapter"}
+    assert found == {(f"me/{name}-lorasb", kind, True) for name, kind in kinds.items()}
+    one = result_of(lorasb("push", "a", "--repo", "me/a", "--with-basis", "--dry-run", "--json", cwd=project))
+    assert (one["repo"], one["kind"]) == ("me/a", "adapter")
 
 
 def test_serve_dry_run_as_typed(project: Path) -> None:

@@ -186,7 +186,7 @@ model = {model}  # a folder or a Hub id
 
 {tasks}
 # [hub]
-# repo = "me/{first}-lorasb"
+# repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
 """
 
 
@@ -218,7 +218,6 @@ def write_project(
         basis=_lines(basis or {"rank": CalibrationSettings.rank}),
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items()),
-        first=next(iter(tasks)),
     )
     path.write_text(text, encoding="utf-8")
     return path

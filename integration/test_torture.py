@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from integration.torture import concurrency, kill, lies
+from integration.torture import agree, concurrency, kill, lies
+from integration.torture.agree_ways import WAYS
+from lorasb_export.artifact import Adapter
+from lorasb_export.export import peft
 
 
 def test_lies_are_refused_or_read_rightly() -> None:
@@ -32,3 +36,23 @@ def test_two_commands_on_one_folder_do_not_mix() -> None:
     tally = concurrency.run(1, seed=0)
     assert tally.tried == 7
     assert not tally.problems
+
+
+def test_every_way_out_gives_the_same_logits() -> None:
+    tally = agree.run(3, seed=1, every=0)
+    assert tally.tried == 3
+    assert not tally.problems
+
+
+def test_the_harness_finds_a_way_out_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = peft.folded_tensors
+
+    def transposing(adapter: Adapter) -> dict[str, torch.Tensor]:
+        adapter.R = {name: R.T.contiguous() for name, R in adapter.R.items()}
+        return honest(adapter)
+
+    monkeypatch.setattr(peft, "folded_tensors", transposing)
+    monkeypatch.setattr(agree, "WAYS", {way: WAYS[way] for way in ("unmerged", "peft")})
+    tally = agree.run(2, seed=1, every=0)
+    assert tally.wrong == 2
+    assert all("peft, a0: gap" in problem and "unmerged" not in problem for problem in tally.problems)

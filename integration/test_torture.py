@@ -7,6 +7,7 @@ import torch
 
 from integration.torture import agree, concurrency, kill, lies
 from integration.torture.agree_ways import WAYS
+from integration.torture.agree_world import Case
 from lorasb_export.artifact import Adapter
 from lorasb_export.export import peft
 
@@ -56,3 +57,17 @@ def test_the_harness_finds_a_way_out_that_disagrees(monkeypatch: pytest.MonkeyPa
     tally = agree.run(2, seed=1, every=0)
     assert tally.wrong == 2
     assert all("peft, a0: gap" in problem and "unmerged" not in problem for problem in tally.problems)
+
+
+def test_gemma_has_its_exact_numbers_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that the ONNX builder rounds (√48, and 1 + w in bf16), nor attention scores without their bound."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config = {**sizes, **heads, "tie_word_embeddings": True}
+    adapters = {"a0": 1.0, "a1": 1.5}
+    cases = [
+        Case(0, number, family, config, "bfloat16", "all-linear", 8, 1.0, adapters)
+        for number, family in enumerate(("Gemma", "Gemma2"))
+    ]
+    monkeypatch.setattr(agree, "draw", lambda seed, number, served: cases[number])
+    assert not agree.run(2, seed=0, every=0).problems

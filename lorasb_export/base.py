@@ -239,6 +239,7 @@ class BaseModel:
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
         _refuse_made_up(model, found["missing_keys"], self.folder)
+        keep_softcapping(model)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS and model.config.pad_token_id is None:
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
@@ -265,6 +266,12 @@ class BaseModel:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+
+def keep_softcapping(model: PreTrainedModel) -> None:
+    """Gemma 2 bounds its attention scores; of transformers' implementations the default leaves that out in silence."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

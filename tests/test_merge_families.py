@@ -88,3 +88,12 @@ def test_an_adapter_on_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"no weight for module model\.layers\.0\.mlp\.experts"):
         merge(adapter, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_gemma_2_bounds_its_attention_scores(tmp_path: Path) -> None:
+    """transformers' default, sdpa, does not."""
+    found = BaseModel.resolve(make(tmp_path / "base", "gemma2")).load()
+    eager = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    plain = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(found), logits(eager))
+    assert not torch.equal(logits(eager), logits(plain))

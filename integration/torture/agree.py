@@ -59,7 +59,7 @@ def _prepare() -> None:
 
 
 def try_case(folder: Path, seed: int, every: int, number: int) -> list[str]:
-    """A line for each way that disagrees or fails, naming the case."""
+    """The case, and a line for each way that disagrees or fails; empty when all agree."""
     served = bool(every) and number % every == every - 1
     case = draw(seed, number, served)
     root = folder / str(number)
@@ -72,18 +72,18 @@ def try_case(folder: Path, seed: int, every: int, number: int) -> list[str]:
             if effect < SEEN * TOLERANCE[case.dtype]:
                 problems.append(f"{name} moves the logits by {effect:.2g} only: nothing would be seen")
         for way, take in WAYS.items():
-            problems += _judge(way, take, world)
+            problems += _judge_way(way, take, world)
         if served:
             with _ONE_SERVER:
                 for way, take in SERVED_WAYS.items():
-                    problems += _judge(way, take, world)
+                    problems += _judge_way(way, take, world)
     except Exception:
         problems.append(f"cannot be made: {traceback.format_exc(limit=-2)}")
     shutil.rmtree(root)
     return [f"{case}", *problems] if problems else []
 
 
-def _judge(way: str, take: Callable[[World], Answers], world: World) -> list[str]:
+def _judge_way(way: str, take: Callable[[World], Answers], world: World) -> list[str]:
     dtype = "float32" if way.startswith("onnx") else world.case.dtype
     problems = []
     try:

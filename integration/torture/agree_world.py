@@ -69,6 +69,8 @@ def draw(seed: int, number: int, served: bool) -> Case:
         config |= {"head_dim": head} if own_head else {}
     if family in ("Mistral", "Gemma2"):
         config["sliding_window"] = random.choice([None, 8]) if family == "Mistral" else 8
+    if family == "Phi3":
+        config["original_max_position_embeddings"] = config["max_position_embeddings"]  # no long RoPE
     config["tie_word_embeddings"] = family.startswith("Gemma") or random.random() < 0.5
     dtype = random.choice(["float32", "bfloat16"])
     smallest = min(hidden, config.get("intermediate_size", hidden), groups * head)

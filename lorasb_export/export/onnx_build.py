@@ -19,6 +19,7 @@ from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
 from ..storage import read_json, write_json
+from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data
 
 GENAI, TORCH = "genai", "torch"
@@ -109,7 +110,7 @@ def build(
             basis.write_into(scratch / "basis")
             command.append(str(scratch / "basis"))
     _run(command, scratch, model)
-    _finish_graph(out)
+    _finish_graph(out, model if exporter == GENAI else None)
     for path in model.iterdir():
         if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
@@ -149,9 +150,12 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
         )
 
 
-def _finish_graph(out: Path) -> None:
+def _finish_graph(out: Path, built_from: Path | None) -> None:
     """Give the weights the name DATA, for the exporters add `.data` to the graph's; and the cache its head size, which
-    the builder leaves open and transformers.js then takes for 0."""
+    the builder leaves open and transformers.js then takes for 0; and Gemma its exact numbers.
+
+    `built_from` is the checkpoint, where the builder was the exporter.
+    """
     import onnx
 
     model = read_graph(out / GRAPH)
@@ -163,4 +167,6 @@ def _finish_graph(out: Path) -> None:
         for value in (*model.graph.input, *model.graph.output):
             if value.name.startswith(("past_key_values.", "present.")):
                 value.type.tensor_type.shape.dim[3].dim_value = size
+    if built_from is not None and read_json(built_from / "config.json")["model_type"] in ("gemma", "gemma2"):
+        make_exact(model.graph, built_from)
     onnx.save(model, out / GRAPH)

@@ -75,7 +75,8 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     """Write `out`/model.onnx and model.onnx_data."""
     base = BaseModel.resolve(model)
     network = base.load(task_type, dtype=dtype, device="cpu")
-    network.config._attn_implementation = "sdpa"
+    if not getattr(network.config, "attn_logit_softcapping", None):  # which only the eager kind has
+        network.config._attn_implementation = "sdpa"
     if basis is not None:
         for name, module in Basis.load(basis).modules.items():
             network.set_submodule(name, _Swappable(network.get_submodule(name), module.A, module.B, network.dtype))

@@ -49,7 +49,7 @@ def answers(model: torch.nn.Module, folder: Path) -> list[str]:
 
 
 def test_transformers_vllm_and_lorasb_know_the_merged_folder(smollm2: Path, tmp_path: Path) -> None:
-    """Transformers and vLLM answer as base + adapter does; lorasb says what is in it and does not merge into it again."""
+    """Transformers and vLLM answer as base + adapter does; lorasb says what is in it and refuses it as a base."""
     pytest.importorskip("vllm")
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     plain = answers(model, smollm2)

@@ -1,0 +1,38 @@
+"""The committed lock file and list of packages fit pyproject.toml and each other."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from docs.make_lock import BOM, LOCK, components
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_lock_holds_every_dependency_at_an_allowed_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    locked = {one["name"].lower(): one["version"] for one in components(LOCK.read_text())}
+    for line in (*project["dependencies"], *project["optional-dependencies"]["cpu"]):
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"python_version": "3.11"}):
+            assert locked[wanted.name.lower()] in wanted.specifier, f"{line}: run python docs/make_lock.py"
+
+
+def test_every_locked_package_has_hashes() -> None:
+    entries = re.split(r"\n(?=[A-Za-z0-9])", LOCK.read_text().strip())
+    assert len(entries) == len(components(LOCK.read_text()))
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_the_list_of_packages_is_that_of_the_lock() -> None:
+    assert json.loads(BOM.read_text())["components"] == components(LOCK.read_text())

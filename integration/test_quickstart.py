@@ -70,7 +70,7 @@ def test_the_project_can_be_used_on(quickstart: Quickstart) -> None:
     assert lorasb(folder, "inspect", "adapters/dates")["basis_matches"]
     answers = lorasb(folder, "generate", "Date: 3rd of May 2031", "--max-tokens", "16")["answers"]
     assert answers["dates"].startswith("2031-")
-    assert lorasb(folder, "push", "adapters/dates", "--repo", "you/dates-lorasb", "--dry-run")["private"]
+    assert lorasb(folder, "push", "adapters/dates", "--repo", "you/dates", "--with-basis", "--dry-run")["private"]
     assert lorasb(folder, "merge", "--out", "again/", "--dry-run")["modules"] == 210
     assert {"dates", "orders"} <= set(lorasb(folder, "serve", "--adapters", "dates,orders", "--dry-run")["models"])
 

@@ -288,7 +288,7 @@ def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     killed = subprocess.Popen(["true"])
     killed.wait()
-    (tmp_path / f"lorasb-serve-{killed.pid}-x").mkdir()  # left by a `lorasb serve` that was killed
+    (tmp_path / f"lorasb-{killed.pid}-x").mkdir()  # left by a `lorasb serve` that was killed
     options = {"extra": ["--no-such-flag"], "dtype": "float32"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
         pass

@@ -25,7 +25,7 @@ from .server import RunningServer
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "lorasb-serve-"  # of the temporary folder; our process's id follows
+_PREFIX = "lorasb-"  # of the temporary folder; our process's id follows; short, for the paths of sockets in it
 Adapters = Mapping[str, str | Path] | Sequence[str]
 
 

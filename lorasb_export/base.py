@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import environment
 from .errors import ArtifactError, BaseModelError, LoraSBError
 from .fetch import snapshot
-from .storage import TensorInfo, read_header, read_json
+from .storage import FLOATS, TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class BaseModel:
         """Checkpoint tensor name → (file, header entry), in file order.
 
         Raises:
-            BaseModelError: no safetensors file, or the index names a tensor that no file holds.
+            BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
         """
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
@@ -103,6 +103,10 @@ class BaseModel:
         if index.is_file() and set(found) != set(weight_map):
             odd = sorted(set(found) ^ set(weight_map))[0]
             raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
+        for name, (file, info) in found.items():
+            if name.endswith(".weight") and info.dtype not in FLOATS:
+                fix = "Use a full-precision checkpoint"
+                raise BaseModelError(f"{name} is stored as {info.dtype}, not as a float", where=file, fix=fix)
         return found
 
     @property

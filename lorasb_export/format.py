@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .errors import ArtifactError
-from .storage import TensorInfo, read_header, read_json, sha256_file
+from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
 # Key → the type, or types, of its value.
@@ -48,7 +48,7 @@ ADAPTER_KEYS = {
     "config_sha256": str,
 }
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_MOST = 10  # problems told at once
 _HINT = "Written by another version, or edited by hand"
 
 
@@ -86,11 +86,13 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
     Args:
         keys: key → the type, or types, its value may have.
     """
-    problems = [f"missing {key}" for key in sorted(set(keys) - set(found))]
-    problems += [f"unknown {key}" for key in sorted(set(found) - set(keys))]
+    problems = [f"missing {key:.80}" for key in sorted(set(keys) - set(found))]
+    problems += [f"unknown {key:.80}" for key in sorted(set(found) - set(keys))]
     for key in sorted(set(keys) & set(found)):
         if not isinstance(found[key], keys[key]) or isinstance(found[key], bool):
-            problems.append(f"{key} is {found[key]!r:.40}")
+            problems.append(f"{key:.80} is {found[key]!r:.40}")
+    if len(problems) > _MOST:
+        problems[_MOST:] = [f"and {len(problems) - _MOST} more"]
     if problems:
         raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
 
@@ -148,7 +150,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | N
     header, _ = read_header(path)
     check_keys(header, dict.fromkeys(expected, TensorInfo), path)
     for name, shape in expected.items():
-        only = {"F32"} if name.endswith((".R", ".S")) else _FLOATS
+        only = {"F32"} if name.endswith((".R", ".S")) else FLOATS
         if list(header[name].shape) != shape or header[name].dtype not in only:
             raise ArtifactError(
                 f"tensor {name} is {header[name].dtype} {list(header[name].shape)}, "

@@ -220,6 +220,7 @@ def _base(folder: Path) -> Any:
     inspect_folder(folder)
     adapter = Adapter.load(folder.parent / "adapter")
     base.verify(adapter.base, adapter.R)
+    base.load(device="cpu")
     return {name: (info.dtype, info.shape) for name, (_, info) in base.tensors.items()}
 
 

@@ -25,21 +25,11 @@ from . import card, distributed, environment
 from .base import BaseRef
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import (
-    ADAPTER_KEYS,
-    FORMAT_VERSION,
-    ModuleBasis,
-    check_config,
-    check_keys,
-    load_tensors,
-    read_basis_config,
-    sealed,
-)
+from .format import FORMAT_VERSION, PEFT_TYPE, ModuleBasis, load_tensors, read_adapter_config, read_basis_config, sealed
 from .storage import atomic_folder, read_header, read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported
 
-PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses
 
@@ -311,16 +301,7 @@ class Adapter:
         """
         folder, found_at = resolve_folder(source, ADAPTER_FILES)
         hub_source = None if found_at == str(folder) else found_at
-        where = folder / "adapter_config.json"
-        config = read_json(where)
-        if config.get("peft_type") != PEFT_TYPE:
-            raise ArtifactError(
-                f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}",
-                where=where,
-                fix="Not a LoRA-SB adapter",
-            )
-        check_config(config, ADAPTER_KEYS, where)
-        check_keys(config["basis"], {"sha256": str, "source": str}, where)
+        where, config = folder / "adapter_config.json", read_adapter_config(folder)
         if not math.isfinite(config["scaling"]):
             raise ArtifactError(f"scaling is {config['scaling']}", where=where)
         rank, modules = config["r"], config["target_modules"]

@@ -20,6 +20,7 @@ from .errors import ArtifactError
 from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
+PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 # Key → the type, or types, of its value.
 BASE_KEYS = {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str}
 BASIS_KEYS = {
@@ -119,6 +120,22 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]
             raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
         expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
     return config, expected
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter folder's config, checked.
+
+    Raises:
+        ArtifactError: of another kind, unknown or missing keys, another format version, changed since it was written.
+    """
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    if config.get("peft_type") != PEFT_TYPE:
+        what = f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}"
+        raise ArtifactError(what, where=where, fix="Not a LoRA-SB adapter")
+    check_config(config, ADAPTER_KEYS, where)
+    check_keys(config["basis"], {"sha256": str, "source": str}, where)
+    return config
 
 
 def load_tensors(

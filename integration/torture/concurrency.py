@@ -16,7 +16,7 @@ from threading import Thread
 
 from integration.hub_server import HubServer
 from integration.torture.kill import published
-from integration.torture.project import VERBS, done, entries, make, prepared, weights
+from integration.torture.project import VERBS, done, entries, make, prepared, undisturbed, weights
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.inspection import inspect_folder
@@ -70,12 +70,9 @@ def _copy(ready: Path, root: Path) -> Path:
 
 def _same_target(root: Path, both: tuple[Zygote, Zygote], tally: Tally, random: Random, name: str, n: int) -> None:
     verb = VERBS[name]
-    ready, whole = prepared(root, both[0], verb), root / f"whole-{name}"
-    shutil.copytree(ready, whole)
-    seconds = done(both[0], whole, verb.words, root / "log")
-    expected, names = weights(whole / verb.target), entries(whole)
+    whole = undisturbed(root, both[0], name)
     for number in range(n):
-        place, delay = _copy(ready, root), random.uniform(0.0, seconds)
+        place, delay = _copy(whole.ready, root), random.uniform(0.0, whole.seconds)
         words = [verb.words, (*verb.words, *random.choice([(), verb.again]))]
         ended = _at_once(both, place, words, delay)
         where = f"two of {name} #{number}, {delay:.3f} s apart"
@@ -84,7 +81,7 @@ def _same_target(root: Path, both: tuple[Zygote, Zygote], tally: Tally, random: 
             tally.add("wrong", f"{where}: {problems[0][-300:]}")
         elif all(code for code, _ in ended):
             tally.add("lost", f"{where}: neither finished")
-        elif weights(place / verb.target) != expected or entries(place) != names:
+        elif weights(place / verb.target) != whole.weights or entries(place) != whole.after:
             tally.add("wrong", f"{where}: what is there is not what one alone writes")
         else:
             inspect_folder(place / verb.target)

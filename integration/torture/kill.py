@@ -10,13 +10,13 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from threading import Thread
 
 from integration.hub_server import HubServer
-from integration.torture.project import VERBS, Verb, done, entries, make, prepared, weights
+from integration.torture.project import VERBS, Undisturbed, Verb, done, entries, make, prepared, undisturbed, weights
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.inspection import inspect_folder
@@ -24,7 +24,7 @@ from lorasb_export.inspection import inspect_folder
 _CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = True) -> Tally:
+def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = True) -> Tally:
     """`n` kills of each verb, and with `hub` of a push to a loopback Hub."""
     tally, random = Tally("kill", seed), Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -32,8 +32,8 @@ def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = Tru
         zygote = Zygote()
         try:
             make(root / "start")
-            for name, verb in verbs.items():
-                _kill_verb(root, zygote, tally, random, name, verb, n)
+            for name in verbs:
+                _kill_verb(root, zygote, tally, random, name, n)
         finally:
             zygote.stop()
         if hub:
@@ -41,56 +41,44 @@ def run(n: int, seed: int, verbs: Mapping[str, Verb] = VERBS, *, hub: bool = Tru
     return tally
 
 
-def _kill_verb(root: Path, zygote: Zygote, tally: Tally, random: Random, name: str, verb: Verb, n: int) -> None:
-    ready, place, log = prepared(root, zygote, verb), root / "place", root / "log"
-    whole = root / f"whole-{name}"
-    shutil.copytree(ready, whole)
-    seconds = done(zygote, whole, verb.words, log)
-    expected, before, ended = weights(whole / verb.target), entries(ready), entries(whole)
+def _kill_verb(root: Path, zygote: Zygote, tally: Tally, random: Random, name: str, n: int) -> None:
+    verb, whole, place, log = VERBS[name], undisturbed(root, zygote, name), root / "place", root / "log"
     for number in range(n):
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(ready, place)
+        shutil.copytree(whole.ready, place)
         sent = random.choice([signal.SIGINT, signal.SIGTERM]) if number % 4 == 3 else signal.SIGKILL
-        after = random.uniform(0.0, seconds)
+        after = random.uniform(0.0, whole.seconds)
         log.write_text("")
         zygote.start(place, *verb.words, log=log, number=sent, after=after)
         code, _ = zygote.wait()
-        where = f"{name} #{number}, {sent.name} after {after:.3f} of {seconds:.3f} s"
-        tally.add(*_judge(zygote, place, verb, expected, before, ended, code, sent, log, where))
+        where = f"{name} #{number}, {sent.name} after {after:.3f} of {whole.seconds:.3f} s"
+        end, problem = _judge(zygote, place, verb, whole, code, sent, log)
+        tally.add(end, f"{where}: {problem}")
 
 
 def _judge(
-    zygote: Zygote,
-    place: Path,
-    verb: Verb,
-    expected: dict[str, str],
-    before: set[str],
-    after: set[str],
-    code: int,
-    sent: signal.Signals,
-    log: Path,
-    where: str,
+    zygote: Zygote, place: Path, verb: Verb, whole: Undisturbed, code: int, sent: signal.Signals, log: Path
 ) -> tuple[str, str]:
     if code not in (0, _CODES[sent], -sent):  # the last: before the verb began
-        return "wrong", f"{where}: exit code {code}: {log.read_text()[-300:]}"
+        return "wrong", f"exit code {code}: {log.read_text()[-300:]}"
     last = (log.read_text().strip().splitlines() or [""])[-1]
-    if code > 0 and not last.startswith("Interrupted.") and entries(place) != before:
-        return "wrong", f"{where}: the last line is {last!r}"
+    if code > 0 and not last.startswith("Interrupted.") and entries(place) != whole.before:
+        return "wrong", f"the last line is {last!r}"
     target = place / verb.target
     if target.exists():
         inspect_folder(target)
-        if weights(target) != expected:
-            return "wrong", f"{where}: what is there is not what an undisturbed run writes"
+        if weights(target) != whole.weights:
+            return "wrong", "what is there is not what an undisturbed run writes"
     else:
         log.write_text("")
         zygote.start(place, *verb.words, *verb.again, log=log)
         code, _ = zygote.wait()
         if code:
-            return "lost", f"{where}: the next start exits with {code}: {log.read_text()[-300:]}"
-        if weights(target) != expected:
-            return "wrong", f"{where}: the next start ends with other bytes"
-        if entries(place) != after:
-            return "wrong", f"{where}: left behind {sorted(entries(place) ^ after)}"
+            return "lost", f"the next start exits with {code}: {log.read_text()[-300:]}"
+        if weights(target) != whole.weights:
+            return "wrong", "the next start ends with other bytes"
+        if entries(place) != whole.after:
+            return "wrong", f"left behind {sorted(entries(place) ^ whole.after)}"
     return "ok", ""
 
 

@@ -73,6 +73,26 @@ def done(zygote: Zygote, place: Path, words: tuple[str, ...], log: Path) -> floa
     return seconds
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A verb that nothing disturbs: the folder it starts in, how long it takes, what is in its target and around it."""
+
+    ready: Path
+    seconds: float
+    weights: dict[str, str]
+    before: set[str]
+    after: set[str]
+
+
+def undisturbed(root: Path, zygote: Zygote, name: str) -> Undisturbed:
+    """Run the verb `name` once."""
+    verb, whole = VERBS[name], root / f"whole-{name}"
+    ready = prepared(root, zygote, verb)
+    shutil.copytree(ready, whole)
+    seconds = done(zygote, whole, verb.words, root / "log")
+    return Undisturbed(ready, seconds, weights(whole / verb.target), entries(ready), entries(whole))
+
+
 def weights(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in folder.iterdir() if path.name.endswith(_WEIGHTS)}
 

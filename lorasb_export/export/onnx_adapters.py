@@ -6,6 +6,7 @@ Routed: one graph that holds every task's R, and a number per row of a batch.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,8 @@ def add_onnx_adapters(
     folder = Path(into)
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
-    record, before = read_json(folder / "lorasb.json"), read_json(folder / "lorasb.json")
+    before = read_json(folder / "lorasb.json")
+    record = copy.deepcopy(before)
     tasks = _load(adapters)
     taken = sorted(set(tasks) & set(record["adapters"]))
     if taken and (record["routed"] or not overwrite):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...artifact import PEFT_TYPE, Basis
+from ...artifact import Basis
 from ...errors import ArtifactError, OutputError
-from ...format import ADAPTER_KEYS, check_config
+from ...format import read_adapter_config
 from ...storage import read_header, read_json
 
 FILES = ("adapter.safetensors", "adapter_config.json")
@@ -30,12 +30,9 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     Raises:
         ArtifactError: not an adapter of `basis`, damaged, or with non-finite values.
     """
-    where = folder / "adapter_config.json"
-    config = read_json(where)
-    if config.get("peft_type") != PEFT_TYPE:
-        raise ArtifactError(f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}", where=where)
-    check_config(config, ADAPTER_KEYS, where)
-    if config["basis"].get("sha256") != basis.sha256:
+    config = read_adapter_config(folder)
+    if config["basis"]["sha256"] != basis.sha256:
+        where = folder / "adapter_config.json"
         raise ArtifactError("trained in another basis than this server's", where=where, fix="Use --mode folded")
     path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
     header, _ = read_header(path)

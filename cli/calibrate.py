@@ -73,6 +73,7 @@ def run(
     if distributed.is_main():
         basis.save(target, overwrite=overwrite)
     distributed.wait()
+    distributed.stop()
     energy, capture = spread(list(basis.calibration["energy"].values())), basis.calibration["capture"]
     result = {
         "basis": str(target),

@@ -90,7 +90,8 @@ def run(
     )
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task)
-    from lorasb_export.capture import words  # only now: these bring transformers
+    from lorasb_export import distributed  # only now: these bring torch and transformers
+    from lorasb_export.capture import words
     from lorasb_export.fit_tasks import fit_tasks
 
     fitted = fit_tasks(
@@ -105,6 +106,7 @@ def run(
         resume=resume,
         overwrite=overwrite,
     )
+    distributed.stop()
     adapters: dict[str, Any] = {}
     lines = []
     for name, adapter in fitted.items():

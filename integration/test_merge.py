@@ -32,7 +32,8 @@ VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
 model = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256)
-outputs = model.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=int(sys.argv[3])))
+settings = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]))
+outputs = model.generate(json.loads(sys.argv[2]), settings, use_tqdm=False)  # its bar may divide by zero seconds
 print(json.dumps([output.outputs[0].text for output in outputs]))
 """
 MERGE = "import sys; from lorasb_export import merge; merge(*sys.argv[1:3], max_shard_size='20MB')"

@@ -56,6 +56,7 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 adapter.save(sys.argv[1])
+distributed.stop()
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORLD = [*TORCHRUN, "-m", "lorasb_cli"]

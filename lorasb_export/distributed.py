@@ -16,6 +16,12 @@ def start() -> None:
         PartialState()  # also selects this process's GPU
 
 
+def stop() -> None:
+    """Leave it, when all is done: a process that ends as a member may be aborted by a thread of its group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

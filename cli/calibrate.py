@@ -47,8 +47,8 @@ def run(
     from lorasb_export import distributed
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
+    from lorasb_export.output import refuse_existing
     from lorasb_export.settings import CalibrationSettings
-    from lorasb_export.storage import refuse_existing
     from lorasb_export.subspace import by_module, spread
 
     project = run.project

@@ -107,11 +107,20 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _fail(run: Run, error: Exception) -> None:
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        error = _in_our_words(error)
     typer.echo(f"Error: {error}", err=True)
     if run.json:
         parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
         typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
     raise typer.Exit(1)
+
+
+def _in_our_words(error: OSError) -> Exception:
+    from lorasb_export.errors import LoraSBError
+
+    fix = "Check that it is there and can be read" if error.filename else None
+    return LoraSBError(error.strerror or str(error), where=error.filename, fix=fix)
 
 
 def _calm_libraries(run: Run) -> None:

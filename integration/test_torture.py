@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from integration.torture import agree, concurrency, kill, lies
+from integration.torture import agree, concurrency, disk, kill, lies
 from integration.torture.agree_ways import WAYS
 from integration.torture.agree_world import Case
+from integration.torture.faulty_disk import FaultyDisk
 from lorasb_export.artifact import Adapter
 from lorasb_export.export import peft
 
@@ -30,6 +36,24 @@ def test_killed_verbs_go_on_and_end_with_the_same_bytes() -> None:
     tally = kill.run(2, seed=0, verbs=("calibrate", "fit", "merge", "peft"), hub=False)
     assert tally.tried == 8
     assert not tally.problems
+
+
+def test_a_faulty_disk_costs_nothing_but_the_run() -> None:
+    tally = disk.run(3, seed=0, verbs=("calibrate",))
+    assert tally.tried > 30
+    assert not tally.problems
+
+
+def test_the_faulty_disk_fails_where_it_is_told_to(tmp_path: Path) -> None:
+    """A writer that looks at no error is found out: half its text is there."""
+    (tmp_path / "mount").mkdir()
+    faulty = FaultyDisk(tmp_path / "mount", tmp_path)
+    path, heedless = tmp_path / "mount" / "x", "import sys; open(sys.argv[1], 'wb', 0).write(b'0123456789')"
+    faulty.arm(disk.FAULTS["full"], call=2)
+    for outside in (tmp_path / "y", path):
+        subprocess.run([sys.executable, "-c", heedless, str(outside)], env=os.environ | faulty.variables, check=True)
+    assert (faulty.heal(), faulty.hit) == (2, "write x")
+    assert ((tmp_path / "y").read_text(), path.read_text()) == ("0123456789", "01234")
 
 
 def test_two_commands_on_one_folder_do_not_mix() -> None:

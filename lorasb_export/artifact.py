@@ -26,7 +26,8 @@ from .base import BaseRef
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import FORMAT_VERSION, PEFT_TYPE, ModuleBasis, load_tensors, read_adapter_config, read_basis_config, sealed
-from .storage import atomic_folder, read_header, read_json, write_json
+from .output import atomic_folder
+from .storage import read_header, read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported
 

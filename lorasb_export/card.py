@@ -25,6 +25,7 @@ from .card_sections import (
     source_of,
     training_table,
 )
+from .output import replaced_file
 from .readme import assemble, update
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
@@ -42,7 +43,8 @@ def write(folder: Path, card: str) -> None:
     """
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    path.write_text(update(old, card, where=path), encoding="utf-8")
+    with replaced_file(path) as temporary:
+        temporary.write_text(update(old, card, where=path), encoding="utf-8")
 
 
 def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from . import format
 from .artifact import Adapter
 from .errors import ArtifactError, OutputError, TrainingError
 from .storage import read_json
 
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
+
+
+RESUME = "Free or repair that disk, then go on with the same command and --resume"
 
 
 def open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -50,7 +54,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 def save_tensors(adapter: Adapter, path: Path) -> None:
     """R and head of an adapter, in the dtype they are trained in."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}, path)
+    format.save_tensors(adapter.tensors(), path)
 
 
 def load_tensors(adapter: Adapter, path: Path) -> None:

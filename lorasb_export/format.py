@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .errors import ArtifactError
 from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
@@ -136,6 +138,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     check_config(config, ADAPTER_KEYS, where)
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
     return config
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError when the disk does not take it."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # all it says of the system's error
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def load_tensors(

@@ -184,7 +184,8 @@ def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
     from . import card
     from .format import sealed
-    from .storage import read_json, replaced_file, write_json
+    from .output import replaced_file
+    from .storage import read_json, write_json
 
     path = folder / "adapter_config.json"
     config = read_json(path)

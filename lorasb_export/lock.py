@@ -5,12 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from .errors import OutputError
-from .storage import cannot_write
+from .output import cannot_write
 
 
 @contextmanager
@@ -21,14 +21,15 @@ def only_writer(target: Path) -> Iterator[None]:
         OutputError: another process holds it, or the parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    with cannot_write(target.parent):
+    with cannot_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.parent / f".{target.name}.lock"
         file = _lock(path, target)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it is gone
+        with suppress(OSError):  # a lock file that stays does no harm: nobody holds it
+            path.unlink()  # while it is held: who opened it meanwhile sees that it is gone
         file.close()
 
 

@@ -20,7 +20,7 @@ from .merge_folder import MergeFolder, resumable_folder
 from .merge_plan import MergePlan, free_bytes, parse_size, plan_merge
 from .merge_write import worker_threads, write_shard
 from .retained import Retained
-from .storage import cannot_write, write_json
+from .storage import write_json
 from .verify import compare_logits
 
 __all__ = ["merge", "parse_size"]
@@ -78,12 +78,11 @@ def merge(
             "expected_retained": plan.expected_retained(),
         }
     with resumable_folder(out, plan.identity, overwrite=overwrite) as folder:
-        with cannot_write(out):
-            modules, reused = _write_shards(plan, folder)
-            result |= {"retained": retained.summary(modules), "shards_reused": reused}
-            retained.warn(result["retained"], " and ".join(result["stored"]))
-            made = {"command": command(), "retained": result["retained"]}
-            _write_other_files(plan, folder.path, _provenance(plan, adapter, folder.path) | made)
+        modules, reused = _write_shards(plan, folder)
+        result |= {"retained": retained.summary(modules), "shards_reused": reused}
+        retained.warn(result["retained"], " and ".join(result["stored"]))
+        made = {"command": command(), "retained": result["retained"]}
+        _write_other_files(plan, folder.path, _provenance(plan, adapter, folder.path) | made)
         if verify:
             result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
     if report is not None:

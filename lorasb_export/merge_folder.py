@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .lock import only_writer
-from .storage import cannot_write, fsync, prepare_target, put_in_place, read_json, write_json
+from .output import cannot_write, fsync, prepare_target, put_in_place
+from .storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,9 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
             parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    with only_writer(target):
-        with cannot_write(target.parent):
-            prepare_target(target, overwrite)
-            folder = _open(_work_path(target), identity)
+    with only_writer(target), cannot_write(target):
+        prepare_target(target, overwrite)
+        folder = _open(_work_path(target), identity)
         try:
             yield folder
             for path in sorted(folder.path.iterdir()):

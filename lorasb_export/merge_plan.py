@@ -22,7 +22,8 @@ from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
 from .combine import Weights, combine
 from .errors import ArtifactError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
-from .storage import DTYPE_BYTES, TensorInfo, refuse_existing, require_room
+from .output import refuse_existing, require_room
+from .storage import DTYPE_BYTES, TensorInfo
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import OutputError, SettingsError
 from .names import check_name
+from .output import cannot_write, replaced_file
 from .settings import CalibrationSettings, FitSettings
 
 if sys.version_info >= (3, 11):
@@ -219,7 +220,8 @@ def write_project(
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items()),
     )
-    path.write_text(text, encoding="utf-8")
+    with cannot_write(path), replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

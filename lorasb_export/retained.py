@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .output import cannot_write
 from .storage import write_json
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,6 @@ def expected(sample: torch.Tensor, rms: float, stored: torch.dtype) -> Retained:
 
 def write_report(modules: Mapping[str, Retained], path: Path) -> None:
     """Write every module's numbers to `path`, a .json file, and a plot of them beside it, a .png."""
-    write_json(path, {**summary(modules), "modules": {name: found.shown() for name, found in modules.items()}})
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -95,4 +95,6 @@ def write_report(modules: Mapping[str, Retained], path: Path) -> None:
     axes.set(title="What the stored dtype keeps of the update", xlabel="module, in file order", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    with cannot_write(path):
+        write_json(path, {**summary(modules), "modules": {name: found.shown() for name, found in modules.items()}})
+        figure.savefig(path.with_suffix(".png"), dpi=120)

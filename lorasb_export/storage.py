@@ -1,22 +1,17 @@
-"""Files: safetensors headers, strict JSON, digests, and folders that appear whole or not at all."""
+"""Files as they are read: safetensors headers, strict JSON, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, LoraSBError, OutputError
+from .errors import ArtifactError, LoraSBError
 
-_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
 MAX_JSON_BYTES = 12_000_000  # the largest index published, of a model of 671 B parameters, has 9 MB
 _MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred times its own size
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -137,26 +132,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside `path`, of a name nobody can guess; it takes the place of `path` when the block ends.
-
-    A file that other programs, or the next start, may read at any moment is written through this.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        if path.exists():
-            shutil.copymode(path, temporary)
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -168,114 +143,3 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Return when the bytes of a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def process_is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise OutputError when `target` exists with content and may not be replaced.
-
-    Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not any((target / name).is_file() for name in _OURS):
-        raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
-    if not overwrite:
-        raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
-
-
-def require_room(target: Path, needed: int) -> None:
-    """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
-    parent = target.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            where=parent,
-            fix="Nothing was written; free some space or choose another --out",
-        )
-
-
-@contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
-
-    A process killed inside the block leaves a hidden `.NAME.tmp-PID` beside an untouched target; the next call for
-    the same target removes it.
-
-    Raises:
-        OutputError: the target exists and `overwrite` is false, or its parent cannot be written.
-    """
-    target = Path(os.path.abspath(target))
-    with cannot_write(target.parent):
-        prepare_target(target, overwrite)
-        for stale in target.parent.glob(f".{target.name}.tmp-*"):
-            if not process_is_alive(int(stale.name.rsplit("-", 1)[1])):
-                shutil.rmtree(stale)
-        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-        temporary.mkdir()
-    try:
-        yield temporary
-        put_in_place(temporary, target, overwrite)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def cannot_write(where: Path) -> Iterator[None]:
-    """Raise the system's errors (no permission, disk full, …) as an OutputError about `where`."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, LoraSBError):
-            raise
-        raise OutputError(f"cannot write: {error.strerror}", where=where, fix="Choose another path") from None
-
-
-def prepare_target(target: Path, overwrite: bool) -> None:
-    """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.parent / f".{target.name}.old"
-    if old.exists() and not target.exists():
-        old.rename(target)
-    refuse_existing(target, overwrite)
-
-
-def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Rename the finished sibling folder `temporary` to `target`, every file fsynced before.
-
-    A replaced target is first moved to `.NAME.old`, and put back by `prepare_target` if the process dies before the
-    new folder is in place.
-    """
-    for path in sorted(temporary.rglob("*")):
-        fsync(path)
-    fsync(temporary)
-    refuse_existing(target, overwrite)  # another process may have been quicker
-    old = target.parent / f".{target.name}.old"
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    temporary.rename(target)
-    fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -22,17 +22,18 @@ from .batches import encode
 from .calibrate import calibrate
 from .callbacks import Progress, checkpoint_at_sigterm
 from .capture import capture, is_little, overview, recorded, words
-from .checkpoints import COMPLETE, check_identity, last_complete, open_folder
+from .checkpoints import COMPLETE, RESUME, check_identity, last_complete, open_folder
 from .data import TaskData, load_task, question_and_answer
 from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric, max_answer_tokens
 from .layer import head_parameters
 from .lock import only_writer
 from .order import RowOrder
+from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
 from .plot import plot_losses
 from .settings import CalibrationSettings, FitSettings
 from .stack import Stack
-from .storage import atomic_folder, read_json, refuse_existing, write_json
+from .storage import read_json, write_json
 from .subspace import spread
 from .trainer import RTrainer, TaskRun
 from .validation import Validation
@@ -147,12 +148,14 @@ class _Run:
             self.base.verify(self._basis.base, self._basis.modules)
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
-        if resume and all(out.exists() for out in self.outs):  # finished before
-            return [Adapter.load(out) for out in self.outs]
         with ExitStack() as locks:
             if distributed.is_main():
                 for out in sorted(self.outs):
                     locks.enter_context(only_writer(out))
+            interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
+            if resume and not interrupted and all(out.exists() for out in self.outs):  # finished before
+                return [Adapter.load(out) for out in self.outs]
+            locks.enter_context(cannot_write(self.folder, RESUME))
             if not resume:
                 for out in self.outs:
                     refuse_existing(out, overwrite)
@@ -191,13 +194,14 @@ class _Run:
                 "energy": spread(list(basis.calibration["energy"].values())),
                 "capture": overview(found),
             }
-            if distributed.is_main() and not (resume and self.outs[k].exists()):  # written before the interruption
+            written = resume and not overwrite and self.outs[k].exists()  # before the interruption
+            if distributed.is_main() and not written:
                 self._write(trainer, k, identity, found, overwrite)
             adapter.folder = self.outs[k]
             adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
         distributed.wait()
         if distributed.is_main():
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
         return [run.adapter for run in trainer.runs]
 
     def _load(self) -> PreTrainedModel:
@@ -229,7 +233,8 @@ class _Run:
             found = capture(self.base, network, basis, task)
             distributed.wait()
             if distributed.is_main():
-                write_json(path, found)
+                with replaced_file(path) as temporary:
+                    write_json(temporary, found)
         if is_little(found):
             logger.warning(
                 "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
@@ -325,7 +330,8 @@ class _Run:
         with atomic_folder(out, overwrite=overwrite) as temporary:
             run.adapter.write_into(temporary, out)
             history = trainer.history(k)
-            (temporary / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+            lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
+            (temporary / "training_log.jsonl").write_text("".join(lines))
             plot_losses(history, temporary / CURVE, title=f"{run.task.name}: loss")
             provenance = {
                 "kind": "adapter",

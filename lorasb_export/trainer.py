@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader
 from . import distributed, environment
 from .artifact import Adapter
 from .batches import IGNORE, Encoded, collate, row_losses
-from .checkpoints import COMPLETE, load_tensors, save_tensors
+from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
 from .data import TaskData
-from .errors import TrainingError
+from .errors import OutputError, TrainingError
 from .order import RowOrder, learning_rate_factor
+from .output import fsync, replaced_file
 from .settings import FitSettings
 from .stack import Stack
-from .storage import replaced_file, write_json
+from .storage import write_json
 from .validation import Validation, better
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -285,11 +286,18 @@ class RTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_losses()
-        super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch's writer of archives tells of the disk in its own words
+            what = f"cannot write a checkpoint: {str(error).splitlines()[0]}"
+            raise OutputError(what, where=folder, fix=RESUME) from error
         distributed.wait()  # each process has saved its RNG
         if distributed.is_main():
-            write_json(folder / COMPLETE, {**self.identity, "finished": not self._active(self.state.global_step)})
+            for path in folder.iterdir():
+                fsync(path)
+            with replaced_file(folder / COMPLETE) as path:
+                write_json(path, {**self.identity, "finished": not self._active(self.state.global_step)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for k, run in enumerate(self.runs):

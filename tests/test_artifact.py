@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import atomic_folder, read_header, sha256_file
+from lorasb_export.storage import read_header, sha256_file
 from tests.tiny import make_llama
 
 
@@ -299,74 +296,6 @@ def test_an_existing_target_is_kept(folders: tuple[Path, Path]) -> None:
     with pytest.raises(OutputError, match="the target exists"):
         Basis.load(folders[0]).save(folders[0])
     assert (folders[0] / "basis.safetensors").read_bytes() == before
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        with atomic_folder(tmp_path / "x") as temporary:
-            (temporary / "half").write_text("…")
-            raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
-    for name, overwrite in (("old", False), ("new", True)):
-        with atomic_folder(tmp_path / "x", overwrite=overwrite) as temporary:
-            (temporary / name).write_text(name)
-            (temporary / "lorasb.json").write_text("{}")
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["lorasb.json", "new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "lorasb.json").write_text("{}")
-    script = (
-        "import sys, time; from pathlib import Path; from lorasb_export.storage import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
-        "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "writing\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["lorasb.json"]
-    assert len(list(tmp_path.iterdir())) == 2
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
-        (temporary / "new").write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("a file")
-    for name in ("home", "file"):
-        with (
-            pytest.raises(OutputError, match="not a folder lorasb wrote"),
-            atomic_folder(tmp_path / name, overwrite=True),
-        ):
-            pass
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
-
-
-def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    def race() -> None:
-        with atomic_folder(tmp_path / "x") as temporary:
-            (temporary / "lorasb.json").write_text('{"slow": 1}')
-            with atomic_folder(tmp_path / "y") as quicker:
-                (quicker / "lorasb.json").write_text('{"quick": 1}')
-            (tmp_path / "y").rename(tmp_path / "x")
-
-    with pytest.raises(OutputError, match="the target exists"):
-        race()
-    assert "quick" in (tmp_path / "x" / "lorasb.json").read_text()
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_errors_survive_pickling() -> None:

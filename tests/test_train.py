@@ -80,7 +80,9 @@ def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(llama: Path, sums: 
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def interrupt(llama: Path, basis: Path, sums: Path, out: Path, settings: FitSettings) -> None:
+def interrupt(
+    llama: Path, basis: Path, sums: Path, out: Path, settings: FitSettings, *, overwrite: bool = False
+) -> None:
     """Leave an interrupted run of `out` behind, stopped after its first checkpoint."""
 
     class Stop(Exception):
@@ -93,7 +95,7 @@ def interrupt(llama: Path, basis: Path, sums: Path, out: Path, settings: FitSett
     save, RTrainer._save_checkpoint = RTrainer._save_checkpoint, stop
     try:
         with pytest.raises(Stop):
-            fit(str(llama), basis, sums, out, settings)
+            fit(str(llama), basis, sums, out, settings, overwrite=overwrite)
     finally:
         RTrainer._save_checkpoint = save
 
@@ -105,6 +107,16 @@ def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: 
         fit(str(llama), basis, sums, out, FitSettings(max_steps=12, checkpoint_every=4), resume=True)
     fit(str(llama), basis, sums, out, SETTINGS, resume=True)
     assert out.exists()
+
+
+def test_an_interrupted_replacement_goes_on_and_replaces(llama: Path, sums: Path, basis: Path) -> None:
+    """`--overwrite --resume`: the adapter that is there is the old one, not the end of this run."""
+    out = basis.parent / "replaced" / "a"
+    old = fit(str(llama), basis, sums, out, FitSettings(max_steps=2))
+    interrupt(llama, basis, sums, out, SETTINGS, overwrite=True)
+    assert fit(str(llama), basis, sums, out, SETTINGS, resume=True).sha256 == old.sha256
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True, overwrite=True)
+    assert Adapter.load(out).training["steps"] == 12
 
 
 def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:

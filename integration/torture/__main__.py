@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 
-NAMES = ("agree", "concurrency", "kill", "lies", "load")
+NAMES = ("agree", "concurrency", "disk", "kill", "lies", "load")
 
 
 def main() -> None:

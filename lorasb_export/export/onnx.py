@@ -13,7 +13,8 @@ from ..base import BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
 from ..merge import merge
-from ..storage import DTYPE_BYTES, atomic_folder, require_room, write_json
+from ..output import atomic_folder, require_room
+from ..storage import DTYPE_BYTES, write_json
 from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_run import require_packages

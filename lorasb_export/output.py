@@ -1,0 +1,171 @@
+"""What is written appears whole or not at all: files and folders, and the errors of the disk they go to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import LoraSBError, OutputError
+
+_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
+_FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
+
+    A process killed inside the block leaves a hidden `.NAME.tmp-PID` beside an untouched target; the next call for
+    the same target removes it.
+
+    Raises:
+        OutputError: the target exists and `overwrite` is false, or the disk does not take it.
+    """
+    target = Path(os.path.abspath(target))
+    with cannot_write(target):
+        prepare_target(target, overwrite)
+        for stale in target.parent.glob(f".{target.name}.tmp-*"):
+            if not process_is_alive(int(stale.name.rsplit("-", 1)[1])):
+                shutil.rmtree(stale)
+        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            put_in_place(temporary, target, overwrite)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def cannot_write(target: Path, fix: str | None = None) -> Iterator[None]:
+    """Raise the system's errors (no permission, disk full, …) as an OutputError about `target`.
+
+    Errors that name a file which does not belong to `target` pass: something else could not be read.
+
+    Args:
+        fix: what to do then, if it is more than to start again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LoraSBError) or not error.errno or not _belongs(error.filename, target):
+            raise
+        fix = fix or _FIXES.get(error.errno, "Choose another path")
+        raise OutputError(f"cannot write: {error.strerror}", where=target, fix=fix) from None
+
+
+def _belongs(name: str | bytes | int | None, target: Path) -> bool:
+    """Whether a file is, or lies in, `target`, its hidden siblings `.NAME.…` or a folder above it; None is."""
+    if not isinstance(name, str):
+        return True
+    path, target = Path(os.path.abspath(name)), Path(os.path.abspath(target))
+    if path in (target, *target.parents):
+        return True
+    if not path.is_relative_to(target.parent):
+        return False
+    first = path.relative_to(target.parent).parts[0]
+    return first == target.name or first.startswith(f".{target.name}.")
+
+
+def prepare_target(target: Path, overwrite: bool) -> None:
+    """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.parent / f".{target.name}.old"
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    refuse_existing(target, overwrite)
+
+
+def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Rename the finished sibling folder `temporary` to `target`, every file fsynced before.
+
+    A replaced target is first moved to `.NAME.old`, and put back by `prepare_target` if the process dies before the
+    new folder is in place.
+    """
+    for path in sorted(temporary.rglob("*")):
+        fsync(path)
+    fsync(temporary)
+    refuse_existing(target, overwrite)  # another process may have been quicker
+    old = target.parent / f".{target.name}.old"
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    try:
+        fsync(target.parent)
+    except OSError as error:
+        what = f"it is there and whole, but the disk does not confirm its name: {error.strerror}"
+        raise OutputError(what, where=target, fix="Check that disk; use it, or replace it with --overwrite") from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside `path`, of a name nobody can guess; it takes the place of `path` when the block ends.
+
+    A file that other programs, or the next start, may read at any moment is written through this.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        if path.exists():
+            shutil.copymode(path, temporary)
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Return when the bytes of a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise OutputError when `target` exists with content and may not be replaced.
+
+    Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not any((target / name).is_file() for name in _OURS):
+        raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
+    if not overwrite:
+        raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
+
+
+def require_room(target: Path, needed: int) -> None:
+    """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
+    parent = target.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            where=parent,
+            fix="Nothing was written; free some space or choose another --out",
+        )

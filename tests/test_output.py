@@ -1,0 +1,129 @@
+"""Files and folders appear whole or not at all, whatever the disk and the process meet."""
+
+from __future__ import annotations
+
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorasb_export.errors import OutputError
+from lorasb_export.output import atomic_folder, cannot_write, replaced_file
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from lorasb_export.format import save_tensors
+from lorasb_export.output import atomic_folder
+tensors = {"R": torch.zeros(1 << 16)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+with atomic_folder(Path(sys.argv[1])) as folder:
+    if sys.argv[2] == "tensors":
+        save_tensors(tensors, folder / "x.safetensors")
+    else:
+        (folder / "x.txt").write_text("x" * (1 << 16))
+"""
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / "half").write_text("…")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
+    for name, overwrite in (("old", False), ("new", True)):
+        with atomic_folder(tmp_path / "x", overwrite=overwrite) as temporary:
+            (temporary / name).write_text(name)
+            (temporary / "lorasb.json").write_text("{}")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["lorasb.json", "new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "lorasb.json").write_text("{}")
+    script = (
+        "import sys, time; from pathlib import Path; from lorasb_export.output import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
+        "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["lorasb.json"]
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("home", "file"):
+        with (
+            pytest.raises(OutputError, match="not a folder lorasb wrote"),
+            atomic_folder(tmp_path / name, overwrite=True),
+        ):
+            pass
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    def race() -> None:
+        with atomic_folder(tmp_path / "x") as temporary:
+            (temporary / "lorasb.json").write_text('{"slow": 1}')
+            with atomic_folder(tmp_path / "y") as quicker:
+                (quicker / "lorasb.json").write_text('{"quick": 1}')
+            (tmp_path / "y").rename(tmp_path / "x")
+
+    with pytest.raises(OutputError, match="the target exists"):
+        race()
+    assert "quick" in (tmp_path / "x" / "lorasb.json").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("what", ["tensors", "text"])
+def test_a_file_that_the_system_does_not_take_is_our_error(what: str, tmp_path: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "x"), what], capture_output=True, text=True)
+    assert f"OutputError: cannot write: File too large ({tmp_path / 'x'})" in child.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_other_files_are_not_called_errors_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="basis"), cannot_write(tmp_path / "model"):
+        (tmp_path / "basis").read_bytes()
+    with pytest.raises(OutputError, match="cannot write: No such file or directory"), cannot_write(tmp_path / "model"):
+        (tmp_path / ".model.merge" / "shard").read_bytes()
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    (tmp_path / "old").touch(mode=0o640)
+    for name in ("new", "old"):
+        with replaced_file(tmp_path / name) as temporary:
+            temporary.write_text(name)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
+
+
+def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:
+    for name in ("x", ".x.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lorasb.json").write_text("{}")
+    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "lorasb.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -72,7 +72,12 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path
             fix="Use the lorasb release that wrote it, or write it again",
         )
     check_keys(config, keys, where)
-    if config["config_sha256"] != sealed(config)["config_sha256"]:
+    check_seal(config, where)
+
+
+def check_seal(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a config that is not as `sealed` made it."""
+    if config.get("config_sha256") != sealed(config)["config_sha256"]:
         raise ArtifactError("the config is not as it was written: its config_sha256 differs", where=where, fix=_HINT)
 
 

@@ -1,8 +1,8 @@
 """Mutated inputs, each read by the product in a process of its own: refused by our own error, or proven equal.
 
-What is read: an adapter, a basis, a base model, a project file, the rows of a task. A refusal may take 2 s of the
-processor and 300 MB of memory. An accepted mutant of an artifact must be the original, value for value; what a user
-writes by hand, rows and project file, must be read as an independent reader reads it.
+What is read: an adapter, a basis, a base model, a project file, the rows of a task, an ONNX adapter. A refusal may
+take 2 s of the processor and 300 MB of memory. An accepted mutant of an artifact must be the original, value for value;
+what a user writes by hand, rows and project file, must be read as an independent reader reads it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from lorasb_export.base import BaseModel
 from lorasb_export.basis_file import open_basis
 from lorasb_export.data import load_task
 from lorasb_export.errors import LoraSBError
+from lorasb_export.export.onnx_adapter_file import read_adapter
+from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.format import sealed
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project
@@ -195,6 +198,7 @@ def _make(root: Path) -> None:
     adapter.R = {name: torch.randn(R.shape, generator=generator) for name, R in adapter.R.items()}
     adapter.save(root / "adapter")
     adapter.save(root / "resealed")
+    export_onnx_adapters([root / "adapter"], root / "onnx", verify=False)
 
 
 def _adapter(folder: Path) -> Any:
@@ -288,11 +292,17 @@ def _by_others(folder: Path) -> Any:
     return tensors, config["scaling"]
 
 
+def _onnx(folder: Path) -> Any:
+    decoder = OnnxDecoder(folder, "adapter", threads=1)
+    return read_adapter(folder / "adapter.onnx_adapter"), decoder.generate([[5, 6, 7]], 4, set())
+
+
 TARGETS = {
     "adapter": Target(("adapter.safetensors", "adapter_config.json"), _adapter),
     "resealed": Target(("adapter.safetensors", "adapter_config.json"), _resealed, _by_others, _reseal),
     "basis": Target(("basis.safetensors", "basis_config.json"), _basis),
     "base": Target(("model-00001-of-00003.safetensors", "model.safetensors.index.json"), _base),
     "project": Target(("lorasb.toml",), _project, _toml),
+    "onnx": Target(("adapter.onnx_adapter", "lorasb.json"), _onnx),
     "rows": Target(("train.jsonl",), _rows, _json_lines),
 }

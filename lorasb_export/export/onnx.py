@@ -14,9 +14,10 @@ from ..data import TaskData
 from ..errors import SettingsError
 from ..merge import merge
 from ..output import atomic_folder, require_room
-from ..storage import DTYPE_BYTES, write_json
+from ..storage import DTYPE_BYTES
 from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
+from .onnx_record import write_record
 from .onnx_run import require_packages
 from .onnx_verify import MAX_DROP, require_equal, verify_folder
 
@@ -75,7 +76,7 @@ def export_onnx(
         if precision in BITS:
             quantize(folder, BITS[precision])
         record = {"kind": "onnx", "exporter": exporter, **provenance(task, precision)}
-        write_json(folder / "lorasb.json", record)
+        write_record(folder, record)
         if verify and precision != "bf16":
             found = verify_folder(
                 folder, BaseModel.resolve(scratch / "merged"), {"": None}, task.task_type, {"": data} if data else None
@@ -108,6 +109,6 @@ def provenance(task: Adapter, precision: str) -> dict[str, Any]:
 
 def finish(folder: Path, out: str | Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write `lorasb.json` and the card; returns `record` with the folder's name and size."""
-    write_json(folder / "lorasb.json", record)
+    write_record(folder, record)
     card.write(folder, card.onnx_card(record))
     return record | {"out": str(out), "bytes": sum(path.stat().st_size for path in folder.iterdir())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def write_adapter(path: Path, arrays: Arrays) -> None:
 
     held = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     file = ort.AdapterFormat()
-    file.set_adapter_version(1)
+    file.set_adapter_version(_checksum(arrays))
     file.set_model_version(1)
     file.set_parameters(held)
     file.export_adapter(str(path))
@@ -63,7 +64,7 @@ def read_adapter(path: Path) -> Arrays:
     """Parameter name → array.
 
     Raises:
-        ArtifactError: no such file, not an adapter, truncated, or with numbers that are not finite.
+        ArtifactError: no such file, not an adapter, damaged, or with numbers that are not finite.
     """
     import onnxruntime as ort
 
@@ -71,9 +72,20 @@ def read_adapter(path: Path) -> Arrays:
         raise ArtifactError("no such ONNX adapter", where=path, fix="Give an .onnx_adapter of the folder, or its name")
     try:
         file = ort.AdapterFormat.read_adapter(str(path))
-        found = {name: value.numpy() for name, value in file.get_parameters().items()}
+        version = file.get_adapter_version()
+        found = {name: value.numpy().copy() for name, value in file.get_parameters().items()}
     except Exception as error:  # onnxruntime's errors have no base class of their own
         raise ArtifactError(f"not an ONNX adapter, or truncated: {error}", where=path, fix="Export it again") from None
     if not all(np.isfinite(array).all() for array in found.values()):
         raise ArtifactError("the ONNX adapter holds numbers that are not finite", where=path, fix="Export it again")
-    return {name: array.copy() for name, array in found.items()}
+    if version != _checksum(found):
+        raise ArtifactError("the ONNX adapter is not as it was written", where=path, fix="Export it again")
+    return found
+
+
+def _checksum(arrays: Arrays) -> int:
+    """CRC-32 of names, dtypes, shapes and values, without its sign bit: a damaged file is found by itself."""
+    found = 0
+    for name, array in sorted(arrays.items()):
+        found = zlib.crc32(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes(), found)
+    return found & 0x7FFFFFFF

@@ -20,12 +20,12 @@ from ..base import CAUSAL_LM, BaseModel, BaseRef, artifact_kind
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..output import atomic_folder, require_room
-from ..storage import read_json, write_json
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
 from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
+from .onnx_record import read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
 from .onnx_verify import MAX_DROP, require_equal, verify_folder
 
@@ -127,7 +127,7 @@ def add_onnx_adapters(
     folder = Path(into)
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
-    before = read_json(folder / "lorasb.json")
+    before = read_record(folder)
     record = copy.deepcopy(before)
     tasks = _load(adapters)
     taken = sorted(set(tasks) & set(record["adapters"]))
@@ -151,7 +151,7 @@ def add_onnx_adapters(
         if verify:
             model = BaseRef(**record["base"]).resolve(base)
             _verify(new, record, model, tasks, data, max_drop, into)
-        if read_json(folder / "lorasb.json") != before:
+        if read_record(folder) != before:
             raise ArtifactError("somebody else added to the folder meanwhile", where=folder, fix="Try again")
         return finish(new, into, record)
 
@@ -183,7 +183,7 @@ def _verify(
     max_drop: float,
     out: str | Path,
 ) -> None:
-    write_json(folder / "lorasb.json", record)
+    write_record(folder, record)
     for name, found in verify_folder(folder, model, tasks, data=data).items():
         record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
 

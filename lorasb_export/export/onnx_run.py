@@ -14,6 +14,7 @@ from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GENAI, GRAPH
 from .onnx_graph import read_graph
+from .onnx_record import read_record
 from .onnx_swap import IDS
 
 _ROWS = 8  # prompts decoded together,
@@ -77,7 +78,7 @@ class OnnxDecoder:
 
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(folder)
-        record, config = read_json(self.folder / "lorasb.json"), read_json(self.folder / "config.json")
+        record, config = read_record(self.folder), read_json(self.folder / "config.json")
         generation = self.folder / "generation_config.json"
         eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
@@ -208,9 +209,7 @@ def answers(
     Raises:
         ArtifactError: not an ONNX export, or it has no such adapter.
     """
-    record = read_json(folder / "lorasb.json")
-    if record.get("kind") not in ("onnx", "onnx-adapters") or not (folder / GRAPH).is_file():
-        raise ArtifactError("not an ONNX export", where=folder, fix="Give what `lorasb export --format onnx` wrote")
+    record = read_record(folder)
     from ..environment import hide_broken_packages
 
     hide_broken_packages()

@@ -77,7 +77,7 @@ def push(
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)
     repository = Repository(repo, revision)
-    head, theirs, reached = _look(repository, dry_run)
+    head, theirs = _look(repository, dry_run)
     basis = None
     if kind == "basis":
         Basis.load(folder)
@@ -93,7 +93,7 @@ def push(
         config = read_json(folder / "adapter_config.json")
         config["basis"]["source"] = basis
         files["adapter_config.json"] = outgoing.to_json(config)
-    text = _readme(files, kind, repo, folder, theirs, reached)
+    text = _readme(files, kind, repo, folder, theirs, head.reached)
     files["README.md"] = text.encode()
     outgoing.take_out_paths(files)
     outgoing.refuse_tokens(files)
@@ -105,7 +105,7 @@ def push(
         return plan | repository.commit(files, head, public=public, create_pr=create_pr, message=message)
     refuse_other(files, head, public, repo)
     diff = difflib.unified_diff(theirs.splitlines(), text.splitlines(), "on the Hub", "to be pushed", lineterm="")
-    return plan | {"card_diff": "\n".join(diff), "reached": reached}
+    return plan | {"card_diff": "\n".join(diff), "reached": head.reached}
 
 
 def _check_options(
@@ -146,6 +146,8 @@ def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Hea
     if revision is None and published.get("sha256") == adapter.basis_sha256:
         repo, _, commit = published["source"].partition("@")
         revision = commit if repo == name else None
+    if not head.reached:
+        return source
     try:
         return _pin(name, revision, adapter.basis_sha256, public)
     except ServerError:
@@ -170,15 +172,15 @@ def _pin(name: str, revision: str | None, sha256: str, public: bool) -> str:
     return f"{name}@{path.parent.name}"
 
 
-def _look(repository: Repository, dry_run: bool) -> tuple[Head, str, bool]:
-    """The repository now, its card, and whether the Hub answered; a dry run does without."""
+def _look(repository: Repository, dry_run: bool) -> tuple[Head, str]:
+    """The repository now, and its card; a dry run does without an answer of the Hub."""
     try:
         head = repository.read()
-        return head, repository.text(head, "README.md"), True
+        return head, repository.text(head, "README.md")
     except ServerError:
         if not dry_run:
             raise
-        return Head(), "", False
+        return Head(reached=False), ""
 
 
 def _readme(files: Files, kind: str, repo: str, folder: Path, theirs: str, reached: bool) -> str:

@@ -26,12 +26,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Head:
-    """The state a push starts from. `commit` is None where the repository is still to be made."""
+    """The state a push starts from.
+
+    Attributes:
+        commit: None where the repository is still to be made.
+        reached: whether the Hub answered.
+    """
 
     commit: str | None = None
     private: bool = True
     files: Mapping[str, Stored] = field(default_factory=dict)
     has_branch: bool = True
+    reached: bool = True
 
 
 @dataclass(frozen=True)

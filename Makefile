@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target makes. PYTHON picks the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two files of tests at a time, each on one core; those that start vLLM one after another (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: quickstart test unit integration lint format docs examples clean
 
@@ -9,13 +11,13 @@ quickstart: .venv  ## the whole line on a small real model, on a CPU
 	$(BIN)/lorasb quickstart --out quickstart --overwrite
 
 test: lint  ## what CI runs
-	$(BIN)/python -m pytest tests integration
+	$(PYTEST) tests integration
 
 unit: install-test  ## the fast tests alone
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 integration: install-test  ## the slow tests alone: real model, vLLM, ONNX Runtime, a loopback Hub
-	$(BIN)/python -m pytest integration
+	$(PYTEST) integration
 
 lint: install-test
 	$(BIN)/ruff check .

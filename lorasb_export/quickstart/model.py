@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import environment
 from ..base import BaseModel
-from ..errors import ArtifactError, BaseModelError, MissingPackageError, ServerError
+from ..errors import ArtifactError, BaseModelError, MissingPackageError, OutputError, ServerError
 from ..output import atomic_folder
 from ..storage import sha256_file
 
@@ -40,7 +40,11 @@ def small_model() -> str:
     folder = _cache() / HUB_ID.rpartition("/")[2]
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
-            _convert(_fetch(Path(scratch)), folder)
+            try:
+                _convert(_fetch(Path(scratch)), folder)
+            except OutputError:
+                if not (folder / "config.json").is_file():  # else another process was quicker
+                    raise
     return str(folder)
 
 

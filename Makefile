@@ -1,8 +1,8 @@
 # Everything runs in .venv, which the first target makes. PYTHON picks the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time, each on one core; those that start vLLM one after another (tests/conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two files of tests at a time, each on one core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test unit integration lint format docs examples clean
 

@@ -23,17 +23,6 @@ torch.set_num_threads(1)  # on matrices this small a second thread only waits
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_START_VLLM = ("test_merge", "test_quickstart", "test_serve", "test_serve_shared", "test_torture", "test_hub_names")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, a file stays in one process; of those that start vLLM all do, for two servers want too much memory."""
-    for item in items:
-        own = f"{item.path.parent.name}/{item.path.stem}"
-        starts_vllm = item.path.parent.name == "integration" and item.path.stem in _START_VLLM
-        item.add_marker(pytest.mark.xdist_group("vllm" if starts_vllm else own))
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with tied embeddings, grouped query attention and a tokenizer with a chat template."""

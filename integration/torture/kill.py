@@ -16,6 +16,7 @@ from random import Random
 from threading import Thread
 
 from integration.hub_server import HubServer
+from integration.torture.kill_serve import kill_serve
 from integration.torture.project import VERBS, Undisturbed, Verb, done, entries, make, prepared, undisturbed, weights
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
@@ -24,8 +25,8 @@ from lorasb_export.inspection import inspect_folder
 _CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = True) -> Tally:
-    """`n` kills of each verb, and with `hub` of a push to a loopback Hub."""
+def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = True, serve: bool = True) -> Tally:
+    """`n` kills of each verb, with `hub` of a push to a loopback Hub, with `serve` of a server that loads adapters."""
     tally, random = Tally("kill", seed), Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -38,6 +39,8 @@ def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = T
             zygote.stop()
         if hub:
             _kill_push(root, tally, random, n)
+        if serve:
+            kill_serve(root / "served", tally, random, n)
     return tally
 
 

@@ -49,11 +49,11 @@ class Target:
     context: int
 
 
-@contextmanager
-def tiny_server(folder: Path, adapters: int) -> Iterator[Target]:
-    """Serve half of `adapters` random adapters of a random model with two layers; the rest can be loaded.
+def tiny_world(folder: Path, adapters: int) -> tuple[list[str], dict[tuple[str, Tokens], Tokens]]:
+    """A random model with two layers in `folder`/tiny, `adapters` random adapters in `folder`/adapters.
 
-    There are slots for half of those served, so that they are evicted and read again all the time.
+    Returns:
+        their names, and (name, or `tiny`, and prompt) → the greedy tokens.
     """
     model = _model()
     base = save_base(model, folder / "tiny")
@@ -61,7 +61,16 @@ def tiny_server(folder: Path, adapters: int) -> Iterator[Target]:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / name, base / name)
     versions = [f"v{number:04d}" for number in range(adapters)]
-    answers = _answers(model, base, folder / "adapters", versions)
+    return versions, _answers(model, base, folder / "adapters", versions)
+
+
+@contextmanager
+def tiny_server(folder: Path, adapters: int) -> Iterator[Target]:
+    """Serve half of the adapters of a `tiny_world`; the rest can be loaded.
+
+    There are slots for half of those served, so that they are evicted and read again all the time.
+    """
+    versions, answers = tiny_world(folder, adapters)
     served = {f"task-{version}": version for version in versions[: adapters // 2]}
     extra = ["--max-model-len", str(CONTEXT), "--max-num-seqs", "32", "--max-loras", str(max(2, len(served) // 2))]
     # Few blocks: all are written to in the first requests, so that later growth of memory is a leak.

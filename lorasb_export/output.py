@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import LoraSBError, OutputError
 
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
+_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
 
 
@@ -54,17 +55,20 @@ def cannot_write(target: Path, fix: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, LoraSBError) or not error.errno or not _belongs(error.filename, target):
+        if isinstance(error, LoraSBError) or not error.errno or not _is_about(error, target):
             raise
         fix = fix or _FIXES.get(error.errno, "Choose another path")
         raise OutputError(f"cannot write: {error.strerror}", where=target, fix=fix) from None
 
 
-def _belongs(name: str | bytes | int | None, target: Path) -> bool:
-    """Whether a file is, or lies in, `target`, its hidden siblings `.NAME.…` or a folder above it; None is."""
-    if not isinstance(name, str):
-        return True
-    path, target = Path(os.path.abspath(name)), Path(os.path.abspath(target))
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether its file is, or lies in, `target`, its hidden siblings `.NAME.…` or a folder above it.
+
+    Where a file that is open fails the system names none: then the kind of error decides.
+    """
+    if not isinstance(error.filename, str):
+        return error.errno in _OF_A_DISK
+    path, target = Path(os.path.abspath(error.filename)), Path(os.path.abspath(target))
     if path in (target, *target.parents):
         return True
     if not path.is_relative_to(target.parent):

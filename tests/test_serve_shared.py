@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from lorasb_export.errors import ArtifactError
 from lorasb_export.format import sealed
 from lorasb_export.serve import shared
 from lorasb_export.serve.shared import plugin
-from lorasb_export.serve.shared.loading import load_R
+from lorasb_export.serve.shared.loading import copy_adapter, load_R
 from lorasb_export.serve.shared.routes import Routes
+from lorasb_export.serve.shared.versions import Versions
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
 
@@ -119,6 +121,30 @@ def test_damaged_tensors_are_refused(adapter: Adapter, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ArtifactError):
         load(adapter)
+
+
+def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path) -> None:
+    """Two versions of one name: the one that no name stands for goes when its time is over, and not before."""
+    assert adapter.folder is not None
+    (tmp_path / "updates").mkdir()
+    versions = Versions(tmp_path / "updates", seconds=0.2)
+    paths = []
+    for scaling in (1.0, 2.0):
+        copy = tmp_path / "copy"
+        copy_adapter(adapter.folder, copy)
+        write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
+        paths.append(versions.keep("a", copy))
+    old, new = paths
+    versions.sweep([str(new)])
+    assert old.is_dir()
+    time.sleep(0.3)
+    versions.sweep([str(old), str(new)])  # it was loaded again
+    versions.sweep([str(new)])
+    assert old.is_dir()
+    time.sleep(0.3)
+    versions.sweep([str(new)])
+    assert not old.exists()
+    assert (new / "adapter.safetensors").is_file()
 
 
 def test_the_plugin_is_inert_without_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

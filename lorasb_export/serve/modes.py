@@ -17,6 +17,7 @@ from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
+_VERSIONS = "updates"  # in the temporary folder: what was loaded since the start
 _ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -114,6 +115,8 @@ class Shared:
         return resolve_folder(source, BASIS_FILES)[0]
 
     def write(self, folder: Path) -> None:
+        if self.updates_from is not None:
+            (folder / _VERSIONS).mkdir()
         for name, path in self._paths(folder).items():
             source = self.adapters[name].folder
             assert source is not None
@@ -132,7 +135,8 @@ class Shared:
     def environment(self, folder: str | Path) -> dict[str, str]:
         variables = {BASIS_VARIABLE: str(self.basis_folder)}
         if self.updates_from is not None:
-            variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute()), VERSIONS_VARIABLE: str(folder)}
+            variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute())}
+            variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS))}
         return variables
 
     def memory(self, number_bytes: int) -> dict[str, int]:

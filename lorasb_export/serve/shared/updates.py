@@ -20,7 +20,8 @@ from ...errors import ArtifactError, LoraSBError, SettingsError
 from ...names import check_name
 from ...storage import read_json, sha256_file
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
-from .loading import FILES, copy_adapter, load_R, version_name
+from .loading import FILES, copy_adapter, load_R
+from .versions import Versions
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -32,7 +33,7 @@ class Updates:
     def __init__(self, app: Any) -> None:
         self.app = app
         self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
-        self.versions = Path(os.environ[VERSIONS_VARIABLE])
+        self.versions = Versions(Path(os.environ[VERSIONS_VARIABLE]))
         self.basis = Basis.load(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
         self.key = os.environ["VLLM_API_KEY"]
@@ -66,13 +67,18 @@ class Updates:
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
         await models.engine_client.add_lora(request)
         models.lora_requests[name] = request
+        await self._sweep(models)
         return 200, f"loaded {name}"
 
     async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
         name = body["lora_name"]
         if models.lora_requests.pop(name, None) is None:
             return 404, f"no adapter {name!r} is loaded"
+        await self._sweep(models)
         return 200, f"unloaded {name}"
+
+    async def _sweep(self, models: Any) -> None:
+        await asyncio.to_thread(self.versions.sweep, {request.lora_path for request in models.lora_requests.values()})
 
     def _find(self, path: str) -> Path:
         if check_name(path):
@@ -89,15 +95,12 @@ class Updates:
 
     def _keep(self, name: str, folder: Path) -> Path:
         """A checked copy of `folder`, at a path that names its content."""
-        with tempfile.TemporaryDirectory(dir=self.versions) as temporary:
+        with tempfile.TemporaryDirectory(dir=self.versions.folder.parent) as temporary:
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
             _check_digest(copy)
-            kept = self.versions / version_name(name, copy)
-            if not kept.exists():
-                copy.rename(kept)
-        return kept
+            return self.versions.keep(name, copy)
 
     def _has_key(self, request: Request) -> bool:
         given = request.headers.get("authorization", "")

@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,17 +69,18 @@ def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def child(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    folder = tmp_path_factory.mktemp("server")
-    process = start(adapters, folder)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, (folder / "log").read_text()[-5000:]
-        yield Child(process, json.loads(line), folder)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+def child(adapters: dict[str, Path]) -> Iterator[Child]:
+    with tempfile.TemporaryDirectory() as short:  # pytest's own are too long for the sockets that go there
+        folder = Path(short)
+        process = start(adapters, folder)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line, (folder / "log").read_text()[-5000:]
+            yield Child(process, json.loads(line), folder)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
 
 
 def start(adapters: dict[str, Path], folder: Path) -> subprocess.Popen[str]:

@@ -51,7 +51,7 @@ def kill_serve(root: Path, tally: Tally, random: Random, n: int) -> None:
             time.sleep(after)
             outlived = server.kill()
             loads.join()
-            problem = problem or (f"{outlived} outlives it" if outlived else "")
+            problem = problem or server.refused or (f"{outlived} outlives it" if outlived else "")
         finally:
             server.stop()
         tally.add("wrong" if problem else "ok", f"serve #{number}, killed after {after:.3f} s of loading: {problem}")
@@ -82,7 +82,7 @@ class _Server:
         ready = json.loads(line)
         self._url = ready["url"]
         self._all = [psutil.Process(ready["pid"]), *psutil.Process(ready["pid"]).children(recursive=True)]
-        self.loaded = 0
+        self.loaded, self.refused, self._killed = 0, "", False
 
     def wrong_answers(self, names: list[str], answers: dict[tuple[str, Tokens], Tokens]) -> str:
         for (version, prompt), tokens in answers.items():
@@ -100,14 +100,16 @@ class _Server:
             version = versions[self.loaded % len(versions)]
             try:
                 self._post("/v1/load_lora_adapter", {"lora_name": f"late-{self.loaded}", "lora_path": version})
-            except HTTPError:
-                raise
+            except HTTPError as error:  # while it dies, that too is an answer
+                self.refused = "" if self._killed else f"a load is answered with {error.code}"
+                return
             except OSError:
                 return
             self.loaded += 1
 
     def kill(self) -> str:
         """Kill `lorasb serve`; returns what of its server is still there after a while."""
+        self._killed = True
         self._process.kill()
         self._process.wait()
         _, alive = psutil.wait_procs(self._all, timeout=_GONE)

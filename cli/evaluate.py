@@ -25,7 +25,7 @@ def run(
     ] = None,
 ) -> None:
     """Score adapters beside the base; the figures go into each adapter's card."""
-    from lorasb_export.artifact import Adapter
+    from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_task
     from lorasb_export.inference import evaluate, record_evaluation
 

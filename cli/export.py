@@ -58,7 +58,7 @@ def run(
 
 def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
     """The task of each adapter by the adapter's name, of those whose data is found."""
-    from lorasb_export.artifact import Adapter
+    from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_task
     from lorasb_export.export.onnx_adapter_file import adapter_name
 

@@ -19,8 +19,9 @@ import torch
 from integration.hub_server import TOKEN, Entry, HubServer
 from integration.hub_server.store import Repo
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.basis import Basis
 from lorasb_export.format import ModuleBasis
 from lorasb_export.storage import write_json
 

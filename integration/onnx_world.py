@@ -13,7 +13,7 @@ environment.hide_broken_packages()
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from lorasb_export.artifact import Adapter, Basis  # noqa: E402
+from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.format import ModuleBasis  # noqa: E402
 from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402

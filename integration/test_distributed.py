@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lorasb_export.artifact import Basis
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.calibrate import calibrate
 from lorasb_export.data import load_task
 from lorasb_export.gradients import draw, gradients_of_rows

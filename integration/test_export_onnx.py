@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
-from lorasb_export.base import BaseModel, artifact_kind
+from lorasb_export.adapter import Adapter
+from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.data import load_task
 from lorasb_export.errors import (
     ArtifactError,
@@ -25,6 +26,7 @@ from lorasb_export.errors import (
     OutputError,
     SettingsError,
 )
+from lorasb_export.kind import artifact_kind
 
 environment.hide_broken_packages()
 ort = pytest.importorskip("onnxruntime")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.batches import prompt_ids
 from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from integration.conftest import Quickstart
-from lorasb_export.artifact import Adapter
-from lorasb_export.base import artifact_kind
+from lorasb_export.adapter import Adapter
+from lorasb_export.kind import artifact_kind
 from lorasb_export.storage import read_json
 
 WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")

@@ -104,7 +104,7 @@ def start(adapters: dict[str, Path], folder: Path) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[tuple[str, str, str], str]:
     """(model, endpoint, prompt) → the greedy answer of transformers, for adapters with their weights written in."""
-    from lorasb_export.artifact import Adapter
+    from lorasb_export.adapter import Adapter
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     answers = {}

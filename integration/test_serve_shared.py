@@ -25,7 +25,7 @@ from openai import NotFoundError, OpenAI
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.format import sealed
 from lorasb_export.serve import RunningServer, running_server
 from lorasb_export.storage import read_json, write_json

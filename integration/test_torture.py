@@ -14,7 +14,7 @@ from integration.torture import agree, concurrency, disk, kill, lies
 from integration.torture.agree_ways import WAYS
 from integration.torture.agree_world import Case
 from integration.torture.faulty_disk import FaultyDisk
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.export import peft
 
 

@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact import Adapter, Basis
+    from .adapter import Adapter
+    from .basis import Basis
     from .calibrate import calibrate
     from .export import export
     from .hub import push
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "Basis", "calibrate", "export", "fit", "merge", "push", "serve"]
 
 _HOMES = {
-    "Adapter": "artifact",
-    "Basis": "artifact",
+    "Adapter": "adapter",
+    "Basis": "basis",
     "calibrate": "calibrate",
     "export": "export",
     "fit": "train",

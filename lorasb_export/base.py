@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import ArtifactError, BaseModelError, LoraSBError
+from .errors import BaseModelError, LoraSBError
 from .fetch import snapshot
 from .storage import FLOATS, TensorInfo, read_header, read_json
+from .supported import check_supported
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class BaseModel:
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
         config = read_json(folder / "config.json")
-        _check_supported(config, folder)
+        check_supported(config, folder)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property
@@ -321,68 +321,7 @@ def _refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path
             raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix="Fetch the base again")
 
 
-def _check_supported(config: Mapping[str, Any], folder: Path) -> None:
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        full = config["quantization_config"].get("base_model_name_or_path") or config.get("_name_or_path")
-        raise BaseModelError(
-            f"the base model is quantized ({method})",
-            where=folder / "config.json",
-            fix=f"Use its full-precision original{f', {full}' if full else ''}",
-        )
-    if config.get("is_encoder_decoder") or not _has_a_class(config):
-        raise BaseModelError(
-            f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
-            where=folder / "config.json",
-            fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
-        )
-
-
-def _has_a_class(config: Mapping[str, Any]) -> bool:
-    """Whether transformers knows the model as a causal language model or a sequence classifier."""
-    named = (config.get("architectures") or [""])[0]
-    if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
-        return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
-    environment.hide_broken_packages()
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
-
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
-    return config.get("model_type") in known
-
-
 def _merged_with(provenance: Mapping[str, Any]) -> str:
     """Names and hashes of the adapters in a merged folder."""
     adapters = provenance.get("adapters") or [provenance["adapter"]]
     return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)
-
-
-def _transformers_defines(class_name: str, model_type: str) -> bool:
-    found = importlib.util.find_spec("transformers")
-    family = model_type.replace("-", "_").removesuffix("_text")
-    for root in (found.submodule_search_locations or []) if found else []:
-        path = Path(root, "models", family, f"modeling_{family}.py")
-        if path.is_file() and f"class {class_name}(" in path.read_text(encoding="utf-8"):
-            return True
-    return False
-
-
-def artifact_kind(folder: Path) -> str:
-    """What a folder is: `basis`, `adapter`, `merged`, `peft`, `onnx`, `onnx-adapters` or `base`.
-
-    Raises:
-        ArtifactError: not a folder, or none of these.
-    """
-    if not folder.is_dir():
-        raise ArtifactError("not a folder", where=folder, fix="Check the path")
-    if (folder / "adapter_config.json").is_file():
-        return "adapter" if read_json(folder / "adapter_config.json").get("peft_type") == "LORA_SB" else "peft"
-    if (folder / "basis_config.json").is_file():
-        return "basis"
-    if (folder / "lorasb.json").is_file():
-        return str(read_json(folder / "lorasb.json").get("kind"))
-    if (folder / "config.json").is_file():
-        return "base"
-    raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix="Check the path")

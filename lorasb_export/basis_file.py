@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .artifact import Basis
 from .base import BaseRef
+from .basis import Basis
 from .errors import ArtifactError
 from .fetch import BASIS_FILES, resolve_folder
 from .format import ModuleBasis, check_finite, check_tensors, read_basis_config

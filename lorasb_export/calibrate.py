@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .artifact import Basis, command
 from .base import SEQ_CLS, BaseModel
+from .basis import Basis
 from .capture import capture_of_rows, record
 from .data import TaskData, load_task
 from .errors import BaseModelError, DataError, SettingsError
 from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
+from .provenance import command
 from .settings import CalibrationSettings
 from .subspace import (
     EXACT_UP_TO,

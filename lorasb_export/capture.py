@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .artifact import Basis
 from .base import BaseModel
+from .basis import Basis
 from .batches import Encoded
 from .data import TaskData
 from .format import ModuleBasis

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from . import format
-from .artifact import Adapter
+from .adapter import Adapter
 from .errors import ArtifactError, OutputError, TrainingError
 from .storage import read_json
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .artifact import Adapter
+from .adapter import Adapter
 from .errors import ArtifactError, SettingsError
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter

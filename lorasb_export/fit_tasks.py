@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import distributed
-from .artifact import Adapter, Basis
+from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel
+from .basis import Basis
 from .calibrate import calibrate
 from .data import TaskData, load_task
 from .errors import SettingsError

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import card, outgoing, readme
-from .artifact import EMBEDDED, Adapter, Basis
+from .adapter import EMBEDDED, Adapter
+from .basis import Basis
 from .card_sections import Facts
 from .checksums import checksums
 from .errors import ArtifactError, ServerError, SettingsError

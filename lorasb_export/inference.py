@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .artifact import Adapter
+from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel
 from .batches import encode, prompt_ids
 from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from . import checksums
-from .artifact import Adapter, Basis
-from .base import BaseModel, artifact_kind
+from .adapter import Adapter
+from .base import BaseModel
+from .basis import Basis
 from .data import load_task
 from .errors import LoraSBError, SettingsError
 from .fetch import MARK_FILES, resolve_folder
+from .kind import artifact_kind
 from .outgoing import SUMS
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread

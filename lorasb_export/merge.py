@@ -13,12 +13,13 @@ from typing import Any
 from tqdm import tqdm
 
 from . import card, combine, retained
-from .artifact import Adapter, command, published_training
+from .adapter import Adapter, published_training
 from .base import SEQ_CLS
 from .errors import SettingsError
 from .merge_folder import MergeFolder, resumable_folder
 from .merge_plan import MergePlan, free_bytes, parse_size, plan_merge
 from .merge_write import worker_threads, write_shard
+from .provenance import command
 from .retained import Retained
 from .storage import write_json
 from .verify import compare_logits

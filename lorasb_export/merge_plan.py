@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import retained
-from .artifact import Adapter
+from .adapter import Adapter
 from .base import SEQ_CLS, BaseModel
 from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
 from .combine import Weights, combine

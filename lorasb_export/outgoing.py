@@ -10,9 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .base import BaseModel, artifact_kind
+from .base import BaseModel
 from .errors import ArtifactError
 from .format import sealed
+from .kind import artifact_kind
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .artifact import Adapter
-from .base import artifact_kind
+from .adapter import Adapter
 from .errors import SettingsError
 from .hub import push
+from .kind import artifact_kind
 from .project import Project
 
 PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`

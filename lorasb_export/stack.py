@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from . import layer
-from .artifact import Adapter, check_same_basis
+from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import environment
-from .artifact import Adapter
+from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel, default_device, keep_softcapping
 from .basis_file import TORCH_DTYPES, read_tensor
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
-from .artifact import CURVE, Adapter, Basis, command, versions
+from .adapter import CURVE, Adapter
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
+from .basis import Basis
 from .batches import encode
 from .calibrate import calibrate
 from .callbacks import Progress, checkpoint_at_sigterm
@@ -31,6 +32,7 @@ from .lock import only_writer
 from .order import RowOrder
 from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
 from .plot import plot_losses
+from .provenance import command, versions
 from .settings import CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import read_json, write_json

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import distributed, environment
-from .artifact import Adapter
+from .adapter import Adapter
 from .batches import IGNORE, Encoded, collate, row_losses
 from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
 from .data import TaskData

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .artifact import Adapter
+from .adapter import Adapter
 from .base import BaseModel, default_device
 from .batches import encode
 from .data import TaskData, load_task

@@ -12,7 +12,7 @@ environment.hide_broken_packages()
 
 from transformers import PreTrainedModel  # noqa: E402
 
-from lorasb_export.artifact import Adapter, Basis  # noqa: E402
+from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
 from lorasb_export.format import ModuleBasis  # noqa: E402
 from lorasb_export.layer import head_parameters, weight_of  # noqa: E402

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from lorasb_export.artifact import Basis
 from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, Encoded, collate
 from lorasb_export.calibrate import calibrate
 from lorasb_export.capture import capture, overview, recorded

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lorasb_export import calibrate, fit
-from lorasb_export.artifact import Basis
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.capture import capture, is_little, overview, recorded
 from lorasb_export.data import load_task
 from lorasb_export.format import ModuleBasis

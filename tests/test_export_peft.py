@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS
 from lorasb_export.errors import BaseModelError, OutputError
 from lorasb_export.export.peft import export_peft

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lorasb_export import outgoing, push
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
+from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
 from lorasb_export.format import ModuleBasis, sealed

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
 from lorasb_export.errors import (
     ArtifactError,

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
+from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError
 from lorasb_export.format import sealed
 from lorasb_export.serve import shared

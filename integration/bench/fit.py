@@ -21,8 +21,9 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.basis import Basis
 from lorasb_export.format import ModuleBasis
 from lorasb_export.layer import remove, weight_of
 from lorasb_export.quickstart.model import small_model

@@ -23,7 +23,7 @@ from lorasb_export import environment
 
 environment.hide_broken_packages()
 
-from lorasb_export.artifact import Adapter  # noqa: E402
+from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.batches import prompt_ids  # noqa: E402
 from lorasb_export.calibrate import calibrate  # noqa: E402

@@ -17,8 +17,9 @@ import torch
 
 from integration.hub_client import Hub, make_basis, serve
 from integration.hub_faults import FAULTS
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.format import ModuleBasis
 from lorasb_export.plot import plot_losses
 from lorasb_export.quickstart.model import small_model

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.export.peft import write_folded
 from lorasb_export.serve.shared import BASIS_VARIABLE
 from tests.random_adapter import save_adapter

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from tests.random_adapter import write_in
 
 from .serve_child import Child

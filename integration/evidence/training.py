@@ -13,8 +13,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export import environment
-from lorasb_export.artifact import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel, BaseRef, default_device
+from lorasb_export.basis import Basis
 from lorasb_export.batches import Encoded, collate, encode, row_losses
 from lorasb_export.calibrate import calibrate
 from lorasb_export.data import TaskData, load_task

@@ -13,7 +13,7 @@ from tests.random_adapter import save_adapter  # first: it hides broken optional
 import torch  # isort: skip
 import transformers
 
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.layer import weight_of
 from lorasb_export.targets import find_targets

@@ -14,7 +14,7 @@ from tests.random_adapter import save_adapter, save_base, write_in  # first: it 
 import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasb_export.artifact import Adapter
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.serve import running_server

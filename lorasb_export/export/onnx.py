@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import card
-from ..artifact import Adapter, command, published_training, versions
+from ..adapter import Adapter, published_training
 from ..base import BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
 from ..merge import merge
 from ..output import atomic_folder, require_room
+from ..provenance import command, versions
 from ..storage import DTYPE_BYTES
 from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize

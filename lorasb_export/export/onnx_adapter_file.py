@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Adapter
+from ..adapter import Adapter
 from ..errors import ArtifactError, SettingsError
 
 SUFFIX = ".onnx_adapter"

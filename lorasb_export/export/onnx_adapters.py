@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Adapter, check_same_basis
-from ..base import CAUSAL_LM, BaseModel, BaseRef, artifact_kind
+from ..adapter import Adapter, check_same_basis
+from ..base import CAUSAL_LM, BaseModel, BaseRef
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
+from ..kind import artifact_kind
 from ..output import atomic_folder, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..artifact import Basis
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
 from ..storage import read_json, write_json

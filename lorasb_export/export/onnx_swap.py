@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..artifact import Basis
+from ..basis import Basis
 from ..errors import BaseModelError
 from .onnx_adapter_file import Arrays, parameter
 from .onnx_graph import external_files, read_graph

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..artifact import Basis
 from ..base import CAUSAL_LM, BaseModel
+from ..basis import Basis
 
 environment.hide_broken_packages()
 

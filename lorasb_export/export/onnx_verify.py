@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..artifact import Adapter
+from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..batches import prompt_ids
 from ..data import TEXT, TaskData, question_and_answer

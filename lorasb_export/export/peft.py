@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .. import card
-from ..artifact import Adapter, command, published_training
+from ..adapter import Adapter, published_training
 from ..card_sections import Facts
 from ..format import save_tensors
 from ..output import atomic_folder, refuse_existing
+from ..provenance import command
 from ..storage import write_json
 
 _PREFIX = "base_model.model."

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import versions
 from ..base import BaseModel
 from ..batches import prompt_ids
 from ..calibrate import calibrate
@@ -27,6 +26,7 @@ from ..merge import merge
 from ..metrics import exact_match
 from ..output import atomic_folder
 from ..project import Project, write_project
+from ..provenance import versions
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import write_json

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..artifact import Adapter
+from ..adapter import Adapter
 from ..base import default_device
 from ..errors import OutputError
 from ..export.peft import write_folded

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Adapter, Basis
+from ..adapter import Adapter
 from ..base import SEQ_CLS, BaseModel, default_device
+from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
 from ..names import check_name
 from .modes import VLLM_RANKS, Folded, Mode, Shared

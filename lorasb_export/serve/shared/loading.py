@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...artifact import Basis
+from ...basis import Basis
 from ...errors import ArtifactError, OutputError
 from ...format import read_adapter_config
 from ...storage import read_header, read_json

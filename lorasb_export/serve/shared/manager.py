@@ -13,7 +13,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from ...artifact import Basis
+from ...basis import Basis
 from ...errors import ArtifactError, SettingsError
 from . import BASIS_VARIABLE
 from .layers import LAYERS, SharedBasisLayer

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ...artifact import Basis
+from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, SettingsError
 from ...names import check_name
 from ...storage import read_json, sha256_file

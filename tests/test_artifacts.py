@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.artifact import check_same_basis, published_training
+from lorasb_export.adapter import check_same_basis, published_training
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed

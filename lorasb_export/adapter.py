@@ -1,4 +1,4 @@
-"""Basis and Adapter: the two folders that cross between stages (format version 1, docs/reference/files.md).
+"""Adapter: R of one task, and which basis it belongs to (format version 1, docs/reference/files.md).
 
 Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the update of a module is s·B·R·A.
 """
@@ -8,13 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,103 +19,18 @@ from safetensors.torch import save as serialize
 
 from . import card, distributed, environment
 from .base import BaseRef
+from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import FORMAT_VERSION, PEFT_TYPE, ModuleBasis, load_tensors, read_adapter_config, read_basis_config, sealed
+from .format import FORMAT_VERSION, PEFT_TYPE, load_tensors, read_adapter_config, sealed
 from .output import atomic_folder
+from .provenance import versions
 from .storage import read_header, read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported
 
 EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses
-
-
-def command() -> str | None:
-    """The `lorasb` command line this process runs, with the last part of every absolute path; None for other programs.
-
-    It is provenance: with the settings that are recorded beside it, how to make the same thing again.
-    """
-    program = Path(sys.argv[0])
-    if program.name != "lorasb" and program.parent.name != "lorasb_cli":
-        return None
-    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["lorasb", *words])
-
-
-def versions() -> dict[str, str]:
-    """Versions of what writes an artifact, for its provenance."""
-    return {name: version(name) for name in ("lorasb", "torch", "transformers")}
-
-
-@dataclass(frozen=True)
-class Basis:
-    """One frozen pair (B, A) per target module of one base model, shared by any number of adapters."""
-
-    base: BaseRef
-    rank: int
-    modules: Mapping[str, ModuleBasis]
-    calibration: Mapping[str, Any]
-    created_with: Mapping[str, str] = field(default_factory=versions)
-    source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        tensors = {
-            f"{name}.{part}": tensor.detach().cpu().contiguous()
-            for name, module in sorted(self.modules.items())
-            for part, tensor in module._asdict().items()
-        }
-        return serialize(tensors, {"format": "pt"})
-
-    @cached_property
-    def sha256(self) -> str:
-        """sha256 of `basis.safetensors`."""
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    def config(self) -> dict[str, Any]:
-        """The content of `basis_config.json`."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "base_model": dict(self.base.__dict__),
-            "rank": self.rank,
-            "target_modules": {name: [m.B.shape[0], m.A.shape[1]] for name, m in sorted(self.modules.items())},
-            "sha256": self.sha256,
-            "calibration": dict(self.calibration),
-            "created_with": dict(self.created_with),
-        }
-        return sealed(content)
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the basis folder, whole or not at all. Raises OutputError when it exists."""
-        with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
-            self.write_into(temporary)
-            card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
-
-    def write_into(self, folder: Path) -> None:
-        """Write `basis.safetensors` and `basis_config.json` into an existing folder."""
-        (folder / "basis.safetensors").write_bytes(self._bytes)
-        write_json(folder / "basis_config.json", self.config())
-
-    @classmethod
-    def load(cls, source: str | Path, *, device: str | torch.device = "cpu") -> Basis:
-        """Load and validate a basis folder, or one on the Hub (`owner/name` or `owner/name@revision`).
-
-        Raises:
-            ArtifactError: unknown or missing keys, wrong shape, dtype, rank or hash, non-finite values,
-                another format version, a truncated file.
-        """
-        folder, where = resolve_folder(source, BASIS_FILES)
-        config, expected = read_basis_config(folder)
-        path, rank = folder / "basis.safetensors", config["rank"]
-        tensors = load_tensors(path, expected, config["sha256"], device)
-        modules = {
-            name: ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS")) for name in config["target_modules"]
-        }
-        base = BaseRef(**config["base_model"])
-        basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
-        basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again
-        return basis
 
 
 @dataclass

@@ -1,0 +1,27 @@
+"""What a folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import ArtifactError
+from .storage import read_json
+
+
+def artifact_kind(folder: Path) -> str:
+    """What a folder is: `basis`, `adapter`, `merged`, `peft`, `onnx`, `onnx-adapters` or `base`.
+
+    Raises:
+        ArtifactError: not a folder, or none of these.
+    """
+    if not folder.is_dir():
+        raise ArtifactError("not a folder", where=folder, fix="Check the path")
+    if (folder / "adapter_config.json").is_file():
+        return "adapter" if read_json(folder / "adapter_config.json").get("peft_type") == "LORA_SB" else "peft"
+    if (folder / "basis_config.json").is_file():
+        return "basis"
+    if (folder / "lorasb.json").is_file():
+        return str(read_json(folder / "lorasb.json").get("kind"))
+    if (folder / "config.json").is_file():
+        return "base"
+    raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix="Check the path")

@@ -1,0 +1,54 @@
+"""Which base models this package takes, from their config alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import environment
+from .errors import BaseModelError
+
+
+def check_supported(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise BaseModelError for a quantized base, and for one that neither generates nor classifies."""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        full = config["quantization_config"].get("base_model_name_or_path") or config.get("_name_or_path")
+        raise BaseModelError(
+            f"the base model is quantized ({method})",
+            where=folder / "config.json",
+            fix=f"Use its full-precision original{f', {full}' if full else ''}",
+        )
+    if config.get("is_encoder_decoder") or not _has_a_class(config):
+        raise BaseModelError(
+            f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
+            where=folder / "config.json",
+            fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
+        )
+
+
+def _has_a_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers knows the model as a causal language model or a sequence classifier."""
+    named = (config.get("architectures") or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
+        return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
+    environment.hide_broken_packages()
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
+    return config.get("model_type") in known
+
+
+def _transformers_defines(class_name: str, model_type: str) -> bool:
+    found = importlib.util.find_spec("transformers")
+    family = model_type.replace("-", "_").removesuffix("_text")
+    for root in (found.submodule_search_locations or []) if found else []:
+        path = Path(root, "models", family, f"modeling_{family}.py")
+        if path.is_file() and f"class {class_name}(" in path.read_text(encoding="utf-8"):
+            return True
+    return False

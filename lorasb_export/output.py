@@ -114,9 +114,13 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
 def replaced_file(path: Path) -> Iterator[Path]:
     """Yield an empty file beside `path`, of a name nobody can guess; it takes the place of `path` when the block ends.
 
-    A file that other programs, or the next start, may read at any moment is written through this.
+    What a process that was killed left of it is removed by the next call. A file that other programs, or the next
+    start, may read at any moment is written through this.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    for stale in path.parent.glob(f".{path.name}.tmp-*-*"):
+        if not process_is_alive(int(stale.name.split("-")[-2])):
+            stale.unlink(missing_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         if path.exists():

@@ -64,7 +64,7 @@ def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS)) -> Tally:
 
 def _try_verb(world: _World, name: str, whole: Undisturbed, tally: Tally, n: int) -> None:
     faults = {**FAULTS, **{f"{path} vanishes": fault for path, fault in _vanishing(world, whole)}}
-    for there in (False, True):
+    for there in (False,) if VERBS[name].in_place else (False, True):
         _prepare(world, name, whole, there)
         end, problem = _judge(world, name, whole, _SLOW, there)
         tally.add(end, f"{name}, slow fsync: {problem}")
@@ -96,17 +96,18 @@ def _prepare(world: _World, name: str, whole: Undisturbed, there: bool) -> None:
     shutil.copytree(world.root / f"whole-{name}" if there else whole.ready, world.place)
 
 
-def _lorasb(world: _World, name: str, there: bool, *words: str) -> int:
+def _lorasb(world: _World, name: str, replace: bool, *words: str) -> int:
     """Exit code of the verb, which writes to an empty log."""
     world.log.write_text("")
     verb = VERBS[name]
-    world.zygote.start(world.place, *verb.words, *words, *(["--overwrite"] if there else []), log=world.log)
+    world.zygote.start(world.place, *verb.words, *words, *(["--overwrite"] if replace else []), log=world.log)
     return world.zygote.wait()[0]
 
 
 def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bool, call: int = 0) -> tuple[str, str]:
     verb, target = VERBS[name], world.place / VERBS[name].target
     right = _content(world.root / f"whole-{name}" / verb.target)
+    before = _content(target) if target.exists() else right
     world.disk.arm(fault, call)
     code = _lorasb(world, name, there)
     world.disk.heal()
@@ -121,24 +122,26 @@ def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bo
         return "wrong", f"the error does not name the file: {last}"
     if not call and code:
         return "wrong", f"a slow disk ends it: {last}"
-    problem = _whats_wrong(target, right)
-    if problem or (code == 0 and not target.exists()):
-        return "wrong", f"exit code {code}, but {problem or 'nothing is there'}"
     if fault.vanish:
         shutil.copy2(whole.ready / fault.vanish.relative_to(world.place), fault.vanish)
+    problem = _whats_wrong(target, right if code == 0 else before) and _whats_wrong(target, right)
+    if problem or (code == 0 and not target.exists()):
+        return "wrong", f"exit code {code}, but {problem or 'nothing is there'}"
     ended = code == 0 or "it is there and whole" in last
-    code = _lorasb(world, name, there or ended, *(() if ended else verb.again))
+    replace = there or (ended and not verb.in_place)
+    code = _lorasb(world, name, replace, *(() if ended else verb.again))
     if code:
         return "lost", f"the next start exits with {code}: {world.log.read_text()[-600:]}"
     if problem := _whats_wrong(target, right):
         return "wrong", f"the next start: {problem}"
-    if entries(world.place) != whole.after:
-        return "wrong", f"left behind {sorted(entries(world.place) ^ whole.after)}"
+    hidden = [path.name for path in target.rglob(".*")]
+    if hidden or entries(world.place) != whole.after:
+        return "wrong", f"left behind {sorted(entries(world.place) ^ whole.after) + hidden}"
     return "ok", ""
 
 
 def _whats_wrong(target: Path, right: dict[str, str]) -> str:
-    """Of what is in `target`, where it is there; old and new are the same bytes, as every run of a verb writes."""
+    """Of what is in `target`, where it is there."""
     if not target.exists():
         return ""
     try:
@@ -151,7 +154,11 @@ def _whats_wrong(target: Path, right: dict[str, str]) -> str:
 
 def _content(folder: Path) -> dict[str, str]:
     """A hash of every file; of those with times and digests of times in them, that they are whole."""
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): _digest(path)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def _digest(path: Path) -> str:

@@ -29,17 +29,24 @@ _WEIGHTS = (".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_adapter")
 
 @dataclass(frozen=True)
 class Verb:
-    """A command, the folder it writes, and the words to add when it is started again."""
+    """A command, the folder it writes, and the words to add when it is started again.
+
+    Attributes:
+        needs: the verbs to run before.
+        in_place: it changes files of a folder that is there, and knows no --overwrite.
+    """
 
     words: tuple[str, ...]
     target: str
     again: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    in_place: bool = False
 
 
 VERBS = {
     "calibrate": Verb(("calibrate",), "basis"),
     "fit": Verb(("fit", "a"), "adapters/a", ("--resume",), ("calibrate",)),
+    "evaluate": Verb(("evaluate", "a"), "adapters/a", (), ("calibrate", "fit"), in_place=True),
     "merge": Verb(("merge", "a", "--out", "model", "--max-shard-size", "60KB"), "model", (), ("calibrate", "fit")),
     "peft": Verb(("export", "a", "--format", "peft", "--out", "peft"), "peft", (), ("calibrate", "fit")),
     "onnx": Verb(("export", "a", "--format", "onnx", "--out", "onnx"), "onnx", (), ("calibrate", "fit")),

@@ -101,7 +101,12 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
     try:
         fsync(target.parent)
     except OSError as error:

@@ -107,7 +107,7 @@ def _lorasb(world: _World, name: str, replace: bool, *words: str) -> int:
 def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bool, call: int = 0) -> tuple[str, str]:
     verb, target = VERBS[name], world.place / VERBS[name].target
     right = _content(world.root / f"whole-{name}" / verb.target)
-    before = _content(target) if target.exists() else right
+    before = _content(target) if target.exists() else {}
     world.disk.arm(fault, call)
     code = _lorasb(world, name, there)
     world.disk.heal()
@@ -124,9 +124,11 @@ def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bo
         return "wrong", f"a slow disk ends it: {last}"
     if fault.vanish:
         shutil.copy2(whole.ready / fault.vanish.relative_to(world.place), fault.vanish)
-    problem = _whats_wrong(target, right if code == 0 else before) and _whats_wrong(target, right)
+    problem = _whats_wrong(target, right if code == 0 else before or right) and _whats_wrong(target, right)
     if problem or (code == 0 and not target.exists()):
         return "wrong", f"exit code {code}, but {problem or 'nothing is there'}"
+    if before and code and not fault.sticky and not target.exists():
+        return "lost", "the one that was to be replaced is gone"
     ended = code == 0 or "it is there and whole" in last
     replace = there or (ended and not verb.in_place)
     code = _lorasb(world, name, replace, *(() if ended else verb.again))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,14 +29,17 @@ def run(
     from lorasb_export.data import load_task
     from lorasb_export.inference import evaluate, record_evaluation
 
-    results = {}
+    results: dict[str, Any] = {}
+    networks: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
     for word in adapter or run.project.adapter_names():
         loaded = Adapter.load(run.project.find_adapter(word))
         name = loaded.training.get("task", word)
         source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
         task = load_task(name, source)
-        result = evaluate(loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric)
+        result = evaluate(
+            loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
+        )
         if loaded.folder is not None and loaded.hub_source is None and data is None:
             record_evaluation(loaded.folder, result)
         results[word] = result

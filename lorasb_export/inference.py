@@ -14,6 +14,7 @@ from .base import CAUSAL_LM, BaseModel
 from .batches import encode, prompt_ids
 from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
 from .errors import DataError, SettingsError
+from .layer import remove
 from .metrics import exact_match
 from .settings import FitSettings
 from .validation import mean_loss, of_predictions, row_scores
@@ -84,6 +85,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "auto",
     metric: str | None = None,
+    networks: dict[str, PreTrainedModel] | None = None,
 ) -> dict[str, Any]:
     """A metric on held-out rows, for the base and for the adapter.
 
@@ -94,6 +96,8 @@ def evaluate(
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
             `pearson`. The first of these when None.
+        networks: fingerprint → loaded base that generates: one that is there is used, another is put there, and all
+            are left as they were. For many adapters of one base.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where
@@ -119,7 +123,11 @@ def evaluate(
     if metric != "exact_match":
         max_length = adapter.training.get("settings", {}).get("max_length", FitSettings.max_length)
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, max_length)
-    network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+    networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
+    network = networks.get(adapter.base.fingerprint)
+    if network is None:
+        network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+        networks[adapter.base.fingerprint] = network
 
     def score() -> float:
         if metric == "exact_match":
@@ -135,7 +143,10 @@ def evaluate(
     result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
     before = score() if task.task_type == CAUSAL_LM else None
     adapter.inject(network)
-    return result | {"base": before, "adapter": score()}
+    try:
+        return result | {"base": before, "adapter": score()}
+    finally:
+        remove(network)
 
 
 def fitting_metric(task: TaskData, metric: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
@@ -122,7 +123,10 @@ def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> 
     task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
     with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
         evaluate(generates, task, split="train")
-    assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
+    networks: dict[str, PreTrainedModel] = {}
+    found = [evaluate(generates, task, split="train", metric="loss", networks=networks) for _ in range(2)]
+    assert found[0] == found[1]  # on one loaded base, which is left as it was
+    assert (found[0]["rows"], len(networks)) == (2, 1)
 
 
 def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:

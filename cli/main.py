@@ -32,7 +32,11 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Console entry point."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a verb began
+        typer.echo("Interrupted. No output was written.", err=True)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -74,15 +74,16 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     def command(**options: Any) -> None:
         run = Run(**{name: options.pop(name) for name in _SHARED})
         _calm_libraries(run)
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+            signal.signal(signal.SIGINT, _stop)
         try:
             function(run, **options)
         except KeyboardInterrupt as stop:
-            from lorasb_export.errors import Terminated
-
-            run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
-            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+            raise _interrupted(run, function, stop) from None
         except Exception as error:
+            if _received:
+                raise _interrupted(run, function, error) from None
             if run.verbose or not _is_expected(error):
                 raise
             _fail(run, error)
@@ -94,10 +95,22 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _terminate(*_: object) -> None:
+_received: list[int] = []  # signals; what they raise inside of a library may come out as another error
+
+
+def _stop(number: int, _: object) -> None:
     from lorasb_export.errors import Terminated
 
-    raise Terminated
+    _received.append(number)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _interrupted(run: Run, function: Callable[..., None], stop: BaseException) -> typer.Exit:
+    """Say what is there and how to go on."""
+    from lorasb_export.errors import Terminated
+
+    run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
+    return typer.Exit(143 if isinstance(stop, Terminated) or signal.SIGTERM in _received else 130)
 
 
 def _is_expected(error: Exception) -> bool:

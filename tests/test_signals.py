@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM end a command with 130 and 143 and one clear line, wherever they meet it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+LIBRARY = """
+import os, signal, sys, time
+import typer
+from lorasb_cli.verb import Run, as_command
+
+def run(run: Run) -> None:
+    try:  # native code that calls Python may turn what a signal raises there into an error of its own
+        os.kill(os.getpid(), int(sys.argv.pop()))
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise ValueError("no shape") from None
+
+app = typer.Typer()
+app.command()(as_command(run))
+app(args=[])
+"""
+EARLY = """
+import os, signal
+from lorasb_cli import main
+main.app = lambda: os.kill(os.getpid(), signal.SIGINT)
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_library_that_makes_an_error_of_the_signal_does_not_hide_it(number: signal.Signals, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LIBRARY, str(int(number))], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "Interrupted. No output was written.\n")
+
+
+def test_a_signal_before_the_verb_begins() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted. No output was written.\n")

@@ -29,11 +29,14 @@ from .tally import Tally
 
 # In units of the dtype's eps; ONNX graphs are fp32 whatever the base is stored in. Rounding errors add up over sums,
 # roots and layers: correct ways were found at up to 12 eps of float32 and 2 eps of bfloat16, whose sums are kept in
-# float32 by the kernels.
+# float32 by the kernels. Where the same weights by hand, rounded once and run by torch in that dtype, are off by more
+# than a fifth of it, five times that is the tolerance: some random models amplify every rounding. (Outputs of linears with
+# random errors of bfloat16, nothing else changed, gave gaps from 0.013 to 0.061 in one such case.)
 TOLERANCE = {
     "float32": 64 * torch.finfo(torch.float32).eps,  # 7.6e-6
     "bfloat16": 8 * torch.finfo(torch.bfloat16).eps,  # 0.063
 }
+_ROUNDED = 5.0
 SEEN = 2.0  # tolerances an adapter must move the logits by, at least
 _WORKERS = 2
 _ONE_SERVER = get_context("fork").Lock()  # at a time: it takes gigabytes
@@ -69,7 +72,7 @@ def try_case(folder: Path, seed: int, every: int, number: int) -> list[str]:
         world = World(case, root)
         for name in case.adapters:
             effect = distance(world.expected["base"], world.expected[name])
-            if effect < SEEN * TOLERANCE[case.dtype]:
+            if effect < SEEN * _tolerance(world, name, case.dtype):
                 problems.append(f"{name} moves the logits by {effect:.2g} only: nothing would be seen")
         for way, take in WAYS.items():
             problems += _judge_way(way, take, world)
@@ -89,11 +92,18 @@ def _judge_way(way: str, take: Callable[[World], Answers], world: World) -> list
     try:
         for name, found in take(world):
             gap = distance(found, world.expected[name])
-            if not gap <= TOLERANCE[dtype]:  # NaN is not either
-                problems.append(f"{way}, {name}: gap {gap:.2g}, tolerance {TOLERANCE[dtype]:.2g}")
+            tolerance = _tolerance(world, name, dtype)
+            if not gap <= tolerance:  # NaN is not either
+                problems.append(f"{way}, {name}: gap {gap:.2g}, tolerance {tolerance:.2g}")
     except Exception:
         problems.append(f"{way}: {traceback.format_exc(limit=-2)}")
     return problems
+
+
+def _tolerance(world: World, name: str, dtype: str) -> float:
+    if dtype != world.case.dtype:
+        return TOLERANCE[dtype]
+    return max(TOLERANCE[dtype], _ROUNDED * distance(world.rounded[name], world.expected[name]))
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:

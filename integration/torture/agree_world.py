@@ -99,7 +99,8 @@ class World:
             source, basis = str(root / first), start.load_basis()
             Adapter(start.base, start.basis_sha256, source, R, case.scaling, basis=basis).save(root / name)
         self.ids = torch.randint(3, len(VOCABULARY), (ROWS, TOKENS), generator=self.generator)
-        self.expected = {name: self._reference(name) for name in ("base", *case.adapters)}
+        self.expected = {name: self._reference(name, "float64") for name in ("base", *case.adapters)}
+        self.rounded = {name: self._reference(name, case.dtype) for name in ("base", *case.adapters)}
 
     def _save_base(self) -> Path:
         case = self.case
@@ -132,8 +133,8 @@ class World:
     def adapter(self, name: str) -> Adapter:
         return Adapter.load(self.root / name)
 
-    def _reference(self, name: str) -> torch.Tensor:
-        """W0 + s·B·R·A by hand in float64 → logits (rows, tokens, vocabulary)."""
+    def _reference(self, name: str, dtype: str) -> torch.Tensor:
+        """W0 + s·B·R·A by hand in float64, rounded to `dtype` once → logits (rows, tokens, vocabulary) in `dtype`."""
         model = BaseModel.resolve(self.base).load(dtype="float64", device="cpu")
         if name != "base":
             adapter, found = self.adapter(name), dict(model.named_modules())
@@ -141,7 +142,7 @@ class World:
             for module, R in adapter.R.items():
                 B, A = basis.modules[module].B.double(), basis.modules[module].A.double()
                 weight_of(found[module]).data += adapter.scaling * B @ R.double() @ A
-        return logits(model, self.ids)
+        return logits(model.to(getattr(torch, dtype)), self.ids)
 
 
 @torch.inference_mode()

@@ -30,8 +30,8 @@ from .tally import Tally
 # In units of the dtype's eps; ONNX graphs are fp32 whatever the base is stored in. Rounding errors add up over sums,
 # roots and layers: correct ways were found at up to 12 eps of float32 and 2 eps of bfloat16, whose sums are kept in
 # float32 by the kernels. Where the same weights by hand, rounded once and run by torch in that dtype, are off by more
-# than a fifth of it, five times that is the tolerance: some random models amplify every rounding. (Outputs of linears with
-# random errors of bfloat16, nothing else changed, gave gaps from 0.013 to 0.061 in one such case.)
+# than a fifth of it, five times that is the tolerance: some random models amplify every rounding. (In one of them
+# random errors of bfloat16 in the linears' outputs, nothing else changed, gave gaps from 0.013 to 0.061.)
 TOLERANCE = {
     "float32": 64 * torch.finfo(torch.float32).eps,  # 7.6e-6
     "bfloat16": 8 * torch.finfo(torch.bfloat16).eps,  # 0.063

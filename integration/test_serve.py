@@ -27,6 +27,7 @@ from openai import AuthenticationError, NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export import environment
+from lorasb_export.serve import guard
 
 pytest.importorskip("vllm")
 
@@ -191,7 +192,7 @@ def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(processes, timeout=30)[1]
+    assert not psutil.wait_procs(processes, timeout=guard.SECONDS + 10)[1]
 
 
 def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import psutil
 from integration.torture.tally import Tally
 from integration.torture.tiny_server import CONTEXT, Tokens, tiny_world
 from lorasb_export import environment
+from lorasb_export.serve import guard
 from lorasb_export.storage import sha256_file
 
 _ADAPTERS, _SERVED = 8, 4
 _KEY = "only-for-this-run"
-_GONE = 20.0  # seconds that a server may take to follow
+_GONE = guard.SECONDS + 10.0  # seconds that a server may take to follow
 
 
 def kill_serve(root: Path, tally: Tally, random: Random, n: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -12,17 +11,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from http.client import HTTPException
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ..errors import ServerError
+from . import guard
 
-_STOP_SECONDS = 30  # for the server to end by itself; then it is killed
 _LOG_LINES = 20
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RunningServer:
@@ -38,6 +35,7 @@ class RunningServer:
         self.models: list[str] = []
         self._command, self._variables, self._echo = command, variables, echo
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
 
@@ -53,7 +51,16 @@ class RunningServer:
     def start(self) -> None:
         """Start the process and wait until it answers. Raises ServerError when it ends before."""
         with _signals_held():
-            # A session of its own: the terminal's Ctrl-C reaches only us, and we stop the server with its children.
+            # Sessions of their own: the terminal's Ctrl-C reaches only us, and we stop the server with its children.
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert self._guard.stdin is not None
+            tell = self._guard.stdin.fileno()
             self._process = subprocess.Popen(
                 self._command,
                 env=self._variables,
@@ -61,7 +68,7 @@ class RunningServer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=lambda: os.write(tell, b"%d\n" % os.getpid()),  # here: we may be killed at any moment
             )
         self._reader.start()
         while not self._answers("/health"):
@@ -78,16 +85,22 @@ class RunningServer:
 
     def stop(self) -> None:
         """Ask the server to stop, then kill what is left of it; an interrupt meanwhile kills at once."""
-        if self._process is None:
-            return
         try:
-            self._process.terminate()
+            if self._process is not None:
+                self._stop(self._process)
+        finally:
+            if self._guard is not None:
+                _end(self._guard)
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_SECONDS)
+                process.wait(guard.SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             self._reader.join()
 
     def _answers(self, path: str) -> bool:
@@ -122,14 +135,11 @@ class RunningServer:
         return ServerError(f"the vLLM server ended with exit code {code}", fix=f"Its last lines:\n{lines.rstrip()}")
 
 
-def _end_with_parent() -> Callable[[], object] | None:
-    """What a child calls so that the kernel stops it when we are killed; None where there is no such call.
-
-    It goes by the thread that starts the child, so only the main thread, which ends with the process, does it.
-    """
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
-        return None
-    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 @contextmanager

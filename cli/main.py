@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from . import calibrate, evaluate, export, fit, generate, init, inspect, merge, push, quickstart, serve
-from .verb import as_command
+from .verb import NOTHING_WRITTEN, as_command
 
 app = typer.Typer(
     name="lorasb",
@@ -35,7 +35,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before a verb began
-        typer.echo("Interrupted. No output was written.", err=True)
+        typer.echo(f"Interrupted. {NOTHING_WRITTEN}", err=True)
         raise SystemExit(130) from None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .lock import only_writer
-from .output import cannot_write, fsync, prepare_target, put_in_place
+from .output import cannot_write, fsync, prepare_target, put_in_place, replaced_file
 from .storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,8 @@ class MergeFolder:
     def mark(self, shard: str, content: Mapping[str, Any]) -> None:
         """Fsync `shard` and record it as finished, with what is to be remembered of it."""
         fsync(self.path / shard)
-        draft = self.path / f".{shard}.draft"
-        write_json(draft, {"bytes": (self.path / shard).stat().st_size, **content})
-        fsync(draft)
-        draft.rename(self._mark(shard))
+        with replaced_file(self._mark(shard)) as mark:
+            write_json(mark, {"bytes": (self.path / shard).stat().st_size, **content})
 
     def finished(self, shard: str) -> dict[str, Any] | None:
         """What `mark` recorded, or None where the shard is to be written."""

@@ -30,9 +30,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     with cannot_write(target):
         prepare_target(target, overwrite)
-        for stale in target.parent.glob(f".{target.name}.tmp-*"):
-            if not process_is_alive(int(stale.name.rsplit("-", 1)[1])):
-                shutil.rmtree(stale)
+        for stale in _left_by_the_dead(target):
+            shutil.rmtree(stale)
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
         temporary.mkdir()
         try:
@@ -122,9 +121,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
     What a process that was killed left of it is removed by the next call. A file that other programs, or the next
     start, may read at any moment is written through this.
     """
-    for stale in path.parent.glob(f".{path.name}.tmp-*-*"):
-        if not process_is_alive(int(stale.name.split("-")[-2])):
-            stale.unlink(missing_ok=True)
+    for stale in _left_by_the_dead(path):
+        stale.unlink(missing_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -136,6 +134,13 @@ def replaced_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _left_by_the_dead(target: Path) -> list[Path]:
+    """The hidden siblings `.NAME.tmp-PID…` of `target` whose process is gone."""
+    prefix = f".{target.name}.tmp-"
+    found = [(path, path.name.removeprefix(prefix).partition("-")[0]) for path in target.parent.glob(f"{prefix}*")]
+    return [path for path, pid in found if pid.isdigit() and not process_is_alive(int(pid))]
 
 
 def fsync(path: Path) -> None:

@@ -43,8 +43,8 @@ for moment in sys.argv[3:]:
         finally: os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), os.path.exists(sys.argv[2]))
 """
-# The first renames are those of shards' marks; the folder's own is the last.
-MOMENTS = ["mkdir:0", "posix_fallocate:0", "pwrite:0", "pwrite:9", "fsync:1", "rename:1", "pwrite:3", "rename:1"]
+# What is replaced are the shards' marks.
+MOMENTS = ["mkdir:0", "posix_fallocate:0", "pwrite:0", "pwrite:9", "fsync:1", "replace:1", "pwrite:3", "replace:1"]
 
 
 @pytest.fixture

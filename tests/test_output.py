@@ -123,10 +123,11 @@ def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path: Pa
 
 def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".x.tmp-999999999-0123").touch()
+    (tmp_path / ".x.tmp-of-mine").touch()  # somebody else's
     (tmp_path / f".x.tmp-{os.getpid()}-4567").touch()  # another thread's
     with replaced_file(tmp_path / "x") as temporary:
         temporary.write_text("x")
-    assert {path.name for path in tmp_path.iterdir()} == {"x", f".x.tmp-{os.getpid()}-4567"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", f".x.tmp-{os.getpid()}-4567", ".x.tmp-of-mine"}
 
 
 def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The server is a child process that calls `serve`, as the command line does; a te
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -184,24 +185,32 @@ def test_sigint_ends_it_with_130_and_leaves_nothing(child: Child) -> None:
     assert left_in(child.temporary) == {"log"}
 
 
+def wait_for_child(process: subprocess.Popen[str], word: str, log: Path) -> list[psutil.Process]:
+    """The children of `process`, as soon as one has `word` in its command line."""
+    while True:
+        assert process.poll() is None, log.read_text()[-5000:]
+        processes = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(word in " ".join(child.cmdline()) for child in processes):
+                return processes
+        time.sleep(0.001)
+
+
 def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -> None:
     process = start(adapters, tmp_path)
-    myself = psutil.Process(process.pid)
-    while not (processes := [child for child in myself.children() if "vllm" in " ".join(child.cmdline())]):
-        assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
-        time.sleep(0.05)
+    processes = wait_for_child(process, "vllm.entrypoints", tmp_path / "log")
     process.kill()
     process.wait()
     assert not psutil.wait_procs(processes, timeout=guard.SECONDS + 10)[1]
 
 
-def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["guard.py", "vllm.entrypoints"])
+def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(
+    adapters: dict[str, Path], tmp_path: Path, word: str
+) -> None:
     process = start(adapters, tmp_path)
-    myself = psutil.Process(process.pid)
-    while not (processes := myself.children(recursive=True)):
-        assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
-        time.sleep(0.05)
+    processes = wait_for_child(process, word, tmp_path / "log")
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(60) == 143, (tmp_path / "log").read_text()[-5000:]
     assert not psutil.wait_procs(processes, timeout=5)[1]
     assert left_in(tmp_path) == {"log"}

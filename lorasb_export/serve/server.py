@@ -70,7 +70,7 @@ class RunningServer:
                 start_new_session=True,
                 preexec_fn=lambda: os.write(tell, b"%d\n" % os.getpid()),  # here: we may be killed at any moment
             )
-        self._reader.start()
+            self._reader.start()
         while not self._answers("/health"):
             if self._process.poll() is not None:
                 raise self._failed()

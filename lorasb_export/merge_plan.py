@@ -28,7 +28,7 @@ from .storage import DTYPE_BYTES, TensorInfo
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
 _PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
-_THREAD_BYTES = 20 << 20  # `merge_write.PIECE` entries as read and as written, `merge_sum.BLOCK` at every stage between
+_THREAD_BYTES = 40 << 20  # `merge_write.PIECE` entries as read and as written, `merge_sum.BLOCK` at every stage between
 _MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
 # Never copied from the base: weights in any format, its card, and provenance of another run.

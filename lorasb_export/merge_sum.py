@@ -54,7 +54,7 @@ class Update:
             return cls(left, right, torch.float64, 0)
         # Near zero an fp32 sum of r products errs by some 2⁻²⁴·√r·‖row of left‖·‖column of right‖ at most (its r + 1
         # roundings are a random walk; 4 times that is out of their reach). An ulp of bf16 at x is ≥ 2⁻⁸·|x|.
-        bound = float(left.norm(dim=1).max() * right.norm(dim=0).max())
+        bound = float(left.square().sum(dim=1).max() * right.square().sum(dim=0).max()) ** 0.5
         small = torch.tensor(2.0**-14 * left.shape[1] ** 0.5 * bound, dtype=torch.bfloat16)
         return cls(left, right, torch.float32, int(small.view(torch.int16)) + 1)
 

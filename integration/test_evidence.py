@@ -45,7 +45,7 @@ def test_quick_run_and_its_cache(tmp_path: Path) -> None:
     """Real training of the real encoder, twice over one file: the second time nothing is trained."""
     results = Results(tmp_path / "r.jsonl")
     of = cell("sst2", method="lora-sb", basis="own", steps=30, valid_rows=64, test_rows=128, samples=16, lr=1e-2)
-    base = replace(of, method="base", basis="", lr=0.0)
+    base = replace(of, method="base", basis="", lr=0.0, steps=0)
     run = Runner(results, Budget(None))
     trained, untrained = run(of), run(base)
     assert trained["loss"] < untrained["loss"]

@@ -76,6 +76,11 @@ def _is_about(error: OSError, target: Path) -> bool:
     return first == target.name or first.startswith(f".{target.name}.")
 
 
+def disk_error_in(words: str) -> OSError | None:
+    """The error of a disk that another program's last words quote."""
+    return next((OSError(code, text) for code in _OF_A_DISK if (text := os.strerror(code)) in words), None)
+
+
 def prepare_target(target: Path, overwrite: bool) -> None:
     """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
     target.parent.mkdir(parents=True, exist_ok=True)

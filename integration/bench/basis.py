@@ -1,6 +1,6 @@
 """What does sharing a basis cost? Every task in bases of different origin: what they capture, what comes of training.
 
-Results lie in docs/results/capture.jsonl (of a gradient over valid rows, before training) and basis.jsonl (training
+Results lie in docs/results/capture.jsonl (of a gradient over valid rows, before training) and runs.jsonl (training
 runs). A run that is there is not repeated; `--minutes` ends a sitting.
 """
 
@@ -14,6 +14,7 @@ from integration.evidence.cells import (
     CLASSIFYING,
     GENERATING,
     RESULTS,
+    RUNS,
     Budget,
     Cell,
     OutOfTime,
@@ -65,7 +66,7 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
     """Captures first, which are cheap; then training, the first variant of every task before the second of any."""
     from integration.evidence.training import capture_of
 
-    captures, results = Results(RESULTS / "capture.jsonl"), Results(RESULTS / "basis.jsonl")
+    captures, results = Results(RESULTS / "capture.jsonl"), Results(RUNS)
     budget = Budget(minutes)
     run_cell = Runner(results, budget)
     complete = True

@@ -1,6 +1,6 @@
 """LoRA-SB beside LoRA and its kin on real tasks, every method at its best learning rate, over several seeds.
 
-Results lie in docs/results/quality.jsonl, one line a training run; a run that is there is not repeated, so the table
+Results lie in docs/results/runs.jsonl, one line a training run; a run that is there is not repeated, so the table
 may be filled over many sittings: `--minutes` ends one. `python -m integration.bench report` makes tables and plots.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from integration.evidence.cells import (
     CLASSIFYING,
     GENERATING,
-    RESULTS,
+    RUNS,
     Budget,
     OutOfTime,
     Results,
@@ -27,15 +27,15 @@ from integration.evidence.cells import (
 
 TASKS = (*CLASSIFYING, *GENERATING)
 METHODS: dict[str, dict[str, Any]] = {
-    "base": {"method": "base", "rank": 0},
-    "LoRA r=8": {"method": "lora", "rank": 8},
-    "LoRA r=32": {"method": "lora", "rank": 32},
-    "rsLoRA r=32": {"method": "rslora", "rank": 32},
-    "PiSSA r=8": {"method": "pissa", "rank": 8},
-    "DoRA r=8": {"method": "dora", "rank": 8},
-    "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
+    "base": {"method": "base", "rank": 0, "steps": 0},
     "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
     "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
+    "LoRA r=8": {"method": "lora", "rank": 8},
+    "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
+    "LoRA r=32": {"method": "lora", "rank": 32},
+    "PiSSA r=8": {"method": "pissa", "rank": 8},
+    "rsLoRA r=32": {"method": "rslora", "rank": 32},
+    "DoRA r=8": {"method": "dora", "rank": 8},
 }
 SEEDS = (0, 1, 2)
 
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     """Runs what is missing. The quick run is one task, two methods, one seed and fewer steps, and keeps nothing."""
     if not quick:
-        return _fill(Results(RESULTS / "quality.jsonl"), tasks, tuple(METHODS), SEEDS, minutes)
+        return _fill(Results(RUNS), tasks, tuple(METHODS), SEEDS, minutes)
     with tempfile.TemporaryDirectory() as scratch:
         short = {"steps": 40, "valid_rows": 64, "test_rows": 128, "samples": 16}
         results = Results(Path(scratch) / "quick.jsonl")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, Results
+from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, RUNS, Results, cell
 from lorasb_export.metrics import pearson
 
 from .quality import METHODS, summary
@@ -24,20 +26,19 @@ _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adap
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    quality = best_of(Results(RESULTS / "quality.jsonl").lines().values())
-    trained = best_of(Results(RESULTS / "basis.jsonl").lines().values())
+    trained = best_of(Results(RUNS).lines().values())
     captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
         "[benchmarks](../benchmarks.md) says what they mean.",
-        _quality_table(quality),
+        _quality_table(trained),
         *_basis_tables(trained, captures),
         _prediction(trained, captures),
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
     print(page.read_text())
-    return {"name": "report", "quality": len(quality), "basis": len(trained), "captures": len(captures)}
+    return {"name": "report", "cells": len(trained), "captures": len(captures)}
 
 
 def _identity(line: Line) -> tuple[Any, ...]:
@@ -65,13 +66,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _quality_table(quality: Mapping[tuple[Any, ...], list[Line]]) -> str:
+def _quality_table(trained: Mapping[tuple[Any, ...], list[Line]]) -> str:
     """Rows: methods; columns: tasks. Mean ± sd over the seeds."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for lines in quality.values():
-        for name, fields in METHODS.items():
-            if all(lines[0][key] == value for key, value in fields.items()):
-                found[name, lines[0]["task"]] = summary(lines) | {"seeds": len(lines)}
+    for task, (name, fields) in itertools.product(TASKS, METHODS.items()):
+        if lines := trained.get(_identity(asdict(cell(task, **fields)))):
+            found[name, task] = summary(lines) | {"seeds": len(lines)}
     tasks = [task for task in TASKS if any(of == task for _, of in found)]
     if not tasks:
         return ""
@@ -92,7 +92,7 @@ def _quality_table(quality: Mapping[tuple[Any, ...], list[Line]]) -> str:
     )
     return (
         "## Quality\n\nTest metric in percent, mean ± sd over the seeds (their number where it is not three).\n\n"
-        f"{table}\n\nTrained parameters, and seconds of training on the device of the run:\n\n{sizes}"
+        f"{table}\n\nTrained parameters, and seconds of training (of one core, where the device is a CPU):\n\n{sizes}"
         f"\n\nBest learning rate, and the loss on valid rows there:\n\n{rates}"
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RUNS = RESULTS / "runs.jsonl"  # of all tables: some share runs
 DATA = Path(__file__).parents[3] / "shared" / "data"  # real task data, not part of this repository
 
 

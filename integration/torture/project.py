@@ -43,13 +43,17 @@ class Verb:
     in_place: bool = False
 
 
+_GRAPH = ("export", "a", "--format", "onnx-adapters")
+_FITTED = ("calibrate", "fit")
 VERBS = {
     "calibrate": Verb(("calibrate",), "basis"),
     "fit": Verb(("fit", "a"), "adapters/a", ("--resume",), ("calibrate",)),
-    "evaluate": Verb(("evaluate", "a"), "adapters/a", (), ("calibrate", "fit"), in_place=True),
-    "merge": Verb(("merge", "a", "--out", "model", "--max-shard-size", "60KB"), "model", (), ("calibrate", "fit")),
-    "peft": Verb(("export", "a", "--format", "peft", "--out", "peft"), "peft", (), ("calibrate", "fit")),
-    "onnx": Verb(("export", "a", "--format", "onnx", "--out", "onnx"), "onnx", (), ("calibrate", "fit")),
+    "evaluate": Verb(("evaluate", "a"), "adapters/a", (), _FITTED, in_place=True),
+    "merge": Verb(("merge", "a", "--out", "model", "--max-shard-size", "60KB"), "model", (), _FITTED),
+    "peft": Verb(("export", "a", "--format", "peft", "--out", "peft"), "peft", (), _FITTED),
+    "onnx": Verb(("export", "a", "--format", "onnx", "--out", "onnx"), "onnx", (), _FITTED),
+    "graph": Verb((*_GRAPH, "--out", "graph"), "graph", (), _FITTED),
+    "into": Verb((*_GRAPH, "--into", "graph", "--overwrite"), "graph", (), (*_FITTED, "graph"), in_place=True),
 }
 
 

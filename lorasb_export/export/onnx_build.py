@@ -18,6 +18,7 @@ from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
+from ..output import disk_error_in
 from ..storage import read_json, write_json
 from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data
@@ -142,9 +143,11 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
         errors="replace",
     )
     if child.returncode != 0:
-        lines = [line for line in child.stdout.splitlines() if line.strip()]
+        last = [line for line in child.stdout.splitlines() if line.strip()][-6:]
+        if error := disk_error_in("\n".join(last)):
+            raise error
         raise ServerError(
-            "\n  ".join([f"the ONNX exporter failed with exit code {child.returncode}; its last lines:", *lines[-6:]]),
+            "\n  ".join([f"the ONNX exporter failed with exit code {child.returncode}; its last lines:", *last]),
             where=model,
             fix="Check that the memory holds the model; then report it with the versions of the packages",
         )

@@ -13,7 +13,7 @@ import torch
 from integration.torture import agree, concurrency, disk, kill, lies
 from integration.torture.agree_ways import WAYS
 from integration.torture.agree_world import Case
-from integration.torture.faulty_disk import FaultyDisk
+from integration.torture.faulty_disk import FAULTS, FaultyDisk
 from lorasb_export.adapter import Adapter
 from lorasb_export.export import peft
 
@@ -39,7 +39,7 @@ def test_killed_verbs_go_on_and_end_with_the_same_bytes() -> None:
 
 
 def test_a_faulty_disk_costs_nothing_but_the_run() -> None:
-    tally = disk.run(3, seed=0, verbs=("calibrate",))
+    tally = disk.run(3, seed=0, verbs=("calibrate",), hub=False)
     assert tally.tried > 30
     assert not tally.problems
 
@@ -49,7 +49,7 @@ def test_the_faulty_disk_fails_where_it_is_told_to(tmp_path: Path) -> None:
     (tmp_path / "mount").mkdir()
     faulty = FaultyDisk(tmp_path / "mount", tmp_path)
     path, heedless = tmp_path / "mount" / "x", "import sys; open(sys.argv[1], 'wb', 0).write(b'0123456789')"
-    faulty.arm(disk.FAULTS["full"], call=2)
+    faulty.arm(FAULTS["full"], call=2)
     for outside in (tmp_path / "y", path):
         subprocess.run([sys.executable, "-c", heedless, str(outside)], env=os.environ | faulty.variables, check=True)
     assert (faulty.heal(), faulty.hit) == (2, "write x")

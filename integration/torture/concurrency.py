@@ -15,8 +15,8 @@ from random import Random
 from threading import Thread
 
 from integration.hub_server import HubServer
-from integration.torture.kill import published
 from integration.torture.project import VERBS, done, entries, make, prepared, undisturbed, weights
+from integration.torture.push import published
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.inspection import inspect_folder

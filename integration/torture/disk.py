@@ -7,7 +7,6 @@ undisturbed run writes. On the healed disk the same command ends with the same b
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -15,20 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.torture.faulty_disk import Fault, FaultyDisk
+from integration.torture.faulty_disk import FAULTS, Fault, FaultyDisk, spread
 from integration.torture.project import VERBS, Undisturbed, entries, make, undisturbed
+from integration.torture.push import disk_push
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.errors import LoraSBError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.storage import read_json, sha256_file
 
-FAULTS = {
-    "full": Fault(errno.ENOSPC, sticky=True, only_growing=True),
-    "one failing call": Fault(errno.EIO),
-    "failing": Fault(errno.EIO, sticky=True),
-    "read-only": Fault(errno.EROFS, sticky=True),
-}
 _INPUTS = ("llama/model-00002-of-*.safetensors", "sums/train.jsonl", "basis/*.safetensors", "adapters/a/*.safetensors")
 _WITH_TIMES = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _SLOW = Fault(fsync_ms=30)
@@ -43,8 +37,11 @@ class _World:
     zygote: Zygote
 
 
-def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS)) -> Tally:
-    """At most `n` calls of each verb under each fault, with a target that is not there and with one to be replaced."""
+def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = True) -> Tally:
+    """At most `n` calls of each verb under each fault, with a target that is not there and with one to be replaced.
+
+    `hub` adds a push to a loopback Hub.
+    """
     tally = Tally("disk", seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -59,6 +56,8 @@ def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS)) -> Tally:
                 _try_verb(_World(root, mount / "place", root / "log", disk, zygote), name, whole, tally, n)
         finally:
             zygote.stop()
+        if hub:
+            disk_push(root / "pushed", tally, n)
     return tally
 
 
@@ -73,7 +72,7 @@ def _try_verb(world: _World, name: str, whole: Undisturbed, tally: Tally, n: int
             world.disk.arm(fault)
             _lorasb(world, name, there)
             calls = world.disk.heal()
-            for call in _spread(calls, n):
+            for call in spread(calls, n):
                 _prepare(world, name, whole, there)
                 end, problem = _judge(world, name, whole, fault, there, call)
                 where = f"{name}{' --overwrite' if there else ''}, {title} at call {call} of {calls}, {world.disk.hit}"
@@ -83,12 +82,6 @@ def _try_verb(world: _World, name: str, whole: Undisturbed, tally: Tally, n: int
 def _vanishing(world: _World, whole: Undisturbed) -> list[tuple[str, Fault]]:
     found = [path.relative_to(whole.ready) for pattern in _INPUTS for path in whole.ready.glob(pattern)]
     return [(path.as_posix(), Fault(vanish=world.place / path)) for path in found]
-
-
-def _spread(calls: int, n: int) -> list[int]:
-    """At most `n` of the numbers 1 … `calls`."""
-    n = min(n, calls)
-    return sorted({1 + round(index * (calls - 1) / max(1, n - 1)) for index in range(n)})
 
 
 def _prepare(world: _World, name: str, whole: Undisturbed, there: bool) -> None:

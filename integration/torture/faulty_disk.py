@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import subprocess
 from dataclasses import dataclass
@@ -46,6 +47,20 @@ class Fault:
     only_growing: bool = False
     vanish: Path | None = None
     fsync_ms: int = 0
+
+
+FAULTS = {
+    "full": Fault(errno.ENOSPC, sticky=True, only_growing=True),
+    "one failing call": Fault(errno.EIO),
+    "failing": Fault(errno.EIO, sticky=True),
+    "read-only": Fault(errno.EROFS, sticky=True),
+}
+
+
+def spread(calls: int, n: int) -> list[int]:
+    """At most `n` of the numbers 1 … `calls`."""
+    n = min(n, calls)
+    return sorted({1 + round(index * (calls - 1) / max(1, n - 1)) for index in range(n)})
 
 
 class FaultyDisk:

@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
-from threading import Thread
 
-from integration.hub_server import HubServer
 from integration.torture.kill_serve import kill_serve
-from integration.torture.project import VERBS, Undisturbed, Verb, done, entries, make, prepared, undisturbed, weights
+from integration.torture.project import VERBS, Undisturbed, Verb, entries, make, undisturbed, weights
+from integration.torture.push import kill_push
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.inspection import inspect_folder
@@ -38,7 +37,7 @@ def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = T
         finally:
             zygote.stop()
         if hub:
-            _kill_push(root, tally, random, n)
+            kill_push(root / "pushed", tally, random, n)
         if serve:
             kill_serve(root / "served", tally, random, n)
     return tally
@@ -83,47 +82,3 @@ def _judge(
         if entries(place) != whole.after:
             return "wrong", f"left behind {sorted(entries(place) ^ whole.after)}"
     return "ok", ""
-
-
-def _kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
-    """The Hub holds nothing or all of it, and the next push ends with all of it in one commit."""
-    repo = "me/a"
-    words = ("push", "adapters/a", "--repo", repo, "--with-basis")
-    with HubServer(root / "server") as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        zygote = Zygote(**server.environment(root / "home", HF_HUB_DISABLE_XET="1"))
-        try:
-            place, log = prepared(root, zygote, Verb(words, "", (), ("calibrate", "fit"))), root / "log"
-            seconds = done(zygote, place, words, log)
-            expected = published(server, repo)
-            for number in range(n):
-                server.repos.clear()
-                after = random.uniform(0.0, seconds)
-                log.write_text("")
-                zygote.start(place, *words, log=log, after=after)
-                zygote.wait()
-                where = f"push #{number}, SIGKILL after {after:.3f} of {seconds:.3f} s"
-                found = published(server, repo)
-                if found and found != expected:
-                    tally.add("wrong", f"{where}: half of it is published: {sorted(found)}")
-                    continue
-                log.write_text("")
-                zygote.start(place, *words, log=log)
-                code, _ = zygote.wait()
-                if code:
-                    tally.add("lost", f"{where}: the next push exits with {code}: {log.read_text()[-300:]}")
-                elif published(server, repo) != expected:
-                    tally.add("wrong", f"{where}: the next push ends with other files")
-                else:
-                    tally.add("ok")
-        finally:
-            zygote.stop()
-
-
-def published(server: HubServer, repo: str) -> dict[str, str]:
-    """The files of the repository's main branch, but for the ones the Hub itself makes."""
-    found = server.repos.get(repo)
-    if found is None:
-        return {}
-    files = found.commits[found.refs["main"]]
-    return {path: entry.sha256 for path, entry in files.items() if path != ".gitattributes"}

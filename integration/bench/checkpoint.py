@@ -25,11 +25,11 @@ _RELATIVE_SIZE = 0.02  # ‖Δ‖ / ‖W0‖ of every module
 
 def make_checkpoint(folder: Path, gb: float, shard_mb: int) -> tuple[Path, Adapter]:
     """`base`, of at least `gb` in bf16, and `adapter`, on all its projections, in `folder`."""
-    base = _make_base(folder / "base", gb, shard_mb)
+    base = make_base(folder / "base", gb, shard_mb)
     return base, _make_adapter(base, folder / "adapter")
 
 
-def _make_base(folder: Path, gb: float, shard_mb: int) -> Path:
+def make_base(folder: Path, gb: float, shard_mb: int) -> Path:
     """At least `gb` of random bf16 in Llama's shape and names, written without a model in memory."""
     environment.hide_broken_packages()
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -2,7 +2,8 @@
 
 SmolLM2-135M, r = 64, all seven linears, bf16, one thread for each engine; tokens per CPU-second, in alternation.
 All are eager but "compiled", the base without adapters as vLLM compiles it by default. Stock LoRA gets the same
-adapters and its list of modules; few files serve under many ids.
+adapters and its list of modules; few files serve under many ids. What an adapter costs beside its base goes by the
+base's width: "wide" is a random model with layers of Llama 3.1 8B's shape (--quick: of a quarter of its width).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
 
+from .checkpoint import make_base
 from .serve_child import Child, fold, write_adapters
 from .serve_parity import parity
 
@@ -36,7 +38,8 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
         small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
         result, speeds = peers(base, ours, quick=quick)
         more, resident = many(base, ours, small, quick=quick)
-        result |= more | parity(base, ours, prompts=4 if quick else 32, tokens=16 if quick else 64)
+        result |= more | wide(Path(folder, "wide"), quick=quick)
+        result |= parity(base, ours, prompts=4 if quick else 32, tokens=16 if quick else 64)
     if plot is not None:
         draw(speeds, resident, plot)
     return result
@@ -100,6 +103,27 @@ def many(base: Path, ours: list[Path], small: list[Path], *, quick: bool) -> tup
         "load_ms": round(reports[large]["load_ms"], 2),
         "load_ms_r16": round(reports[tiny]["load_ms"], 2),
     }, speeds
+
+
+def wide(folder: Path, *, quick: bool) -> dict[str, Any]:
+    """Ours beside the base of another width."""
+    base = make_base(folder / "base", 0.5 if quick else 2, 5000)
+    ours = write_adapters(base, folder / "adapters", RANK)
+    children: dict[str, Child] = {}
+    try:
+        children["base"] = Child(base, [], **OTHERS)
+        children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
+        speeds = decode(children, [(16, 0), (32, 0)], rounds=1 if quick else 3)
+        read = prompts(children, rounds=2 if quick else 4)
+    finally:
+        for child in children.values():
+            child.stop()
+    table(speeds)
+    return {
+        "wide_ratio_vs_base": round(speeds["shared", 32, 0] / speeds["base", 32, 0], 3),
+        "wide_ratio_vs_base_b16": round(speeds["shared", 16, 0] / speeds["base", 16, 0], 3),
+        "wide_prefill_ratio_vs_base": round(read["base", 4] / read["shared", 4], 3),
+    }
 
 
 def decode(children: dict[str, Child], settings: list[tuple[int, int]], rounds: int) -> Speeds:

@@ -38,7 +38,7 @@ class Engine:
         self.turn += 37 * rows
         for row in range(rows):
             self.requests += 1
-            ids = [(17 * self.requests + 5 * place) % 40000 + 100 for place in range(prompt)]
+            ids = [(17 * self.requests + 5 * place) % 30000 + 100 for place in range(prompt)]
             number = self.turn + row % (adapters or rows)
             adapter = self.adapters[number % len(self.adapters)] if self.adapters else None
             self.engine.add_request(str(self.requests), {"prompt_token_ids": ids}, options, lora_request=adapter)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
-from .adapter import CURVE, Adapter
+from .adapter import Adapter
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .basis import Basis
 from .batches import encode
@@ -31,13 +31,11 @@ from .layer import head_parameters
 from .lock import only_writer
 from .order import RowOrder
 from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
-from .plot import plot_losses
-from .provenance import command, versions
 from .settings import CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import read_json, write_json
-from .subspace import spread
 from .trainer import RTrainer, TaskRun
+from .training_record import summary, write_record
 from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -189,16 +187,22 @@ class _Run:
             with checkpoint_at_sigterm(trainer):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for k, found in enumerate(captured):
-            adapter = trainer.runs[k].adapter
+            run, history = trainer.runs[k], trainer.history(k)
             best = trainer.restore_best(k) if self.settings.keep == "best" else None
+            adapter = run.adapter
             adapter.training = {
-                **self._summary(trainer, k, best),
-                "energy": spread(list(basis.calibration["energy"].values())),
+                **summary(run, history, trainer.steps_done(k), best),
+                "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
+                "settings": asdict(self.settings),
                 "capture": overview(found),
             }
             written = resume and not overwrite and self.outs[k].exists()  # before the interruption
             if distributed.is_main() and not written:
-                self._write(trainer, k, identity, found, overwrite)
+                seconds = round(time.monotonic() - self._started, 1)
+                made = {**identity, "capture": found, "seconds": seconds}
+                with atomic_folder(self.outs[k], overwrite=overwrite) as folder:
+                    adapter.write_into(folder, self.outs[k])
+                    write_record(folder, run, history, made)
             adapter.folder = self.outs[k]
             adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
         distributed.wait()
@@ -296,56 +300,6 @@ class _Run:
             return Validation(encoded, tokenizer, every=settings.evaluate_every)
         asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
         return Validation(encoded, tokenizer, asked, max_answer_tokens(tokenizer, rows), settings.evaluate_every)
-
-    def _summary(self, trainer: RTrainer, k: int, best: int | None) -> dict[str, Any]:
-        """What the adapter's config and card say about its training."""
-        run, history = trainer.runs[k], trainer.history(k)
-        basis = run.adapter.load_basis()
-        last = next((e["loss"] for e in reversed(history) if "loss" in e), None)
-        valid = [entry for entry in history if "eval_loss" in entry]
-        kept = next((entry for entry in valid if entry["step"] == best), valid[-1] if valid else {})
-        metrics = {key.removeprefix("eval_"): value for key, value in kept.items() if key.startswith("eval_")}
-        return {
-            "task": run.task.name,
-            "data": run.task.source,
-            "data_sha256": run.task.sha256,
-            "rows": len(run.rows),
-            "rows_left_out": len(run.task.splits["train"]) - len(run.rows),
-            "labels": run.task.labels,
-            "regression": run.task.regression,
-            "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
-            "steps": trainer.steps_done(k),
-            "best_step": best,
-            "train_loss": None if last is None else round(last, 6),
-            "valid_loss": round(metrics["loss"], 6) if metrics else None,
-            "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
-            "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
-            "lora_parameters": sum(basis.rank * (m.B.shape[0] + m.A.shape[1]) for m in basis.modules.values()),
-            "settings": asdict(self.settings),
-            "plot": CURVE,
-        }
-
-    def _write(
-        self, trainer: RTrainer, k: int, identity: Mapping[str, Any], captured: Mapping[str, Any], overwrite: bool
-    ) -> None:
-        run, out = trainer.runs[k], self.outs[k]
-        with atomic_folder(out, overwrite=overwrite) as temporary:
-            run.adapter.write_into(temporary, out)
-            history = trainer.history(k)
-            lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
-            (temporary / "training_log.jsonl").write_text("".join(lines))
-            plot_losses(history, temporary / CURVE, title=f"{run.task.name}: loss")
-            provenance = {
-                "kind": "adapter",
-                **identity,
-                "data_sha256": run.task.sha256,
-                "seconds": round(time.monotonic() - self._started, 1),
-                "base": dict(run.adapter.base.__dict__),
-                "versions": versions(),
-                "capture": captured,  # by module; its overview is in the adapter's config
-                "command": command(),
-            }
-            write_json(temporary / "lorasb.json", provenance)
 
 
 @contextmanager

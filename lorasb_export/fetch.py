@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .errors import ArtifactError, LoraSBError, ServerError
+from .output import disk_error_in
 from .storage import sha256_file
 
 logger = logging.getLogger(__name__)
@@ -210,3 +211,9 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):
             what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
         raise kind(before + what, where=where, fix=fix) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used
+            raise
+        reason = getattr(disk_error_in(str(error)), "strerror", None) or _clean(str(error))
+        fix = "Let HF_HOME be a folder that can be written, or set HF_HUB_DISABLE_XET=1"
+        raise kind(f"{before}hf_xet cannot work: {reason}", where=where, fix=fix) from None

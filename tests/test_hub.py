@@ -247,6 +247,15 @@ def test_what_hf_xet_says_is_understood(said: str, expected: str) -> None:
         raise ConnectionError(said)
 
 
+def test_a_panic_of_hf_xet_is_our_error() -> None:
+    """It is no Exception. Its words are those of a push whose disk is full as it is first used."""
+    panic = type("PanicException", (BaseException,), {})
+    said = 'initializing rolling file appender failed: Os { code: 28, message: "No space left on device" }'
+    expected = "hf_xet cannot work: No space left on device (me/a)"
+    with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
+        raise panic(said)
+
+
 def test_no_token_in_an_error() -> None:
     with pytest.raises(LoraSBError) as caught, hub_errors("me/a", LoraSBError):
         raise RuntimeError("header 'Bearer hf_abcDEF123' is illegal, hf_abcDEF123 too")

@@ -171,6 +171,34 @@ def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> No
     assert len(any_hub.repos["me/merged"].commits) == 3
 
 
+def test_a_folder_that_is_replaced_meanwhile_is_not_published(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    """Just after its config was read; what is fit again has another R under the same name."""
+    other = make_adapter(adapter.with_name("b"), basis, seed=2)
+    replace = """
+import shutil, sys
+from pathlib import Path
+from lorasb_export import hub, push
+folder, other = map(Path, sys.argv[1:])
+look = hub._look
+def look_and_replace(*args):
+    shutil.rmtree(folder)
+    other.rename(folder)
+    return look(*args)
+hub._look = look_and_replace
+try:
+    push(folder, "me/a", with_basis=True)
+except hub.ArtifactError as error:
+    print(error)
+finally:
+    hub._look = look  # the process goes on
+"""
+    said = any_hub.run(replace, adapter, other)
+    assert said.startswith(f"the folder was replaced while it was pushed ({adapter})")
+    assert said.endswith("Push again: nothing was published")
+    assert not any(path.endswith(".safetensors") for path in any_hub.files("me/a"))
+    assert any_hub.push(adapter, "me/a", with_basis=True)["changed"]
+
+
 def test_another_kind_is_not_overwritten(any_hub: Hub, basis: Path, adapter: Path) -> None:
     any_hub.push(basis, "me/basis")
     refused = any_hub.push(adapter, "me/basis", with_basis=True)

@@ -77,6 +77,7 @@ def push(
     kind = outgoing.kind_of(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)
+    seen = outgoing.pin(files)
     repository = Repository(repo, revision)
     head, theirs = _look(repository, dry_run)
     basis = None
@@ -103,7 +104,7 @@ def push(
     plan = _plan(repository, files, head, kind, public, message)
     plan |= {"skipped": skipped, "card": readme.front_matter(text)} | ({"basis": basis} if basis else {})
     if not dry_run:
-        return plan | repository.commit(files, head, public=public, create_pr=create_pr, message=message)
+        return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
     refuse_other(files, head, public, repo)
     diff = difflib.unified_diff(theirs.splitlines(), text.splitlines(), "on the Hub", "to be pushed", lineterm="")
     return plan | {"card_diff": "\n".join(diff), "reached": head.reached}

@@ -15,7 +15,8 @@ from .errors import ArtifactError
 from .format import sealed
 from .kind import artifact_kind
 
-Files = dict[str, "Path | bytes"]  # path in the repository → the file, or its content where it is not one
+Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
+Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another one of its name
 
 SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
 
@@ -43,7 +44,7 @@ _MARKS = {
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
-_BINARY = ("*.safetensors", "*.png", "*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
+_WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
 
@@ -78,6 +79,23 @@ def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
     if kind == "merged":
         BaseModel.resolve(folder).tensors  # noqa: B018  # reads and checks every header
     return files, skipped
+
+
+def pin(files: Files) -> Seen:
+    """Read all but weights now, and remember which files they are: a folder may be replaced while it is pushed."""
+    seen = {file: _identity(file) for file in files.values() if isinstance(file, Path)}
+    for name, file in files.items():
+        if not any(fnmatch(name, pattern) for pattern in _WEIGHTS):
+            files[name] = _read(file)
+    return seen
+
+
+def refuse_replaced(seen: Seen) -> None:
+    """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
+    for path, before in seen.items():
+        if not path.exists() or _identity(path) != before:
+            fix = "Push again: nothing was published"
+            raise ArtifactError("the folder was replaced while it was pushed", where=path.parent, fix=fix)
 
 
 def is_publishable(path: str) -> bool:
@@ -115,7 +133,7 @@ def refuse_tokens(files: Files) -> None:
 
     in_use = (get_token() or "").encode()
     for name, file in files.items():
-        if any(fnmatch(name, pattern) for pattern in _BINARY):
+        if any(fnmatch(name, pattern) for pattern in (*_WEIGHTS, "*.png")):
             continue
         text = _read(file)
         if _TOKEN.search(text) or (in_use and in_use in text):
@@ -155,6 +173,11 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
 
 def _read(file: Path | bytes) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _size(file: Path | bytes) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from .checksums import digest
 from .errors import OutputError, ServerError
 from .fetch import git_hash, hub_errors, patiently, rest, will_pass
-from .outgoing import Files, mark, stale
+from .outgoing import Files, Seen, mark, refuse_replaced, stale
 
 _TRIES = 4  # of a commit
 
@@ -105,17 +105,28 @@ class Repository:
         return Path(found).read_text(encoding="utf-8")
 
     def commit(
-        self, files: Files, head: Head, *, public: bool = False, create_pr: bool = False, message: str = "Update"
+        self,
+        files: Files,
+        head: Head,
+        seen: Seen,
+        *,
+        public: bool = False,
+        create_pr: bool = False,
+        message: str = "Update",
     ) -> dict[str, Any]:
         """Make the repository equal to `files`, in one commit on top of `head`, or in none where it is so already.
 
         What the Hub fails to do is tried again. Uploaded files wait on the Hub for the commit that names them, so a
         push that is cut short publishes nothing and the next one sends what is missing.
 
+        Args:
+            seen: the files that must still be there as they were, or nothing is committed.
+
         Returns:
             commit, changed, private, url.
 
         Raises:
+            ArtifactError: the folder was replaced meanwhile.
             OutputError: the repository is public and `public` is false, or it holds another kind: nothing was written.
             ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
         """
@@ -125,7 +136,7 @@ class Repository:
                 return self._result(head.commit, head, changed=False)
             for attempt in range(1, _TRIES + 1):
                 try:
-                    done = self._send(files, changes, head, create_pr, message)
+                    done = self._send(files, changes, head, seen, create_pr, message)
                     return self._result(done.oid, head, changed=True) | ({"url": done.pr_url} if done.pr_url else {})
                 except Exception as error:
                     pause = will_pass(error)
@@ -148,16 +159,16 @@ class Repository:
             patiently(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True))
         return head
 
-    def _send(self, files: Files, changes: Changes, head: Head, create_pr: bool, message: str) -> Any:
+    def _send(self, files: Files, changes: Changes, head: Head, seen: Seen, create_pr: bool, message: str) -> Any:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        added = [CommitOperationAdd(path, files[path]) for path in changes.written]
+        self._api.preupload_lfs_files(self.name, added, revision=self.revision, create_pr=create_pr, free_memory=False)
+        refuse_replaced(seen)  # all of them have been read now
         # One commit, not upload_folder: that splits large folders, and a reader could see half of one.
         return self._api.create_commit(
             self.name,
-            [
-                *(CommitOperationAdd(path, files[path]) for path in changes.written),
-                *(CommitOperationDelete(path) for path in changes.deleted),
-            ],
+            [*added, *(CommitOperationDelete(path) for path in changes.deleted)],
             commit_message=message,
             revision=self.revision,
             create_pr=create_pr,

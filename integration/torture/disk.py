@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from integration.torture.faulty_disk import FAULTS, Fault, FaultyDisk, spread
-from integration.torture.project import VERBS, Undisturbed, entries, make, undisturbed
+from integration.torture.project import VERBS, Undisturbed, entries, foreign_end, last_line, make, undisturbed
 from integration.torture.push import disk_push
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
@@ -105,9 +105,9 @@ def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bo
     code = _lorasb(world, name, there)
     world.disk.heal()
     said = world.log.read_text()
-    last = (said.strip().splitlines() or [""])[-1]
-    if code not in (0, 1) or "Traceback" in said or (code and not last.startswith("Error: ")):
-        return "wrong", f"exit code {code}, and it says: {said[-600:]}"
+    last = last_line(said)
+    if foreign := foreign_end(code, said):
+        return "wrong", foreign
     reasons = (os.strerror(fault.error), "cannot write a checkpoint")  # of the latter torch does not know why
     if code and fault.error and ("[Errno" in last or not any(reason in last for reason in reasons)):
         return "wrong", f"the error does not say why, in our words: {last}"

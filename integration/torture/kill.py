@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from integration.torture.kill_serve import kill_serve
-from integration.torture.project import VERBS, Undisturbed, Verb, entries, make, undisturbed, weights
+from integration.torture.project import VERBS, Undisturbed, Verb, entries, last_line, make, undisturbed, weights
 from integration.torture.push import kill_push
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
@@ -63,7 +63,7 @@ def _judge(
 ) -> tuple[str, str]:
     if code not in (0, _CODES[sent], -sent):  # the last: before the verb began
         return "wrong", f"exit code {code}: {log.read_text()[-300:]}"
-    last = (log.read_text().strip().splitlines() or [""])[-1]
+    last = last_line(log.read_text())
     if code > 0 and not last.startswith("Interrupted.") and entries(place) != whole.before:
         return "wrong", f"the last line is {last!r}"
     target = place / verb.target

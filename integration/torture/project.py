@@ -84,6 +84,19 @@ def done(zygote: Zygote, place: Path, words: tuple[str, ...], log: Path) -> floa
     return seconds
 
 
+def last_line(said: str) -> str:
+    return (said.strip().splitlines() or [""])[-1]
+
+
+def foreign_end(code: int, said: str) -> str:
+    """How a verb ended, where that is neither well nor with one clear error of ours; else empty."""
+    if code == 0 and "Traceback" not in said:
+        return ""
+    if code == 1 and "Traceback" not in said and last_line(said).startswith("Error: "):
+        return ""
+    return f"exit code {code}, and it says: {said[-600:]}"
+
+
 @dataclass(frozen=True)
 class Undisturbed:
     """A verb that nothing disturbs: the folder it starts in, how long it takes, what is in its target and around it."""

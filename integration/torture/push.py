@@ -15,7 +15,7 @@ from threading import Thread
 
 from integration.hub_server import HubServer
 from integration.torture.faulty_disk import FAULTS, FaultyDisk, spread
-from integration.torture.project import Verb, done, make, prepared
+from integration.torture.project import Verb, done, foreign_end, make, prepared
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 
@@ -24,7 +24,7 @@ _PUSH = Verb(("push", "adapters/a", "--repo", _REPO, "--with-basis"), "", (), ("
 
 
 def kill_push(root: Path, tally: Tally, random: Random, n: int) -> None:
-    """`n` kills at random moments. In `root`, an empty folder, as all that follows."""
+    """`n` kills at random moments. `root` is a folder of its own, here and below."""
     with _hub(root, root / "home", HF_HUB_DISABLE_XET="1") as hub:
         for number in range(n):
             after = random.uniform(0.0, hub.seconds)
@@ -48,12 +48,8 @@ def disk_push(root: Path, tally: Tally, n: int) -> None:
                 disk.arm(fault, call)
                 code = hub.push()
                 disk.heal()
-                said = hub.log.read_text()
-                last = (said.strip().splitlines() or [""])[-1]
-                if code not in (0, 1) or "Traceback" in said or (code and not last.startswith("Error: ")):
-                    end, problem = "wrong", f"exit code {code}, and it says: {said[-600:]}"
-                else:
-                    end, problem = hub.judge()
+                foreign = foreign_end(code, hub.log.read_text())
+                end, problem = ("wrong", foreign) if foreign else hub.judge()
                 tally.add(end, f"push, {title} at call {call} of {calls}, {disk.hit}: {problem}")
 
 
@@ -84,11 +80,9 @@ class _Hub:
             return "wrong", f"half of it is published: {sorted(found)}"
         if code := self._again():
             return "lost", f"the next push exits with {code}: {self.log.read_text()[-300:]}"
-        return (
-            ("ok", "")
-            if published(self._server, _REPO) == self._whole
-            else ("wrong", "the next push ends with other files")
-        )
+        if published(self._server, _REPO) != self._whole:
+            return "wrong", "the next push ends with other files"
+        return "ok", ""
 
     def _again(self, after: float = 600) -> int:
         self.log.write_text("")

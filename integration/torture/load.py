@@ -1,7 +1,7 @@
 """A server under load: 32 clients over many adapters that come, change and go meanwhile, and clients that misbehave.
 
-`n` requests with n / 10 loads and unloads among them, after a quarter as many to warm up; then n / 5 more, first alone
-and then among bad clients. Every answer is compared with the one its adapter is known for.
+`n` requests with n / 10 loads and unloads among them, after as many to warm up; then n / 5 more, first alone and then
+among bad clients. Every answer is compared with the one its adapter is known for.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Load:
         # A connection for each request: one that is kept may be closed, after 5 s, in the moment it is used again.
         connections = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(headers=headers, connector=connections, timeout=_TIMEOUT) as self.session:
-            await self._clients(max(n // 4, 2 * CLIENTS), changes=n // 50)
+            await self._clients(n, changes=n // 10)
             before = self._memory()
             await self._clients(n, changes=n // 10)
             after = self._memory()

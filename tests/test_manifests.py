@@ -1,21 +1,48 @@
-"""The manifests in docs/ are ones Kubernetes takes, and start `lorasb serve` with options it has."""
+"""The manifests in docs/ are ones their tools take; integration/test_manifests.py starts what they say."""
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 DOCS = Path(__file__).parent.parent / "docs"
-MANIFEST = DOCS / "how-to" / "serve-many" / "kubernetes.yaml"
+MANIFESTS = DOCS / "how-to" / "serve-many"
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 def documents() -> dict[str, Any]:
-    return {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text())}
+    return {document["kind"]: document for document in yaml.safe_load_all((MANIFESTS / "kubernetes.yaml").read_text())}
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((MANIFESTS / name).read_text())
+    return found
+
+
+def validate(document: Any, schema_name: str) -> None:
+    jsonschema.validate(document, strict(json.loads((SCHEMAS / f"{schema_name}.json").read_text())))
+
+
+def strict(schema: Any) -> Any:
+    """`schema`, of whose objects with named properties no others are taken: their tools pass over a misspelt one."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(part) for key, part in schema.items()}
+    if "anyOf" in found and any("$ref" in choice for choice in found["anyOf"]):  # not a dict of anything as well
+        found["anyOf"] = [choice for choice in found["anyOf"] if choice.get("additionalProperties") is not True]
+    if found.get("type") == "object" and "properties" in found:
+        found["additionalProperties"] = False
+    return found
 
 
 def test_kubernetes_takes_it() -> None:
@@ -34,3 +61,24 @@ def test_its_options_are_those_of_serve() -> None:
     page = (DOCS / "reference" / "cli.md").read_text().split("serve", 1)[1]
     for argument in arguments[: arguments.index("--")]:
         assert argument.partition("=")[0] in page
+
+
+def test_ray_takes_it() -> None:
+    found = read("ray.yaml")
+    validate(found, "ray-2.60.0-serve")
+    arguments = found["applications"][0]["args"]
+    validate(arguments, "ray-2.60.0-llm")
+    for part, name in (("lora_config", "dynamic_lora_path"), ("model_loading_config", "modelid"), ("", "engine")):
+        wrong = copy.deepcopy(arguments)
+        config = wrong["llm_configs"][0]
+        (config[part] if part else config)[name] = "x"
+        with pytest.raises(jsonschema.ValidationError):
+            validate(wrong, "ray-2.60.0-llm")
+
+
+def test_the_production_stack_takes_it() -> None:
+    found = read("production-stack.yaml")
+    validate(found, "vllm-stack-0.1.12")
+    found["servingEngineSpec"]["modelSpec"][0]["vllmConfig"]["maxLora"] = 2
+    with pytest.raises(jsonschema.ValidationError):
+        validate(found, "vllm-stack-0.1.12")

@@ -171,29 +171,35 @@ def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> No
     assert len(any_hub.repos["me/merged"].commits) == 3
 
 
-def test_a_folder_that_is_replaced_meanwhile_is_not_published(any_hub: Hub, adapter: Path, basis: Path) -> None:
+@pytest.mark.parametrize("what", ["adapter", "basis"])
+def test_a_folder_that_is_replaced_meanwhile_is_not_published(
+    any_hub: Hub, adapter: Path, basis: Path, what: str
+) -> None:
     """Just after its config was read; what is fit again has another R under the same name."""
-    other = make_adapter(adapter.with_name("b"), basis, seed=2)
+    if what == "adapter":
+        replaced, other = adapter, make_adapter(adapter.with_name("b"), basis, seed=2)
+    else:
+        replaced, other = basis, Path(shutil.copytree(basis, basis.with_name("other")))
     replace = """
 import shutil, sys
 from pathlib import Path
 from lorasb_export import hub, push
-folder, other = map(Path, sys.argv[1:])
-look = hub._look
-def look_and_replace(*args):
+adapter, folder, other, name = sys.argv[1:]
+function = getattr(hub, name)
+def replace_before(*args):
     shutil.rmtree(folder)
-    other.rename(folder)
-    return look(*args)
-hub._look = look_and_replace
+    Path(other).rename(folder)
+    return function(*args)
+setattr(hub, name, replace_before)
 try:
-    push(folder, "me/a", with_basis=True)
+    push(adapter, "me/a", with_basis=True)
 except hub.ArtifactError as error:
     print(error)
 finally:
-    hub._look = look  # the process goes on
+    setattr(hub, name, function)  # the process goes on
 """
-    said = any_hub.run(replace, adapter, other)
-    assert said.startswith(f"the folder was replaced while it was pushed ({adapter})")
+    said = any_hub.run(replace, adapter, replaced, other, "_look" if what == "adapter" else "_readme")
+    assert said.startswith(f"the folder was replaced while it was pushed ({replaced})")
     assert said.endswith("Push again: nothing was published")
     assert not any(path.endswith(".safetensors") for path in any_hub.files("me/a"))
     assert any_hub.push(adapter, "me/a", with_basis=True)["changed"]

@@ -17,7 +17,7 @@ from .checksums import checksums
 from .errors import ArtifactError, ServerError, SettingsError
 from .fetch import BASIS_FILES, hub_errors, parse_hub_id, patiently, resolve_folder
 from .licence import licence
-from .outgoing import Files
+from .outgoing import Files, Seen
 from .repository import Head, Repository, compare, refuse_other
 from .storage import read_json, sha256_file
 
@@ -87,7 +87,8 @@ def push(
         adapter = Adapter.load(folder)
         source = basis_repo or adapter.basis_source or EMBEDDED
         if with_basis or source == EMBEDDED:
-            basis = _embed(adapter, files)
+            basis = EMBEDDED
+            seen |= _embed(adapter, files)
         else:
             basis = _name_basis(adapter, source, repository, head, public, dry_run)
             for name in BASIS_FILES:
@@ -124,13 +125,18 @@ def _check_options(
         raise SettingsError("basis_repo and with_basis are for adapters", where=folder, fix="Leave it out")
 
 
-def _embed(adapter: Adapter, files: Files) -> str:
-    """Put the adapter's basis among the files; returns what the config will say under `basis.source`."""
+def _embed(adapter: Adapter, files: Files) -> Seen:
+    """Put the adapter's basis among the files; returns which files it is, where it is not in the adapter's folder."""
     adapter.load_basis()
-    if adapter.basis_source is not None:
-        folder, _ = resolve_folder(adapter.basis_source, BASIS_FILES)
-        files |= {name: folder / name for name in BASIS_FILES}
-    return EMBEDDED
+    if adapter.basis_source is None:
+        return {}
+    folder, _ = resolve_folder(adapter.basis_source, BASIS_FILES)
+    found: Files = {name: folder / name for name in BASIS_FILES}
+    seen = outgoing.pin(found)
+    if read_json(folder / "basis_config.json")["sha256"] != adapter.basis_sha256:
+        raise outgoing.replaced(folder)
+    files |= found
+    return seen
 
 
 def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Head, public: bool, dry_run: bool) -> str:

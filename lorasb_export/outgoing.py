@@ -94,8 +94,12 @@ def refuse_replaced(seen: Seen) -> None:
     """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
     for path, before in seen.items():
         if not path.exists() or _identity(path) != before:
-            fix = "Push again: nothing was published"
-            raise ArtifactError("the folder was replaced while it was pushed", where=path.parent, fix=fix)
+            raise replaced(path.parent)
+
+
+def replaced(folder: Path) -> ArtifactError:
+    fix = "Push again: nothing was published"
+    return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)
 
 
 def is_publishable(path: str) -> bool:

@@ -66,8 +66,8 @@ def _fill(
     runner, complete = Runner(results, Budget(minutes)), True
     table: dict[str, dict[str, Any]] = {}
     try:
-        for task in tasks:
-            for method in methods:
+        for method in methods:  # the methods that matter most for every task, before the others for any
+            for task in tasks:
                 lines = list(over_seeds(cell(task, **METHODS[method], **fields), seeds, runner))
                 table.setdefault(task, {})[method] = summary(lines)
     except OutOfTime:

@@ -147,6 +147,7 @@ def _run_forked(command: list[str], scratch: Path, model: Path) -> None:
 
 
 def _become(command: list[str], scratch: Path, log: Path) -> None:
+    torch.set_num_threads(1)  # here: torch makes its pool anew after a fork, and two threads at once may find none
     os.chdir(scratch)
     target = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
     for stream in (1, 2):

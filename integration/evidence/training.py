@@ -60,7 +60,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     task = load_task(cell.task, DATA / cell.task)
     base = base_of(task.task_type)
     tokenizer = base.load_tokenizer()
-    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
+    network = base.load(task.task_type, dtype=cell.dtype, num_labels=task.num_labels, seed=cell.seed)
     network.to(default_device())
     torch.manual_seed(cell.seed)
     model = network if cell.method == "base" else _with_method(network, base, task, cell)

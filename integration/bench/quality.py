@@ -85,7 +85,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     same = {key: lines[0][key] for key in ("metric", "lr", "trainable", "adapter_bytes", "steps")}
     return same | {
-        "mean": round(statistics.mean(values), 4),
+        "mean": round(statistics.mean(values), 6),
         "sd": round(sd, 4),
         "loss": round(statistics.mean(line["loss"] for line in lines), 4),
         "seconds": round(statistics.mean(line["seconds"] for line in lines), 1),

@@ -98,6 +98,7 @@ def refuse_replaced(seen: Seen) -> None:
 
 
 def replaced(folder: Path) -> ArtifactError:
+    """To raise when `folder` is not what it was when the push began."""
     fix = "Push again: nothing was published"
     return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)
 

@@ -9,14 +9,12 @@ import threading
 import time
 from pathlib import Path
 from random import Random
-from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import psutil
 
 from integration.torture.tally import Tally
-from integration.torture.tiny_server import CONTEXT, Tokens, tiny_world
+from integration.torture.tiny_server import CONTEXT, Tokens, post, tiny_world, wrong_answer
 from lorasb_export import environment
 from lorasb_export.serve import guard
 from lorasb_export.storage import sha256_file
@@ -86,21 +84,15 @@ class _Server:
         self.loaded, self.refused, self._killed = 0, "", False
 
     def wrong_answers(self, names: list[str], answers: dict[tuple[str, Tokens], Tokens]) -> str:
-        for (version, prompt), tokens in answers.items():
-            if version in (*names, "tiny"):
-                body = {"model": version, "prompt": list(prompt), "max_tokens": len(tokens), "temperature": 0}
-                reply = self._post("/v1/completions", body | {"ignore_eos": True, "return_token_ids": True})
-                found = tuple(json.loads(reply)["choices"][0]["token_ids"])
-                if found != tokens:
-                    return f"{version} answers {found}, not {tokens}"
-        return ""
+        return wrong_answer(self._url, _KEY, {name: name for name in (*names, "tiny")}, answers)
 
     def load(self, versions: list[str]) -> None:
         """Load the versions under ever new names until the server is gone."""
         while True:
             version = versions[self.loaded % len(versions)]
             try:
-                self._post("/v1/load_lora_adapter", {"lora_name": f"late-{self.loaded}", "lora_path": version})
+                body = {"lora_name": f"late-{self.loaded}", "lora_path": version}
+                post(f"{self._url}/v1/load_lora_adapter", _KEY, body)
             except HTTPError as error:  # while it dies, that too is an answer
                 self.refused = "" if self._killed else f"a load is answered with {error.code}"
                 return
@@ -123,13 +115,6 @@ class _Server:
             if one.is_running():
                 one.kill()
         self._log.close()
-
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        headers = {"Authorization": f"Bearer {_KEY}", "Content-Type": "application/json"}
-        request = Request(self._url + path, json.dumps(body).encode(), headers)
-        with urlopen(request, timeout=60) as response:
-            content: bytes = response.read()
-        return content
 
 
 def _hashes(folder: Path) -> dict[str, str]:

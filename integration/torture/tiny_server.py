@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 from tests.random_adapter import save_adapter, save_base, write_in  # first: it hides broken optional packages
 
@@ -89,6 +92,30 @@ def tiny_server(folder: Path, adapters: int) -> Iterator[Target]:
         os.environ.pop("VLLM_API_KEY")
         if before is not None:
             os.environ["VLLM_API_KEY"] = before
+
+
+def wrong_answer(url: str, key: str, versions: Mapping[str, str], answers: Mapping[tuple[str, Tokens], Tokens]) -> str:
+    """The first greedy answer of a model that is not the one known for its version, in words; empty if all are right.
+
+    Args:
+        versions: the name a server knows a model by → its version among `answers`.
+    """
+    for name, of in versions.items():
+        for (version, prompt), tokens in answers.items():
+            if version == of:
+                body = {"model": name, "prompt": list(prompt), "max_tokens": len(tokens), "temperature": 0}
+                reply = post(f"{url}/v1/completions", key, body | {"ignore_eos": True, "return_token_ids": True})
+                found = tuple(json.loads(reply)["choices"][0]["token_ids"])
+                if found != tokens:
+                    return f"{name} answers {found}, not {tokens}"
+    return ""
+
+
+def post(url: str, key: str, body: Mapping[str, Any]) -> bytes:
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=60) as response:
+        content: bytes = response.read()
+    return content
 
 
 def _model() -> LlamaForCausalLM:

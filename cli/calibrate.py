@@ -32,9 +32,9 @@ def run(
     loss: Annotated[
         str | None, typer.Option(help="sample: every row counts the same; token: every token does.")
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory for a third more time.")
-    ] = None,
+    no_gradient_checkpointing: Annotated[
+        bool, typer.Option("--no-gradient-checkpointing", help="A fifth less time for more memory.")
+    ] = False,
     no_capture: Annotated[
         bool, typer.Option("--no-capture", help="Of a mixture: do not measure what the basis is good for task by task.")
     ] = False,
@@ -58,7 +58,7 @@ def run(
         targets=targets,
         reduction=reduction,
         loss=loss,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=False if no_gradient_checkpointing else None,
         capture=False if no_capture else None,
         dtype=dtype,
         seed=seed,

@@ -18,7 +18,7 @@ from . import environment
 from .batches import Encoded, collate, encode, row_losses
 from .data import TaskData
 from .distributed import rank, world
-from .errors import BaseModelError, SettingsError
+from .errors import BaseModelError
 from .layer import weight_of
 from .settings import CalibrationSettings
 
@@ -75,7 +75,7 @@ def gradient_sums(
     batches: Iterable[dict[str, Any]],
     *,
     loss: str = "sample",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32 on the CPU.
 
@@ -86,15 +86,12 @@ def gradient_sums(
 
     Args:
         batches: as `collate` makes them; in addition `weights` (n,), by which the losses of the rows are multiplied.
-        gradient_checkpointing: recompute the inside of every layer in backward; done in any case where it is
-            switched on in the model.
+        gradient_checkpointing: recompute the inside of every layer in backward, where the model's class can; done in
+            any case where it is switched on in the model.
 
     Raises:
         BaseModelError: a gradient is not finite.
-        SettingsError: `gradient_checkpointing`, and the model's class does not support it.
     """
-    if gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise SettingsError(f"{type(model).__name__} does not support gradient checkpointing", fix="Leave it out")
     sums: dict[str, torch.Tensor] = {}
     counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
 
@@ -108,7 +105,7 @@ def gradient_sums(
         return hook
 
     weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
-    checkpointed = gradient_checkpointing or model.is_gradient_checkpointing
+    checkpointed = (gradient_checkpointing and model.supports_gradient_checkpointing) or model.is_gradient_checkpointing
     with _only_trainable(model, weights, keep), _checkpointed(model) if checkpointed else nullcontext():
         for batch in batches:
             tensors = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -31,7 +31,8 @@ class CalibrationSettings:
             the default is of the order of the first warm-up step of its schedules.
         batch_size: rows per backward pass; has no effect on the result beyond rounding.
         max_length: rows are cut after this many tokens.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        gradient_checkpointing: recompute activations in the backward pass, where the model's class can: less memory,
+            a quarter more time.
         capture: also measure how much of each task's gradient the basis of a mixture holds; a second pass over the
             rows. Of a single task it is known anyway.
         dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
@@ -46,7 +47,7 @@ class CalibrationSettings:
     eta: float = 3e-6
     batch_size: int = 8
     max_length: int = 512
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = True
     capture: bool = True
     dtype: str = "auto"
     seed: int = 0

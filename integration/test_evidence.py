@@ -12,6 +12,7 @@ import pytest
 from integration.bench import quality
 from integration.bench.report import best_of
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
+from integration.evidence.training import capture_of
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")
 
@@ -56,6 +57,13 @@ def test_quick_run_and_its_cache(tmp_path: Path) -> None:
     assert spent(of) == trained
     with pytest.raises(OutOfTime):
         spent(replace(of, seed=1))
+
+
+@needs_data
+def test_a_basis_of_the_task_holds_more_of_its_gradient_than_chance() -> None:
+    found = {basis: capture_of(cell("sst2", method="lora-sb", basis=basis, samples=16)) for basis in ("own", "random")}
+    assert found["own"]["capture"] > 1.5 * found["own"]["random"]
+    assert found["random"]["capture"] == pytest.approx(found["random"]["random"], rel=0.1)
 
 
 def test_methods_are_cells() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,16 +91,23 @@ def capture_of(cell: Cell) -> dict[str, Any]:
     """The capture ratios of the cell's basis for the task's gradient over valid rows, and a random basis's."""
     task = load_task(cell.task, DATA / cell.task)
     base = base_of(task.task_type)
-    tokenizer = base.load_tokenizer()
     network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
     basis = basis_of(network, base, task, cell)
-    rows = encode(some(task.rows("valid"), 64), tokenizer, task.task_type, task.labels, MAX_LENGTH)
-    targets = {name: network.get_submodule(name) for name in basis.modules}
-    sums = gradients_of_rows(network, targets, rows, tokenizer.pad_token_id, CalibrationSettings())
     ratios = CaptureRatios()
-    for name, g in sums.items():
+    for name, g in _valid_gradient(cell.task, cell.seed).items():
         ratios.add(name, g, capture=(basis.modules[name].B, basis.modules[name].A))
     return {way: round(ratio, 4) for way, ratio in ratios.overall().items()}
+
+
+@lru_cache(maxsize=1)  # every basis of a task is measured on it
+def _valid_gradient(name: str, seed: int) -> dict[str, torch.Tensor]:
+    task = load_task(name, DATA / name)
+    base = base_of(task.task_type)
+    tokenizer = base.load_tokenizer()
+    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=seed)
+    rows = encode(some(task.rows("valid"), 64), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    settings = CalibrationSettings()
+    return gradients_of_rows(network, find_targets(network, settings.targets), rows, tokenizer.pad_token_id, settings)
 
 
 def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:

@@ -188,10 +188,11 @@ class _Run:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for k, found in enumerate(captured):
             run, history = trainer.runs[k], trainer.history(k)
+            entries = history.entries()
             best = trainer.restore_best(k) if self.settings.keep == "best" else None
             adapter = run.adapter
             adapter.training = {
-                **summary(run, history, trainer.steps_done(k), best),
+                **summary(run, entries, history.steps_done(trainer.state.global_step), best),
                 "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
                 "settings": asdict(self.settings),
                 "capture": overview(found),
@@ -202,7 +203,7 @@ class _Run:
                 made = {**identity, "capture": found, "seconds": seconds}
                 with atomic_folder(self.outs[k], overwrite=overwrite) as folder:
                     adapter.write_into(folder, self.outs[k])
-                    write_record(folder, run, history, made)
+                    write_record(folder, run, entries, made)
             adapter.folder = self.outs[k]
             adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
         distributed.wait()

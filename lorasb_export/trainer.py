@@ -23,12 +23,13 @@ from .batches import IGNORE, Encoded, collate, row_losses
 from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
 from .data import TaskData
 from .errors import OutputError, TrainingError
+from .history import History
 from .order import RowOrder, learning_rate_factor
 from .output import fsync, replaced_file
 from .settings import FitSettings
 from .stack import Stack
 from .storage import write_json
-from .validation import Validation, better
+from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import (  # noqa: E402
@@ -130,7 +131,7 @@ class RTrainer(Trainer):
 
     def _active(self, step: int) -> list[int]:
         """Tasks that train in `step`: neither at their end nor stopped early."""
-        return [k for k, run in enumerate(self.runs) if step < run.order.steps and not self.has_stopped(k)]
+        return [k for k, run in enumerate(self.runs) if step < run.order.steps and not self.history(k).has_stopped()]
 
     # One step
 
@@ -221,18 +222,11 @@ class RTrainer(Trainer):
                 fix="Lower the learning rate, or use --dtype float32",
             )
 
-    def history(self, k: int) -> list[dict[str, Any]]:
-        """What was logged of task `k`: entries with `step`, `epoch`, and losses or metrics."""
-        prefix, order = self._prefixes[k], self.runs[k].order
-        entries = []
-        for logged in self.state.log_history:
-            own = {key.removeprefix(prefix): value for key, value in logged.items() if key.startswith(prefix)}
-            if "loss" in own or "eval_loss" in own:
-                step = min(int(logged["step"]), order.steps)  # logged with tasks that train on
-                entries.append(own | {"step": step, "epoch": round(order.epoch_of(step), 4)})
-        return entries
+    def history(self, k: int) -> History:
+        """What was logged of task `k`."""
+        return History(self.state.log_history, self._prefixes[k], self.runs[k].order, self.settings)
 
-    # Evaluation, the best checkpoint, early stopping
+    # Evaluation and the best checkpoint
 
     def evaluate_task(self, k: int) -> None:
         """Log the valid split's loss and metrics; keep this R if it is the best so far."""
@@ -242,36 +236,16 @@ class RTrainer(Trainer):
             self.stack.use(run.task.name)
         found = run.validation.run(self._network, self.args.per_device_eval_batch_size)
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
-        values = self._values(k)
-        if self._best(values) == len(values) - 1 and distributed.is_main():
+        if self.history(k).last_is_best() and distributed.is_main():
             with replaced_file(self._best_file(k)) as path:
                 save_tensors(run.adapter, path)
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
-        evaluated = [entry["step"] for entry in self.history(k) if "eval_loss" in entry]
-        if not evaluated:
-            return None
-        load_tensors(self.runs[k].adapter, self._best_file(k))
-        return int(evaluated[self._best(self._values(k))])
-
-    def has_stopped(self, k: int) -> bool:
-        """Whether so many evaluations as `patience` allows have passed without a better one."""
-        values = self._values(k) if self.settings.patience else []
-        return bool(values) and len(values) - 1 - self._best(values) >= (self.settings.patience or 0)
-
-    def steps_done(self, k: int) -> int:
-        """Optimizer steps that task `k` has taken."""
-        if self.has_stopped(k):
-            return int(max(entry["step"] for entry in self.history(k) if "eval_loss" in entry))
-        return min(self.state.global_step, self.runs[k].order.steps)
-
-    def _values(self, k: int) -> list[float]:
-        key = f"{self._prefixes[k]}eval_{self.settings.metric}"
-        return [entry[key] for entry in self.state.log_history if key in entry]
-
-    def _best(self, values: Sequence[float]) -> int:
-        return next(i for i, v in enumerate(values) if not any(better(self.settings.metric, o, v) for o in values))
+        step = self.history(k).best_step()
+        if step is not None:
+            load_tensors(self.runs[k].adapter, self._best_file(k))
+        return step
 
     def _best_file(self, k: int) -> Path:
         return Path(str(self.args.output_dir)) / f"best-{k}.safetensors"

@@ -16,19 +16,18 @@ from .subspace import spread
 if TYPE_CHECKING:
     from .trainer import TaskRun
 
-History = Sequence[Mapping[str, Any]]
+Entries = Sequence[Mapping[str, Any]]  # as `history.History` gives them
 
 
-def summary(run: TaskRun, history: History, steps: int, best: int | None) -> dict[str, Any]:
+def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dict[str, Any]:
     """What the adapter's config and card say.
 
     Args:
-        history: the run's log, as `RTrainer.history` gives it.
         best: the step whose R was kept, None for the last.
     """
     basis = run.adapter.load_basis()
-    last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
-    valid = [entry for entry in history if "eval_loss" in entry]
+    last = next((entry["loss"] for entry in reversed(entries) if "loss" in entry), None)
+    valid = [entry for entry in entries if "eval_loss" in entry]
     kept = next((entry for entry in valid if entry["step"] == best), valid[-1] if valid else {})
     metrics = {key.removeprefix("eval_"): value for key, value in kept.items() if key.startswith("eval_")}
     return {
@@ -51,15 +50,15 @@ def summary(run: TaskRun, history: History, steps: int, best: int | None) -> dic
     }
 
 
-def write_record(folder: Path, run: TaskRun, history: History, made: Mapping[str, Any]) -> None:
+def write_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str, Any]) -> None:
     """Write `training_log.jsonl`, the curve and `lorasb.json` into an adapter's folder.
 
     Args:
         made: what the run knows of itself: its identity, its capture ratios by module, its seconds.
     """
-    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in entries]
     (folder / "training_log.jsonl").write_text("".join(lines))
-    plot_losses(history, folder / CURVE, title=f"{run.task.name}: loss")
+    plot_losses(entries, folder / CURVE, title=f"{run.task.name}: loss")
     provenance = {
         "kind": "adapter",
         **made,

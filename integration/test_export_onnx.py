@@ -397,6 +397,13 @@ def test_a_file_that_reads_back_otherwise_is_an_error(
         write_adapter(tmp_path / "bad.onnx_adapter", arrays)
 
 
+def test_an_adapter_that_the_disk_does_not_take_is_told_in_our_words(tmp_path: Path) -> None:
+    arrays = {"a.R.0123456789ab": np.eye(4, dtype=np.float32)}
+    with pytest.raises(OutputError, match=r"cannot write an ONNX adapter: .*Failed to open file") as caught:
+        write_adapter(tmp_path / "no such folder" / "a.onnx_adapter", arrays)
+    assert "/onnxruntime_src" not in str(caught.value)
+
+
 def copy(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     return target

@@ -108,7 +108,8 @@ def _judge(world: _World, name: str, whole: Undisturbed, fault: Fault, there: bo
     last = last_line(said)
     if foreign := foreign_end(code, said):
         return "wrong", foreign
-    reasons = (os.strerror(fault.error), "cannot write a checkpoint")  # of the latter torch does not know why
+    # Of the latter two torch and onnxruntime do not know why.
+    reasons = (os.strerror(fault.error), "cannot write a checkpoint", "cannot write an ONNX adapter")
     if code and fault.error and ("[Errno" in last or not any(reason in last for reason in reasons)):
         return "wrong", f"the error does not say why, in our words: {last}"
     if code and fault.vanish and fault.vanish.name not in last:

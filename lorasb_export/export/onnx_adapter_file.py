@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter
-from ..errors import ArtifactError, SettingsError
+from ..errors import ArtifactError, OutputError, SettingsError
 
 SUFFIX = ".onnx_adapter"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -46,6 +46,7 @@ def write_adapter(path: Path, arrays: Arrays) -> None:
     Raises:
         ArtifactError: what was written is not what was meant. (onnxruntime does not keep the arrays alive while it
             writes: with a temporary among them the file holds rubbish, and says nothing.)
+        OutputError: the disk does not take it.
     """
     import onnxruntime as ort
 
@@ -54,7 +55,11 @@ def write_adapter(path: Path, arrays: Arrays) -> None:
     file.set_adapter_version(_checksum(arrays))
     file.set_model_version(1)
     file.set_parameters(held)
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:  # onnxruntime's, which does not know why
+        what = f"cannot write an ONNX adapter: {str(error).partition('> ')[2] or error}"
+        raise OutputError(what, where=path, fix="Free or check that disk, then start again") from None
     read_adapter(path)
 
 

@@ -84,24 +84,32 @@ def disk_error_in(words: str) -> OSError | None:
 def prepare_target(target: Path, overwrite: bool) -> None:
     """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.parent / f".{target.name}.old"
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    put_back(target)
+    shutil.rmtree(_old(target), ignore_errors=True)
     refuse_existing(target, overwrite)
+
+
+def put_back(target: Path) -> None:
+    """Undo a replacement of the folder `target` that was cut short between its two renames."""
+    if _old(target).exists() and not target.exists():
+        _old(target).rename(target)
+
+
+def _old(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
 
 
 def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
     """Rename the finished sibling folder `temporary` to `target`, every file fsynced before.
 
-    A replaced target is first moved to `.NAME.old`, and put back by `prepare_target` if the process dies before the
-    new folder is in place.
+    A replaced target is first moved to `.NAME.old`, and put back by the next call if the process dies before the new
+    folder is in place.
     """
     for path in sorted(temporary.rglob("*")):
         fsync(path)
     fsync(temporary)
     refuse_existing(target, overwrite)  # another process may have been quicker
-    old = target.parent / f".{target.name}.old"
+    old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)

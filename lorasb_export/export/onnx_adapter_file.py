@@ -58,7 +58,7 @@ def write_adapter(path: Path, arrays: Arrays) -> None:
     try:
         file.export_adapter(str(path))
     except RuntimeError as error:  # onnxruntime's, which does not know why
-        what = f"cannot write an ONNX adapter: {str(error).partition('> ')[2] or error}"
+        what = f"cannot write an ONNX adapter: {(str(error).partition('> ')[2] or str(error)).strip()}"
         raise OutputError(what, where=path, fix="Free or check that disk, then start again") from None
     read_adapter(path)
 

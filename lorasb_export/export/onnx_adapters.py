@@ -20,7 +20,7 @@ from ..base import CAUSAL_LM, BaseModel, BaseRef
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..kind import artifact_kind
-from ..output import atomic_folder, require_room
+from ..output import atomic_folder, cannot_write, put_back, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
@@ -126,6 +126,8 @@ def add_onnx_adapters(
         SettingsError: a name that is taken.
     """
     folder = Path(into)
+    with cannot_write(folder):
+        put_back(folder.absolute())  # it is read before it is written
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
     before = read_record(folder)

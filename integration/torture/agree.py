@@ -19,12 +19,13 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from .agree_ways import SERVED_WAYS, WAYS, Answers, fork_exporters  # first: it hides broken optional packages
+from .agree_ways import SERVED_WAYS, WAYS, Answers  # first: it hides broken optional packages
 
 import torch  # isort: skip
 import transformers
 
 from .agree_world import World, draw
+from .forks import fork_exporters
 from .tally import Tally
 
 # In units of the dtype's eps; ONNX graphs are fp32 whatever the base is stored in. Rounding errors add up over sums,

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
-import sys
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -20,7 +15,6 @@ import torch
 
 from lorasb_export import export, merge
 from lorasb_export.base import BaseModel
-from lorasb_export.export import onnx_build
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.serve import running_server
 from tests.tiny import VOCABULARY
@@ -121,36 +115,3 @@ def _prompt_logprobs(url: str, model: str, ids: list[int], vocabulary: int) -> l
     with urlopen(request, timeout=120) as response:
         places = json.load(response)["choices"][0]["prompt_logprobs"][1:]
     return [[place[str(token)]["logprob"] for token in range(vocabulary)] for place in places]
-
-
-def fork_exporters() -> None:
-    """From now on run the exporters' processes as forks of this one, which has imported what they need.
-
-    They are what `onnx_build` starts, module and arguments; starting Python and importing torch would take longer than
-    all the rest of a case.
-    """
-    import onnxruntime_genai.models.builder
-    import torch.onnx
-
-    assert onnxruntime_genai.models.builder  # imported
-    assert torch.onnx
-    onnx_build._run = _run_forked
-
-
-def _run_forked(command: list[str], scratch: Path, model: Path) -> None:
-    log = scratch / "log"
-    child = get_context("fork").Process(target=_become, args=(command, scratch, log))
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise RuntimeError(f"the exporter for {model.name} failed: {log.read_text()[-600:]}")
-
-
-def _become(command: list[str], scratch: Path, log: Path) -> None:
-    torch.set_num_threads(1)  # here: torch makes its pool anew after a fork, and two threads at once may find none
-    os.chdir(scratch)
-    target = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
-    for stream in (1, 2):
-        os.dup2(target, stream)
-    sys.argv = command
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)

@@ -1,17 +1,13 @@
 """A process that has imported everything and forks a `lorasb` for each line it reads: starting one takes no time.
 
-What that runs with `python -m` is a fork again, for the same reason: of an ONNX export's 4 seconds 3 are imports.
-
 In: {"folder", "words", "log", "signal", "after"}; out, when the child has ended: {"code", "seconds"}, where the code is
 negative for a signal that killed it.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from integration.torture.forks import end_with, fork_exporters
 from lorasb_export import environment
-
-_run_program = subprocess.run
 
 
 class Zygote:
@@ -65,8 +60,7 @@ def _serve() -> None:
     from lorasb_export.export import onnx, peft  # noqa: F401
 
     assert transformers.LlamaForCausalLM  # loaded
-    for name in ("onnxruntime_genai.models.builder", "onnxruntime", "onnx"):
-        importlib.import_module(name)
+    fork_exporters()
     torch.set_num_threads(1)
     for line in sys.stdin:
         asked, started = json.loads(line), time.monotonic()
@@ -93,45 +87,7 @@ def _run(asked: dict[str, object], main: Callable[[], object]) -> NoReturn:
     assert isinstance(words, list)
     sys.argv = ["lorasb", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    subprocess.run = _run_module  # type: ignore[assignment]
-    _end_with(main)
-
-
-def _run_module(command: list[str], *, cwd: Path, stdout: int, **_: object) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of `python -m MODULE …` in `cwd`, with both streams read: a fork that becomes it."""
-    assert (*command[:2], stdout) == (sys.executable, "-m", subprocess.PIPE)
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        subprocess.run = _run_program
-        os.chdir(cwd)
-        for stream in (1, 2):
-            os.dup2(writing, stream)
-        os.close(writing)
-        sys.argv = command[2:]
-        _end_with(lambda: runpy.run_module(command[2], run_name="__main__", alter_sys=True))
-    os.close(writing)
-    try:
-        with open(reading, encoding="utf-8", errors="replace") as said:
-            output = said.read()
-    except BaseException:  # as the real one: an interrupt ends the child too
-        os.kill(pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output)
-
-
-def _end_with(main: Callable[[], object]) -> NoReturn:
-    """Run `main` as the last thing of this process."""
-    try:
-        main()
-    finally:  # every way out, typer's SystemExit too, ends here
-        error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, SystemExit):
-            sys.excepthook(type(error), error, error.__traceback__)
-        code = error.code if isinstance(error, SystemExit) else int(error is not None)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 0)
+    end_with(main)
 
 
 if __name__ == "__main__":

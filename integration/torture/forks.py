@@ -1,0 +1,69 @@
+"""The ONNX exporters' processes as forks of one that has imported what they need: of an export's 4 s, 3 are imports."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+_EXPORTERS = ("onnxruntime_genai.models.builder", "lorasb_export.export.onnx_torch")
+_run_program = subprocess.run
+
+
+def fork_exporters() -> None:
+    """From now on `subprocess.run` of `python -m` and an exporter is a fork of this process."""
+    import onnxruntime_genai.models.builder
+    import torch.onnx
+
+    assert onnxruntime_genai.models.builder  # imported
+    assert torch.onnx
+    subprocess.run = _run  # type: ignore[assignment]
+
+
+def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    if command[:2] == [sys.executable, "-m"] and command[2] in _EXPORTERS:
+        return _forked(command, options["cwd"])
+    return _run_program(command, **options)
+
+
+def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A fork that runs in `folder` and becomes `command`; what it writes to either stream is read."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)  # here: torch makes its pool anew after a fork, and two threads at once may find none
+        os.chdir(folder)
+        for stream in (1, 2):
+            os.dup2(writing, stream)
+        os.close(writing)
+        sys.argv = command[2:]
+        end_with(lambda: runpy.run_module(command[2], run_name="__main__", alter_sys=True))
+    os.close(writing)
+    try:
+        with open(reading, encoding="utf-8", errors="replace") as said:
+            output = said.read()
+    except BaseException:  # as the real one: an interrupt ends the child too
+        os.kill(pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output)
+
+
+def end_with(main: Callable[[], object]) -> NoReturn:
+    """Run `main` as the last thing of this process, and end with the code that Python would end with."""
+    try:
+        main()
+    finally:  # every way out, typer's SystemExit too, ends here
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))

@@ -103,11 +103,17 @@ def capture_of(cell: Cell) -> dict[str, Any]:
 def _valid_gradient(name: str, seed: int) -> dict[str, torch.Tensor]:
     task = load_task(name, DATA / name)
     base = base_of(task.task_type)
-    tokenizer = base.load_tokenizer()
-    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=seed)
-    rows = encode(some(task.rows("valid"), 64), tokenizer, task.task_type, task.labels, MAX_LENGTH)
-    settings = CalibrationSettings()
-    return gradients_of_rows(network, find_targets(network, settings.targets), rows, tokenizer.pad_token_id, settings)
+    rows = encode(some(task.rows("valid"), 64), base.load_tokenizer(), task.task_type, task.labels, MAX_LENGTH)
+    return _gradient(base, task, rows, CalibrationSettings(seed=seed))
+
+
+def _gradient(
+    base: BaseModel, task: TaskData, rows: Sequence[Encoded], settings: CalibrationSettings
+) -> dict[str, torch.Tensor]:
+    """The sum over `rows` at W0, with the head that `settings.seed` draws."""
+    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=settings.seed)
+    targets = find_targets(network, settings.targets)
+    return gradients_of_rows(network, targets, rows, base.load_tokenizer().pad_token_id, settings)
 
 
 def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:
@@ -183,10 +189,7 @@ def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: Calibrat
     """Task → 1/‖its gradient sum‖, so that none drowns in a mixture."""
     tokenizer, weights = base.load_tokenizer(), {}
     for name, task in data.items():
-        network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=settings.seed)
-        rows = draw(task, tokenizer, task.labels, settings)
-        targets = find_targets(network, settings.targets)
-        sums = gradients_of_rows(network, targets, rows, tokenizer.pad_token_id, settings)
+        sums = _gradient(base, task, draw(task, tokenizer, task.labels, settings), settings)
         weights[name] = float(sum(g.square().sum() for g in sums.values())) ** -0.5
     return weights
 

@@ -137,11 +137,11 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
-    """Right-padded CPU tensors: input_ids, attention_mask (n, t), labels (n, t), or (n,) for SEQ_CLS.
+    """Right-padded CPU tensors: input_ids, attention_mask (n, t); labels (n,) for SEQ_CLS.
 
-    For a causal model also `logits_to_keep`: logits are needed only from the token before the first label on, and
-    before it they cost time and teach nothing. Known here on the host, so that the training step need not ask the
-    device.
+    For a causal model `logits_to_keep` (kept,), the positions from which any row predicts a label, and labels
+    (n, kept), the token after each of them, or IGNORE: all other logits would cost time and memory and teach nothing.
+    Known here on the host, so that the training step need not ask the device.
     """
     longest = max(len(row["input_ids"]) for row in batch)
 
@@ -154,9 +154,9 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     }
     if isinstance(batch[0]["labels"], int | float):
         return tensors | {"labels": torch.tensor([row["labels"] for row in batch])}
-    first = min(next(i for i, label in enumerate(row["labels"]) if label != IGNORE) for row in batch)
-    tensors["labels"] = torch.tensor([pad(row["labels"], IGNORE) for row in batch])
-    return tensors | {"logits_to_keep": longest - first + 1}
+    after = torch.tensor([pad(row["labels"], IGNORE) for row in batch])[:, 1:]  # the first token is never predicted
+    kept = (after != IGNORE).any(dim=0).nonzero().flatten()
+    return tensors | {"logits_to_keep": kept, "labels": after[:, kept]}
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,15 +165,13 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     Cross-entropy; for regression, which float labels mean, the squared error.
 
     Args:
-        logits: (n, classes) for SEQ_CLS, (n, 1) for regression; (n, kept, vocabulary) for CAUSAL_LM, the last `kept`
-            positions.
-        labels: (n,) or (n, t). The first of t is never predicted.
+        logits: (n, classes) for SEQ_CLS, (n, 1) for regression, (n, kept, vocabulary) for CAUSAL_LM.
+        labels: (n,) or (n, kept), as `collate` makes them.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.is_floating_point():
         return (logits[:, 0] - labels).square(), torch.ones_like(labels, dtype=torch.long)
     if labels.dim() == 1:
         return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
-    targets = labels[:, 1 - logits.shape[1] :]  # position i predicts token i + 1
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-    return losses.sum(dim=1), (targets != IGNORE).sum(dim=1)
+    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(labels).sum(dim=1), (labels != IGNORE).sum(dim=1)

@@ -180,7 +180,7 @@ def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
     (row,) = encode([{"text": "abc"}], tokenizer, CAUSAL_LM, [], 64)
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
     assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
-    assert collate([row], 2)["logits_to_keep"] == 4
+    assert collate([row], 2)["logits_to_keep"].tolist() == [0, 1, 2]
 
 
 def some_rows(kind: str) -> list[dict[str, Any]]:
@@ -268,8 +268,20 @@ def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -
     )
     batch = collate(rows, 2)
     assert batch["attention_mask"].tolist() == [[1] * 9, [1] * 8 + [0]]
-    assert batch["labels"].shape == (2, 9)
-    assert batch["logits_to_keep"] == 6  # the second row's prompt is 4 tokens: positions 3 to 8
+    # prompts of 7 and 4 tokens; after them "2</s>" and "200</s>"
+    assert batch["logits_to_keep"].tolist() == [3, 4, 5, 6, 7]
+    wanted = [[IGNORE, IGNORE, IGNORE, "2", "</s>"], ["2", "0", "0", "</s>", IGNORE]]
+    found = [
+        [IGNORE if label == IGNORE else tokenizer.convert_ids_to_tokens(label) for label in row]
+        for row in batch["labels"].tolist()
+    ]
+    assert found == wanted
+
+
+def test_prompts_of_all_lengths_need_few_logits(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = encode([{"prompt": "1" * n, "completion": "2"} for n in (1, 20, 50)], tokenizer, CAUSAL_LM, [], 64)
+    assert len(collate(rows, 2)["logits_to_keep"]) == 6  # two tokens a row
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:

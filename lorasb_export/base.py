@@ -243,7 +243,7 @@ class BaseModel:
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
         _refuse_made_up(model, found["missing_keys"], self.folder)
-        keep_softcapping(model)
+        amend(model)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS and model.config.pad_token_id is None:
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
@@ -272,10 +272,19 @@ class BaseModel:
         return tokenizer
 
 
-def keep_softcapping(model: PreTrainedModel) -> None:
-    """Gemma 2 bounds its attention scores; of transformers' implementations the default leaves that out in silence."""
+def amend(model: PreTrainedModel) -> None:
+    """Mends, in place, what transformers does wrongly or slowly by default.
+
+    Gemma 2 bounds its attention scores; of the implementations the default leaves that out in silence.
+
+    A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
+    row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
+    """
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

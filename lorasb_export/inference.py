@@ -63,7 +63,12 @@ def generate_ids(
 
 
 def answers(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_tokens: int = 128
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 128,
+    batch_size: int = 16,
 ) -> list[str]:
     """Greedy answers to prompts, asked as in training (`batches.prompt_ids`)."""
     ids = generate_ids(
@@ -72,6 +77,7 @@ def answers(
         max_tokens=max_tokens,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
+        batch_size=batch_size,
     )
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 

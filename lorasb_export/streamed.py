@@ -13,7 +13,7 @@ from torch import nn
 
 from . import environment
 from .adapter import Adapter
-from .base import CAUSAL_LM, BaseModel, default_device, keep_softcapping
+from .base import CAUSAL_LM, BaseModel, amend, default_device
 from .basis_file import TORCH_DTYPES, read_tensor
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _empty_model(base: BaseModel, task_type: str, num_labels: int | None) -> Pre
     loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
     with init_empty_weights():
         network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
-    keep_softcapping(network)
+    amend(network)
     network.tie_weights()  # a parameter that is assigned within is another one
     if task_type != CAUSAL_LM and network.config.pad_token_id is None:
         network.config.pad_token_id = base.load_tokenizer().pad_token_id

@@ -261,6 +261,17 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert not network.is_gradient_checkpointing
 
 
+def test_the_head_gets_the_last_positions_in_one_block_of_memory(llama: Path) -> None:
+    """Of a strided slice torch makes a product for every row, on a CPU by copies of the weight."""
+    network, seen = BaseModel.resolve(llama).load(), []
+    head = network.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    ids = torch.arange(18).reshape(3, 6)
+    last = network(ids, logits_to_keep=2).logits
+    assert seen == [True]
+    assert torch.allclose(last, network(ids).logits[:, -2:], atol=1e-6)
+
+
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
         fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))

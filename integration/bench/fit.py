@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.basis import Basis
+from lorasb_export.batches import IGNORE, collate, encode, row_losses
+from lorasb_export.data import load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.layer import remove, weight_of
 from lorasb_export.quickstart.model import small_model
@@ -55,13 +58,13 @@ print(fit(model, own, data, out, settings, resume=kill == "resume").sha256)
 class Variant:
     """One way to train, ready for its next step."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model.train()
+    def __init__(self, model: torch.nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
+        self.model, self.loss = model.train(), loss
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
-    def step(self, ids: torch.Tensor) -> None:
-        self.model(input_ids=ids, labels=ids).loss.backward()
+    def step(self) -> None:
+        self.loss(self.model).backward()
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -99,9 +102,36 @@ def floor(dtype: torch.dtype) -> Any:
     return model
 
 
-def timed(variants: dict[str, Variant], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant's step."""
-    return alternate_calls({name: partial(variant.step, ids) for name, variant in variants.items()}, rounds)
+def timed(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each model's step."""
+    return alternate_calls({name: Variant(model, of_all(ids)).step for name, model in models.items()}, rounds)
+
+
+def of_all(ids: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    """The loss of every token."""
+    return lambda model: model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+
+def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
+    """Eight rows of the quickstart's `dates`: as `fit` takes a step, which asks for the logits of the answers alone,
+    and as PEFT does under transformers' Trainer, whose loss takes all of them.
+    """
+    base = BaseModel.resolve(small_model())
+    tokenizer = base.load_tokenizer()
+    with tempfile.TemporaryDirectory() as scratch:
+        task = load_task("dates", write_tasks(Path(scratch))["dates"])
+        rows = encode(list(task.rows("train"))[:8], tokenizer, task.task_type, None, 192)
+    batch = collate(rows, tokenizer.pad_token_id)
+    labels = batch.pop("labels")
+    every = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE)
+    whole = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"labels": every}
+    network = base.load(dtype=dtype)
+    Adapter.attach(network, random_basis(network, 64))
+    ways = {
+        f"rows, ours {dtype}": Variant(network, lambda model: row_losses(model(**batch).logits, labels)[0].sum()),
+        f"rows, PEFT {dtype}": Variant(peft(getattr(torch, dtype)), lambda model: model(**whole).loss),
+    }
+    return alternate_calls({name: variant.step for name, variant in ways.items()}, rounds)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:
@@ -124,10 +154,10 @@ def saved_bytes(model: Any, ids: torch.Tensor) -> int:
 
 def peak(name: str, ids: torch.Tensor, found: Any) -> None:
     """In a fresh process: the highest memory of two steps, above that before the first."""
-    variant = Variant({"ours": ours, "peft": peft}[name](torch.float32))
+    variant = Variant({"ours": ours, "peft": peft}[name](torch.float32), of_all(ids))
     before = memory("VmRSS")
     for _ in range(2):
-        variant.step(ids)
+        variant.step()
     found.put(memory("VmHWM") - before)
 
 
@@ -233,12 +263,15 @@ def run(*, quick: bool) -> dict[str, Any]:
         "frozen floor": floor(full),
     }
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
-    times = timed({name: Variant(model) for name, model in models.items()}, ids, rounds)
+    times = timed(models, ids, rounds)
     del models
     models = {"ours r=64 bf16": ours(half), "PEFT r=64 bf16": peft(half), "frozen floor bf16": floor(half)}
     saved |= {name: saved_bytes(model, ids) for name, model in models.items()}
-    times |= timed({name: Variant(model) for name, model in models.items()}, ids, rounds)
+    times |= timed(models, ids, rounds)
     del models
+    rows = {dtype: on_rows(dtype, rounds) for dtype in ("float32", "bfloat16")}
+    for found in rows.values():
+        times |= found
     speedups, ceilings = {}, {}
     for tokens in (54, 16):  # a row of the quickstart; a short question
         found = together(2 if quick else 7, tokens)
@@ -260,6 +293,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         "peak_rss_ratio_peft_r64": round(memory["ours"] / memory["peft"], 3),
         "step_time_ratio_frozen_floor": ratio(mine, times["frozen floor"]),
         "step_time_ratio_frozen_floor_bf16": ratio(times["ours r=64 bf16"], times["frozen floor bf16"]),
+        **{f"rows_step_time_ratio_peft_r64_{dtype}": ratio(*found.values()) for dtype, found in rows.items()},
         "together_speedup": speedups[54],
         "together_speedup_16_tokens": speedups[16],
         "together_speedup_frozen": ceilings[54],  # what the base alone gains: nothing on top of it can gain more

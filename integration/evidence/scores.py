@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 512
+BATCH_SIZE = 64  # prompts, answered together
 
 
 def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit: int) -> tuple[str, float]:
@@ -31,7 +32,8 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit:
     if task.name == "e2e":
         return "bleu", _bleu(model, tokenizer, task.rows("test"), limit)
     rows = some(task.rows("test"), limit)
-    given = answers(model, tokenizer, [r["prompt"] for r in rows], max_tokens=max_answer_tokens(tokenizer, rows))
+    longest = max_answer_tokens(tokenizer, rows)
+    given = answers(model, tokenizer, [row["prompt"] for row in rows], max_tokens=longest, batch_size=BATCH_SIZE)
     return "exact_match", exact_match(given, [row["completion"] for row in rows])
 
 
@@ -43,7 +45,7 @@ def _bleu(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], l
     for row in rows:
         references.setdefault(row["prompt"], []).append(row["completion"])
     prompts = some(list(references), limit)
-    given = answers(model, tokenizer, prompts, max_tokens=64)
+    given = answers(model, tokenizer, prompts, max_tokens=64, batch_size=BATCH_SIZE)
     streams = itertools.zip_longest(*(references[prompt] for prompt in prompts))  # None where a prompt has fewer
     return sacrebleu.corpus_bleu([text.strip() for text in given], list(map(list, streams))).score / 100
 

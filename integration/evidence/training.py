@@ -63,6 +63,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     tokenizer = base.load_tokenizer()
     network = base.load(task.task_type, dtype=cell.dtype, num_labels=task.num_labels, seed=cell.seed)
     network.to(default_device())
+    if default_device().type == "cpu":  # at these lengths the fused attention's backward pass takes five times as long
+        network.set_attn_implementation("eager")
     torch.manual_seed(cell.seed)
     model = network if cell.method == "base" else _with_method(network, base, task, cell)
     trained = [p for p in model.parameters() if p.requires_grad] if cell.method != "base" else []

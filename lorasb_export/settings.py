@@ -8,6 +8,7 @@ from .errors import SettingsError
 
 ALL_LINEAR = "all-linear"
 _CHOICES = {
+    "optimizer": ("adamw", "muon"),
     "init": ("svd", "zero"),
     "schedule": ("linear", "cosine", "constant_with_warmup"),
     "metric": ("loss", "exact_match", "accuracy", "mcc", "pearson"),
@@ -74,7 +75,8 @@ class FitSettings:
         batch_size: rows per forward pass; with several processes they share these rows.
         accumulate: forward passes per optimizer step.
         group_by_length: batches of rows of like length: less padding, a less random order.
-        learning_rate: peak rate of AdamW.
+        optimizer: of R: `adamw` (the paper) or `muon`. A classifier's head is trained by AdamW in any case.
+        learning_rate: peak rate.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -99,6 +101,7 @@ class FitSettings:
     batch_size: int = 8
     accumulate: int = 1
     group_by_length: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 6e-3
     schedule: str = "linear"
     warmup: float = 0.06

@@ -24,6 +24,7 @@ from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
 from .data import TaskData
 from .errors import OutputError, TrainingError
 from .history import History
+from .muon import Muon
 from .order import RowOrder, learning_rate_factor
 from .output import fsync, replaced_file
 from .settings import FitSettings
@@ -71,7 +72,7 @@ class RTrainer(Trainer):
     _losses: torch.Tensor
     _bad_step: torch.Tensor
     _steps: list[int]
-    _rates: list[float]
+    _rates: dict[int, float]
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class RTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]  # type: ignore[union-attr]
+        self._rates = {group["task"]: group["lr"] for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         losses = torch.zeros(len(self.runs), device=self.args.device)
         for number, batch in enumerate(inputs["batches"], 1):
             batch = self._prepare_inputs(batch)
@@ -152,7 +153,7 @@ class RTrainer(Trainer):
             losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
         if self.stack:
             gradients = torch.stack([layer.grad for layer in self.stack.layers], dim=1)  # type: ignore[misc]
-            for k, (parameter,) in enumerate(self._parameters):  # without a gradient AdamW leaves a task alone
+            for k, (parameter,) in enumerate(self._parameters):  # without a gradient a task is left alone
                 parameter.grad = gradients[k] if k in inputs["active"] else None
         step = torch.full_like(self._bad_step, inputs["step"])
         self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
@@ -167,20 +168,31 @@ class RTrainer(Trainer):
         return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in self._parameters]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group for each task."""
-        groups = [{"params": parameters} for parameters in self._parameters]
-        args = self.args
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=args.device.type in ("cpu", "cuda")
-        )
+        """One group for each task; under Muon another for a classifier's head, which AdamW trains."""
+        args, heads = self.args, {id(p) for run in self.runs for p in run.adapter.head.values()}
+        rate, decay = args.learning_rate, args.weight_decay
+        if self.settings.optimizer == "muon":
+            parts = [
+                {"params": part, "task": k, "orthogonal": orthogonal}
+                for k, parameters in enumerate(self._parameters)
+                for orthogonal in (True, False)
+                if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
+            ]
+            self.optimizer = Muon(parts, lr=rate, weight_decay=decay)
+        else:
+            tasks = [{"params": parameters, "task": k} for k, parameters in enumerate(self._parameters)]
+            fused = args.device.type in ("cpu", "cuda")
+            self.optimizer = torch.optim.AdamW(tasks, lr=rate, weight_decay=decay, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Each task's rate by its own number of steps."""
         if self.stack:
             self.stack.bind()  # the model has been prepared, and maybe copied
-        factors = [learning_rate_factor(self.settings, run.order.steps) for run in self.runs]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factors)  # type: ignore[arg-type]
+        optimizer = optimizer or self.optimizer
+        steps = [self.runs[group["task"]].order.steps for group in optimizer.param_groups]
+        factors = [learning_rate_factor(self.settings, count) for count in steps]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

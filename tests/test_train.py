@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,29 +54,32 @@ def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: P
     assert not (out.parent / ".learns.run").exists()
 
 
-def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(llama: Path, sums: Path, basis: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
+    optimizer: str, llama: Path, sums: Path, basis: Path
+) -> None:
     """Killed by SIGKILL after a checkpoint, resumed in another process; the same R, bit for bit."""
-    folder = basis.parent / "resume"
+    folder, undisturbed = basis.parent / f"resume-{optimizer}", replace(SETTINGS, optimizer=optimizer)
     script = (
         "import sys; from lorasb_export import fit\n"
         "from lorasb_export.settings import FitSettings; from lorasb_export.trainer import RTrainer\n"
         "import os, signal, torch; torch.set_num_threads(1)\n"
         "step = RTrainer.training_step\n"
         "def killing(self, *args, **kwargs):\n"
-        "    if self.state.global_step == 10 and not sys.argv[5:]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.state.global_step == 10 and not sys.argv[6:]: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, *args, **kwargs)\n"
         "RTrainer.training_step = killing\n"
-        "settings = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)\n"
-        "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[5:]))"
+        "settings = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2, optimizer=sys.argv[5])\n"
+        "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[6:]))"
     )
-    arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a")]
+    arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a"), optimizer]
     assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL
     assert not (folder / "a").exists()
     with pytest.raises(OutputError, match="an interrupted run is there"):
-        fit(str(llama), basis, sums, folder / "a", SETTINGS)
+        fit(str(llama), basis, sums, folder / "a", undisturbed)
     resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    fit(str(llama), basis, sums, folder / "undisturbed", SETTINGS)
+    fit(str(llama), basis, sums, folder / "undisturbed", undisturbed)
     one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
     assert all(torch.equal(one[name], two[name]) for name in two)
 
@@ -183,9 +187,10 @@ def test_a_basis_of_another_base_is_refused(bert: Path, llama: Path, sums: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classification_trains_and_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_classification_trains_and_keeps_its_head(optimizer: str, bert: Path, parity: Path, tmp_path: Path) -> None:
     calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8)).save(tmp_path / "basis")
-    settings = FitSettings(epochs=15, learning_rate=2e-2)
+    settings = FitSettings(epochs=15, learning_rate=2e-2, optimizer=optimizer)
     adapter = fit(str(bert), tmp_path / "basis", parity, tmp_path / "a", settings)
     assert (adapter.task_type, adapter.labels) == (SEQ_CLS, ["no", "yes"])
     loaded = Adapter.load(tmp_path / "a")

@@ -94,12 +94,12 @@ def test_grouping_by_length_pads_less() -> None:
     assert tokens(True) < 0.75 * tokens(False)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
 def test_tasks_together_end_as_each_alone(
-    accumulate: int, llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+    accumulate: int, optimizer: str, llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:
     """Issue 3.8: other lengths of runs, other schedules, one clip each; the same R to 1e-6 in float64."""
-    settings = replace(SETTINGS, accumulate=accumulate)
+    settings = replace(SETTINGS, accumulate=accumulate, optimizer=optimizer)
     together = fit_together(str(llama), basis, list(tasks.values()), tmp_path / "together", settings)
     for adapter, (name, task) in zip(together, tasks.items(), strict=True):
         alone = fit(str(llama), basis, task, tmp_path / name, settings)
@@ -114,9 +114,17 @@ def test_tasks_together_end_as_each_alone(
     assert not list((tmp_path / "together").glob(".*"))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_stopped_run_together_is_resumed_bit_for_bit(
-    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer)
+
     class Stop(Exception):
         pass
 
@@ -131,11 +139,11 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(RTrainer, "training_step", stopping)
         with pytest.raises(Stop):
-            fit_together(*inputs, tmp_path / "a", SETTINGS)
-    resumed = fit_together(*inputs, tmp_path / "a", SETTINGS, resume=True)
-    undisturbed = fit_together(*inputs, tmp_path / "b", SETTINGS)
+            fit_together(*inputs, tmp_path / "a", settings)
+    resumed = fit_together(*inputs, tmp_path / "a", settings, resume=True)
+    undisturbed = fit_together(*inputs, tmp_path / "b", settings)
     assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
-    again = fit_together(*inputs, tmp_path / "a", SETTINGS, resume=True)  # finished: read, not trained
+    again = fit_together(*inputs, tmp_path / "a", settings, resume=True)  # finished: read, not trained
     assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
 
 

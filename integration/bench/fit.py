@@ -29,6 +29,7 @@ from lorasb_export.batches import IGNORE, collate, encode, row_losses
 from lorasb_export.data import load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.layer import remove, weight_of
+from lorasb_export.muon import Muon
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.stack import Stack
@@ -58,10 +59,14 @@ print(fit(model, own, data, out, settings, resume=kill == "resume").sha256)
 class Variant:
     """One way to train, ready for its next step."""
 
-    def __init__(self, model: torch.nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(self, model: torch.nn.Module, loss: Callable[[Any], torch.Tensor], *, muon: bool = False) -> None:
         self.model, self.loss = model.train(), loss
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if muon:
+            self.optimizer = Muon([{"params": parameters, "orthogonal": True}], lr=1e-4)
+        elif parameters:
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step(self) -> None:
         self.loss(self.model).backward()
@@ -104,7 +109,8 @@ def floor(dtype: torch.dtype) -> Any:
 
 def timed(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds of each model's step."""
-    return alternate_calls({name: Variant(model, of_all(ids)).step for name, model in models.items()}, rounds)
+    steps = {name: Variant(model, of_all(ids), muon="Muon" in name).step for name, model in models.items()}
+    return alternate_calls(steps, rounds)
 
 
 def of_all(ids: torch.Tensor) -> Callable[[Any], torch.Tensor]:
@@ -258,6 +264,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     full, half = torch.float32, torch.bfloat16
     models = {
         "ours r=64": ours(full),
+        "ours r=64 Muon": ours(full),
         "PEFT r=64": peft(full),
         "PEFT r=32": peft(full, 32),
         "frozen floor": floor(full),
@@ -298,6 +305,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         "together_speedup_16_tokens": speedups[16],
         "together_speedup_frozen": ceilings[54],  # what the base alone gains: nothing on top of it can gain more
         "together_speedup_frozen_16_tokens": ceilings[16],
+        "step_time_ratio_muon": ratio(times["ours r=64 Muon"], mine),
         "step_seconds": round(statistics.median(mine), 3),
         "resume_bit_equal": resume_bit_equal(),
     }

@@ -30,6 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
     "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
     "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
+    "LoRA-SB own r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "own", "optimizer": "muon"},
+    "LoRA-SB shared r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "mixture", "optimizer": "muon"},
     "LoRA r=8": {"method": "lora", "rank": 8},
     "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
     "LoRA r=32": {"method": "lora", "rank": 32},

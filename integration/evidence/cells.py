@@ -28,6 +28,7 @@ class Cell:
         samples: calibration rows, of each task of a mixture too.
         init: R0, as for `fit`.
         dtype: of the frozen base; what is trained is float32.
+        optimizer: of R; the baselines, and a classifier's head, are trained by AdamW.
     """
 
     task: str
@@ -45,6 +46,7 @@ class Cell:
     valid_rows: int = 200
     test_rows: int = 256
     dtype: str = "float32"
+    optimizer: str = "adamw"
 
     @property
     def key(self) -> str:

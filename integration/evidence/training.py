@@ -23,6 +23,7 @@ from lorasb_export.data import TaskData, load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.layer import head_parameters, weight_of
+from lorasb_export.muon import Muon, groups_of
 from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.subspace import CaptureRatios
@@ -119,10 +120,14 @@ def _gradient(
 
 
 def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:
-    """AdamW without decay, warm-up and linear decay, clipping at 1: as `fit` does by default."""
+    """Without weight decay, with warm-up and linear decay, clipping at 1: as `fit` does by default."""
     settings = FitSettings(max_steps=cell.steps, batch_size=cell.batch_size, learning_rate=cell.lr, seed=cell.seed)
     order = RowOrder([len(row["input_ids"]) for row in rows], settings)
-    optimizer = torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer
+    if cell.optimizer == "muon":
+        optimizer = Muon(groups_of(model), lr=cell.lr)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, cell.steps))
     device = default_device()
     model.train()

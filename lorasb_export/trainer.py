@@ -168,21 +168,20 @@ class RTrainer(Trainer):
         return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in self._parameters]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One group for each task; under Muon another for a classifier's head, which AdamW trains."""
+        """For each task a group of R, and another of a classifier's head, which AdamW trains in any case."""
         args, heads = self.args, {id(p) for run in self.runs for p in run.adapter.head.values()}
+        groups = [
+            {"params": part, "task": k, "orthogonal": orthogonal}
+            for k, parameters in enumerate(self._parameters)
+            for orthogonal in (True, False)
+            if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
+        ]
         rate, decay = args.learning_rate, args.weight_decay
         if self.settings.optimizer == "muon":
-            parts = [
-                {"params": part, "task": k, "orthogonal": orthogonal}
-                for k, parameters in enumerate(self._parameters)
-                for orthogonal in (True, False)
-                if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
-            ]
-            self.optimizer = Muon(parts, lr=rate, weight_decay=decay)
+            self.optimizer = Muon(groups, lr=rate, weight_decay=decay)
         else:
-            tasks = [{"params": parameters, "task": k} for k, parameters in enumerate(self._parameters)]
             fused = args.device.type in ("cpu", "cuda")
-            self.optimizer = torch.optim.AdamW(tasks, lr=rate, weight_decay=decay, fused=fused)
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

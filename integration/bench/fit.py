@@ -107,10 +107,9 @@ def floor(dtype: torch.dtype) -> Any:
     return model
 
 
-def timed(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each model's step."""
-    steps = {name: Variant(model, of_all(ids), muon="Muon" in name).step for name, model in models.items()}
-    return alternate_calls(steps, rounds)
+def timed(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant's step."""
+    return alternate_calls({name: variant.step for name, variant in variants.items()}, rounds)
 
 
 def of_all(ids: torch.Tensor) -> Callable[[Any], torch.Tensor]:
@@ -137,7 +136,7 @@ def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
         f"rows, ours {dtype}": Variant(network, lambda model: row_losses(model(**batch).logits, labels)[0].sum()),
         f"rows, PEFT {dtype}": Variant(peft(getattr(torch, dtype)), lambda model: model(**whole).loss),
     }
-    return alternate_calls({name: variant.step for name, variant in ways.items()}, rounds)
+    return timed(ways, rounds)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:
@@ -260,21 +259,22 @@ def resume_bit_equal() -> bool:
 def run(*, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = torch.randint(0, 49152, (2, 128) if quick else (4, 256))
-    rounds = 3 if quick else 9
+    loss, rounds = of_all(ids), 3 if quick else 9
     full, half = torch.float32, torch.bfloat16
     models = {
         "ours r=64": ours(full),
-        "ours r=64 Muon": ours(full),
         "PEFT r=64": peft(full),
         "PEFT r=32": peft(full, 32),
         "frozen floor": floor(full),
     }
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
-    times = timed(models, ids, rounds)
-    del models
+    variants = {name: Variant(model, loss) for name, model in models.items()}
+    variants["ours r=64 Muon"] = Variant(models["ours r=64"], loss, muon=True)
+    times = timed(variants, rounds)
+    del models, variants
     models = {"ours r=64 bf16": ours(half), "PEFT r=64 bf16": peft(half), "frozen floor bf16": floor(half)}
     saved |= {name: saved_bytes(model, ids) for name, model in models.items()}
-    times |= timed(models, ids, rounds)
+    times |= timed({name: Variant(model, loss) for name, model in models.items()}, rounds)
     del models
     rows = {dtype: on_rows(dtype, rounds) for dtype in ("float32", "bfloat16")}
     for found in rows.values():

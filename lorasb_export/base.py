@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import environment
 from .errors import BaseModelError, LoraSBError
 from .fetch import snapshot
+from .network import amend, refuse_made_up
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
 
@@ -242,7 +243,7 @@ class BaseModel:
             model, found = loader.from_pretrained(
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
-        _refuse_made_up(model, found["missing_keys"], self.folder)
+        refuse_made_up(model, found["missing_keys"], self.folder)
         amend(model)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS and model.config.pad_token_id is None:
@@ -270,21 +271,6 @@ class BaseModel:
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-
-
-def amend(model: PreTrainedModel) -> None:
-    """Mends, in place, what transformers does wrongly or slowly by default.
-
-    Gemma 2 bounds its attention scores; of the implementations the default leaves that out in silence.
-
-    A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
-    row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
-    """
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -317,17 +303,6 @@ def _as_base_model_error(folder: Path) -> Iterator[None]:
         raise BaseModelError(
             f"transformers cannot load the base: {reason:.300}", where=folder, fix="Fetch the base again"
         ) from error
-
-
-def _refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
-    """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
-
-    A head may be new: a classifier's is. So may a pooler, which checkpoints of language models lack.
-    """
-    prefix = f"{model.base_model_prefix}."
-    for name in sorted(missing):
-        if name.startswith(prefix) and ".pooler." not in name:
-            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix="Fetch the base again")
 
 
 def _merged_with(provenance: Mapping[str, Any]) -> str:

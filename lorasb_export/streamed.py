@@ -13,8 +13,9 @@ from torch import nn
 
 from . import environment
 from .adapter import Adapter
-from .base import CAUSAL_LM, BaseModel, amend, default_device
+from .base import CAUSAL_LM, BaseModel, default_device
 from .basis_file import TORCH_DTYPES, read_tensor
+from .network import amend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from . import distributed, environment
 from .adapter import Adapter
+from .arguments import trainer_arguments
 from .batches import IGNORE, Encoded, collate, row_losses
 from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
 from .data import TaskData
@@ -39,7 +40,6 @@ from transformers import (  # noqa: E402
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class RTrainer(Trainer):
         steps = max(run.order.steps for run in runs)
         super().__init__(
             model=network,
-            args=_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
+            args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
             train_dataset=range(steps),
             callbacks=[*callbacks, _Evaluate(self)],
         )
@@ -317,32 +317,3 @@ def _label_count(row: Encoded) -> int:
 
 def _shown(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
-
-
-def _arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
-        run_name=name,
-        max_steps=steps,
-        per_device_train_batch_size=1,  # an item of the dataset is a whole optimizer step
-        per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        logging_steps=max(1, min(10, steps // 10)),
-        logging_nan_inf_filter=False,
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,  # the newest may be incomplete when the process is killed
-        seed=settings.seed,
-        report_to="none" if settings.report_to == "tensorboard" else settings.report_to,  # a callback does that
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # B and A, before every forward pass
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes, never for DataParallel
-    return arguments

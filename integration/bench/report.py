@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, RUNS, Results, cell
+from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, RUNS, Cell, Results, cell
 from lorasb_export.metrics import pearson
 
 from .quality import METHODS, summary
@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TASKS = (*CLASSIFYING, *GENERATING)
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 Line = dict[str, Any]
 _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adapter_bytes", "seconds", "device")
 
@@ -44,6 +45,10 @@ def run(*, quick: bool) -> dict[str, Any]:
 def _identity(line: Line) -> tuple[Any, ...]:
     """What a cell is, apart from rate and seed."""
     return tuple((key, value) for key, value in sorted(line.items()) if key not in (*_UNTRAINED, "capture", "random"))
+
+
+def _changed(identity: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
+    return tuple(sorted((dict(identity) | fields).items()))
 
 
 def best_of(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
@@ -123,7 +128,7 @@ def _column(line: Line) -> str:
 def _basis_tables(
     trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]
 ) -> Iterable[str]:
-    """One pair of tables for each rank, reduction and number of samples: capture, and the metric after training."""
+    """For each rank, reduction and number of samples: capture, and the metric after training by each optimizer."""
     variants = sorted({(line["rank"], line["reduction"], line["samples"]) for line in captures.values()})
     for rank, reduction, samples in variants:
         of_variant = {
@@ -133,18 +138,22 @@ def _basis_tables(
         }
         names = list(dict.fromkeys(_column(line) for line in of_variant.values()))
 
-        def rows(show: Callable[[tuple[Any, ...]], str], of_variant: Any = of_variant, names: Any = names) -> Any:
+        def rows(show: Callable[[tuple[Any, ...]], str], of_variant: Any = of_variant, names: Any = names) -> str:
             found = {(line["task"], _column(line)): show(identity) for identity, line in of_variant.items()}
-            tasks = [task for task in TASKS if any(of == task for of, _ in found)]
-            return _table(["", *names], [[task, *(found.get((task, name), "-") for name in names)] for task in tasks])
+            shown = [task for task in TASKS if any(found.get((task, name), "-") != "-" for name in names)]
+            lines = [[task, *(found.get((task, name), "-") for name in names)] for task in shown]
+            return _table(["", *names], lines) if lines else ""
 
         capture = rows(lambda identity: f"{captures[identity]['capture']:.0%}")
-        metric = rows(lambda identity: _trained(trained.get(identity)))
-        yield (
+        section = (
             f"## Bases of rank {rank}, {reduction}, {samples} samples\n\n"
-            f"Capture ratio of a valid gradient, before training:\n\n{capture}\n\n"
-            f"Test metric in percent (and loss on valid rows), after training:\n\n{metric}"
+            f"Capture ratio of a valid gradient, before training:\n\n{capture}"
         )
+        for optimizer, name in OPTIMIZERS.items():
+            by_it = {identity: trained.get(_changed(identity, optimizer=optimizer)) for identity in of_variant}
+            if metric := rows(lambda identity, by_it=by_it: _trained(by_it[identity])):
+                section += f"\n\nTest metric in percent (and loss on valid rows), after training by {name}:\n\n{metric}"
+        yield section
 
 
 def _trained(lines: list[Line] | None) -> str:
@@ -155,33 +164,39 @@ def _trained(lines: list[Line] | None) -> str:
 
 
 def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]) -> str:
-    """Does the capture ratio say how much a basis costs? Each shared basis against the task's own, same variant."""
-    points: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
+    points: dict[str, dict[str, tuple[list[float], list[float]]]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for identity, lines in trained.items():
-        of = captures.get(identity)
-        own_identity = tuple((k, {"basis": "own", "balanced": False}.get(k, v)) for k, v in identity)
-        own, own_capture = trained.get(own_identity), captures.get(own_identity)
+        own_identity = _changed(identity, basis="own", balanced=False)
+        of, own_capture = (captures.get(_changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
+        own = trained.get(own_identity)
         if of is None or own is None or own_capture is None or lines is own:
             continue
-        loss = statistics.mean(line["loss"] for line in lines) - statistics.mean(line["loss"] for line in own)
-        x, y = points[of["task"]]
+        seeds = {line["seed"] for line in lines} & {line["seed"] for line in own}
+        of_basis, of_own = (statistics.mean(x["loss"] for x in some if x["seed"] in seeds) for some in (lines, own))
+        x, y = points[lines[0]["optimizer"]][of["task"]]
         x.append(of["capture"] - own_capture["capture"])
-        y.append(loss)
-    x = [value for xs, _ in points.values() for value in xs]
-    y = [value for _, ys in points.values() for value in ys]
-    if len(x) < 3:
+        y.append(of_basis - of_own)
+    if not points:
         return ""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for task, (xs, ys) in points.items():
-        axes.scatter(xs, ys, label=task)
-    axes.set_xlabel("capture ratio, beside the task's own basis")
-    axes.set_ylabel("valid loss, beside the task's own basis")
-    axes.legend()
+    figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
+    said = []
+    for axes, (optimizer, of_tasks) in zip(all_axes[0], sorted(points.items()), strict=True):
+        for task, (xs, ys) in of_tasks.items():
+            axes.scatter(xs, ys, label=task)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set_title(OPTIMIZERS[optimizer])
+        axes.set_xlabel("capture ratio, less the own basis's")
+        axes.set_ylabel("valid loss, less the own basis's")
+        axes.legend()
+        x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
+        correlation = f", Pearson's correlation {pearson(x, y):.2f}" if len(x) > 2 else ""
+        said.append(f"{OPTIMIZERS[optimizer]}: {len(x)} pairs{correlation}.")
     path: Path = RESULTS / "capture-loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return (
         "## Does the capture ratio predict the loss?\n\n"
-        f"Every basis against the task's own at the same rank, reduction and samples: {len(x)} pairs, "
-        f"Pearson's correlation {pearson(x, y):.2f}.\n\n![loss against capture]({path.name})"
+        "Every basis against the task's own at the same rank, reduction, samples and seeds. "
+        f"{' '.join(said)}\n\n![loss against capture]({path.name})"
     )

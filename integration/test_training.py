@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lorasb_export import Adapter, Basis, distributed
 from lorasb_export.base import BaseModel
+from lorasb_export.muon import Muon, groups_of
 
 distributed.start()
 model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()
@@ -48,7 +49,10 @@ if distributed.world() > 1:
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+if sys.argv[3] == "muon":
+    optimizer = Muon(groups_of(model), lr=1e-2)
+else:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 for step in range(3):
     ids = torch.randint(3, 98, (4, 12), generator=torch.Generator().manual_seed(step))
     mine = ids[distributed.rank() :: distributed.world()]
@@ -130,12 +134,13 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
     assert differences(project, "plus") == 0
 
 
-def test_fsdp2_shards_the_model_and_trains_the_same_R(project: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fsdp2_shards_the_model_and_trains_the_same_R(optimizer: str, project: Path) -> None:
     """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
     (project / "script.py").write_text(FSDP)
-    finish([sys.executable, "script.py", "alone/a", "plain"], project)
+    finish([sys.executable, "script.py", "alone/a", "plain", optimizer], project)
     for policy, tolerance in (("plain", 1e-6), ("mixed", 2e-2)):
-        finish([*TORCHRUN, "script.py", "adapters/a", policy], project)
+        finish([*TORCHRUN, "script.py", "adapters/a", policy, optimizer], project)
         start = Adapter.start(Adapter.load(project / "adapters" / "a").load_basis())
         assert differences(project, "a") < tolerance
         moved = Adapter.load(project / "adapters" / "a").R

@@ -36,7 +36,7 @@ def run(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Of R: adamw (the paper) or muon.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Of R: muon, or adamw (the paper).")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak rate.")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant_with_warmup.")] = None,
     init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,

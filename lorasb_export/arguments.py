@@ -14,6 +14,7 @@ from transformers import TrainingArguments  # noqa: E402
 
 
 def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
+    assert settings.learning_rate is not None
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import SettingsError
 
@@ -75,8 +75,8 @@ class FitSettings:
         batch_size: rows per forward pass; with several processes they share these rows.
         accumulate: forward passes per optimizer step.
         group_by_length: batches of rows of like length: less padding, a less random order.
-        optimizer: of R: `adamw` (the paper) or `muon`. A classifier's head is trained by AdamW in any case.
-        learning_rate: peak rate.
+        optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
+        learning_rate: peak rate. None is 6e-3 for text generation, 1e-3 for classes and numbers.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -101,8 +101,8 @@ class FitSettings:
     batch_size: int = 8
     accumulate: int = 1
     group_by_length: bool = False
-    optimizer: str = "adamw"
-    learning_rate: float = 6e-3
+    optimizer: str = "muon"
+    learning_rate: float | None = None
     schedule: str = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.0
@@ -125,8 +125,14 @@ class FitSettings:
             if getattr(self, name) not in allowed:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}", fix=f"Use {', '.join(allowed)}")
         for name in ("epochs", "batch_size", "accumulate", "learning_rate", "scaling", "max_length"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
         for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+    def for_task(self, task_type: str) -> FitSettings:
+        """These, with a learning rate where none was given."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=6e-3 if task_type == "CAUSAL_LM" else 1e-3)

@@ -126,7 +126,8 @@ class _Run:
         network: PreTrainedModel | None,
     ) -> None:
         distributed.start()
-        self.tasks, self.outs, self.folder, self.settings = tasks, outs, folder, settings
+        self.tasks, self.outs, self.folder = tasks, outs, folder
+        self.settings = settings.for_task(tasks[0].task_type)
         self._started = time.monotonic()
         if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
             raise MissingPackageError(

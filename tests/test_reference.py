@@ -47,7 +47,13 @@ def test_thirty_steps_agree_with_the_reference(llama: Path, sums: Path, tmp_path
     gauge = {name: (m.B, torch.diag(m.S.double()), m.A) for name, m in basis.modules.items()}
     R, losses = reference.train(plain, gauge, rows, STEPS, RATE, WARMUP)
     fitting = FitSettings(
-        max_steps=STEPS, batch_size=ROWS, learning_rate=RATE, warmup=WARMUP / STEPS, dtype="float64", epochs=1
+        max_steps=STEPS,
+        batch_size=ROWS,
+        learning_rate=RATE,
+        optimizer="adamw",
+        warmup=WARMUP / STEPS,
+        dtype="float64",
+        epochs=1,
     )
     adapter = fit(base, basis, task, tmp_path / "a", fitting)
     for name, tensor in adapter.R.items():

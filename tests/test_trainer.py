@@ -229,6 +229,19 @@ def test_metrics_of_the_valid_split(
     assert classified.training["valid_metrics"]["accuracy"] > 0.9
 
 
+def test_the_learning_rate_fits_the_kind_of_task(
+    llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
+) -> None:
+    settings = FitSettings(max_steps=1)
+    for name, made, rate in (
+        ("text", (str(llama), basis, tasks["plus"]), 6e-3),
+        ("classes", (str(bert), CalibrationSettings(rank=4), parity), 1e-3),
+    ):
+        assert fit(*made, tmp_path / name, settings).training["settings"]["learning_rate"] == rate
+        given = fit(*made, tmp_path / f"{name}-given", replace(settings, learning_rate=2e-3))
+        assert given.training["settings"]["learning_rate"] == 2e-3
+
+
 def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +325,6 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
         "scheduler.pt",
         "trainer_state.json",
     ]
-    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    momenta = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     R = load_file(checkpoint / "adapter-0.safetensors")
-    assert sum(state["exp_avg"].numel() for state in moments.values()) == sum(t.numel() for t in R.values())
+    assert sum(state["momentum"].numel() for state in momenta.values()) == sum(t.numel() for t in R.values())

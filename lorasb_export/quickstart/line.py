@@ -118,7 +118,7 @@ def quickstart(
             base.name_or_path,
             {name: f"data/{name}" for name in data},
             basis={"rank": 64, "samples": 16},
-            fit={"epochs": 1, "batch_size": 4, "learning_rate": 6e-3},
+            fit={"epochs": 1, "batch_size": 4},
         )
     tasks = {name: load_task(name, out / "data" / name) for name in data}
     project = Project.load(out / "lorasb.toml")

@@ -27,14 +27,15 @@ _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adap
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    trained = best_of(Results(RUNS).lines().values())
+    runs = Results(RUNS).lines().values()
+    trained = best_of(runs)
     captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
         "[benchmarks](../benchmarks.md) says what they mean.",
         _quality_table(trained),
-        *_basis_tables(trained, captures),
-        _prediction(trained, captures),
+        *_basis_tables(trained | at_the_rate_of_own(runs, trained), trained, captures),
+        _prediction(trained | at_the_rate_of_own(runs, trained), captures),
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
@@ -53,17 +54,33 @@ def _changed(identity: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
 
 def best_of(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
     """Identity of a cell → its lines at the best rate, one for each seed; only where worse rates lie on both sides."""
-    grouped: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
-    for line in lines:
-        grouped[_identity(line)].append(line)
     found = {}
-    for identity, of_cell in grouped.items():
+    for identity, of_cell in _grouped(lines).items():
         first = sorted((line for line in of_cell if line["seed"] == 0), key=lambda line: line["lr"])
         best = min(first, key=lambda line: line["loss"])
         inside = best["method"] == "base" or first[0]["lr"] < best["lr"] < first[-1]["lr"]
         if inside:
             found[identity] = [line for line in of_cell if line["lr"] == best["lr"]]
     return found
+
+
+def at_the_rate_of_own(
+    lines: Iterable[Line], trained: Mapping[tuple[Any, ...], list[Line]]
+) -> dict[tuple[Any, ...], list[Line]]:
+    """Of bases whose rates were not looked for: their lines at the best rate of the task's own basis."""
+    found = {}
+    for identity, of_cell in _grouped(lines).items():
+        own = trained.get(_changed(identity, basis="own", balanced=False))
+        if own and identity not in trained:
+            found[identity] = [line for line in of_cell if line["lr"] == own[0]["lr"]]
+    return {identity: kept for identity, kept in found.items() if any(line["seed"] == 0 for line in kept)}
+
+
+def _grouped(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
+    grouped: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        grouped[_identity(line)].append(line)
+    return grouped
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -126,7 +143,9 @@ def _column(line: Line) -> str:
 
 
 def _basis_tables(
-    trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]
+    trained: Mapping[tuple[Any, ...], list[Line]],
+    tuned: Mapping[tuple[Any, ...], list[Line]],
+    captures: Mapping[tuple[Any, ...], Line],
 ) -> Iterable[str]:
     """For each rank, reduction and number of samples: capture, and the metric after training by each optimizer."""
     variants = sorted({(line["rank"], line["reduction"], line["samples"]) for line in captures.values()})
@@ -150,9 +169,15 @@ def _basis_tables(
             f"Capture ratio of a valid gradient, before training:\n\n{capture}"
         )
         for optimizer, name in OPTIMIZERS.items():
-            by_it = {identity: trained.get(_changed(identity, optimizer=optimizer)) for identity in of_variant}
-            if metric := rows(lambda identity, by_it=by_it: _trained(by_it[identity])):
-                section += f"\n\nTest metric in percent (and loss on valid rows), after training by {name}:\n\n{metric}"
+            cells = {identity: _changed(identity, optimizer=optimizer) for identity in of_variant}
+            shown = {
+                i: _trained(trained.get(of)) + " *" * (of in trained and of not in tuned) for i, of in cells.items()
+            }
+            if metric := rows(shown.__getitem__):
+                section += (
+                    f"\n\nTest metric in percent (and loss on valid rows), after training by {name} "
+                    f"(* at the best rate of the task's own basis, with no search of its own):\n\n{metric}"
+                )
         yield section
 
 
@@ -174,24 +199,24 @@ def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping
             continue
         seeds = {line["seed"] for line in lines} & {line["seed"] for line in own}
         of_basis, of_own = (statistics.mean(x["loss"] for x in some if x["seed"] in seeds) for some in (lines, own))
-        x, y = points[lines[0]["optimizer"]][of["task"]]
+        x, y = points[f"{OPTIMIZERS[lines[0]['optimizer']]}, r = {of['rank']}"][of["task"]]
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
     if not points:
         return ""
     figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
     said = []
-    for axes, (optimizer, of_tasks) in zip(all_axes[0], sorted(points.items()), strict=True):
+    for axes, (kind, of_tasks) in zip(all_axes[0], sorted(points.items()), strict=True):
         for task, (xs, ys) in of_tasks.items():
             axes.scatter(xs, ys, label=task)
         axes.axhline(0, color="grey", linewidth=0.5)
-        axes.set_title(OPTIMIZERS[optimizer])
+        axes.set_title(kind)
         axes.set_xlabel("capture ratio, less the own basis's")
         axes.set_ylabel("valid loss, less the own basis's")
         axes.legend()
         x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
         correlation = f", Pearson's correlation {pearson(x, y):.2f}" if len(x) > 2 else ""
-        said.append(f"{OPTIMIZERS[optimizer]}: {len(x)} pairs{correlation}.")
+        said.append(f"{kind}: {len(x)} pairs{correlation}.")
     path: Path = RESULTS / "capture-loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -76,7 +76,7 @@ class FitSettings:
         accumulate: forward passes per optimizer step.
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
-        learning_rate: peak rate. None is 6e-3 for text generation, 1e-3 for classes and numbers.
+        learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -135,4 +135,5 @@ class FitSettings:
         """These, with a learning rate where none was given."""
         if self.learning_rate is not None:
             return self
-        return replace(self, learning_rate=6e-3 if task_type == "CAUSAL_LM" else 1e-3)
+        of_text = 3e-3 if self.optimizer == "muon" else 6e-3
+        return replace(self, learning_rate=of_text if task_type == "CAUSAL_LM" else 1e-3)

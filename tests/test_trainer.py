@@ -232,14 +232,16 @@ def test_metrics_of_the_valid_split(
 def test_the_learning_rate_fits_the_kind_of_task(
     llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
 ) -> None:
-    settings = FitSettings(max_steps=1)
-    for name, made, rate in (
-        ("text", (str(llama), basis, tasks["plus"]), 6e-3),
-        ("classes", (str(bert), CalibrationSettings(rank=4), parity), 1e-3),
+    text, classes = (str(llama), basis, tasks["plus"]), (str(bert), CalibrationSettings(rank=4), parity)
+    for number, (made, settings, rate) in enumerate(
+        (
+            (text, FitSettings(max_steps=1), 3e-3),
+            (text, FitSettings(max_steps=1, optimizer="adamw"), 6e-3),
+            (classes, FitSettings(max_steps=1), 1e-3),
+            (classes, FitSettings(max_steps=1, learning_rate=2e-3), 2e-3),
+        )
     ):
-        assert fit(*made, tmp_path / name, settings).training["settings"]["learning_rate"] == rate
-        given = fit(*made, tmp_path / f"{name}-given", replace(settings, learning_rate=2e-3))
-        assert given.training["settings"]["learning_rate"] == 2e-3
+        assert fit(*made, tmp_path / str(number), settings).training["settings"]["learning_rate"] == rate
 
 
 def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(

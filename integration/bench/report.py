@@ -190,7 +190,8 @@ def _trained(lines: list[Line] | None) -> str:
 
 def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]) -> str:
     """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
-    points: dict[str, dict[str, tuple[list[float], list[float]]]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
+    points: Mapping[str, dict[str, tuple[list[float], list[float]]]]
+    points = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for identity, lines in trained.items():
         own_identity = _changed(identity, basis="own", balanced=False)
         of, own_capture = (captures.get(_changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
@@ -202,6 +203,7 @@ def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping
         x, y = points[f"{OPTIMIZERS[lines[0]['optimizer']]}, r = {of['rank']}"][of["task"]]
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
+    points = {kind: tasks for kind, tasks in points.items() if sum(len(x) for x, _ in tasks.values()) > 2}
     if not points:
         return ""
     figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
@@ -215,8 +217,7 @@ def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping
         axes.set_ylabel("valid loss, less the own basis's")
         axes.legend()
         x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
-        correlation = f", Pearson's correlation {pearson(x, y):.2f}" if len(x) > 2 else ""
-        said.append(f"{kind}: {len(x)} pairs{correlation}.")
+        said.append(f"{kind}: {len(x)} pairs, Pearson's correlation {pearson(x, y):.2f}.")
     path: Path = RESULTS / "capture-loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -112,7 +112,7 @@ def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapt
         return save_adapter(base.folder, network, folder, modules, rank=32, scaling=1.0, relative_size=0.1)
     basis = folder.with_name("basis")
     calibrate(base, {"dates": task}, CalibrationSettings(rank=64, samples=16, dtype="float32")).save(basis)
-    settings = FitSettings(epochs=1, batch_size=4, learning_rate=6e-3, dtype="float32")
+    settings = FitSettings(epochs=1, batch_size=4, dtype="float32")
     fit(base, basis, task, folder, settings)
     return Adapter.load(folder)
 

@@ -32,10 +32,15 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:  # first: it makes the gradients
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             if group["orthogonal"]:
                 self._step(group)
-        return super().step(closure)
+        super().step()
+        return loss
 
     def _step(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]

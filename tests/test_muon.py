@@ -86,6 +86,30 @@ def test_other_parameters_are_trained_by_adamw() -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_a_closure_makes_the_gradients() -> None:
+    torch.manual_seed(0)
+    start, target = torch.randn(2, r, r)
+    ends = []
+    for with_closure in (False, True):
+        R, head = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(r))
+        optimizer = Muon([{"params": [R], "orthogonal": True}, {"params": [head], "orthogonal": False}], lr=0.1)
+
+        def closure(R: torch.Tensor = R, head: torch.Tensor = head, optimizer: Muon = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (head * R - target).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if with_closure:
+                assert optimizer.step(closure) > 0
+            else:
+                closure()
+                optimizer.step()
+        ends.append((R.detach(), head.detach()))
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
 def test_its_state_is_saved_and_loaded() -> None:
     torch.manual_seed(0)
     gradients = torch.randn(6, r, r)

@@ -35,7 +35,7 @@ def basis(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: Path) -> None:
     out = basis.parent / "adapters" / "learns"
-    adapter = fit(str(llama), basis, sums, out, FitSettings(epochs=16, learning_rate=2e-2))
+    adapter = fit(str(llama), basis, sums, out, FitSettings(epochs=12, learning_rate=1.5e-2))
     log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]

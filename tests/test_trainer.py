@@ -313,11 +313,19 @@ def test_a_base_with_peft_layers_is_refused(
         calibrate(str(llama), tasks, CalibrationSettings(rank=2), network=network)
 
 
+@pytest.mark.parametrize(("optimizer", "state"), [("adamw", "exp_avg"), ("muon", "momentum")])
 def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
-    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str,
+    state: str,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lorasb_export.train.shutil.rmtree", lambda *_, **__: None)
-    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=3, dtype="auto"))
+    settings = replace(SETTINGS, max_steps=3, dtype="auto", optimizer=optimizer)
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     (checkpoint,) = (tmp_path / ".a.run").glob("checkpoint-*")
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "adapter-0.safetensors",
@@ -327,6 +335,6 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
         "scheduler.pt",
         "trainer_state.json",
     ]
-    momenta = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     R = load_file(checkpoint / "adapter-0.safetensors")
-    assert sum(state["momentum"].numel() for state in momenta.values()) == sum(t.numel() for t in R.values())
+    assert sum(of[state].numel() for of in moments.values()) == sum(t.numel() for t in R.values())

@@ -28,19 +28,20 @@ _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adap
 
 def run(*, quick: bool) -> dict[str, Any]:
     runs = Results(RUNS).lines().values()
-    trained = best_of(runs)
+    tuned = best_of(runs)
+    trained = tuned | at_the_rate_of_own(runs, tuned)
     captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
         "[benchmarks](../benchmarks.md) says what they mean.",
-        _quality_table(trained),
-        *_basis_tables(trained | at_the_rate_of_own(runs, trained), trained, captures),
-        _prediction(trained | at_the_rate_of_own(runs, trained), captures),
+        _quality_table(tuned),
+        *_basis_tables(trained, tuned, captures),
+        _prediction(trained, captures),
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
     print(page.read_text())
-    return {"name": "report", "cells": len(trained), "captures": len(captures)}
+    return {"name": "report", "cells": len(tuned), "captures": len(captures)}
 
 
 def _identity(line: Line) -> tuple[Any, ...]:
@@ -217,7 +218,7 @@ def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping
         axes.set_ylabel("valid loss, less the own basis's")
         axes.legend()
         x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
-        said.append(f"{kind}: {len(x)} pairs, Pearson's correlation {pearson(x, y):.2f}.")
+        said.append(f"{kind}: {len(x)} pairs of {', '.join(of_tasks)}, Pearson's correlation {pearson(x, y):.2f}.")
     path: Path = RESULTS / "capture-loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -25,7 +25,13 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
-        """`groups`: as for any optimizer; with `orthogonal` true, parameters (..., r, r) of one shape."""
+        """`groups`: as `groups_of` returns them; with `orthogonal` true, parameters (..., r, r) of one shape.
+
+        Raises ValueError of other groups, and of parameters alone: nothing says which of them are matrices.
+        """
+        groups = list(groups)
+        if not all(isinstance(group, dict) and "orthogonal" in group for group in groups):
+            raise ValueError("Muon needs groups that say which are R: pass lorasb_export.muon.groups_of(model)")
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
         for group in self.param_groups:
             group["momentum"] = momentum

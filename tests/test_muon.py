@@ -42,6 +42,13 @@ def test_a_step_is_as_long_as_its_rate_says() -> None:
     assert float(step.square().mean().sqrt()) == pytest.approx(0.1, rel=0.25)
 
 
+def test_parameters_without_groups_are_refused() -> None:
+    R = torch.nn.Parameter(torch.zeros(r, r))
+    for groups in ([R], [{"params": [R]}]):
+        with pytest.raises(ValueError, match="groups_of"):
+            Muon(groups, lr=0.1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_muon_does_not_see_which_factors_span_the_subspaces(optimizer: str) -> None:
     """B·Q, Pᵀ·A and Qᵀ·R0·P are the same adapter for orthogonal Q and P. AdamW trains another one of it."""

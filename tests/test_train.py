@@ -38,7 +38,7 @@ def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: P
     adapter = fit(str(llama), basis, sums, out, FitSettings(epochs=12, learning_rate=1.5e-2))
     log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "adapter.safetensors",

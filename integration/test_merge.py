@@ -24,7 +24,7 @@ from lorasb_export import environment, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import BaseModelError
 from lorasb_export.inspection import inspect_folder
-from tests.tiny import make_llama
+from tests.tiny import make_llama, write_index
 
 TOKENS = 24
 PROMPTS = ["The capital of France is", "Write one sentence about the sea.", "Name three colours."]
@@ -93,6 +93,7 @@ def test_a_disk_that_fills_up_in_the_middle(small_disk: Path, tmp_path: Path) ->
     """There was room when the merge began; then somebody else took it."""
     base = make_llama(tmp_path / "base")
     save_file({f"extra.{i}": torch.full((5_000_000,), float(i)) for i in range(11)}, base / "extra.safetensors")
+    write_index(base)
     model = BaseModel.resolve(base).load()
     save_adapter(base, model, tmp_path / "a", ["model.layers.1.mlp.up_proj"])
     before = {path.name: path.read_bytes() for path in base.iterdir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ pytest.importorskip("onnxruntime_genai")
 import transformers as t  # noqa: E402
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel  # noqa: E402
+from lorasb_export.errors import BaseModelError  # noqa: E402
 from lorasb_export.export.onnx import export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
+from lorasb_export.export.onnx_build import GRAPH  # noqa: E402
+from lorasb_export.export.onnx_graph import read_graph  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, classify  # noqa: E402
 from tests.random_adapter import save_adapter, write_in  # noqa: E402
 from tests.test_merge_families import CONFIGS, SIZES  # noqa: E402
@@ -29,6 +33,7 @@ LENGTHS = (3, 26, 9, 1, 40)
 SPLIT = ("q_proj", "v_proj", "down_proj")
 WINDOW = {"sliding_window": 16}
 HEAD = {"head_dim": 16}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 GPT2 = {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
 # family: its class, what its config has of its own, the ends of the targets' names
 DECODERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -39,6 +44,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gemma2": ("Gemma2ForCausalLM", WINDOW, SPLIT),
     "gemma3": ("Gemma3ForCausalLM", WINDOW, SPLIT),
     "an odd head": ("LlamaForCausalLM", {"head_dim": 8}, SPLIT),
+    "scaled angles": ("LlamaForCausalLM", {"rope_parameters": LINEAR}, SPLIT),
     "phi3": ("Phi3ForCausalLM", {}, ("qkv_proj", "gate_up_proj")),
     "gpt2": ("GPT2LMHeadModel", GPT2, ("c_attn", "c_fc")),
 }
@@ -115,6 +121,24 @@ def test_a_merged_decoder_answers_as_the_task(family: str, tmp_path: Path) -> No
     export_onnx(tmp_path / "a", tmp_path / "onnx")
     decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
     assert decoder.generate(prompts(), TOKENS, set()) == [greedy(network, prompt) for prompt in prompts()]
+
+
+def test_gpt2_is_quantized(tmp_path: Path) -> None:
+    """Its layers are no matrix products in torch's own export."""
+    make(tmp_path, *DECODERS["gpt2"], CAUSAL_LM)
+    export_onnx(tmp_path / "a", tmp_path / "onnx", precision="int8")
+    nodes = [node.op_type for node in read_graph(tmp_path / "onnx" / GRAPH).graph.node]
+    assert nodes.count("MatMulNBits") == 4 * 2 + 1  # of two layers, and the head
+    assert OnnxDecoder(tmp_path / "onnx", threads=1).generate(prompts(), 1, set())
+
+
+def test_angles_that_depend_on_the_length_are_refused_before_any_work(tmp_path: Path) -> None:
+    make(tmp_path, *DECODERS["qwen2"], CAUSAL_LM)
+    config = tmp_path / "base" / "config.json"
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_parameters": rope}))
+    with pytest.raises(BaseModelError, match="type dynamic are not exported"):
+        export_onnx(tmp_path / "a", tmp_path / "onnx")
 
 
 @pytest.mark.parametrize("family", ENCODERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from integration.conftest import Quickstart
 from lorasb_export.adapter import Adapter
 from lorasb_export.kind import artifact_kind
+from lorasb_export.quickstart.line import NEXT, PUSH
 from lorasb_export.storage import read_json
 
 WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")
@@ -67,12 +69,12 @@ def test_an_adapter_is_small(quickstart: Quickstart) -> None:
 
 def test_the_project_can_be_used_on(quickstart: Quickstart) -> None:
     folder = quickstart.folder
-    assert lorasb(folder, "inspect", "adapters/dates")["basis_matches"]
-    answers = lorasb(folder, "generate", "Date: 3rd of May 2031", "--max-tokens", "16")["answers"]
-    assert answers["dates"].startswith("2031-")
-    assert lorasb(folder, "push", "adapters/dates", "--repo", "you/dates", "--with-basis", "--dry-run")["private"]
+    inspect, generate, serve, push = (shlex.split(command)[1:] for command in (*NEXT, PUSH))
+    assert lorasb(folder, *inspect)["basis_matches"]
+    assert lorasb(folder, *generate, "--max-tokens", "16")["answers"]["dates"].startswith("2031-")
+    assert {"dates", "orders"} <= set(lorasb(folder, *serve, "--dry-run")["models"])
+    assert lorasb(folder, *push, "--dry-run")["private"]
     assert lorasb(folder, "merge", "--out", "again/", "--dry-run")["modules"] == 210
-    assert {"dates", "orders"} <= set(lorasb(folder, "serve", "--adapters", "dates,orders", "--dry-run")["models"])
 
 
 def test_evaluate_finds_what_quickstart_found(quickstart: Quickstart) -> None:

@@ -26,7 +26,9 @@ CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those of a name
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+_OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class BaseModel:
             folder = path.resolve()
         else:
             name, revision, folder = snapshot(
-                name, _CHECKPOINT_FILES, BaseModelError, "the base model was not found: ", revision
+                name, _CHECKPOINT_FILES, BaseModelError, "the base model was not found: ", revision, _OTHER_WEIGHTS
             )
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
@@ -83,25 +85,22 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """Checkpoint tensor name → (file, header entry), in file order.
+        """Checkpoint tensor name → (file, header entry), in file order: of the files that transformers would read.
 
         Raises:
             BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
         """
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = _weight_map(index)
-            files = sorted({self.folder / name for name in weight_map.values()})
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        weight_map = None if whole.is_file() or not index.is_file() else _weight_map(index)
+        files = [whole] if weight_map is None else sorted({self.folder / name for name in weight_map.values()})
+        if weight_map is None and not whole.is_file():
             raise BaseModelError(
-                "no safetensors file in the base model's folder",
+                "no model.safetensors, nor an index of its parts, in the base model's folder",
                 where=self.folder,
                 fix="Convert it once: AutoModel.from_pretrained(folder).save_pretrained(new_folder)",
             )
         found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
-        if index.is_file() and set(found) != set(weight_map):
+        if weight_map is not None and set(found) != set(weight_map):
             odd = sorted(set(found) ^ set(weight_map))[0]
             raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
         for name, (file, info) in found.items():

@@ -86,8 +86,6 @@ lorasb fit --basis {name}    # in a project: trains an adapter of each task
 def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of an adapter folder from its adapter_config.json; `name` is what a reader loads it by."""
     base, task_type, training = base_of(config), config["task_type"], config["training"]
-    outputs = 1 if training.get("regression") else len(training.get("labels") or [])
-    labels = f", num_labels={outputs}" if outputs else ""
     numbers = {
         "rank": config["r"],
         "modules": len(config["target_modules"]),
@@ -96,6 +94,7 @@ def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOT
         "LoRA of this rank on these modules": training.get("lora_parameters"),
     }
     elsewhere = "" if is_hub_id(base.get("name_or_path")) else " --model path/to/the/base/model"
+    served = f"lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible\n" if task_type != "SEQ_CLS" else ""
     body = f"""# {_task(training)}: a LoRA-SB adapter for {base_link(base)}
 
 One trained {config["r"]} × {config["r"]} matrix `R` for each of {len(config["target_modules"])} linear layers.
@@ -108,14 +107,13 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 from lorasb_export import Adapter
 from transformers import {_model_class(task_type)} as AutoModel
 
-model = AutoModel.from_pretrained({source_of(base)}{labels})
+model = AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})
 Adapter.load("{name}").inject(model)
 ```
 
 ```bash
 lorasb merge {name} --out model{elsewhere}    # a plain model folder
-lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible
-```
+{served}```
 {method(numbers)}{_trained(training, facts)}"""
     made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
     return _card(body, base, "lorasb", "adapter", task_type, [], made, facts, name, training)
@@ -125,6 +123,7 @@ def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHIN
     """The card of a PEFT export from its adapter_config.json; `name` is what a reader loads it by."""
     base, task_type = base_of(config), config.get("task_type")
     training = facts.made.get("training", {})
+    loaded = f"AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})"
     body = f"""# {_task(training)}: a LoRA for {base_link(base)}
 
 A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` and `s·B·R`.
@@ -135,10 +134,16 @@ A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` a
 from peft import PeftModel
 from transformers import {_model_class(task_type)} as AutoModel
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained({source_of(base)}), "{name}")
+model = PeftModel.from_pretrained({loaded}, "{name}")
 ```
 {_trained(training, facts, _BEFORE)}"""
     return _card(body, base, "peft", "adapter", task_type, ["lora"], facts.made, facts, name, training)
+
+
+def _num_labels(training: Mapping[str, Any]) -> str:
+    """The argument with which a classifier's base gets a head of the right size."""
+    outputs = 1 if training.get("regression") else len(training.get("labels") or [])
+    return f", num_labels={outputs}" if outputs else ""
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:

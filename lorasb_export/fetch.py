@@ -73,9 +73,14 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
 
 
 def snapshot(
-    source: str, patterns: Sequence[str], kind: type[LoraSBError], before: str = "", revision: str | None = None
+    source: str,
+    patterns: Sequence[str],
+    kind: type[LoraSBError],
+    before: str = "",
+    revision: str | None = None,
+    but: Sequence[str] = (),
 ) -> tuple[str, str, Path]:
-    """Fetch what `patterns` admit of a Hub repository: its name, the commit it is at, its folder.
+    """Fetch what `patterns` admit, `but` some, of a Hub repository: its name, the commit it is at, its folder.
 
     With HF_HUB_OFFLINE, or where the Hub does not answer, what was fetched before is taken from the cache.
 
@@ -91,7 +96,11 @@ def snapshot(
         raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
     name, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
-        folder = patiently(lambda: snapshot_download(name, revision=revision or tagged, allow_patterns=list(patterns)))
+        folder = patiently(
+            lambda: snapshot_download(
+                name, revision=revision or tagged, allow_patterns=list(patterns), ignore_patterns=list(but)
+            )
+        )
     return name, Path(folder).name, Path(folder)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .settings import FitSettings
 from .validation import mean_loss, of_predictions, row_scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Of each kind of row, the metrics that fit; the first is the default.
 _METRICS = {
@@ -40,7 +41,13 @@ def generate_ids(
     pad_id: int,
     batch_size: int = 16,
 ) -> list[list[int]]:
-    """Greedy continuations of token-id prompts, up to and without `eos_id`, in the order given."""
+    """Greedy continuations of token-id prompts, up to and without `eos_id`, in the order given.
+
+    The likeliest token and nothing else: penalties in the base's generation_config.json, made for chats, are left out.
+    """
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=pad_id)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=None, leave=False):
@@ -48,18 +55,21 @@ def generate_ids(
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-        with torch.inference_mode():
-            output = network.generate(  # type: ignore[operator]
-                ids.to(network.device),
-                attention_mask=mask.to(network.device),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=eos_id,
-                pad_token_id=pad_id,
-            )
+        with torch.inference_mode(), _generation_config(network, greedy):
+            output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
         for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
             answers[i] = row[: row.index(eos_id)] if eos_id in row else row
     return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """What is passed to `generate` only adds to the network's own; so it is put in place of it."""
+    own, network.generation_config = network.generation_config, config
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 def answers(

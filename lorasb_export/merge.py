@@ -139,7 +139,9 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
             {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
         )
     for path in plan.side_files:
-        shutil.copyfile(path, folder / path.name)
+        copy = folder / path.relative_to(plan.base.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     _write_config(plan, folder)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))

@@ -17,7 +17,7 @@ import torch
 
 from . import retained
 from .adapter import Adapter
-from .base import SEQ_CLS, BaseModel
+from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel
 from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
 from .combine import Weights, combine
 from .errors import ArtifactError, LoraSBError, SettingsError
@@ -271,8 +271,9 @@ def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> lis
         renamed = name if name.startswith(prefix) else prefix + name
         if renamed not in adapter.head:
             tensors.append(PlannedTensor(renamed, stored, file, info, by_key.get(name)))
+    of_body = model.tensors[next(iter(by_key))][1].dtype
     for name, tensor in adapter.head.items():
-        stored_dtype = _NAMES[dtype] if dtype != "auto" else tensors[0].info.dtype
+        stored_dtype = _NAMES[dtype] if dtype != "auto" else of_body
         tensors.append(PlannedTensor(name, TensorInfo(stored_dtype, tuple(tensor.shape), 0, 0), None, None, head=name))
     return tensors
 
@@ -288,7 +289,7 @@ def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
 def _side_files(model: BaseModel) -> tuple[Path, ...]:
     return tuple(
         path
-        for path in sorted(model.folder.iterdir())
+        for path in sorted((*model.folder.iterdir(), *model.folder.glob(CHAT_TEMPLATES)))
         if path.is_file()
         and path.suffix not in _NOT_SIDE_FILES
         and not path.name.startswith(".")

@@ -118,11 +118,13 @@ def take_out_paths(files: Files) -> None:
             continue
         text = _read(file)
         content = json.loads(text)
+        if not isinstance(content, dict):
+            continue
         if name in _OURS:
             clean = _without_paths(content)
             if "config_sha256" in content:
                 clean = sealed(clean)
-        elif isinstance(content, dict):
+        else:
             paths = {key: content[key] for key in ("_name_or_path", "name_or_path") if key in content}
             clean = content | _without_paths(paths)
         if clean != content:
@@ -162,7 +164,7 @@ def to_json(value: dict[str, Any]) -> bytes:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(entry) for key, entry in value.items()}
+        return {key: entry if key == "labels" else _without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_without_paths(entry) for entry in value]
     if isinstance(value, str) and os.path.isabs(value):

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from .errors import LoraSBError, OutputError
 
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
+_STARTED = time.time()  # of this process, or a little later
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
 
@@ -21,7 +23,7 @@ _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "C
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
-    A process killed inside the block leaves a hidden `.NAME.tmp-PID` beside an untouched target; the next call for
+    A process killed inside the block leaves a hidden `.NAME.tmp-PID-…` beside an untouched target; the next call for
     the same target removes it.
 
     Raises:
@@ -32,7 +34,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         prepare_target(target, overwrite)
         for stale in _left_by_the_dead(target):
             shutil.rmtree(stale)
-        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        temporary = _temporary(target)
         temporary.mkdir()
         try:
             yield temporary
@@ -136,7 +138,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """
     for stale in _left_by_the_dead(path):
         stale.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = _temporary(path)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         if path.exists():
@@ -149,11 +151,27 @@ def replaced_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}"
+
+
 def _left_by_the_dead(target: Path) -> list[Path]:
-    """The hidden siblings `.NAME.tmp-PID…` of `target` whose process is gone."""
+    """The hidden siblings `.NAME.tmp-PID…` of `target` whose process is gone.
+
+    One of this process's own number that is older than the process is another's: in a container all have number 1.
+    """
     prefix = f".{target.name}.tmp-"
     found = [(path, path.name.removeprefix(prefix).partition("-")[0]) for path in target.parent.glob(f"{prefix}*")]
-    return [path for path, pid in found if pid.isdigit() and not process_is_alive(int(pid))]
+    return [path for path, pid in found if pid.isdigit() and _is_dead(int(pid), path)]
+
+
+def _is_dead(pid: int, temporary: Path) -> bool:
+    if pid != os.getpid():
+        return not process_is_alive(pid)
+    try:
+        return temporary.stat().st_ctime < _STARTED
+    except FileNotFoundError:  # another thread of ours is done with it
+        return False
 
 
 def fsync(path: Path) -> None:

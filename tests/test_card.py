@@ -156,6 +156,11 @@ def test_a_classifier_names_its_class_and_labels() -> None:
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "import AutoModelForSequenceClassification as AutoModel" in text
     assert 'from_pretrained("owner/base", revision="abc", num_labels=2)' in text
+    assert "lorasb serve" not in text  # which refuses classifiers
+    assert "lorasb serve" in adapter()
+    made = Facts(made={"training": {"regression": True}})
+    text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
+    assert 'from_pretrained(AutoModel.from_pretrained("owner/base", revision="abc", num_labels=1), ' in text
 
 
 def test_energy_and_capture_are_summarized() -> None:

@@ -349,7 +349,7 @@ BAD_BASES = {
     "empty folder": (lambda f: f.mkdir(), "no config.json"),
     "no weights": (
         lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "llama"}')),
-        "no safetensors file",
+        "no model.safetensors",
     ),
     "encoder-decoder": (
         lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')),

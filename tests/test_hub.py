@@ -197,6 +197,20 @@ def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:
     assert json.loads(sent) == tokenizer | {"name_or_path": "base"}
 
 
+def test_lists_and_labels_are_published_as_they_are(tmp_path: Path) -> None:
+    """`modules.json` of a sentence encoder is a list; a class may be called /r/a/politics."""
+    config = {"training": {"data": "/home/somebody/data", "labels": ["/r/a/politics", "/r/b/politics"]}}
+    files: outgoing.Files = {}
+    for name, content in {"lorasb.json": config, "modules.json": [{"path": "/x"}], "tokenizer.json": []}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+        files[name] = tmp_path / name
+    outgoing.take_out_paths(files)
+    assert files["modules.json"] == tmp_path / "modules.json"
+    sent = files["lorasb.json"]
+    assert isinstance(sent, bytes)
+    assert json.loads(sent)["training"] == config["training"] | {"data": "data"}
+
+
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
     [

@@ -19,7 +19,7 @@ from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, Set
 from lorasb_export.layer import head_parameters
 from lorasb_export.merge import parse_size
 from tests.random_adapter import save_adapter
-from tests.tiny import make_bert, make_gpt2, make_llama
+from tests.tiny import make_bert, make_gpt2, make_llama, write_index
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 IDS = torch.tensor([[1, 20, 21, 22, 23, 2]])
@@ -76,9 +76,11 @@ def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Pat
         (base / name).write_text(f"{name} of the base")
     (base / "pytorch_model.bin").write_bytes(b"another format")
     (base / "README.md").write_text("the base's card")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("a template of a name")
     merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
-    for path in base.iterdir():
-        copied = tmp_path / "model" / path.name
+    for path in filter(Path.is_file, base.rglob("*")):
+        copied = tmp_path / "model" / path.relative_to(base)
         if path.suffix not in (".safetensors", ".bin", ".md"):
             assert copied.read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / "model" / "pytorch_model.bin").exists()
@@ -99,6 +101,18 @@ def test_sharded_base_and_sharded_output(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == result["bytes"]
     assert set(index["weight_map"].values()) == {path.name for path in files}
     assert (logits(BaseModel.resolve(tmp_path / "model").load()) - unmerged_logits(base, adapter)).abs().max() < 1e-5
+
+
+def test_the_weights_are_those_that_transformers_loads(tmp_path: Path) -> None:
+    """A second file of weights beside model.safetensors, a backup or its maker's own format, is not read."""
+    base = make_llama(tmp_path / "base")
+    adapter, before = adapter_for(base, tmp_path / "a"), load_file(base / "model.safetensors")
+    backup = {name: torch.zeros_like(tensor) for name, tensor in before.items()} | {"more": torch.zeros(1)}
+    save_file(backup, base / "model_backup.safetensors")
+    merge(adapter, tmp_path / "model", verify=True)
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(after) == set(before)
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
 def test_other_dtype(llama: Path, tmp_path: Path) -> None:
@@ -124,12 +138,15 @@ def test_classifier_with_its_head(tmp_path: Path) -> None:
 
     base = make_bert(tmp_path / "base")
     modules = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
-    adapter = Adapter.load(adapter_for(base, tmp_path / "a", modules, SEQ_CLS))
+    path = adapter_for(base, tmp_path / "a", modules, SEQ_CLS)
+    positions = {"embeddings.position_ids": torch.arange(8)[None]}  # of a BERT saved years ago; first in the file
+    save_file(load_file(base / "model.safetensors") | positions, base / "model.safetensors", {"format": "pt"})
+    adapter = Adapter.load(path)
     adapter.training = {"labels": ["red", "green", "blue"]}
     merge(adapter, tmp_path / "model")
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    assert info["unexpected_keys"] <= {"bert.embeddings.position_ids"}
     assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
     assert all(torch.equal(p, adapter.head[name]) for name, p in head_parameters(model).items())
     assert (logits(model.eval()) - unmerged_logits(base, tmp_path / "a", SEQ_CLS)).abs().max() < 1e-5
@@ -187,6 +204,7 @@ def test_no_disk_space_is_seen_before_writing(llama: Path, tmp_path: Path) -> No
     with (base / "huge.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 4 * elements)
+    write_index(base)
     with pytest.raises(OutputError, match=r"not enough disk: 8000\.0 GB needed"):
         merge(adapter, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
@@ -224,6 +242,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     large = tmp_path / "large"
     shutil.copytree(small, large)
     save_file({f"extra.{i}": torch.zeros(5_000_000) for i in range(20)}, large / "extra.safetensors")
+    write_index(large)
     script = (
         "import resource, sys; from lorasb_export import merge; merge(*sys.argv[1:])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

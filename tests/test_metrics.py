@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.batches import prompt_ids
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.inference import evaluate
+from lorasb_export.inference import answers, evaluate
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from tests.random_adapter import save_adapter
 from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
@@ -116,6 +117,20 @@ def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, 
         total += float(network(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     assert found == pytest.approx(total / count, abs=1e-6)
+
+
+def test_answers_are_greedy_whatever_the_base_says_about_chats(chatty: Path) -> None:
+    """Qwen's instruct models bring a penalty on repetition, which no other way of running an adapter would apply."""
+    base = BaseModel.resolve(chatty)
+    network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
+    plain = answers(network, tokenizer, ["1+1"], max_tokens=16)
+    own = GenerationConfig(repetition_penalty=1.7, no_repeat_ngram_size=2, eos_token_id=2)
+    network.generation_config = own
+    assert answers(network, tokenizer, ["1+1"], max_tokens=16) == plain
+    assert network.generation_config is own
+    ids = torch.tensor([prompt_ids(tokenizer, "1+1")])
+    found = network.generate(ids, max_new_tokens=16)  # type: ignore[operator]
+    assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) != plain[0]
 
 
 def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> None:

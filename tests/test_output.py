@@ -7,10 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lorasb_export import output
 from lorasb_export.errors import OutputError
 from lorasb_export.output import atomic_folder, cannot_write, replaced_file
 
@@ -128,6 +130,17 @@ def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path: Path) -> None:
     with replaced_file(tmp_path / "x") as temporary:
         temporary.write_text("x")
     assert {path.name for path in tmp_path.iterdir()} == {"x", f".x.tmp-{os.getpid()}-4567", ".x.tmp-of-mine"}
+
+
+def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the program is process 1 every time."""
+    left = tmp_path / f".x.tmp-{os.getpid()}-89ab"
+    left.mkdir()
+    monkeypatch.setattr(output, "_STARTED", time.time() + 1)
+    with atomic_folder(tmp_path / "x") as temporary:
+        assert temporary != left
+        (temporary / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorasb_export.storage import read_header, write_json
+
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 VOCABULARY = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]
 
@@ -66,6 +68,13 @@ def make_bert(folder: Path) -> Path:
         pad_token_id=2,
     )
     return _save(BertModel, config, folder)
+
+
+def write_index(folder: Path) -> None:
+    """Make all safetensors files of a model folder parts of one checkpoint."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    weight_map = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)[0]}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def _save(

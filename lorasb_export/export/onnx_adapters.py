@@ -146,7 +146,11 @@ def add_onnx_adapters(
             )
     with atomic_folder(folder, overwrite=True) as new:
         for path in folder.iterdir():
-            if path.name in (DATA, BASIS_FILE):  # the big ones, which are never written in place
+            if path.name.startswith("."):
+                continue  # a file manager's, or what huggingface_hub keeps beside a download
+            if path.is_dir():
+                shutil.copytree(path, new / path.name)
+            elif path.name in (DATA, BASIS_FILE):  # the big ones, which are never written in place
                 _link(path, new / path.name)
             else:
                 shutil.copyfile(path, new / path.name)

@@ -11,10 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..base import CAUSAL_LM, CHAT_TEMPLATES, SEQ_CLS, BaseModel
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
@@ -44,6 +45,8 @@ _TORCH_TYPES = {
     CAUSAL_LM: {*_BOTH, "gemma3_text", "gpt2", "gpt_neox", "phi", "phi3", "stablelm", "starcoder2", "cohere", "olmo2"},
     SEQ_CLS: {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"},
 }
+_ROPE_OF_THE_BUILDER = {"LlamaForCausalLM": {"default", "llama3"}}  # others it leaves out without a word
+_ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles depend on how long the text is
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
 _SIDE_FILES = {".json", ".jinja", ".model", ".txt"}
 _NOT_COPIED = {"lorasb.json", "model.safetensors.index.json"}
@@ -61,8 +64,16 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     architecture = (model.config.get("architectures") or [""])[0]
     fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
     genai = task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused
-    if genai and _head_size(model) % _HEAD_STEP == 0 and not _wrong_window(model):
+    rope = _rope_types(model.config)
+    angles = rope <= _ROPE_OF_THE_BUILDER.get(architecture, {"default"})
+    if genai and angles and _head_size(model) % _HEAD_STEP == 0 and not _wrong_window(model):
         return GENAI
+    if odd := sorted(rope - _ROPE_OF_TORCH):
+        raise BaseModelError(
+            f"rotary embeddings of type {odd[0]} are not exported to ONNX",
+            where=model.folder,
+            fix="Use `lorasb merge` and run the model with transformers or vLLM",
+        )
     if model.config["model_type"] in _TORCH_TYPES[task_type]:
         return TORCH
     known = _TORCH_TYPES[task_type] | (_GENAI_ARCHITECTURES if task_type == CAUSAL_LM else set())
@@ -72,6 +83,13 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
         where=model.folder,
         fix=f"Use `lorasb merge` and run the model with transformers or vLLM. Exported are {', '.join(sorted(known))}",
     )
+
+
+def _rope_types(config: Mapping[str, Any]) -> set[str]:
+    """The types of its rotary embeddings; `default` where config.json names none."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    each = [entry for entry in found.values() if isinstance(entry, dict)] or [found]  # one for each type of layer
+    return {str(entry.get("rope_type") or entry.get("type") or "default") for entry in each}
 
 
 def _wrong_window(model: BaseModel) -> bool:
@@ -112,9 +130,11 @@ def build(
             command.append(str(scratch / "basis"))
     _run(command, scratch, model)
     _finish_graph(out, model if exporter == GENAI else None)
-    for path in model.iterdir():
-        if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not (out / path.name).exists():
-            shutil.copyfile(path, out / path.name)
+    for path in (*model.iterdir(), *model.glob(CHAT_TEMPLATES)):
+        copy = out / path.relative_to(model)
+        if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"
     if template.is_file():  # transformers.js looks for it in the tokenizer's config alone
         write_json(tokenizer, read_json(tokenizer) | {"chat_template": template.read_text(encoding="utf-8")})

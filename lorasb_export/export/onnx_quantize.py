@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ServerError
 from .onnx_build import DATA, GRAPH
 from .onnx_graph import read_graph
 
@@ -28,6 +29,9 @@ def quantize(folder: Path, bits: int, keep: Collection[str] = ()) -> None:
 
     Args:
         keep: names of weights that stay as they are.
+
+    Raises:
+        ServerError: nothing was left to quantize.
     """
     import onnx
 
@@ -41,6 +45,9 @@ def quantize(folder: Path, bits: int, keep: Collection[str] = ()) -> None:
     if readers == 1:
         others = [node.name for node in _matmuls(model) if node.name != head.name]
         model = _quantized(model, 8, others)
+    if not any(node.op_type == "MatMulNBits" for node in model.graph.node):
+        fix = "Export with --precision fp32, and report it with the model's name"
+        raise ServerError("no layer of the graph can be quantized", where=path, fix=fix)
     (folder / DATA).unlink()
     onnx.save(model, path, save_as_external_data=True, location=DATA)
     (folder / DATA).chmod(path.stat().st_mode)  # onnx makes it readable for its owner alone

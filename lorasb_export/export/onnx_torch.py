@@ -22,6 +22,7 @@ from ..basis import Basis
 environment.hide_broken_packages()
 
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 _ROWS, _TOKENS, _PAST = 2, 3, 5  # of the example; no 0 or 1, which the tracer takes for constants
 
@@ -77,6 +78,7 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     network = base.load(task_type, dtype=dtype, device="cpu")
     if not getattr(network.config, "attn_logit_softcapping", None):  # which only the eager kind has
         network.config._attn_implementation = "sdpa"
+    _unfold(network)
     if basis is not None:
         for name, module in Basis.load(basis).modules.items():
             network.set_submodule(name, _Swappable(network.get_submodule(name), module.A, module.B, network.dtype))
@@ -98,6 +100,15 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     for value in list(program.model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("network.")
     program.save(out / "model.onnx", external_data=True)
+
+
+def _unfold(network: PreTrainedModel) -> None:
+    """Linear layers in place of GPT-2's Conv1D, the same with its weight transposed: its operator is not quantized."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = torch.nn.Linear(module.nx, module.nf, dtype=module.weight.dtype)
+            linear.weight, linear.bias = torch.nn.Parameter(module.weight.T.contiguous()), module.bias
+            network.set_submodule(name, linear)
 
 
 def _decoder(network: PreTrainedModel) -> Any:

@@ -137,8 +137,8 @@ def require_equal(
     """`result` of `verify_folder`.
 
     Raises:
-        ArtifactError: fp32 answers differ by more than a tie between tokens, or the metric drops by more than
-            `max_drop` points.
+        ArtifactError: fp32 answers differ by more than a tie between tokens, no answer of any precision begins like
+            torch's, or the metric drops by more than `max_drop` points.
     """
     if result.get("drop", 0.0) > max_drop:
         raise ArtifactError(
@@ -146,6 +146,12 @@ def require_equal(
             f"({result['torch']:.1%} in torch, {result['onnx']:.1%} in the graph)",
             where=where,
             fix="Nothing was written; export with --precision int8 or fp32, or allow it with --max-drop",
+        )
+    if result.get("equal_tokens", 1) == 0:
+        raise ArtifactError(
+            f"no answer of the {precision} graph agrees with torch in even its first token",
+            where=where,
+            fix="Nothing was written; try --precision fp32, and report it with the versions of the packages",
         )
     if precision == "fp32" and result["gap"] > _TIE:
         counts = f"{result['equal_tokens']} of {result['tokens']} tokens are equal, " if "tokens" in result else ""

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 COLUMNS = ("base", "adapter", "merged", "peft", "onnx", "served")
+# What the last lines tell people to try in the project's folder.
+NEXT = (
+    "lorasb inspect adapters/dates",
+    "lorasb generate 'Date: 3rd of May 2031'",
+    "lorasb serve --adapters dates,orders",
+)
+PUSH = "lorasb push adapters/dates --repo you/dates-lorasb --with-basis"
 _STEPS = 11
 _MERGED = "dates"
 _DTYPE = "float32"  # all ways are compared row by row: no rounding may come between them
@@ -232,10 +239,8 @@ def _report(result: Mapping[str, Any], out: Path, *, push_bytes: int) -> str:
         "",
         f"Everything is in {out}. Look around there:",
         f"  cd {out}",
-        "  lorasb inspect adapters/dates",
-        "  lorasb generate 'Date: 3rd of May 2031'",
-        "  lorasb serve --adapters dates,orders",
-        f"  lorasb push adapters/dates --repo you/dates-lorasb   # private; {push_bytes / 1e6:.0f} MB with its basis",
+        *(f"  {command}" for command in NEXT),
+        f"  {PUSH}   # private; {push_bytes / 1e6:.0f} MB",
         "",
         "The same on your own data:",
         "  lorasb init --model HuggingFaceTB/SmolLM2-135M-Instruct --task mine=path/to/folder-with-train.jsonl",

@@ -45,6 +45,7 @@ def run(
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export import distributed
+    from lorasb_export.base import BaseModel
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
     from lorasb_export.output import refuse_existing
@@ -69,7 +70,8 @@ def run(
     sources = parse_pairs(data) or {name: project.task_source(name) for name in project.shared_tasks()}
     weights = {**project.weights(sources), **_numbers(weight)}
     distributed.start()
-    basis = calibrate(model or project.require_model(), sources, settings, weights=weights)
+    base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
+    basis = calibrate(base, sources, settings, weights=weights)
     if distributed.is_main():
         basis.save(target, overwrite=overwrite)
     distributed.wait()

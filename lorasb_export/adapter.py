@@ -65,6 +65,9 @@ class Adapter:
     def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
 
+        All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
+        those of the model's config.
+
         Args:
             scaling: s.
             init: `svd` starts at R0 = S/s, the first step of the paper; `zero` starts at the base model.
@@ -79,6 +82,11 @@ class Adapter:
 
         adapter = cls.start(basis, scaling=scaling, init=init)
         adapter.R = layer.inject(model, basis.modules, adapter.R, scaling)
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            config: Any = model.config
+            adapter.task_type, adapter.head = "SEQ_CLS", layer.train_head(model)
+            labels = [config.id2label[i] for i in range(config.num_labels)]
+            adapter.training = {"labels": [], "regression": True} if config.num_labels == 1 else {"labels": labels}
         return adapter
 
     @classmethod

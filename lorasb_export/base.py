@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import BaseModelError, LoraSBError
+from .errors import BaseModelError, LoraSBError, SettingsError
 from .fetch import snapshot
 from .network import amend, refuse_made_up
 from .storage import FLOATS, TensorInfo, read_header, read_json
@@ -26,6 +26,7 @@ CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those of a name
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 _OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
@@ -226,6 +227,8 @@ class BaseModel:
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )
 
+        if dtype not in _DTYPES:
+            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use {', '.join(_DTYPES)}")
         environment.hide_broken_packages()
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

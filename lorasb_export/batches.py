@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +45,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def encode(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, task_type: str, labels: Sequence[Any], max_length: int
+    rows: Iterable[Row] | Mapping[int, Row],
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    labels: Sequence[Any],
+    max_length: int,
 ) -> list[Encoded]:
-    """Rows as `input_ids` (t,), `labels`, and `row`, the row's number in `rows` from 1.
+    """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
     `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
     `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
@@ -59,12 +63,14 @@ def encode(
     encoded: list[Encoded] = []
     cut: list[int] = []
     left_out: list[int] = []
-    number = 0
-    for number, row in enumerate(rows, 1):
+    numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
+    for number, row in numbered.items():
         if task_type == SEQ_CLS:
             text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
             ids = tokenizer(*text, truncation=True, max_length=max_length).input_ids
             is_cut = len(ids) == max_length and len(tokenizer(*text).input_ids) > max_length
+            if not ids:
+                raise DataError("the text has no tokens", where=f"row {number}", fix="Remove the row or fill it in")
             target: Any = _target(row, labels, number)
         else:
             ids, target = _tokens(row, tokenizer, number)
@@ -83,9 +89,9 @@ def encode(
     parts = []
     if left_out:
         words = f"left out: their prompt alone has {max_length} tokens or more"
-        parts.append(f"{len(left_out)} of {number} rows {words} ({_named(left_out)})")
+        parts.append(f"{len(left_out)} of {len(numbered)} rows {words} ({_named(left_out)})")
     if cut:
-        parts.append(f"{len(cut)} of {number} rows cut at {max_length} tokens ({_named(cut)})")
+        parts.append(f"{len(cut)} of {len(numbered)} rows cut at {max_length} tokens ({_named(cut)})")
     if parts:
         logger.warning("; ".join(parts))
     return encoded

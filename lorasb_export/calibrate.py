@@ -22,6 +22,7 @@ from .errors import BaseModelError, DataError, SettingsError
 from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
+from .network import require_positions
 from .provenance import command
 from .settings import CalibrationSettings
 from .subspace import (
@@ -80,6 +81,8 @@ def calibrate(
         shape = tuple(weight_of(module).shape)
         if settings.rank > min(shape):
             raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
+
+    require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()
     rows = {task.name: draw(task, tokenizer, labels, settings) for task in tasks}

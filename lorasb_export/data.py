@@ -107,7 +107,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
             )
         _check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
-    digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
     where = str(path.absolute()) if path.exists() else str(source)
     task = TaskData(name, where, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
     if kind == LABELLED:
@@ -147,6 +147,9 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"no such file, folder or Hub dataset: {reason}", where=name, fix="Check the path") from None
+    if "train" not in dataset:
+        fix = "Fetch the split you want and write its rows to train.jsonl"
+        raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)
     names = {"train": "train", "valid": "validation", "test": "test"}
     return {
         split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list())]
@@ -224,6 +227,9 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
             raise DataError("some labels are names, some are numbers", where=place, fix="Use one kind")
     if task.regression:
         return
+    if len(task.labels) < 2:
+        fix = "Add training rows of another class; numbers with a fraction are for regression"
+        raise DataError(f"every training row has the label {task.labels[0]!r}", where=task.source, fix=fix)
     known = set(task.labels)
     for place, row in rows:
         if row["label"] not in known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def fit_tasks(
     distributed.start()
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
-    calibration = replace(CalibrationSettings(**project.calibration), dtype=settings.dtype)
+    calibration = CalibrationSettings(**{"dtype": settings.dtype, **project.calibration})
     sources = {name: basis or _basis_of(project, name) for name in tasks}
     if together and (len(tasks) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(
@@ -59,7 +58,9 @@ def fit_tasks(
         )
     network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
     shared = {
-        source: _shared_basis(project, source, base, tasks, calibration, network)
+        source: _shared_basis(
+            project, source, base, tasks, calibration, network if calibration.dtype == settings.dtype else None
+        )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
     if together:
@@ -82,7 +83,9 @@ def fit_tasks(
 def _basis_of(project: Project, name: str) -> str:
     """Where the basis of a task is, or `own`."""
     own = project.tasks[name].basis if name in project.tasks else None
-    return own or str(project.path(project.basis_path))
+    if own is None:
+        return str(project.path(project.basis_path))
+    return str(project.path(own)) if own != OWN_BASIS and project.path(own).exists() else own
 
 
 def _shared_basis(

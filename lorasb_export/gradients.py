@@ -38,8 +38,8 @@ def draw(
     if wanted is None:
         wanted = max(32, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
-    drawn = random.Random(settings.seed).sample(rows, min(count, len(rows)))
-    return encode(drawn, tokenizer, task.task_type, labels, settings.max_length)
+    drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
+    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length)
 
 
 def gradients_of_rows(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from . import environment
-from .errors import ArtifactError, BaseModelError
+from .errors import ArtifactError, BaseModelError, SettingsError
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -125,8 +125,13 @@ class LoRASBLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.route is None or self.route.rows is None:
             return self._forward(x, None)
-        rows = self.route.rows.expand(len(x))
-        return self._forward(x, rows) if x.dim() == 3 else self._forward(x.unsqueeze(1), rows).squeeze(1)
+        rows, *_, width = self.route.rows, *x.shape
+        n = len(rows)  # 1 for all rows of the batch
+        if n > 1 and (len(x) != n if x.dim() > 2 else len(x) % n):
+            what = f"{n} adapters were chosen, which does not fit a batch of shape {tuple(x.shape)}"
+            raise SettingsError(what, fix="Choose one for each row")
+        # Some models flatten (n, t, in) to (n·t, in) before a layer; one row after another all the same.
+        return self._forward(x.reshape(n, -1, width), rows).view(*x.shape[:-1], -1)
 
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         device = x.device.type
@@ -209,6 +214,24 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a sequence classifier's head: all that lie outside its body (`base_model_prefix`)."""
     body = f"{model.base_model_prefix}."
     return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+
+
+def train_head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A sequence classifier's `head_parameters`, made trainable, and fp32 where they were not: as R is, and why."""
+    head = head_parameters(model)
+    for name in sorted({name.rpartition(".")[0] for name in head}):
+        module = model.get_submodule(name)
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype != (wide := torch.promote_types(parameter.dtype, torch.float32)):
+                parameter.data = parameter.data.to(wide)
+                module.register_forward_pre_hook(_widened)
+            parameter.requires_grad_(True)
+    return head
+
+
+def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters(recurse=False)).dtype
+    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import BaseModelError
+from .errors import BaseModelError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
 def amend(model: PreTrainedModel) -> None:
@@ -25,6 +27,18 @@ def amend(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
+
+
+def require_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
+            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            if max_length > (reach := module.num_embeddings - first):
+                fix = f"Lower max_length to {reach}"
+                raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:

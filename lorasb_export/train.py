@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
 from .adapter import Adapter
-from .base import CAUSAL_LM, SEQ_CLS, BaseModel
+from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
 from .batches import encode
 from .calibrate import calibrate
@@ -27,8 +27,8 @@ from .checkpoints import COMPLETE, RESUME, check_identity, last_complete, open_f
 from .data import TaskData, load_task, question_and_answer
 from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric, max_answer_tokens
-from .layer import head_parameters
 from .lock import only_writer
+from .network import require_positions
 from .order import RowOrder
 from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
 from .settings import CalibrationSettings, FitSettings
@@ -98,7 +98,8 @@ def fit_together(
     """Train several tasks in one frozen basis at once, in mixed batches, and write `folder`/TASK for each.
 
     Every step takes `batch_size` rows of every task through one forward pass. Each task's loss is averaged over its
-    own rows and each has its own optimizer state, gradient clip and schedule: its R is that of `fit` alone.
+    own rows and each has its own optimizer state, gradient clip and schedule: its R is that of `fit` alone, unless
+    the base has dropout, which falls otherwise.
 
     Args and errors: as for `fit`; also SettingsError for classification, where each task trains a head of its own.
     """
@@ -108,8 +109,14 @@ def fit_together(
         )
     folder = Path(os.path.abspath(folder))
     outs = [folder / task.name for task in tasks]
-    run = _Run(model, basis, tasks, outs, folder / ".together.run", settings or FitSettings(), network)
+    run = _Run(model, basis, tasks, outs, folder / _together(tasks), settings or FitSettings(), network)
     return run.train(resume=resume, overwrite=overwrite)
+
+
+def _together(tasks: Sequence[TaskData]) -> str:
+    """The working folder's name: of these tasks alone, since other runs may be under way; no task may have a +."""
+    names = json.dumps(sorted(task.name for task in tasks))
+    return f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"
 
 
 class _Run:
@@ -225,7 +232,8 @@ class _Run:
         made_from = json.dumps([asdict(self._basis), task.sha256])
         folder = self.folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
         if not folder.exists():
-            basis = calibrate(self.base, {task.name: task}, self._basis, network=network)
+            same = network if self._basis.dtype == self.settings.dtype else None
+            basis = calibrate(self.base, {task.name: task}, self._basis, network=same)
             if distributed.is_main():
                 basis.save(folder)
             distributed.wait()
@@ -253,6 +261,7 @@ class _Run:
 
     def _trainer(self, network: PreTrainedModel, basis: Basis, identity: Mapping[str, Any]) -> RTrainer:
         settings, tokenizer = self.settings, self.base.load_tokenizer()
+        require_positions(network, settings.max_length)
         rows = [encode(t.rows("train"), tokenizer, t.task_type, t.labels, settings.max_length) for t in self.tasks]
         start: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
         if len(self.tasks) > 1:
@@ -260,11 +269,7 @@ class _Run:
             stack = Stack(network, adapters)
         else:
             (task,), stack = self.tasks, None
-            adapter = Adapter.attach(network, basis, **start)
-            adapter.task_type = task.task_type
-            if task.task_type == SEQ_CLS:
-                adapter.head = {name: p.requires_grad_(True) for name, p in head_parameters(network).items()}
-            adapters = {task.name: adapter}
+            adapters = {task.name: Adapter.attach(network, basis, **start)}
         runs = [
             TaskRun(
                 task,

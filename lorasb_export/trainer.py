@@ -163,9 +163,10 @@ class RTrainer(Trainer):
         return losses.sum()
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        """Each task's gradient by itself; returns the largest norm."""
+        """Each task's gradient by itself; returns the largest norm. A task that has ended has none."""
         limit = self.args.max_grad_norm
-        return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in self._parameters]).max()
+        training = [group for group in self._parameters if any(p.grad is not None for p in group)]
+        return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in training]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """For each task a group of R, and another of a classifier's head, which AdamW trains in any case."""
@@ -307,7 +308,9 @@ class _Evaluate(TrainerCallback):
             if run.validation and (step % run.evaluate_every == 0 or step == run.order.steps):
                 trainer.evaluate_task(k)
         if not trainer._active(step):
-            control.should_training_stop = control.should_save = control.should_log = True
+            control.should_training_stop = control.should_save = True
+        if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
+            control.should_log = True
 
 
 def _label_count(row: Encoded) -> int:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
 from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, question_and_answer
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
+from lorasb_export.gradients import draw
 from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_llama, save_tokenizer
 
@@ -43,6 +47,7 @@ BAD = {
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
     "labels of two kinds": (CLASS + '{"text": "a", "label": 1.5}\n', "some labels are names", "train.jsonl:2"),
+    "one label": (CLASS + CLASS, "every training row has the label 'yes'", ""),
     "no rows": ("\n\n", "no training rows", ""),
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
@@ -124,6 +129,29 @@ def test_no_data(tmp_path: Path, llama: Path) -> None:
         load_task("t", tmp_path / "nowhere")
     with pytest.raises(DataError, match="no data to calibrate on"):
         calibrate(str(llama), {})
+
+
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_list([{"text": "a", "when": datetime(2026, 1, 1)}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train": rows, "validation": rows}))
+    assert sorted(load_task("t", "owner/name").splits) == ["train", "valid"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train_sft": rows}))
+    with pytest.raises(DataError, match=r"no split train \(it has train_sft\) \(owner/name\)"):
+        load_task("t", "owner/name")
+
+
+def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None:
+    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).load_tokenizer()
+    every = encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 64)
+    drawn = draw(task, tokenizer, [], CalibrationSettings(samples=5))
+    assert len(drawn) == 5
+    assert all(row == every[row["row"] - 1] for row in drawn)
+
+
+def test_a_text_without_tokens_is_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    with pytest.raises(DataError, match=r"the text has no tokens \(row 1\)"):
+        encode([{"text": "", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
 
 
 def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:

@@ -184,4 +184,4 @@ def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) 
     with pytest.raises(SettingsError, match="metric 'accuracy' does not fit regression rows"):
         evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="accuracy")
     with pytest.raises(DataError, match=r"the data is SEQ_CLS, the adapter SEQ_CLS \(regression\)"):
-        evaluate(adapter, task_of(CLASS, tmp_path / "data"), split="train")
+        evaluate(adapter, task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data"), split="train")

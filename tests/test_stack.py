@@ -13,6 +13,8 @@ from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
+from tests.random_adapter import save_adapter
+from tests.test_merge_families import make
 
 
 def random_adapter(basis: Basis, seed: int) -> Adapter:
@@ -127,3 +129,23 @@ def test_autocast_and_gradient_checkpointing_keep_the_gradient(llama: Path, basi
     for a, b in zip(half, plain, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_a_model_that_flattens_its_rows(tmp_path: Path) -> None:
+    """OPT's feed-forward layers get (n·t, in)."""
+    base = make(tmp_path / "base", "opt")
+    network = BaseModel.resolve(base).load(dtype="float64")
+    saved = save_adapter(base, network, tmp_path / "a", ["model.decoder.layers.0.fc1"], relative_size=0.3)
+    adapters = {"a": saved, "b": random_adapter(saved.load_basis(), 1)}
+    alone = {None: logits(network, IDS)}
+    for name, adapter in adapters.items():
+        adapter.inject(network)
+        alone[name] = logits(network, IDS)
+    stack = Stack(network, adapters)
+    choice = ["b", None, "a", "b"]
+    stack.use(choice)
+    mixed = logits(network, IDS)
+    for row, name in enumerate(choice):
+        assert torch.allclose(mixed[row], alone[name][row], atol=1e-12), name
+    with pytest.raises(SettingsError, match=r"4 adapters were chosen, which does not fit a batch of shape \(21, 32\)"):
+        logits(network, IDS[:3])

@@ -20,6 +20,7 @@ from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.inference import evaluate
 from lorasb_export.lock import only_writer
+from lorasb_export.muon import Muon, groups_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.trainer import RTrainer
 
@@ -82,6 +83,8 @@ def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
     fit(str(llama), basis, sums, folder / "undisturbed", undisturbed)
     one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
     assert all(torch.equal(one[name], two[name]) for name in two)
+    one, two = ((folder / name / "training_log.jsonl").read_text() for name in ("a", "undisturbed"))
+    assert one == two
 
 
 def interrupt(
@@ -187,12 +190,17 @@ def test_a_basis_of_another_base_is_refused(bert: Path, llama: Path, sums: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_classification_trains_and_keeps_its_head(optimizer: str, bert: Path, parity: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("adamw", "auto"), ("muon", "auto"), ("muon", "bfloat16"), ("muon", "float16")]
+)
+def test_classification_trains_and_keeps_its_head(
+    optimizer: str, dtype: str, bert: Path, parity: Path, tmp_path: Path
+) -> None:
     calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8)).save(tmp_path / "basis")
-    settings = FitSettings(epochs=15, learning_rate=2e-2, optimizer=optimizer)
+    settings = FitSettings(epochs=15, learning_rate=2e-2, optimizer=optimizer, dtype=dtype)
     adapter = fit(str(bert), tmp_path / "basis", parity, tmp_path / "a", settings)
     assert (adapter.task_type, adapter.labels) == (SEQ_CLS, ["no", "yes"])
+    assert {parameter.dtype for parameter in adapter.head.values()} == {torch.float32}
     loaded = Adapter.load(tmp_path / "a")
     assert set(loaded.head) == {"classifier.weight", "classifier.bias"}
     assert evaluate(loaded, load_task("parity", parity), split="train")["adapter"] > 0.9
@@ -212,3 +220,19 @@ def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_pat
     fresh = BaseModel.resolve(llama).load()
     Adapter.load(tmp_path / "mine").inject(fresh)
     assert torch.equal(fresh(ids).logits, network(ids).logits)
+
+
+def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8))
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=3, dtype="bfloat16")
+    adapter = Adapter.attach(network, basis)
+    optimizer = Muon(groups_of(network), lr=1e-2)
+    before = adapter.head["classifier.weight"].detach().clone()
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    network(ids, labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    adapter.save(tmp_path / "mine")
+    loaded = Adapter.load(tmp_path / "mine")
+    assert (loaded.task_type, loaded.num_labels, loaded.labels[1]) == (SEQ_CLS, 3, "LABEL_1")
+    assert torch.equal(loaded.head["classifier.weight"], adapter.head["classifier.weight"])
+    assert not torch.equal(loaded.head["classifier.weight"], before)

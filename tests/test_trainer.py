@@ -96,9 +96,22 @@ def test_grouping_by_length_pads_less() -> None:
 
 @pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
 def test_tasks_together_end_as_each_alone(
-    accumulate: int, optimizer: str, llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+    accumulate: int,
+    optimizer: str,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Issue 3.8: other lengths of runs, other schedules, one clip each; the same R to 1e-6 in float64."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipped(group: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        assert all(p.grad is not None for p in group)  # else torch's norm of nothing is on the CPU
+        return clip(group, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     settings = replace(SETTINGS, accumulate=accumulate, optimizer=optimizer)
     together = fit_together(str(llama), basis, list(tasks.values()), tmp_path / "together", settings)
     for adapter, (name, task) in zip(together, tasks.items(), strict=True):
@@ -140,6 +153,8 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
         patch.setattr(RTrainer, "training_step", stopping)
         with pytest.raises(Stop):
             fit_together(*inputs, tmp_path / "a", settings)
+    others = [replace(task, name=f"other-{name}") for name, task in tasks.items()]
+    fit_together(*inputs[:2], others, tmp_path / "a", settings)  # meanwhile, in the same project
     resumed = fit_together(*inputs, tmp_path / "a", settings, resume=True)
     undisturbed = fit_together(*inputs, tmp_path / "b", settings)
     assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
@@ -293,6 +308,14 @@ def test_the_head_gets_the_last_positions_in_one_block_of_memory(llama: Path) ->
     last = network(ids, logits_to_keep=2).logits
     assert seen == [True]
     assert torch.allclose(last, network(ids).logits[:, -2:], atol=1e-6)
+
+
+def test_what_the_base_cannot_do_is_refused(llama: Path, bert: Path, sums: Path, parity: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"dtype is 'bf16'.*bfloat16"):
+        fit(str(llama), CalibrationSettings(rank=8), sums, tmp_path / "a", FitSettings(dtype="bf16"))
+    for calibration, settings in (({"max_length": 600}, {}), ({}, {"max_length": 600})):
+        with pytest.raises(SettingsError, match=r"max_length is 600, the base's positions end at 512\. Lower"):
+            fit(str(bert), CalibrationSettings(rank=8, **calibration), parity, tmp_path / "a", FitSettings(**settings))
 
 
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:

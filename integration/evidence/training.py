@@ -15,14 +15,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel, BaseRef, default_device
+from lorasb_export.base import CAUSAL_LM, BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
 from lorasb_export.batches import Encoded, collate, encode, row_losses
 from lorasb_export.calibrate import calibrate
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
-from lorasb_export.layer import head_parameters, weight_of
+from lorasb_export.layer import weight_of
 from lorasb_export.muon import Muon, groups_of
 from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -159,9 +159,6 @@ def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell
     if cell.method == "lora-xs":  # its R starts as noise
         for R in adapter.R.values():
             torch.nn.init.normal_(R, std=1e-5)
-    if task.task_type == SEQ_CLS:
-        for parameter in head_parameters(network).values():
-            parameter.requires_grad_(True)
     return network
 
 

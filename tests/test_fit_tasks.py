@@ -1,0 +1,71 @@
+"""Fitting the tasks of a project file: where bases lie, and in what they are calibrated."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lorasb_cli.main import app
+from typer.testing import CliRunner
+
+from lorasb_export import Basis, calibrate
+from lorasb_export.base import BaseModel
+from lorasb_export.fit_tasks import fit_tasks
+from lorasb_export.project import Project
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from tests.tiny import make_llama
+
+SETTINGS = FitSettings(max_steps=1)
+
+
+def project(folder: Path, base: Path, sums: Path, more: str) -> Project:
+    """A project of the task `a`, which lies in its folder."""
+    folder.mkdir()
+    shutil.copytree(sums, folder / "data")
+    (folder / "lorasb.toml").write_text(f'model = "{base}"\n{more}[tasks.a]\ndata = "data"\n')
+    return Project.load(folder / "lorasb.toml")
+
+
+def test_the_basis_of_a_task_lies_beside_the_file(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is run."""
+    found = project(tmp_path / "p", llama, sums, "")
+    with (tmp_path / "p" / "lorasb.toml").open("a") as file:
+        file.write('basis = "mine"\n')
+    calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4)).save(tmp_path / "p" / "mine")
+    found = Project.load(tmp_path / "p" / "lorasb.toml")
+    monkeypatch.chdir(tmp_path)
+    adapter = fit_tasks(found, ["a"], SETTINGS)["a"]
+    assert adapter.basis_source == str(tmp_path / "p" / "mine")
+
+
+@pytest.mark.parametrize("source", [None, "own"])
+def test_a_basis_is_calibrated_in_the_dtype_of_its_section(source: str | None, sums: Path, tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
+    found = project(tmp_path / "p", base, sums, '[basis]\nrank = 4\ndtype = "float32"\n')
+    adapter = fit_tasks(found, ["a"], SETTINGS, basis=source)["a"]
+    assert {module.B.dtype for module in adapter.load_basis().modules.values()} == {torch.float32}
+
+
+def test_calibrate_takes_the_revision_of_the_file(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fit` does; a revision means something on the Hub alone, so it is only looked at how it is asked for."""
+    project(tmp_path / "p", llama, sums, 'revision = "v1.0"\n[basis]\nrank = 4\n')
+    monkeypatch.chdir(tmp_path / "p")
+    asked: list[Any] = []
+    resolve = BaseModel.resolve
+
+    def asking(name: str, revision: str | None = None) -> BaseModel:
+        asked.append((name, revision))
+        return resolve(name)
+
+    monkeypatch.setattr(BaseModel, "resolve", asking)
+    done = CliRunner().invoke(app, ["calibrate"])
+    assert done.exit_code == 0, done.output
+    assert asked == [(str(llama), "v1.0")]
+    assert Basis.load(tmp_path / "p" / "basis").rank == 4

@@ -23,6 +23,9 @@ def run(
         typer.Option(metavar="NAME=NUMBER", help="What a task's losses are multiplied by; repeatable, 1 by default."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of the basis.")] = None,
+    directions: Annotated[
+        str | None, typer.Option(help="gradient (the paper), or random: in seconds, without data.")
+    ] = None,
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
         str | None,
@@ -49,12 +52,13 @@ def run(
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
     from lorasb_export.output import refuse_existing
-    from lorasb_export.settings import CalibrationSettings
+    from lorasb_export.settings import RANDOM, CalibrationSettings
     from lorasb_export.subspace import by_module, spread
 
     project = run.project
     flags = given(
         rank=rank,
+        directions=directions,
         samples=samples,
         targets=targets,
         reduction=reduction,
@@ -67,7 +71,9 @@ def run(
     settings = CalibrationSettings(**{**project.calibration, **flags})
     target = Path(out) if out else project.path(project.basis_path)
     refuse_existing(target, overwrite)
-    sources = parse_pairs(data) or {name: project.task_source(name) for name in project.shared_tasks()}
+    sources = parse_pairs(data)
+    if not sources and settings.directions != RANDOM:
+        sources = {name: project.task_source(name) for name in project.shared_tasks()}
     weights = {**project.weights(sources), **_numbers(weight)}
     distributed.start()
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
@@ -76,28 +82,30 @@ def run(
         basis.save(target, overwrite=overwrite)
     distributed.wait()
     distributed.stop()
-    energy, capture = spread(list(basis.calibration["energy"].values())), basis.calibration["capture"]
-    result = {
+    result: dict[str, Any] = {
         "basis": str(target),
         "sha256": basis.sha256,
         "rank": basis.rank,
         "modules": len(basis.modules),
         "samples": basis.calibration["samples"],
-        "energy": energy,
-        "capture": {
-            "basis": capture["basis"],
-            "random": capture["random"],
-            "by_module": by_module(capture["modules"]),
-            "tasks": {name: overview(found) for name, found in capture["tasks"].items()},
-        },
+        "energy": spread(list(basis.calibration["energy"].values())),
+        "capture": None,
     }
-    run.result(
-        result,
-        f"Basis of rank {basis.rank} for {result['modules']} modules from {result['samples']} rows: {target}\n"
-        f"It keeps {percentages(energy)} of the first step's energy.\n"
-        f"How much of the gradient it captures, beside a task's own basis and a random one:\n"
-        f"{_table(result['capture'], basis.calibration['samples'])}",
-    )
+    made_from = "random numbers" if settings.directions == RANDOM else f"{result['samples']} rows"
+    lines = [f"Basis of rank {basis.rank} for {result['modules']} modules from {made_from}: {target}"]
+    if found := basis.calibration.get("capture"):
+        result["capture"] = {
+            "basis": found["basis"],
+            "random": found["random"],
+            "by_module": by_module(found["modules"]),
+            "tasks": {name: overview(of_task) for name, of_task in found["tasks"].items()},
+        }
+        lines += [
+            f"It keeps {percentages(result['energy'])} of the first step's energy.",
+            "How much of the gradient it captures, beside a task's own basis and a random one:",
+            _table(result["capture"], result["samples"]),
+        ]
+    run.result(result, "\n".join(lines))
 
 
 def _numbers(words: list[str] | None) -> dict[str, float]:

@@ -141,6 +141,12 @@ class BaseModel:
         )
 
     @property
+    def generates(self) -> bool:
+        """Whether it is a causal language model; one whose config.json does not say is taken for one."""
+        architecture: str = (self.config.get("architectures") or ["ForCausalLM"])[0]
+        return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
     def stores_transposed(self) -> bool:
         """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
         return self.config["model_type"] in ("gpt2", "openai-gpt")
@@ -219,10 +225,9 @@ class BaseModel:
         """
         import torch
 
-        architecture = (self.config.get("architectures") or ["ForCausalLM"])[0]
-        if task_type == CAUSAL_LM and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        if task_type == CAUSAL_LM and not self.generates:
             raise BaseModelError(
-                f"{architecture} does not generate text",
+                f"{self.config['architectures'][0]} does not generate text",
                 where=self.folder,
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )

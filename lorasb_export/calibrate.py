@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .base import SEQ_CLS, BaseModel
+from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .basis import Basis
 from .capture import capture_of_rows, record
 from .data import TaskData, load_task
@@ -24,7 +24,8 @@ from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
 from .network import require_positions
 from .provenance import command
-from .settings import CalibrationSettings
+from .random_basis import random_factors
+from .settings import RANDOM, CalibrationSettings
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,
@@ -54,6 +55,9 @@ def calibrate(
     Its `calibration` records, under `capture`, how much of the gradient it was made from the basis holds, overall
     and by module, and how much of each task's (see `capture.capture`).
 
+    With `directions` random it is made without data: `data` and `weights` are not read, and nothing is recorded of
+    gradients.
+
     Args:
         model: folder, Hub id, or a resolved BaseModel.
         data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
@@ -66,6 +70,8 @@ def calibrate(
         BaseModelError: a target shares its weight, or received no gradient, or a non-finite one.
     """
     settings = settings or CalibrationSettings()
+    if settings.directions == RANDOM:
+        return _random(model if isinstance(model, BaseModel) else BaseModel.resolve(model), settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
     base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
@@ -76,12 +82,7 @@ def calibrate(
         classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     remove(network)  # the gradient is wanted at W0
-    targets = find_targets(network, settings.targets)
-    for name, module in targets.items():
-        shape = tuple(weight_of(module).shape)
-        if settings.rank > min(shape):
-            raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
-
+    targets = _targets(network, settings)
     require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()
@@ -124,6 +125,25 @@ def calibrate(
         },
     }
     return Basis(base.ref(targets), settings.rank, modules, calibration)
+
+
+def _random(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
+    network = network or base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
+    remove(network)
+    targets = _targets(network, settings)
+    modules = random_factors(targets, settings.rank, settings.seed, network.dtype)
+    used = {"directions": RANDOM, "targets": settings.targets, "dtype": settings.dtype, "seed": settings.seed}
+    calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}
+    return Basis(base.ref(targets), settings.rank, modules, calibration)
+
+
+def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
+    targets = find_targets(network, settings.targets)
+    for name, module in targets.items():
+        shape = tuple(weight_of(module).shape)
+        if settings.rank > min(shape):
+            raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
+    return targets
 
 
 def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:

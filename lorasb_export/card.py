@@ -57,7 +57,7 @@ def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHI
         "trained parameters of an adapter in it": rank * rank * len(config["target_modules"]),
         "LoRA of this rank on these modules": sum(rank * sum(shape) for shape in config["target_modules"].values()),
         "kept of the first step's energy, mean of modules": sum(energy.values()) / len(energy) if energy else None,
-        **{key: calibration.get(key) for key in ("samples", "reduction", "loss", "dtype", "seed")},
+        **{key: calibration.get(key) for key in ("directions", "samples", "reduction", "loss", "dtype", "seed")},
     }
     body = f"""# A LoRA-SB basis for {base_link(base)}
 

@@ -14,7 +14,7 @@ from .calibrate import calibrate
 from .data import TaskData, load_task
 from .errors import SettingsError
 from .project import OWN_BASIS, Project
-from .settings import CalibrationSettings, FitSettings
+from .settings import RANDOM, CalibrationSettings, FitSettings
 from .train import fit, fit_together
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _shared_basis(
     folder = project.path(project.basis_path)
     if Path(source) != folder or folder.exists():
         return Basis.load(source)
-    sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in project.shared_tasks()}
+    names = [] if calibration.directions == RANDOM else project.shared_tasks()
+    sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
     found = calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
     if distributed.is_main():
         found.save(folder)

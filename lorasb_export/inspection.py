@@ -17,6 +17,7 @@ from .errors import LoraSBError, SettingsError
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
+from .settings import GRADIENT
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread
 
@@ -69,7 +70,8 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "sha256": basis.sha256,
         "calibrated_on": [source["name"] for source in basis.calibration["data"]],
         "samples": basis.calibration["samples"],
-        "reduction": basis.calibration["reduction"],
+        "directions": basis.calibration.get("directions", GRADIENT),
+        "reduction": basis.calibration.get("reduction"),
         "energy": spread(energy),
     } | _recorded(basis.calibration.get("capture", {}))
 

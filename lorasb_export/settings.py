@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .errors import SettingsError
 
 ALL_LINEAR = "all-linear"
+GRADIENT, RANDOM = "gradient", "random"
 _CHOICES = {
     "optimizer": ("adamw", "muon"),
     "init": ("svd", "zero"),
@@ -23,6 +24,8 @@ class CalibrationSettings:
 
     Attributes:
         rank: r.
+        directions: what B and A span: `gradient`, the first step of full fine-tuning (the paper); or `random`: no data
+            is read, and of the settings below `targets`, `dtype` and `seed` alone matter.
         samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
         targets: `all-linear` (every Linear but the heads), comma-separated module name endings, or a regular
             expression that whole module names match.
@@ -41,6 +44,7 @@ class CalibrationSettings:
     """
 
     rank: int = 64
+    directions: str = GRADIENT
     samples: float | None = None
     targets: str = ALL_LINEAR
     reduction: str = "sign"
@@ -54,6 +58,8 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.directions not in (GRADIENT, RANDOM):
+            raise SettingsError(f"directions is {self.directions!r}", fix=f"Use {GRADIENT} or {RANDOM}")
         if self.reduction not in ("sign", "raw"):
             raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
         if self.loss not in ("sample", "token"):
@@ -76,7 +82,8 @@ class FitSettings:
         accumulate: forward passes per optimizer step.
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
-        learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers.
+        learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
+            times that in a random basis.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -131,9 +138,10 @@ class FitSettings:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be at least 1")
 
-    def for_task(self, task_type: str) -> FitSettings:
-        """These, with a learning rate where none was given."""
+    def for_task(self, task_type: str, directions: str) -> FitSettings:
+        """These, with a learning rate where none was given, for a task in a basis of such `directions`."""
         if self.learning_rate is not None:
             return self
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
-        return replace(self, learning_rate=of_text if task_type == "CAUSAL_LM" else 1e-3)
+        rate = of_text if task_type == "CAUSAL_LM" else 1e-3
+        return replace(self, learning_rate=3 * rate if directions == RANDOM else rate)

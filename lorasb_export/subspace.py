@@ -100,5 +100,7 @@ def by_module(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, least and greatest, to four digits."""
+    """Mean, least and greatest, to four digits; nothing of nothing."""
+    if not values:
+        return {}
     return rounded({"mean": sum(values) / len(values), "min": min(values), "max": max(values)})

@@ -31,7 +31,7 @@ from .lock import only_writer
 from .network import require_positions
 from .order import RowOrder
 from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
-from .settings import CalibrationSettings, FitSettings
+from .settings import GRADIENT, RANDOM, CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import read_json, write_json
 from .trainer import RTrainer, TaskRun
@@ -134,7 +134,6 @@ class _Run:
     ) -> None:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
-        self.settings = settings.for_task(tasks[0].task_type)
         self._started = time.monotonic()
         if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
             raise MissingPackageError(
@@ -151,9 +150,13 @@ class _Run:
             )
         self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
         self._network, self._basis = network, basis
-        if not isinstance(basis, CalibrationSettings):
+        if isinstance(basis, CalibrationSettings):
+            directions = basis.directions
+        else:
             self._basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(self._basis.base, self._basis.modules)
+            directions = self._basis.calibration.get("directions", GRADIENT)
+        self.settings = settings.for_task(tasks[0].task_type, directions)
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
         with ExitStack() as locks:
@@ -203,7 +206,7 @@ class _Run:
                 **summary(run, entries, history.steps_done(trainer.state.global_step), best),
                 "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
                 "settings": asdict(self.settings),
-                "capture": overview(found),
+                "capture": found and overview(found),
             }
             written = resume and not overwrite and self.outs[k].exists()  # before the interruption
             if distributed.is_main() and not written:
@@ -239,8 +242,13 @@ class _Run:
             distributed.wait()
         return replace(Basis.load(folder), source=None)  # it will lie in the adapter
 
-    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any]:
-        """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run."""
+    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any] | None:
+        """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run.
+
+        None in a random basis, which has nothing to do with it.
+        """
+        if basis.calibration.get("directions") == RANDOM:
+            return None
         path = self.folder / f"capture-{task.sha256[:16]}.json"
         found = recorded(basis, task)
         if found is None and path.exists():

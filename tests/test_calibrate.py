@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from lorasb_export import Adapter, fit
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, Encoded, collate
@@ -25,7 +26,7 @@ from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.settings import CalibrationSettings
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.subspace import CaptureRatios, rounded
 from lorasb_export.targets import find_targets
 from tests.conftest import write_splits
@@ -393,3 +394,36 @@ def test_wrong_weights_on_the_command_line() -> None:
     for wrong in ("a", "a=", "a=heavy"):
         done = CliRunner().invoke(app, ["calibrate", "--model", "m", "--data", "a=d", "--weight", wrong])
         assert done.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_random_basis_needs_no_data(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    base, folder = request.getfixturevalue(kind), tmp_path / "basis"
+    text = lorasb("calibrate", "--model", str(base), "--directions", "random", "--rank", "4", "--out", str(folder))
+    assert text == f"Basis of rank 4 for {14 if kind == 'llama' else 13} modules from random numbers: {folder}\n"
+    basis = Basis.load(folder)
+    for module in basis.modules.values():
+        for factor in (module.B, module.A.T):
+            assert torch.allclose(factor.T @ factor, torch.eye(4), atol=1e-6)
+        assert not module.S.any()
+    assert basis.sha256 == calibrate(str(base), {}, CalibrationSettings(rank=4, directions="random")).sha256
+    assert inspect_folder(folder)["directions"] == "random"
+    assert "| directions | random |" in (folder / "README.md").read_text()
+    with pytest.raises(SettingsError, match="rank 40 exceeds module"):
+        calibrate(str(base), {}, CalibrationSettings(rank=40, directions="random"))
+
+
+@pytest.mark.parametrize("source", ["shared", "own"])
+def test_fit_in_a_random_basis_asks_for_no_gradient(
+    source: str, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts at the base model, with three times the rate."""
+    settings = CalibrationSettings(rank=4, directions="random")
+    monkeypatch.setattr("lorasb_export.train.capture", None)
+    made = settings if source == "own" else calibrate(str(llama), {}, settings)
+    adapter = fit(str(llama), made, sums, tmp_path / "a", FitSettings(max_steps=2))
+    assert adapter.training["settings"]["learning_rate"] == pytest.approx(9e-3)
+    assert (adapter.training["capture"], adapter.training["energy"]) == (None, {})
+    assert any(R.any() for R in adapter.R.values())
+    assert not any(R.any() for R in Adapter.start(adapter.load_basis()).R.values())
+    assert "The basis holds" not in (tmp_path / "a" / "README.md").read_text()

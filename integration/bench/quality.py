@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
     "LoRA-SB own r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "own", "optimizer": "muon"},
     "LoRA-SB shared r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "mixture", "optimizer": "muon"},
+    "LoRA-SB random r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "random", "optimizer": "muon"},
     "LoRA r=8": {"method": "lora", "rank": 8},
     "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
     "LoRA r=32": {"method": "lora", "rank": 32},

@@ -25,6 +25,7 @@ from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.layer import weight_of
 from lorasb_export.muon import Muon, groups_of
 from lorasb_export.order import RowOrder, learning_rate_factor
+from lorasb_export.random_basis import random_factors
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.subspace import CaptureRatios
 from lorasb_export.targets import find_targets
@@ -167,7 +168,8 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     if cell.basis == "wsvd":
         return weight_basis(network, cell.rank)
     if cell.basis == "random":
-        return random_basis(network, cell.rank)
+        targets = find_targets(network, CalibrationSettings.targets)
+        return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32))
     tasks = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
     names = {"own": [cell.task], "mixture": tasks, "without": [t for t in tasks if t != cell.task]}
     of = list(names.get(cell.basis, [cell.basis]))
@@ -205,14 +207,6 @@ def weight_basis(network: PreTrainedModel, rank: int, *, scaled: bool = False) -
         U, S, Vh = torch.linalg.svd(weight_of(module).detach().float(), full_matrices=False)
         B = U[:, :rank] * S[:rank] if scaled else U[:, :rank]
         modules[name] = ModuleBasis(B.contiguous(), Vh[:rank].contiguous(), torch.zeros(rank))
-    return _basis(network, rank, modules)
-
-
-def random_basis(network: PreTrainedModel, rank: int) -> Basis:
-    modules, generator = {}, torch.Generator().manual_seed(0)
-    for name, module in find_targets(network, CalibrationSettings.targets).items():
-        B, A = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in weight_of(module).shape)
-        modules[name] = ModuleBasis(B, A.T.contiguous(), torch.zeros(rank))
     return _basis(network, rank, modules)
 
 

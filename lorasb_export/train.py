@@ -261,7 +261,7 @@ class _Run:
                     write_json(temporary, found)
         if is_little(found):
             logger.warning(
-                "%s: %s. Training in it may fall short: consider --basis own, or calibrate with this task's rows",
+                "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
                 task.name,
                 words(overview(found)),
             )

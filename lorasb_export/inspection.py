@@ -17,7 +17,7 @@ from .errors import LoraSBError, SettingsError
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
-from .settings import GRADIENT
+from .settings import GRADIENT, RANDOM
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread
 
@@ -61,19 +61,24 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
 
 
 def _basis(basis: Basis) -> dict[str, Any]:
-    energy = list(basis.calibration["energy"].values())
-    return {
+    made = basis.calibration
+    found = {
         "base_model": basis.base.name_or_path,
         "rank": basis.rank,
         "modules": len(basis.modules),
         "dtype": str(next(iter(basis.modules.values())).B.dtype).removeprefix("torch."),
         "sha256": basis.sha256,
-        "calibrated_on": [source["name"] for source in basis.calibration["data"]],
-        "samples": basis.calibration["samples"],
-        "directions": basis.calibration.get("directions", GRADIENT),
-        "reduction": basis.calibration.get("reduction"),
-        "energy": spread(energy),
-    } | _recorded(basis.calibration.get("capture", {}))
+        "directions": made.get("directions", GRADIENT),
+    }
+    if found["directions"] == RANDOM:
+        return found
+    calibrated = {
+        "calibrated_on": [source["name"] for source in made["data"]],
+        "samples": made["samples"],
+        "reduction": made["reduction"],
+        "energy": spread(list(made["energy"].values())),
+    }
+    return found | calibrated | _recorded(made.get("capture", {}))
 
 
 def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:

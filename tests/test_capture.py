@@ -68,7 +68,7 @@ def test_fit_warns_of_a_basis_that_captures_little(
     own = calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4))
     with caplog.at_level(logging.WARNING, logger="lorasb_export"):
         adapter = fit(str(llama), random_basis(own), sums, tmp_path / "poor", FitSettings(max_steps=1))
-    assert "consider --basis own" in caplog.text
+    assert "try a higher --learning-rate, or --basis own" in caplog.text
     assert adapter.training["capture"]["basis"] < adapter.training["capture"]["own"]
     caplog.clear()
     good = fit(str(llama), own, sums, tmp_path / "good", FitSettings(max_steps=1))

@@ -77,7 +77,7 @@ def test_fit_warns_of_a_basis_that_captures_little(
     assert found["modules"].keys() == own.modules.keys()
     assert good.training["capture"] == overview(found)
     assert json.loads((tmp_path / "good" / "lorasb.json").read_text())["capture"] == found
-    assert "consider" not in caplog.text
+    assert "learn more slowly" not in caplog.text
 
 
 def test_little_is_near_random() -> None:

@@ -64,7 +64,7 @@ class Engine:
         """What vLLM holds of one adapter: its part of the stack, and copies beside it."""
         manager = self.engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
         held = manager._registered_adapters.cache.values()
-        copies = sum(adapter.R.nbytes for adapter in held if adapter.R is not None)
+        copies = sum(adapter.block.nbytes for adapter in held if adapter.block is not None)
         return manager.stack[0].nbytes + copies / len(self.adapters)
 
     @staticmethod

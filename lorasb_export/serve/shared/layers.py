@@ -91,10 +91,9 @@ class SharedBasisLayer:
         if base.bias is not None:
             base.bias.data = base.bias.to(dtype)  # one of vLLM's kernels has made it fp32, another wants it as it was
         method.process_weights_after_loading(base)
-        self.packed_A = nn.Module()
+        self.packed_A: Any = nn.Module()
         self.packed_A.weight = nn.Parameter(self.basis_A, requires_grad=False)
         dispatch_cpu_unquantized_gemm(self.packed_A, remove_weight=True)
-        self.u_of: Any = self.packed_A.cpu_linear
         del self.basis_A, self.basis_B
         self.is_fused = True
 
@@ -107,7 +106,8 @@ class SharedBasisLayer:
         if self.routes.idle:
             both = F.pad(x, (0, self.parts * self.routes.rank))
         else:
-            u = self.u_of(x.reshape(-1, x.shape[-1]), None, None)
+            # The weight is empty where the kernel holds A its own way; where vLLM has no such kernel, it is A.
+            u = self.packed_A.cpu_linear(x.reshape(-1, x.shape[-1]), self.packed_A.weight, None)
             v = self.routes.product(u, self.parts, self.first)
             both = torch.cat([x, v.view(*x.shape[:-1], -1)], dim=-1)
         return self._get_quant_method().apply(self.base_layer, both, bias)

@@ -22,15 +22,15 @@ from .routes import Routes
 
 
 class SharedAdapter(LoRAModel):
-    """What vLLM's caches hold of an adapter: its R, (m, r, r) in the order of the stack, until a slot has it."""
+    """What vLLM's caches hold of an adapter, until a slot has it: (s·R)ᵀ (m, r, r), as it lies in the stack."""
 
-    def __init__(self, lora_id: int, R: torch.Tensor) -> None:
-        super().__init__(lora_id, R.shape[-1], {})
-        self.R: torch.Tensor | None = R
+    def __init__(self, lora_id: int, block: torch.Tensor) -> None:
+        super().__init__(lora_id, block.shape[-1], {})
+        self.block: torch.Tensor | None = block
 
     def clone(self, lora_model_id: int) -> SharedAdapter:
-        assert self.R is not None
-        return SharedAdapter(lora_model_id, self.R)
+        assert self.block is not None
+        return SharedAdapter(lora_model_id, self.block)
 
 
 class SharedModelManager(LRUCacheLoRAModelManager):
@@ -84,25 +84,26 @@ class SharedModelManager(LRUCacheLoRAModelManager):
         return any(type(module).__name__ == "PPMissingLayer" for module in self.model.modules())
 
     def load(self, lora_id: int, folder: Path) -> SharedAdapter:
-        """The adapter in `folder`, cast and in the order of the stack; in pinned memory beside an accelerator."""
+        """The adapter in `folder`, as the stack will hold it; in pinned memory beside an accelerator."""
         names, R = load_R(folder, self.basis)
         if names != self.stacked:
             position = {name: index for index, name in enumerate(names)}
             R = R[[position[name] for name in self.stacked]]
-        R = R.to(self.stack.dtype)
-        return SharedAdapter(lora_id, R if self.device.type == "cpu" else R.pin_memory())
+        # Cast and transposed here: a copy of anything else to an accelerator would be staged, and waited for.
+        block = torch.empty(R.shape, dtype=self.stack.dtype, device="cpu", pin_memory=self.device.type != "cpu")
+        return SharedAdapter(lora_id, block.copy_(R.mT))
 
     def activate_adapter(self, lora_id: int) -> bool:
         fresh = super().activate_adapter(lora_id)
         if fresh:
             adapter = self._registered_adapters[lora_id]
             assert isinstance(adapter, SharedAdapter)
-            assert adapter.R is not None
+            assert adapter.block is not None
             index = self.lora_index_to_id.index(lora_id)
-            self.stack[index].copy_(adapter.R.mT, non_blocking=True)
+            self.stack[index].copy_(adapter.block, non_blocking=True)
             if self.capacity == self.lora_slots and self.device.type == "cpu":
                 # Both caches drop the same adapter at the same time, so the slot can be the only copy.
-                adapter.R = None
+                adapter.block = None
         return fresh
 
     def touch(self, lora_id: int) -> bool:

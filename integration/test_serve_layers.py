@@ -1,0 +1,77 @@
+"""Parts of the shared-basis plugin on vLLM's own layers, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
+
+import torch  # isort: skip
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorasb_export.format import ModuleBasis
+from lorasb_export.serve.shared.routes import Routes
+
+pytest.importorskip("vllm")
+
+ROWS, COLUMNS, RANK = 96, 64, 20
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="[W | B] is packed on CPUs only")
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
+    """Without AVX-512 vLLM packs no weight of 16 bits, and multiplies by torch."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+    from vllm.platforms import current_platform
+
+    from lorasb_export.serve.shared.layers import LAYERS
+
+    current_platform.import_kernels()
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    if not has_kernels:
+        monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: False)
+        monkeypatch.setattr(utils.ops, "_supports_onednn", False)
+    torch.manual_seed(0)
+    W, x = torch.randn(ROWS, COLUMNS) / 10, torch.randn(4, COLUMNS).bfloat16()
+    R, B, A = torch.randn(RANK, RANK), torch.randn(ROWS, RANK) / 10, torch.randn(RANK, COLUMNS) / 10
+    routes = Routes(torch.zeros(3, 1, RANK, RANK, dtype=torch.bfloat16), 8)
+    routes.stack[0, 0] = R.T
+    with set_current_vllm_config(VllmConfig()):
+        base: Any = ColumnParallelLinear(COLUMNS, ROWS, bias=False, params_dtype=torch.bfloat16, disable_tp=True)
+        base.weight.data.copy_(W)
+        base.quant_method.process_weights_after_loading(base)
+        layer: Any = LAYERS[0](base)
+        layer.create_lora_weights(2, None)
+        layer.set_basis([ModuleBasis(B, A, torch.ones(RANK))], 0, routes)
+        routes.update(torch.tensor([0, -1, 0, -1]))
+        y = layer.apply(x)
+    assert layer.is_fused
+    assert (layer.packed_A.weight.numel() == 0) == has_kernels  # A is held once
+    expected = x.float() @ W.T
+    expected[[0, 2]] += x.float()[[0, 2]] @ (B @ R @ A).T
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.1)
+
+
+def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
+    """So that the copy into a slot is one of plain bytes, which an accelerator makes without waiting."""
+    from lorasb_export.serve.shared.manager import SharedModelManager
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    adapter = save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", modules)
+    stack = torch.zeros(2, 2, adapter.rank, adapter.rank, dtype=torch.bfloat16)
+    manager: Any = SimpleNamespace(basis=adapter.load_basis(), stacked=modules, stack=stack, device=torch.device("cpu"))
+    block = SharedModelManager.load(manager, 1, tmp_path / "a").block
+    assert block is not None
+    assert block.is_contiguous()
+    for matrix, name in zip(block, modules, strict=True):
+        torch.testing.assert_close(matrix, (adapter.scaling * adapter.R[name]).T.bfloat16(), rtol=0, atol=0)

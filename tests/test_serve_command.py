@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -12,10 +15,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
@@ -29,13 +38,27 @@ from lorasb_export.errors import (
 )
 from lorasb_export.serve import plan
 from lorasb_export.serve.launcher import running_server, serve
+from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared.loading import version_name
+from lorasb_export.serve.temporary import temporary_folder
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
 ON_CPU = default_device().type == "cpu"
+ANSWERS_TWICE = """
+import http.server, sys
+class Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "base"}]}')
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
+server.handle_request()  # is it up
+server.handle_request()  # its models
+print("the engine died")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +309,45 @@ def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
 ) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed = subprocess.Popen(["true"])
-    killed.wait()
-    (tmp_path / f"lorasb-{killed.pid}-x").mkdir()  # left by a `lorasb serve` that was killed
     options = {"extra": ["--no-such-flag"], "dtype": "float32"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
         pass
     assert "no-such-flag" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:
+    """When its engine dies, vLLM's front end closes as if it had been asked to."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", ANSWERS_TWICE, str(port)]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False)
+    try:
+        server.start()
+        with pytest.raises(ServerError, match=r"exit code 0[^$]*the engine died"):
+            server.wait()
+    finally:
+        server.stop()
+
+
+def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of whatever host or container: numbers of processes mean nothing there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, starting = tmp_path / "lorasb-killed", tmp_path / "lorasb-starting"
+    with temporary_folder() as live:
+        for folder in (killed, starting):
+            folder.mkdir()
+        (killed / ".lock").touch()
+        with temporary_folder() as ours:
+            assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
+    assert list(tmp_path.iterdir()) == [starting]
+
+
+def test_on_a_disk_without_locks_no_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with temporary_folder() as first, temporary_folder() as second:
+        assert set(tmp_path.iterdir()) == {Path(first), Path(second)}
     assert not list(tmp_path.iterdir())
 
 

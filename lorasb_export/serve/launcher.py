@@ -6,7 +6,6 @@ import importlib.util
 import ipaddress
 import logging
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -19,13 +18,12 @@ from typing import Any
 from .. import environment
 from ..errors import MissingPackageError, OutputError, SettingsError
 from ..names import resolve_adapters
-from ..output import process_is_alive
 from .plan import make_plan
 from .server import RunningServer
+from .temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "lorasb-"  # of the temporary folder; our process's id follows; short, for the paths of sockets in it
 Adapters = Mapping[str, str | Path] | Sequence[str]
 
 
@@ -62,13 +60,13 @@ def serve(
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
     Returns:
-        the exit code: 130 after Ctrl-C, 143 after SIGTERM, 0 when the server ended by itself without error.
+        the exit code: 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         SettingsError, ArtifactError, BaseModelError: an adapter cannot be served, or not with this base.
         OutputError: the port is taken, or the disk is full.
         MissingPackageError: vLLM is not installed.
-        ServerError: the server ended with an error; its last lines are in the message.
+        ServerError: the server ended by itself; its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     if dry_run:
@@ -80,7 +78,7 @@ def serve(
         with _sigterm_interrupts(), running_server(adapters, **options, echo=True) as server:
             if on_ready is not None:
                 on_ready({"url": server.url, "models": server.models, "pid": server.pid})
-            return server.wait()
+            server.wait()
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
@@ -115,8 +113,7 @@ def running_server(
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     updates = None if updates_from is None else Path(updates_from)
     plan = make_plan(_named(adapters), **options, updates_from=updates, has_key=bool(key))
-    _remove_what_was_killed()
-    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
@@ -146,14 +143,6 @@ def _api_key(file: str | Path | None) -> str:
     if not key.isprintable() or not key:
         raise SettingsError("the file of the API key is not one line of text", where=str(file))
     return key
-
-
-def _remove_what_was_killed() -> None:
-    """Remove the folders of servers whose `lorasb serve` was killed before it could."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not process_is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_inside(folder: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
+from typing import NoReturn
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ..errors import ServerError
@@ -77,11 +78,13 @@ class RunningServer:
             time.sleep(0.2)
         self.models = [card["id"] for card in json.loads(self._get("/v1/models"))["data"]]
 
-    def wait(self) -> int:
-        """Wait until the server ends by itself; returns 0. Raises ServerError when it failed."""
-        if self._started.wait() != 0:
-            raise self._failed()
-        return 0
+    def wait(self) -> NoReturn:
+        """Wait until the server ends by itself, and raise ServerError: nobody has stopped it, so it failed.
+
+        Its exit code says nothing: it is 0 when the engine died under a front end that then closed.
+        """
+        self._started.wait()
+        raise self._failed()
 
     def stop(self) -> None:
         """Ask the server to stop, then kill what is left of it; an interrupt meanwhile kills at once."""

@@ -1,0 +1,34 @@
+"""The folder one server reads from: it goes with the server, or at the next start when `lorasb serve` was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = "lorasb-"  # short, for the paths of sockets in it
+_LOCK = ".lock"  # held while the folder is in use: no process of another container or host has to be asked for
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder of our own, gone when the block ends; those that killed servers left behind go first."""
+    _remove_what_was_killed()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        with (folder / f"{_LOCK}.new").open("wb") as file:  # closed before the folder goes: NFS keeps what is open
+            with suppress(OSError):  # a disk without locks: without one by that name, the folder is nobody's to remove
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+            yield name
+
+
+def _remove_what_was_killed() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):  # its server runs, or it is another user's
+            with path.open("r+b") as file:  # to write, which a lock needs over NFS
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)

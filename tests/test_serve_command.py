@@ -22,12 +22,15 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
+from lorasb_export.basis import Basis
 from lorasb_export.errors import (
     ArtifactError,
     BaseModelError,
@@ -39,7 +42,7 @@ from lorasb_export.errors import (
 from lorasb_export.serve import plan
 from lorasb_export.serve.launcher import running_server, serve
 from lorasb_export.serve.server import RunningServer
-from lorasb_export.serve.shared.loading import version_name
+from lorasb_export.serve.shared.loading import load_R, version_name
 from lorasb_export.serve.temporary import temporary_folder
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
@@ -122,6 +125,7 @@ def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
     }
     assert dry_run(adapters)["memory"]["slots_bytes"] == slots * 16 * widths * 2
     assert dry_run(adapters, extra=["--dtype=float32"])["memory"]["slots_bytes"] == slots * 16 * widths * 4
+    assert dry_run(adapters, extra=["--max-loras", "8"])["memory"]["slots_bytes"] == 8 * 16 * widths * 2
 
 
 def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,6 +169,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
         ({"mode": "fast"}, "unknown mode 'fast'.*auto, shared, folded"),
         ({"extra": ["--port=1"]}, "not a flag to hand to vLLM here.*--port"),
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
+        ({"extra": ["billing", "--max-model-len", "64"]}, "not a flag.*--adapters billing"),
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
@@ -177,6 +182,16 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
     with pytest.raises(SettingsError, match=message) as caught:
         dry_run({name: folder / source for name, source in names.items()}, **options)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["shared", "folded"])
+def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str) -> None:
+    ranks = {"q_lora_rank": None, "kv_lora_rank": 16}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_attention_heads": 4}
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **ranks, **heads, first_k_dense_replace=2))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.kv_b_proj"])
+    with pytest.raises(SettingsError, match=r"no adapter to kv_b_proj.*lorasb merge"):
+        dry_run({"a": tmp_path / "a"}, mode=mode)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a defect of vLLM's CPU kernel only")
@@ -219,6 +234,28 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
         "basis_bytes": 4 * ((32 + 32) + (48 + 32)) * 4,
         "bytes_per_adapter": one,
     }
+    limited = dry_run(siblings, dtype="float32", mode="shared", extra=["--max-loras=1"])["memory"]
+    assert (limited["slots"], limited["slots_bytes"]) == (1, 2 * one)
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("slots", ["1", "2"])
+def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, slots: str
+) -> None:
+    options: dict[str, Any] = {"model": None, "mode": "shared", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
+    extra = ["--max-loras", slots]
+    made = plan.make_plan(siblings, **options, extra=extra, updates_from=None, has_key=False)
+    served = tmp_path / "served"
+    served.mkdir()
+    made.mode.write(served)
+    second = served / version_name("second", siblings["second"])
+    basis = Basis.load(folder / "a")
+    before = load_R(second, basis)
+    assert second.is_symlink() == (slots == "2")  # with a slot for each none is read again, and none is copied
+    if slots == "1":
+        shutil.rmtree(siblings["second"])
+        assert torch.equal(load_R(second, basis).R, before.R)
 
 
 def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> None:

@@ -43,13 +43,19 @@ class Mode(Protocol):
 
 @dataclass(frozen=True)
 class Folded:
-    """Each adapter as an ordinary LoRA: A, and s·B·R. Stock vLLM, any mixture of bases and ranks."""
+    """Each adapter as an ordinary LoRA: A, and s·B·R. Stock vLLM, any mixture of bases and ranks.
+
+    `max_loras` is what the user gives vLLM by that flag, or None.
+    """
 
     adapters: Mapping[str, Adapter]
+    max_loras: int | None = None
     name: str = "folded"
 
     @property
     def slots(self) -> int:
+        if self.max_loras is not None:
+            return self.max_loras
         # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
         # adapter lies there. One slot that is never filled holds zeros and makes them right.
         return len(self.adapters) + (default_device().type == "cpu")
@@ -96,15 +102,18 @@ class Folded:
 class Shared:
     """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis.
 
-    `updates_from` is the folder clients may load further adapters from, or None.
+    `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`.
     """
 
     adapters: Mapping[str, Adapter]
     updates_from: Path | None = None
+    max_loras: int | None = None
     name: str = "shared"
 
     @property
     def slots(self) -> int:
+        if self.max_loras is not None:
+            return self.max_loras
         return len(self.adapters) + (_ROOM if self.updates_from is not None else 0)
 
     @property
@@ -114,16 +123,21 @@ class Shared:
         assert source is not None  # adapters here were loaded from a folder
         return resolve_folder(source, BASIS_FILES)[0]
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether adapters make way for others, and are read anew when they are asked for."""
+        return self.updates_from is not None or self.slots < len(self.adapters)
+
     def write(self, folder: Path) -> None:
         if self.updates_from is not None:
             (folder / _VERSIONS).mkdir()
         for name, path in self._paths(folder).items():
             source = self.adapters[name].folder
             assert source is not None
-            if self.updates_from is None:
-                path.symlink_to(source, target_is_directory=True)
-            else:  # what left its slot is read again later, and has to be what it was
+            if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
                 copy_adapter(source, path)
+            else:
+                path.symlink_to(source, target_is_directory=True)
 
     def flags(self, folder: str | Path) -> list[str]:
         # The plugin compiles into vLLM's graphs; of what is here, they differ by the basis alone.

@@ -142,7 +142,7 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     if reason is None and mode == "auto" and default_device().type != "cpu":
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
-        return Shared(adapters, updates_from)
+        return Shared(adapters, updates_from, _max_loras(extra))
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         raise SettingsError(reason, where="--mode shared", fix=fix)
@@ -162,11 +162,17 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
 
 
 def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
-    loras = _flags(extra).get("--max-loras", "")
-    if loras.isdigit() and int(loras) <= len(adapters) and default_device().type == "cpu":
+    loras = _max_loras(extra)
+    if loras is not None and loras <= len(adapters) and default_device().type == "cpu":
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
-    return Folded(adapters)
+    return Folded(adapters, loras)
+
+
+def _max_loras(extra: Sequence[str]) -> int | None:
+    """The slots the user gives vLLM, or None; what is no number vLLM itself refuses."""
+    loras = _flags(extra).get("--max-loras", "")
+    return int(loras) if loras.isdecimal() else None
 
 
 def _base_name(base: BaseModel) -> str:
@@ -180,6 +186,9 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         raise SettingsError(problem)
     if mode not in _MODES:
         raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")
+    if extra and not extra[0].startswith("-"):
+        fix = f"Name adapters with --adapters {extra[0]}"
+        raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
     given = _flags(extra)
     if "--api-key" in given:
         fix = "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine"
@@ -193,6 +202,10 @@ def _check_servable(adapter: Adapter) -> None:
     if adapter.task_type == SEQ_CLS:
         fix = "Use `lorasb merge` or `lorasb export --format onnx`"
         raise SettingsError("a classifier, and this server generates text", where=adapter.folder, fix=fix)
+    if any(name.endswith(".kv_b_proj") for name in adapter.R):
+        # Its attention multiplies by that weight itself, so that LoRA's layer around it is never asked.
+        fix = "Use `lorasb merge` and serve the merged folder with --model"
+        raise SettingsError("vLLM applies no adapter to kv_b_proj", where=adapter.folder, fix=fix)
     if adapter.rank > VLLM_RANKS[-1]:
         fix = "Use `lorasb merge` and serve the merged folder with --model"
         raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)

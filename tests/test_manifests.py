@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from lorasb_cli.main import app
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from lorasb_export.serve import plan
+from tests.random_adapter import save_adapter, save_base
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -61,6 +68,29 @@ def test_its_options_are_those_of_serve() -> None:
     page = (DOCS / "reference" / "cli.md").read_text().split("serve", 1)[1]
     for argument in arguments[: arguments.index("--")]:
         assert argument.partition("=")[0] in page
+
+
+def test_it_serves_the_adapters_of_a_project_on_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = documents()["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "project")
+    arguments = " ".join(container["args"]).replace(mount["mountPath"], str(tmp_path / "volume"))
+    arguments = arguments.replace("/run/secrets/lorasb", str(tmp_path))
+    (tmp_path / "key").write_text("only-for-this-test")
+    modules = ["model.layers.0.self_attn.q_proj"]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    trained = save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "embedded", modules)
+    trained.load_basis().save(tmp_path / "home" / "basis")
+    named = replace(trained, basis_source=str(tmp_path / "home" / "basis"))
+    named.save(tmp_path / "home" / "adapters" / "billing")
+    (tmp_path / "home").rename(tmp_path / "volume")
+
+    monkeypatch.setattr(plan, "why_unavailable", lambda: None)  # as if vLLM were installed
+    done = CliRunner().invoke(app, ["serve", "--dry-run", "--json", *arguments.split()])
+    described = json.loads(done.stdout)
+    assert described["models"] == ["base", "billing"]
+    assert described["mode"] == "shared"
 
 
 def test_ray_takes_it() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from integration.bench import quality
-from integration.bench.report import at_the_rate_of_own, best_of
+from integration.bench.report import best_of, best_tried
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.training import capture_of
 
@@ -41,13 +41,14 @@ def test_a_rate_at_the_end_of_those_tried_is_no_result() -> None:
     assert found[0]["lr"] == 1e-3
 
 
-def test_a_basis_whose_rate_was_not_looked_for_is_taken_at_the_rate_of_the_own() -> None:
+def test_a_basis_whose_search_has_not_ended_is_taken_at_its_best_so_far() -> None:
     line = {"task": "t", "method": "lora-sb", "seed": 0, "basis": "own", "balanced": False}
     own = [{**line, "lr": lr, "loss": abs(lr - 3e-3)} for lr in (1e-3, 3e-3, 1e-2)]
-    other = [{**line, "basis": "random", "lr": lr, "loss": 1} for lr in (3e-3, 1e-2)]
-    (found,) = at_the_rate_of_own([*own, *other], best_of(own)).values()
-    assert [(kept["basis"], kept["lr"]) for kept in found] == [("random", 3e-3)]
-    assert at_the_rate_of_own(other, {}) == {}
+    other = [{**line, "basis": "random", "lr": lr, "loss": 1 - lr} for lr in (3e-3, 1e-2)]
+    (found,) = best_tried([*own, *other], best_of(own)).values()
+    assert [(kept["basis"], kept["lr"]) for kept in found] == [("random", 1e-2)]
+    assert best_tried([*own, *other[1:]], best_of(own)) == {}  # that of the own was not tried
+    assert best_tried(other, {}) == {}
 
 
 @needs_data

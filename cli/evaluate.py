@@ -24,24 +24,36 @@ def run(
         typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),
     ] = None,
 ) -> None:
-    """Score adapters beside the base; the figures go into each adapter's card."""
+    """Score adapters beside the base; figures of held-out rows go into each adapter's card."""
     from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_task
+    from lorasb_export.errors import SettingsError
     from lorasb_export.inference import evaluate, record_evaluation
 
     results: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    for word in adapter or run.project.adapter_names():
+    words = adapter or run.project.adapter_names()
+    if not words:
+        raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
+    for word in words:
         loaded = Adapter.load(run.project.find_adapter(word))
         name = loaded.training.get("task", word)
-        source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training["data"])
+        source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training.get("data"))
+        if source is None and not adapter:
+            run.say(f"{word} is passed over: it does not say what it was trained on (--data names its rows)")
+            continue
+        if source is None:
+            raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
         task = load_task(name, source)
         result = evaluate(
             loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
         )
-        if loaded.folder is not None and loaded.hub_source is None and data is None:
-            record_evaluation(loaded.folder, result)
+        if loaded.folder is not None and loaded.hub_source is None and data is None and result["split"] != "train":
+            try:
+                record_evaluation(loaded.folder, result)
+            except OSError as error:
+                run.say(f"The card of {word} stays as it was: {error}")
         results[word] = result
         digits = ".1%" if result["metric"] in ("exact_match", "accuracy") else ".4f"
         base = "-" if result["base"] is None else format(result["base"], digits)

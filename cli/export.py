@@ -67,8 +67,9 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
         training = Adapter.load(folder).training
         name = training.get("task", folder)
         source = data or (run.project.task_source(name) if name in run.project.tasks else training.get("data"))
-        if source is not None and (data is not None or Path(source).exists()):
-            found[adapter_name(folder)] = load_task(name, source)
+        task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
+        if task is not None and task.splits.get(task.held_out()):
+            found[adapter_name(folder)] = task
         else:
             run.say(f"No held-out rows for {name}: the graph is compared on built-in prompts only (--data names them)")
     return found

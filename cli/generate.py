@@ -36,7 +36,8 @@ def run(
     names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
     folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
     base = model or (None if folders else run.project.require_model())
-    found = side_by_side(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
+    revision = None if model else run.project.revision
+    found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)
 
 

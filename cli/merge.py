@@ -54,7 +54,13 @@ def _adapters(run: Run, words: list[str]) -> Any:
     """One adapter as it is named, or {folder or Hub id: weight}."""
     if len(words) < 2 and not any(map(_weight, words)):
         return run.project.find_adapter(words[0] if words else None)
-    return {run.project.find_adapter(name): weight for name, weight in map(_parse, words)}
+    weights: dict[str, float] = {}
+    for name, weight in map(_parse, words):
+        found = run.project.find_adapter(name)
+        if found in weights:
+            raise typer.BadParameter(f"{name!r} is given twice")
+        weights[found] = weight
+    return weights
 
 
 def _weight(word: str) -> str:

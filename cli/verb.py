@@ -157,6 +157,8 @@ def parse_pairs(words: list[str] | None) -> dict[str, str]:
         name, equals, path = word.partition("=")
         if not equals or not name or not path:
             raise typer.BadParameter(f"{word!r} is not name=path")
+        if name in pairs:
+            raise typer.BadParameter(f"{name!r} is given twice")
         pairs[name] = path
     return pairs
 

@@ -134,6 +134,7 @@ def test_a_task_name_that_leaves_the_folder(project: Path) -> None:
 
 
 def test_merge_as_typed(project: Path) -> None:
+    assert "'a' is given twice" in lorasb("merge", "a=0.6", "a=0.4", "--out", "m", cwd=project).stderr
     found = result_of(lorasb("merge", "--out", "model/", "--verify", "--json", cwd=project))
     assert found["adapter"] == str(project / "adapters" / "a")
     assert read_json(project / "model" / "lorasb.json")["kind"] == "merged"
@@ -154,6 +155,21 @@ def test_evaluate_writes_into_the_card(project: Path) -> None:
     assert config["training"]["evaluation"]["test"]["exact_match"]["rows"] == 24
     assert "exact_match" in (project / "adapters" / "a" / "README.md").read_text()
     Adapter.load(project / "adapters" / "a")
+
+
+def test_an_adapter_of_ones_own_loop_does_not_say_what_it_was_trained_on(project: Path) -> None:
+    mine = Adapter.load(project / "adapters" / "a")
+    mine.training = {}
+    mine.save(project / "adapters" / "mine")
+    try:
+        done = lorasb("evaluate", "--limit", "2", "--json", cwd=project)
+        assert set(result_of(done)["evaluation"]) == {"a", "b"}
+        assert "mine is passed over" in done.stderr
+        assert (
+            "does not say what it was trained on (mine). Pass --data" in lorasb("evaluate", "mine", cwd=project).stderr
+        )
+    finally:
+        shutil.rmtree(project / "adapters" / "mine")
 
 
 def test_generate_shows_base_and_adapters(project: Path) -> None:

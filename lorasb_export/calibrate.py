@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .basis import Basis
 from .capture import capture_of_rows, record
-from .data import TaskData, load_task
+from .data import TaskData, load_task, refuse_single_class
 from .errors import BaseModelError, DataError, SettingsError
 from .format import ModuleBasis
 from .gradients import draw, gradients_of_rows
@@ -131,10 +132,13 @@ def _random(base: BaseModel, settings: CalibrationSettings, network: PreTrainedM
     network = network or base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
     remove(network)
     targets = _targets(network, settings)
-    modules = random_factors(targets, settings.rank, settings.seed, network.dtype)
+    ref = base.ref(targets)
+    # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
+    drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7])
+    modules = random_factors(targets, settings.rank, drawn_by, network.dtype)
     used = {"directions": RANDOM, "targets": settings.targets, "dtype": settings.dtype, "seed": settings.seed}
     calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}
-    return Basis(base.ref(targets), settings.rank, modules, calibration)
+    return Basis(ref, settings.rank, modules, calibration)
 
 
 def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
@@ -169,6 +173,7 @@ def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
     labels = {label for task in tasks for label in task.labels}
     if len({type(label) for label in labels}) > 1:
         raise DataError("the labels of some tasks are names, of others numbers", fix="Use one kind")
+    refuse_single_class(sorted(labels))
     return sorted(labels)
 
 

@@ -44,7 +44,7 @@ class _StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = control.should_training_stop = True
 
 
 class Progress(TrainerCallback):

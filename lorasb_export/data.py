@@ -134,7 +134,9 @@ def _parse_row(line: bytes, place: str) -> Row:
     if len(line) > MAX_JSON_BYTES:
         raise DataError(f"a line of more than {MAX_JSON_BYTES} bytes", where=place, fix="One JSON object a line")
     try:
-        return parse_json(line)
+        row = parse_json(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, as a text cut by JavaScript may end in
+        return row
     except ValueError as error:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
@@ -214,6 +216,13 @@ def _check_messages(messages: Any, where: str) -> None:
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 
 
+def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:
+    """Raise DataError for a classifier with nothing to tell apart."""
+    if len(labels) == 1:
+        fix = "Add training rows of another class; numbers with a fraction are for regression"
+        raise DataError(f"every training row has the label {labels[0]!r}", where=where, fix=fix)
+
+
 def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> None:
     rows = [placed_row for split in placed.values() for placed_row in split]
     named = isinstance(rows[0][1]["label"], str)
@@ -227,9 +236,6 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
             raise DataError("some labels are names, some are numbers", where=place, fix="Use one kind")
     if task.regression:
         return
-    if len(task.labels) < 2:
-        fix = "Add training rows of another class; numbers with a fraction are for regression"
-        raise DataError(f"every training row has the label {task.labels[0]!r}", where=task.source, fix=fix)
     known = set(task.labels)
     for place, row in rows:
         if row["label"] not in known:

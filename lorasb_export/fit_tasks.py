@@ -98,7 +98,9 @@ def _shared_basis(
 ) -> Basis:
     """The basis at `source`; where that is the project's own and not there yet, it is calibrated over all its tasks."""
     folder = project.path(project.basis_path)
-    if Path(source) != folder or folder.exists():
+    is_there = Path(source) != folder or folder.exists()
+    distributed.wait()  # before any process makes it: all must have seen the same
+    if is_there:
         return Basis.load(source)
     names = [] if calibration.directions == RANDOM else project.shared_tasks()
     sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}

@@ -175,20 +175,26 @@ def fitting_metric(task: TaskData, metric: str | None) -> str:
 
 
 def side_by_side(
-    prompt: str, adapters: Mapping[str, str], *, base: str | None = None, max_tokens: int = 128, dtype: str = "auto"
+    prompt: str,
+    adapters: Mapping[str, str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    max_tokens: int = 128,
+    dtype: str = "auto",
 ) -> dict[str, str]:
     """The base's answer to one prompt, then each adapter's, on one loaded base.
 
     Args:
         adapters: name → adapter folder or Hub id, all of one base.
-        base: the base, where the adapters do not find it; needed when there are none.
+        base: the base, where the adapters do not find it; needed when there are none, and then at this `revision`.
 
     Raises:
         BaseModelError: an adapter belongs to another base.
     """
     loaded = {name: Adapter.load(source) for name, source in adapters.items()}
     first = next(iter(loaded.values()), None)
-    model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
+    model = BaseModel.resolve(base or "", revision) if first is None else first.base.resolve(base)
     for adapter in loaded.values():
         model.verify(adapter.base, adapter.R)
         adapter.load_basis()

@@ -148,20 +148,23 @@ class LoRASBLinear(nn.Module):
         return self.scaling * (self.B.to(dtype) @ self.R @ self.A.to(dtype))
 
 
-class LiveR(Mapping[str, nn.Parameter]):
-    """module name → the R that is on the model now: FSDP2 puts another parameter in the place of the one it shards."""
+class Live(Mapping[str, nn.Parameter]):
+    """name → the parameter that is on the model now: FSDP2 puts another one in the place of the one it shards."""
 
-    def __init__(self, layers: Mapping[str, LoRASBLinear]) -> None:
-        self._layers = layers
+    def __init__(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """`places`: name → module, and what it calls the parameter."""
+        self._places = places
 
     def __getitem__(self, name: str) -> nn.Parameter:
-        return self._layers[name].R
+        module, leaf = self._places[name]
+        parameter: nn.Parameter = getattr(module, leaf)
+        return parameter
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._places)
 
 
 def inject(
@@ -170,7 +173,7 @@ def inject(
     R: Mapping[str, torch.Tensor],
     scaling: float,
     route: Route | None = None,
-) -> LiveR:
+) -> Live:
     """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
 
     Args:
@@ -200,7 +203,7 @@ def inject(
         wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
         _replace(model, name, wrapped)
         layers[name] = wrapped
-    return LiveR(layers)
+    return Live({name: (module, "R") for name, module in layers.items()})
 
 
 def remove(model: nn.Module) -> None:
@@ -216,17 +219,20 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
 
 
-def train_head(model: nn.Module) -> dict[str, nn.Parameter]:
+def train_head(model: nn.Module) -> Live:
     """A sequence classifier's `head_parameters`, made trainable, and fp32 where they were not: as R is, and why."""
-    head = head_parameters(model)
-    for name in sorted({name.rpartition(".")[0] for name in head}):
-        module = model.get_submodule(name)
+    places = {
+        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in head_parameters(model)
+    }
+    for module in {id(module): module for module, _ in places.values()}.values():
+        narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+        if narrow:
+            module.register_forward_pre_hook(_widened)
         for parameter in module.parameters(recurse=False):
-            if parameter.dtype != (wide := torch.promote_types(parameter.dtype, torch.float32)):
-                parameter.data = parameter.data.to(wide)
-                module.register_forward_pre_hook(_widened)
             parameter.requires_grad_(True)
-    return head
+    return Live(places)
 
 
 def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -70,6 +70,8 @@ def merge(
     out = Path(out)
     if report is not None and Path(report).suffix != ".json":
         raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     result = plan.summary() | {"out": str(out)}
     if dry_run:

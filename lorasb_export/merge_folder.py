@@ -64,7 +64,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         OutputError: another process is writing `target`, the target exists and `overwrite` is false, or its
             parent cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
     with only_writer(target), cannot_write(target):
         prepare_target(target, overwrite)
         folder = _open(_work_path(target), identity)

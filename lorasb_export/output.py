@@ -29,7 +29,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: the target exists and `overwrite` is false, or the disk does not take it.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
     with cannot_write(target):
         prepare_target(target, overwrite)
         for stale in _left_by_the_dead(target):

@@ -79,7 +79,8 @@ class Project:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"larger than {_MAX_BYTES} bytes")
             text = path.read_text(encoding="utf-8")
-            if any(line.partition("=")[0].count(".") > _MAX_DOTS for line in text.splitlines()):
+            keys = [line.partition("=")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
+            if any(key.count(".") > _MAX_DOTS for key in keys):
                 raise ValueError(f"a key of more than {_MAX_DOTS} parts")
             content = tomllib.loads(text)
         except (ValueError, OSError, RecursionError) as error:
@@ -215,14 +216,18 @@ def write_project(
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
     text = _TEMPLATE.format(
-        model=json.dumps(model),
+        model=_quoted(model),
         basis=_lines(basis or {"rank": CalibrationSettings.rank}),
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
-        tasks="".join(f"[tasks.{json.dumps(name)}]\ndata = {json.dumps(data)}\n\n" for name, data in tasks.items()),
+        tasks="".join(f"[tasks.{_quoted(name)}]\ndata = {_quoted(data)}\n\n" for name, data in tasks.items()),
     )
     with cannot_write(path), replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # TOML takes no surrogates
 
 
 def _lines(values: Mapping[str, float]) -> str:

@@ -17,8 +17,14 @@ def command() -> str | None:
     program = Path(sys.argv[0])
     if program.name != "lorasb" and program.parent.name != "lorasb_cli":
         return None
-    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["lorasb", *words])
+    return shlex.join(["lorasb", *map(without_folders, sys.argv[1:])])
+
+
+def without_folders(word: str) -> str:
+    """Of every absolute path in `path`, `name=path`, `--option=path` or several with commas, the last part."""
+    before, equals, value = word.rpartition("=")
+    parts = [os.path.basename(os.path.normpath(part)) if os.path.isabs(part) else part for part in value.split(",")]
+    return f"{before}{equals}{','.join(parts)}"
 
 
 def versions() -> dict[str, str]:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
 from .adapter import Adapter
-from .base import CAUSAL_LM, BaseModel
+from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .basis import Basis
 from .batches import encode
 from .calibrate import calibrate
 from .callbacks import Progress, checkpoint_at_sigterm
 from .capture import capture, is_little, overview, recorded, words
 from .checkpoints import COMPLETE, RESUME, check_identity, last_complete, open_folder
-from .data import TaskData, load_task, question_and_answer
-from .errors import DataError, MissingPackageError, SettingsError
+from .data import TaskData, load_task, question_and_answer, refuse_single_class
+from .errors import DataError, MissingPackageError, SettingsError, TrainingError
 from .inference import fitting_metric, max_answer_tokens
 from .lock import only_writer
 from .network import require_positions
@@ -109,7 +109,10 @@ def fit_together(
         )
     folder = Path(os.path.abspath(folder))
     outs = [folder / task.name for task in tasks]
-    run = _Run(model, basis, tasks, outs, folder / _together(tasks), settings or FitSettings(), network)
+    working = folder / _together(tasks)
+    if resume and not working.exists():
+        _refuse_run_of_others(folder, tasks)
+    run = _Run(model, basis, tasks, outs, working, settings or FitSettings(), network)
     return run.train(resume=resume, overwrite=overwrite)
 
 
@@ -117,6 +120,15 @@ def _together(tasks: Sequence[TaskData]) -> str:
     """The working folder's name: of these tasks alone, since other runs may be under way; no task may have a +."""
     names = json.dumps(sorted(task.name for task in tasks))
     return f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"
+
+
+def _refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
+    """Raise TrainingError where some of `tasks` have an interrupted run with others: nothing would be resumed."""
+    for other in folder.glob(".together+*.run"):
+        checkpoint = last_complete(other)
+        if checkpoint and {task.sha256 for task in tasks} & set(read_json(checkpoint / COMPLETE)["data_sha256"]):
+            fix = "Resume it with the tasks it had, or remove that folder"
+            raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
 
 
 class _Run:
@@ -141,6 +153,8 @@ class _Run:
                 fix=f"pip install {settings.report_to}, or leave report_to out",
             )
         for task in tasks:
+            if task.task_type == SEQ_CLS and not task.regression:
+                refuse_single_class(task.labels, task.source)
             if task.splits.get("valid") and settings.metric != "loss":
                 fitting_metric(task, settings.metric)
         if distributed.world() > settings.batch_size:
@@ -216,7 +230,8 @@ class _Run:
                     adapter.write_into(folder, self.outs[k])
                     write_record(folder, run, entries, made)
             adapter.folder = self.outs[k]
-            adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
+            for part in ("R", "head"):  # lets go of the model
+                setattr(adapter, part, {name: p.detach() for name, p in getattr(adapter, part).items()})
         distributed.wait()
         if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
@@ -234,7 +249,9 @@ class _Run:
         (task,) = self.tasks
         made_from = json.dumps([asdict(self._basis), task.sha256])
         folder = self.folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
-        if not folder.exists():
+        is_there = folder.exists()
+        distributed.wait()  # before any process makes it: all must have seen the same
+        if not is_there:
             same = network if self._basis.dtype == self.settings.dtype else None
             basis = calibrate(self.base, {task.name: task}, self._basis, network=same)
             if distributed.is_main():

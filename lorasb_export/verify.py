@@ -97,12 +97,16 @@ def _batch(base: BaseModel, adapter: Adapter) -> tuple[Mapping[str, torch.Tensor
 
 
 def _task(adapter: Adapter) -> TaskData | None:
+    """The task it was trained on, where that is still there and what it was."""
     source = Path(adapter.training.get("data") or "")
+    if not (source.is_absolute() and source.exists()):
+        return None
     try:
-        return load_task(source.name, source) if source.is_absolute() and source.exists() else None
+        task = load_task(source.name, source)
     except DataError as error:
         logger.info("built-in text is used to compare logits: %s", error)
         return None
+    return task if task.sha256 == adapter.training.get("data_sha256") else None
 
 
 def _logits(network: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

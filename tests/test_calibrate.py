@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lorasb_cli.main import app
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -391,6 +393,8 @@ def test_calibrate_and_inspect(llama: Path, sums: Path, products: Path, tmp_path
 
 
 def test_wrong_weights_on_the_command_line() -> None:
+    twice = ["calibrate", "--model", "m", "--data", "a=d", "--data", "a=e"]
+    assert "'a' is given twice" in CliRunner().invoke(app, twice).output
     for wrong in ("a", "a=", "a=heavy"):
         done = CliRunner().invoke(app, ["calibrate", "--model", "m", "--data", "a=d", "--weight", wrong])
         assert done.exit_code == 2
@@ -427,3 +431,26 @@ def test_fit_in_a_random_basis_asks_for_no_gradient(
     assert any(R.any() for R in adapter.R.values())
     assert not any(R.any() for R in Adapter.start(adapter.load_basis()).R.values())
     assert "The basis holds" not in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_random_bases_of_two_models_differ(llama: Path, tmp_path: Path) -> None:
+    """Of one shape: a model and its tuned twin. By its basis an adapter is known to fit others."""
+    shutil.copytree(llama, tmp_path / "twin")
+    weights = load_file(llama / "model.safetensors")
+    save_file(
+        {name: 1.01 * w for name, w in weights.items()}, tmp_path / "twin" / "model.safetensors", {"format": "pt"}
+    )
+    settings = CalibrationSettings(rank=4, directions="random")
+    one, two = (calibrate(str(base), {}, settings) for base in (llama, tmp_path / "twin"))
+    assert one.sha256 != two.sha256
+
+
+def test_a_single_class_is_nothing_to_learn(bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "yes"}, {"text": "b", "label": "yes"}]
+    write_splits(tmp_path / "data", {"train": rows})
+    task = load_task("t", tmp_path / "data")  # to score a classifier by such rows is another matter
+    random = calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random"))
+    with pytest.raises(DataError, match="every training row has the label 'yes'"):
+        calibrate(str(bert), {"t": task}, CalibrationSettings(rank=4))
+    with pytest.raises(DataError, match="every training row has the label 'yes'"):
+        fit(str(bert), random, task, tmp_path / "a", FitSettings(max_steps=1))

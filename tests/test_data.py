@@ -47,7 +47,7 @@ BAD = {
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
     "labels of two kinds": (CLASS + '{"text": "a", "label": 1.5}\n', "some labels are names", "train.jsonl:2"),
-    "one label": (CLASS + CLASS, "every training row has the label 'yes'", ""),
+    "half a surrogate": ('{"prompt": "cut \\ud83d", "completion": "2"}\n', "surrogates not allowed", "train.jsonl:1"),
     "no rows": ("\n\n", "no training rows", ""),
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),

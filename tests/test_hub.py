@@ -21,6 +21,7 @@ from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
 from lorasb_export.format import ModuleBasis, sealed
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.outgoing import SUMS
+from lorasb_export.provenance import without_folders
 from lorasb_export.storage import write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
@@ -185,6 +186,21 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_TOKEN", "opensesame")  # the token in use, whatever it looks like
     with pytest.raises(ArtifactError, match=r"an access token is in this file \(NOTICE\)"):
         push(adapter, "me/a", with_basis=True, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("/home/me/x", "x"),
+        ("a=/home/me/x/", "a=x"),
+        ("--out=/home/me/x", "--out=x"),
+        ("/a/x,/b/z", "x,z"),
+        ("--rank=4", "--rank=4"),
+        ("data/x", "data/x"),
+    ],
+)
+def test_a_recorded_command_names_no_folder(word: str, kept: str) -> None:
+    assert without_folders(word) == kept
 
 
 def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:

@@ -210,6 +210,17 @@ def test_no_disk_space_is_seen_before_writing(llama: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
 
 
+def test_what_is_merged_is_not_overwritten(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "adapters" / "a")
+    for out in (adapter, tmp_path / "adapters"):
+        with pytest.raises(OutputError, match=r"the target holds what is merged|not a folder lorasb wrote"):
+            merge(adapter, out, overwrite=True)
+    assert (adapter / "adapter.safetensors").exists()
+    with pytest.raises(SettingsError, match="the report's folder is not there"):
+        merge(adapter, tmp_path / "model", report=tmp_path / "nowhere" / "kept.json")
+    assert not (tmp_path / "model").exists()
+
+
 def test_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
     plan = merge(adapter_for(llama, tmp_path / "a"), tmp_path / "model", dry_run=True)
     assert (plan["modules"], plan["shards"]) == (6, 1)

@@ -143,6 +143,17 @@ def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
+    for content in ("one", "two", "three"):
+        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+            (temporary / "lorasb.json").write_text(content)
+    assert (tmp_path / "x").is_symlink()
+    assert (tmp_path / "disk" / "x" / "lorasb.json").read_text() == "three"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["x"]
+
+
 def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:
     for name in ("x", ".x.old"):
         (tmp_path / name).mkdir()

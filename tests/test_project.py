@@ -76,3 +76,10 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
     assert project.find_adapter(None) == str(project.adapter_folder("z"))
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
+
+
+def test_every_text_that_init_writes_is_read(tmp_path: Path) -> None:
+    path = write_project(tmp_path / "lorasb.toml", "a base 😀", {"a": "data/😀"})
+    path.write_text(f"# {'.' * 40}\n{path.read_text()}")
+    project = Project.load(path)
+    assert (project.model, project.tasks["a"].data) == ("a base 😀", "data/😀")

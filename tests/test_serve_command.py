@@ -255,6 +255,7 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
     assert second.is_symlink() == (slots == "2")  # with a slot for each none is read again, and none is copied
     if slots == "1":
         shutil.rmtree(siblings["second"])
+        assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
         assert torch.equal(load_R(second, basis).R, before.R)
 
 

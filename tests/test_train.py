@@ -226,8 +226,9 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8))
     network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=3, dtype="bfloat16")
     adapter = Adapter.attach(network, basis)
-    optimizer = Muon(groups_of(network), lr=1e-2)
     before = adapter.head["classifier.weight"].detach().clone()
+    network.classifier.weight = torch.nn.Parameter(before.clone())  # as FSDP2 does
+    optimizer = Muon(groups_of(network), lr=1e-2)
     ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
     network(ids, labels=torch.tensor([1])).loss.backward()
     optimizer.step()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError
+from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError, TrainingError
 from lorasb_export.order import RowOrder
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.train import fit_together
@@ -158,6 +158,12 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
     resumed = fit_together(*inputs, tmp_path / "a", settings, resume=True)
     undisturbed = fit_together(*inputs, tmp_path / "b", settings)
     assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(Stop):
+            fit_together(*inputs, tmp_path / "c", settings)
+    with pytest.raises(TrainingError, match=r"run together had other tasks .*together"):
+        fit_together(*inputs[:2], [*inputs[2], *others], tmp_path / "c", settings, resume=True)
     again = fit_together(*inputs, tmp_path / "a", settings, resume=True)  # finished: read, not trained
     assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
 from lorasb_export.streamed import add_updates, streamed_model
 from lorasb_export.verify import compare_logits
@@ -45,12 +46,13 @@ def test_one_module_is_in_memory_at_a_time(llama: Path, adapter: Adapter) -> Non
 
 def test_rows_of_the_task_where_they_still_lie(llama: Path, adapter: Adapter, sums: Path, tmp_path: Path) -> None:
     assert compare_logits(BaseModel.resolve(llama), [adapter], _merged(adapter, tmp_path / "m"))["rows"] == 0
-    adapter.training = {"data": str(sums)}
+    adapter.training = {"data": str(sums), "data_sha256": load_task("sums", sums).sha256}
     found = merge(adapter, tmp_path / "model", verify=True)["verify"]
     assert (found["rows"], found["streamed"]) == (4, True)
     assert found["relative_difference"] < 1e-5
-    adapter.training = {"data": str(tmp_path / "gone")}
-    assert merge(adapter, tmp_path / "again", verify=True)["verify"]["rows"] == 0
+    for place, sha in ((tmp_path / "gone", adapter.training["data_sha256"]), (sums, "that of other rows")):
+        adapter.training = {"data": str(place), "data_sha256": sha}
+        assert merge(adapter, tmp_path / "again", verify=True, overwrite=True)["verify"]["rows"] == 0
 
 
 def _merged(adapter: Adapter, folder: Path) -> Path:

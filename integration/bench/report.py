@@ -68,7 +68,7 @@ def best_of(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
 def best_tried(
     lines: Iterable[Line], trained: Mapping[tuple[Any, ...], list[Line]]
 ) -> dict[tuple[Any, ...], list[Line]]:
-    """Of bases whose search for a rate has not ended: their lines at the best so far, the own's rate among those tried."""
+    """Of bases whose search for a rate has not ended: their lines at the best so far, where the own's was tried too."""
     found = {}
     for identity, of_cell in _grouped(lines).items():
         own = trained.get(_changed(identity, basis="own", balanced=False))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from ..adapter import Adapter
 from ..base import default_device
-from ..errors import OutputError
+from ..errors import ArtifactError, OutputError
 from ..export.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
 from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
@@ -136,6 +137,8 @@ class Shared:
             assert source is not None
             if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
                 copy_adapter(source, path)
+                if version_name(name, path) != path.name:
+                    raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
             else:
                 path.symlink_to(source, target_is_directory=True)
 
@@ -167,11 +170,11 @@ class Shared:
 
     def _paths(self, folder: Path) -> dict[str, Path]:
         """Name → what the server reads."""
-        return {
-            name: folder / version_name(name, adapter.folder)
-            for name, adapter in self.adapters.items()
-            if adapter.folder is not None
-        }
+        return {name: folder / version for name, version in self._versions.items()}
+
+    @cached_property  # asked once: the folders may be replaced
+    def _versions(self) -> dict[str, str]:
+        return {name: version_name(name, a.folder) for name, a in self.adapters.items() if a.folder is not None}
 
 
 def _max_rank(adapters: Mapping[str, Adapter]) -> int:

@@ -39,7 +39,7 @@ def run(
     for word in words:
         loaded = Adapter.load(run.project.find_adapter(word))
         name = loaded.training.get("task", word)
-        source = data or (run.project.task_source(name) if name in run.project.tasks else loaded.training.get("data"))
+        source = data or run.project.source_of(name, loaded.training)
         if source is None and not adapter:
             run.say(f"{word} is passed over: it does not say what it was trained on (--data names its rows)")
             continue

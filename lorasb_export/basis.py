@@ -6,7 +6,7 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import card, environment
+from . import card, distributed, environment
 from .base import BaseRef
 from .fetch import BASIS_FILES, resolve_folder
 from .format import FORMAT_VERSION, ModuleBasis, load_tensors, read_basis_config, sealed
 from .output import atomic_folder
 from .provenance import versions
+from .settings import GRADIENT
 from .storage import read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Basis` transformers can be imported
@@ -36,6 +37,12 @@ class Basis:
     calibration: Mapping[str, Any]
     created_with: Mapping[str, str] = field(default_factory=versions)
     source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
+
+    @property
+    def directions(self) -> str:
+        """What B and A span: GRADIENT, also where an older basis does not say, or RANDOM."""
+        directions: str = self.calibration.get("directions", GRADIENT)
+        return directions
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -94,3 +101,15 @@ class Basis:
         basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
         basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again
         return basis
+
+
+def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
+    """The basis in `folder`; where there is none, all processes make it and the first one saves it there."""
+    is_there = folder.exists()
+    distributed.wait()  # before any process makes it: all must have seen the same
+    if not is_there:
+        basis = make()
+        if distributed.is_main():
+            basis.save(folder)
+        distributed.wait()
+    return Basis.load(folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             )
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def together_folder(folder: Path, tasks: Iterable[str]) -> Path:
+    """The working folder of `tasks` that train together: theirs alone, since others may be training beside them."""
+    names = json.dumps(sorted(tasks))
+    return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
+
+
+def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
+    """Raise TrainingError where some of `data`, hashes, have an interrupted run with others: none would be resumed."""
+    for other in folder.glob(".together+*.run"):
+        checkpoint = last_complete(other)
+        if checkpoint and data & set(read_json(checkpoint / COMPLETE)["data_sha256"]):
+            fix = "Resume it with the tasks it had, or remove that folder"
+            raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
 
 
 def last_complete(folder: Path) -> Path | None:

@@ -135,7 +135,8 @@ def _parse_row(line: bytes, place: str) -> Row:
         raise DataError(f"a line of more than {MAX_JSON_BYTES} bytes", where=place, fix="One JSON object a line")
     try:
         row = parse_json(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, as a text cut by JavaScript may end in
+        if b"\\u" in line:  # half of a surrogate pair, as a text cut by JavaScript may end in, can only be escaped
+            json.dumps(row, ensure_ascii=False).encode()
         return row
     except ValueError as error:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None

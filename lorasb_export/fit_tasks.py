@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from . import distributed
 from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel
-from .basis import Basis
+from .basis import Basis, made_once
 from .calibrate import calibrate
 from .data import TaskData, load_task
 from .errors import SettingsError
@@ -98,14 +98,12 @@ def _shared_basis(
 ) -> Basis:
     """The basis at `source`; where that is the project's own and not there yet, it is calibrated over all its tasks."""
     folder = project.path(project.basis_path)
-    is_there = Path(source) != folder or folder.exists()
-    distributed.wait()  # before any process makes it: all must have seen the same
-    if is_there:
+    if Path(source) != folder:
         return Basis.load(source)
-    names = [] if calibration.directions == RANDOM else project.shared_tasks()
-    sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
-    found = calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
-    if distributed.is_main():
-        found.save(folder)
-    distributed.wait()
-    return Basis.load(folder)
+
+    def make() -> Basis:
+        names = [] if calibration.directions == RANDOM else project.shared_tasks()
+        sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
+        return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
+
+    return made_once(folder, make)

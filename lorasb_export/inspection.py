@@ -17,7 +17,7 @@ from .errors import LoraSBError, SettingsError
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
-from .settings import GRADIENT, RANDOM
+from .settings import RANDOM
 from .storage import read_json, sha256_file
 from .subspace import by_module, spread
 
@@ -68,9 +68,9 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "modules": len(basis.modules),
         "dtype": str(next(iter(basis.modules.values())).B.dtype).removeprefix("torch."),
         "sha256": basis.sha256,
-        "directions": made.get("directions", GRADIENT),
+        "directions": basis.directions,
     }
-    if found["directions"] == RANDOM:
+    if basis.directions == RANDOM:
         return found
     calibrated = {
         "calibrated_on": [source["name"] for source in made["data"]],

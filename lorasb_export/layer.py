@@ -125,7 +125,7 @@ class LoRASBLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.route is None or self.route.rows is None:
             return self._forward(x, None)
-        rows, *_, width = self.route.rows, *x.shape
+        rows, width = self.route.rows, x.shape[-1]
         n = len(rows)  # 1 for all rows of the batch
         if n > 1 and (len(x) != n if x.dim() > 2 else len(x) % n):
             what = f"{n} adapters were chosen, which does not fit a batch of shape {tuple(x.shape)}"
@@ -224,7 +224,7 @@ def train_head(model: nn.Module) -> Live:
     places = {
         name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in head_parameters(model)
     }
-    for module in {id(module): module for module, _ in places.values()}.values():
+    for module in dict.fromkeys(module for module, _ in places.values()):
         narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]
         for parameter in narrow:
             parameter.data = parameter.data.float()

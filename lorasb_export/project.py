@@ -167,6 +167,10 @@ class Project:
         source = self.tasks[name].data
         return str(self.path(source)) if self.path(source).exists() else source
 
+    def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
+        """The data of an adapter's task: the project's where it has such a task, else what its training says."""
+        return self.task_source(name) if name in self.tasks else training.get("data")
+
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""
         if self.model is None:

@@ -12,26 +12,35 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed, environment
 from .adapter import Adapter
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
-from .basis import Basis
+from .basis import Basis, made_once
 from .batches import encode
 from .calibrate import calibrate
 from .callbacks import Progress, checkpoint_at_sigterm
 from .capture import capture, is_little, overview, recorded, words
-from .checkpoints import COMPLETE, RESUME, check_identity, last_complete, open_folder
+from .checkpoints import (
+    COMPLETE,
+    RESUME,
+    check_identity,
+    last_complete,
+    open_folder,
+    refuse_run_of_others,
+    together_folder,
+)
 from .data import TaskData, load_task, question_and_answer, refuse_single_class
-from .errors import DataError, MissingPackageError, SettingsError, TrainingError
+from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric, max_answer_tokens
 from .lock import only_writer
 from .network import require_positions
 from .order import RowOrder
 from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
-from .settings import GRADIENT, RANDOM, CalibrationSettings, FitSettings
+from .settings import RANDOM, CalibrationSettings, FitSettings
 from .stack import Stack
 from .storage import read_json, write_json
 from .trainer import RTrainer, TaskRun
@@ -109,26 +118,11 @@ def fit_together(
         )
     folder = Path(os.path.abspath(folder))
     outs = [folder / task.name for task in tasks]
-    working = folder / _together(tasks)
+    working = together_folder(folder, [task.name for task in tasks])
     if resume and not working.exists():
-        _refuse_run_of_others(folder, tasks)
+        refuse_run_of_others(folder, {task.sha256 for task in tasks})
     run = _Run(model, basis, tasks, outs, working, settings or FitSettings(), network)
     return run.train(resume=resume, overwrite=overwrite)
-
-
-def _together(tasks: Sequence[TaskData]) -> str:
-    """The working folder's name: of these tasks alone, since other runs may be under way; no task may have a +."""
-    names = json.dumps(sorted(task.name for task in tasks))
-    return f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"
-
-
-def _refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
-    """Raise TrainingError where some of `tasks` have an interrupted run with others: nothing would be resumed."""
-    for other in folder.glob(".together+*.run"):
-        checkpoint = last_complete(other)
-        if checkpoint and {task.sha256 for task in tasks} & set(read_json(checkpoint / COMPLETE)["data_sha256"]):
-            fix = "Resume it with the tasks it had, or remove that folder"
-            raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
 
 
 class _Run:
@@ -169,7 +163,7 @@ class _Run:
         else:
             self._basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(self._basis.base, self._basis.modules)
-            directions = self._basis.calibration.get("directions", GRADIENT)
+            directions = self._basis.directions
         self.settings = settings.for_task(tasks[0].task_type, directions)
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
@@ -230,8 +224,8 @@ class _Run:
                     adapter.write_into(folder, self.outs[k])
                     write_record(folder, run, entries, made)
             adapter.folder = self.outs[k]
-            for part in ("R", "head"):  # lets go of the model
-                setattr(adapter, part, {name: p.detach() for name, p in getattr(adapter, part).items()})
+            adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
+            adapter.head = {name: parameter.detach() for name, parameter in adapter.head.items()}
         distributed.wait()
         if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
@@ -249,22 +243,16 @@ class _Run:
         (task,) = self.tasks
         made_from = json.dumps([asdict(self._basis), task.sha256])
         folder = self.folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
-        is_there = folder.exists()
-        distributed.wait()  # before any process makes it: all must have seen the same
-        if not is_there:
-            same = network if self._basis.dtype == self.settings.dtype else None
-            basis = calibrate(self.base, {task.name: task}, self._basis, network=same)
-            if distributed.is_main():
-                basis.save(folder)
-            distributed.wait()
-        return replace(Basis.load(folder), source=None)  # it will lie in the adapter
+        same = network if self._basis.dtype == self.settings.dtype else None
+        basis = made_once(folder, partial(calibrate, self.base, {task.name: task}, self._basis, network=same))
+        return replace(basis, source=None)  # it will lie in the adapter
 
     def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any] | None:
         """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run.
 
         None in a random basis, which has nothing to do with it.
         """
-        if basis.calibration.get("directions") == RANDOM:
+        if basis.directions == RANDOM:
             return None
         path = self.folder / f"capture-{task.sha256[:16]}.json"
         found = recorded(basis, task)

@@ -41,19 +41,26 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 IDS = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(0))
 
 
-def test_oracle_18_mixed_batch_is_each_row_alone(llama: Path, adapters: dict[str, Adapter]) -> None:
-    model = BaseModel.resolve(llama).load(dtype="float64")
+def mixed_as_alone(
+    model: torch.nn.Module, adapters: dict[str, Adapter], choice: list[str | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of the base and of a mixed batch, each row of which is what its adapter alone gives."""
     base = logits(model, IDS)
     alone = {None: base}
     for name, adapter in adapters.items():
         adapter.inject(model)
         alone[name] = logits(model, IDS)
     stack = Stack(model, adapters)
-    choice = ["b", None, "c", "b"]
     stack.use(choice)
     mixed = logits(model, IDS)
     for row, name in enumerate(choice):
         assert torch.allclose(mixed[row], alone[name][row], atol=1e-12), name
+    return base, mixed
+
+
+def test_oracle_18_mixed_batch_is_each_row_alone(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    base, mixed = mixed_as_alone(model, adapters, ["b", None, "c", "b"])
     assert torch.equal(mixed[1], base[1])  # "none" is the base bit for bit
     assert not torch.allclose(mixed[0], base[0], atol=1e-3)
 
@@ -137,15 +144,6 @@ def test_a_model_that_flattens_its_rows(tmp_path: Path) -> None:
     network = BaseModel.resolve(base).load(dtype="float64")
     saved = save_adapter(base, network, tmp_path / "a", ["model.decoder.layers.0.fc1"], relative_size=0.3)
     adapters = {"a": saved, "b": random_adapter(saved.load_basis(), 1)}
-    alone = {None: logits(network, IDS)}
-    for name, adapter in adapters.items():
-        adapter.inject(network)
-        alone[name] = logits(network, IDS)
-    stack = Stack(network, adapters)
-    choice = ["b", None, "a", "b"]
-    stack.use(choice)
-    mixed = logits(network, IDS)
-    for row, name in enumerate(choice):
-        assert torch.allclose(mixed[row], alone[name][row], atol=1e-12), name
+    mixed_as_alone(network, adapters, ["b", None, "a", "b"])
     with pytest.raises(SettingsError, match=r"4 adapters were chosen, which does not fit a batch of shape \(21, 32\)"):
         logits(network, IDS[:3])

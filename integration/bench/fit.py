@@ -27,11 +27,11 @@ from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, collate, encode, row_losses
 from lorasb_export.data import load_task
-from lorasb_export.format import ModuleBasis
-from lorasb_export.layer import remove, weight_of
+from lorasb_export.layer import remove
 from lorasb_export.muon import Muon
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
+from lorasb_export.random_basis import random_factors
 from lorasb_export.stack import Stack
 from lorasb_export.targets import find_targets
 
@@ -81,11 +81,8 @@ def load(dtype: torch.dtype) -> Any:
 
 def random_basis(model: Any, rank: int) -> Basis:
     """Orthonormal factors cost a step what calibrated ones do."""
-    modules = {}
-    for name, module in find_targets(model, "all-linear").items():
-        rows, columns = weight_of(module).shape
-        B, A = (torch.linalg.qr(torch.randn(size, rank))[0].to(model.dtype) for size in (rows, columns))
-        modules[name] = ModuleBasis(B, A.T.contiguous(), torch.full((rank,), 1e-3))
+    factors = random_factors(find_targets(model, "all-linear"), rank, 0, model.dtype)
+    modules = {name: of_module._replace(S=torch.full((rank,), 1e-3)) for name, of_module in factors.items()}
     return Basis(BaseRef("bench", None, "0"), rank, modules, {})
 
 

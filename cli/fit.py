@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from .verb import Run, given, percentages
 
 REPORTED = (
     "steps",
+    "learning_rates",
     "best_step",
     "rows",
     "rows_left_out",
@@ -37,7 +39,10 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Of R: muon, or adamw (the paper).")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak rate.")] = None,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option("--learning-rate", "--lr", help="Peak rate; of several, with commas, the best one's R is kept."),
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant_with_warmup.")] = None,
     init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
@@ -75,7 +80,7 @@ def run(
         batch_size=batch_size,
         accumulate=accumulate,
         optimizer=optimizer,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate and _rates(learning_rate),
         schedule=schedule,
         init=init,
         max_length=max_length,
@@ -117,7 +122,26 @@ def run(
         loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
         lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
+        if summary["learning_rates"]:
+            lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")
         if summary["capture"] and summary["energy"]:
             lines.append(f"  {words(summary['capture'])}")
             lines.append(f"  and keeps {percentages(summary['energy'])} of its first step's energy")
     run.result({"adapters": adapters}, "\n".join(lines))
+
+
+def _rates(words: str) -> float | tuple[float, ...]:
+    try:
+        first, *more = map(float, words.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{words!r} is no rate, nor several with commas") from None
+    return (first, *more) if more else first
+
+
+def _compared(values: Mapping[str, float], settings: Mapping[str, Any]) -> str:
+    """What came of each learning rate, and whether the best may lie beyond those that were tried."""
+    kept, rates = settings["learning_rate"], sorted(map(float, values))
+    told = ", ".join(f"{rate:g} {values[str(rate)]:.4f}" for rate in rates)
+    ends = {rates[0]: "a lower", rates[-1]: "a higher"}
+    beyond = f"; {ends[kept]} one may do better" if kept in ends else ""
+    return f"{settings['metric']} by learning rate: {told}. {kept:g} is kept{beyond}"

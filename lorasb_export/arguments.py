@@ -14,8 +14,8 @@ from transformers import TrainingArguments  # noqa: E402
 
 
 def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
-    """An item of the dataset is a whole optimizer step, of which there are `steps`; `settings` have a learning rate."""
-    assert settings.learning_rate is not None
+    """An item of the dataset is a whole optimizer step, of which there are `steps`; `settings` have one rate."""
+    (rate,) = settings.rates
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
@@ -23,7 +23,7 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         max_steps=steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,

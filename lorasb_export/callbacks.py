@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 from . import distributed, environment
-from .data import TaskData
 from .errors import Terminated
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -52,11 +51,11 @@ class Progress(TrainerCallback):
 
     bar: Any
 
-    def __init__(self, tasks: Sequence[TaskData]) -> None:
-        self.name = tasks[0].name if len(tasks) == 1 else f"{len(tasks)} tasks"
+    def __init__(self, title: str) -> None:
+        self.title = title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.name}", total=state.max_steps, unit="step", disable=None)
+        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)

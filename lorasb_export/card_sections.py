@@ -14,7 +14,7 @@ _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
 _ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "evaluation", "plot", "trainable_parameters"}
-_ELSEWHERE |= {"lora_parameters", "labels", "regression", "capture", "energy", "settings"}
+_ELSEWHERE |= {"lora_parameters", "labels", "regression", "capture", "energy", "settings", "learning_rates"}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,15 @@ def training_table(training: Mapping[str, Any]) -> str:
         f"`{name}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
     ]
     after = f"\nSettings: {', '.join(settings)}.\n" if settings else ""
-    return grid("Training", ["", ""], rows, before=image) + _held_by_basis(training) + after
+    return grid("Training", ["", ""], rows, before=image) + _held_by_basis(training) + _by_rate(training) + after
+
+
+def _by_rate(training: Mapping[str, Any]) -> str:
+    values = training.get("learning_rates")
+    if not values:
+        return ""
+    told = ", ".join(f"{float(value):.4g} at {rate}" for rate, value in values.items())
+    return f"\nTrained at each of these learning rates: `{training['settings']['metric']}` {told}.\n"
 
 
 def _held_by_basis(training: Mapping[str, Any]) -> str:

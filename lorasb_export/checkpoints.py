@@ -14,18 +14,31 @@ from safetensors.torch import load_file
 from . import format
 from .adapter import Adapter
 from .errors import ArtifactError, OutputError, TrainingError
+from .settings import FitSettings
 from .storage import read_json
 
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
-
-
+SAME = "Resume with the same settings and data, or start afresh with --overwrite"
 RESUME = "Free or repair that disk, then go on with the same command and --resume"
 
 
-def open_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Make the working folder of a run, empty unless it is resumed. Raises OutputError when a run would be lost."""
+def rate_folder(folder: Path, rate: float, settings: FitSettings) -> Path:
+    """Where in the working folder the checkpoints at `rate` lie."""
+    return folder / f"rate-{rate}" if len(settings.rates) > 1 else folder
+
+
+def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
+    """Make the working folder of a run, empty unless it is resumed.
+
+    Raises:
+        OutputError: an interrupted run would be lost.
+        TrainingError: the one to be resumed had learning rates that are not in `settings`.
+    """
+    begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
+    if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
+        raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
     if not resume:
-        if last_complete(folder) is not None and not overwrite:
+        if begun and not overwrite:
             raise OutputError(
                 "an interrupted run is there",
                 where=folder,
@@ -43,9 +56,9 @@ def together_folder(folder: Path, tasks: Iterable[str]) -> Path:
 
 def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
     """Raise TrainingError where some of `data`, hashes, have an interrupted run with others: none would be resumed."""
-    for other in folder.glob(".together+*.run"):
-        checkpoint = last_complete(other)
-        if checkpoint and data & set(read_json(checkpoint / COMPLETE)["data_sha256"]):
+    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
+        if data & set(read_json(marker)["data_sha256"]):
+            other = folder / marker.relative_to(folder).parts[0]
             fix = "Resume it with the tasks it had, or remove that folder"
             raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
 
@@ -64,7 +77,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         raise TrainingError(
             f"the interrupted run had other {', '.join(differing)}",
             where=checkpoint.parent,
-            fix="Resume with the same settings and data, or start afresh with --overwrite",
+            fix=SAME,
         )
 
 

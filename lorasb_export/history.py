@@ -42,6 +42,11 @@ class History:
         evaluated = self._evaluated()
         return evaluated[self._best()] if evaluated else None
 
+    def kept(self) -> float | None:
+        """The metric's value where the R to keep was evaluated; None without an evaluation."""
+        values = self._values()
+        return values[self._best() if self.settings.keep == "best" else -1] if values else None
+
     def last_is_best(self) -> bool:
         """Whether no evaluation before the last was as good."""
         return self._best() == len(self._values()) - 1

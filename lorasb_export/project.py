@@ -293,6 +293,6 @@ def _types(settings: type) -> dict[str, tuple[type, ...]]:
     allowed: dict[str, tuple[type, ...]] = {}
     for setting in fields(settings):
         names = str(setting.type).split(" | ")
-        types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+        types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple[float, ...]": (list,)}
         allowed[setting.name] = tuple(t for name in names if name != "None" for t in types[name])
     return allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from .errors import SettingsError
@@ -83,7 +84,7 @@ class FitSettings:
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
         learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
-            times that in a random basis.
+            times that in a random basis. Several: a run at each, of which the best on the valid split is kept.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -109,7 +110,7 @@ class FitSettings:
     accumulate: int = 1
     group_by_length: bool = False
     optimizer: str = "muon"
-    learning_rate: float | None = None
+    learning_rate: float | tuple[float, ...] | None = None
     schedule: str = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.0
@@ -131,12 +132,26 @@ class FitSettings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}", fix=f"Use {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "accumulate", "learning_rate", "scaling", "max_length"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        for name in ("epochs", "batch_size", "accumulate", "scaling", "max_length"):
+            if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
+        if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
+            object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
+        for rate in self.rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise SettingsError(f"learning_rate is {rate!r}, must be a positive number")
+        if self.learning_rate is not None and len(set(self.rates)) < max(1, len(self.rates)):
+            raise SettingsError("learning_rate names none, or one twice", fix="Give one rate, or several, each once")
         for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to train at, one or several; none before `for_task` where none was given."""
+        if self.learning_rate is None:
+            return ()
+        return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
     def for_task(self, task_type: str, directions: str) -> FitSettings:
         """These, with a learning rate where none was given, for a task in a basis of such `directions`."""

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import distributed, environment
 from .adapter import Adapter
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
-from .basis import Basis, made_once
-from .batches import encode
-from .calibrate import calibrate
-from .callbacks import Progress, checkpoint_at_sigterm
-from .capture import capture, is_little, overview, recorded, words
+from .basis import Basis
+from .capture import overview
 from .checkpoints import (
-    COMPLETE,
     RESUME,
-    check_identity,
-    last_complete,
     open_folder,
     refuse_run_of_others,
     together_folder,
 )
-from .data import TaskData, load_task, question_and_answer, refuse_single_class
+from .data import TaskData, load_task, refuse_single_class
 from .errors import DataError, MissingPackageError, SettingsError
-from .inference import fitting_metric, max_answer_tokens
+from .inference import fitting_metric
 from .lock import only_writer
 from .network import require_positions
-from .order import RowOrder
-from .output import atomic_folder, cannot_write, refuse_existing, replaced_file
-from .settings import RANDOM, CalibrationSettings, FitSettings
-from .stack import Stack
-from .storage import read_json, write_json
-from .trainer import RTrainer, TaskRun
-from .training_record import summary, write_record
-from .validation import Validation
+from .output import atomic_folder, cannot_write, refuse_existing
+from .run_basis import captured_once, own_basis
+from .settings import CalibrationSettings, FitSettings
+from .training_record import write_record
+from .training_runs import TrainingRuns
 
 environment.hide_broken_packages()  # before transformers looks for them
-from transformers import TrainerCallback  # noqa: E402
-from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +134,13 @@ class _Run:
         for task in tasks:
             if task.task_type == SEQ_CLS and not task.regression:
                 refuse_single_class(task.labels, task.source)
-            if task.splits.get("valid") and settings.metric != "loss":
-                fitting_metric(task, settings.metric)
+            if task.splits.get("valid"):
+                if settings.metric != "loss":
+                    fitting_metric(task, settings.metric)
+            elif settings.patience is not None or len(settings.rates) > 1:
+                what = "patience has nothing to count" if settings.patience else "learning rates cannot be compared"
+                fix = f"Add valid.jsonl, or {'leave patience out' if settings.patience else 'give one rate'}"
+                raise DataError(f"task {task.name} has no valid rows, so {what}", where=task.source, fix=fix)
         if distributed.world() > settings.batch_size:
             raise SettingsError(
                 f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
@@ -179,147 +169,48 @@ class _Run:
                 for out in self.outs:
                     refuse_existing(out, overwrite)
             if distributed.is_main():
-                open_folder(self.folder, resume, overwrite)
+                open_folder(self.folder, self.settings, resume, overwrite)
             distributed.wait()
             network = self._network or self._load()
+            require_positions(network, self.settings.max_length)
             with _left_as_found(network):
                 return self._train(network, resume=resume, overwrite=overwrite)
 
     def _train(self, network: PreTrainedModel, *, resume: bool, overwrite: bool) -> list[Adapter]:
-        basis = self._own_basis(network) if isinstance(self._basis, CalibrationSettings) else self._basis
+        basis = self._basis
+        if isinstance(basis, CalibrationSettings):
+            same = network if basis.dtype == self.settings.dtype else None
+            basis = own_basis(self.base, self.tasks[0], basis, self.folder, same)
         assert isinstance(basis, Basis)
-        identity = {
-            "settings": asdict(self.settings),
-            "data_sha256": [task.sha256 for task in self.tasks],
-            "basis_sha256": basis.sha256,
-            "base_fingerprint": basis.base.fingerprint,
-        }
-        checkpoint = last_complete(self.folder)
-        if checkpoint is not None:
-            check_identity(checkpoint, identity)
-
-        captured = [self._captured(network, basis, task) for task in self.tasks]
-        trainer = self._trainer(network, basis, identity)
-        if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
-            trainer.restore_finished(checkpoint)
-        else:
-            with checkpoint_at_sigterm(trainer):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        for k, found in enumerate(captured):
-            run, history = trainer.runs[k], trainer.history(k)
-            entries = history.entries()
-            best = trainer.restore_best(k) if self.settings.keep == "best" else None
-            adapter = run.adapter
-            adapter.training = {
-                **summary(run, entries, history.steps_done(trainer.state.global_step), best),
-                "together": [task.name for task in self.tasks] if len(self.tasks) > 1 else None,
-                "settings": asdict(self.settings),
-                "capture": found and overview(found),
-            }
-            written = resume and not overwrite and self.outs[k].exists()  # before the interruption
+        names = [task.name for task in self.tasks]
+        events = self.outs[0].parent / "runs" / "+".join(names)
+        runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
+        captured = [captured_once(self.base, network, basis, task, self.folder) for task in self.tasks]
+        outcomes = runs.best()
+        for outcome, capture, out in zip(outcomes, captured, self.outs, strict=True):
+            adapter = outcome.run.adapter
+            together = names if len(names) > 1 else None
+            adapter.training = {**outcome.training, "together": together, "capture": capture and overview(capture)}
+            written = resume and not overwrite and out.exists()  # before the interruption
             if distributed.is_main() and not written:
                 seconds = round(time.monotonic() - self._started, 1)
-                made = {**identity, "capture": found, "seconds": seconds}
-                with atomic_folder(self.outs[k], overwrite=overwrite) as folder:
-                    adapter.write_into(folder, self.outs[k])
-                    write_record(folder, run, entries, made)
-            adapter.folder = self.outs[k]
+                made = {**outcome.identity, "capture": capture, "seconds": seconds}
+                with atomic_folder(out, overwrite=overwrite) as folder:
+                    adapter.write_into(folder, out)
+                    write_record(folder, outcome.run, outcome.entries, made)
+            adapter.folder = out
             adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
             adapter.head = {name: parameter.detach() for name, parameter in adapter.head.items()}
         distributed.wait()
         if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
-        return [run.adapter for run in trainer.runs]
+        return [outcome.run.adapter for outcome in outcomes]
 
     def _load(self) -> PreTrainedModel:
         task = self.tasks[0]
         return self.base.load(
             task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
         )
-
-    def _own_basis(self, network: PreTrainedModel) -> Basis:
-        """The task's own basis, calibrated once for all resumptions of this run."""
-        assert isinstance(self._basis, CalibrationSettings)
-        (task,) = self.tasks
-        made_from = json.dumps([asdict(self._basis), task.sha256])
-        folder = self.folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
-        same = network if self._basis.dtype == self.settings.dtype else None
-        basis = made_once(folder, partial(calibrate, self.base, {task.name: task}, self._basis, network=same))
-        return replace(basis, source=None)  # it will lie in the adapter
-
-    def _captured(self, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any] | None:
-        """How much of the task's gradient the basis holds: recorded at calibration, or measured once for this run.
-
-        None in a random basis, which has nothing to do with it.
-        """
-        if basis.directions == RANDOM:
-            return None
-        path = self.folder / f"capture-{task.sha256[:16]}.json"
-        found = recorded(basis, task)
-        if found is None and path.exists():
-            found = read_json(path)
-        elif found is None:
-            found = capture(self.base, network, basis, task)
-            distributed.wait()
-            if distributed.is_main():
-                with replaced_file(path) as temporary:
-                    write_json(temporary, found)
-        if is_little(found):
-            logger.warning(
-                "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
-                task.name,
-                words(overview(found)),
-            )
-        return found
-
-    def _trainer(self, network: PreTrainedModel, basis: Basis, identity: Mapping[str, Any]) -> RTrainer:
-        settings, tokenizer = self.settings, self.base.load_tokenizer()
-        require_positions(network, settings.max_length)
-        rows = [encode(t.rows("train"), tokenizer, t.task_type, t.labels, settings.max_length) for t in self.tasks]
-        start: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
-        if len(self.tasks) > 1:
-            adapters = {task.name: Adapter.start(basis, **start) for task in self.tasks}
-            stack = Stack(network, adapters)
-        else:
-            (task,), stack = self.tasks, None
-            adapters = {task.name: Adapter.attach(network, basis, **start)}
-        runs = [
-            TaskRun(
-                task,
-                adapters[task.name],
-                encoded,
-                RowOrder([len(row["input_ids"]) for row in encoded], settings),
-                self._validation(task, tokenizer),
-            )
-            for task, encoded in zip(self.tasks, rows, strict=True)
-        ]
-        callbacks = [Progress(self.tasks), *self._reporters()]
-        return RTrainer(network, tokenizer, runs, stack, settings, self.folder, identity, callbacks)
-
-    def _reporters(self) -> list[TrainerCallback]:
-        """TensorBoard's files go beside the adapters, in `runs/`: the Trainer's own place is removed at the end."""
-        if self.settings.report_to != "tensorboard" or not distributed.is_main():
-            return []
-        from torch.utils.tensorboard import SummaryWriter
-
-        place = self.outs[0].parent / "runs" / "+".join(task.name for task in self.tasks)
-        return [TensorBoardCallback(SummaryWriter(str(place)))]
-
-    def _validation(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> Validation | None:
-        rows, settings = task.splits.get("valid"), self.settings
-        if not rows:
-            if settings.patience is not None:
-                raise DataError(
-                    f"task {task.name} has no valid rows, so patience has nothing to count",
-                    where=task.source,
-                    fix="Add valid.jsonl, or leave patience out",
-                )
-            return None
-        encoded = encode(rows, tokenizer, task.task_type, task.labels, settings.max_length)
-        if settings.metric != "exact_match":
-            return Validation(encoded, tokenizer, every=settings.evaluate_every)
-        asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
-        return Validation(encoded, tokenizer, asked, max_answer_tokens(tokenizer, rows), settings.evaluate_every)
 
 
 @contextmanager

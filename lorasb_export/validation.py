@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,5 +95,7 @@ class Validation:
 
 
 def better(metric: str, value: float, than: float) -> bool:
-    """Whether `value` beats `than`: lower for the loss, higher for all else."""
+    """Whether `value` beats `than`: lower for the loss, higher for all else. NaN beats nothing, and all beat NaN."""
+    if math.isnan(than):
+        return not math.isnan(value)
     return value < than if metric == "loss" else value > than

@@ -423,7 +423,7 @@ def test_fit_in_a_random_basis_asks_for_no_gradient(
 ) -> None:
     """It starts at the base model, with three times the rate."""
     settings = CalibrationSettings(rank=4, directions="random")
-    monkeypatch.setattr("lorasb_export.train.capture", None)
+    monkeypatch.setattr("lorasb_export.run_basis.capture", None)
     made = settings if source == "own" else calibrate(str(llama), {}, settings)
     adapter = fit(str(llama), made, sums, tmp_path / "a", FitSettings(max_steps=2))
     assert adapter.training["settings"]["learning_rate"] == pytest.approx(9e-3)

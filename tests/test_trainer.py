@@ -274,7 +274,7 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
         patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(*inputs)
-        patch.setattr("lorasb_export.train.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+        patch.setattr("lorasb_export.run_basis.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
         with pytest.raises(KeyboardInterrupt):
             fit(*inputs, resume=True)
     other = fit(str(llama), CalibrationSettings(rank=2), *inputs[2:], resume=True)  # no checkpoint of the first yet

@@ -1,0 +1,64 @@
+"""The basis of a training run: the task's own, made once for all its resumptions, and what a basis holds of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import distributed
+from .base import BaseModel
+from .basis import Basis, made_once
+from .calibrate import calibrate
+from .capture import capture, is_little, overview, recorded, words
+from .data import TaskData
+from .output import replaced_file
+from .settings import RANDOM, CalibrationSettings
+from .storage import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def own_basis(
+    base: BaseModel, task: TaskData, settings: CalibrationSettings, folder: Path, network: PreTrainedModel | None
+) -> Basis:
+    """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
+    made_from = json.dumps([asdict(settings), task.sha256])
+    place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
+    basis = made_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
+    return replace(basis, source=None)  # it will lie in the adapter
+
+
+def captured_once(
+    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, folder: Path
+) -> dict[str, Any] | None:
+    """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
+
+    None in a random basis, which has nothing to do with it. Warns where it is little.
+    """
+    if basis.directions == RANDOM:
+        return None
+    path = folder / f"capture-{task.sha256[:16]}.json"
+    found = recorded(basis, task)
+    if found is None and path.exists():
+        found = read_json(path)
+    elif found is None:
+        found = capture(base, network, basis, task)
+        distributed.wait()
+        if distributed.is_main():
+            with replaced_file(path) as temporary:
+                write_json(temporary, found)
+    if is_little(found):
+        logger.warning(
+            "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
+            task.name,
+            words(overview(found)),
+        )
+    return found

@@ -253,7 +253,7 @@ class BaseModel:
         refuse_made_up(model, found["missing_keys"], self.folder)
         amend(model)
         model.requires_grad_(False).eval()
-        if task_type == SEQ_CLS and model.config.pad_token_id is None:
+        if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
         model.to(device or default_device())  # type: ignore[arg-type]
         return model

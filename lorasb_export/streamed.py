@@ -68,7 +68,7 @@ def _empty_model(base: BaseModel, task_type: str, num_labels: int | None) -> Pre
         network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
     amend(network)
     network.tie_weights()  # a parameter that is assigned within is another one
-    if task_type != CAUSAL_LM and network.config.pad_token_id is None:
+    if task_type != CAUSAL_LM:  # as `BaseModel.load`
         network.config.pad_token_id = base.load_tokenizer().pad_token_id
     return network.requires_grad_(False).eval()
 

@@ -13,11 +13,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import prompt_ids
+from lorasb_export.batches import encode, prompt_ids
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.inference import answers, evaluate
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
+from lorasb_export.validation import row_scores
 from tests.random_adapter import save_adapter
 from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
 from tests.tiny import make_llama
@@ -156,6 +157,22 @@ def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
     for metric in ("pearson", "f1"):
         with pytest.raises(SettingsError, match=f"metric '{metric}' does not fit text/label rows. Use accuracy or mcc"):
             evaluate(adapter, task, split="train", metric=metric)
+
+
+def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says(tmp_path: Path) -> None:
+    """Of some checkpoints (huggyllama/llama-7b) the config names another token."""
+    base = make_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    model = BaseModel.resolve(base)
+    network, tokenizer = model.load(SEQ_CLS, num_labels=2), model.load_tokenizer()
+    rows = [{"text": text, "label": "no"} for text in ("hello", "a longer text")]
+    encoded = encode(rows, tokenizer, SEQ_CLS, ["no", "yes"], 64)
+    together, alone = (row_scores(network, part, tokenizer.pad_token_id)[0][0] for part in (encoded, encoded[:1]))
+    assert together == pytest.approx(alone, abs=1e-5)
+    adapter = save_adapter(base, network, tmp_path / "a", LLAMA_MODULES, task_type=SEQ_CLS)
+    adapter.training = {"labels": ["no", "yes"]}
+    assert merge(adapter, tmp_path / "merged", verify=True)["verify"]["relative_difference"] < 1e-4
 
 
 def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ class BaseModel:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token.
 
+        It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).
+
         Raises:
             BaseModelError: it has neither; the tokenizer's files are missing or damaged.
         """
@@ -277,6 +279,8 @@ class BaseModel:
                     fix="Name one in tokenizer_config.json, for instance as pad_token",
                 )
             tokenizer.pad_token = tokenizer.eos_token
+        if self.config.get("type_vocab_size", 0) < 2:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         return tokenizer
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
+_INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
 
@@ -53,6 +54,7 @@ def encode(
 ) -> list[Encoded]:
     """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
+    For SEQ_CLS also `token_type_ids` (t,), which tell a text from its pair, where the tokenizer makes them.
     `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
     `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
     whose prompt alone fills it has nothing to learn and is left out. One warning counts and names both.
@@ -67,7 +69,9 @@ def encode(
     for number, row in numbered.items():
         if task_type == SEQ_CLS:
             text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
-            ids = tokenizer(*text, truncation=True, max_length=max_length).input_ids
+            found = tokenizer(*text, truncation=True, max_length=max_length)
+            inputs = {key: found[key] for key in _INPUTS if key in found}
+            ids = found.input_ids
             is_cut = len(ids) == max_length and len(tokenizer(*text).input_ids) > max_length
             if not ids:
                 raise DataError("the text has no tokens", where=f"row {number}", fix="Remove the row or fill it in")
@@ -79,9 +83,10 @@ def encode(
             if all(label == IGNORE for label in target):
                 left_out.append(number)
                 continue
+            inputs = {"input_ids": ids}
         if is_cut:
             cut.append(number)
-        encoded.append({"input_ids": ids, "labels": target, "row": number})
+        encoded.append({**inputs, "labels": target, "row": number})
     if not encoded:
         raise DataError(
             f"every prompt is {max_length} tokens or longer: nothing to learn", fix="Raise max_length or shorten them"
@@ -143,7 +148,8 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
-    """Right-padded CPU tensors: input_ids, attention_mask (n, t); labels (n,) for SEQ_CLS.
+    """Right-padded CPU tensors: input_ids, attention_mask and, if the rows have them, token_type_ids (n, t); labels
+    (n,) for SEQ_CLS.
 
     For a causal model `logits_to_keep` (kept,), the positions from which any row predicts a label, and labels
     (n, kept), the token after each of them, or IGNORE: all other logits would cost time and memory and teach nothing.
@@ -158,6 +164,8 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
         "input_ids": torch.tensor([pad(row["input_ids"], pad_id) for row in batch]),
         "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in batch]),
     }
+    if "token_type_ids" in batch[0]:
+        tensors["token_type_ids"] = torch.tensor([pad(row["token_type_ids"], 0) for row in batch])
     if isinstance(batch[0]["labels"], int | float):
         return tensors | {"labels": torch.tensor([row["labels"] for row in batch])}
     after = torch.tensor([pad(row["labels"], IGNORE) for row in batch])[:, 1:]  # the first token is never predicted

@@ -85,15 +85,15 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
 
 
 def _batch(base: BaseModel, adapter: Adapter) -> tuple[Mapping[str, torch.Tensor], int]:
-    """Token ids and attention mask (rows, tokens), and how many rows are the task's."""
+    """What the model is given, (rows, tokens) each, and how many rows are the task's."""
     tokenizer = base.load_tokenizer()
     task = _task(adapter)
     if task is None:
         return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0
     rows = task.rows(task.held_out() if task.splits.get(task.held_out()) else "train")[:_ROWS]
     encoded = encode(rows, tokenizer, adapter.task_type, adapter.labels, _WHOLE)
-    ids = [row["input_ids"][:_TOKENS] for row in encoded]
-    return tokenizer.pad({"input_ids": ids}, return_tensors="pt"), len(ids)
+    inputs = [{key: row[key][:_TOKENS] for key in tokenizer.model_input_names if key in row} for row in encoded]
+    return tokenizer.pad(inputs, return_tensors="pt"), len(inputs)
 
 
 def _task(adapter: Adapter) -> TaskData | None:
@@ -111,7 +111,7 @@ def _task(adapter: Adapter) -> TaskData | None:
 
 def _logits(network: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Logits at real tokens: (tokens, vocabulary), or (rows, classes)."""
-    inputs = {name: batch[name].to(default_device()) for name in ("input_ids", "attention_mask")}
+    inputs = {name: tensor.to(default_device()) for name, tensor in batch.items()}
     with torch.inference_mode():
         logits: torch.Tensor = network(**inputs).logits.float().cpu()
     return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits

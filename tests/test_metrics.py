@@ -21,7 +21,7 @@ from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.validation import row_scores
 from tests.random_adapter import save_adapter
 from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
-from tests.tiny import make_llama
+from tests.tiny import make_gpt2, make_llama, save_tokenizer
 
 LLAMA_MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
 BERT_MODULES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
@@ -173,6 +173,33 @@ def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says
     adapter = save_adapter(base, network, tmp_path / "a", LLAMA_MODULES, task_type=SEQ_CLS)
     adapter.training = {"labels": ["no", "yes"]}
     assert merge(adapter, tmp_path / "merged", verify=True)["verify"]["relative_difference"] < 1e-4
+
+
+def test_a_pair_is_read_as_everybody_calls_the_tokenizer(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
+    network, tokenizer = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1), BaseModel.resolve(bert).load_tokenizer()
+    adapter.inject(network)
+    pairs = [("one", "two, longer"), ("three", "x"), ("a", "b")]
+    rows = [{"text": a, "text_pair": b, "label": i + 0.5} for i, (a, b) in enumerate(pairs)]
+    found = [x for *_, x in row_scores(network, encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)]
+    asked = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+    with torch.inference_mode():
+        assert found == pytest.approx([float(network(**batch).logits) for batch in asked], abs=1e-5)
+        apart = [float(network(batch.input_ids, attention_mask=batch.attention_mask).logits) for batch in asked]
+    assert found != pytest.approx(apart, abs=1e-3)  # the second text is told from the first
+    task = task_of("".join(json.dumps(row) + "\n" for row in rows), tmp_path / "data")
+    adapter.training = {**adapter.training, "data": str(tmp_path / "data"), "data_sha256": task.sha256}
+    verified = merge(adapter, tmp_path / "merged", verify=True)["verify"]
+    assert (verified["rows"], verified["relative_difference"] < 1e-4) == (3, True)
+
+
+def test_token_types_are_for_models_that_tell_them_apart(tmp_path: Path) -> None:
+    """GPT-2 would take them for tokens and add their embeddings."""
+    base = make_gpt2(tmp_path / "gpt2")
+    save_tokenizer(base, token_types=True)
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    rows = [{"text": "a", "text_pair": "b", "label": "no"}]
+    assert set(encode(rows, tokenizer, SEQ_CLS, ["no"], 64)[0]) == {"input_ids", "labels", "row"}
 
 
 def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) -> None:

@@ -23,13 +23,14 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if ad
 VOCABULARY = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]
 
 
-def save_tokenizer(folder: Path, *, template: bool = True) -> None:
+def save_tokenizer(folder: Path, *, template: bool = True, token_types: bool = False) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(VOCABULARY)}, merges=[])),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
         chat_template=TEMPLATE if template else None,
+        model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
     )
     tokenizer.save_pretrained(folder)
 
@@ -67,7 +68,9 @@ def make_bert(folder: Path) -> Path:
         num_attention_heads=4,
         pad_token_id=2,
     )
-    return _save(BertModel, config, folder)
+    _save(BertModel, config, folder)
+    save_tokenizer(folder, token_types=True)
+    return folder
 
 
 def write_index(folder: Path) -> None:

@@ -249,6 +249,10 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
         export_onnx_adapters([red], out, precision="bf16")
     with pytest.raises(SettingsError, match="different names"):
         export_onnx_adapters([red, red], out)
+    for export in (export_onnx, lambda adapter, out, **options: export_onnx_adapters([adapter], out, **options)):
+        for taken in ("red", "basis"):
+            with pytest.raises(OutputError, match="the target holds what it is made from"):
+                export(red, world / taken, overwrite=True)
     with pytest.raises(ArtifactError, match="do not belong together"):
         export_onnx_adapters([red, world / "stranger"], out)
     classifier = save_adapter(Basis.load(world / "basis"), tmp_path / "classifier", seed=1, task_type="SEQ_CLS")

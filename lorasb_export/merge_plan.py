@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,9 @@ from .adapter import Adapter
 from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel
 from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
 from .combine import Weights, combine
-from .errors import ArtifactError, LoraSBError, OutputError, SettingsError
+from .errors import ArtifactError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
-from .output import refuse_existing, require_room
+from .output import refuse_existing, refuse_own_input, require_room
 from .storage import DTYPE_BYTES, TensorInfo
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -193,7 +193,8 @@ def plan_merge(
     with problems:
         loaded = _load(adapter)
         model = loaded[0].base.resolve(base)
-        _refuse_own_input(out, loaded)
+        for one in loaded:
+            refuse_own_input(out, one.folder, one.basis_source)
     if model is None:
         problems.raise_all()
     assert model is not None
@@ -209,14 +210,6 @@ def plan_merge(
     plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
-
-
-def _refuse_own_input(out: Path, adapters: Iterable[Adapter]) -> None:
-    """Nothing can bring R back out of merged weights."""
-    for adapter in adapters:
-        for source in (adapter.folder, adapter.basis_source):
-            if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
-                raise OutputError("the target holds what is merged", where=out, fix="Choose another --out")
 
 
 def free_bytes(out: Path) -> int:

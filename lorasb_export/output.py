@@ -206,6 +206,17 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
 
 
+def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:
+    """Raise OutputError when one of `inputs` is, or lies in, `target`: nothing can bring R or a basis back.
+
+    Args:
+        inputs: folders; what is none on this disk (a Hub id, None) is passed over.
+    """
+    for source in inputs:
+        if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
+            raise OutputError("the target holds what it is made from", where=target, fix="Choose another --out")
+
+
 def require_room(target: Path, needed: int) -> None:
     """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
     parent = target.absolute()

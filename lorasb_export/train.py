@@ -28,7 +28,7 @@ from .errors import DataError, MissingPackageError, SettingsError
 from .inference import fitting_metric
 from .lock import only_writer
 from .network import require_positions
-from .output import atomic_folder, cannot_write, refuse_existing
+from .output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
 from .run_basis import captured_once, own_basis
 from .settings import CalibrationSettings, FitSettings
 from .training_record import write_record
@@ -67,7 +67,7 @@ def fit(
 
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
-            `overwrite` is given.
+            `overwrite` is given; or it holds the basis.
         TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
@@ -153,6 +153,8 @@ class _Run:
         else:
             self._basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(self._basis.base, self._basis.modules)
+            for out in self.outs:
+                refuse_own_input(out, self._basis.source)
             directions = self._basis.directions
         self.settings = settings.for_task(tasks[0].task_type, directions)
 

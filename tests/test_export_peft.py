@@ -140,6 +140,17 @@ def test_gpt2_names_need_the_base_to_tell_conv1d_from_linear(tmp_path: Path) -> 
     assert read_json(tmp_path / "peft" / "adapter_config.json")["fan_in_fan_out"]
 
 
+def test_what_is_exported_is_not_overwritten(tmp_path: Path) -> None:
+    _, _, adapter = make("llama", tmp_path)
+    adapter.load_basis().save(tmp_path / "basis")
+    adapter.basis_source = str(tmp_path / "basis")
+    adapter.save(tmp_path / "shares")
+    for name, out in (("adapter", "adapter"), ("shares", "shares"), ("shares", "basis")):
+        with pytest.raises(OutputError, match="the target holds what it is made from"):
+            export_peft(tmp_path / name, tmp_path / out, overwrite=True)
+    assert Adapter.load(tmp_path / "shares").load_basis()
+
+
 def test_an_existing_target_is_kept_unless_overwritten(tmp_path: Path) -> None:
     make("llama", tmp_path)
     export_peft(tmp_path / "adapter", tmp_path / "peft")

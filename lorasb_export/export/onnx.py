@@ -13,7 +13,7 @@ from ..base import BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
 from ..merge import merge
-from ..output import atomic_folder, require_room
+from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions
 from ..storage import DTYPE_BYTES
 from .onnx_build import PROVIDERS, build, exporter_for
@@ -58,12 +58,13 @@ def export_onnx(
         ArtifactError: `verify` failed.
         BaseModelError: an architecture that is not exported, or not the base of the adapter.
         MissingPackageError: a package of the extra is not installed.
-        OutputError: `out` exists, or the disk is too full.
+        OutputError: `out` exists, or holds the adapter or its basis, or the disk is too full.
         ServerError: the exporter failed.
         SettingsError: unknown precision.
     """
     check_request(precision, PROVIDERS)
     task = Adapter.load(adapter)
+    refuse_own_input(Path(out), task.folder, task.basis_source)
     model = task.base.resolve(base)
     exporter = exporter_for(model, task.task_type)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:

@@ -20,7 +20,7 @@ from ..base import CAUSAL_LM, BaseModel, BaseRef
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..kind import artifact_kind
-from ..output import atomic_folder, cannot_write, put_back, require_room
+from ..output import atomic_folder, cannot_write, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
@@ -69,6 +69,7 @@ def export_onnx_adapters(
     basis = first.load_basis()
     for task in tasks.values():
         check_same_basis(task, basis)
+        refuse_own_input(Path(out), task.folder, task.basis_source)
         if task.task_type != CAUSAL_LM:
             raise BaseModelError(
                 f"the adapter's task is {task.task_type}: every classifier has a head of its own",

@@ -11,7 +11,7 @@ from .. import card
 from ..adapter import Adapter, published_training
 from ..card_sections import Facts
 from ..format import save_tensors
-from ..output import atomic_folder, refuse_existing
+from ..output import atomic_folder, refuse_existing, refuse_own_input
 from ..provenance import command
 from ..storage import write_json
 
@@ -35,10 +35,11 @@ def export_peft(
     Raises:
         ArtifactError: the adapter or its basis is damaged, or they do not belong together.
         BaseModelError: the base is not the one the adapter was trained on, or is needed and missing.
-        OutputError: `out` exists and `overwrite` is false, or cannot be written.
+        OutputError: `out` exists and `overwrite` is false, holds the adapter or its basis, or cannot be written.
     """
     refuse_existing(Path(out), overwrite)
     source = Adapter.load(adapter)
+    refuse_own_input(Path(out), source.folder, source.basis_source)
     transposed = _stores_transposed(source, base)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)

@@ -80,7 +80,11 @@ def _comparisons(verify: dict[str, Any]) -> list[str]:
     results = {"": verify} if "prompts" in verify else verify
     lines = []
     for name, found in results.items():
-        line = f"{name + ': ' if name else ''}{found['equal_prompts']} of {found['prompts']} answers equal torch's"
+        line = f"{name + ': ' if name else ''}"
+        if "equal_prompts" in found:
+            line += f"{found['equal_prompts']} of {found['prompts']} answers equal torch's"
+        else:
+            line += f"numbers differ from torch's by {found['gap']:.1g} at most"
         if "metric" in found:
             line += (
                 f"; {found['metric']} on {found['rows']} held-out rows {found['onnx']:.1%}, torch {found['torch']:.1%}"

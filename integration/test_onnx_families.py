@@ -17,13 +17,19 @@ pytest.importorskip("onnxruntime_genai")
 
 import transformers as t  # noqa: E402
 
+from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel  # noqa: E402
-from lorasb_export.errors import BaseModelError  # noqa: E402
+from lorasb_export.data import TaskData, load_task  # noqa: E402
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError  # noqa: E402
+from lorasb_export.export import onnx_verify  # noqa: E402
 from lorasb_export.export.onnx import export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
 from lorasb_export.export.onnx_build import GRAPH  # noqa: E402
 from lorasb_export.export.onnx_graph import read_graph  # noqa: E402
-from lorasb_export.export.onnx_run import OnnxDecoder, classify  # noqa: E402
+from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier  # noqa: E402
+from lorasb_export.export.onnx_verify import require_equal  # noqa: E402
+from lorasb_export.inference import evaluate  # noqa: E402
+from tests.conftest import write_splits  # noqa: E402
 from tests.random_adapter import save_adapter, write_in  # noqa: E402
 from tests.test_merge_families import CONFIGS, SIZES  # noqa: E402
 from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402
@@ -156,3 +162,53 @@ def test_a_classifier_gives_torchs_logits(family: str, tmp_path: Path) -> None:
         expected = network(ids, attention_mask=mask).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected - expected[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("classes", "int8"), ("numbers", "fp32")])
+def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
+    kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make(tmp_path, *ENCODERS["bert"], SEQ_CLS)
+    t.BertForSequenceClassification.from_pretrained(tmp_path / "base").bert.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", token_types=True)
+    adapter = Adapter.load(tmp_path / "a")
+    if kind == "numbers":
+        adapter.head = {name: tensor[:1] for name, tensor in adapter.head.items()}
+        adapter.training = {"labels": [], "regression": True}
+        adapter.save(tmp_path / "a", overwrite=True)
+    tokenizer, rows = BaseModel.resolve(tmp_path / "base").load_tokenizer(), []
+    for text in ("abc", "xyz 1", "hello", "a longer text", "0", "Utrecht", "blue chairs", "q"):
+        with torch.inference_mode():
+            logits = network(**tokenizer(text, text[::-1], return_tensors="pt")).logits[0]
+        label: Any = ["no", "yes"][int(logits.argmax())] if kind == "classes" else float(logits[0]) + 0.5
+        rows.append({"text": text, "text_pair": text[::-1], "label": label})
+    train = [row | {"label": label} for row, label in zip(rows, ("no", "yes"), strict=False)]
+    write_splits(tmp_path / "data", {"train": train if kind == "classes" else rows, "test": rows})
+    task = load_task("pairs", tmp_path / "data")
+    expected = evaluate(Adapter.load(tmp_path / "a"), task)
+    assert expected["adapter"] == pytest.approx(1, abs=1e-6)
+
+    found = export_onnx(tmp_path / "a", tmp_path / "onnx", precision=precision, data=task, max_drop=100)["verify"]
+    assert (found["metric"], found["rows"]) == (expected["metric"], len(rows))
+    assert found["torch"] == pytest.approx(expected["adapter"], abs=1e-6)
+    assert found["drop"] == round(100 * (found["torch"] - found["onnx"]), 2)
+    assert ("equal_prompts" in found) == (kind == "classes")
+    if precision == "fp32":
+        assert found["onnx"] == pytest.approx(found["torch"], abs=1e-6)
+
+    monkeypatch.setattr(onnx_verify, "run_classifier", lambda *arguments: -run_classifier(*arguments))
+    with pytest.raises(ArtifactError, match=f"{precision} loses .* points of {expected['metric']} on 8 held-out rows"):
+        export_onnx(tmp_path / "a", tmp_path / "wrong", precision=precision, data=task)
+    with pytest.raises(DataError, match="the data is CAUSAL_LM"):
+        export_onnx(tmp_path / "a", tmp_path / "wrong", data=TaskData("sums", "memory", CAUSAL_LM, {}, "0"))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_classifier_that_never_agrees_is_refused(tmp_path: Path) -> None:
+    for found in ({"equal_prompts": 0, "gap": 3.0}, {"gap": float("nan")}):
+        with pytest.raises(ArtifactError, match="no answer of the int4 graph is torch's"):
+            require_equal({"prompts": 4, **found}, "int4", tmp_path)
+    numbers = {"prompts": 4, "gap": 0.2}
+    assert require_equal(numbers, "int4", tmp_path) == numbers
+    with pytest.raises(ArtifactError, match=r"the logits differ by 0\.2"):
+        require_equal(numbers, "fp32", tmp_path)

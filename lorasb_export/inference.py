@@ -123,9 +123,7 @@ def evaluate(
         DataError: the split is empty, or of another task type than the adapter; an answer is missing.
         SettingsError: the metric does not fit the data.
     """
-    if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
-        ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
-        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
+    require_same_kind(adapter, task)
     metric = fitting_metric(task, metric)
     split = split or task.held_out()
     rows = list(task.rows(split))[:limit]
@@ -137,8 +135,7 @@ def evaluate(
     tokenizer = model.load_tokenizer()
     encoded = []
     if metric != "exact_match":
-        max_length = adapter.training.get("settings", {}).get("max_length", FitSettings.max_length)
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, max_length)
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter))
     networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
     network = networks.get(adapter.base.fingerprint)
     if network is None:
@@ -163,6 +160,18 @@ def evaluate(
         return result | {"base": before, "adapter": score()}
     finally:
         remove(network)
+
+
+def require_same_kind(adapter: Adapter, task: TaskData) -> None:
+    """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
+    if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
+        ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
+        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
+
+
+def trained_length(adapter: Adapter) -> int:
+    """Tokens at which the rows that `adapter` was trained on were cut."""
+    return int(adapter.training.get("settings", {}).get("max_length", FitSettings.max_length))
 
 
 def fitting_metric(task: TaskData, metric: str | None) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from .. import card
 from ..adapter import Adapter, published_training
-from ..base import BaseModel
+from ..base import CAUSAL_LM, BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
+from ..inference import require_same_kind
 from ..merge import merge
 from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions
@@ -20,7 +21,7 @@ from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
 from .onnx_run import require_packages
-from .onnx_verify import MAX_DROP, require_equal, verify_folder
+from .onnx_verify import MAX_DROP, require_equal, verify_classifier, verify_folder
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
 _MERGE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # else float32: the update is not rounded before it must be
@@ -47,7 +48,7 @@ def export_onnx(
         base: another place of the base model than the one the adapter names; the weights must be the same.
         precision: `fp32`, `int8`, `int4` (graphs for the CPU), `fp16` or `bf16` (graphs for CUDA).
         verify: compare with the merged model in torch: greedy answers, or a classifier's logits; fp32 fails when they
-            differ. A bf16 graph does not run on the CPU and is not compared.
+            differ, any precision when nothing agrees. A bf16 graph does not run on the CPU and is not compared.
         data: to `verify` on its held-out rows too: the metric in torch and in the graph.
         max_drop: points of that metric the graph may lose.
 
@@ -56,6 +57,7 @@ def export_onnx(
 
     Raises:
         ArtifactError: `verify` failed.
+        DataError: `data` is of another task type than the adapter.
         BaseModelError: an architecture that is not exported, or not the base of the adapter.
         MissingPackageError: a package of the extra is not installed.
         OutputError: `out` exists, or holds the adapter or its basis, or the disk is too full.
@@ -65,6 +67,8 @@ def export_onnx(
     check_request(precision, PROVIDERS)
     task = Adapter.load(adapter)
     refuse_own_input(Path(out), task.folder, task.basis_source)
+    if data is not None:
+        require_same_kind(task, data)
     model = task.base.resolve(base)
     exporter = exporter_for(model, task.task_type)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
@@ -80,10 +84,12 @@ def export_onnx(
         record = {"kind": "onnx", "exporter": exporter, **provenance(task, precision)}
         write_record(folder, record)
         if verify and precision != "bf16":
-            found = verify_folder(
-                folder, BaseModel.resolve(scratch / "merged"), {"": None}, task.task_type, {"": data} if data else None
-            )
-            record["verify"] = require_equal(found[""], precision, out, max_drop)
+            merged = BaseModel.resolve(scratch / "merged")
+            if task.task_type == CAUSAL_LM:
+                found = verify_folder(folder, merged, {"": None}, {"": data} if data else None)[""]
+            else:
+                found = verify_classifier(folder, merged, task, data)
+            record["verify"] = require_equal(found, precision, out, max_drop)
         shutil.rmtree(scratch)
         return finish(folder, out, record)
 

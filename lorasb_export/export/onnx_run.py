@@ -234,7 +234,11 @@ def answers(
 
 def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]], threads: int | None = None) -> np.ndarray[Any, Any]:
     """Logits (rows, classes) of an exported classifier, for the arrays its tokenizer returns."""
-    session = open_session(folder, threads)
+    return run_classifier(open_session(folder, threads), batch)
+
+
+def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """`classify` in a session that is open."""
     logits: np.ndarray[Any, Any] = session.run(None, {item.name: batch[item.name] for item in session.get_inputs()})[0]
     return logits
 

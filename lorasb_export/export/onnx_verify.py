@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter
-from ..base import CAUSAL_LM, BaseModel
-from ..batches import prompt_ids
+from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..batches import collate, encode, prompt_ids
 from ..data import TEXT, TaskData, question_and_answer
 from ..errors import ArtifactError
-from ..inference import answers, max_answer_tokens
+from ..inference import answers, fitting_metric, max_answer_tokens, trained_length
 from ..layer import remove
 from ..metrics import exact_match
-from .onnx_run import OnnxDecoder, classify
+from ..validation import of_predictions
+from .onnx_run import OnnxDecoder, open_session, run_classifier
 
 PROMPTS = (
     "What is the capital of France?",
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_DROP = 2.0  # points of a metric
-_METRIC_ROWS = 128
+_METRIC_ROWS, _BATCH_ROWS = 128, 16
 _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 
 
@@ -36,13 +38,12 @@ def verify_folder(
     out: Path,
     reference: BaseModel,
     tasks: Mapping[str, Adapter | None],
-    task_type: str = CAUSAL_LM,
     data: Mapping[str, TaskData] | None = None,
     *,
     prompts: Sequence[str] = PROMPTS,
     tokens: int = 32,
 ) -> dict[str, dict[str, Any]]:
-    """Ask an exported folder for answers, and torch in fp32 whether it would have said the same.
+    """Ask an exported decoder for answers, and torch in fp32 whether it would have said the same.
 
     One pass of torch over prompt and answer gives its choice at every step, so an answer without a difference is the
     one that torch's own greedy loop gives.
@@ -56,18 +57,10 @@ def verify_folder(
     Returns:
         for each of `tasks` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
         `equal_tokens` (before the first of an answer that differs), and `gap`: by how much torch's logits prefer its
-        own token there, the largest over the prompts; 0 when all are equal. For a classifier `prompts`,
-        `equal_prompts` (the same class) and `gap`, the largest difference of a logit. With data also `metric`, `rows`,
-        its value in `torch` and in `onnx`, and `drop`, the points (hundredths) the graph loses.
+        own token there, the largest over the prompts; 0 when all are equal. With data also `metric`, `rows`, its
+        value in `torch` and in `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
     tokenizer = reference.load_tokenizer()
-    if task_type != CAUSAL_LM:
-        batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
-        found = torch.from_numpy(classify(out, {name: ids.numpy() for name, ids in batch.items()})).float()
-        with torch.inference_mode():
-            expected = reference.load(task_type, dtype="float32", device="cpu")(**batch).logits
-        same = int((found.argmax(-1) == expected.argmax(-1)).sum())
-        return {"": {"prompts": len(prompts), "equal_prompts": same, "gap": float((found - expected).abs().max())}}
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     held_out = {name: _HeldOut(task, tokenizer) for name, task in (data or {}).items() if task.kind != TEXT}
     decoder = OnnxDecoder(out)
@@ -78,7 +71,7 @@ def verify_folder(
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights
-    network = reference.load(task_type, dtype="float32", device="cpu")
+    network = reference.load(CAUSAL_LM, dtype="float32", device="cpu")
     results = {}
     for name, task in tasks.items():
         if task is not None:
@@ -89,6 +82,56 @@ def verify_folder(
         if task is not None:
             remove(network)
     return results
+
+
+def verify_classifier(
+    out: Path, reference: BaseModel, adapter: Adapter, data: TaskData | None = None
+) -> dict[str, Any]:
+    """Ask an exported classifier and torch in fp32 for the same logits.
+
+    Args:
+        out: what `export_onnx` wrote.
+        reference: the merged model.
+        adapter: what was merged: its labels are the head's outputs, its rows were cut at its length.
+        data: its task, whose metric on held-out rows is wanted too.
+
+    Returns:
+        `prompts`, `equal_prompts` (the same class; not for regression) and `gap`, the largest difference of one of
+        their logits. With data also `metric` (the first that `evaluate` has for it), `rows`, its value in `torch` and
+        in `onnx`, and `drop`.
+    """
+    tokenizer = reference.load_tokenizer()
+    rows = []
+    if data is not None:
+        held_out = data.rows(data.held_out())[:_METRIC_ROWS]
+        rows = encode(held_out, tokenizer, SEQ_CLS, adapter.labels, trained_length(adapter))
+    batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = collate(rows[start : start + _BATCH_ROWS], tokenizer.pad_token_id)
+        del batch["labels"]
+        batches.append(batch)
+    session = open_session(out)
+    arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
+    found = [torch.from_numpy(run_classifier(session, batch)).float() for batch in arrays]
+    del session  # before torch loads the same weights
+    network = reference.load(SEQ_CLS, dtype="float32", device="cpu")
+    with torch.inference_mode():
+        expected = [network(**batch).logits for batch in batches]
+    result: dict[str, Any] = {"prompts": len(PROMPTS), "gap": float((found[0] - expected[0]).abs().max())}
+    if not adapter.regression:
+        result["equal_prompts"] = int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
+    if data is None:
+        return result
+    metric, labels = fitting_metric(data, None), [row["labels"] for row in rows]
+
+    def score(logits: Sequence[torch.Tensor]) -> float:
+        every = torch.cat(list(logits))
+        predicted = every[:, 0] if adapter.regression else every.argmax(-1)
+        return of_predictions(predicted.tolist(), labels, regression=adapter.regression)[metric]
+
+    in_torch, in_onnx = score(expected[1:]), score(found[1:])
+    drop = round(100 * (in_torch - in_onnx), 2)
+    return result | {"metric": metric, "rows": len(rows), "torch": in_torch, "onnx": in_onnx, "drop": drop}
 
 
 class _HeldOut:
@@ -134,22 +177,24 @@ def _compare(network: PreTrainedModel, prompts: Sequence[list[int]], answered: S
 def require_equal(
     result: dict[str, Any], precision: str, where: str | Path, max_drop: float = MAX_DROP
 ) -> dict[str, Any]:
-    """`result` of `verify_folder`.
+    """`result`, one of `verify_folder` or that of `verify_classifier`.
 
     Raises:
         ArtifactError: fp32 answers differ by more than a tie between tokens, no answer of any precision begins like
-            torch's, or the metric drops by more than `max_drop` points.
+            torch's or is its class, a logit is not finite, or the metric drops by more than `max_drop` points.
     """
-    if result.get("drop", 0.0) > max_drop:
+    if not result.get("drop", 0.0) <= max_drop:  # nor NaN
         raise ArtifactError(
             f"{precision} loses {result['drop']} points of {result['metric']} on {result['rows']} held-out rows "
             f"({result['torch']:.1%} in torch, {result['onnx']:.1%} in the graph)",
             where=where,
             fix="Nothing was written; export with --precision int8 or fp32, or allow it with --max-drop",
         )
-    if result.get("equal_tokens", 1) == 0:
+    agreeing = result.get("equal_tokens", result.get("equal_prompts"))  # neither for regression
+    if agreeing == 0 or not math.isfinite(result["gap"]):
+        what = "agrees with torch in even its first token" if "tokens" in result else "is torch's"
         raise ArtifactError(
-            f"no answer of the {precision} graph agrees with torch in even its first token",
+            f"no answer of the {precision} graph {what}",
             where=where,
             fix="Nothing was written; try --precision fp32, and report it with the versions of the packages",
         )

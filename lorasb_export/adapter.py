@@ -231,6 +231,13 @@ class Adapter:
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
         head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
+        bodies = tuple({f"{name.partition('.')[0]}." for name in modules})
+        for name in head:
+            if name.startswith(bodies) or 0 in header[name].shape:
+                what = f"{name} {list(header[name].shape)} is no tensor of a classifier's head"
+                raise ArtifactError(
+                    what, where=path, fix="Train or fetch it again: a head lies outside the model's body"
+                )
         expected |= {name: list(header[name].shape) for name in head}
         tensors = load_tensors(path, expected, config["sha256"])
         named: str = config["basis"]["source"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.adapter import check_same_basis, published_training
-from lorasb_export.base import BaseModel
+from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
@@ -195,6 +195,11 @@ def half(tensors: dict[str, torch.Tensor]) -> None:
     tensors.update({name: tensor.half() for name, tensor in tensors.items()})
 
 
+def with_head(folder: Path, name: str, *shape: int) -> None:
+    edit(folder, "adapter_config.json", lambda c: c.update(task_type=SEQ_CLS))
+    edit_tensors(folder, "adapter.safetensors", lambda t: t.update({name: torch.ones(shape)}))
+
+
 BAD_ADAPTER: dict[str, tuple[Callable[[Path], object], str]] = {
     "non-finite": (lambda f: edit_tensors(f, "adapter.safetensors", nan), "non-finite"),
     "wrong dtype": (lambda f: edit_tensors(f, "adapter.safetensors", half), "is F16 [4, 4], expected F32 [4, 4]"),
@@ -222,6 +227,11 @@ BAD_ADAPTER: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "adapter.safetensors").write_bytes(b"PK\x03\x04" + b"\xff" * 64),
         "not a safetensors file",
     ),
+    "a head that is a weight of the body": (
+        lambda f: with_head(f, "model.embed_tokens.weight", 2, 3),
+        "model.embed_tokens.weight [2, 3] is no tensor of a classifier's head",
+    ),
+    "a head without numbers": (lambda f: with_head(f, "score.weight", 0, 32), "score.weight [0, 32] is no tensor"),
     "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), "not a safetensors file"),
 }
 

@@ -22,7 +22,9 @@ def run(
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
-    precision: Annotated[str, typer.Option(help="Of an ONNX graph: fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option(help="Of an ONNX graph: fp32 (the default), fp16, bf16, int8 or int4.")
+    ] = None,
     routed: Annotated[
         bool, typer.Option("--routed", help="onnx-adapters: one batch may mix tasks, chosen by the input adapter_ids.")
     ] = False,
@@ -34,23 +36,26 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
-    from lorasb_export.export import export
-
+    if into is not None and (out is not None or routed or precision is not None):
+        raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
-    if verify and format != "peft" and (precision != "fp32" or data is not None):
-        options["data"] = _tasks(run, folders, data)
     if into is None:
+        from lorasb_export.export import export
+
         target, verb = out or format, f"Exported {format} to"
+        precision = precision or "fp32"
+        if verify and format != "peft" and (precision != "fp32" or data is not None):
+            options["data"] = _tasks(run, folders, data)
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=model, **options)
-    elif out is not None or routed:
-        raise typer.BadParameter("--into goes without --out and --routed")
     else:
-        from lorasb_export.export.onnx_adapters import add_onnx_adapters
+        from lorasb_export.export.onnx_adapters import add_onnx_adapters, exported_record
 
         target, verb = into, "Added to"
+        if verify and (exported_record(Path(into))["precision"] != "fp32" or data is not None):
+            options["data"] = _tasks(run, folders, data)
         result = add_onnx_adapters(folders, into, base=model, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
     run.result(result, "\n".join(lines))

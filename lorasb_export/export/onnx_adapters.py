@@ -127,11 +127,7 @@ def add_onnx_adapters(
         SettingsError: a name that is taken.
     """
     folder = Path(into)
-    with cannot_write(folder):
-        put_back(folder.absolute())  # it is read before it is written
-    if artifact_kind(folder) != "onnx-adapters":
-        raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
-    before = read_record(folder)
+    before = exported_record(folder)
     record = copy.deepcopy(before)
     tasks = _load(adapters)
     taken = sorted(set(tasks) & set(record["adapters"]))
@@ -162,6 +158,19 @@ def add_onnx_adapters(
         if read_record(folder) != before:
             raise ArtifactError("somebody else added to the folder meanwhile", where=folder, fix="Try again")
         return finish(new, into, record)
+
+
+def exported_record(folder: Path) -> dict[str, Any]:
+    """What `lorasb.json` of an `onnx-adapters` export says; a replacement that was cut short is undone first.
+
+    Raises:
+        ArtifactError: not such a folder, or a damaged one.
+    """
+    with cannot_write(folder):
+        put_back(folder.absolute())  # it is read before it is written
+    if artifact_kind(folder) != "onnx-adapters":
+        raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
+    return read_record(folder)
 
 
 def _add(folder: Path, record: dict[str, Any], tasks: Mapping[str, Adapter]) -> None:

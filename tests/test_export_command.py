@@ -1,0 +1,39 @@
+"""What `lorasb export` hands to the exporters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
+
+from lorasb_export.base import BaseModel
+from lorasb_export.export import onnx_adapters
+from lorasb_export.export.onnx_record import write_record
+from tests.random_adapter import save_adapter
+
+
+def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    adapter.training = {"task": "sums", "data": str(sums)}
+    adapter.save(tmp_path / "a", overwrite=True)
+    calls: list[dict[str, Any]] = []
+
+    def add(*_: object, **options: Any) -> dict[str, Any]:
+        calls.append(options)
+        return {"bytes": 0}
+
+    monkeypatch.setattr(onnx_adapters, "add_onnx_adapters", add)
+    (tmp_path / "onnx").mkdir()
+    command = ["export", str(tmp_path / "a"), "--into", str(tmp_path / "onnx")]
+    for precision, tested in (("int8", {"a"}), ("fp32", set())):
+        write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "precision": precision})
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert set(calls[-1].get("data", {})) == tested
+    done = CliRunner().invoke(app, [*command, "--precision", "int4"])
+    assert (done.exit_code, len(calls)) == (2, 2)

@@ -19,22 +19,23 @@ def run(
     onnx: Annotated[
         str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing, here, without a server."""
     from lorasb_export.inference import side_by_side
 
+    chosen = [name.strip() for name in adapters.split(",")] if adapters is not None else None
     if onnx is not None:
         from pathlib import Path
 
         from lorasb_export.export.onnx_run import answers
 
-        chosen = adapters.split(",") if adapters is not None else None
         _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
         return
-    names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
-    folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
+    if chosen is None:
+        chosen = [] if model else run.project.adapter_names()
+    folders = {name: run.project.find_adapter(name) for name in chosen}
     base = model or (None if folders else run.project.require_model())
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base import CAUSAL_LM
 from ..errors import ArtifactError, DataError, MissingPackageError, SettingsError
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
@@ -207,9 +208,15 @@ def answers(
         of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
 
     Raises:
-        ArtifactError: not an ONNX export, or it has no such adapter.
+        ArtifactError: not an ONNX export, one of a classifier, or it has no such adapter.
+        SettingsError: `adapters` of a folder that has one merged in.
     """
     record = read_record(folder)
+    if record["task_type"] != CAUSAL_LM:
+        fix = "Call lorasb_export.export.onnx_run.classify, or score its adapter with `lorasb evaluate`"
+        raise ArtifactError("the graph is a classifier, which answers nothing", where=folder, fix=fix)
+    if record["kind"] == "onnx" and adapters is not None:
+        raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
     from ..environment import hide_broken_packages
 
     hide_broken_packages()

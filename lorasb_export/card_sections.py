@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
@@ -36,7 +36,7 @@ NOTHING = Facts()
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether `name` can be a Hub repository (`owner/name`, or an old one without owner), not a path."""
+    """Whether `name` can be a Hub repository, `owner/name`: without an owner it is what a push leaves of a path."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
@@ -58,7 +58,7 @@ def metadata(
     if pipeline:
         keys["pipeline_tag"] = pipeline
     keys |= facts.licence
-    if _is_dataset_id(training.get("data")):
+    if is_hub_id(training.get("data")):
         keys["datasets"] = [training["data"]]
     keys["tags"] = ["lora-sb", "lorasb", *tags]
     results = _results(training, pipeline or "text-generation")
@@ -74,15 +74,11 @@ def _results(training: Mapping[str, Any], pipeline: str) -> list[dict[str, Any]]
     return [
         {
             "task": {"type": pipeline},
-            "dataset": {"name": task, "type": data if _is_dataset_id(data) else task, "split": split},
+            "dataset": {"name": task, "type": data if is_hub_id(data) else task, "split": split},
             "metrics": [{"type": metric, "value": found["adapter"]} for metric, found in metrics.items()],
         }
         for split, metrics in training.get("evaluation", {}).items()
     ]
-
-
-def _is_dataset_id(source: object) -> bool:
-    return is_hub_id(source) and "/" in str(source)
 
 
 def base_link(base: Mapping[str, Any]) -> str:

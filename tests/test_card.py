@@ -61,8 +61,9 @@ def test_front_matter(text: str, library: str, relation: str, tags: set[str]) ->
     assert keys.get("pipeline_tag", "text-generation") == "text-generation"
 
 
-def test_a_local_base_is_named_nowhere() -> None:
-    text = adapter(base_model_name_or_path="/home/somebody/models/base")
+@pytest.mark.parametrize("name", ["/home/somebody/models/base", "base"])  # as `fit` writes it, and a push
+def test_a_local_base_is_named_nowhere(name: str) -> None:
+    text = adapter(base_model_name_or_path=name)
     assert "base_model" not in front_matter(text)
     assert "base_model_relation" not in front_matter(text)
     assert "`base` (a base model that is not on the Hub)" in text
@@ -72,7 +73,7 @@ def test_a_local_base_is_named_nowhere() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("owner/name", True), ("gpt2", True), ("/a/b", False), ("./a", False), ("a/b/c", False), (None, False)],
+    [("owner/name", True), ("gpt2", False), ("/a/b", False), ("./a", False), ("a/b/c", False), (None, False)],
 )
 def test_hub_ids(name: object, expected: bool) -> None:
     assert is_hub_id(name) is expected

@@ -22,6 +22,7 @@ PASSING = {  # after these the push itself goes on
     "503 when asked where to upload": Fault("POST .*/preupload/", status=503),
     "429 with retry-after at the commit": Fault("POST .*/commit/", status=429, headers={"Retry-After": "1"}),
     "429 with retry-after at the upload": Fault(UPLOAD, status=429, headers={"Retry-After": "1"}),
+    "429 with ratelimit at the commit": Fault("POST .*/commit/", status=429, headers={"RateLimit": '"api";r=0;t=1'}),
     "connection cut in mid-upload": Fault("^PUT /lfs/|POST .*/preupload/", "cut"),
     "connection cut in mid-commit": Fault("POST .*/commit/", "cut"),
     "the answer to the commit is lost": Fault("POST .*/commit/", "lost"),
@@ -47,6 +48,10 @@ LASTING = {  # the push ends, saying this
     ),
     "429 for an hour": (
         Fault("POST .*/commit/", status=429, headers={"Retry-After": "3600"}),
+        "the Hub's rate limit is reached (me/basis). Wait a few minutes, then try again",
+    ),
+    "429 for an hour, said by ratelimit": (
+        Fault("POST .*/commit/", status=429, headers={"RateLimit": '"api";r=0;t=3600'}),
         "the Hub's rate limit is reached (me/basis). Wait a few minutes, then try again",
     ),
     "stale parent": (

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -157,12 +157,22 @@ def will_pass(error: BaseException) -> float | None:
     for cause in _chain(error):
         answer = getattr(cause, "response", None)
         if answer is not None and (answer.status_code in (408, 429) or answer.status_code >= 500):
-            asked = answer.headers.get("Retry-After", "")
-            seconds = float(asked) if asked.isdigit() else 0.0
+            seconds = _asked(answer.status_code, answer.headers)
             return seconds if seconds <= _LONGEST else None
         if isinstance(cause, (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError, httpx2.ReadTimeout)):
             return 0.0
     return None
+
+
+def _asked(status: int, headers: Mapping[str, str]) -> float:
+    """Seconds that an answer asks to wait; 0 where it does not say."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    said = headers.get("Retry-After", "")
+    if said.isascii() and said.isdigit():
+        return float(said)
+    limit = parse_ratelimit_headers(headers) if status == 429 else None  # other answers say it too, with some left
+    return float(limit.reset_in_seconds) if limit else 0.0
 
 
 def _clean(text: str) -> str:

@@ -9,15 +9,17 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import outgoing, push
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
-from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder
+from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder, will_pass
 from lorasb_export.format import ModuleBasis, sealed
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.outgoing import SUMS
@@ -275,6 +277,23 @@ def test_what_hf_xet_says_is_understood(said: str, expected: str) -> None:
     """It raises Python's own ConnectionError, with the status in words."""
     with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
         raise ConnectionError(said)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7"}, 7.0),
+        (429, {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55.0),
+        (429, {"ratelimit": '"api";r=0;t=301'}, None),
+        (429, {}, 0.0),
+        (500, {"ratelimit": '"api";r=400;t=55'}, 0.0),
+    ],
+)
+def test_a_rate_limit_is_waited_for_as_long_as_it_says(
+    status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    answer = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub"))
+    assert will_pass(HfHubHTTPError("refused", response=answer)) == seconds
 
 
 def test_a_panic_of_hf_xet_is_our_error() -> None:

@@ -212,6 +212,24 @@ def test_another_kind_is_not_overwritten(any_hub: Hub, basis: Path, adapter: Pat
     assert refused["text"].startswith("the repository holds another kind (basis) (me/basis).")
 
 
+@pytest.mark.parametrize("config", [b'{"peft_type": "LORA"}', b'{"basis": "x"}', b"no JSON"])
+def test_what_others_left_there_is_no_basis_of_ours(
+    any_hub: Hub, basis: Path, adapter: Path, tmp_path: Path, config: bytes
+) -> None:
+    """With weights beside it, it is refused as PEFT's; without, it is replaced."""
+    any_hub.push(basis, "me/basis")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "adapter_config.json").write_bytes(config)
+    any_hub.put("me/config", there)
+    any_hub.repos["me/config"].private = True
+    assert any_hub.push(adapter, "me/config", basis_repo="me/basis")["changed"] is True
+    shutil.copy(basis / "basis.safetensors", there / "adapter_model.safetensors")
+    any_hub.put("me/lora", there)
+    refused = any_hub.push(adapter, "me/lora", basis_repo="me/basis", public=True)
+    assert refused["text"].startswith("the repository holds another kind (peft) (me/lora).")
+
+
 def test_only_what_belongs_there_is_sent(any_hub: Hub, adapter: Path) -> None:
     (adapter / "checkpoint-3").mkdir()
     for name in ("training_args.bin", ".env", "checkpoint-3/adapter.safetensors"):

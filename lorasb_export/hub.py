@@ -19,7 +19,7 @@ from .fetch import BASIS_FILES, hub_errors, parse_hub_id, patiently, resolve_fol
 from .licence import licence
 from .outgoing import Files, Seen
 from .repository import Head, Repository, compare, refuse_other
-from .storage import read_json, sha256_file
+from .storage import parse_json, read_json, sha256_file
 
 # kind → its card, and the file that it is made from
 _CARDS: Mapping[str, tuple[Any, str]] = {
@@ -80,6 +80,7 @@ def push(
     seen = outgoing.pin(files)
     repository = Repository(repo, revision)
     head, theirs = _look(repository, dry_run)
+    refuse_other(files, head, public, repo)
     basis = None
     if kind == "basis":
         Basis.load(folder)
@@ -106,7 +107,6 @@ def push(
     plan |= {"skipped": skipped, "card": readme.front_matter(text)} | ({"basis": basis} if basis else {})
     if not dry_run:
         return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
-    refuse_other(files, head, public, repo)
     diff = difflib.unified_diff(theirs.splitlines(), text.splitlines(), "on the Hub", "to be pushed", lineterm="")
     return plan | {"card_diff": "\n".join(diff), "reached": head.reached}
 
@@ -149,10 +149,9 @@ def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Hea
         fix = "Push the basis first and name it with --basis-repo, or upload it in the adapter with --with-basis"
         raise ArtifactError("nobody else could find this adapter's basis, a local folder", where=source, fix=fix)
     name, revision = parsed
-    text = repository.text(head, "adapter_config.json")
-    published = json.loads(text)["basis"] if text else {}
+    published = _published_basis(repository.text(head, "adapter_config.json"))
     if revision is None and published.get("sha256") == adapter.basis_sha256:
-        repo, _, commit = published["source"].partition("@")
+        repo, _, commit = str(published.get("source")).partition("@")
         revision = commit if repo == name else None
     if not head.reached:
         return source
@@ -162,6 +161,15 @@ def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Hea
         if not dry_run:
             raise
         return source
+
+
+def _published_basis(config: str) -> Mapping[str, Any]:
+    """What the `adapter_config.json` of a repository says of its basis; empty where it is missing, or not of ours."""
+    try:
+        found = parse_json(config).get("basis")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _pin(name: str, revision: str | None, sha256: str, public: bool) -> str:

@@ -171,6 +171,29 @@ def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> No
     assert len(any_hub.repos["me/merged"].commits) == 3
 
 
+def test_what_an_earlier_push_left_goes_and_what_people_added_stays(any_hub: Hub, tmp_path: Path) -> None:
+    merged = make_merged(tmp_path / "merged")
+    (merged / "additional_chat_templates").mkdir()
+    templates = [merged / "chat_template.jinja", merged / "additional_chat_templates" / "rag.jinja"]
+    for template in templates:
+        template.write_text("old")
+    any_hub.push(merged, "me/merged")
+    added = {"recipe.json": any_hub.store.regular(b"{}")}
+    any_hub.repos["me/merged"].commit("main", {**any_hub.files("me/merged"), **added}, "web")
+    for template in templates:
+        template.unlink()
+    assert any_hub.push(merged, "me/merged")["deleted"] == [
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+    ]
+    left = [path for path in any_hub.files("me/merged") if path.endswith((".jinja", "recipe.json"))]
+    assert left == ["recipe.json"]
+    damaged = {"SHA256SUMS": any_hub.store.regular(b"\xff")}
+    any_hub.repos["me/merged"].commit("main", {**any_hub.files("me/merged"), **damaged}, "web")
+    assert any_hub.push(merged, "me/merged")["deleted"] == []
+    assert "recipe.json" in any_hub.files("me/merged")
+
+
 @pytest.mark.parametrize("what", ["adapter", "basis"])
 def test_a_folder_that_is_replaced_meanwhile_is_not_published(
     any_hub: Hub, adapter: Path, basis: Path, what: str

@@ -57,7 +57,7 @@ def verify(source: str | Path) -> dict[str, Any]:
     if not (folder / SUMS).is_file():
         fix = "A folder gets one when it is pushed: fetch it from there, or inspect it without --verify"
         raise ArtifactError(f"no {SUMS}: there is nothing to compare with", where=where, fix=fix)
-    listed = _read(folder / SUMS)
+    listed = parse((folder / SUMS).read_text(encoding="utf-8", errors="replace"), folder / SUMS)
     on_disk = where == str(folder)
     if not on_disk:
         folder, _ = resolve_folder(where, tuple(listed))
@@ -77,21 +77,21 @@ def verify(source: str | Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> Mapping[str, str]:
-    """File → sha256. Nothing that a push does not publish may be in it, so nothing else is ever fetched for it."""
+def parse(text: str, where: object) -> Mapping[str, str]:
+    """File → sha256 of a SHA256SUMS. It may name only what a push publishes: nothing else is fetched or deleted for it.
+
+    Raises:
+        ArtifactError: it was not written by a push, or lists nothing.
+    """
     listed: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        lines = [""]
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None or not is_publishable(match.group(2)) or match.group(2) in listed:
             fix = "Fetch it again, or ask its owner"
-            raise ArtifactError(f"not a line of a {SUMS} of ours", where=f"{path}:{number}", fix=fix)
+            raise ArtifactError(f"not a line of a {SUMS} of ours", where=f"{where}:{number}", fix=fix)
         listed[match.group(2)] = match.group(1)
     if not listed:
-        raise ArtifactError("it lists no file", where=path, fix="Fetch it again, or ask its owner")
+        raise ArtifactError("it lists no file", where=where, fix="Fetch it again, or ask its owner")
     return listed
 
 

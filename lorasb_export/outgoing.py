@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,9 @@ def refuse_tokens(files: Files) -> None:
             raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
 
 
-def stale(there: Iterable[str], files: Files) -> list[str]:
-    """Paths of the repository that must go because the folder no longer has them."""
-    return [path for path in there if _matches(path, _STALE) and path not in files]
+def stale(there: Iterable[str], published: Collection[str], files: Files) -> list[str]:
+    """Paths of the repository that must go: the folder no longer has them, and they are weights or `published` once."""
+    return [path for path in there if path not in files and (path in published or _matches(path, _STALE))]
 
 
 def mark(paths: Iterable[str]) -> str | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .checksums import digest
-from .errors import OutputError, ServerError
+from .checksums import digest, parse
+from .errors import ArtifactError, OutputError, ServerError
 from .fetch import git_hash, hub_errors, patiently, rest, will_pass
-from .outgoing import Files, Seen, mark, refuse_replaced, stale
+from .outgoing import SUMS, Files, Seen, mark, refuse_replaced, stale
+from .storage import utf8
 
 _TRIES = 4  # of a commit
 
@@ -31,6 +32,7 @@ class Head:
     Attributes:
         commit: None where the repository is still to be made.
         reached: whether the Hub answered.
+        published: what its SHA256SUMS lists; anything else was put there by hand.
     """
 
     commit: str | None = None
@@ -38,6 +40,7 @@ class Head:
     files: Mapping[str, Stored] = field(default_factory=dict)
     has_branch: bool = True
     reached: bool = True
+    published: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Repository:
             if info.id != self.name:
                 raise OutputError("the repository was renamed", where=self.name, fix=f"Push to {info.id}")
             assert info.sha is not None
-            return Head(info.sha, bool(info.private), self._files(info.sha), has_branch)
+            head = Head(info.sha, bool(info.private), self._files(info.sha), has_branch)
+            return replace(head, published=self._published(head))
 
     def _files(self, commit: str) -> dict[str, Stored]:
         from huggingface_hub import RepoFile
@@ -94,15 +98,27 @@ class Repository:
             if isinstance(item, RepoFile)
         }
 
+    def _published(self, head: Head) -> frozenset[str]:
+        try:
+            text = self.text(head, SUMS)
+            return frozenset(parse(text, f"{self.name}/{SUMS}")) if text else frozenset()
+        except ArtifactError:  # not written by a push: it says nothing of what one left
+            return frozenset()
+
     def text(self, head: Head, path: str) -> str:
-        """A text file as it is there; empty where there is none."""
+        """A text file as it is there; empty where there is none.
+
+        Raises:
+            ArtifactError: it is not UTF-8.
+            ServerError: the Hub refuses, fails or cannot be reached.
+        """
         from huggingface_hub import hf_hub_download
 
         if path not in head.files:
             return ""
         with hub_errors(self.name, ServerError):
             found = patiently(lambda: hf_hub_download(self.name, path, revision=head.commit))
-        return Path(found).read_text(encoding="utf-8")
+        return utf8(Path(found).read_bytes(), f"{self.name}/{path}")
 
     def commit(
         self,
@@ -189,7 +205,7 @@ class Repository:
 def compare(files: Files, head: Head) -> Changes:
     """What would change."""
     written = [path for path, file in sorted(files.items()) if not _is_stored(file, head.files.get(path))]
-    return Changes(written, stale(head.files, files))
+    return Changes(written, stale(head.files, head.published, files))
 
 
 def refuse_other(files: Files, head: Head, public: bool, name: str) -> None:

@@ -85,6 +85,14 @@ def _tensor_info(entry: Any, offset: int) -> TensorInfo:
     return TensorInfo(entry["dtype"], tuple(shape), offset + ends[0], offset + ends[1])
 
 
+def utf8(data: bytes, where: object) -> str:
+    """The text of a file. Raises ArtifactError when it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ArtifactError("not UTF-8 text", where=where, fix="Save it as UTF-8, or write it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises ArtifactError when it is missing, too large or not an object."""
     try:

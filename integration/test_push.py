@@ -353,6 +353,14 @@ def test_what_people_write_on_the_website_survives(any_hub: Hub, basis: Path) ->
     assert "license: apache-2.0" in card  # the base's
 
 
+def test_a_card_on_the_hub_that_is_not_utf8_is_named(any_hub: Hub, basis: Path) -> None:
+    any_hub.push(basis, "me/basis")
+    card = {"README.md": any_hub.store.regular(b"caf\xe9")}
+    any_hub.repos["me/basis"].commit("main", {**any_hub.files("me/basis"), **card}, "web")
+    said = "not UTF-8 text (me/basis/README.md). Save it as UTF-8, or write it again"
+    assert any_hub.push(basis, "me/basis") == {"error": "ArtifactError", "text": said}
+
+
 def test_the_card_says_whose_data_and_under_which_licence(any_hub: Hub, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "dates").mkdir()
     (tmp_path / "dates" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nDates.\n")

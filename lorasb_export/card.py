@@ -27,6 +27,7 @@ from .card_sections import (
 )
 from .output import replaced_file
 from .readme import assemble, update
+from .storage import utf8
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
@@ -39,10 +40,10 @@ def write(folder: Path, card: str) -> None:
     """Write `card` as README.md of `folder`; the user's own text and front-matter keys there are kept.
 
     Raises:
-        ArtifactError: the existing front matter is not valid YAML.
+        ArtifactError: the existing card is not UTF-8, or its front matter not valid YAML.
     """
     path = folder / "README.md"
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    old = utf8(path.read_bytes(), path) if path.is_file() else ""
     with replaced_file(path) as temporary:
         temporary.write_text(update(old, card, where=path), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from .fetch import BASIS_FILES, hub_errors, parse_hub_id, patiently, resolve_fol
 from .licence import licence
 from .outgoing import Files, Seen
 from .repository import Head, Repository, compare, refuse_other
-from .storage import parse_json, read_json, sha256_file
+from .storage import parse_json, read_json, sha256_file, utf8
 
 # kind → its card, and the file that it is made from
 _CARDS: Mapping[str, tuple[Any, str]] = {
@@ -67,7 +67,7 @@ def push(
 
     Raises:
         ArtifactError: the folder is damaged, of a kind that is not pushed, links to files outside it, holds an access
-            token, or is an adapter whose basis nobody else could find.
+            token, or is an adapter whose basis nobody else could find; or a card is not UTF-8.
         SettingsError: a malformed repository name, or options that exclude each other.
         OutputError: the repository is public, renamed, or holds another kind of artifact; or its card and the
             folder's were both edited: nothing was written.
@@ -204,7 +204,7 @@ def _readme(files: Files, kind: str, repo: str, folder: Path, theirs: str, reach
     make, source = _CARDS[kind]
     old, config = files.get("README.md", b""), files[source]
     config = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    mine = old.decode() if isinstance(old, bytes) else old.read_text(encoding="utf-8")
+    mine = utf8(old if isinstance(old, bytes) else old.read_bytes(), folder / "README.md")
     made = read_json(folder / "lorasb.json") if "lorasb.json" in files else {}
     if kind == "adapter":
         made = {"adapter sha256": sha256_file(folder / "adapter.safetensors"), **made}

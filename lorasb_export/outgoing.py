@@ -111,13 +111,21 @@ def is_publishable(path: str) -> bool:
 def take_out_paths(files: Files) -> None:
     """Put in place of every absolute path in the JSON files its last part: folders are their owner's business.
 
-    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from.
+    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from; one that
+    is no JSON is published as it is.
+
+    Raises:
+        ArtifactError: a file of ours is no JSON.
     """
     for name, file in files.items():
         if not name.endswith(".json") or (name not in _OURS and _size(file) > _TEXT_BYTES):
             continue
-        text = _read(file)
-        content = json.loads(text)
+        try:
+            content = json.loads(_read(file))
+        except (ValueError, RecursionError) as error:
+            if name not in _OURS:
+                continue
+            raise ArtifactError(f"unreadable JSON: {error}", where=name, fix="Write the folder again") from None
         if not isinstance(content, dict):
             continue
         if name in _OURS:

@@ -229,6 +229,24 @@ def test_lists_and_labels_are_published_as_they_are(tmp_path: Path) -> None:
     assert json.loads(sent)["training"] == config["training"] | {"data": "data"}
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 200_000])
+def test_json_that_does_not_parse(tmp_path: Path, content: bytes) -> None:
+    """Somebody else's is published as it is; ours is named."""
+    files: outgoing.Files = {"vocab.json": content}
+    outgoing.take_out_paths(files)
+    assert files == {"vocab.json": content}
+    with pytest.raises(ArtifactError, match=r"unreadable JSON: .* \(basis_config.json\). Write the folder again"):
+        outgoing.take_out_paths({"basis_config.json": content})
+
+
+def test_a_card_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    basis, _ = make(tmp_path)
+    (basis / "README.md").write_bytes(b"caf\xe9")
+    with pytest.raises(ArtifactError) as caught:
+        push(basis, "me/basis", dry_run=True)
+    assert str(caught.value) == (f"not UTF-8 text ({basis / 'README.md'}). Save it as UTF-8, or write it again")
+
+
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
     [

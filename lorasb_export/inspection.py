@@ -18,8 +18,10 @@ from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
 from .settings import RANDOM
-from .storage import read_json, sha256_file
+from .storage import read_header, read_json, sha256_file
 from .subspace import by_module, spread
+
+_FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 
 
 def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool = False) -> dict[str, Any]:
@@ -57,7 +59,13 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
             return found | {"model_type": read_json(folder / "config.json").get("model_type")}
         base = BaseModel.resolve(folder)
         return found | {"model_type": base.config["model_type"], "tensors": len(base.tensors)}
-    return found | {key: value for key, value in read_json(folder / "lorasb.json").items() if key != "kind"}
+    if kind == "merged" and on_disk:
+        found["tensors"] = len(BaseModel.resolve(folder).tensors)
+    if kind == "peft" and on_disk:
+        found["tensors"] = len(read_header(folder / "adapter_model.safetensors")[0])
+    if kind == "peft" and not (folder / "lorasb.json").is_file():
+        return found | _stock_peft(read_json(folder / "adapter_config.json"))
+    return found | {key: value for key, value in read_json(folder / "lorasb.json").items() if key not in _FOUND}
 
 
 def _basis(basis: Basis) -> dict[str, Any]:
@@ -103,6 +111,16 @@ def _capture(basis: Basis, data: str) -> dict[str, Any]:
     network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels)
     found = capture(base, network, basis, task)
     return found | overview(found)
+
+
+def _stock_peft(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What PEFT's own config says, of a folder that others wrote."""
+    return {
+        "peft_type": config.get("peft_type"),
+        "base_model": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "target_modules": config.get("target_modules"),
+    }
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
 
 from lorasb_export import outgoing, push
 from lorasb_export.adapter import Adapter
@@ -188,6 +190,29 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_TOKEN", "opensesame")  # the token in use, whatever it looks like
     with pytest.raises(ArtifactError, match=r"an access token is in this file \(NOTICE\)"):
         push(adapter, "me/a", with_basis=True, dry_run=True)
+
+
+def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(llama, merged)
+    write_json(merged / "lorasb.json", {"kind": "merged", "bytes": -1, "verified": {"against": SUMS}, "rank": 4})
+    found = inspect_folder(merged)
+    assert (found["kind"], found["rank"], found["tensors"] > 2) == ("merged", 4, True)
+    assert found["bytes"] > 0
+    assert "verified" not in found
+    weights = (merged / "model.safetensors").read_bytes()
+    (merged / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        inspect_folder(merged)
+
+
+def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "owner/base"}
+    write_json(tmp_path / "adapter_config.json", config)
+    save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    found = inspect_folder(tmp_path)
+    assert (found["kind"], found["rank"], found["target_modules"]) == ("peft", 8, ["q_proj"])
+    assert (found["base_model"], found["tensors"]) == ("owner/base", 1)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,12 @@ def run(
 
 def _done(result: dict[str, Any]) -> str:
     done = "Pushed" if result["changed"] else "Already there:"
-    return f"{done} {len(result['files'])} files, {human_bytes(result['bytes'])}, to {result['url']}"
+    text = f"{done} {len(result['files'])} files, {human_bytes(result['bytes'])}, to {result['url']}"
+    return "\n".join([text, *_skipped(result)])
+
+
+def _skipped(result: dict[str, Any]) -> list[str]:
+    return [f"  skipped  {path}" for path in result["skipped"]]
 
 
 def _plan(plan: dict[str, Any]) -> str:
@@ -77,6 +82,7 @@ def _plan(plan: dict[str, Any]) -> str:
         lines.append("The Hub cannot be reached: what it holds already is not known")
     lines += [f"  {file['change']:8} {file['path']}  {human_bytes(file['bytes'])}" for file in plan["files"]]
     lines += [f"  deleted  {path}" for path in plan["deleted"]]
+    lines += _skipped(plan)
     changes = plan["sent"] or plan["deleted"]
     on_top = f"on top of {plan['parent'][:12]}" if plan["parent"] else "the first"
     commit = f"{plan['message']!r}, {on_top}, {human_bytes(plan['sent'])}" if changes else "none: nothing changes"

@@ -257,7 +257,8 @@ def test_only_what_belongs_there_is_sent(any_hub: Hub, adapter: Path) -> None:
     (adapter / "checkpoint-3").mkdir()
     for name in ("training_args.bin", ".env", "checkpoint-3/adapter.safetensors"):
         (adapter / name).write_bytes(b"secret")
-    any_hub.push(adapter, "me/a", with_basis=True)
+    said = any_hub.start(CLI, "push", adapter, "--repo", "me/a", "--with-basis")[1]
+    assert "  skipped  training_args.bin" in said.splitlines()
     assert sorted(any_hub.files("me/a")) == [
         *("README.md", "SHA256SUMS", "adapter.safetensors", "adapter_config.json", "basis.safetensors"),
         "basis_config.json",

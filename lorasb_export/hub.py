@@ -77,6 +77,7 @@ def push(
     kind = outgoing.kind_of(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)
+    outgoing.refuse_incomplete(files, kind, folder)
     seen = outgoing.pin(files)
     repository = Repository(repo, revision)
     head, theirs = _look(repository, dry_run)

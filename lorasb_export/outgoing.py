@@ -33,6 +33,9 @@ _ALLOWED = {
     "onnx": (*_GRAPHS, *_TEXTS, *_ALWAYS),
     "onnx-adapters": (*_GRAPHS, *_TEXTS, *_ALWAYS),
 }
+# Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
+_NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
+_DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand as they are
 # Left in the repository by an earlier push, these would be loaded together with the new files.
 _STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
 _MARKS = {
@@ -79,6 +82,17 @@ def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
     if kind == "merged":
         BaseModel.resolve(folder).tensors  # noqa: B018  # reads and checks every header
     return files, skipped
+
+
+def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
+    """Raise ArtifactError for a PEFT or ONNX folder without its weights."""
+    needed = {_NEEDED[kind]} if kind in _NEEDED else set()
+    if "model.onnx" in needed & set(files):
+        needed |= {name.decode() for name in _DATA_FILE.findall(_read(files["model.onnx"]))}
+    missing = sorted(needed - set(files))
+    if missing:
+        fix = "Export it again; weights in a pickle are never published"
+        raise ArtifactError(f"the folder has no {' and no '.join(missing)}", where=folder, fix=fix)
 
 
 def pin(files: Files) -> Seen:

@@ -118,8 +118,13 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     ("kind", "config", "names", "library"),
     [
         ("peft", "adapter_config.json", ["adapter_model.safetensors", "lorasb.json"], "peft"),
-        ("onnx", "lorasb.json", ["genai_config.json", "model.onnx", "model.onnx.data", "vocab.txt"], "onnxruntime"),
-        ("onnx-adapters", "lorasb.json", ["a.onnx_adapter", "basis.onnx.data", "model.onnx"], "onnxruntime"),
+        ("onnx", "lorasb.json", ["genai_config.json", "model.onnx", "model.onnx_data", "vocab.txt"], "onnxruntime"),
+        (
+            "onnx-adapters",
+            "lorasb.json",
+            ["a.onnx_adapter", "basis.onnx_data", "model.onnx", "model.onnx_data"],
+            "onnxruntime",
+        ),
     ],
 )
 def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], library: str) -> None:
@@ -129,6 +134,24 @@ def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], libra
     plan = push(tmp_path, "me/x", dry_run=True)
     assert (plan["kind"], plan["skipped"], plan["card"]["library_name"]) == (kind, ["weights.bin"], library)
     assert [file["path"] for file in plan["files"]] == sorted(["README.md", SUMS, config, *names])
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "missing"),
+    [
+        ("peft", ["adapter_model.bin"], "adapter_model.safetensors"),
+        ("onnx", ["model.onnx_data"], "model.onnx"),
+        ("onnx-adapters", ["model.onnx"], "basis.onnx_data and no model.onnx_data"),
+    ],
+)
+def test_a_folder_without_its_weights_is_refused(tmp_path: Path, kind: str, there: list[str], missing: str) -> None:
+    for name in there:
+        (tmp_path / name).write_bytes(b"\x0fmodel.onnx_data \x0fbasis.onnx_data")
+    config = "adapter_config.json" if kind == "peft" else "lorasb.json"
+    write_json(tmp_path / config, {"kind": kind, "peft_type": "LORA"})
+    with pytest.raises(ArtifactError) as caught:
+        push(tmp_path, "me/x", dry_run=True)
+    assert caught.value.what == f"the folder has no {missing}"
 
 
 @pytest.mark.parametrize("target", ["../secret.txt", "nowhere"])

@@ -57,7 +57,7 @@ def _adapters(run: Run, words: list[str]) -> Any:
     weights: dict[str, float] = {}
     for name, weight in map(_parse, words):
         found = run.project.find_adapter(name)
-        if found in weights:
+        if Path(found).resolve() in {Path(other).resolve() for other in weights}:  # one folder has many names
             raise typer.BadParameter(f"{name!r} is given twice")
         weights[found] = weight
     return weights

@@ -273,3 +273,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 def test_parse_size() -> None:
     assert [parse_size(size) for size in ("5GB", "10 MB", "3kb", "7", 9)] == [5 * 10**9, 10**7, 3000, 7, 9]
+    with pytest.raises(SettingsError, match="is not a number with KB, MB or GB"):
+        parse_size("²GB")

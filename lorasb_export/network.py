@@ -11,6 +11,7 @@ from .errors import BaseModelError, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
@@ -44,9 +45,12 @@ def require_positions(model: PreTrainedModel, max_length: int) -> None:
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 
-    A head may be new: a classifier's is. So may a pooler, which checkpoints of language models lack.
+    A head may be new: a classifier's is. The pooler, which checkpoints of language models lack, lies in the body: it is
+    frozen, and no file would keep what was drawn.
     """
     prefix = f"{model.base_model_prefix}."
     for name in sorted(missing):
-        if name.startswith(prefix) and ".pooler." not in name:
-            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix="Fetch the base again")
+        if name.startswith(prefix):
+            pooler = ".pooler." in name
+            fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else "Fetch the base again"
+            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix=fix)

@@ -58,7 +58,7 @@ def make_gpt2(folder: Path) -> Path:
     return _save(GPT2LMHeadModel, config, folder)
 
 
-def make_bert(folder: Path) -> Path:
+def make_bert(folder: Path, kind: type[PreTrainedModel] = BertModel) -> Path:
     config = BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=32,
@@ -67,7 +67,7 @@ def make_bert(folder: Path) -> Path:
         num_attention_heads=4,
         pad_token_id=2,
     )
-    return _save(BertModel, config, folder)
+    return _save(kind, config, folder)
 
 
 def write_index(folder: Path) -> None:

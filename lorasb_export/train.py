@@ -68,7 +68,7 @@ def fit(
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
             `overwrite` is given.
-        TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
+        TrainingError: other settings or data than the interrupted run's, or a loss or R that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
     """

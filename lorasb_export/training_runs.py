@@ -23,7 +23,8 @@ from .order import RowOrder
 from .settings import FitSettings
 from .stack import Stack
 from .storage import read_json
-from .trainer import RTrainer, TaskRun
+from .task_run import TaskRun
+from .trainer import RTrainer
 from .training_record import Entries, summary
 from .validation import Validation, better
 
@@ -82,7 +83,7 @@ class TrainingRuns:
         """Every task as the best of the learning rates has left it.
 
         Raises:
-            TrainingError: a loss is not finite; of several rates, at each.
+            TrainingError: a loss or R is not finite; of several rates, at each.
         """
         rates = self.settings.rates
         best: list[Outcome] = []
@@ -138,6 +139,7 @@ class TrainingRuns:
             history = trainer.history(k)
             entries, steps = history.entries(), history.steps_done(trainer.state.global_step)
             best = trainer.restore_best(k) if settings.keep == "best" else None
+            run.require_finite_tensors()
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
             outcomes.append(Outcome(run, training, entries, identity, history.kept()))
         return outcomes

@@ -30,18 +30,31 @@ _NAMED_ROWS = 10  # in a warning
 Encoded = dict[str, Any]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None) -> list[int]:
     """Token ids of a prompt as the model is asked it.
 
     Args:
         prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
+
+    Raises:
+        DataError: the chat template refuses it.
     """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    text = _templated(tokenizer, prompt, where, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: bool
+) -> Any:
+    """The chat template on `turns`; many insist on turns that alternate, or on no system message."""
+    try:
+        return tokenizer.apply_chat_template(list(turns), **options)  # type: ignore[arg-type]
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the messages: {error}", where=where) from None
 
 
 def encode(
@@ -113,7 +126,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"])
+    prompt = prompt_ids(tokenizer, row["prompt"], f"row {number}")
     completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
@@ -129,10 +142,8 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> t
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    try:
-        found: Any = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-    except TemplateError as error:  # many templates insist on turns that alternate, or on no system message
-        raise DataError(f"the chat template refuses the messages: {error}", where=f"row {number}") from None
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    found = _templated(tokenizer, row["messages"], f"row {number}", **marked)
     ids = found["input_ids"]
     return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
 

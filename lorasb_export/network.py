@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,16 +31,23 @@ def amend(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
 
-def require_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
+def positions(model: PreTrainedModel) -> float:
+    """How many tokens a model's learned positions reach; infinity where it has none."""
     import torch
 
+    reach = math.inf
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            if max_length > (reach := module.num_embeddings - first):
-                fix = f"Lower max_length to {reach}"
-                raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
+            reach = min(reach, module.num_embeddings - first)
+    return reach
+
+
+def require_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
+    if max_length > (reach := positions(model)):
+        fix = f"Lower max_length to {reach}"
+        raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:

@@ -18,7 +18,7 @@ from .callbacks import Progress, checkpoint_at_sigterm
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .data import TaskData, question_and_answer
 from .errors import TrainingError
-from .inference import max_answer_tokens
+from .inference import max_answer_tokens, question_ids
 from .order import RowOrder
 from .settings import FitSettings
 from .stack import Stack
@@ -197,5 +197,8 @@ class TrainingRuns:
         if settings.metric != "exact_match":
             return Validation(encoded, self._tokenizer, every=settings.evaluate_every)
         asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
-        answer_tokens = max_answer_tokens(self._tokenizer, rows)
-        return Validation(encoded, self._tokenizer, asked, answer_tokens, settings.evaluate_every)
+        questions, expected = zip(*asked, strict=True)
+        limit = max_answer_tokens(self._tokenizer, rows)
+        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit="valid row")
+        pairs = list(zip(ids, expected, strict=True))
+        return Validation(encoded, self._tokenizer, pairs, limit, settings.evaluate_every)

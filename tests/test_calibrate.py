@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -130,6 +131,26 @@ def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrai
 def test_settings_are_checked() -> None:
     with pytest.raises(SettingsError, match="loss is 'tokens'"):
         CalibrationSettings(loss="tokens")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (CalibrationSettings, "samples", (0, math.nan, math.inf)),
+        (CalibrationSettings, "eta", (0, math.nan, math.inf)),
+        (CalibrationSettings, "seed", (-1, 2**32)),
+        (FitSettings, "seed", (-1, 2**32)),
+        (FitSettings, "epochs", (0, math.nan, math.inf)),
+        (FitSettings, "scaling", (0, math.nan)),
+        (FitSettings, "warmup", (-3, 1, 100, math.nan)),
+        (FitSettings, "weight_decay", (-1, math.nan)),
+        (FitSettings, "max_grad_norm", (-1, math.nan, math.inf)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind: Callable[..., Any], name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(SettingsError, match=f"^{name} is {value}"):
+            kind(**{name: value})
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

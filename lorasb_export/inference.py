@@ -186,7 +186,7 @@ def evaluate(
     encoded = []
     if metric != "exact_match":
         max_length = adapter.training.get("settings", {}).get("max_length", FitSettings.max_length)
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, max_length)
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, max_length, unit=f"{split} row")
     networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
     network = networks.get(adapter.base.fingerprint)
     if network is None:

@@ -187,7 +187,8 @@ class TrainingRuns:
         return [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
-        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, self.settings.max_length)
+        length, unit = self.settings.max_length, f"{task.name}: {split} row"
+        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, length, unit)
 
     def _validation(self, task: TaskData) -> Validation | None:
         rows, settings = task.splits.get("valid"), self.settings
@@ -196,9 +197,10 @@ class TrainingRuns:
         encoded = self._rows(task, "valid")
         if settings.metric != "exact_match":
             return Validation(encoded, self._tokenizer, every=settings.evaluate_every)
-        asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
+        unit = f"{task.name}: valid row"
+        asked = [question_and_answer(row, f"{unit} {number}") for number, row in enumerate(rows, 1)]
         questions, expected = zip(*asked, strict=True)
         limit = max_answer_tokens(self._tokenizer, rows)
-        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit="valid row")
+        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
         pairs = list(zip(ids, expected, strict=True))
         return Validation(encoded, self._tokenizer, pairs, limit, settings.evaluate_every)

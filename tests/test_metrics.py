@@ -158,7 +158,7 @@ def test_such_prompts_are_found_before_training(tmp_path: Path) -> None:
     for split, lines in data.items():
         (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
     settings = FitSettings(max_steps=1, metric="exact_match")
-    with pytest.raises(DataError, match=r"no tokens.* \(valid row 2\)"):
+    with pytest.raises(DataError, match=r"no tokens.* \(a: valid row 2\)"):
         fit(str(base), CalibrationSettings(rank=2), tmp_path / "data", tmp_path / "a", settings)
 
 

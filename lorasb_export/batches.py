@@ -31,18 +31,31 @@ _INPUTS = ("input_ids", "token_type_ids")
 Encoded = dict[str, Any]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None) -> list[int]:
     """Token ids of a prompt as the model is asked it.
 
     Args:
         prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
+
+    Raises:
+        DataError: the chat template refuses it.
     """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)  # type: ignore[arg-type]
+    text = _templated(tokenizer, prompt, where, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: bool
+) -> Any:
+    """The chat template on `turns`; many insist on turns that alternate, or on no system message."""
+    try:
+        return tokenizer.apply_chat_template(list(turns), **options)  # type: ignore[arg-type]
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the messages: {error}", where=where) from None
 
 
 def encode(
@@ -51,79 +64,88 @@ def encode(
     task_type: str,
     labels: Sequence[Any],
     max_length: int,
+    unit: str = "row",
 ) -> list[Encoded]:
     """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
     For SEQ_CLS also `token_type_ids` (t,), which tell a text from its pair, where the tokenizer makes them.
     `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
     `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
-    whose prompt alone fills it has nothing to learn and is left out. One warning counts and names both.
+    whose prompt alone fills it has nothing to learn and is left out, as is one whose chat template marks nothing as
+    the assistant's. One warning counts and names them all.
+
+    Args:
+        unit: what errors and the warning call a row; its number follows.
 
     Raises:
         DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
     """
     encoded: list[Encoded] = []
     cut: list[int] = []
-    left_out: list[int] = []
+    too_long: list[int] = []
+    unmarked: list[int] = []
     numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
     for number, row in numbered.items():
+        where = f"{unit} {number}"
         if task_type == SEQ_CLS:
             text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
-            found = tokenizer(*text, truncation=True, max_length=max_length)
-            inputs = {key: found[key] for key in _INPUTS if key in found}
-            ids = found.input_ids
+            tokens = tokenizer(*text, truncation=True, max_length=max_length)
+            inputs = {key: tokens[key] for key in _INPUTS if key in tokens}
+            ids = tokens.input_ids
             is_cut = len(ids) == max_length and len(tokenizer(*text).input_ids) > max_length
             if not ids:
-                raise DataError("the text has no tokens", where=f"row {number}", fix="Remove the row or fill it in")
-            target: Any = _target(row, labels, number)
+                raise DataError("the text has no tokens", where=where, fix="Remove the row or fill it in")
+            target: Any = _target(row, labels, where)
         else:
-            ids, target = _tokens(row, tokenizer, number)
+            ids, target = _tokens(row, tokenizer, where)
             is_cut = len(ids) > max_length
-            ids, target = ids[:max_length], [IGNORE, *target[1:max_length]]  # nothing predicts the first token
-            if all(label == IGNORE for label in target):
-                left_out.append(number)
+            target = [IGNORE, *target[1:]]  # nothing predicts the first token
+            if all(label == IGNORE for label in target[:max_length]):
+                (unmarked if all(label == IGNORE for label in target) else too_long).append(number)
                 continue
-            inputs = {"input_ids": ids}
+            inputs, target = {"input_ids": ids[:max_length]}, target[:max_length]
         if is_cut:
             cut.append(number)
         encoded.append({**inputs, "labels": target, "row": number})
+    long, bare = f"their prompt alone has {max_length} tokens or more", "no token of theirs is to be learnt"
     if not encoded:
-        raise DataError(
-            f"every prompt is {max_length} tokens or longer: nothing to learn", fix="Raise max_length or shorten them"
-        )
-    parts = []
-    if left_out:
-        words = f"left out: their prompt alone has {max_length} tokens or more"
-        parts.append(f"{len(left_out)} of {len(numbered)} rows {words} ({_named(left_out)})")
-    if cut:
-        parts.append(f"{len(cut)} of {len(numbered)} rows cut at {max_length} tokens ({_named(cut)})")
+        enclose = "The chat template must enclose what the assistant says in {% generation %}"
+        fix = "Raise max_length or shorten them" if too_long else enclose
+        reasons = [reason for reason, numbers in ((long, too_long), (bare, unmarked)) if numbers]
+        raise DataError(f"there is no row to learn from: {', or '.join(reasons)}", where=f"all {unit}s", fix=fix)
+    found = {f"left out: {long}": too_long, f"left out: {bare}": unmarked, f"cut at {max_length} tokens": cut}
+    parts = [
+        f"{len(numbers)} of {len(numbered)} {unit}s {words} ({_named(numbers)})"
+        for words, numbers in found.items()
+        if numbers
+    ]
     if parts:
         logger.warning("; ".join(parts))
     return encoded
 
 
-def _target(row: Row, labels: Sequence[Any], number: int) -> int | float:
+def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
     if not labels:
         return float(row["label"])
     if row["label"] not in labels:
-        raise DataError(f"label {row['label']!r} is not among the training labels", where=f"row {number}")
+        raise DataError(f"label {row['label']!r} is not among the training labels", where=where)
     return labels.index(row["label"])
 
 
-def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[list[int], list[int]]:
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
     """The token ids of a causal row and their labels, uncut."""
     kind = kind_of(row)
     if kind == CHAT:
-        return _chat_tokens(row, tokenizer, number)
+        return _chat_tokens(row, tokenizer, where)
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"])
+    prompt = prompt_ids(tokenizer, row["prompt"], where)
     completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
 
-def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[list[int], list[int]]:
+def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
     if tokenizer.chat_template is None:
         raise DataError(
             "the rows hold messages, but the tokenizer has no chat template",
@@ -134,10 +156,8 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> t
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    try:
-        found: Any = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-    except TemplateError as error:  # many templates insist on turns that alternate, or on no system message
-        raise DataError(f"the chat template refuses the messages: {error}", where=f"row {number}") from None
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    found = _templated(tokenizer, row["messages"], where, **marked)
     ids = found["input_ids"]
     return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
 

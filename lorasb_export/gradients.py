@@ -39,7 +39,7 @@ def draw(
         wanted = max(32, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
     drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
-    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length)
+    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=f"{task.name}: train row")
 
 
 def gradients_of_rows(

@@ -17,6 +17,7 @@ from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, quest
 from .errors import DataError, SettingsError
 from .layer import remove
 from .metrics import exact_match
+from .network import positions
 from .settings import FitSettings
 from .validation import mean_loss, of_predictions, row_scores
 
@@ -72,6 +73,36 @@ def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> It
         network.generation_config = own
 
 
+def question_ids(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    unit: str = "prompt",
+) -> list[list[int]]:
+    """Token ids of prompts, asked as in training (`batches.prompt_ids`), that `network` can answer.
+
+    Args:
+        unit: what errors call one of them; its number, from 1, follows.
+
+    Raises:
+        DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
+    """
+    reach = positions(network)
+    questions = []
+    for number, prompt in enumerate(prompts, 1):
+        where = f"{unit} {number}"
+        ids = prompt_ids(tokenizer, prompt, where)
+        if not ids:
+            raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
+        if len(ids) + max_tokens > reach:
+            what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
+            raise DataError(what, where=where, fix="Shorten one of them")
+        questions.append(ids)
+    return questions
+
+
 def answers(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,11 +110,27 @@ def answers(
     *,
     max_tokens: int = 128,
     batch_size: int = 16,
+    unit: str = "prompt",
 ) -> list[str]:
-    """Greedy answers to prompts, asked as in training (`batches.prompt_ids`)."""
+    """Greedy answers to prompts; args and errors as of `question_ids`."""
+    questions = question_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
+    return answers_to_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
+
+
+def answers_to_ids(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy answers to what `question_ids` gave."""
+    if not questions:  # of which batch_decode makes one empty answer
+        return []
     ids = generate_ids(
         network,
-        [prompt_ids(tokenizer, prompt) for prompt in prompts],
+        questions,
         max_tokens=max_tokens,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -120,7 +167,8 @@ def evaluate(
         the adapter brings the head, which the base lacks.
 
     Raises:
-        DataError: the split is empty, or of another task type than the adapter; an answer is missing.
+        DataError: the split is empty, or of another task type than the adapter; an answer is missing, or a prompt is
+            none that the base can answer (`question_ids`).
         SettingsError: the metric does not fit the data.
     """
     require_same_kind(adapter, task)
@@ -135,7 +183,8 @@ def evaluate(
     tokenizer = model.load_tokenizer()
     encoded = []
     if metric != "exact_match":
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter))
+        length = trained_length(adapter)
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
     networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
     network = networks.get(adapter.base.fingerprint)
     if network is None:
@@ -145,7 +194,8 @@ def evaluate(
     def score() -> float:
         if metric == "exact_match":
             limit_tokens = max_answer_tokens(tokenizer, rows)
-            found = answers(network, tokenizer, [question for question, _ in asked], max_tokens=limit_tokens)
+            questions = [question for question, _ in asked]
+            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=f"{split} row")
             return exact_match(found, [answer for _, answer in asked])
         scores = row_scores(network, encoded, tokenizer.pad_token_id)
         if metric == "loss":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from .errors import BaseModelError, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
@@ -29,24 +31,34 @@ def amend(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
 
-def require_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
+def positions(model: PreTrainedModel) -> float:
+    """How many tokens a model's learned positions reach; infinity where it has none."""
     import torch
 
+    reach = math.inf
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            if max_length > (reach := module.num_embeddings - first):
-                fix = f"Lower max_length to {reach}"
-                raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
+            reach = min(reach, module.num_embeddings - first)
+    return reach
+
+
+def require_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
+    if max_length > (reach := positions(model)):
+        fix = f"Lower max_length to {reach}"
+        raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 
-    A head may be new: a classifier's is. So may a pooler, which checkpoints of language models lack.
+    A head may be new: a classifier's is. The pooler, which checkpoints of language models lack, lies in the body: it is
+    frozen, and no file would keep what was drawn.
     """
     prefix = f"{model.base_model_prefix}."
     for name in sorted(missing):
-        if name.startswith(prefix) and ".pooler." not in name:
-            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix="Fetch the base again")
+        if name.startswith(prefix):
+            pooler = ".pooler." in name
+            fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else "Fetch the base again"
+            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .errors import SettingsError
@@ -65,9 +66,7 @@ class CalibrationSettings:
             raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
         if self.loss not in ("sample", "token"):
             raise SettingsError(f"loss is {self.loss!r}", fix="Use sample or token")
-        for name in ("rank", "eta", "batch_size", "max_length"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
+        _check_numbers(self, positive=("rank", "eta", "batch_size", "max_length"))
         if self.samples is not None and self.samples <= 0:
             raise SettingsError(f"samples is {self.samples}, must be positive", fix="A count, or a fraction below 1")
 
@@ -132,9 +131,12 @@ class FitSettings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}", fix=f"Use {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "accumulate", "scaling", "max_length"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be positive")
+        _check_numbers(self, positive=("epochs", "batch_size", "accumulate", "scaling", "max_length"))
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise SettingsError(f"warmup is {self.warmup}", fix="Give a share of the steps, 0 or more and below 1")
         if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
             object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
         for rate in self.rates:
@@ -160,3 +162,14 @@ class FitSettings:
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
         rate = of_text if task_type == "CAUSAL_LM" else 1e-3
         return replace(self, learning_rate=3 * rate if directions == RANDOM else rate)
+
+
+def _check_numbers(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{name} is {value}, must be a finite number")
+    for name in positive:
+        if getattr(settings, name) <= 0:
+            raise SettingsError(f"{name} is {getattr(settings, name)}, must be positive")
+    if not 0 <= settings.seed < 2**32:  # what numpy takes
+        raise SettingsError(f"seed is {settings.seed}, must be 0 or more and below {2**32}")

@@ -68,7 +68,7 @@ def fit(
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
             `overwrite` is given; or it holds the basis.
-        TrainingError: other settings or data than the interrupted run's, or a loss that is not finite.
+        TrainingError: other settings or data than the interrupted run's, or a loss or R that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
@@ -102,12 +102,14 @@ def fit_together(
             "classifiers do not train together: each has its own head", fix="Fit them one after another"
         )
     folder = Path(os.path.abspath(folder))
-    outs = [folder / task.name for task in tasks]
+    ordered = sorted(tasks, key=lambda task: task.name)  # the same run in whatever order they are named
+    outs = [folder / task.name for task in ordered]
     working = together_folder(folder, [task.name for task in tasks])
     if resume and not working.exists():
         refuse_run_of_others(folder, {task.sha256 for task in tasks})
-    run = _Run(model, basis, tasks, outs, working, settings or FitSettings(), network)
-    return run.train(resume=resume, overwrite=overwrite)
+    run = _Run(model, basis, ordered, outs, working, settings or FitSettings(), network)
+    trained = dict(zip(outs, run.train(resume=resume, overwrite=overwrite), strict=True))
+    return [trained[folder / task.name] for task in tasks]
 
 
 class _Run:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +17,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import distributed, environment
-from .adapter import Adapter
 from .arguments import trainer_arguments
 from .batches import IGNORE, Encoded, collate, row_losses
 from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
-from .data import TaskData
-from .errors import OutputError, TrainingError
+from .errors import OutputError
 from .history import History
 from .muon import Muon
-from .order import RowOrder, learning_rate_factor
+from .order import learning_rate_factor
 from .output import fsync, replaced_file
 from .settings import FitSettings
 from .stack import Stack
 from .storage import write_json
-from .validation import Validation
+from .task_run import TaskRun
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import (  # noqa: E402
@@ -46,21 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _STATE = "trainer_state.json"
-
-
-@dataclass
-class TaskRun:
-    """One task in training: its adapter, its rows, their order, and how it is validated (None without valid rows)."""
-
-    task: TaskData
-    adapter: Adapter
-    rows: Sequence[Encoded]
-    order: RowOrder
-    validation: Validation | None
-
-    @property
-    def evaluate_every(self) -> int:
-        return self.validation.every or math.ceil(self.order.steps / 4) if self.validation else 0
 
 
 class RTrainer(Trainer):
@@ -228,11 +210,7 @@ class RTrainer(Trainer):
                 continue
             run = self.runs[k]
             rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
-            raise TrainingError(
-                f"the loss of {run.task.name} is not finite at step {step + 1}, on training rows {_shown(rows)}",
-                where=run.task.source,
-                fix="Lower the learning rate, or use --dtype float32",
-            )
+            raise run.not_finite("the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
 
     def history(self, k: int) -> History:
         """What was logged of task `k`."""
@@ -241,12 +219,18 @@ class RTrainer(Trainer):
     # Evaluation and the best checkpoint
 
     def evaluate_task(self, k: int) -> None:
-        """Log the valid split's loss and metrics; keep this R if it is the best so far."""
+        """Log the valid split's loss and metrics; keep this R if it is the best so far.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         run = self.runs[k]
         assert run.validation is not None
         if self.stack:
             self.stack.use(run.task.name)
         found = run.validation.run(self._network, self.args.per_device_eval_batch_size)
+        if not math.isfinite(found["loss"]):
+            raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         if self.history(k).last_is_best() and distributed.is_main():
             with replaced_file(self._best_file(k)) as path:

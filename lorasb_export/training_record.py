@@ -14,7 +14,7 @@ from .storage import write_json
 from .subspace import spread
 
 if TYPE_CHECKING:
-    from .trainer import TaskRun
+    from .task_run import TaskRun
 
 Entries = Sequence[Mapping[str, Any]]  # as `history.History` gives them
 

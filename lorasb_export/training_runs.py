@@ -18,12 +18,13 @@ from .callbacks import Progress, checkpoint_at_sigterm
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .data import TaskData, question_and_answer
 from .errors import TrainingError
-from .inference import max_answer_tokens
+from .inference import max_answer_tokens, question_ids
 from .order import RowOrder
 from .settings import FitSettings
 from .stack import Stack
 from .storage import read_json
-from .trainer import RTrainer, TaskRun
+from .task_run import TaskRun
+from .trainer import RTrainer
 from .training_record import Entries, summary
 from .validation import Validation, better
 
@@ -82,7 +83,7 @@ class TrainingRuns:
         """Every task as the best of the learning rates has left it.
 
         Raises:
-            TrainingError: a loss is not finite; of several rates, at each.
+            TrainingError: a loss or R is not finite; of several rates, at each.
         """
         rates = self.settings.rates
         best: list[Outcome] = []
@@ -138,6 +139,7 @@ class TrainingRuns:
             history = trainer.history(k)
             entries, steps = history.entries(), history.steps_done(trainer.state.global_step)
             best = trainer.restore_best(k) if settings.keep == "best" else None
+            run.require_finite_tensors()
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
             outcomes.append(Outcome(run, training, entries, identity, history.kept()))
         return outcomes
@@ -185,7 +187,8 @@ class TrainingRuns:
         return [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
-        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, self.settings.max_length)
+        length, unit = self.settings.max_length, f"{task.name}: {split} row"
+        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, length, unit)
 
     def _validation(self, task: TaskData) -> Validation | None:
         rows, settings = task.splits.get("valid"), self.settings
@@ -194,6 +197,10 @@ class TrainingRuns:
         encoded = self._rows(task, "valid")
         if settings.metric != "exact_match":
             return Validation(encoded, self._tokenizer, every=settings.evaluate_every)
-        asked = [question_and_answer(row, f"valid row {number}") for number, row in enumerate(rows, 1)]
-        answer_tokens = max_answer_tokens(self._tokenizer, rows)
-        return Validation(encoded, self._tokenizer, asked, answer_tokens, settings.evaluate_every)
+        unit = f"{task.name}: valid row"
+        asked = [question_and_answer(row, f"{unit} {number}") for number, row in enumerate(rows, 1)]
+        questions, expected = zip(*asked, strict=True)
+        limit = max_answer_tokens(self._tokenizer, rows)
+        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
+        pairs = list(zip(ids, expected, strict=True))
+        return Validation(encoded, self._tokenizer, pairs, limit, settings.evaluate_every)

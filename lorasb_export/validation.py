@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from . import distributed
 from .batches import Encoded, collate, row_losses
-from .data import Prompt
 from .metrics import accuracy, exact_match, mcc, pearson
 
 if TYPE_CHECKING:
@@ -62,19 +61,20 @@ class Validation:
 
     Attributes:
         rows: the encoded rows of the valid split.
-        asked: prompts and expected answers, to answer them too (`exact_match`); empty otherwise.
+        asked: prompts (`inference.question_ids`) and expected answers, to answer them too (`exact_match`); empty
+            otherwise.
         every: optimizer steps between evaluations; None leaves it to the length of the run.
     """
 
     rows: Sequence[Encoded]
     tokenizer: PreTrainedTokenizerBase
-    asked: Sequence[tuple[Prompt, str]] = ()
+    asked: Sequence[tuple[Sequence[int], str]] = ()
     max_tokens: int = 0
     every: int | None = None
 
     def run(self, network: PreTrainedModel, batch_size: int) -> dict[str, float]:
         """`loss`, and the metrics that apply. Every process scores its share of the rows."""
-        from .inference import answers
+        from .inference import answers_to_ids
 
         network.eval()
         share = slice(distributed.rank(), None, distributed.world())
@@ -87,9 +87,9 @@ class Validation:
             predicted = [prediction for _, _, prediction in scored]
             found |= of_predictions(predicted, expected, regression=isinstance(expected[0], float))
         if self.asked:
-            questions = self.asked[share]
-            given = answers(network, self.tokenizer, [q for q, _ in questions], max_tokens=self.max_tokens)
-            pairs = distributed.gather(list(zip(given, (answer for _, answer in questions), strict=True)))
+            asked = self.asked[share]
+            given = answers_to_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
+            pairs = distributed.gather(list(zip(given, (answer for _, answer in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch
 from lorasb_cli.main import app
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, BertForMaskedLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, fit
@@ -32,7 +33,7 @@ from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.subspace import CaptureRatios, rounded
 from lorasb_export.targets import find_targets
 from tests.conftest import write_splits
-from tests.tiny import make_gpt2
+from tests.tiny import make_bert, make_gpt2
 
 PAD = 2
 ROWS = 13
@@ -130,6 +131,26 @@ def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrai
 def test_settings_are_checked() -> None:
     with pytest.raises(SettingsError, match="loss is 'tokens'"):
         CalibrationSettings(loss="tokens")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (CalibrationSettings, "samples", (0, math.nan, math.inf)),
+        (CalibrationSettings, "eta", (0, math.nan, math.inf)),
+        (CalibrationSettings, "seed", (-1, 2**32)),
+        (FitSettings, "seed", (-1, 2**32)),
+        (FitSettings, "epochs", (0, math.nan, math.inf)),
+        (FitSettings, "scaling", (0, math.nan)),
+        (FitSettings, "warmup", (-3, 1, 100, math.nan)),
+        (FitSettings, "weight_decay", (-1, math.nan)),
+        (FitSettings, "max_grad_norm", (-1, math.nan, math.inf)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind: Callable[..., Any], name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(SettingsError, match=f"^{name} is {value}"):
+            kind(**{name: value})
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -289,6 +310,15 @@ def test_oracle_23_biases_and_the_head_are_left_alone(bert: Path, parity: Path) 
     assert len(basis.modules) == 13  # six in each layer and the pooler, not the head
     assert not any("classifier" in name for name in basis.modules)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_pooler_that_no_file_keeps_is_refused(tmp_path: Path) -> None:
+    base = make_bert(tmp_path / "base", kind=BertForMaskedLM)
+    with pytest.raises(BaseModelError, match=r"lacks bert\.pooler\.dense\.bias .*draw one for good"):
+        BaseModel.resolve(base).load(SEQ_CLS, num_labels=2)
+    AutoModel.from_pretrained(base).save_pretrained(base)  # as the error says
+    one, two = (BaseModel.resolve(base).load(SEQ_CLS, num_labels=2, seed=seed) for seed in (0, 1))
+    assert torch.equal(one.bert.pooler.dense.weight, two.bert.pooler.dense.weight)
 
 
 def test_oracle_23_full_rank_keeps_everything(base: BaseModel, sums: Path) -> None:

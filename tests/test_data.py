@@ -263,8 +263,18 @@ def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
     tokenizer = BaseModel.resolve(llama).load_tokenizer()
     rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1" * 50, "completion": "2"}]
     assert len(encode(rows, tokenizer, CAUSAL_LM, [], 20)) == 1
-    with pytest.raises(DataError, match="every prompt is 20 tokens or longer"):
-        encode(rows[1:], tokenizer, CAUSAL_LM, [], 20)
+    with pytest.raises(DataError, match=r"alone has 20 tokens or more \(all a: valid rows\). Raise max_length"):
+        encode(rows[1:], tokenizer, CAUSAL_LM, [], 20, unit="a: valid row")
+
+
+def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
+    rows = [json.loads(CHAT_LINE)]
+    with pytest.raises(DataError, match=r"no token of theirs is to be learnt \(all rows\). .*{% generation %}"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    encode([*rows, {"messages": [{"role": "model", "content": "2"}]}], tokenizer, CAUSAL_LM, [], 64)
+    assert caplog.messages == ["1 of 2 rows left out: no token of theirs is to be learnt (row 1)"]
 
 
 def test_one_warning_counts_and_names_the_rows_left_out_and_cut(

@@ -96,12 +96,25 @@ def test_together_every_task_has_its_own_best_rate(llama: Path, sums: Path, basi
 def test_a_rate_that_diverges_is_left_out(
     llama: Path, sums: Path, basis: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wild = replace(SETTINGS, max_grad_norm=1e30)
+    wild = replace(SETTINGS, max_grad_norm=1e30, evaluate_every=6)
     found = fit(str(llama), basis, sums, tmp_path / "a", replace(wild, learning_rate=(1e-2, 1e30)))
     assert list(found.training["learning_rates"]) == ["0.01"]
     assert "Learning rate 1e+30 left out: the loss of a is not finite" in caplog.text
     with pytest.raises(TrainingError, match="the loss of b is not finite"):
         fit(str(llama), basis, sums, tmp_path / "b", replace(wild, learning_rate=(1e29, 1e30)))
+
+
+def test_what_the_last_step_makes_is_looked_at_too(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
+    """No training loss is computed with it: the valid loss is, and without valid rows R itself is looked at."""
+    one_step = replace(SETTINGS, max_steps=1, warmup=0.0)
+    with pytest.raises(TrainingError, match="the valid loss of a is not finite after step 1"):
+        fit(str(llama), basis, sums, tmp_path / "a", replace(one_step, learning_rate=1e25))
+    found = fit(str(llama), basis, sums, tmp_path / "b", replace(one_step, learning_rate=(1e-2, 1e25)))
+    assert list(found.training["learning_rates"]) == ["0.01"]
+    with pytest.raises(TrainingError, match="R of c is not finite at the end"):
+        fit(str(llama), basis, sums / "train.jsonl", tmp_path / "c", replace(one_step, learning_rate=3e38))
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_without_valid_rows_rates_cannot_be_compared(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lorasb_export import Adapter, merge
+from lorasb_export import Adapter, fit, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import encode, prompt_ids
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.inference import answers, evaluate
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.validation import row_scores
 from tests.random_adapter import save_adapter
 from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
@@ -132,6 +133,34 @@ def test_answers_are_greedy_whatever_the_base_says_about_chats(chatty: Path) -> 
     ids = torch.tensor([prompt_ids(tokenizer, "1+1")])
     found = network.generate(ids, max_new_tokens=16)  # type: ignore[operator]
     assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) != plain[0]
+
+
+def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:
+    base = BaseModel.resolve(chatty)
+    network, tokenizer = base.load(), base.load_tokenizer()
+    assert answers(network, tokenizer, []) == []  # a process with more peers than rows has none
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(DataError, match=r"chat template refuses the messages: no system message \(prompt 1\)"):
+        answers(network, tokenizer, ["1+1"])
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"no tokens.* \(prompt 2\)"):
+        answers(network, tokenizer, ["1+1", ""])
+    learned = BaseModel.resolve(make_gpt2(tmp_path / "gpt2")).load()
+    with pytest.raises(DataError, match=r"prompt of 1000 tokens and an answer of 30; .* end at 1024 \(test row 2\)"):
+        answers(learned, tokenizer, ["1+1", "1" * 1000], max_tokens=30, unit="test row")
+
+
+def test_such_prompts_are_found_before_training(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    save_tokenizer(base, template=False)
+    (base / "chat_template.jinja").unlink()
+    data = {"train": GOOD, "valid": GOOD + '{"prompt": "", "completion": "2"}\n'}
+    (tmp_path / "data").mkdir()
+    for split, lines in data.items():
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
+    settings = FitSettings(max_steps=1, metric="exact_match")
+    with pytest.raises(DataError, match=r"no tokens.* \(a: valid row 2\)"):
+        fit(str(base), CalibrationSettings(rank=2), tmp_path / "data", tmp_path / "a", settings)
 
 
 def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> None:

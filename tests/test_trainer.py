@@ -118,7 +118,7 @@ def test_tasks_together_end_as_each_alone(
         alone = fit(str(llama), basis, task, tmp_path / name, settings)
         assert equal(adapter, alone, 1e-6)
         written = Adapter.load(tmp_path / "together" / name)
-        assert written.training["together"] == ["plus", "minus"]
+        assert written.training["together"] == ["minus", "plus"]
         for key in ("steps", "train_loss", "valid_loss", "best_step", "trainable_parameters"):
             assert written.training[key] == pytest.approx(alone.training[key], abs=1e-5), key
     start = Adapter.start(Basis.load(basis))
@@ -155,7 +155,8 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
             fit_together(*inputs, tmp_path / "a", settings)
     others = [replace(task, name=f"other-{name}") for name, task in tasks.items()]
     fit_together(*inputs[:2], others, tmp_path / "a", settings)  # meanwhile, in the same project
-    resumed = fit_together(*inputs, tmp_path / "a", settings, resume=True)
+    backwards = fit_together(*inputs[:2], inputs[2][::-1], tmp_path / "a", settings, resume=True)
+    resumed = backwards[::-1]  # in whatever order they are named
     undisturbed = fit_together(*inputs, tmp_path / "b", settings)
     assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
     with monkeypatch.context() as patch:

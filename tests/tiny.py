@@ -59,7 +59,7 @@ def make_gpt2(folder: Path) -> Path:
     return _save(GPT2LMHeadModel, config, folder)
 
 
-def make_bert(folder: Path) -> Path:
+def make_bert(folder: Path, kind: type[PreTrainedModel] = BertModel) -> Path:
     config = BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=32,
@@ -68,7 +68,7 @@ def make_bert(folder: Path) -> Path:
         num_attention_heads=4,
         pad_token_id=2,
     )
-    _save(BertModel, config, folder)
+    _save(kind, config, folder)
     save_tokenizer(folder, token_types=True)
     return folder
 

@@ -44,7 +44,9 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the rows.")] = None,
     out: Annotated[str | None, typer.Option(help="Where the basis goes; basis/ by default.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an existing folder, unless adapters of the project were trained in it.")
+    ] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export import distributed
@@ -53,6 +55,7 @@ def run(
     from lorasb_export.capture import overview
     from lorasb_export.output import refuse_existing
     from lorasb_export.settings import RANDOM, CalibrationSettings
+    from lorasb_export.shared_basis import refuse_to_strand
     from lorasb_export.subspace import by_module, spread
 
     project = run.project
@@ -70,6 +73,7 @@ def run(
     )
     settings = CalibrationSettings(**{**project.calibration, **flags})
     target = Path(out) if out else project.path(project.basis_path)
+    refuse_to_strand(project, target)
     refuse_existing(target, overwrite)
     sources = parse_pairs(data)
     if not sources and settings.directions != RANDOM:

@@ -1,0 +1,42 @@
+"""The basis of a project: made once, as its file says, and not taken away from the adapters trained in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner, Result
+
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.settings import CalibrationSettings
+
+
+@pytest.fixture
+def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a basis and the adapters a and b in it; the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[basis]\nrank = 4\n[tasks.a]\ndata = "{sums}"\n')
+    calibrate(str(llama), {"a": sums}, CalibrationSettings(rank=4)).save("basis")
+    for name in "ab":
+        Adapter.start(Basis.load("basis")).save(f"adapters/{name}")
+    return tmp_path
+
+
+def lorasb(*words: str) -> Result:
+    return CliRunner().invoke(app, [*words])
+
+
+def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:
+    old = Basis.load("basis").sha256
+    for words in ((), ("--overwrite",)):
+        done = lorasb("calibrate", "--rank", "2", *words)
+        assert done.exit_code == 1
+        assert "adapters were trained in this basis and are of no use without it: a, b" in done.stderr
+        assert Basis.load("basis").sha256 == old
+    assert lorasb("calibrate", "--rank", "2", "--out", "other").exit_code == 0
+    shutil.rmtree("adapters/a")
+    Adapter.load("adapters/b").save("adapters/b", overwrite=True, embed=True)  # it brings its own
+    assert lorasb("calibrate", "--rank", "2", "--overwrite").exit_code == 0
+    assert Basis.load("basis").rank == 2

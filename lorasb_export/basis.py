@@ -26,6 +26,8 @@ from .storage import read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Basis` transformers can be imported
 
+_DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -43,6 +45,15 @@ class Basis:
         """What B and A span: GRADIENT, also where an older basis does not say, or RANDOM."""
         directions: str = self.calibration.get("directions", GRADIENT)
         return directions
+
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """In what this basis was calibrated otherwise than `settings`, names and values of `CalibrationSettings`.
+
+        Only what it records, and what the result depends on, is compared: not `samples`, of which it knows the rows.
+        """
+        made = {**self.calibration, "directions": self.directions, "rank": self.rank}
+        compared = [key for key in settings if key in _DECISIVE and key in made]
+        return [f"{key} {made[key]}, not {settings[key]}" for key in compared if made[key] != settings[key]]
 
     @cached_property
     def _bytes(self) -> bytes:

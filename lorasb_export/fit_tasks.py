@@ -43,7 +43,8 @@ def fit_tasks(
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together.
+        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together; the
+            project's basis is not as its file has it.
     """
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
@@ -106,4 +107,11 @@ def _shared_basis(
         sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
-    return made_once(folder, make)
+    basis = made_once(folder, make)
+    if differing := basis.differences(project.calibration):
+        raise SettingsError(
+            f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
+            where=folder,
+            fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
+        )
+    return basis

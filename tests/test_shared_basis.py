@@ -40,3 +40,19 @@ def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:
     Adapter.load("adapters/b").save("adapters/b", overwrite=True, embed=True)  # it brings its own
     assert lorasb("calibrate", "--rank", "2", "--overwrite").exit_code == 0
     assert Basis.load("basis").rank == 2
+
+
+def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
+    file = project / "lorasb.toml"
+    as_made = file.read_text()
+    for changed, differing in (
+        ("rank = 2", "rank 4, not 2"),
+        ('rank = 4\ndirections = "random"', "directions gradient, not random"),
+        ("rank = 4\nseed = 3", "seed 0, not 3"),
+        ('rank = 4\ntargets = "q_proj"', "targets all-linear, not q_proj"),
+    ):
+        file.write_text(as_made.replace("rank = 4", changed))
+        done = lorasb("fit", "--max-steps", "1", "--overwrite")
+        assert (done.exit_code, f"not as lorasb.toml has it: {differing} (" in done.stderr) == (1, True), done.stderr
+    file.write_text(as_made.replace("rank = 4", "rank = 4\nsamples = 8\nbatch_size = 2"))  # no other basis
+    assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0

@@ -60,7 +60,12 @@ def fit_tasks(
     network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
     shared = {
         source: _shared_basis(
-            project, source, base, tasks, calibration, network if calibration.dtype == settings.dtype else None
+            project,
+            source,
+            base,
+            {name: task for name, task in tasks.items() if sources[name] == source},
+            calibration,
+            network if calibration.dtype == settings.dtype else None,
         )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
@@ -97,13 +102,16 @@ def _shared_basis(
     calibration: CalibrationSettings,
     network: PreTrainedModel | None,
 ) -> Basis:
-    """The basis at `source`; where that is the project's own and not there yet, it is calibrated over all its tasks."""
+    """The basis at `source`; where that is the project's own and not there yet, it is made.
+
+    It is calibrated over all tasks that share it in the project's file; over `tasks` where the file has none.
+    """
     folder = project.path(project.basis_path)
     if Path(source) != folder:
         return Basis.load(source)
 
     def make() -> Basis:
-        names = [] if calibration.directions == RANDOM else project.shared_tasks()
+        names = [] if calibration.directions == RANDOM else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 

@@ -121,13 +121,8 @@ class Project:
         return names
 
     def shared_tasks(self) -> list[str]:
-        """Names of the tasks that use the project's shared basis. Raises SettingsError when there is none."""
-        names = [name for name, task in self.tasks.items() if task.basis is None]
-        if not names:
-            raise SettingsError(
-                "no task to calibrate on", where=FILE_NAME, fix="Add [tasks.NAME] data = …, or pass --data"
-            )
-        return names
+        """Names of the tasks that use the project's shared basis."""
+        return [name for name, task in self.tasks.items() if task.basis is None]
 
     def weights(self, names: Iterable[str]) -> dict[str, float]:
         """The calibration weights of those of the named tasks that the project has."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.basis import made_once
 from lorasb_export.settings import CalibrationSettings
 
 
@@ -56,3 +60,25 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
         assert (done.exit_code, f"not as lorasb.toml has it: {differing} (" in done.stderr) == (1, True), done.stderr
     file.write_text(as_made.replace("rank = 4", "rank = 4\nsamples = 8\nbatch_size = 2"))  # no other basis
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
+
+
+def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not calibrate it too, to find at the end that it is there."""
+    folder, settings = tmp_path / "basis", CalibrationSettings(rank=4, directions="random")
+    begun, waited_for = Event(), Event()
+
+    def slowly() -> Basis:
+        begun.set()
+        assert waited_for.wait(30)
+        return calibrate(str(llama), {}, settings)
+
+    def never() -> Basis:
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(logging.getLogger("lorasb_export.lock"), "warning", lambda *_: waited_for.set())
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(made_once, folder, slowly)
+        assert begun.wait(30)
+        second = threads.submit(made_once, folder, never)
+        assert first.result().sha256 == second.result().sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["basis"]

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def run(
     run: Run,
     adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER]...",
+            help="Names, folders or Hub ids; by default the first task's, for onnx-adapters all.",
+        ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="peft, onnx or onnx-adapters.")] = "peft",
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,

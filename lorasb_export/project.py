@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
@@ -131,17 +134,19 @@ class Project:
     def find_adapter(self, word: str | None) -> str:
         """The folder or Hub id behind a word: an adapter of this project by name, else the word itself.
 
-        None is the adapter of the project's first task that has one.
+        None is the adapter of the project's first task that has one; of several it is said which.
 
         Raises:
             SettingsError: None, and the project has no adapter.
         """
         names = self.adapter_names()
         if word is None:
-            ordered = [name for name in self.tasks if name in names] + names
+            ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
                 raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
             word = ordered[0]
+            if len(names) > 1:
+                logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
         return str(self.adapter_folder(word)) if word in names else word
 
     def find_folder(self, word: str | None) -> str:

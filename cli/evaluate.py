@@ -17,7 +17,9 @@ def run(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
     split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many rows; the card stays as it was.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     metric: Annotated[
         str | None,
@@ -49,7 +51,8 @@ def run(
         result = evaluate(
             loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
         )
-        if loaded.folder is not None and loaded.hub_source is None and data is None and result["split"] != "train":
+        whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
+        if whole and loaded.folder is not None and loaded.hub_source is None:
             try:
                 record_evaluation(loaded.folder, result)
             except OSError as error:

@@ -39,8 +39,9 @@ def run(
     if not words:
         raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
     for word in words:
-        loaded = Adapter.load(run.project.find_adapter(word))
-        name = loaded.training.get("task", word)
+        folder = run.project.find_adapter(word)
+        loaded = Adapter.load(folder)
+        name = run.project.task_of(folder, loaded.training)
         source = data or run.project.source_of(name, loaded.training)
         if source is None and not adapter:
             run.say(f"{word} is passed over: it does not say what it was trained on (--data names its rows)")

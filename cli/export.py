@@ -69,7 +69,7 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     found = {}
     for folder in folders:
         training = Adapter.load(folder).training
-        name = training.get("task", folder)
+        name = run.project.task_of(folder, training)
         source = data or run.project.source_of(name, training)
         task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
         if task is not None and task.splits.get(task.held_out()):

@@ -167,6 +167,12 @@ class Project:
         source = self.tasks[name].data
         return str(self.path(source)) if self.path(source).exists() else source
 
+    def task_of(self, adapter: str, training: Mapping[str, Any]) -> str:
+        """The task of `adapter`, a folder or Hub id: the project's of that name, else the one it was trained on."""
+        name = Path(adapter).name
+        renamed = name in self.tasks and Path(adapter).absolute() == self.adapter_folder(name)
+        return name if renamed else training.get("task", name)
+
     def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
         """The data of an adapter's task: the project's where it has such a task, else what its training says."""
         return self.task_source(name) if name in self.tasks else training.get("data")

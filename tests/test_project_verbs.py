@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,20 @@ def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:
     assert [file.read_bytes() for file in files] == before
     assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
     assert Adapter.load("adapters/a").training["evaluation"]["test"]["loss"]["rows"] == 24
+
+
+def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> None:
+    row = (sums / "test.jsonl").read_text().splitlines()[0]
+    (project / "few").mkdir()
+    for split in ("train", "test"):
+        (project / "few" / f"{split}.jsonl").write_text(row)
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(f'[tasks.a]\ndata = "{sums}"', '[tasks.b]\ndata = "few"'))
+    Path("adapters/a").rename("adapters/b")
+    for word in ("b", "adapters/b"):
+        done = lorasb("evaluate", word, "--metric", "loss", "--json")
+        result = json.loads(done.stdout)["evaluation"][word]
+        assert (result["task"], result["rows"]) == ("b", 1)
+    shutil.copytree("adapters/b", "elsewhere/b")  # not the project's: it is of the task that it says
+    done = lorasb("evaluate", "elsewhere/b", "--metric", "loss", "--json")
+    assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24

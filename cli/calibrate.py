@@ -44,15 +44,19 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the rows.")] = None,
     out: Annotated[str | None, typer.Option(help="Where the basis goes; basis/ by default.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an existing folder, unless adapters of the project were trained in it.")
+    ] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export import distributed
     from lorasb_export.base import BaseModel
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
+    from lorasb_export.errors import SettingsError
     from lorasb_export.output import refuse_existing
     from lorasb_export.settings import RANDOM, CalibrationSettings
+    from lorasb_export.shared_basis import refuse_to_strand
     from lorasb_export.subspace import by_module, spread
 
     project = run.project
@@ -70,10 +74,14 @@ def run(
     )
     settings = CalibrationSettings(**{**project.calibration, **flags})
     target = Path(out) if out else project.path(project.basis_path)
+    refuse_to_strand(project, target)
     refuse_existing(target, overwrite)
     sources = parse_pairs(data)
     if not sources and settings.directions != RANDOM:
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
+        if not sources:
+            fix = "Add [tasks.NAME] data = … to lorasb.toml, or pass --data NAME=PATH"
+            raise SettingsError("no task to calibrate on", where=project.folder, fix=fix)
     weights = {**project.weights(sources), **_numbers(weight)}
     distributed.start()
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)

@@ -17,7 +17,9 @@ def run(
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
     split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many rows; the card stays as it was.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     metric: Annotated[
         str | None,
@@ -37,8 +39,9 @@ def run(
     if not words:
         raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
     for word in words:
-        loaded = Adapter.load(run.project.find_adapter(word))
-        name = loaded.training.get("task", word)
+        folder = run.project.find_adapter(word)
+        loaded = Adapter.load(folder)
+        name = run.project.task_of(folder, loaded.training)
         source = data or run.project.source_of(name, loaded.training)
         if source is None and not adapter:
             run.say(f"{word} is passed over: it does not say what it was trained on (--data names its rows)")
@@ -49,7 +52,8 @@ def run(
         result = evaluate(
             loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
         )
-        if loaded.folder is not None and loaded.hub_source is None and data is None and result["split"] != "train":
+        whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
+        if whole and loaded.folder is not None and loaded.hub_source is None:
             try:
                 record_evaluation(loaded.folder, result)
             except OSError as error:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def run(
     run: Run,
     adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[ADAPTER]...",
+            help="Names, folders or Hub ids; by default the first task's, for onnx-adapters all.",
+        ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="peft, onnx or onnx-adapters.")] = "peft",
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
@@ -70,7 +74,7 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     found = {}
     for folder in folders:
         training = Adapter.load(folder).training
-        name = training.get("task", folder)
+        name = run.project.task_of(folder, training)
         source = data or run.project.source_of(name, training)
         task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
         if task is not None and task.splits.get(task.held_out()):

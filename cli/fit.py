@@ -119,6 +119,9 @@ def run(
     for name, adapter in fitted.items():
         summary = {key: adapter.training.get(key) for key in REPORTED}
         adapters[name] = {"folder": str(adapter.folder), **summary}
+        if summary["steps"] is None:
+            lines.append(f"{name}: left as it is, for it does not say how it was trained, {adapter.folder}")
+            continue
         loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
         lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")

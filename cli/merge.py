@@ -18,7 +18,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER[=WEIGHT]",
-            help="Name, folder or Hub id; may be left out when the project has one. Several are added up.",
+            help="Name, folder or Hub id; the first task's by default. Several are added up.",
             show_default=False,
         ),
     ] = None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,15 @@ from . import card, distributed, environment
 from .base import BaseRef
 from .fetch import BASIS_FILES, resolve_folder
 from .format import FORMAT_VERSION, ModuleBasis, load_tensors, read_basis_config, sealed
+from .lock import only_writer
 from .output import atomic_folder
 from .provenance import versions
 from .settings import GRADIENT
 from .storage import read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Basis` transformers can be imported
+
+_DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,15 @@ class Basis:
         """What B and A span: GRADIENT, also where an older basis does not say, or RANDOM."""
         directions: str = self.calibration.get("directions", GRADIENT)
         return directions
+
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """In what this basis was calibrated otherwise than `settings`, names and values of `CalibrationSettings`.
+
+        Only what it records, and what the result depends on, is compared: not `samples`, of which it knows the rows.
+        """
+        made = {**self.calibration, "directions": self.directions, "rank": self.rank}
+        compared = [key for key in settings if key in _DECISIVE and key in made]
+        return [f"{key} {made[key]}, not {settings[key]}" for key in compared if made[key] != settings[key]]
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -104,12 +117,17 @@ class Basis:
 
 
 def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
-    """The basis in `folder`; where there is none, all processes make it and the first one saves it there."""
-    is_there = folder.exists()
-    distributed.wait()  # before any process makes it: all must have seen the same
-    if not is_there:
-        basis = make()
-        if distributed.is_main():
-            basis.save(folder)
-        distributed.wait()
+    """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
+
+    Another run that is making it is waited for.
+    """
+    with ExitStack() as lock:
+        if distributed.is_main() and not folder.exists():
+            lock.enter_context(only_writer(folder, wait=True))
+        is_there = distributed.gather([folder.exists()])[0]  # as the first process sees it, which has the lock
+        if not is_there:
+            basis = make()
+            if distributed.is_main():
+                basis.save(folder)
+            distributed.wait()
     return Basis.load(folder)

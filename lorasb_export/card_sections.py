@@ -206,8 +206,15 @@ def evaluation(training: Mapping[str, Any], note: str = "") -> str:
     """A table of {split: {metric: {"base", "adapter", "rows"}}} after a `note`, or the words that there is none."""
     if not training:
         return ""
+    chosen_on = "valid" if training.get("best_step") is not None or training.get("learning_rates") else None
     rows = [
-        [split, metric, found["rows"], "-" if found["base"] is None else found["base"], found["adapter"]]
+        [
+            f"{split} (these rows also chose the checkpoint)" if split == chosen_on else split,
+            metric,
+            found["rows"],
+            "-" if found["base"] is None else found["base"],
+            found["adapter"],
+        ]
         for split, metrics in training.get("evaluation", {}).items()
         for metric, found in metrics.items()
     ]

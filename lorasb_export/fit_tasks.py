@@ -43,7 +43,8 @@ def fit_tasks(
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together.
+        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together; the
+            project's basis is not as its file has it.
     """
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
@@ -59,7 +60,12 @@ def fit_tasks(
     network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
     shared = {
         source: _shared_basis(
-            project, source, base, tasks, calibration, network if calibration.dtype == settings.dtype else None
+            project,
+            source,
+            base,
+            {name: task for name, task in tasks.items() if sources[name] == source},
+            calibration,
+            network if calibration.dtype == settings.dtype else None,
         )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
@@ -96,14 +102,24 @@ def _shared_basis(
     calibration: CalibrationSettings,
     network: PreTrainedModel | None,
 ) -> Basis:
-    """The basis at `source`; where that is the project's own and not there yet, it is calibrated over all its tasks."""
+    """The basis at `source`; where that is the project's own and not there yet, it is made.
+
+    It is calibrated over all tasks that share it in the project's file; over `tasks` where the file has none.
+    """
     folder = project.path(project.basis_path)
     if Path(source) != folder:
         return Basis.load(source)
 
     def make() -> Basis:
-        names = [] if calibration.directions == RANDOM else project.shared_tasks()
+        names = [] if calibration.directions == RANDOM else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
-    return made_once(folder, make)
+    basis = made_once(folder, make)
+    if differing := basis.differences(project.calibration):
+        raise SettingsError(
+            f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
+            where=folder,
+            fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
+        )
+    return basis

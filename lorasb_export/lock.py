@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,19 +13,24 @@ from typing import IO
 from .errors import OutputError
 from .output import cannot_write
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def only_writer(target: Path) -> Iterator[None]:
+def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `.NAME.lock` beside `target` while the block runs; the system lets go of it however this process ends.
 
+    Args:
+        wait: until another process that holds it lets go.
+
     Raises:
-        OutputError: another process holds it, or the parent cannot be written.
+        OutputError: another process holds it and `wait` is false, or the parent cannot be written.
     """
     target = Path(os.path.abspath(target))
     with cannot_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.parent / f".{target.name}.lock"
-        file = _lock(path, target)
+        file = _lock(path, target, wait)
     try:
         yield
     finally:
@@ -33,16 +39,19 @@ def only_writer(target: Path) -> Iterator[None]:
         file.close()
 
 
-def _lock(path: Path, target: Path) -> IO[bytes]:
+def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
-            raise OutputError(
-                "another process is writing this target", where=target, fix="Wait for it, or choose another path"
-            ) from None
+            if not wait:
+                file.close()
+                raise OutputError(
+                    "another process is writing this target", where=target, fix="Wait for it, or choose another path"
+                ) from None
+            logger.warning("another process is writing %s: waiting for it", target)
+            fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
@@ -121,13 +124,8 @@ class Project:
         return names
 
     def shared_tasks(self) -> list[str]:
-        """Names of the tasks that use the project's shared basis. Raises SettingsError when there is none."""
-        names = [name for name, task in self.tasks.items() if task.basis is None]
-        if not names:
-            raise SettingsError(
-                "no task to calibrate on", where=FILE_NAME, fix="Add [tasks.NAME] data = …, or pass --data"
-            )
-        return names
+        """Names of the tasks that use the project's shared basis."""
+        return [name for name, task in self.tasks.items() if task.basis is None]
 
     def weights(self, names: Iterable[str]) -> dict[str, float]:
         """The calibration weights of those of the named tasks that the project has."""
@@ -136,17 +134,19 @@ class Project:
     def find_adapter(self, word: str | None) -> str:
         """The folder or Hub id behind a word: an adapter of this project by name, else the word itself.
 
-        None is the adapter of the project's first task that has one.
+        None is the adapter of the project's first task that has one; of several it is said which.
 
         Raises:
             SettingsError: None, and the project has no adapter.
         """
         names = self.adapter_names()
         if word is None:
-            ordered = [name for name in self.tasks if name in names] + names
+            ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
                 raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
             word = ordered[0]
+            if len(names) > 1:
+                logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
         return str(self.adapter_folder(word)) if word in names else word
 
     def find_folder(self, word: str | None) -> str:
@@ -166,6 +166,12 @@ class Project:
             )
         source = self.tasks[name].data
         return str(self.path(source)) if self.path(source).exists() else source
+
+    def task_of(self, adapter: str, training: Mapping[str, Any]) -> str:
+        """The task of `adapter`, a folder or Hub id: the project's of that name, else the one it was trained on."""
+        name = Path(adapter).name
+        renamed = name in self.tasks and Path(adapter).absolute() == self.adapter_folder(name)
+        return name if renamed else training.get("task", name)
 
     def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
         """The data of an adapter's task: the project's where it has such a task, else what its training says."""

@@ -19,12 +19,14 @@ from .basis import Basis
 from .capture import overview
 from .checkpoints import (
     RESUME,
+    SAME,
     open_folder,
     refuse_run_of_others,
     together_folder,
 )
 from .data import TaskData, load_task, refuse_single_class
-from .errors import DataError, MissingPackageError, SettingsError
+from .errors import DataError, MissingPackageError, SettingsError, TrainingError
+from .finished import differences
 from .inference import fitting_metric
 from .lock import only_writer
 from .network import require_positions
@@ -62,13 +64,14 @@ def fit(
             which then lies in the adapter.
         data: folder, file, Hub dataset id, or loaded task.
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
-            from the beginning where there is none.
+            from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, where the caller already has it; its adapters are replaced.
 
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
             `overwrite` is given; or it holds the basis.
-        TrainingError: other settings or data than the interrupted run's, or a loss or R that is not finite.
+        TrainingError: other settings or data than those of the run, or the adapter, that `resume` finds; a loss or R
+            that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
@@ -149,16 +152,13 @@ class _Run:
                 fix="The processes share a batch: give at least one row for each",
             )
         self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+        if not isinstance(basis, CalibrationSettings):
+            basis = basis if isinstance(basis, Basis) else Basis.load(basis)
+            self.base.verify(basis.base, basis.modules)
+            for out in outs:
+                refuse_own_input(out, basis.source)
         self._network, self._basis = network, basis
-        if isinstance(basis, CalibrationSettings):
-            directions = basis.directions
-        else:
-            self._basis = basis if isinstance(basis, Basis) else Basis.load(basis)
-            self.base.verify(self._basis.base, self._basis.modules)
-            for out in self.outs:
-                refuse_own_input(out, self._basis.source)
-            directions = self._basis.directions
-        self.settings = settings.for_task(tasks[0].task_type, directions)
+        self.settings = settings.for_task(tasks[0].task_type, basis.directions)
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
         with ExitStack() as locks:
@@ -166,7 +166,7 @@ class _Run:
                 for out in sorted(self.outs):
                     locks.enter_context(only_writer(out))
             interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
-            if resume and not interrupted and all(out.exists() for out in self.outs):  # finished before
+            if resume and not interrupted and self._finished(overwrite):
                 return [Adapter.load(out) for out in self.outs]
             locks.enter_context(cannot_write(self.folder, RESUME))
             if not resume:
@@ -180,12 +180,27 @@ class _Run:
             with _left_as_found(network):
                 return self._train(network, resume=resume, overwrite=overwrite)
 
+    def _finished(self, overwrite: bool) -> bool:
+        """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
+        there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if out.exists()]
+        for task, out in there:
+            differing = differences(out, self.base, self._basis, task, self.settings)
+            if differing and overwrite:
+                return False
+            if differing:
+                replacing = "An interrupted run was to replace it: go on with that by --overwrite --resume"
+                raise TrainingError(
+                    f"the adapter that is there was trained otherwise: {', '.join(differing)}",
+                    where=out,
+                    fix=replacing if self.folder.exists() else SAME,
+                )
+        return len(there) == len(self.outs)
+
     def _train(self, network: PreTrainedModel, *, resume: bool, overwrite: bool) -> list[Adapter]:
         basis = self._basis
         if isinstance(basis, CalibrationSettings):
             same = network if basis.dtype == self.settings.dtype else None
             basis = own_basis(self.base, self.tasks[0], basis, self.folder, same)
-        assert isinstance(basis, Basis)
         names = [task.name for task in self.tasks]
         events = self.outs[0].parent / "runs" / "+".join(names)
         runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
@@ -198,7 +213,8 @@ class _Run:
             written = resume and not overwrite and out.exists()  # before the interruption
             if distributed.is_main() and not written:
                 seconds = round(time.monotonic() - self._started, 1)
-                made = {**outcome.identity, "capture": capture, "seconds": seconds}
+                rates = list(self.settings.rates)
+                made = {**outcome.identity, "learning_rates": rates, "capture": capture, "seconds": seconds}
                 with atomic_folder(out, overwrite=overwrite) as folder:
                     adapter.write_into(folder, out)
                     write_record(folder, outcome.run, outcome.entries, made)

@@ -116,6 +116,15 @@ def test_training_is_shown_and_paths_are_cut() -> None:
     assert titles == ["How to load it", "Method", "Data", "Training", "Evaluation", "Limits", "Provenance"]
 
 
+def test_rows_that_chose_the_checkpoint_are_named_so() -> None:
+    figures = {"evaluation": {split: {"loss": {"base": 2.0, "adapter": 1.0, "rows": 8}} for split in ("valid", "test")}}
+    assert "| valid | loss |" in adapter(training=figures)
+    for chosen in ({"best_step": 3}, {"learning_rates": {"0.001": 2.0}, "settings": {"metric": "loss"}}):
+        text = adapter(training=figures | chosen)
+        assert "| valid (these rows also chose the checkpoint) | loss |" in text
+        assert "| test | loss |" in text
+
+
 def test_the_hubs_own_reader_takes_the_metadata() -> None:
     training = {"task": "dates", "data": "owner/dates", "evaluation": {"test": {"exact_match": FIGURES}}}
     keys = yaml.safe_dump(front_matter(card.adapter_card(ADAPTER | {"training": training}, "me/a")))

@@ -69,3 +69,18 @@ def test_calibrate_takes_the_revision_of_the_file(
     assert done.exit_code == 0, done.output
     assert asked == [(str(llama), "v1.0")]
     assert Basis.load(tmp_path / "p" / "basis").rank == 4
+
+
+def test_a_task_outside_of_a_project_has_the_basis_made_for_it(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "a", "--data", str(sums), "--model", str(make_llama(tmp_path / "wide", width=128))]
+    done = CliRunner().invoke(app, [*words, "--max-steps", "1"])
+    assert done.exit_code == 0, done.output
+    assert [source["name"] for source in Basis.load("basis").calibration["data"]] == ["a"]
+
+
+def test_calibrate_without_a_task_says_so(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no task to calibrate on" in CliRunner().invoke(app, ["calibrate", "--model", str(llama)]).stderr

@@ -66,7 +66,7 @@ def test_unknown_task_names_the_nearest(tmp_path: Path) -> None:
         project.task_source("date")
 
 
-def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
+def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     project = load(tmp_path, '[tasks.z]\ndata = "d"\n[tasks.a]\ndata = "d"\n')
     with pytest.raises(SettingsError, match="no adapter in this project"):
         project.find_adapter(None)
@@ -74,6 +74,7 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
         project.adapter_folder(name).mkdir(parents=True)
         (project.adapter_folder(name) / "adapter_config.json").write_text("{}")
     assert project.find_adapter(None) == str(project.adapter_folder("z"))
+    assert caplog.messages == ["No adapter is named: z is taken, the first of z, a"]
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorasb_cli.main import app
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import SEQ_CLS, BaseModel
@@ -121,9 +123,45 @@ def test_an_interrupted_replacement_goes_on_and_replaces(llama: Path, sums: Path
     out = basis.parent / "replaced" / "a"
     old = fit(str(llama), basis, sums, out, FitSettings(max_steps=2))
     interrupt(llama, basis, sums, out, SETTINGS, overwrite=True)
-    assert fit(str(llama), basis, sums, out, SETTINGS, resume=True).sha256 == old.sha256
+    with pytest.raises(TrainingError, match=r"otherwise: .*max_steps 2, not 12 .* --overwrite --resume"):
+        fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert Adapter.load(out).sha256 == old.sha256
     fit(str(llama), basis, sums, out, SETTINGS, resume=True, overwrite=True)
     assert Adapter.load(out).training["steps"] == 12
+
+
+def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path
+) -> None:
+    out, own = tmp_path / "a", CalibrationSettings(rank=4)
+    settings = FitSettings(max_steps=2, learning_rate=(1e-3, 1e-2))
+    done = fit(str(llama), basis, sums, out, settings)
+    assert fit(str(llama), basis, sums, out, settings, resume=True).sha256 == done.sha256
+    one_rate = replace(settings, learning_rate=done.training["settings"]["learning_rate"])
+    calibrate(str(llama), {"sums": sums}, replace(own, seed=1)).save(tmp_path / "other")
+    for inputs, differing in (
+        ((basis, sums, replace(settings, max_steps=3)), "max_steps 2, not 3"),
+        ((basis, sums, one_rate), "learning_rate"),
+        ((basis, sums / "train.jsonl", one_rate), "other data"),
+        ((tmp_path / "other", sums, settings), "another basis"),
+        ((own, sums, settings), "rank 8, not 4"),
+    ):
+        of_basis, data, changed = inputs
+        with pytest.raises(TrainingError, match=f"trained otherwise: .*{differing}"):
+            fit(str(llama), of_basis, data, out, changed, resume=True)
+    assert Adapter.load(out).sha256 == done.sha256
+    fit(str(llama), own, sums, out, settings, resume=True, overwrite=True)
+    assert fit(str(llama), own, sums, out, settings, resume=True).rank == 4
+
+
+def test_the_verb_keeps_an_adapter_of_ones_own_loop(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Adapter.start(Basis.load(basis)).save(tmp_path / "adapters" / "a")
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "a", "--model", str(llama), "--data", str(sums), "--basis", str(basis), "--resume"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, "a: left as it is, for it does not say how" in done.stdout) == (0, True)
 
 
 def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:

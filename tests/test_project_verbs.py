@@ -1,0 +1,55 @@
+"""Verbs in a project folder: which rows, which figures, which base they take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner, Result
+
+from lorasb_export import Adapter, calibrate
+from lorasb_export.settings import CalibrationSettings
+
+
+@pytest.fixture
+def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a project of the task a with its adapter, which is as training starts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[tasks.a]\ndata = "{sums}"\n')
+    adapter = Adapter.start(calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random")))
+    adapter.training = {"task": "a", "data": str(sums)}
+    adapter.save("adapters/a")
+    return tmp_path
+
+
+def lorasb(*words: str) -> Result:
+    return CliRunner().invoke(app, [*words])
+
+
+def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:
+    files = [Path("adapters/a", name) for name in ("adapter_config.json", "README.md")]
+    before = [file.read_bytes() for file in files]
+    assert lorasb("evaluate", "a", "--metric", "loss", "--limit", "1").exit_code == 0
+    assert [file.read_bytes() for file in files] == before
+    assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
+    assert Adapter.load("adapters/a").training["evaluation"]["test"]["loss"]["rows"] == 24
+
+
+def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> None:
+    row = (sums / "test.jsonl").read_text().splitlines()[0]
+    (project / "few").mkdir()
+    for split in ("train", "test"):
+        (project / "few" / f"{split}.jsonl").write_text(row)
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(f'[tasks.a]\ndata = "{sums}"', '[tasks.b]\ndata = "few"'))
+    Path("adapters/a").rename("adapters/b")
+    for word in ("b", "adapters/b"):
+        done = lorasb("evaluate", word, "--metric", "loss", "--json")
+        result = json.loads(done.stdout)["evaluation"][word]
+        assert (result["task"], result["rows"]) == ("b", 1)
+    shutil.copytree("adapters/b", "elsewhere/b")  # not the project's: it is of the task that it says
+    done = lorasb("evaluate", "elsewhere/b", "--metric", "loss", "--json")
+    assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24

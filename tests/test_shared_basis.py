@@ -1,0 +1,84 @@
+"""The basis of a project: made once, as its file says, and not taken away from the adapters trained in it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner, Result
+
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.basis import made_once
+from lorasb_export.settings import CalibrationSettings
+
+
+@pytest.fixture
+def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a basis and the adapters a and b in it; the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[basis]\nrank = 4\n[tasks.a]\ndata = "{sums}"\n')
+    calibrate(str(llama), {"a": sums}, CalibrationSettings(rank=4)).save("basis")
+    for name in "ab":
+        Adapter.start(Basis.load("basis")).save(f"adapters/{name}")
+    return tmp_path
+
+
+def lorasb(*words: str) -> Result:
+    return CliRunner().invoke(app, [*words])
+
+
+def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:
+    old = Basis.load("basis").sha256
+    for words in ((), ("--overwrite",)):
+        done = lorasb("calibrate", "--rank", "2", *words)
+        assert done.exit_code == 1
+        assert "adapters were trained in this basis and are of no use without it: a, b" in done.stderr
+        assert Basis.load("basis").sha256 == old
+    assert lorasb("calibrate", "--rank", "2", "--out", "other").exit_code == 0
+    shutil.rmtree("adapters/a")
+    Adapter.load("adapters/b").save("adapters/b", overwrite=True, embed=True)  # it brings its own
+    assert lorasb("calibrate", "--rank", "2", "--overwrite").exit_code == 0
+    assert Basis.load("basis").rank == 2
+
+
+def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
+    file = project / "lorasb.toml"
+    as_made = file.read_text()
+    for changed, differing in (
+        ("rank = 2", "rank 4, not 2"),
+        ('rank = 4\ndirections = "random"', "directions gradient, not random"),
+        ("rank = 4\nseed = 3", "seed 0, not 3"),
+        ('rank = 4\ntargets = "q_proj"', "targets all-linear, not q_proj"),
+    ):
+        file.write_text(as_made.replace("rank = 4", changed))
+        done = lorasb("fit", "--max-steps", "1", "--overwrite")
+        assert (done.exit_code, f"not as lorasb.toml has it: {differing} (" in done.stderr) == (1, True), done.stderr
+    file.write_text(as_made.replace("rank = 4", "rank = 4\nsamples = 8\nbatch_size = 2"))  # no other basis
+    assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
+
+
+def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not calibrate it too, to find at the end that it is there."""
+    folder, settings = tmp_path / "basis", CalibrationSettings(rank=4, directions="random")
+    begun, waited_for = Event(), Event()
+
+    def slowly() -> Basis:
+        begun.set()
+        assert waited_for.wait(30)
+        return calibrate(str(llama), {}, settings)
+
+    def never() -> Basis:
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(logging.getLogger("lorasb_export.lock"), "warning", lambda *_: waited_for.set())
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(made_once, folder, slowly)
+        assert begun.wait(30)
+        second = threads.submit(made_once, folder, never)
+        assert first.result().sha256 == second.result().sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["basis"]

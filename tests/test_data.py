@@ -131,6 +131,17 @@ def test_no_data(tmp_path: Path, llama: Path) -> None:
         calibrate(str(llama), {})
 
 
+def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "validation", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(GOOD)
+    assert sorted(load_task("t", tmp_path).splits) == ["train", "valid"]
+    assert "dev.jsonl in" in caplog.text
+    assert "are train.jsonl, valid.jsonl, test.jsonl, validation.jsonl" in caplog.text
+    (tmp_path / "valid.jsonl").write_text(GOOD)
+    with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl"):
+        load_task("t", tmp_path)
+
+
 def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_list([{"text": "a", "when": datetime(2026, 1, 1)}])
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train": rows, "validation": rows}))

@@ -18,6 +18,7 @@ from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, LoraSBError
+from .fetch import may_be_dataset
 from .storage import MAX_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,9 @@ def _parse_row(line: bytes, place: str) -> Row:
 
 
 def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
+    if not may_be_dataset(name, Path()):
+        fix = "Check the path; a dataset on the Hub is owner/name"
+        raise DataError("no such file, folder or Hub dataset", where=name, fix=fix)
     from datasets import load_dataset
 
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError, SettingsError
+from .fetch import may_be_dataset
 from .names import check_name
 from .output import cannot_write, replaced_file
 from .settings import CalibrationSettings, FitSettings
@@ -103,7 +104,7 @@ class Project:
 
     def path(self, relative: str) -> Path:
         """A path written in the project file, which is relative to that file."""
-        return self.folder / relative
+        return self.folder / Path(relative).expanduser()
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name
@@ -154,7 +155,7 @@ class Project:
         return word if word is not None and Path(word).is_dir() else self.find_adapter(word)
 
     def task_source(self, name: str) -> str:
-        """The data of a task: a path made absolute where it exists, else a Hub dataset id.
+        """The data of a task: a path, relative to the project no more; or what may be a Hub dataset id.
 
         Raises:
             SettingsError: the project has no such task.
@@ -164,8 +165,8 @@ class Project:
             raise SettingsError(
                 f"no task {name!r} in the project{near}", where=FILE_NAME, fix="Add [tasks.NAME] data = …"
             )
-        source = self.tasks[name].data
-        return str(self.path(source)) if self.path(source).exists() else source
+        source, path = self.tasks[name].data, self.path(self.tasks[name].data)
+        return source if not path.exists() and may_be_dataset(source, self.folder) else str(path)
 
     def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
         """The data of an adapter's task: the project's where it has such a task, else what its training says."""

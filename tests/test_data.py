@@ -19,6 +19,7 @@ from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losse
 from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, question_and_answer
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.gradients import draw
+from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_llama, save_tokenizer
 
@@ -140,6 +141,21 @@ def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "valid.jsonl").write_text(GOOD)
     with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl"):
         load_task("t", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.csv", "/x/y"]
+)
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail("asked the Hub"))
+    (tmp_path / "lorasb.toml").write_text(f'[tasks.a]\ndata = "{source}"\n')
+    project = Project.load(tmp_path / "lorasb.toml")
+    with pytest.raises(DataError, match=r"no such file, folder or Hub dataset|no train\.jsonl"):
+        load_task("a", project.task_source("a"))
 
 
 def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

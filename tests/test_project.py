@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
 
 from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.project import Project, write_project
@@ -25,6 +27,13 @@ def test_what_init_writes_loads(tmp_path: Path) -> None:
         write_project(path, "x", {"a": "b"})
     with pytest.raises(SettingsError, match=r"'\.\./evil' cannot be"):
         write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
+
+
+def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    done = CliRunner().invoke(app, ["init", "--task", "a=data", "--task", "b=data/missing"])
+    assert done.stderr == "data/missing is not there yet: put train.jsonl into it, unless it is a dataset on the Hub\n"
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:

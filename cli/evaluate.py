@@ -25,19 +25,21 @@ def run(
     ] = None,
 ) -> None:
     """Score adapters beside the base; figures of held-out rows go into each adapter's card."""
-    from lorasb_export.adapter import Adapter
-    from lorasb_export.data import load_task
     from lorasb_export.errors import SettingsError
+
+    words = adapter or run.project.adapter_names()
+    if not words:
+        raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
+    folders = {word: run.project.find_adapter(word) for word in words}
+    from lorasb_export.adapter import Adapter  # only now: it brings torch
+    from lorasb_export.data import load_task
     from lorasb_export.inference import evaluate, record_evaluation
 
     results: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    words = adapter or run.project.adapter_names()
-    if not words:
-        raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
-    for word in words:
-        loaded = Adapter.load(run.project.find_adapter(word))
+    for word, folder in folders.items():
+        loaded = Adapter.load(folder)
         name = loaded.training.get("task", word)
         source = data or run.project.source_of(name, loaded.training)
         if source is None and not adapter:

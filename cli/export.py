@@ -34,10 +34,10 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
-    from lorasb_export.export import export
-
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
+    from lorasb_export.export import export  # only now: it brings torch
+
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if verify and format != "peft" and (precision != "fp32" or data is not None):
         options["data"] = _tasks(run, folders, data)

@@ -96,7 +96,7 @@ def run(
         seed=seed,
     )
     settings = FitSettings(**{**run.project.fit, **flags})
-    names = run.project.tasks_to_fit(task)
+    names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.capture import words
     from lorasb_export.fit_tasks import fit_tasks

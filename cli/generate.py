@@ -23,8 +23,6 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing, here, without a server."""
-    from lorasb_export.inference import side_by_side
-
     if onnx is not None:
         from pathlib import Path
 
@@ -35,6 +33,8 @@ def run(
         return
     names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
     folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
+    from lorasb_export.inference import side_by_side  # only now: it brings torch
+
     base = model or (None if folders else run.project.require_model())
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)

@@ -20,9 +20,10 @@ def run(
     ] = False,
 ) -> None:
     """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
-    from lorasb_export.inspection import inspect_folder
+    folder = run.project.find_folder(path)
+    from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
-    found = inspect_folder(run.project.find_folder(path), data=data, verify=verify)
+    found = inspect_folder(folder, data=data, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.capture import words

@@ -34,10 +34,11 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
     """Add s·B·R·A to the base's weights and write a plain model folder."""
-    from lorasb_export.merge import merge
+    chosen = _adapters(run, adapters or [])
+    from lorasb_export.merge import merge  # only now: it brings torch
 
     result = merge(
-        _adapters(run, adapters or []),
+        chosen,
         out,
         base=model,
         dtype=dtype,

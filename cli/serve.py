@@ -44,6 +44,8 @@ def run(
     folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
     if adapters is not None:
         words = [word.strip() for word in adapters.split(",")]
+        for word in words if adapters_dir is None else ():
+            project.refuse_unfitted(word)
     else:
         words = project.adapter_names() if adapters_dir is None else _names_in(folder)
     alone = adapters is None and adapters_dir is None and model is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import OutputError, SettingsError
 from .fetch import may_be_dataset
-from .names import check_name
+from .names import check_name, no_adapter
 from .output import cannot_write, replaced_file
 from .settings import CalibrationSettings, FitSettings
 
@@ -113,12 +113,21 @@ class Project:
         """Names of the adapters there are, sorted."""
         return sorted(path.parent.name for path in (self.folder / "adapters").glob("[!.]*/adapter_config.json"))
 
-    def tasks_to_fit(self, words: Sequence[str] | None) -> list[str]:
-        """The tasks named, or all of the project. Raises SettingsError when there are none, or one is badly named."""
+    def tasks_to_fit(self, words: Sequence[str] | None, data: str | None = None) -> list[str]:
+        """The tasks named, or all of the project.
+
+        Args:
+            data: of the tasks, where the project does not name it.
+
+        Raises:
+            SettingsError: there are none; one is badly named, or has no data.
+        """
         names = list(words or self.tasks)
         if not names:
             raise SettingsError("no task to fit", where=self.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
         refuse_bad_names(names)
+        for name in names if data is None else ():
+            self.task_source(name)
         return names
 
     def shared_tasks(self) -> list[str]:
@@ -140,7 +149,7 @@ class Project:
         None is the adapter of the project's first task that has one.
 
         Raises:
-            SettingsError: None, and the project has no adapter.
+            SettingsError: None, and the project has no adapter; or a word that can only be a name, and is that of none.
         """
         names = self.adapter_names()
         if word is None:
@@ -148,7 +157,17 @@ class Project:
             if not ordered:
                 raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
             word = ordered[0]
-        return str(self.adapter_folder(word)) if word in names else word
+        if word in names:
+            return str(self.adapter_folder(word))
+        if "/" not in word and not Path(word).exists():
+            self.refuse_unfitted(word)
+            raise SettingsError(no_adapter(word, self.folder / "adapters"), fix="Correct the name")
+        return word
+
+    def refuse_unfitted(self, word: str) -> None:
+        """Raise SettingsError where `word` is a task of this project without an adapter."""
+        if word in self.tasks and word not in self.adapter_names():
+            raise SettingsError(f"task {word} has no adapter yet", where=self.folder, fix=f"Run: lorasb fit {word}")
 
     def find_folder(self, word: str | None) -> str:
         """As `find_adapter`, but any existing folder of that name comes first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,37 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
     assert project.find_adapter(None) == str(project.adapter_folder("z"))
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
+
+
+def unfitted(folder: Path) -> Project:
+    """A project of the tasks `a`, which has an adapter, and `b`."""
+    project = load(folder, '[tasks.a]\ndata = "d"\n[tasks.b]\ndata = "d"\n')
+    project.adapter_folder("a").mkdir(parents=True)
+    (project.adapter_folder("a") / "adapter_config.json").write_text("{}")
+    return project
+
+
+WRONG_NAMES = {"ab": "no adapter 'ab' in", "z": "there are: a; write ./z", "b": "task b has no adapter yet"}
+
+
+@pytest.mark.parametrize("name", WRONG_NAMES)
+def test_a_name_without_an_adapter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = unfitted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as error:
+        project.find_adapter(name)
+    assert WRONG_NAMES[name] in str(error.value)
+    (tmp_path / name).mkdir()
+    assert project.find_adapter(name) == name
+    assert ("lorasb fit b" in CliRunner().invoke(app, ["serve", "--adapters", name]).stderr) == (name == "b")
+
+
+@pytest.mark.parametrize("words", ["fit nope", "evaluate nope", "merge nope", "export nope", "inspect nope"])
+def test_a_wrong_name_is_refused_before_torch_is_loaded(words: str, tmp_path: Path) -> None:
+    unfitted(tmp_path)
+    command = [sys.executable, "-X", "importtime", "-m", "lorasb_cli", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "Error: no " in done.stderr, " torch\n" in done.stderr) == (1, True, False)
 
 
 def test_every_text_that_init_writes_is_read(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def run(
 
     words = adapter or run.project.adapter_names()
     if not words:
-        raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
+        raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     folders = {word: run.project.find_adapter(word) for word in words}
     from lorasb_export.adapter import Adapter  # only now: it brings torch
     from lorasb_export.data import load_task

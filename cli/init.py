@@ -21,7 +21,7 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
-    from lorasb_export.project import write_project
+    from lorasb_export.new_project import write_project
 
     tasks = parse_pairs(task) or {"a": "data/a"}
     path = write_project(run.config, model, tasks, overwrite=overwrite)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError, SettingsError
+from .errors import SettingsError
 from .fetch import may_be_dataset
 from .names import check_name, no_adapter
-from .output import cannot_write, replaced_file
 from .settings import CalibrationSettings, FitSettings
 
 if sys.version_info >= (3, 11):
@@ -51,9 +49,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Project:
-    """A project folder and what its `lorasb.toml` says; all defaults where there is none."""
+    """A project folder and what its `lorasb.toml` says; all defaults where there is none, and `file` is None."""
 
     folder: Path
+    file: Path | None = None
     model: str | None = None
     revision: str | None = None
     basis_path: str = "basis"
@@ -92,6 +91,7 @@ class Project:
         basis, hub = content.get("basis", {}), content.get("hub", {})
         return cls(
             folder=path.resolve().parent,
+            file=path,
             model=content.get("model"),
             revision=content.get("revision"),
             basis_path=basis.get("path", "basis"),
@@ -124,7 +124,7 @@ class Project:
         """
         names = list(words or self.tasks)
         if not names:
-            raise SettingsError("no task to fit", where=self.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
+            raise self.lacks("no task to fit", "Add [tasks.NAME] data = …")
         refuse_bad_names(names)
         for name in names if data is None else ():
             self.task_source(name)
@@ -134,9 +134,7 @@ class Project:
         """Names of the tasks that use the project's shared basis. Raises SettingsError when there is none."""
         names = [name for name, task in self.tasks.items() if task.basis is None]
         if not names:
-            raise SettingsError(
-                "no task to calibrate on", where=FILE_NAME, fix="Add [tasks.NAME] data = …, or pass --data"
-            )
+            raise self.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data")
         return names
 
     def weights(self, names: Iterable[str]) -> dict[str, float]:
@@ -155,7 +153,7 @@ class Project:
         if word is None:
             ordered = [name for name in self.tasks if name in names] + names
             if not ordered:
-                raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
+                raise self.lacks("no adapter in this project", "Run lorasb fit, or name one")
             word = ordered[0]
         if word in names:
             return str(self.adapter_folder(word))
@@ -181,9 +179,7 @@ class Project:
         """
         if name not in self.tasks:
             near = _nearest(name, self.tasks)
-            raise SettingsError(
-                f"no task {name!r} in the project{near}", where=FILE_NAME, fix="Add [tasks.NAME] data = …"
-            )
+            raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         source, path = self.tasks[name].data, self.path(self.tasks[name].data)
         return source if not path.exists() and may_be_dataset(source, self.folder) else str(path)
 
@@ -194,68 +190,14 @@ class Project:
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""
         if self.model is None:
-            raise SettingsError("no base model", where=FILE_NAME, fix='Set model = "…", or pass --model')
+            raise self.lacks("no base model", 'Set model = "…", or pass --model')
         return str(self.path(self.model)) if self.path(self.model).exists() else self.model
 
-
-_TEMPLATE = """\
-# The project file of lorasb: defaults for every verb run in this folder. Flags win.
-model = {model}  # a folder or a Hub id
-
-[basis]  # one frozen basis, calibrated over all tasks below
-{basis}
-# also: samples (rows of each task), targets ("all-linear", or module name endings: "q_proj,v_proj"), dtype, seed
-
-[fit]
-{fit}
-# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16"), checkpoint_every, seed
-
-{tasks}
-# [hub]
-# repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
-"""
-
-
-def write_project(
-    path: str | Path | None,
-    model: str,
-    tasks: Mapping[str, str],
-    *,
-    basis: Mapping[str, float] | None = None,
-    fit: Mapping[str, float] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write a commented `lorasb.toml`.
-
-    Args:
-        tasks: name → data.
-        basis, fit: numbers to set in these sections; the rank and the epochs, at their defaults, when None.
-
-    Raises:
-        OutputError: the file exists and `overwrite` is false.
-        SettingsError: a task's name is not fit for a folder.
-    """
-    path = Path(path or FILE_NAME)
-    if path.exists() and not overwrite:
-        raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
-    refuse_bad_names(tasks)
-    text = _TEMPLATE.format(
-        model=_quoted(model),
-        basis=_lines(basis or {"rank": CalibrationSettings.rank}),
-        fit=_lines(fit or {"epochs": FitSettings.epochs}),
-        tasks="".join(f"[tasks.{_quoted(name)}]\ndata = {_quoted(data)}\n\n" for name, data in tasks.items()),
-    )
-    with cannot_write(path), replaced_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # TOML takes no surrogates
-
-
-def _lines(values: Mapping[str, float]) -> str:
-    return "\n".join(f"{key} = {value}" for key, value in values.items())
+    def lacks(self, what: str, fix: str) -> SettingsError:
+        """The error that something is not in the project; in a folder that is none, what to do about that."""
+        if self.file is None:
+            what, fix = f"{what}: there is no {FILE_NAME} here", "Change to the project's folder, or run lorasb init"
+        return SettingsError(what, where=self.file or self.folder, fix=fix)
 
 
 def refuse_bad_names(names: Iterable[str]) -> None:

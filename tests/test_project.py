@@ -11,7 +11,8 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.project import Project, write_project
+from lorasb_export.new_project import write_project
+from lorasb_export.project import Project
 
 
 def load(folder: Path, text: str) -> Project:
@@ -87,6 +88,14 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
     assert project.find_adapter(None) == str(project.adapter_folder("z"))
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
+
+
+@pytest.mark.parametrize("words", ["fit", "fit a", "generate hi", "calibrate", "evaluate", "merge"])
+def test_a_folder_without_a_project(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words.split())
+    message = rf"there is no lorasb.toml here ({tmp_path}). Change to the project's folder, or run lorasb init"
+    assert message in done.stderr
 
 
 def unfitted(folder: Path) -> Project:

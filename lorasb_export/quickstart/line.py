@@ -24,8 +24,9 @@ from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
 from ..merge import merge
 from ..metrics import exact_match
+from ..new_project import write_project
 from ..output import atomic_folder
-from ..project import Project, write_project
+from ..project import Project
 from ..provenance import versions
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings

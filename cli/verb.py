@@ -137,7 +137,7 @@ def _in_our_words(error: OSError) -> Exception:
 
 
 def _calm_libraries(run: Run) -> None:
-    """Progress bars only on a terminal; the libraries' own warnings only when asked for."""
+    """Progress bars on a terminal, lines elsewhere; the libraries' own warnings only when asked for."""
     if run.quiet or not sys.stderr.isatty() or not _is_main_process():
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
@@ -145,6 +145,9 @@ def _calm_libraries(run: Run) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if run.quiet:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
+    elif not sys.stderr.isatty() and _is_main_process():
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("lorasb_export").setLevel(logging.INFO)
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,6 +42,8 @@ from .targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -89,6 +92,7 @@ def calibrate(
     tokenizer = base.load_tokenizer()
     rows = {task.name: draw(task, tokenizer, labels, settings) for task in tasks}
     every_row = [row for of_task in rows.values() for row in of_task]
+    logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), ", ".join(rows))
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
@@ -99,6 +103,7 @@ def calibrate(
         own = {name: ratios | {"own": ratios["basis"]} for name, ratios in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture:
+        logger.info("Measuring how much of each task's gradient it holds")
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
             for name, of_task in rows.items()

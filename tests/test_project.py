@@ -94,7 +94,7 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path) -> None:
 def test_a_folder_without_a_project(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, words.split())
-    message = rf"there is no lorasb.toml here ({tmp_path}). Change to the project's folder, or run lorasb init"
+    message = f"there is no lorasb.toml here ({tmp_path}). Change to the project's folder, or run lorasb init"
     assert message in done.stderr
 
 

@@ -119,9 +119,11 @@ def run(
     for name, adapter in fitted.items():
         summary = {key: adapter.training.get(key) for key in REPORTED}
         adapters[name] = {"folder": str(adapter.folder), **summary}
-        loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
+        split = "train" if summary["valid_loss"] is None else "valid"
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
-        lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
+        lines.append(
+            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{left_out}, {adapter.folder}"
+        )
         if summary["learning_rates"]:
             lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")
         if summary["capture"] and summary["energy"]:

@@ -113,7 +113,7 @@ def quickstart(
         MissingPackageError: PEFT is not installed, which the comparison needs.
     """
     if importlib.util.find_spec("peft") is None:
-        raise MissingPackageError("PEFT is not installed", fix="pip install 'lorasb[cpu]'")
+        raise MissingPackageError("PEFT is not installed", fix="In a clone of lorasb: pip install '.[cpu]'")
     out = Path(out).absolute()
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")

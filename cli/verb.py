@@ -54,7 +54,16 @@ class Run:
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does."""
         if _is_main_process():
-            typer.echo(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+            _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+
+
+def _print(text: str) -> None:
+    """Write to stdout; where its reader has gone, as `head` goes, end as other tools do, without a word."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 def _is_main_process() -> bool:
@@ -125,7 +134,7 @@ def _fail(run: Run, error: Exception) -> None:
     typer.echo(f"Error: {error}", err=True)
     if run.json:
         parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
-        typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
+        _print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
     raise typer.Exit(1)
 
 

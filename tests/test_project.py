@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "data").mkdir()
     done = CliRunner().invoke(app, ["init", "--task", "a=data", "--task", "b=data/missing"])
     assert done.stderr == "data/missing is not there yet: put train.jsonl into it, unless it is a dataset on the Hub\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> None:
+    """As in `lorasb inspect basis | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lorasb_cli", "init", "--quiet", *more]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:

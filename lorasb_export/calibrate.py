@@ -171,9 +171,15 @@ def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
     """
     if not tasks:
         raise DataError("no data to calibrate on", fix="Name at least one task")
-    if len({(task.task_type, bool(task.labels)) for task in tasks}) > 1:
+    kinds = [(task.task_type, bool(task.labels)) for task in tasks]
+    other = next((task for task, kind in zip(tasks, kinds, strict=True) if kind != kinds[0]), None)
+    if other is not None:
+        own = f"basis_{other.name}"
         raise DataError(
-            "the tasks mix text generation, classification or regression", fix="Calibrate one basis for each kind"
+            "the tasks mix text generation, classification or regression",
+            where=f"{tasks[0].name} and {other.name}",
+            fix=f"Calibrate one basis for each kind: lorasb calibrate --data {other.name}={other.source} --out {own}, "
+            f'then [tasks.{other.name}] basis = "{own}" in lorasb.toml',
         )
     labels = {label for task in tasks for label in task.labels}
     if len({type(label) for label in labels}) > 1:

@@ -29,6 +29,7 @@ _TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
 _BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
 _FIT_KEYS = tuple(f.name for f in fields(FitSettings))
+_FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 _TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
 
 
@@ -208,7 +209,7 @@ def refuse_bad_names(names: Iterable[str]) -> None:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(_FLAGS.get(word, word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -52,7 +52,7 @@ def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> 
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
-    text = 'modle = "x"\n[fit]\nepocs = 3\nbatch_size = "8"\n[basis]\nrank = true\n'
+    text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nbatch_size = "8"\n[basis]\nrank = true\n'
     text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n'
     with pytest.raises(SettingsError) as error:
         load(tmp_path, text)
@@ -60,6 +60,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     for part in (
         "unknown key 'modle' (did you mean 'model'?)",
         "[fit] unknown key 'epocs' (did you mean 'epochs'?)",
+        "[fit] unknown key 'lr' (did you mean 'learning_rate'?)",
         "[fit] batch_size = '8' has the wrong type",
         "[basis] rank = True has the wrong type",
         "'../up' cannot be",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Run
+from .verb import Dtype, Run
 
 
 def run(
@@ -15,16 +15,18 @@ def run(
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
-    split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    split: Annotated[
+        Literal["test", "valid", "train"] | None, typer.Option(help="The held-out one by default.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
     metric: Annotated[
         str | None,
         typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),
     ] = None,
 ) -> None:
-    """Score adapters beside the base; figures of held-out rows go into each adapter's card."""
+    """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
     from lorasb_export.errors import SettingsError
 
     words = adapter or run.project.adapter_names()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,11 +18,15 @@ def run(
     adapter: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids.")
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="peft, onnx or onnx-adapters.")] = "peft",
+    format: Annotated[
+        Literal["peft", "onnx", "onnx-adapters"], typer.Option("--format", help="What to write.")
+    ] = "peft",
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
-    precision: Annotated[str, typer.Option(help="Of an ONNX graph: fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8", "int4"], typer.Option(help="Of an ONNX graph.")
+    ] = "fp32",
     routed: Annotated[
         bool, typer.Option("--routed", help="onnx-adapters: one batch may mix tasks, chosen by the input adapter_ids.")
     ] = False,

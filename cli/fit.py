@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, given, percentages
+from .verb import Dtype, Run, given, percentages
 
 REPORTED = (
     "steps",
@@ -38,7 +38,7 @@ def run(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Of R: muon, or adamw (the paper).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer of R: muon, or adamw (the paper).")] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option("--learning-rate", "--lr", help="Peak rate; of several, with commas, the best one's R is kept."),
@@ -47,7 +47,7 @@ def run(
     init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32, bfloat16, float16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the frozen base; auto: as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Row order.")] = None,
     group_by_length: Annotated[
         bool | None, typer.Option("--group-by-length", help="Rows of like length together: less padding.")

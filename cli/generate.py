@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Run
+from .verb import Dtype, Run
 
 
 def run(
@@ -20,9 +20,9 @@ def run(
         str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
 ) -> None:
-    """Ask the base and the adapters the same thing, here, without a server."""
+    """Ask the base and the adapters the same thing. No server is needed."""
     if onnx is not None:
         from pathlib import Path
 

@@ -19,7 +19,7 @@ def run(
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
 ) -> None:
-    """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    """Say what a folder is. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
     folder = run.project.find_folder(path)
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 

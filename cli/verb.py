@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,9 @@ JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
 NOTHING_WRITTEN = "No output was written."
-CONFIG_HELP = "The project file; lorasb.toml in the working folder by default."
+CONFIG_HELP = "The project file, which init writes; lorasb.toml in the working folder by default."
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _SHARED = {
     "json": (Annotated[bool, typer.Option("--json", help=JSON_HELP)], False),

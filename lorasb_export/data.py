@@ -88,10 +88,13 @@ def load_task(name: str, source: str | Path) -> TaskData:
     `validation.jsonl` is taken for `valid.jsonl`; other .jsonl files of the folder are left alone, with a warning.
 
     Raises:
-        DataError: nothing there; both names of one split; or, with file and line, a broken line, a missing, empty or
-            wrong field, a row of another kind than the first, a label that no training row has.
+        DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty
+            or wrong field, a row of another kind than the first, a label that no training row has.
     """
     path = Path(source).expanduser()
+    if path.suffix == ".csv":
+        fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
+        raise DataError("CSV is not read", where=path, fix=fix)
     if path.is_file():
         placed = {"train": read_rows(path)}
     elif path.is_dir():

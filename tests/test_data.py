@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
     assert place in str(error.value)
 
 
+def test_csv_is_not_read_and_how_to_convert_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text('question,answer\n"1+1=",2\n')
+    with pytest.raises(DataError, match=r"CSV is not read \(mine\.csv\)\. .*docs/how-to/train\.md"):
+        load_task("t", "mine.csv")
+    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
+    Path("data/mine").mkdir(parents=True)
+    exec(script)
+    assert load_task("t", "data/mine").rows("train") == [{"prompt": "1+1=", "completion": "2"}]
+
+
 def test_a_label_that_training_lacks(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(CLASS + CLASS.replace("yes", "no"))
     (tmp_path / "valid.jsonl").write_text(CLASS)
@@ -144,7 +157,7 @@ def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.csv", "/x/y"]
+    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.json", "/x/y"]
 )
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, given, parse_pairs, percentages
+from .verb import Dtype, Run, given, parse_pairs, percentages
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     no_capture: Annotated[
         bool, typer.Option("--no-capture", help="Of a mixture: do not measure what the basis is good for task by task.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the base; auto: as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the rows.")] = None,
     out: Annotated[str | None, typer.Option(help="Where the basis goes; basis/ by default.")] = None,
     overwrite: Annotated[

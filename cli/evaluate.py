@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Run
+from .verb import Dtype, Run
 
 
 def run(
@@ -15,31 +15,34 @@ def run(
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
-    split: Annotated[str | None, typer.Option(help="test, valid or train; the held-out split by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    split: Annotated[
+        Literal["test", "valid", "train"] | None, typer.Option(help="The held-out one by default.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many rows; the card stays as it was.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
     metric: Annotated[
         str | None,
         typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),
     ] = None,
 ) -> None:
-    """Score adapters beside the base; figures of held-out rows go into each adapter's card."""
-    from lorasb_export.adapter import Adapter
-    from lorasb_export.data import load_task
+    """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
     from lorasb_export.errors import SettingsError
+
+    words = adapter or run.project.adapter_names()
+    if not words:
+        raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
+    folders = {word: run.project.find_adapter(word) for word in words}
+    from lorasb_export.adapter import Adapter  # only now: it brings torch
+    from lorasb_export.data import load_task
     from lorasb_export.inference import evaluate, record_evaluation
 
     results: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    words = adapter or run.project.adapter_names()
-    if not words:
-        raise SettingsError("no adapter to evaluate", where=run.project.folder, fix="Run `lorasb fit`, or name one")
-    for word in words:
-        folder = run.project.find_adapter(word)
+    for word, folder in folders.items():
         loaded = Adapter.load(folder)
         name = run.project.task_of(folder, loaded.training)
         source = data or run.project.source_of(name, loaded.training)

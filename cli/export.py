@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,12 +22,15 @@ def run(
             help="Names, folders or Hub ids; by default the first task's, for onnx-adapters all.",
         ),
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="peft, onnx or onnx-adapters.")] = "peft",
+    format: Annotated[
+        Literal["peft", "onnx", "onnx-adapters"], typer.Option("--format", help="What to write.")
+    ] = "peft",
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of an ONNX graph: fp32 (the default), fp16, bf16, int8 or int4.")
+        Literal["fp32", "fp16", "bf16", "int8", "int4"] | None,
+        typer.Option(help="Of an ONNX graph; fp32 by default."),
     ] = None,
     routed: Annotated[
         bool, typer.Option("--routed", help="onnx-adapters: one batch may mix tasks, chosen by the input adapter_ids.")
@@ -46,7 +49,7 @@ def run(
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if into is None:
-        from lorasb_export.export import export
+        from lorasb_export.export import export  # only now: it brings torch
 
         target, verb = out or format, f"Exported {format} to"
         precision = precision or "fp32"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, given, percentages
+from .verb import Dtype, Run, given, percentages
 
 REPORTED = (
     "steps",
@@ -38,7 +38,7 @@ def run(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Of R: muon, or adamw (the paper).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer of R: muon, or adamw (the paper).")] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option("--learning-rate", "--lr", help="Peak rate; of several, with commas, the best one's R is kept."),
@@ -47,7 +47,7 @@ def run(
     init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32, bfloat16, float16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the frozen base; auto: as stored.")] = None,
     seed: Annotated[int | None, typer.Option(help="Row order.")] = None,
     group_by_length: Annotated[
         bool | None, typer.Option("--group-by-length", help="Rows of like length together: less padding.")
@@ -96,7 +96,7 @@ def run(
         seed=seed,
     )
     settings = FitSettings(**{**run.project.fit, **flags})
-    names = run.project.tasks_to_fit(task)
+    names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.capture import words
     from lorasb_export.fit_tasks import fit_tasks
@@ -122,9 +122,11 @@ def run(
         if summary["steps"] is None:
             lines.append(f"{name}: left as it is, for it does not say how it was trained, {adapter.folder}")
             continue
-        loss = summary["valid_loss"] if summary["valid_loss"] is not None else summary["train_loss"]
+        split = "train" if summary["valid_loss"] is None else "valid"
         left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
-        lines.append(f"{name}: {summary['steps']} steps, loss {loss:.4f}{left_out}, {adapter.folder}")
+        lines.append(
+            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{left_out}, {adapter.folder}"
+        )
         if summary["learning_rates"]:
             lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")
         if summary["capture"] and summary["energy"]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Run
+from .verb import Dtype, Run
 
 
 def run(
@@ -20,11 +20,9 @@ def run(
         str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
 ) -> None:
-    """Ask the base and the adapters the same thing, here, without a server."""
-    from lorasb_export.inference import side_by_side
-
+    """Ask the base and the adapters the same thing. No server is needed."""
     chosen = [name.strip() for name in adapters.split(",")] if adapters is not None else None
     if onnx is not None:
         from pathlib import Path
@@ -36,6 +34,8 @@ def run(
     if chosen is None:
         chosen = [] if model else run.project.adapter_names()
     folders = {name: run.project.find_adapter(name) for name in chosen}
+    from lorasb_export.inference import side_by_side  # only now: it brings torch
+
     base = model or (None if folders else run.project.require_model())
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)

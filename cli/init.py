@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,11 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
-    from lorasb_export.project import write_project
+    from lorasb_export.new_project import write_project
 
-    path = write_project(run.config, model, parse_pairs(task) or {"a": "data/a"}, overwrite=overwrite)
+    tasks = parse_pairs(task) or {"a": "data/a"}
+    path = write_project(run.config, model, tasks, overwrite=overwrite)
+    for data in tasks.values():
+        if not (path.parent / Path(data).expanduser()).exists():
+            run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
     run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb calibrate, then lorasb fit")

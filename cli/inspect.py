@@ -19,10 +19,11 @@ def run(
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
 ) -> None:
-    """Say what a folder is: kind, rank, modules, sizes, hashes, spectrum, basis match."""
-    from lorasb_export.inspection import inspect_folder
+    """Say what a folder is. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    folder = run.project.find_folder(path)
+    from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
-    found = inspect_folder(run.project.find_folder(path), data=data, verify=verify)
+    found = inspect_folder(folder, data=data, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.capture import words

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, human_bytes
+from .verb import Dtype, Run, human_bytes
 
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 
@@ -23,8 +23,8 @@ def run(
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="The folder to write.")] = "model",
-    model: Annotated[str | None, typer.Option(help="The base, where it is not where the adapter says.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as stored.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     verify: Annotated[bool, typer.Option("--verify", help="Compare logits with base + adapter.")] = False,
     report: Annotated[
@@ -33,11 +33,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
 ) -> None:
-    """Add s·B·R·A to the base's weights and write a plain model folder."""
-    from lorasb_export.merge import merge
+    """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
+    chosen = _adapters(run, adapters or [])
+    from lorasb_export.merge import merge  # only now: it brings torch
 
     result = merge(
-        _adapters(run, adapters or []),
+        chosen,
         out,
         base=model,
         dtype=dtype,

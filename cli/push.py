@@ -38,7 +38,7 @@ def run(
         bool, typer.Option("--dry-run", help="Print files, commit and the card's changes; send nothing.")
     ] = False,
 ) -> None:
-    """Upload a folder to the Hub, with its card; in a project the basis and every adapter that changed."""
+    """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
     from lorasb_export.errors import SettingsError
     from lorasb_export.push_project import push_folder, push_project
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,12 +22,12 @@ def run(
         str | None, typer.Option(metavar="DIR", help="Where names are looked up; without --adapters, all there.")
     ] = None,
     mode: Annotated[
-        str,
+        Literal["shared", "folded", "auto"],
         typer.Option(help="shared: the basis once, one R per adapter; folded: each a LoRA; auto: shared if it can."),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the model.")] = "auto",
     allow_updates: Annotated[
         bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")
     ] = False,
@@ -44,6 +44,8 @@ def run(
     folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
     if adapters is not None:
         words = [word.strip() for word in adapters.split(",")]
+        for word in words if adapters_dir is None else ():
+            project.refuse_unfitted(word)
     else:
         words = project.adapter_names() if adapters_dir is None else _names_in(folder)
     alone = adapters is None and adapters_dir is None and model is not None

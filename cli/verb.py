@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,9 @@ JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
 NOTHING_WRITTEN = "No output was written."
-CONFIG_HELP = "The project file; lorasb.toml in the working folder by default."
+CONFIG_HELP = "The project file, which init writes; lorasb.toml in the working folder by default."
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _SHARED = {
     "json": (Annotated[bool, typer.Option("--json", help=JSON_HELP)], False),
@@ -54,7 +56,16 @@ class Run:
     def result(self, value: dict[str, Any], text: str) -> None:
         """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does."""
         if _is_main_process():
-            typer.echo(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+            _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+
+
+def _print(text: str) -> None:
+    """Write to stdout; where its reader has gone, as `head` goes, end as other tools do, without a word."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 def _is_main_process() -> bool:
@@ -125,7 +136,7 @@ def _fail(run: Run, error: Exception) -> None:
     typer.echo(f"Error: {error}", err=True)
     if run.json:
         parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
-        typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
+        _print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
     raise typer.Exit(1)
 
 
@@ -137,7 +148,7 @@ def _in_our_words(error: OSError) -> Exception:
 
 
 def _calm_libraries(run: Run) -> None:
-    """Progress bars only on a terminal; the libraries' own warnings only when asked for."""
+    """Progress bars on a terminal, lines elsewhere; the libraries' own warnings only when asked for."""
     if run.quiet or not sys.stderr.isatty() or not _is_main_process():
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
@@ -145,6 +156,9 @@ def _calm_libraries(run: Run) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if run.quiet:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
+    elif not sys.stderr.isatty() and _is_main_process():
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("lorasb_export").setLevel(logging.INFO)
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -145,7 +145,7 @@ def test_merge_as_typed(project: Path) -> None:
 def test_export_peft(project: Path) -> None:
     result_of(lorasb("export", "b", "--format", "peft", "--out", "b-peft", "--json", cwd=project))
     assert read_json(project / "b-peft" / "adapter_config.json")["peft_type"] == "LORA"
-    assert lorasb("export", "b", "--format", "gguf", cwd=project).returncode == 1
+    assert lorasb("export", "b", "--format", "gguf", cwd=project).returncode == 2
 
 
 def test_evaluate_writes_into_the_card(project: Path) -> None:

@@ -61,6 +61,10 @@ class Adapter:
     basis: Basis | None = None
     hub_source: str | None = None
 
+    def __repr__(self) -> str:
+        of = f"{self.task_type}, rank {self.rank} on {len(self.R)} modules of {self.base.name_or_path}"
+        return f"<Adapter {self.name}: {of}, basis {self.basis_sha256[:12]}>"
+
     @classmethod
     def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.

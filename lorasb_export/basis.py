@@ -42,6 +42,10 @@ class Basis:
     created_with: Mapping[str, str] = field(default_factory=versions)
     source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
 
+    def __repr__(self) -> str:
+        of = f"rank {self.rank} for {len(self.modules)} modules of {self.base.name_or_path}"
+        return f"<Basis {self.source}: {of}>"
+
     @property
     def directions(self) -> str:
         """What B and A span: GRADIENT, also where an older basis does not say, or RANDOM."""

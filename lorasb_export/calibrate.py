@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,6 +42,8 @@ from .targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -89,6 +92,7 @@ def calibrate(
     tokenizer = base.load_tokenizer()
     rows = {task.name: draw(task, tokenizer, labels, settings) for task in tasks}
     every_row = [row for of_task in rows.values() for row in of_task]
+    logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), ", ".join(rows))
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
@@ -99,6 +103,7 @@ def calibrate(
         own = {name: ratios | {"own": ratios["basis"]} for name, ratios in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture:
+        logger.info("Measuring how much of each task's gradient it holds")
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
             for name, of_task in rows.items()
@@ -166,9 +171,15 @@ def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
     """
     if not tasks:
         raise DataError("no data to calibrate on", fix="Name at least one task")
-    if len({(task.task_type, bool(task.labels)) for task in tasks}) > 1:
+    kinds = [(task.task_type, bool(task.labels)) for task in tasks]
+    other = next((task for task, kind in zip(tasks, kinds, strict=True) if kind != kinds[0]), None)
+    if other is not None:
+        own = f"basis_{other.name}"
         raise DataError(
-            "the tasks mix text generation, classification or regression", fix="Calibrate one basis for each kind"
+            "the tasks mix text generation, classification or regression",
+            where=f"{tasks[0].name} and {other.name}",
+            fix=f"Calibrate one basis for each kind: lorasb calibrate --data {other.name}={other.source} --out {own}, "
+            f'then [tasks.{other.name}] basis = "{own}" in lorasb.toml',
         )
     labels = {label for task in tasks for label in task.labels}
     if len({type(label) for label in labels}) > 1:

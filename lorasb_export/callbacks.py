@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,11 @@ from .errors import Terminated
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import Trainer, TrainerCallback  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+_NAMES = {"loss": "train loss", "eval_loss": "valid loss"}
+_SILENCE = 30  # seconds
 
 
 @contextmanager
@@ -47,26 +54,42 @@ class _StopWhenAsked(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar with the latest losses, on stderr when that is a terminal."""
+    """One bar with the latest losses, on stderr when that is a terminal; logged at evaluations, or after a silence."""
 
     bar: Any
+    began: tuple[float, int]  # when, and at which step
+    spoke: float
 
     def __init__(self, title: str) -> None:
         self.title = title
+        self.losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=None)
+        self.spoke = time.monotonic()
+        self.began = self.spoke, state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        losses = {
+        found = {
             key: [v for k, v in (logs or {}).items() if k.rpartition("/")[2] == key] for key in ("loss", "eval_loss")
         }
-        shown = {key: f"{sum(values) / len(values):.4f}" for key, values in losses.items() if values}
-        if shown:
-            self.bar.set_postfix(shown)
+        shown = {_NAMES[key]: f"{sum(values) / len(values):.4f}" for key, values in found.items() if values}
+        if not shown:
+            return
+        self.losses |= shown
+        self.bar.set_postfix(self.losses)
+        if found["eval_loss"] or time.monotonic() - self.spoke > _SILENCE:
+            self._say(state.global_step, state.max_steps)
+
+    def _say(self, step: int, steps: int) -> None:
+        self.spoke = time.monotonic()
+        since, first = self.began
+        left = (self.spoke - since) / max(1, step - first) * (steps - step)
+        losses = ", ".join(f"{name} {loss}" for name, loss in self.losses.items())
+        logger.info("%s: step %d of %d, %s, about %.0f s left", self.title, step, steps, losses, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, LoraSBError
+from .fetch import may_be_dataset
 from .storage import MAX_JSON_BYTES, parse_json
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
@@ -81,15 +85,20 @@ class TaskData:
 def load_task(name: str, source: str | Path) -> TaskData:
     """Read a task from a folder of train/valid/test.jsonl, one .jsonl file, or a Hub dataset id.
 
+    `validation.jsonl` is taken for `valid.jsonl`; other .jsonl files of the folder are left alone, with a warning.
+
     Raises:
-        DataError: nothing there; or, with file and line, a broken line, a missing, empty or wrong field, a row of
-            another kind than the first, a label that no training row has.
+        DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty
+            or wrong field, a row of another kind than the first, a label that no training row has.
     """
     path = Path(source).expanduser()
+    if path.suffix == ".csv":
+        fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
+        raise DataError("CSV is not read", where=path, fix=fix)
     if path.is_file():
         placed = {"train": read_rows(path)}
     elif path.is_dir():
-        placed = {split: read_rows(path / f"{split}.jsonl") for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+        placed = {split: read_rows(file) for split, file in _files(path).items()}
         if "train" not in placed:
             raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
         for split in placed:
@@ -113,6 +122,19 @@ def load_task(name: str, source: str | Path) -> TaskData:
     if kind == LABELLED:
         _check_labels(task, placed)
     return task
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each split that a data folder has; warns of .jsonl files that are none of them."""
+    splits = {f"{split}.jsonl": split for split in SPLITS} | {"validation.jsonl": "valid"}
+    present = sorted(path for path in folder.glob("*.jsonl") if path.is_file())
+    found = {splits[path.name]: path for path in present if path.name in splits}
+    if (folder / "valid.jsonl") in present and (folder / "validation.jsonl") in present:
+        raise DataError("both valid.jsonl and validation.jsonl", where=folder, fix="Keep one of them")
+    other = [path.name for path in present if path.name not in splits]
+    if other:
+        logger.warning("%s in %s not read: a task's files are %s", ", ".join(other), folder, ", ".join(splits))
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
@@ -143,6 +165,9 @@ def _parse_row(line: bytes, place: str) -> Row:
 
 
 def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
+    if not may_be_dataset(name, Path()):
+        fix = "Check the path; a dataset on the Hub is owner/name"
+        raise DataError("no such file, folder or Hub dataset", where=name, fix=fix)
     from datasets import load_dataset
 
     try:

@@ -24,6 +24,8 @@ BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_FILE_ENDINGS = (".jsonl", ".json", ".csv")
 _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
@@ -43,6 +45,13 @@ def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
     """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
     match = _HUB_ID.fullmatch(str(source))
     return None if match is None or ".." in str(source) else (match.group(1), match.group(2))
+
+
+def may_be_dataset(source: str, folder: Path) -> bool:
+    """Whether `source`, of which there is no file, may be a dataset's id, `owner/name` or `name`, rather than a
+    mistyped path: one with a file's ending, or into a folder that `folder` has."""
+    is_id = _DATASET_ID.fullmatch(source) is not None and not source.endswith(_FILE_ENDINGS)
+    return is_id and not ("/" in source and (folder / source.partition("/")[0]).is_dir())
 
 
 def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]:

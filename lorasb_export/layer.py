@@ -207,7 +207,7 @@ def inject(
 
 
 def remove(model: nn.Module) -> None:
-    """Take every adapter off `model`; the base is left bit for bit as it was."""
+    """Take every adapter off `model`; the base is left bit for bit as it was, and frozen."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRASBLinear):
             _replace(model, name, module.base)

@@ -85,7 +85,12 @@ def _project_adapter(name: str, adapters_dir: Path) -> Path:
             raise ValueError(f"{item} is a link that leads out of {adapters_dir} (give its path instead)")
     if (path / "adapter_config.json").is_file():
         return path
+    raise ValueError(no_adapter(name, adapters_dir))
+
+
+def no_adapter(name: str, adapters_dir: Path) -> str:
+    """What to say where `adapters_dir` has no adapter `name`: the nearest that it has, or all."""
     present = sorted(p.parent.name for p in adapters_dir.glob("*/adapter_config.json") if not check_name(p.parent.name))
     near = difflib.get_close_matches(name, present, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(present) or 'none'}"
-    raise ValueError(f"no adapter {name!r} in {adapters_dir} ({hint}; write ./{name} for a folder of that name)")
+    return f"no adapter {name!r} in {adapters_dir} ({hint}; write ./{name} for a folder of that name)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import math
 import sys
@@ -12,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError, SettingsError
-from .names import check_name
-from .output import cannot_write, replaced_file
+from .errors import SettingsError
+from .fetch import may_be_dataset
+from .names import check_name, no_adapter
 from .settings import CalibrationSettings, FitSettings
 
 if sys.version_info >= (3, 11):
@@ -33,6 +32,7 @@ _TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
 _BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
 _FIT_KEYS = tuple(f.name for f in fields(FitSettings))
+_FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 _TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
 
 
@@ -53,9 +53,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Project:
-    """A project folder and what its `lorasb.toml` says; all defaults where there is none."""
+    """A project folder and what its `lorasb.toml` says; all defaults where there is none, and `file` is None."""
 
     folder: Path
+    file: Path | None = None
     model: str | None = None
     revision: str | None = None
     basis_path: str = "basis"
@@ -94,6 +95,7 @@ class Project:
         basis, hub = content.get("basis", {}), content.get("hub", {})
         return cls(
             folder=path.resolve().parent,
+            file=path,
             model=content.get("model"),
             revision=content.get("revision"),
             basis_path=basis.get("path", "basis"),
@@ -106,7 +108,7 @@ class Project:
 
     def path(self, relative: str) -> Path:
         """A path written in the project file, which is relative to that file."""
-        return self.folder / relative
+        return self.folder / Path(relative).expanduser()
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name
@@ -115,12 +117,21 @@ class Project:
         """Names of the adapters there are, sorted."""
         return sorted(path.parent.name for path in (self.folder / "adapters").glob("[!.]*/adapter_config.json"))
 
-    def tasks_to_fit(self, words: Sequence[str] | None) -> list[str]:
-        """The tasks named, or all of the project. Raises SettingsError when there are none, or one is badly named."""
+    def tasks_to_fit(self, words: Sequence[str] | None, data: str | None = None) -> list[str]:
+        """The tasks named, or all of the project.
+
+        Args:
+            data: of the tasks, where the project does not name it.
+
+        Raises:
+            SettingsError: there are none; one is badly named, or has no data.
+        """
         names = list(words or self.tasks)
         if not names:
-            raise SettingsError("no task to fit", where=self.folder, fix="Add [tasks.NAME] data = … to lorasb.toml")
+            raise self.lacks("no task to fit", "Add [tasks.NAME] data = …")
         refuse_bad_names(names)
+        for name in names if data is None else ():
+            self.task_source(name)
         return names
 
     def shared_tasks(self) -> list[str]:
@@ -137,35 +148,43 @@ class Project:
         None is the adapter of the project's first task that has one; of several it is said which.
 
         Raises:
-            SettingsError: None, and the project has no adapter.
+            SettingsError: None, and the project has no adapter; or a word that can only be a name, and is that of none.
         """
         names = self.adapter_names()
         if word is None:
             ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
-                raise SettingsError("no adapter in this project", where=self.folder, fix="Run lorasb fit, or name one")
+                raise self.lacks("no adapter in this project", "Run lorasb fit, or name one")
             word = ordered[0]
             if len(names) > 1:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
-        return str(self.adapter_folder(word)) if word in names else word
+        if word in names:
+            return str(self.adapter_folder(word))
+        if "/" not in word and not Path(word).exists():
+            self.refuse_unfitted(word)
+            raise SettingsError(no_adapter(word, self.folder / "adapters"), fix="Correct the name")
+        return word
+
+    def refuse_unfitted(self, word: str) -> None:
+        """Raise SettingsError where `word` is a task of this project without an adapter."""
+        if word in self.tasks and word not in self.adapter_names():
+            raise SettingsError(f"task {word} has no adapter yet", where=self.folder, fix=f"Run: lorasb fit {word}")
 
     def find_folder(self, word: str | None) -> str:
         """As `find_adapter`, but any existing folder of that name comes first."""
         return word if word is not None and Path(word).is_dir() else self.find_adapter(word)
 
     def task_source(self, name: str) -> str:
-        """The data of a task: a path made absolute where it exists, else a Hub dataset id.
+        """The data of a task: a path, relative to the project no more; or what may be a Hub dataset id.
 
         Raises:
             SettingsError: the project has no such task.
         """
         if name not in self.tasks:
             near = _nearest(name, self.tasks)
-            raise SettingsError(
-                f"no task {name!r} in the project{near}", where=FILE_NAME, fix="Add [tasks.NAME] data = …"
-            )
-        source = self.tasks[name].data
-        return str(self.path(source)) if self.path(source).exists() else source
+            raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
+        source, path = self.tasks[name].data, self.path(self.tasks[name].data)
+        return source if not path.exists() and may_be_dataset(source, self.folder) else str(path)
 
     def task_of(self, adapter: str, training: Mapping[str, Any]) -> str:
         """The task of `adapter`, a folder or Hub id: the project's of that name, else the one it was trained on."""
@@ -180,68 +199,14 @@ class Project:
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""
         if self.model is None:
-            raise SettingsError("no base model", where=FILE_NAME, fix='Set model = "…", or pass --model')
+            raise self.lacks("no base model", 'Set model = "…", or pass --model')
         return str(self.path(self.model)) if self.path(self.model).exists() else self.model
 
-
-_TEMPLATE = """\
-# The project file of lorasb: defaults for every verb run in this folder. Flags win.
-model = {model}  # a folder or a Hub id
-
-[basis]  # one frozen basis, calibrated over all tasks below
-{basis}
-# also: samples (rows of each task), targets ("all-linear", or module name endings: "q_proj,v_proj"), dtype, seed
-
-[fit]
-{fit}
-# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16"), checkpoint_every, seed
-
-{tasks}
-# [hub]
-# repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
-"""
-
-
-def write_project(
-    path: str | Path | None,
-    model: str,
-    tasks: Mapping[str, str],
-    *,
-    basis: Mapping[str, float] | None = None,
-    fit: Mapping[str, float] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write a commented `lorasb.toml`.
-
-    Args:
-        tasks: name → data.
-        basis, fit: numbers to set in these sections; the rank and the epochs, at their defaults, when None.
-
-    Raises:
-        OutputError: the file exists and `overwrite` is false.
-        SettingsError: a task's name is not fit for a folder.
-    """
-    path = Path(path or FILE_NAME)
-    if path.exists() and not overwrite:
-        raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
-    refuse_bad_names(tasks)
-    text = _TEMPLATE.format(
-        model=_quoted(model),
-        basis=_lines(basis or {"rank": CalibrationSettings.rank}),
-        fit=_lines(fit or {"epochs": FitSettings.epochs}),
-        tasks="".join(f"[tasks.{_quoted(name)}]\ndata = {_quoted(data)}\n\n" for name, data in tasks.items()),
-    )
-    with cannot_write(path), replaced_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # TOML takes no surrogates
-
-
-def _lines(values: Mapping[str, float]) -> str:
-    return "\n".join(f"{key} = {value}" for key, value in values.items())
+    def lacks(self, what: str, fix: str) -> SettingsError:
+        """The error that something is not in the project; in a folder that is none, what to do about that."""
+        if self.file is None:
+            what, fix = f"{what}: there is no {FILE_NAME} here", "Change to the project's folder, or run lorasb init"
+        return SettingsError(what, where=self.file or self.folder, fix=fix)
 
 
 def refuse_bad_names(names: Iterable[str]) -> None:
@@ -252,7 +217,7 @@ def refuse_bad_names(names: Iterable[str]) -> None:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(_FLAGS.get(word, word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

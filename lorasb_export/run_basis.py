@@ -50,6 +50,7 @@ def captured_once(
     if found is None and path.exists():
         found = read_json(path)
     elif found is None:
+        logger.info("%s: measuring how much of its gradient the basis holds", task.name)
         found = capture(base, network, basis, task)
         distributed.wait()
         if distributed.is_main():

@@ -75,5 +75,5 @@ class Stack:
         self._route.rows = rows
 
     def detach(self) -> None:
-        """Take the adapters off; the base is left bit for bit as it was. They keep what they have learnt."""
+        """Take the adapters off; the base is left as it was, bit for bit, and frozen. They keep what they learnt."""
         layer.remove(self._model)

@@ -132,6 +132,9 @@ class TrainingRuns:
         if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
             trainer.restore_finished(checkpoint)
         else:
+            for run in trainer.runs:
+                steps = run.order.steps
+                logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
             with checkpoint_at_sigterm(trainer):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcomes = []

@@ -36,6 +36,13 @@ def folders(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -
     return root / "basis", root / "adapters" / "a"
 
 
+def test_both_are_printed_in_a_line(folders: tuple[Path, Path], llama: Path) -> None:
+    basis, adapter = Basis.load(folders[0]), Adapter.load(folders[1])
+    digest, of = basis.sha256[:12], f"14 modules of {llama}"
+    assert repr(basis) == f"<Basis {folders[0]}: rank 4 for {of}>"
+    assert repr(adapter) == f"<Adapter a: CAUSAL_LM, rank 4 on {of}, basis {digest}>"
+
+
 def copy(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     return target

@@ -189,8 +189,10 @@ def test_a_task_is_called_as_in_the_mixture(base: BaseModel, sums: Path) -> None
 
 
 def test_tasks_of_different_kinds_are_refused(base: BaseModel, sums: Path, parity: Path) -> None:
-    with pytest.raises(DataError, match="the tasks mix"):
+    with pytest.raises(DataError, match=r"the tasks mix .* \(a and b\)") as error:
         calibrate(base, {"a": sums, "b": parity})
+    command = f"lorasb calibrate --data b={parity} --out basis_b"
+    assert f'{command}, then [tasks.b] basis = "basis_b"' in str(error.value)
     numbered = TaskData("n", "memory", SEQ_CLS, {"train": [{"text": "x", "label": 1}]}, "0")
     with pytest.raises(DataError, match="names, of others numbers"):
         calibrate(base, {"a": parity, "n": numbered})

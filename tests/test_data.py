@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losse
 from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, question_and_answer
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.gradients import draw
+from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_llama, save_tokenizer
 
@@ -83,6 +85,18 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
     assert place in str(error.value)
 
 
+def test_csv_is_not_read_and_how_to_convert_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text('question,answer\n"1+1=",2\n')
+    with pytest.raises(DataError, match=r"CSV is not read \(mine\.csv\)\. .*docs/how-to/train\.md"):
+        load_task("t", "mine.csv")
+    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
+    Path("data/mine").mkdir(parents=True)
+    exec(script)
+    assert load_task("t", "data/mine").rows("train") == [{"prompt": "1+1=", "completion": "2"}]
+
+
 def test_a_label_that_training_lacks(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(CLASS + CLASS.replace("yes", "no"))
     (tmp_path / "valid.jsonl").write_text(CLASS)
@@ -129,6 +143,32 @@ def test_no_data(tmp_path: Path, llama: Path) -> None:
         load_task("t", tmp_path / "nowhere")
     with pytest.raises(DataError, match="no data to calibrate on"):
         calibrate(str(llama), {})
+
+
+def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "validation", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(GOOD)
+    assert sorted(load_task("t", tmp_path).splits) == ["train", "valid"]
+    assert "dev.jsonl in" in caplog.text
+    assert "are train.jsonl, valid.jsonl, test.jsonl, validation.jsonl" in caplog.text
+    (tmp_path / "valid.jsonl").write_text(GOOD)
+    with pytest.raises(DataError, match=r"both valid\.jsonl and validation\.jsonl"):
+        load_task("t", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.json", "/x/y"]
+)
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail("asked the Hub"))
+    (tmp_path / "lorasb.toml").write_text(f'[tasks.a]\ndata = "{source}"\n')
+    project = Project.load(tmp_path / "lorasb.toml")
+    with pytest.raises(DataError, match=r"no such file, folder or Hub dataset|no train\.jsonl"):
+        load_task("a", project.task_source("a"))
 
 
 def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

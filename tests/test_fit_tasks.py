@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,26 @@ def test_a_task_outside_of_a_project_has_the_basis_made_for_it(
 def test_calibrate_without_a_task_says_so(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "no task to calibrate on" in CliRunner().invoke(app, ["calibrate", "--model", str(llama)]).stderr
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    yield caplog
+    logging.getLogger("lorasb_export").setLevel(logging.NOTSET)  # a verb sets it, for its process
+
+
+def test_a_long_verb_says_how_far_it_is(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Where no bar can be seen; with --quiet nothing."""
+    project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 4\n")
+    monkeypatch.chdir(tmp_path / "p")
+    CliRunner().invoke(app, ["fit"], catch_exceptions=False)
+    calibrating, start, *evaluations = log.messages
+    assert calibrating == "Calibrating a basis for 14 modules on 32 rows of a"
+    assert start == "a: 64 rows, 4 steps at learning rate 0.003"
+    pattern = r"a: step (\d) of 4, (?:train loss \d\.\d+, )?valid loss \d\.\d+, about \d+ s left"
+    assert [re.fullmatch(pattern, line)[1] for line in evaluations] == ["1", "2", "3", "4"]  # type: ignore[index]
+    log.clear()
+    CliRunner().invoke(app, ["fit", "--overwrite", "--quiet"], catch_exceptions=False)
+    assert not log.messages

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
 
 from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.project import Project, write_project
+from lorasb_export.new_project import write_project
+from lorasb_export.project import Project
 
 
 def load(folder: Path, text: str) -> Project:
@@ -27,8 +33,26 @@ def test_what_init_writes_loads(tmp_path: Path) -> None:
         write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
 
 
+def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    done = CliRunner().invoke(app, ["init", "--task", "a=data", "--task", "b=data/missing"])
+    assert done.stderr == "data/missing is not there yet: put train.jsonl into it, unless it is a dataset on the Hub\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> None:
+    """As in `lorasb inspect basis | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lorasb_cli", "init", "--quiet", *more]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
-    text = 'modle = "x"\n[fit]\nepocs = 3\nbatch_size = "8"\n[basis]\nrank = true\n'
+    text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nbatch_size = "8"\n[basis]\nrank = true\n'
     text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n'
     with pytest.raises(SettingsError) as error:
         load(tmp_path, text)
@@ -36,6 +60,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     for part in (
         "unknown key 'modle' (did you mean 'model'?)",
         "[fit] unknown key 'epocs' (did you mean 'epochs'?)",
+        "[fit] unknown key 'lr' (did you mean 'learning_rate'?)",
         "[fit] batch_size = '8' has the wrong type",
         "[basis] rank = True has the wrong type",
         "'../up' cannot be",
@@ -77,6 +102,45 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path, caplog: pyte
     assert caplog.messages == ["No adapter is named: z is taken, the first of z, a"]
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
+
+
+@pytest.mark.parametrize("words", ["fit", "fit a", "generate hi", "calibrate", "evaluate", "merge"])
+def test_a_folder_without_a_project(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words.split())
+    message = f"there is no lorasb.toml here ({tmp_path}). Change to the project's folder, or run lorasb init"
+    assert message in done.stderr
+
+
+def unfitted(folder: Path) -> Project:
+    """A project of the tasks `a`, which has an adapter, and `b`."""
+    project = load(folder, '[tasks.a]\ndata = "d"\n[tasks.b]\ndata = "d"\n')
+    project.adapter_folder("a").mkdir(parents=True)
+    (project.adapter_folder("a") / "adapter_config.json").write_text("{}")
+    return project
+
+
+WRONG_NAMES = {"ab": "no adapter 'ab' in", "z": "there are: a; write ./z", "b": "task b has no adapter yet"}
+
+
+@pytest.mark.parametrize("name", WRONG_NAMES)
+def test_a_name_without_an_adapter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = unfitted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as error:
+        project.find_adapter(name)
+    assert WRONG_NAMES[name] in str(error.value)
+    (tmp_path / name).mkdir()
+    assert project.find_adapter(name) == name
+    assert ("lorasb fit b" in CliRunner().invoke(app, ["serve", "--adapters", name]).stderr) == (name == "b")
+
+
+@pytest.mark.parametrize("words", ["fit nope", "evaluate nope", "merge nope", "export nope", "inspect nope"])
+def test_a_wrong_name_is_refused_before_torch_is_loaded(words: str, tmp_path: Path) -> None:
+    unfitted(tmp_path)
+    command = [sys.executable, "-X", "importtime", "-m", "lorasb_cli", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "Error: no " in done.stderr, " torch\n" in done.stderr) == (1, True, False)
 
 
 def test_every_text_that_init_writes_is_read(tmp_path: Path) -> None:

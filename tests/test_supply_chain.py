@@ -36,3 +36,11 @@ def test_every_locked_package_has_hashes() -> None:
 
 def test_the_list_of_packages_is_that_of_the_lock() -> None:
     assert json.loads(BOM.read_text())["components"] == components(LOCK.read_text())
+
+
+def test_nobody_is_sent_to_pypi_for_this_package() -> None:
+    """It is not there."""
+    files = [path for folder in ("docs", "lorasb_export", "cli") for path in (ROOT / folder).rglob("*.*")]
+    texts = [path for path in files if path.suffix in (".md", ".py", ".yaml")]
+    assert len(texts) > 100
+    assert not [path for path in texts if "lorasb[" in path.read_text(encoding="utf-8")]

@@ -28,7 +28,8 @@ def require_packages(*names: str) -> None:
     for name in names:
         if find_spec(name) is None:
             raise MissingPackageError(
-                f"the package {name.replace('_', '-')} is not installed", fix="pip install 'lorasb[cpu]' (or [gpu])"
+                f"the package {name.replace('_', '-')} is not installed",
+                fix="In a clone of lorasb: pip install '.[cpu]', or '.[gpu]'",
             )
 
 

@@ -24,8 +24,9 @@ from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
 from ..merge import merge
 from ..metrics import exact_match
+from ..new_project import write_project
 from ..output import atomic_folder
-from ..project import Project, write_project
+from ..project import Project
 from ..provenance import versions
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
@@ -112,7 +113,7 @@ def quickstart(
         MissingPackageError: PEFT is not installed, which the comparison needs.
     """
     if importlib.util.find_spec("peft") is None:
-        raise MissingPackageError("PEFT is not installed", fix="pip install 'lorasb[cpu]'")
+        raise MissingPackageError("PEFT is not installed", fix="In a clone of lorasb: pip install '.[cpu]'")
     out = Path(out).absolute()
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")

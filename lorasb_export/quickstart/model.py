@@ -78,7 +78,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         import gguf as _  # noqa: F401
     except ImportError:
-        raise MissingPackageError("the package gguf is not installed", fix="pip install 'lorasb[cpu]'") from None
+        fix = "In a clone of lorasb: pip install '.[cpu]'"
+        raise MissingPackageError("the package gguf is not installed", fix=fix) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -104,7 +104,7 @@ def running_server(
     """
     port = _claim_port(host, port)
     if importlib.util.find_spec("vllm") is None:
-        fix = "Run: pip install 'lorasb[cpu]', or 'lorasb[gpu]' on a machine with an accelerator"
+        fix = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
         raise MissingPackageError("vLLM is not installed", fix=fix)
     key = _api_key(api_key_file)
     if not _is_loopback(host) and not key:

@@ -60,7 +60,19 @@ class Models(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
 server.handle_request()  # is it up
 server.handle_request()  # its models
+print("ConnectionError: of a request an hour ago")
+print("AssertionError: the cause")
+print("EngineDeadError: See stack trace (above) for the root cause.")
 print("the engine died")
+"""
+
+
+FAILS = """
+print("(Worker pid=7) ERROR 11-26 12:54:14 [multiproc_executor.py:953] ValueError: the cause")
+print("(EngineCore pid=6) ERROR 11-26 12:54:17 [core.py:1510] RuntimeError: what followed")
+print("a line\\n" * 100)
+print("RuntimeError: Engine core initialization failed. See root cause above.")
+raise SystemExit(1)
 """
 
 
@@ -342,16 +354,29 @@ def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: 
         dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
 
 
+@pytest.mark.usefixtures("plugin")
 def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    options = {"extra": ["--no-such-flag"], "dtype": "float32"}
+    options = {"extra": ["--no-such-flag"], "dtype": "float32", "mode": "shared"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
         pass
     assert "no-such-flag" in str(caught.value)
+    assert "or try --mode folded" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_fails_names_its_cause() -> None:
+    """vLLM's own is a hundred lines of tracebacks above the end, by several processes."""
+    command, url = [sys.executable, "-c", FAILS], "http://127.0.0.1:1"
+    server = RunningServer(command, os.environ, url, echo=False, advice="Try another. ")
+    try:
+        with pytest.raises(ServerError, match=r"exit code 1: ValueError: the cause\. Try another\. Its last lines:"):
+            server.start()
+    finally:
+        server.stop()
 
 
 def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:
@@ -362,7 +387,7 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False)
     try:
         server.start()
-        with pytest.raises(ServerError, match=r"exit code 0[^$]*the engine died"):
+        with pytest.raises(ServerError, match=r"exit code 0: AssertionError: the cause\.[^$]*the engine died"):
             server.wait()
     finally:
         server.stop()

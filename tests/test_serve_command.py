@@ -183,6 +183,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
         ({"extra": ["billing", "--max-model-len", "64"]}, "not a flag.*--adapters billing"),
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
+        ({"extra": ["--config", "flags.yaml"]}, r"not read here \(--config\)\. Give the flags in it after --"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
         ({"adapters": {"base": "a"}}, "the name of the base and of an adapter"),

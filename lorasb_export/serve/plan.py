@@ -24,6 +24,18 @@ _MODES = ("auto", "shared", "folded")
 _SEVERAL_FRONT_ENDS = {"--data-parallel-size", "--api-server-count"}
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
+# Flag → what is wrong with it, and what to do instead.
+_REFUSED_FLAGS = {
+    "--api-key": (
+        "an API key on the command line",
+        "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine",
+    ),
+    "--config": ("a file of flags, which is not read here", "Give the flags in it after --"),
+    **dict.fromkeys(
+        sorted(_OUR_FLAGS),
+        ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -190,12 +202,9 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         fix = f"Name adapters with --adapters {extra[0]}"
         raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
     given = _flags(extra)
-    if "--api-key" in given:
-        fix = "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine"
-        raise SettingsError("an API key on the command line", where="--api-key", fix=fix)
-    if taken := sorted(_OUR_FLAGS & set(given)):
-        fix = "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"
-        raise SettingsError("not a flag to hand to vLLM here", where=", ".join(taken), fix=fix)
+    for flag, (problem, fix) in _REFUSED_FLAGS.items():
+        if flag in given:
+            raise SettingsError(problem, where=flag, fix=fix)
 
 
 def _check_servable(adapter: Adapter) -> None:

@@ -36,6 +36,7 @@ _REFUSED_FLAGS = {
         ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
     ),
 }
+_READ_FLAGS = {*_REFUSED_FLAGS, *_SEVERAL_FRONT_ENDS, "--max-loras", "--dtype", "--fully-sharded-loras"}
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,9 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         fix = f"Name adapters with --adapters {extra[0]}"
         raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
     given = _flags(extra)
+    for flag in given:  # vLLM takes abbreviations, and they would pass unread
+        if whole := next((known for known in sorted(_READ_FLAGS - {flag}) if known.startswith(flag)), None):
+            raise SettingsError(f"{flag} may be short for {whole}", fix="Write vLLM's flags out in full")
     for flag, (problem, fix) in _REFUSED_FLAGS.items():
         if flag in given:
             raise SettingsError(problem, where=flag, fix=fix)

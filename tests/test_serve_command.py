@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from lorasb_cli.main import app
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from typer.testing import CliRunner
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
@@ -172,6 +174,13 @@ def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> Non
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(OutputError, match="cannot listen"):
         serve({"a": "no/such/folder"}, host="192.0.2.1")
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_number_that_is_no_port_is_refused(port: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "--model", "model", "--port", port])
+    assert done.exit_code == 2
+    assert "--port" in done.output
 
 
 @pytest.mark.parametrize(

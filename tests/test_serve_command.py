@@ -195,6 +195,9 @@ def test_a_number_that_is_no_port_is_refused(port: str) -> None:
         ({"extra": ["--config", "flags.yaml"]}, r"not read here \(--config\)\. Give the flags in it after --"),
         ({"extra": ["--api-ke", "s3cret"]}, "--api-ke may be short for --api-key"),
         ({"extra": ["--por=9000"]}, "--por may be short for --port"),
+        ({"extra": ["--api-server-count", "2"]}, "ignores it"),
+        ({"extra": ["-asc=2"]}, r"ignores it.*\(--api-server-count\)"),
+        ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
@@ -315,8 +318,9 @@ def test_updates_need_a_key_and_a_shared_basis(
         dry_run(siblings, updates_from=folder, mode="folded")
     with pytest.raises(SettingsError, match="of 2 bases"):
         dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
-    with pytest.raises(SettingsError, match="beside --data-parallel-size"):
-        dry_run(siblings, updates_from=folder, extra=["--data-parallel-size=2"])
+    for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):
+        with pytest.raises(SettingsError, match="beside --data-parallel-size"):
+            dry_run(siblings, updates_from=folder, extra=several)
 
 
 @pytest.mark.usefixtures("plugin")

@@ -53,7 +53,6 @@ def run(
     from lorasb_export.base import BaseModel
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
-    from lorasb_export.errors import SettingsError
     from lorasb_export.output import refuse_existing
     from lorasb_export.settings import RANDOM, CalibrationSettings
     from lorasb_export.shared_basis import refuse_to_strand
@@ -80,8 +79,7 @@ def run(
     if not sources and settings.directions != RANDOM:
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
         if not sources:
-            fix = "Add [tasks.NAME] data = … to lorasb.toml, or pass --data NAME=PATH"
-            raise SettingsError("no task to calibrate on", where=project.folder, fix=fix)
+            raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
     weights = {**project.weights(sources), **_numbers(weight)}
     distributed.start()
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)

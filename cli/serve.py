@@ -26,7 +26,7 @@ def run(
         typer.Option(help="shared: the basis once, one R per adapter; folded: each a LoRA; auto: shared if it can."),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the model.")] = "auto",
     allow_updates: Annotated[
         bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")

@@ -13,6 +13,7 @@ from tests.random_adapter import save_adapter, save_base  # first: it hides brok
 import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorasb_export.errors import SettingsError
 from lorasb_export.format import ModuleBasis
 from lorasb_export.serve.shared.routes import Routes
 
@@ -58,6 +59,76 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
     expected = x.float() @ W.T
     expected[[0, 2]] += x.float()[[0, 2]] @ (B @ R @ A).T
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="[W | B] is packed on CPUs only")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("slices", "parts", "missing"),
+    [
+        ([64, 64, 64], [192], None),  # the in_proj of LFM2
+        ([32, 32, 64, 64], [128, 64], None),  # the in_proj_qkv and in_proj_z of Qwen3.5
+        ([32, 32, 64, 64], [128, 64], 0),
+        ([32, 32, 64, 64], [128, 64], 1),
+    ],
+)
+def test_a_module_may_fill_several_slices_of_a_layer(
+    monkeypatch: pytest.MonkeyPatch, slices: list[int], parts: list[int], missing: int | None, processes: int
+) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.lora import utils
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+    from vllm.platforms import current_platform
+
+    from lorasb_export.serve.shared.layers import LAYERS
+
+    current_platform.import_kernels()
+    monkeypatch.setattr(utils, "_all_lora_classes", LAYERS)
+    for module in (parameter, linear):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: processes)
+    torch.manual_seed(0)
+    W, x = torch.randn(sum(slices), COLUMNS) / 10, torch.randn(4, COLUMNS)
+    factors: list[ModuleBasis | None] = []
+    stack, updates = [], []
+    for part, rows in enumerate(parts):
+        B, R, A = torch.randn(rows, RANK), torch.randn(RANK, RANK) / 100, torch.randn(RANK, COLUMNS)
+        if part == missing:
+            factors.append(None)
+            updates.append(torch.zeros(rows, COLUMNS))
+        else:
+            factors.append(ModuleBasis(B, A, torch.ones(RANK)))
+            updates.append(B @ R @ A)
+            stack.append(R.T)
+    expected = x @ (W + torch.cat(updates)).T
+    routes = Routes(torch.stack([torch.stack(stack), torch.zeros(len(stack), RANK, RANK)]), 8)
+    for rank in range(processes):
+        for module in (parameter, linear):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+
+        def shard(rows: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            return torch.cat([part.chunk(processes)[rank] for part in rows.split(slices)])
+
+        with set_current_vllm_config(VllmConfig()):
+            base: Any = linear.MergedColumnParallelLinear(COLUMNS, slices, bias=False, params_dtype=torch.float32)
+            base.weight.data.copy_(shard(W))
+            base.quant_method.process_weights_after_loading(base)
+            options: Any = SimpleNamespace(fully_sharded_loras=False)
+            layer: Any = utils.from_layer(base, 1, options, ["a part"] * len(parts))
+            layer.set_basis(factors, 0, routes)
+            routes.update(torch.tensor([0, 0, 0, 0]))
+            y = layer.apply(x)
+        torch.testing.assert_close(y, shard(expected.T).T, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_that_do_not_fill_a_layer_are_refused() -> None:
+    from lorasb_export.serve.shared.layers import SharedBasisLayer
+
+    layer: Any = SimpleNamespace(
+        n_slices=4, output_sizes=[32, 32, 64, 64], base_layer=SimpleNamespace(prefix="in_proj")
+    )
+    with pytest.raises(SettingsError, match=r"in_proj has 2 modules of 160 rows over 4 slices of 192.*--mode folded"):
+        SharedBasisLayer._spans(layer, [torch.zeros(96, RANK), torch.zeros(64, RANK)])
 
 
 def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:

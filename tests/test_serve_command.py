@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from lorasb_cli.main import app
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from typer.testing import CliRunner
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS, default_device
@@ -60,7 +62,19 @@ class Models(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
 server.handle_request()  # is it up
 server.handle_request()  # its models
+print("ConnectionError: of a request an hour ago")
+print("AssertionError: the cause")
+print("EngineDeadError: See stack trace (above) for the root cause.")
 print("the engine died")
+"""
+
+
+FAILS = """
+print("(Worker pid=7) ERROR 11-26 12:54:14 [multiproc_executor.py:953] ValueError: the cause")
+print("(EngineCore pid=6) ERROR 11-26 12:54:17 [core.py:1510] RuntimeError: what followed")
+print("a line\\n" * 100)
+print("RuntimeError: Engine core initialization failed. See root cause above.")
+raise SystemExit(1)
 """
 
 
@@ -162,6 +176,13 @@ def test_an_address_of_another_machine_is_refused() -> None:
         serve({"a": "no/such/folder"}, host="192.0.2.1")
 
 
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_number_that_is_no_port_is_refused(port: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "--model", "model", "--port", port])
+    assert done.exit_code == 2
+    assert "--port" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -171,6 +192,13 @@ def test_an_address_of_another_machine_is_refused() -> None:
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
         ({"extra": ["billing", "--max-model-len", "64"]}, "not a flag.*--adapters billing"),
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
+        ({"extra": ["--config", "flags.yaml"]}, r"not read here \(--config\)\. Give the flags in it after --"),
+        ({"extra": ["--api-ke", "s3cret"]}, "--api-ke may be short for --api-key"),
+        ({"extra": ["--por=9000"]}, "--por may be short for --port"),
+        ({"extra": ["--api-server-count", "2"]}, "ignores it"),
+        ({"extra": ["-asc=2"]}, r"ignores it.*\(--api-server-count\)"),
+        ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
+        ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
         ({"adapters": {"base": "a"}}, "the name of the base and of an adapter"),
@@ -290,8 +318,9 @@ def test_updates_need_a_key_and_a_shared_basis(
         dry_run(siblings, updates_from=folder, mode="folded")
     with pytest.raises(SettingsError, match="of 2 bases"):
         dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
-    with pytest.raises(SettingsError, match="beside --data-parallel-size"):
-        dry_run(siblings, updates_from=folder, extra=["--data-parallel-size=2"])
+    for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):
+        with pytest.raises(SettingsError, match="beside --data-parallel-size"):
+            dry_run(siblings, updates_from=folder, extra=several)
 
 
 @pytest.mark.usefixtures("plugin")
@@ -330,7 +359,7 @@ def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> 
 
 def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingPackageError, match=r"lorasb\[cpu\]"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[cpu\]'"):
         serve({"a": folder / "a"}, port=0)
 
 
@@ -342,16 +371,29 @@ def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: 
         dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
 
 
+@pytest.mark.usefixtures("plugin")
 def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    options = {"extra": ["--no-such-flag"], "dtype": "float32"}
+    options = {"extra": ["--no-such-flag"], "dtype": "float32", "mode": "shared"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
         pass
     assert "no-such-flag" in str(caught.value)
+    assert "or try --mode folded" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_fails_names_its_cause() -> None:
+    """vLLM's own is a hundred lines of tracebacks above the end, by several processes."""
+    command, url = [sys.executable, "-c", FAILS], "http://127.0.0.1:1"
+    server = RunningServer(command, os.environ, url, echo=False, advice="Try another. ")
+    try:
+        with pytest.raises(ServerError, match=r"exit code 1: ValueError: the cause\. Try another\. Its last lines:"):
+            server.start()
+    finally:
+        server.stop()
 
 
 def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:
@@ -362,7 +404,7 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False)
     try:
         server.start()
-        with pytest.raises(ServerError, match=r"exit code 0[^$]*the engine died"):
+        with pytest.raises(ServerError, match=r"exit code 0: AssertionError: the cause\.[^$]*the engine died"):
             server.wait()
     finally:
         server.stop()

@@ -66,7 +66,7 @@ def serve(
         SettingsError, ArtifactError, BaseModelError: an adapter cannot be served, or not with this base.
         OutputError: the port is taken, or the disk is full.
         MissingPackageError: vLLM is not installed.
-        ServerError: the server ended by itself; its last lines are in the message.
+        ServerError: the server ended by itself; why, if its log says so, and its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     if dry_run:
@@ -117,8 +117,10 @@ def running_server(
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
+        may_fold = plan.mode.name == "shared" and updates is None
         del plan  # its tensors are on disk now
-        server = RunningServer(command, variables, _url(host, port), echo=echo)
+        advice = "Mend that, or try --mode folded. " if may_fold else ""
+        server = RunningServer(command, variables, _url(host, port), echo=echo, advice=advice)
         try:
             server.start()
             yield server

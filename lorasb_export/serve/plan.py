@@ -21,9 +21,30 @@ from .shared import why_unavailable
 logger = logging.getLogger(__name__)
 
 _MODES = ("auto", "shared", "folded")
-_SEVERAL_FRONT_ENDS = {"--data-parallel-size", "--api-server-count"}
+_SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
+# Flag → what is wrong with it, and what to do instead.
+_REFUSED_FLAGS = {
+    "--api-key": (
+        "an API key on the command line",
+        "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine",
+    ),
+    "--api-server-count": ("vLLM ignores it, started as it is here", "Give --data-parallel-size, or leave it out"),
+    "--config": ("a file of flags, which is not read here", "Give the flags in it after --"),
+    **dict.fromkeys(
+        sorted(_OUR_FLAGS),
+        ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
+    ),
+}
+_READ_FLAGS = {
+    *_REFUSED_FLAGS,
+    *_SHORT_FLAGS,
+    "--data-parallel-size",
+    "--dtype",
+    "--fully-sharded-loras",
+    "--max-loras",
+}
 
 
 @dataclass(frozen=True)
@@ -129,9 +150,9 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
-        if several := _SEVERAL_FRONT_ENDS & set(_flags(extra)):
+        if "--data-parallel-size" in _flags(extra):
             fix = "Run several servers behind a load balancer, and send each of them the updates"
-            raise SettingsError(f"--allow-updates beside {', '.join(several)}: only one front end would know", fix=fix)
+            raise SettingsError("--allow-updates beside --data-parallel-size: only one front end would know", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
         if mode == "folded" or not adapters:
             fix = "Leave --allow-updates out"
@@ -190,12 +211,12 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         fix = f"Name adapters with --adapters {extra[0]}"
         raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
     given = _flags(extra)
-    if "--api-key" in given:
-        fix = "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine"
-        raise SettingsError("an API key on the command line", where="--api-key", fix=fix)
-    if taken := sorted(_OUR_FLAGS & set(given)):
-        fix = "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"
-        raise SettingsError("not a flag to hand to vLLM here", where=", ".join(taken), fix=fix)
+    for flag in given:  # vLLM takes abbreviations, and they would pass unread
+        if whole := next((known for known in sorted(_READ_FLAGS - {flag}) if known.startswith(flag)), None):
+            raise SettingsError(f"{flag} may be short for {whole}", fix="Write vLLM's flags out in full")
+    for flag, (problem, fix) in _REFUSED_FLAGS.items():
+        if flag in given:
+            raise SettingsError(problem, where=flag, fix=fix)
 
 
 def _check_servable(adapter: Adapter) -> None:
@@ -212,10 +233,11 @@ def _check_servable(adapter: Adapter) -> None:
 
 
 def _flags(extra: Sequence[str]) -> dict[str, str]:
-    """--flag → its value (or "") among `extra`, for both `--flag value` and `--flag=value`."""
+    """--flag → its value (or "") among `extra`, for both `--flag value` and `--flag=value`, and for short flags."""
     found = {}
     for word, following in zip(extra, [*extra[1:], ""], strict=False):
-        if word.startswith("--"):
+        if word.startswith("-"):
             flag, equals, value = word.partition("=")
-            found[flag.replace("_", "-")] = value if equals else following
+            flag = flag.replace("_", "-")
+            found[_SHORT_FLAGS.get(flag, flag)] = value if equals else following
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from ..errors import ServerError
 from . import guard
 
 _LOG_LINES = 20
+# The last line of a traceback, behind vLLM's stamp, unless it sends the reader to another one.
+_EXCEPTION = re.compile(r"(?:^|\] )(?!.*(?:stack trace|root cause))((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")
 
 
 class RunningServer:
@@ -31,9 +34,15 @@ class RunningServer:
         models: the names it serves, the base first.
     """
 
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], url: str, echo: bool) -> None:
+    def __init__(
+        self, command: Sequence[str], variables: Mapping[str, str], url: str, *, echo: bool, advice: str = ""
+    ) -> None:
+        """`advice` is what else to try, a sentence for the error of a server that ended."""
         self.url = url
         self.models: list[str] = []
+        self._advice = advice
+        self._is_up = False
+        self._cause: str | None = None  # the first exception of a start; of a server that is up, the latest
         self._command, self._variables, self._echo = command, variables, echo
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -76,6 +85,7 @@ class RunningServer:
             if self._process.poll() is not None:
                 raise self._failed()
             time.sleep(0.2)
+        self._cause, self._is_up = None, True  # what did not keep it from starting is no cause
         self.models = [card["id"] for card in json.loads(self._get("/v1/models"))["data"]]
 
     def wait(self) -> NoReturn:
@@ -126,6 +136,8 @@ class RunningServer:
         for line in stream:
             text = line.decode(errors="replace")
             self._log.append(text)
+            if (found := _EXCEPTION.search(text.rstrip())) and (self._is_up or self._cause is None):
+                self._cause = found[1]
             if self._echo:
                 with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the reading
                     sys.stderr.write(text)
@@ -134,8 +146,9 @@ class RunningServer:
     def _failed(self) -> ServerError:
         self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
         lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
-        code = self._started.returncode
-        return ServerError(f"the vLLM server ended with exit code {code}", fix=f"Its last lines:\n{lines.rstrip()}")
+        what = f"the vLLM server ended with exit code {self._started.returncode}"
+        what = what if self._cause is None else f"{what}: {self._cause}"
+        return ServerError(what, fix=f"{self._advice}Its last lines:\n{lines.rstrip()}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

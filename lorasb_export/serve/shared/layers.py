@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
     MergedColumnParallelLinearWithLoRA,
     MergedQKVParallelLinearWithLoRA,
     QKVParallelLinearWithLoRA,
@@ -26,6 +27,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
+from ...errors import SettingsError
 from ...format import ModuleBasis
 from .routes import Routes
 
@@ -36,12 +38,15 @@ _FUSABLE = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear,
 class SharedBasisLayer:
     """Mixed into vLLM's LoRA layers, which bring forward, collectives, quantized weights and slicing for these.
 
-    A packed layer (q, k, v) has several parts, each a module of the basis or none. On a CPU, where a small product
-    costs as much as a large one, the base's weight is held as [W | B] and multiplied by (x, v) in one.
+    A packed layer (q, k, v) has several parts, each a module of the basis or none, and each fills one slice of y or
+    several. On a CPU, where a small product costs as much as a large one, the base's weight is held as [W | B] and
+    multiplied by (x, v) in one.
     """
 
     base_layer: Any
     tp_size: int
+    n_slices: int
+    output_sizes: Sequence[int]  # of the slices, and `output_slices` of this process' rows of them
     output_slices: tuple[int, ...]
     slice_lora_a: Any
     slice_lora_b: Any
@@ -57,13 +62,20 @@ class SharedBasisLayer:
 
         Args:
             first: where the R of the parts that are not None begin in the stack.
+
+        Raises:
+            SettingsError: the parts do not fill the layer's slices.
         """
         A: Any = [factor and factor.A for factor in factors]
         B: Any = [factor and factor.B for factor in factors]
-        if self.tp_size > 1:
-            A = [self.slice_lora_a(A[0])] if len(A) == 1 else self.slice_lora_a(A)
-            B = [self.slice_lora_b(B[0])] if len(B) == 1 else self.slice_lora_b(B)
-        sizes = self.output_slices if len(B) > 1 else (B[0].shape[0],)
+        if self.n_slices > 1:
+            spans = self._spans(B)
+            B = self._shards(B, spans) if self.tp_size > 1 else B
+            sizes = [sum(self.output_slices[span]) for span in spans]
+        else:
+            if self.tp_size > 1:
+                A, B = [self.slice_lora_a(A[0])], [self.slice_lora_b(B[0])]
+            sizes = [len(B[0])]
         stack = routes.stack
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
@@ -74,6 +86,30 @@ class SharedBasisLayer:
         self.routes, self.first, self.parts, self.has_basis = routes, first, len(self.basis_B), True
         if self._can_fuse():
             self._fuse(sum(sizes))
+
+    def _spans(self, B: Sequence[torch.Tensor | None]) -> list[slice]:
+        """The slices that each part fills: one, or those that the checkpoint has as one module."""
+        if len(B) == self.n_slices:
+            return [slice(index, index + 1) for index in range(self.n_slices)]
+        edges = [0, *accumulate(self.output_sizes)]
+        left = edges[-1] - sum(len(b) for b in B if b is not None)  # what a part that is None fills
+        ends = [0, *accumulate(left if b is None else len(b) for b in B)]
+        if ends[-1] != edges[-1] or not set(ends) <= set(edges):
+            rows = f"{len(B)} modules of {ends[-1]} rows over {self.n_slices} slices of {edges[-1]}"
+            raise SettingsError(f"{self.base_layer.prefix} has {rows}", fix="Use --mode folded")
+        return [slice(edges.index(start), edges.index(end)) for start, end in pairwise(ends)]
+
+    def _shards(self, B: Sequence[torch.Tensor | None], spans: Sequence[slice]) -> list[torch.Tensor | None]:
+        """This process' rows of every part; vLLM takes those of each slice."""
+        slices: list[torch.Tensor | None] = []
+        for b, span in zip(B, spans, strict=True):
+            sizes = list(self.output_sizes[span])
+            if b is None:
+                slices += [None] * len(sizes)
+            else:  # a slice alone is left to vLLM: it may be held by several processes (k, v), and its size is theirs
+                slices += b.split(sizes) if len(sizes) > 1 else [b]
+        shards = self.slice_lora_b(slices)
+        return [None if b is None else torch.cat(shards[span]) for b, span in zip(B, spans, strict=True)]
 
     def _can_fuse(self) -> bool:
         """On a CPU, with plain weights, and where vLLM does not run a forward of the base layer's own."""
@@ -138,5 +174,6 @@ LAYERS = tuple(
         MergedQKVParallelLinearWithLoRA,
         RowParallelLinearWithLoRA,
         ReplicatedLinearWithLoRA,
+        MergedColumnParallelLinearVariableSliceWithLoRA,
     )
 )

@@ -10,9 +10,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import torch
 from jinja2 import TemplateError
+from tokenizers.normalizers import NFC
 from torch.nn.functional import cross_entropy
 
 from .base import SEQ_CLS
@@ -153,7 +155,12 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
     marked = {"return_dict": True, "return_assistant_tokens_mask": True}
-    found = _templated(tokenizer, row["messages"], where, **marked)
+    turns = row["messages"]
+    if tokenizer.is_fast and isinstance(
+        tokenizer.backend_tokenizer.normalizer, NFC
+    ):  # a turn's end is looked for by characters it merges
+        turns = [{**turn, "content": normalize("NFC", turn["content"])} for turn in turns]
+    found = _templated(tokenizer, turns, where, **marked)
     ids = found["input_ids"]
     return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from .base import SEQ_CLS
 from .data import CHAT, TEXT, Prompt, Row, kind_of
-from .errors import DataError
+from .errors import BaseModelError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +79,7 @@ def encode(
 
     Raises:
         DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
+        BaseModelError: the tokenizer has no token to end an answer or a text with.
     """
     encoded: list[Encoded] = []
     cut: list[int] = []
@@ -135,6 +136,9 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     kind = kind_of(row)
     if kind == CHAT:
         return _chat_tokens(row, tokenizer, where)
+    if tokenizer.eos_token_id is None:
+        fix = "Name one in tokenizer_config.json, as eos_token"
+        raise BaseModelError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path, fix=fix)
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids

@@ -357,6 +357,13 @@ def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match="neither a pad token nor an end-of-sequence token"):
         BaseModel.resolve(base).load_tokenizer()
+    config["pad_token"] = "<unk>"
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    assert encode([{"text": "x", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
+    for line in (GOOD, '{"text": "x"}'):
+        with pytest.raises(BaseModelError, match=r"no end-of-sequence token .*eos_token"):
+            encode([json.loads(line)], tokenizer, CAUSAL_LM, [], 64)
 
 
 def test_labels_outside_the_training_labels(bert: Path) -> None:

@@ -325,6 +325,16 @@ def test_what_the_base_cannot_do_is_refused(llama: Path, bert: Path, sums: Path,
             fit(str(bert), CalibrationSettings(rank=8, **calibration), parity, tmp_path / "a", FitSettings(**settings))
 
 
+def test_checkpointing_that_the_base_lacks_is_refused(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    with pytest.raises(SettingsError, match="LlamaForCausalLM has no gradient checkpointing"):
+        fit(str(llama), basis, sums, tmp_path / "a", settings, network=network)
+
+
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
         fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))

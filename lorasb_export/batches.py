@@ -10,14 +10,16 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import torch
 from jinja2 import TemplateError
+from tokenizers.normalizers import NFC
 from torch.nn.functional import cross_entropy
 
 from .base import SEQ_CLS
 from .data import CHAT, TEXT, Prompt, Row, kind_of
-from .errors import DataError
+from .errors import BaseModelError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +81,7 @@ def encode(
 
     Raises:
         DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
+        BaseModelError: the tokenizer has no token to end an answer or a text with.
     """
     encoded: list[Encoded] = []
     cut: list[int] = []
@@ -137,6 +140,9 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     kind = kind_of(row)
     if kind == CHAT:
         return _chat_tokens(row, tokenizer, where)
+    if tokenizer.eos_token_id is None:
+        fix = "Name one in tokenizer_config.json, as eos_token"
+        raise BaseModelError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path, fix=fix)
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
@@ -157,7 +163,12 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
     marked = {"return_dict": True, "return_assistant_tokens_mask": True}
-    found = _templated(tokenizer, row["messages"], where, **marked)
+    turns = row["messages"]
+    if tokenizer.is_fast and isinstance(
+        tokenizer.backend_tokenizer.normalizer, NFC
+    ):  # a turn's end is looked for by characters it merges
+        turns = [{**turn, "content": normalize("NFC", turn["content"])} for turn in turns]
+    found = _templated(tokenizer, turns, where, **marked)
     ids = found["input_ids"]
     return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
 

@@ -139,7 +139,7 @@ def _random(base: BaseModel, settings: CalibrationSettings, network: PreTrainedM
     targets = _targets(network, settings)
     ref = base.ref(targets)
     # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
-    drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7])
+    drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
     modules = random_factors(targets, settings.rank, drawn_by, network.dtype)
     used = {"directions": RANDOM, "targets": settings.targets, "dtype": settings.dtype, "seed": settings.seed}
     calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}

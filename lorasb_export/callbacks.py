@@ -1,4 +1,4 @@
-"""What happens around the training loop: a bar, and a checkpoint when SIGTERM comes."""
+"""What happens around the training loop: a bar, a checkpoint when SIGTERM comes, the end of a reporter's run."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
     if callback.asked:
         raise Terminated
+
+
+@contextmanager
+def run_of_its_own(report_to: str) -> Iterator[None]:
+    """What is trained in it is one run of Weights & Biases, unless the caller has one under way already.
+
+    transformers begins a run where there is none and never ends it: all that is trained later would go there too.
+    """
+    if report_to != "wandb":
+        yield
+        return
+    import wandb
+
+    ours = wandb.run is None
+    try:
+        yield
+    finally:
+        if ours:
+            wandb.finish()
 
 
 class _StopWhenAsked(TrainerCallback):

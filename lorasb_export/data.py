@@ -7,10 +7,11 @@ task's labels has a decimal point. All rows of a task are of one kind.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,8 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
                 if line.strip():
                     rows.append((f"{path}:{number}", _parse_row(line, f"{path}:{number}")))
     except OSError as error:
@@ -220,6 +223,9 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if field not in row:
             raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
     if kind == CHAT:
+        if row.get("tools"):  # prompts are asked without, here and by a server
+            fix = "Describe them in a system message, and leave the key out"
+            raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
         return _check_messages(row["messages"], where)
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
@@ -256,8 +262,8 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, str | int | float):
             raise DataError(f"label {label!r} is neither a name nor a number", where=place)
-        if isinstance(label, float) and not math.isfinite(label):
-            raise DataError(f"label {label!r} is not finite", where=place, fix="Remove the row")
+        if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
+            raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:
             raise DataError("some labels are names, some are numbers", where=place, fix="Use one kind")
     if task.regression:

@@ -177,6 +177,10 @@ class _Run:
             distributed.wait()
             network = self._network or self._load()
             require_positions(network, self.settings.max_length)
+            if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
+                raise SettingsError(
+                    f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
+                )
             with _left_as_found(network):
                 return self._train(network, resume=resume, overwrite=overwrite)
 

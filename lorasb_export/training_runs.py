@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .base import BaseModel
 from .basis import Basis
 from .batches import Encoded, encode
-from .callbacks import Progress, checkpoint_at_sigterm
+from .callbacks import Progress, checkpoint_at_sigterm, run_of_its_own
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .data import TaskData, question_and_answer
 from .errors import TrainingError
@@ -135,7 +135,7 @@ class TrainingRuns:
             for run in trainer.runs:
                 steps = run.order.steps
                 logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
-            with checkpoint_at_sigterm(trainer):
+            with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcomes = []
         for k, run in enumerate(trainer.runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tokenizers.normalizers import NFC
 
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
@@ -48,6 +50,11 @@ BAD = {
     ),
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
+    "label too large": (
+        f'{{"text": "a", "label": 1.5}}\n{{"text": "a", "label": 1{"0" * 400}}}\n',
+        "too large",
+        "train.jsonl:2",
+    ),
     "labels of two kinds": (CLASS + '{"text": "a", "label": 1.5}\n', "some labels are names", "train.jsonl:2"),
     "half a surrogate": ('{"prompt": "cut \\ud83d", "completion": "2"}\n', "surrogates not allowed", "train.jsonl:1"),
     "no rows": ("\n\n", "no training rows", ""),
@@ -70,6 +77,7 @@ BAD = {
         "the assistant says nothing",
         "train.jsonl:1",
     ),
+    "tools": (CHAT_LINE[:-2] + ', "tools": [{"type": "function"}]}\n', "'tools' are not given to", "train.jsonl:1"),
     "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
     "not text": (b"\xff\xfe\x00", "broken JSON: 'utf-8' codec can't decode", "train.jsonl:1"),
 }
@@ -194,6 +202,11 @@ def test_a_text_without_tokens_is_refused(llama: Path) -> None:
         encode([{"text": "", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(codecs.BOM_UTF8 + GOOD.encode())
+    assert load_task("t", tmp_path).rows("train") == [json.loads(GOOD)]
+
+
 def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(GOOD)
     task = load_task("t", tmp_path / "rows.jsonl")
@@ -228,6 +241,18 @@ def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
     row["messages"].append({"role": "user", "content": "thanks"})
     with pytest.raises(DataError, match="do not end with the assistant's answer"):
         question_and_answer(row)
+
+
+def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_last_letter(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's
+    tokenizer.add_tokens(["é"])
+    tokenizer.chat_template = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>", 1)
+    turns = [("user", "1"), ("assistant", "cafe\N{COMBINING ACUTE ACCENT}"), ("user", "2"), ("assistant", "3")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+    learnt = [label for label in encoded["labels"] if label != IGNORE]
+    assert tokenizer.convert_ids_to_tokens(learnt) == list("café3")
 
 
 def test_chat_templates_that_do_not_do(llama: Path) -> None:
@@ -372,6 +397,13 @@ def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match="neither a pad token nor an end-of-sequence token"):
         BaseModel.resolve(base).load_tokenizer()
+    config["pad_token"] = "<unk>"
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    assert encode([{"text": "x", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
+    for line in (GOOD, '{"text": "x"}'):
+        with pytest.raises(BaseModelError, match=r"no end-of-sequence token .*eos_token"):
+            encode([json.loads(line)], tokenizer, CAUSAL_LM, [], 64)
 
 
 def test_labels_outside_the_training_labels(bert: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -325,9 +329,51 @@ def test_what_the_base_cannot_do_is_refused(llama: Path, bert: Path, sums: Path,
             fit(str(bert), CalibrationSettings(rank=8, **calibration), parity, tmp_path / "a", FitSettings(**settings))
 
 
+def test_checkpointing_that_the_base_lacks_is_refused(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    with pytest.raises(SettingsError, match="LlamaForCausalLM has no gradient checkpointing"):
+        fit(str(llama), basis, sums, tmp_path / "a", settings, network=network)
+
+
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
         fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in with what transformers' callback calls."""
+    lib = tmp_path / "modules" / "wandb" / "sdk" / "lib"
+    lib.mkdir(parents=True)
+    (lib / "config_util.py").write_text("class ConfigError(Exception): pass\n")
+    (lib.parents[1] / "__init__.py").write_text(
+        "from unittest.mock import MagicMock\n"
+        "run, config, log, names = None, MagicMock(), MagicMock(), []\n"
+        "def init(name, **_):\n    global run\n    run = MagicMock()\n    names.append(name)\n"
+        "def finish():\n    global run\n    run = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    yield importlib.import_module("wandb")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+
+
+def test_every_run_is_a_run_of_its_own_in_wandb(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, wandb: Any
+) -> None:
+    rates = replace(SETTINGS, max_steps=1, report_to="wandb", learning_rate=(1e-3, 1e-2))
+    for name, task in tasks.items():
+        fit(str(llama), basis, task, tmp_path / name, rates)
+    assert wandb.names == ["plus", "plus", "minus", "minus"]
+    assert wandb.run is None
+    wandb.init("the caller's")
+    fit(str(llama), basis, tasks["plus"], tmp_path / "again", rates)
+    assert wandb.names[4:] == ["the caller's"]
+    assert wandb.run is not None
 
 
 def test_a_base_with_peft_layers_is_refused(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .verb import Run, human_bytes
+from .verb import Run, base_elsewhere, human_bytes
 
 if TYPE_CHECKING:
     from lorasb_export.data import TaskData
@@ -42,20 +42,21 @@ def run(
 
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
+    base = base_elsewhere(run, model, folders[0])
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if verify and format != "peft" and (precision != "fp32" or data is not None):
         options["data"] = _tasks(run, folders, data)
     if into is None:
         target, verb = out or format, f"Exported {format} to"
         options |= {"precision": precision, "routed": routed}
-        result = export(folders, target, format=format, base=model, **options)
+        result = export(folders, target, format=format, base=base, **options)
     elif out is not None or routed:
         raise typer.BadParameter("--into goes without --out and --routed")
     else:
         from lorasb_export.export.onnx_adapters import add_onnx_adapters
 
         target, verb = into, "Added to"
-        result = add_onnx_adapters(folders, into, base=model, **options)
+        result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
     run.result(result, "\n".join(lines))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Run
+from .verb import Run, base_elsewhere
 
 
 def run(
@@ -35,7 +35,8 @@ def run(
         return
     names = adapters.split(",") if adapters is not None else ([] if model else run.project.adapter_names())
     folders = {name.strip(): run.project.find_adapter(name.strip()) for name in names}
-    base = model or (None if folders else run.project.require_model())
+    first = next(iter(folders.values()), None)
+    base = base_elsewhere(run, model, first) if first else model or run.project.require_model()
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Dtype, Run
+from .verb import Dtype, Run, base_elsewhere
 
 
 def run(
@@ -52,8 +52,9 @@ def run(
         if source is None:
             raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
         task = load_task(name, source)
+        base_model = base_elsewhere(run, model, folder)
         result = evaluate(
-            loaded, task, base=model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
+            loaded, task, base=base_model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
         )
         whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
         if whole and loaded.folder is not None and loaded.hub_source is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .verb import Run, human_bytes
+from .verb import Run, base_elsewhere, human_bytes
 
 if TYPE_CHECKING:
     from lorasb_export.data import TaskData
@@ -47,6 +47,7 @@ def run(
         raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
+    base = base_elsewhere(run, model, folders[0])
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if into is None:
         from lorasb_export.export import export  # only now: it brings torch
@@ -56,14 +57,14 @@ def run(
         if verify and format != "peft" and (precision != "fp32" or data is not None):
             options["data"] = _tasks(run, folders, data)
         options |= {"precision": precision, "routed": routed}
-        result = export(folders, target, format=format, base=model, **options)
+        result = export(folders, target, format=format, base=base, **options)
     else:
         from lorasb_export.export.onnx_adapters import add_onnx_adapters, exported_record
 
         target, verb = into, "Added to"
         if verify and (exported_record(Path(into))["precision"] != "fp32" or data is not None):
             options["data"] = _tasks(run, folders, data)
-        result = add_onnx_adapters(folders, into, base=model, **options)
+        result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
     run.result(result, "\n".join(lines))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Dtype, Run
+from .verb import Dtype, Run, base_elsewhere
 
 
 def run(
@@ -34,9 +34,10 @@ def run(
     if chosen is None:
         chosen = [] if model else run.project.adapter_names()
     folders = {name: run.project.find_adapter(name) for name in chosen}
+    first = next(iter(folders.values()), None)
+    base = base_elsewhere(run, model, first) if first else model or run.project.require_model()
     from lorasb_export.inference import side_by_side  # only now: it brings torch
 
-    base = model or (None if folders else run.project.require_model())
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run, human_bytes
+from .verb import Dtype, Run, base_elsewhere, human_bytes
 
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 
@@ -35,12 +35,13 @@ def run(
 ) -> None:
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
     chosen = _adapters(run, adapters or [])
+    first = chosen if isinstance(chosen, str) else next(iter(chosen))
     from lorasb_export.merge import merge  # only now: it brings torch
 
     result = merge(
         chosen,
         out,
-        base=model,
+        base=base_elsewhere(run, model, first),
         dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,
@@ -51,11 +52,11 @@ def run(
     run.result(result, _plan(result) if dry_run else _done(result))
 
 
-def _adapters(run: Run, words: list[str]) -> Any:
+def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:
     """One adapter as it is named, or {folder or Hub id: weight}."""
     if len(words) < 2 and not any(map(_weight, words)):
         return run.project.find_adapter(words[0] if words else None)
-    weights: dict[str, float] = {}
+    weights: dict[str | Path, float] = {}
     for name, weight in map(_parse, words):
         found = run.project.find_adapter(name)
         if Path(found).resolve() in {Path(other).resolve() for other in weights}:  # one folder has many names

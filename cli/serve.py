@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Run, human_bytes
+from .verb import Run, base_elsewhere, human_bytes
 
 
 def run(
@@ -50,7 +50,8 @@ def run(
         words = project.adapter_names() if adapters_dir is None else _names_in(folder)
     alone = adapters is None and adapters_dir is None and model is not None
     named = {} if alone else resolve_adapters(words, folder)
-    options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype}
+    base = base_elsewhere(run, model, next(iter(named.values()))) if named else model
+    options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
     options |= {"updates_from": folder if allow_updates else None, "api_key_file": api_key_file}
 
     def ready(server: dict[str, Any]) -> None:

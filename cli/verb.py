@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorasb_export.project import Project
 
 JSON_HELP = "Print one JSON object on stdout, last."
@@ -162,6 +164,26 @@ def _calm_libraries(run: Run) -> None:
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | None:
+    """Where to look for the base of `adapter`, a folder or Hub id: `model` if given; None is where the adapter says.
+
+    If none is there, it is the project's, which is compared with the adapter's fingerprint as any other.
+    """
+    from lorasb_export.adapter import Adapter
+    from lorasb_export.errors import ArtifactError, BaseModelError
+
+    project = run.project
+    if model is not None or project.model is None:
+        return model
+    try:
+        Adapter.load(adapter).base.resolve()
+    except ArtifactError:  # the verb says so, and whatever else is wrong
+        return None
+    except BaseModelError:
+        return f"{project.model}@{project.revision}" if project.revision else project.require_model()
+    return None
 
 
 def parse_pairs(words: list[str] | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import environment
 from .errors import BaseModelError, LoraSBError, SettingsError
-from .fetch import snapshot
+from .fetch import parse_hub_id, snapshot
 from .network import amend, refuse_made_up
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
@@ -43,10 +43,14 @@ class BaseRef:
     def resolve(self, elsewhere: str | Path | None = None) -> BaseModel:
         """The base this names, or the one at `elsewhere` in its place; not yet compared with the fingerprint.
 
-        Raises: see `BaseModel.resolve`.
+        Raises:
+            BaseModelError: the folder it names is gone; else see `BaseModel.resolve`.
         """
         if elsewhere is not None:
             return BaseModel.resolve(elsewhere)
+        if parse_hub_id(self.name_or_path) is None and not Path(self.name_or_path).exists():
+            fix = "Put it back, or say with --model where it is now"
+            raise BaseModelError("the base model that this was made for is not there", where=self.name_or_path, fix=fix)
         return BaseModel.resolve(self.name_or_path, self.revision)
 
 

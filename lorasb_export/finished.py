@@ -36,6 +36,7 @@ def differences(
         found.append("other data")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")
-    if isinstance(basis, Basis):
-        return found + (["another basis"] if basis.sha256 != adapter.basis_sha256 else [])
-    return found + adapter.load_basis().differences(asdict(basis))
+    if isinstance(basis, CalibrationSettings) and adapter.basis_source is None:  # the task's own, as is asked for
+        return found + adapter.load_basis().differences(asdict(basis))
+    same = isinstance(basis, Basis) and basis.sha256 == adapter.basis_sha256
+    return found if same else [*found, "another basis"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,24 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     shutil.copytree("adapters/b", "elsewhere/b")  # not the project's: it is of the task that it says
     done = lorasb("evaluate", "elsewhere/b", "--metric", "loss", "--json")
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
+
+
+def test_a_base_that_has_moved_is_the_projects(project: Path, llama: Path, bert: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    adapter.base = replace(adapter.base, name_or_path="/gone/llama")
+    adapter.save("adapters/a", overwrite=True)
+    for words in (
+        ("merge", "a", "--out", "model"),
+        ("export", "a", "--out", "peft"),
+        ("evaluate", "a", "--metric", "loss"),
+        ("generate", "1+1=", "--max-tokens", "2"),
+        ("serve", "--adapters", "a", "--dry-run"),
+    ):
+        done = lorasb(*words)
+        assert done.exit_code == 0, done.stderr
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(str(llama), str(bert)))  # not what it was trained on
+    assert lorasb("merge", "a", "--out", "other").exit_code == 1
+    file.write_text(file.read_text().replace(f'model = "{bert}"', ""))
+    stderr = lorasb("merge", "a", "--out", "other").stderr
+    assert "is not there (/gone/llama). Put it back, or say with --model where it is now" in stderr

@@ -144,7 +144,7 @@ def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
         ((basis, sums, one_rate), "learning_rate"),
         ((basis, sums / "train.jsonl", one_rate), "other data"),
         ((tmp_path / "other", sums, settings), "another basis"),
-        ((own, sums, settings), "rank 8, not 4"),
+        ((replace(own, rank=8), sums, settings), "another basis"),
     ):
         of_basis, data, changed = inputs
         with pytest.raises(TrainingError, match=f"trained otherwise: .*{differing}"):
@@ -152,6 +152,8 @@ def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
     assert Adapter.load(out).sha256 == done.sha256
     fit(str(llama), own, sums, out, settings, resume=True, overwrite=True)
     assert fit(str(llama), own, sums, out, settings, resume=True).rank == 4
+    with pytest.raises(TrainingError, match="rank 4, not 2"):
+        fit(str(llama), replace(own, rank=2), sums, out, settings, resume=True)
 
 
 def test_the_verb_keeps_an_adapter_of_ones_own_loop(

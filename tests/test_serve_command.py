@@ -330,7 +330,7 @@ def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> 
 
 def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingPackageError, match=r"lorasb\[cpu\]"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[cpu\]'"):
         serve({"a": folder / "a"}, port=0)
 
 

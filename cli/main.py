@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import typer
 
 from . import calibrate, evaluate, export, fit, generate, init, inspect, merge, push, quickstart, serve
-from .verb import NOTHING_WRITTEN, as_command
+from .verb import NOTHING_WRITTEN, as_command, print_error
+
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # which typer itself does not export
 
 app = typer.Typer(
     name="lorasb",
@@ -37,6 +42,11 @@ def main() -> None:
     except KeyboardInterrupt:  # before a verb began
         typer.echo(f"Interrupted. {NOTHING_WRITTEN}", err=True)
         raise SystemExit(130) from None
+    except SystemExit as end:
+        wrong = end.__context__  # usage that typer has told of on stderr
+        if "--json" in sys.argv and isinstance(wrong, _USAGE_ERROR):
+            print_error(wrong, wrong.format_message())
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,8 +63,8 @@ def run(
         assert isinstance(plan, dict)
         run.result(plan, f"{_command_line(plan)}\n# {_memory(plan['memory'])}")
         return
-    run.say("Starting vLLM; this takes a minute on a CPU")
-    code = serve(named, **options, extra=flags or [], on_ready=ready)
+    starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
+    code = serve(named, **options, extra=flags or [], on_start=starting, on_ready=ready)
     raise typer.Exit(int(code))  # type: ignore[arg-type]
 
 

@@ -67,7 +67,7 @@ def _print(text: str) -> None:
         typer.echo(text)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
-        raise typer.Exit(128 + signal.SIGPIPE) from None
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _is_main_process() -> bool:
@@ -137,9 +137,14 @@ def _fail(run: Run, error: Exception) -> None:
         error = _in_our_words(error)
     typer.echo(f"Error: {error}", err=True)
     if run.json:
-        parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
-        _print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), **parts}}))
+        print_error(error, str(error))
     raise typer.Exit(1)
+
+
+def print_error(error: BaseException, message: str) -> None:
+    """What --json prints of an error."""
+    parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
+    _print(json.dumps({"error": {"type": type(error).__name__, "message": message, **parts}}))
 
 
 def _in_our_words(error: OSError) -> Exception:

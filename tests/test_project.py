@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
+from lorasb_export.data import load_task
 from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.new_project import write_project
 from lorasb_export.project import Project
@@ -49,6 +51,16 @@ def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> 
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (script,) = re.findall('python -c "(.*)"', page)
+    monkeypatch.chdir(tmp_path)
+    exec(script)
+    for task in ("dates", "orders"):
+        assert f"--task {task}=data/{task}" in page
+        assert load_task(task, f"data/{task}").held_out() == "test"
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from pathlib import Path
+
 import pytest
-from lorasb_cli.main import app
+from lorasb_cli.main import app, main
 from typer.testing import CliRunner
 
 
@@ -20,3 +24,27 @@ def test_no_verb_is_described_by_half_a_sentence() -> None:
 def test_a_choice_that_is_none_is_wrong_usage(words: str) -> None:
     done = CliRunner().invoke(app, words.split())
     assert (done.exit_code, "is not one of" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", ["merge --dtype foo", "merge --no-such-option", "calibrate --data nameless", "merg"])
+def test_wrong_usage_with_json(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lorasb", *words.split(), "--json"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert set(error) == {"type", "message", "what", "where", "fix"}
+    assert words.split()[-1] in error["message"]
+
+
+def test_serve_says_that_it_starts_once_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapters" / "a").mkdir(parents=True)
+    (tmp_path / "adapters" / "a" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
+    assert done.stderr.startswith("Error: cannot listen")

@@ -39,6 +39,7 @@ def serve(
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
     dry_run: bool = False,
+    on_start: Callable[[], None] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> int | dict[str, Any]:
     """Serve a base model with `adapters`, or the merged model `model` alone, until interrupted.
@@ -57,6 +58,7 @@ def serve(
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
         dry_run: check everything, start nothing, return `mode`, `command`, `environment`, `models`, `memory`.
+        on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
     Returns:
@@ -75,7 +77,7 @@ def serve(
         return make_plan(_named(adapters), **options, updates_from=updates, has_key=has_key).describe()
     options |= {"updates_from": updates_from, "api_key_file": api_key_file}
     try:
-        with _sigterm_interrupts(), running_server(adapters, **options, echo=True) as server:
+        with _sigterm_interrupts(), running_server(adapters, **options, echo=True, on_start=on_start) as server:
             if on_ready is not None:
                 on_ready({"url": server.url, "models": server.models, "pid": server.pid})
             server.wait()
@@ -96,6 +98,7 @@ def running_server(
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
     echo: bool = False,
+    on_start: Callable[[], None] | None = None,
 ) -> Iterator[RunningServer]:
     """A server in the background, ready when the block starts and gone when it ends. Arguments and errors as `serve`.
 
@@ -122,6 +125,8 @@ def running_server(
         advice = "Mend that, or try --mode folded. " if may_fold else ""
         server = RunningServer(command, variables, _url(host, port), echo=echo, advice=advice)
         try:
+            if on_start is not None:
+                on_start()
             server.start()
             yield server
         finally:

@@ -94,11 +94,11 @@ def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _gradient_of_R(v: torch.Tensor, u: torch.Tensor, R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Σ over tokens of vᵀ·u, gathered by row where R is a stack."""
+    """Σ over tokens of vᵀ·u, gathered by row where R is a stack: by a product, which adds in one order everywhere."""
     if rows is None:
         return v.reshape(-1, v.shape[-1]).T @ u.reshape(-1, u.shape[-1])
-    of_rows = v.mT @ u * (rows >= 0).to(R.dtype).view(-1, 1, 1)
-    return torch.zeros(R.shape, dtype=R.dtype, device=R.device).index_add_(0, rows.clamp(min=0), of_rows)
+    chosen = rows == torch.arange(len(R), device=rows.device).view(-1, 1)  # (k, n)
+    return (chosen.to(R.dtype) @ (v.mT @ u).flatten(1)).view(R.shape)
 
 
 class LoRASBLinear(nn.Module):

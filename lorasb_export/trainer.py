@@ -205,9 +205,8 @@ class RTrainer(Trainer):
 
     def require_finite_losses(self) -> None:
         """Raise TrainingError, with the rows, when a loss since the last log was not finite."""
-        for k, step in enumerate(self._bad_step.tolist()):
-            if step < 0:
-                continue
+        bad = [(step, k) for k, step in enumerate(self._bad_step.tolist()) if step >= 0]
+        for step, k in sorted(bad):  # the first one may have spoilt the others
             run = self.runs[k]
             rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
             raise run.not_finite("the loss", f"at step {step + 1}, on training rows {_shown(rows)}")

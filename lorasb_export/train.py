@@ -158,7 +158,7 @@ class _Run:
             for out in outs:
                 refuse_own_input(out, basis.source)
         self._network, self._basis = network, basis
-        self.settings = settings.for_task(tasks[0].task_type, basis.directions)
+        self.settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank)
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
         with ExitStack() as locks:

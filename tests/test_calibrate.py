@@ -453,12 +453,12 @@ def test_a_random_basis_needs_no_data(kind: str, request: pytest.FixtureRequest,
 def test_fit_in_a_random_basis_asks_for_no_gradient(
     source: str, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It starts at the base model, with three times the rate."""
+    """It starts at the base model, with three times the rate, nine times at a rank of 4."""
     settings = CalibrationSettings(rank=4, directions="random")
     monkeypatch.setattr("lorasb_export.run_basis.capture", None)
     made = settings if source == "own" else calibrate(str(llama), {}, settings)
     adapter = fit(str(llama), made, sums, tmp_path / "a", FitSettings(max_steps=2))
-    assert adapter.training["settings"]["learning_rate"] == pytest.approx(9e-3)
+    assert adapter.training["settings"]["learning_rate"] == 8.1e-2
     assert (adapter.training["capture"], adapter.training["energy"]) == (None, {})
     assert any(R.any() for R in adapter.R.values())
     assert not any(R.any() for R in Adapter.start(adapter.load_basis()).R.values())

@@ -255,15 +255,32 @@ def test_metrics_of_the_valid_split(
     assert classified.training["valid_metrics"]["accuracy"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "task_type", "directions", "rank", "rate"),
+    [
+        ("muon", "CAUSAL_LM", "gradient", 64, 3e-3),
+        ("muon", "CAUSAL_LM", "gradient", 16, 9e-3),
+        ("muon", "CAUSAL_LM", "gradient", 256, 1e-3),
+        ("muon", "CAUSAL_LM", "random", 64, 9e-3),
+        ("muon", "SEQ_CLS", "random", 16, 9e-3),
+        ("adamw", "CAUSAL_LM", "gradient", 16, 6e-3),
+    ],
+)
+def test_the_learning_rate_fits_the_basis(
+    optimizer: str, task_type: str, directions: str, rank: int, rate: float
+) -> None:
+    assert FitSettings(optimizer=optimizer).for_task(task_type, directions, rank).learning_rate == rate
+
+
 def test_the_learning_rate_fits_the_kind_of_task(
     llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
 ) -> None:
     text, classes = (str(llama), basis, tasks["plus"]), (str(bert), CalibrationSettings(rank=4), parity)
     for number, (made, settings, rate) in enumerate(
         (
-            (text, FitSettings(max_steps=1), 3e-3),
+            (text, FitSettings(max_steps=1), 1.6e-2),
             (text, FitSettings(max_steps=1, optimizer="adamw"), 6e-3),
-            (classes, FitSettings(max_steps=1), 1e-3),
+            (classes, FitSettings(max_steps=1), 9e-3),
             (classes, FitSettings(max_steps=1, learning_rate=2e-3), 2e-3),
         )
     ):

@@ -70,14 +70,19 @@ def test_an_interrupted_search_goes_on_with_the_rate_it_was_at(
     assert taken == {RATES[0]: 6, RATES[1]: 4 + 2 + 3}  # from the checkpoint of step 3
 
 
-def test_a_classifiers_head_starts_anew_at_every_rate(bert: Path, parity: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rates", [(1e-3, 2e-2), (2e-2, 1e-3)])
+def test_a_classifier_has_the_head_of_its_rate(
+    bert: Path, parity: Path, tmp_path: Path, rates: tuple[float, float]
+) -> None:
+    """Every run trains the model's one head, from where the first began."""
     folder = tmp_path / "parity"
     folder.mkdir()
     for split in ("train", "valid"):
         (folder / f"{split}.jsonl").write_text((parity / "train.jsonl").read_text())
     own = CalibrationSettings(rank=4)
-    best = fit(str(bert), own, folder, tmp_path / "a", at(1e-3, 2e-2))
+    best = fit(str(bert), own, folder, tmp_path / "a", at(*rates))
     assert best.training["settings"]["learning_rate"] == 2e-2
+    assert Adapter.load(tmp_path / "a").sha256 == best.sha256
     assert best.sha256 == fit(str(bert), own, folder, tmp_path / "b", at(2e-2)).sha256
 
 

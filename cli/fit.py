@@ -143,10 +143,10 @@ def _rates(words: str) -> float | tuple[float, ...]:
     return (first, *more) if more else first
 
 
-def _compared(values: Mapping[str, float], settings: Mapping[str, Any]) -> str:
+def _compared(values: Mapping[str, float | None], settings: Mapping[str, Any]) -> str:
     """What came of each learning rate, and whether the best may lie beyond those that were tried."""
-    kept, rates = settings["learning_rate"], sorted(map(float, values))
-    told = ", ".join(f"{rate:g} {values[str(rate)]:.4f}" for rate in rates)
-    ends = {rates[0]: "a lower", rates[-1]: "a higher"}
+    kept, found = settings["learning_rate"], sorted((float(rate), value) for rate, value in values.items())
+    told = ", ".join(f"{rate:g} " + ("not finite" if value is None else f"{value:.4f}") for rate, value in found)
+    ends = {found[0][0]: "a lower", found[-1][0]: "a higher"}
     beyond = f"; {ends[kept]} one may do better" if kept in ends else ""
     return f"{settings['metric']} by learning rate: {told}. {kept:g} is kept{beyond}"

@@ -87,7 +87,7 @@ class TrainingRuns:
         """
         rates = self.settings.rates
         best: list[Outcome] = []
-        values: list[dict[str, float | None]] = [{} for _ in self.tasks]
+        values: list[dict[str, float | None]] = [dict.fromkeys(map(str, rates)) for _ in self.tasks]
         for rate in rates:
             try:
                 found = self._at_rate(rate)

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import distributed, environment
+from .bars import no_bar
 from .errors import Terminated
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -84,7 +85,7 @@ class Progress(TrainerCallback):
         self.losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=None)
+        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=no_bar())
         self.spoke = time.monotonic()
         self.began = self.spoke, state.global_step
 

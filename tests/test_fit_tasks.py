@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import Basis, calibrate
+from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.fit_tasks import fit_tasks
 from lorasb_export.project import Project
@@ -110,3 +111,32 @@ def test_a_long_verb_says_how_far_it_is(
     log.clear()
     CliRunner().invoke(app, ["fit", "--overwrite", "--quiet"], catch_exceptions=False)
     assert not log.messages
+
+
+def test_the_first_process_alone_warns(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 1\nmax_length = 9\n")
+    monkeypatch.chdir(tmp_path / "p")
+    CliRunner().invoke(app, ["fit"], catch_exceptions=False)
+    assert "cut at 9 tokens" in log.text
+    log.clear()
+    monkeypatch.setenv("RANK", "1")
+    CliRunner().invoke(app, ["fit", "--overwrite"], catch_exceptions=False)
+    assert not log.messages
+
+
+@pytest.mark.parametrize("off", ["", "1"])
+def test_bars_are_turned_off_on_a_terminal_too(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: str
+) -> None:
+    """By TQDM_DISABLE, which --quiet sets."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", stderr := Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", off)
+    fit(str(llama), CalibrationSettings(rank=4), sums, tmp_path / "a", SETTINGS)
+    assert [bar in stderr.getvalue() for bar in ("gradients", "SVD", "fit a", "score")] == [not off] * 4

@@ -123,9 +123,10 @@ def run(
             lines.append(f"{name}: left as it is, for it does not say how it was trained, {adapter.folder}")
             continue
         split = "train" if summary["valid_loss"] is None else "valid"
-        left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
+        rows, left_out = adapter.training["rows"], adapter.training["rows_left_out"]
+        of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
         lines.append(
-            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{left_out}, {adapter.folder}"
+            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
         )
         if summary["learning_rates"]:
             lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import shutil
@@ -111,6 +112,17 @@ def test_a_long_verb_says_how_far_it_is(
     log.clear()
     CliRunner().invoke(app, ["fit", "--overwrite", "--quiet"], catch_exceptions=False)
     assert not log.messages
+
+
+def test_the_result_counts_rows_left_out(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why, a warning says: not all of them are too long."""
+    project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 1\n")
+    monkeypatch.chdir(tmp_path / "p")
+    with (tmp_path / "p" / "data" / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "1" * 600, "completion": "2"}) + "\n")
+    assert ", 1 of 65 rows left out, " in CliRunner().invoke(app, ["fit"], catch_exceptions=False).stdout
 
 
 def test_the_first_process_alone_warns(

@@ -114,6 +114,16 @@ def test_a_long_verb_says_how_far_it_is(
     assert not log.messages
 
 
+def test_together_a_line_names_the_task_of_its_valid_loss(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[fit]\nmax_steps = 1\n[tasks.b]\ndata = "data"\n')
+    monkeypatch.chdir(tmp_path / "p")
+    CliRunner().invoke(app, ["fit", "--together"], catch_exceptions=False)
+    pattern = r"2 tasks: step 1 of 1, valid loss \d\.\d+ of (\w), about 0 s left"
+    assert [re.fullmatch(pattern, line)[1] for line in log.messages[-2:]] == ["a", "b"]  # type: ignore[index]
+
+
 def test_the_result_counts_rows_left_out(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,9 +123,10 @@ def run(
             lines.append(f"{name}: left as it is, for it does not say how it was trained, {adapter.folder}")
             continue
         split = "train" if summary["valid_loss"] is None else "valid"
-        left_out = f", {summary['rows_left_out']} rows left out as too long" if summary["rows_left_out"] else ""
+        rows, left_out = adapter.training["rows"], adapter.training["rows_left_out"]
+        of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
         lines.append(
-            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{left_out}, {adapter.folder}"
+            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
         )
         if summary["learning_rates"]:
             lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")
@@ -143,10 +144,10 @@ def _rates(words: str) -> float | tuple[float, ...]:
     return (first, *more) if more else first
 
 
-def _compared(values: Mapping[str, float], settings: Mapping[str, Any]) -> str:
+def _compared(values: Mapping[str, float | None], settings: Mapping[str, Any]) -> str:
     """What came of each learning rate, and whether the best may lie beyond those that were tried."""
-    kept, rates = settings["learning_rate"], sorted(map(float, values))
-    told = ", ".join(f"{rate:g} {values[str(rate)]:.4f}" for rate in rates)
-    ends = {rates[0]: "a lower", rates[-1]: "a higher"}
+    kept, found = settings["learning_rate"], sorted((float(rate), value) for rate, value in values.items())
+    told = ", ".join(f"{rate:g} " + ("not finite" if value is None else f"{value:.4f}") for rate, value in found)
+    ends = {found[0][0]: "a lower", found[-1][0]: "a higher"}
     beyond = f"; {ends[kept]} one may do better" if kept in ends else ""
     return f"{settings['metric']} by learning rate: {told}. {kept:g} is kept{beyond}"

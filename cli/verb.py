@@ -156,14 +156,15 @@ def _in_our_words(error: OSError) -> Exception:
 
 def _calm_libraries(run: Run) -> None:
     """Progress bars on a terminal, lines elsewhere; the libraries' own warnings only when asked for."""
-    if run.quiet or not sys.stderr.isatty() or not _is_main_process():
+    hushed = run.quiet or not _is_main_process()
+    if hushed or not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
     # too that makes two threads slower than one; on idle cores this much shorter spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    if run.quiet:
+    if hushed:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
-    elif not sys.stderr.isatty() and _is_main_process():
+    elif not sys.stderr.isatty():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("lorasb_export").setLevel(logging.INFO)
     if not run.verbose:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from .bars import no_bar
 from .base import CAUSAL_LM, SEQ_CLS, BaseModel
 from .basis import Basis
 from .capture import capture_of_rows, record
@@ -203,7 +204,7 @@ def _decompose(
                 fix="Calibrate on more rows, or leave it out with --targets",
             )
     modules, energy, ratios = {}, {}, CaptureRatios()
-    for name in tqdm(sorted(sums), desc="SVD", disable=None):
+    for name in tqdm(sorted(sums), desc="SVD", disable=no_bar()):
         gradient = sums.pop(name).to(device)
         step = -settings.eta * reduced(gradient, settings.reduction)
         U, S, Vh = truncated_svd(step, settings.rank, settings.seed)

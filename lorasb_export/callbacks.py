@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import distributed, environment
+from .bars import no_bar
 from .errors import Terminated
 
 environment.hide_broken_packages()  # before transformers looks for them
@@ -20,7 +21,6 @@ from transformers import Trainer, TrainerCallback  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-_NAMES = {"loss": "train loss", "eval_loss": "valid loss"}
 _SILENCE = 30  # seconds
 
 
@@ -84,7 +84,7 @@ class Progress(TrainerCallback):
         self.losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=None)
+        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=no_bar())
         self.spoke = time.monotonic()
         self.began = self.spoke, state.global_step
 
@@ -92,15 +92,17 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        found = {
-            key: [v for k, v in (logs or {}).items() if k.rpartition("/")[2] == key] for key in ("loss", "eval_loss")
-        }
-        shown = {_NAMES[key]: f"{sum(values) / len(values):.4f}" for key, values in found.items() if values}
-        if not shown:
-            return
-        self.losses |= shown
+        losses, evaluated = [], False
+        for key, value in (logs or {}).items():
+            task, kind = key.rpartition("/")[::2]
+            if kind == "loss":
+                losses.append(value)
+            elif kind == "eval_loss":
+                evaluated, self.losses["valid loss"] = True, f"{value:.4f} of {task}" if task else f"{value:.4f}"
+        if losses:
+            self.losses["train loss"] = f"{sum(losses) / len(losses):.4f}"
         self.bar.set_postfix(self.losses)
-        if found["eval_loss"] or time.monotonic() - self.spoke > _SILENCE:
+        if evaluated or (losses and time.monotonic() - self.spoke > _SILENCE):
             self._say(state.global_step, state.max_steps)
 
     def _say(self, step: int, steps: int) -> None:

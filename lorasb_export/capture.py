@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from .bars import no_bar
 from .base import BaseModel
 from .basis import Basis
 from .batches import Encoded
@@ -57,7 +58,7 @@ def capture_of_rows(
     """What `capture` returns, of the gradient over `rows` in the factors `modules` of a basis."""
     sums = gradients_of_rows(network, {name: network.get_submodule(name) for name in modules}, rows, pad_id, settings)
     ratios = CaptureRatios()
-    for name in tqdm(sorted(sums), desc="capture", disable=None):
+    for name in tqdm(sorted(sums), desc="capture", disable=no_bar()):
         g = sums.pop(name).to(svd_device(network.device))
         U, _, Vh = truncated_svd(reduced(g, settings.reduction), settings.rank, settings.seed)
         ratios.add(name, g, basis=(modules[name].B, modules[name].A), own=(U, Vh))

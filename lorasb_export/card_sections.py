@@ -176,7 +176,8 @@ def _by_rate(training: Mapping[str, Any]) -> str:
     values = training.get("learning_rates")
     if not values:
         return ""
-    told = ", ".join(f"{float(value):.4g} at {rate}" for rate, value in values.items())
+    found = {rate: "not finite" if value is None else f"{float(value):.4g}" for rate, value in values.items()}
+    told = ", ".join(f"{value} at {rate}" for rate, value in found.items())
     return f"\nTrained at each of these learning rates: `{training['settings']['metric']}` {told}.\n"
 
 

@@ -93,7 +93,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
             or wrong field, a row of another kind than the first, a label that no training row has.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
         raise DataError("CSV is not read", where=path, fix=fix)
     if path.is_file():

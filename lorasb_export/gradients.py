@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import environment
+from .bars import no_bar
 from .batches import Encoded, collate, encode, row_losses
 from .data import TaskData
 from .distributed import rank, world
@@ -63,7 +64,7 @@ def gradients_of_rows(
     return gradient_sums(
         network,
         targets,
-        tqdm(batches, desc="gradients", disable=None),
+        tqdm(batches, desc="gradients", disable=no_bar()),
         loss=settings.loss,
         gradient_checkpointing=settings.gradient_checkpointing,
     )

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .adapter import Adapter
+from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .batches import encode, prompt_ids
 from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
@@ -51,7 +52,7 @@ def generate_ids(
     greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=pad_id)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=None, leave=False):
+    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
         rows = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])

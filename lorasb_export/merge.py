@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import card, combine, retained
 from .adapter import Adapter, published_training
+from .bars import no_bar
 from .base import SEQ_CLS
 from .errors import SettingsError
 from .merge_folder import MergeFolder, resumable_folder
@@ -100,7 +101,7 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
     reused = 0
     marks: list[Future[None]] = []
     with (
-        tqdm(total=plan.nbytes, desc="merge", unit="B", unit_scale=True, disable=None) as bar,
+        tqdm(total=plan.nbytes, desc="merge", unit="B", unit_scale=True, disable=no_bar()) as bar,
         ThreadPoolExecutor(1) as marking,  # a shard goes to the disk while the next one is computed
         worker_threads() as pool,
     ):

@@ -223,8 +223,6 @@ class _Run:
                     adapter.write_into(folder, out)
                     write_record(folder, outcome.run, outcome.entries, made)
             adapter.folder = out
-            adapter.R = {name: R.detach() for name, R in adapter.R.items()}  # lets go of the model
-            adapter.head = {name: parameter.detach() for name, parameter in adapter.head.items()}
         distributed.wait()
         if distributed.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place

@@ -87,7 +87,7 @@ class TrainingRuns:
         """
         rates = self.settings.rates
         best: list[Outcome] = []
-        values: list[dict[str, float | None]] = [{} for _ in self.tasks]
+        values: list[dict[str, float | None]] = [dict.fromkeys(map(str, rates)) for _ in self.tasks]
         for rate in rates:
             try:
                 found = self._at_rate(rate)
@@ -144,6 +144,9 @@ class TrainingRuns:
             best = trainer.restore_best(k) if settings.keep == "best" else None
             run.require_finite_tensors()
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
+            adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
+            adapter.R = {name: R.detach() for name, R in adapter.R.items()}
+            adapter.head = {name: parameter.detach().clone() for name, parameter in adapter.head.items()}
             outcomes.append(Outcome(run, training, entries, identity, history.kept()))
         return outcomes
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from . import distributed
+from .bars import no_bar
 from .batches import Encoded, collate, row_losses
 from .metrics import accuracy, exact_match, mcc, pearson
 
@@ -27,7 +28,7 @@ def row_scores(
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found: dict[int, tuple[float, int, float]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=None, leave=False):
+    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
         places = order[start : start + batch_size]
         batch = collate([encoded[i] for i in places], pad_id)
         labels = batch.pop("labels").to(network.device)

@@ -98,6 +98,8 @@ def test_csv_is_not_read_and_how_to_convert_it(tmp_path: Path, monkeypatch: pyte
     Path("mine.csv").write_text('question,answer\n"1+1=",2\n')
     with pytest.raises(DataError, match=r"CSV is not read \(mine\.csv\)\. .*docs/how-to/train\.md"):
         load_task("t", "mine.csv")
+    with pytest.raises(DataError, match="CSV is not read"):
+        load_task("t", "MINE.CSV")
     page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
     Path("data/mine").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import re
 import shutil
@@ -14,7 +16,7 @@ import torch
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import Basis, calibrate
+from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.fit_tasks import fit_tasks
 from lorasb_export.project import Project
@@ -110,3 +112,53 @@ def test_a_long_verb_says_how_far_it_is(
     log.clear()
     CliRunner().invoke(app, ["fit", "--overwrite", "--quiet"], catch_exceptions=False)
     assert not log.messages
+
+
+def test_together_a_line_names_the_task_of_its_valid_loss(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[fit]\nmax_steps = 1\n[tasks.b]\ndata = "data"\n')
+    monkeypatch.chdir(tmp_path / "p")
+    CliRunner().invoke(app, ["fit", "--together"], catch_exceptions=False)
+    pattern = r"2 tasks: step 1 of 1, valid loss \d\.\d+ of (\w), about 0 s left"
+    assert [re.fullmatch(pattern, line)[1] for line in log.messages[-2:]] == ["a", "b"]  # type: ignore[index]
+
+
+def test_the_result_counts_rows_left_out(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why, a warning says: not all of them are too long."""
+    project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 1\n")
+    monkeypatch.chdir(tmp_path / "p")
+    with (tmp_path / "p" / "data" / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "1" * 600, "completion": "2"}) + "\n")
+    assert ", 1 of 65 rows left out, " in CliRunner().invoke(app, ["fit"], catch_exceptions=False).stdout
+
+
+def test_the_first_process_alone_warns(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 1\nmax_length = 9\n")
+    monkeypatch.chdir(tmp_path / "p")
+    CliRunner().invoke(app, ["fit"], catch_exceptions=False)
+    assert "cut at 9 tokens" in log.text
+    log.clear()
+    monkeypatch.setenv("RANK", "1")
+    CliRunner().invoke(app, ["fit", "--overwrite"], catch_exceptions=False)
+    assert not log.messages
+
+
+@pytest.mark.parametrize("off", ["", "1"])
+def test_bars_are_turned_off_on_a_terminal_too(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: str
+) -> None:
+    """By TQDM_DISABLE, which --quiet sets."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", stderr := Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", off)
+    fit(str(llama), CalibrationSettings(rank=4), sums, tmp_path / "a", SETTINGS)
+    assert [bar in stderr.getvalue() for bar in ("gradients", "SVD", "fit a", "score")] == [not off] * 4

@@ -70,14 +70,19 @@ def test_an_interrupted_search_goes_on_with_the_rate_it_was_at(
     assert taken == {RATES[0]: 6, RATES[1]: 4 + 2 + 3}  # from the checkpoint of step 3
 
 
-def test_a_classifiers_head_starts_anew_at_every_rate(bert: Path, parity: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rates", [(1e-3, 2e-2), (2e-2, 1e-3)])
+def test_a_classifier_has_the_head_of_its_rate(
+    bert: Path, parity: Path, tmp_path: Path, rates: tuple[float, float]
+) -> None:
+    """Every run trains the model's one head, from where the first began."""
     folder = tmp_path / "parity"
     folder.mkdir()
     for split in ("train", "valid"):
         (folder / f"{split}.jsonl").write_text((parity / "train.jsonl").read_text())
     own = CalibrationSettings(rank=4)
-    best = fit(str(bert), own, folder, tmp_path / "a", at(1e-3, 2e-2))
+    best = fit(str(bert), own, folder, tmp_path / "a", at(*rates))
     assert best.training["settings"]["learning_rate"] == 2e-2
+    assert Adapter.load(tmp_path / "a").sha256 == best.sha256
     assert best.sha256 == fit(str(bert), own, folder, tmp_path / "b", at(2e-2)).sha256
 
 
@@ -98,7 +103,8 @@ def test_a_rate_that_diverges_is_left_out(
 ) -> None:
     wild = replace(SETTINGS, max_grad_norm=1e30, evaluate_every=6)
     found = fit(str(llama), basis, sums, tmp_path / "a", replace(wild, learning_rate=(1e-2, 1e30)))
-    assert list(found.training["learning_rates"]) == ["0.01"]
+    assert found.training["learning_rates"]["1e+30"] is None
+    assert "not finite at 1e+30" in (tmp_path / "a" / "README.md").read_text()
     assert "Learning rate 1e+30 left out: the loss of a is not finite" in caplog.text
     with pytest.raises(TrainingError, match="the loss of b is not finite"):
         fit(str(llama), basis, sums, tmp_path / "b", replace(wild, learning_rate=(1e29, 1e30)))
@@ -110,7 +116,7 @@ def test_what_the_last_step_makes_is_looked_at_too(llama: Path, sums: Path, basi
     with pytest.raises(TrainingError, match="the valid loss of a is not finite after step 1"):
         fit(str(llama), basis, sums, tmp_path / "a", replace(one_step, learning_rate=1e25))
     found = fit(str(llama), basis, sums, tmp_path / "b", replace(one_step, learning_rate=(1e-2, 1e25)))
-    assert list(found.training["learning_rates"]) == ["0.01"]
+    assert found.training["learning_rates"]["1e+25"] is None
     with pytest.raises(TrainingError, match="R of c is not finite at the end"):
         fit(str(llama), basis, sums / "train.jsonl", tmp_path / "c", replace(one_step, learning_rate=3e38))
     assert not (tmp_path / "a").exists()
@@ -132,14 +138,16 @@ def test_the_verb_and_the_project_file_take_several(
     llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    section = "[fit]\nmax_steps = 2\nlearning_rate = [1e-3, 3e-3]\n"
+    section = "[fit]\nmax_steps = 2\nmax_grad_norm = 1e30\nlearning_rate = [1e-3, 1]\n"
     (tmp_path / "lorasb.toml").write_text(
         f'model = "{llama}"\n[basis]\npath = "{basis}"\n{section}[tasks.a]\ndata = "{sums}"\n'
     )
     done = CliRunner().invoke(app, ["fit"])
     assert "a: 2 steps, valid loss " in done.stdout
     assert "loss by learning rate: 0.001 " in done.stdout
-    assert "0.003 is kept; a higher one may do better" in done.stdout
+    assert "1 is kept; a higher one may do better" in done.stdout
+    done = CliRunner().invoke(app, ["fit", "--lr", "1e-4,1e-2,1e30", "--overwrite"])
+    assert "1e+30 not finite. 0.01 is kept\n" in done.stdout
     done = CliRunner().invoke(app, ["fit", "--lr", "1e-4,2e-4,3e-4", "--overwrite"])
     assert list(Adapter.load("adapters/a").training["learning_rates"]) == ["0.0001", "0.0002", "0.0003"]
     assert "'much' is no rate" in CliRunner().invoke(app, ["fit", "--lr", "much"]).stderr

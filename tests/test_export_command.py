@@ -37,3 +37,8 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
         assert set(calls[-1].get("data", {})) == tested
     done = CliRunner().invoke(app, [*command, "--precision", "int4"])
     assert (done.exit_code, len(calls)) == (2, 2)
+
+
+def test_a_precision_is_of_an_onnx_graph() -> None:
+    done = CliRunner().invoke(app, ["export", "a", "--precision", "int4"])
+    assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)

@@ -21,6 +21,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
+from lorasb_export.export.onnx_record import write_record
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder, will_pass
 from lorasb_export.format import ModuleBasis, sealed
 from lorasb_export.inspection import inspect_folder
@@ -28,7 +29,7 @@ from lorasb_export.outgoing import SUMS
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
 from lorasb_export.push_project import push_project
-from lorasb_export.storage import write_json
+from lorasb_export.storage import read_json, write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 
@@ -236,6 +237,14 @@ def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_pa
     (merged / "model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(ArtifactError, match="truncated"):
         inspect_folder(merged)
+
+
+def test_inspect_of_an_onnx_folder_whose_record_was_edited(tmp_path: Path) -> None:
+    write_record(tmp_path, {"kind": "onnx", "precision": "fp32"})
+    assert inspect_folder(tmp_path)["precision"] == "fp32"
+    write_json(tmp_path / "lorasb.json", read_json(tmp_path / "lorasb.json") | {"precision": "int4"})
+    with pytest.raises(ArtifactError, match="the config is not as it was written"):
+        inspect_folder(tmp_path)
 
 
 def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from lorasb_cli.main import app
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from lorasb_export import outgoing, push
 from lorasb_export.adapter import Adapter
@@ -122,6 +124,10 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     plan = push(adapter, "me/a", with_basis=True, dry_run=True)
     assert sorted(plan["skipped"]) == sorted(unwanted)
     assert "LICENSE" in [file["path"] for file in plan["files"]]
+    said = CliRunner().invoke(app, ["push", str(adapter), "--repo", "me/a", "--with-basis", "--dry-run"]).stdout
+    skipped = [line for line in said.splitlines() if line.startswith("  skipped")]
+    assert (len(skipped), skipped[-1]) == (11, "  skipped  2 more")  # the hidden ones
+    assert not any("/." in line or " ." in line for line in skipped)
 
 
 @pytest.mark.parametrize(

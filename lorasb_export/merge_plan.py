@@ -226,9 +226,10 @@ def parse_size(size: str | int) -> int:
         return size
     text = size.strip().upper()
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("", 1)):
-        if text.endswith(unit) and text[: len(text) - len(unit)].strip().isdecimal():
-            return int(text[: len(text) - len(unit)]) * factor
-    raise SettingsError(f"size {size!r} is not a number with KB, MB or GB", fix="For instance 5GB")
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.isascii() and number.isdecimal():
+            return int(number) * factor
+    raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
 
 
 def _load(adapter: str | Path | Adapter | Weights) -> tuple[Adapter, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -210,14 +209,6 @@ def plan_merge(
     plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
-
-
-def free_bytes(out: Path) -> int:
-    """Free on the disk that `out` will lie on."""
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
 
 
 def parse_size(size: str | int) -> int:

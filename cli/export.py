@@ -45,9 +45,12 @@ def run(
     """Write adapters in another format."""
     if into is not None and (out is not None or routed or precision is not None):
         raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
+    to_peft = into is None and format == "peft"
+    if to_peft and precision is not None:
+        raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
-    base = base_elsewhere(run, model, folders[0])
+    base = model if to_peft else base_elsewhere(run, model, folders[0])  # a LoRA is written without its base
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if into is None:
         from lorasb_export.export import export  # only now: it brings torch

@@ -23,7 +23,7 @@ def run(
     dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
-    chosen = [name.strip() for name in adapters.split(",")] if adapters is not None else None
+    chosen = None if adapters is None else [name for word in adapters.split(",") if (name := word.strip())]
     if onnx is not None:
         from pathlib import Path
 

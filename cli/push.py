@@ -9,6 +9,7 @@ import typer
 from .verb import Run, human_bytes
 
 INTERRUPTED = "What was not finished is not published; the same command again sends what is missing."
+_SHOWN = 10  # of the files that are skipped; --json lists all
 
 
 def run(
@@ -72,7 +73,10 @@ def _done(result: dict[str, Any]) -> str:
 
 
 def _skipped(result: dict[str, Any]) -> list[str]:
-    return [f"  skipped  {path}" for path in result["skipped"]]
+    """A line for each of the first few; hidden files come last, for a clone has hundreds under `.git`."""
+    paths = sorted(result["skipped"], key=lambda path: path.startswith("."))
+    more = [f"  skipped  {len(paths) - _SHOWN} more"] if len(paths) > _SHOWN else []
+    return [f"  skipped  {path}" for path in paths[:_SHOWN]] + more
 
 
 def _plan(plan: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -175,7 +176,8 @@ def _calm_libraries(run: Run) -> None:
 def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | None:
     """Where to look for the base of `adapter`, a folder or Hub id: `model` if given; None is where the adapter says.
 
-    If none is there, it is the project's, which is compared with the adapter's fingerprint as any other.
+    If none is there, it is the project's, which is compared with the adapter's fingerprint as any other. Where that
+    is not there either the verb says so of the one that the adapter names.
     """
     from lorasb_export.adapter import Adapter
     from lorasb_export.errors import ArtifactError, BaseModelError
@@ -183,12 +185,13 @@ def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | No
     project = run.project
     if model is not None or project.model is None:
         return model
-    try:
-        Adapter.load(adapter).base.resolve()
-    except ArtifactError:  # the verb says so, and whatever else is wrong
-        return None
-    except BaseModelError:
-        return f"{project.model}@{project.revision}" if project.revision else project.require_model()
+    elsewhere = f"{project.model}@{project.revision}" if project.revision else project.require_model()
+    with suppress(ArtifactError):  # the verb says so, and whatever else is wrong
+        base = Adapter.load(adapter).base
+        for place in (None, elsewhere):
+            with suppress(BaseModelError):
+                base.resolve(place)
+                return place
     return None
 
 

@@ -14,6 +14,7 @@ from .base import BaseModel
 from .basis import Basis
 from .data import load_task
 from .errors import LoraSBError, SettingsError
+from .export.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
@@ -65,7 +66,8 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
         found["tensors"] = len(read_header(folder / "adapter_model.safetensors")[0])
     if kind == "peft" and not (folder / "lorasb.json").is_file():
         return found | _stock_peft(read_json(folder / "adapter_config.json"))
-    return found | {key: value for key, value in read_json(folder / "lorasb.json").items() if key not in _FOUND}
+    record = read_record(folder) if kind.startswith("onnx") else read_json(folder / "lorasb.json")
+    return found | {key: value for key, value in record.items() if key not in _FOUND}
 
 
 def _basis(basis: Basis) -> dict[str, Any]:

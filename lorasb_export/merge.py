@@ -18,8 +18,9 @@ from .bars import no_bar
 from .base import SEQ_CLS
 from .errors import SettingsError
 from .merge_folder import MergeFolder, resumable_folder
-from .merge_plan import MergePlan, free_bytes, parse_size, plan_merge
+from .merge_plan import MergePlan, parse_size, plan_merge
 from .merge_write import worker_threads, write_shard
+from .output import free_bytes
 from .provenance import command
 from .retained import Retained
 from .storage import write_json

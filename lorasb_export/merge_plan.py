@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -212,23 +211,16 @@ def plan_merge(
     return plan
 
 
-def free_bytes(out: Path) -> int:
-    """Free on the disk that `out` will lie on."""
-    parent = out.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
-
-
 def parse_size(size: str | int) -> int:
     """`"5GB"` → 5,000,000,000. Raises SettingsError."""
     if isinstance(size, int):
         return size
     text = size.strip().upper()
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("", 1)):
-        if text.endswith(unit) and text[: len(text) - len(unit)].strip().isdecimal():
-            return int(text[: len(text) - len(unit)]) * factor
-    raise SettingsError(f"size {size!r} is not a number with KB, MB or GB", fix="For instance 5GB")
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.isascii() and number.isdecimal():
+            return int(number) * factor
+    raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
 
 
 def _load(adapter: str | Path | Adapter | Weights) -> tuple[Adapter, ...]:

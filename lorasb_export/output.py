@@ -217,15 +217,20 @@ def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:
             raise OutputError("the target holds what it is made from", where=target, fix="Choose another --out")
 
 
-def require_room(target: Path, needed: int) -> None:
-    """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
+def free_bytes(target: Path) -> int:
+    """Free on the disk that `target` will lie on."""
     parent = target.absolute()
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    return shutil.disk_usage(parent).free
+
+
+def require_room(target: Path, needed: int) -> None:
+    """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
+    free = free_bytes(target)
     if free < needed:
         raise OutputError(
             f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            where=parent,
+            where=target,
             fix="Nothing was written; free some space or choose another --out",
         )

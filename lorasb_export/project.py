@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -107,8 +108,8 @@ class Project:
         )
 
     def path(self, relative: str) -> Path:
-        """A path written in the project file, which is relative to that file."""
-        return self.folder / Path(relative).expanduser()
+        """A path written in the project file, which is relative to that file; absolute, and without `..`."""
+        return Path(os.path.abspath(self.folder / Path(relative).expanduser()))
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name

@@ -37,3 +37,20 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
         assert set(calls[-1].get("data", {})) == tested
     done = CliRunner().invoke(app, [*command, "--precision", "int4"])
     assert (done.exit_code, len(calls)) == (2, 2)
+
+
+def test_a_precision_is_of_an_onnx_graph() -> None:
+    done = CliRunner().invoke(app, ["export", "a", "--precision", "int4"])
+    assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", ["--format onnx-adapters --precision int8", "--into onnx"])
+def test_rows_of_another_kind_are_refused(
+    words: str, llama: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    (tmp_path / "onnx").mkdir()
+    write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "precision": "fp32", "adapters": {}})
+    done = CliRunner().invoke(app, ["export", "./a", *words.split(), "--data", str(parity)])
+    assert (done.exit_code, "the data is SEQ_CLS, the adapter CAUSAL_LM" in done.stderr) == (1, True)

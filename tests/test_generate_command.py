@@ -16,7 +16,7 @@ from lorasb_export.export.onnx_record import write_record
 def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(onnx_run, "answers", lambda *arguments, **_: asked.append(arguments[2]) or {})
-    done = CliRunner().invoke(app, ["generate", "hi", "--onnx", "x", "--adapters", "a, b"], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["generate", "hi", "--onnx", "x", "--adapters", "a, b,"], catch_exceptions=False)
     assert (done.exit_code, asked) == (0, [["a", "b"]])
 
 

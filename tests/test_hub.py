@@ -14,19 +14,24 @@ import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from lorasb_cli.main import app
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from lorasb_export import outgoing, push
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
+from lorasb_export.export.onnx_record import write_record
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder, will_pass
 from lorasb_export.format import ModuleBasis, sealed
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.outgoing import SUMS
+from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
-from lorasb_export.storage import write_json
+from lorasb_export.push_project import push_project
+from lorasb_export.storage import read_json, write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 
@@ -79,6 +84,13 @@ def test_a_dry_run_plans_and_changes_nothing(tmp_path: Path) -> None:
     json.dumps(plan)
 
 
+def test_a_basis_named_by_way_of_the_folder_above(tmp_path: Path) -> None:
+    make(tmp_path)
+    project = Project(tmp_path, basis_path=f"../{tmp_path.name}/basis")
+    plans = push_project(project, "me/{name}", dry_run=True)
+    assert [(plan["repo"], plan.get("basis")) for plan in plans] == [("me/basis", None), ("me/a", "me/basis")]
+
+
 def test_an_adapter_takes_its_local_basis_along_when_asked(tmp_path: Path) -> None:
     _, adapter = make(tmp_path)
     before = contents(adapter)
@@ -112,6 +124,10 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     plan = push(adapter, "me/a", with_basis=True, dry_run=True)
     assert sorted(plan["skipped"]) == sorted(unwanted)
     assert "LICENSE" in [file["path"] for file in plan["files"]]
+    said = CliRunner().invoke(app, ["push", str(adapter), "--repo", "me/a", "--with-basis", "--dry-run"]).stdout
+    skipped = [line for line in said.splitlines() if line.startswith("  skipped")]
+    assert (len(skipped), skipped[-1]) == (11, "  skipped  2 more")  # the hidden ones
+    assert not any("/." in line or " ." in line for line in skipped)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +243,14 @@ def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_pa
     (merged / "model.safetensors").write_bytes(weights[:-1])
     with pytest.raises(ArtifactError, match="truncated"):
         inspect_folder(merged)
+
+
+def test_inspect_of_an_onnx_folder_whose_record_was_edited(tmp_path: Path) -> None:
+    write_record(tmp_path, {"kind": "onnx", "precision": "fp32"})
+    assert inspect_folder(tmp_path)["precision"] == "fp32"
+    write_json(tmp_path / "lorasb.json", read_json(tmp_path / "lorasb.json") | {"precision": "int4"})
+    with pytest.raises(ArtifactError, match="the config is not as it was written"):
+        inspect_folder(tmp_path)
 
 
 def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:

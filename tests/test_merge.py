@@ -165,7 +165,7 @@ def test_refusals_write_nothing(llama: Path, tmp_path: Path) -> None:
         merge(adapter, tmp_path / "model", base=tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match="file not found"):
         merge(tmp_path, tmp_path / "model")
-    with pytest.raises(SettingsError, match="is not a number with"):
+    with pytest.raises(SettingsError, match="is not a whole number with"):
         merge(adapter, tmp_path / "model", max_shard_size="many")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -273,5 +273,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 def test_parse_size() -> None:
     assert [parse_size(size) for size in ("5GB", "10 MB", "3kb", "7", 9)] == [5 * 10**9, 10**7, 3000, 7, 9]
-    with pytest.raises(SettingsError, match="is not a number with KB, MB or GB"):
-        parse_size("²GB")
+    for size in ("²GB", "٥GB", "1.5GB"):
+        with pytest.raises(SettingsError, match="is not a whole number with KB, MB or GB"):
+            parse_size(size)

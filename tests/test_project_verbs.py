@@ -6,12 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, calibrate
+from lorasb_export.export import onnx
 from lorasb_export.settings import CalibrationSettings
 
 
@@ -56,22 +58,36 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
 
 
-def test_a_base_that_has_moved_is_the_projects(project: Path, llama: Path, bert: Path) -> None:
+def test_a_base_that_has_moved_is_the_projects(
+    project: Path, llama: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[Any] = []
+    monkeypatch.setattr(onnx, "export_onnx", lambda *_, base, **__: exported.append(base) or {"bytes": 0})
     adapter = Adapter.load("adapters/a")
     adapter.base = replace(adapter.base, name_or_path="/gone/llama")
     adapter.save("adapters/a", overwrite=True)
     for words in (
         ("merge", "a", "--out", "model"),
-        ("export", "a", "--out", "peft"),
+        ("export", "a", "--format", "onnx"),
         ("evaluate", "a", "--metric", "loss"),
         ("generate", "1+1=", "--max-tokens", "2"),
         ("serve", "--adapters", "a", "--dry-run"),
     ):
         done = lorasb(*words)
         assert done.exit_code == 0, done.stderr
+    assert exported == [str(llama)]
     file = project / "lorasb.toml"
     file.write_text(file.read_text().replace(str(llama), str(bert)))  # not what it was trained on
     assert lorasb("merge", "a", "--out", "other").exit_code == 1
-    file.write_text(file.read_text().replace(f'model = "{bert}"', ""))
-    stderr = lorasb("merge", "a", "--out", "other").stderr
-    assert "is not there (/gone/llama). Put it back, or say with --model where it is now" in stderr
+    for line in ("", 'model = "gone"', 'model = "models/gone"'):
+        file.write_text(f"{line}\n")
+        stderr = lorasb("merge", "a", "--out", "other").stderr
+        assert "is not there (/gone/llama). Put it back, or say with --model where it is now" in stderr
+
+
+def test_a_lora_is_exported_without_its_base(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasb_export.base.snapshot", None)  # that would fetch it
+    adapter = Adapter.load("adapters/a")
+    adapter.base = replace(adapter.base, name_or_path="owner/model")
+    adapter.save("adapters/a", overwrite=True)
+    assert lorasb("export", "a", "--out", "peft").exit_code == 0

@@ -19,6 +19,7 @@ from ..adapter import Adapter, check_same_basis
 from ..base import CAUSAL_LM, BaseModel, BaseRef
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
+from ..inference import require_same_kind
 from ..kind import artifact_kind
 from ..output import atomic_folder, cannot_write, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
@@ -60,11 +61,12 @@ def export_onnx_adapters(
 
     Raises:
         ArtifactError: the adapters do not share one basis, or `verify` failed.
+        DataError: `data` is of another task type than its adapter.
         SettingsError: no adapter, two of one name, or a name that is no plain file name.
         and what `export_onnx` raises.
     """
     check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
-    tasks = _load(adapters)
+    tasks = _load(adapters, data)
     first = next(iter(tasks.values()))
     basis = first.load_basis()
     for task in tasks.values():
@@ -124,12 +126,13 @@ def add_onnx_adapters(
     Raises:
         ArtifactError: not such a folder, a damaged one, an adapter of another basis, or `verify` failed: the folder
             is then as it was.
+        DataError: `data` is of another task type than its adapter.
         SettingsError: a name that is taken.
     """
     folder = Path(into)
     before = exported_record(folder)
     record = copy.deepcopy(before)
-    tasks = _load(adapters)
+    tasks = _load(adapters, data)
     taken = sorted(set(tasks) & set(record["adapters"]))
     if taken and (record["routed"] or not overwrite):
         fix = "Rename the adapter" if record["routed"] else "Rename the adapter, or pass --overwrite"
@@ -213,12 +216,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _load(adapters: Sequence[str | Path]) -> dict[str, Adapter]:
-    """Name → adapter. Raises SettingsError for no adapter or two of one name."""
+def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[str, Adapter]:
+    """Name → adapter. Raises SettingsError for no adapter or two of one name, DataError for rows of another kind."""
     names = [adapter_name(adapter) for adapter in adapters]
     if not names or len(set(names)) != len(names):
         raise SettingsError("the adapters need different names", where=", ".join(names), fix="Rename a folder")
-    return {name: Adapter.load(adapter) for name, adapter in zip(names, adapters, strict=True)}
+    tasks = {name: Adapter.load(adapter) for name, adapter in zip(names, adapters, strict=True)}
+    for name in tasks.keys() & data.keys():
+        require_same_kind(tasks[name], data[name])
+    return tasks
 
 
 def _dtype(precision: str) -> np.dtype[Any]:

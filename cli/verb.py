@@ -183,7 +183,10 @@ def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | No
     if model is not None or project.model is None:
         return model
     try:
-        Adapter.load(adapter).base.resolve()
+        base = Adapter.load(adapter).base
+        # The same as the project's is not looked for: the verb does that, where it needs a base at all.
+        if base.name_or_path not in (project.model, str(project.path(project.model).resolve())):
+            base.resolve()
     except ArtifactError:  # the verb says so, and whatever else is wrong
         return None
     except BaseModelError:

@@ -75,3 +75,14 @@ def test_a_base_that_has_moved_is_the_projects(project: Path, llama: Path, bert:
     file.write_text(file.read_text().replace(f'model = "{bert}"', ""))
     stderr = lorasb("merge", "a", "--out", "other").stderr
     assert "is not there (/gone/llama). Put it back, or say with --model where it is now" in stderr
+
+
+def test_what_needs_no_base_is_made_without_one(project: Path, llama: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    gone = project.resolve() / "gone"
+    adapter.base = replace(adapter.base, name_or_path=str(gone))
+    adapter.save("adapters/a", overwrite=True)
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(str(llama), "gone"))
+    assert lorasb("export", "a", "--out", "peft").exit_code == 0
+    assert f"is not there ({gone}). Put it back, or say with --model" in lorasb("merge", "a").stderr

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ print("the engine died")
 
 
 FAILS = """
+print("[1, 2] " * 30000)  # as a prompt may be
 print("(Worker pid=7) ERROR 11-26 12:54:14 [multiproc_executor.py:953] ValueError: the cause")
 print("(EngineCore pid=6) ERROR 11-26 12:54:17 [core.py:1510] RuntimeError: what followed")
 print("a line\\n" * 100)
@@ -389,11 +391,13 @@ def test_a_start_that_fails_names_its_cause() -> None:
     """vLLM's own is a hundred lines of tracebacks above the end, by several processes."""
     command, url = [sys.executable, "-c", FAILS], "http://127.0.0.1:1"
     server = RunningServer(command, os.environ, url, echo=False, advice="Try another. ")
+    began = time.monotonic()
     try:
         with pytest.raises(ServerError, match=r"exit code 1: ValueError: the cause\. Try another\. Its last lines:"):
             server.start()
     finally:
         server.stop()
+    assert time.monotonic() - began < 20, "the time goes as the square of a line's length"
 
 
 def test_a_server_that_ends_though_nobody_stopped_it_has_failed() -> None:

@@ -23,7 +23,7 @@ from . import guard
 
 _LOG_LINES = 20
 # The last line of a traceback, behind vLLM's stamp, unless it sends the reader to another one.
-_EXCEPTION = re.compile(r"(?:^|\] )(?!.*(?:stack trace|root cause))((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")
+_EXCEPTION = re.compile(r"(?:[^]]*\] )?(?!.*(?:stack trace|root cause))((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")
 
 
 class RunningServer:
@@ -136,7 +136,7 @@ class RunningServer:
         for line in stream:
             text = line.decode(errors="replace")
             self._log.append(text)
-            if (found := _EXCEPTION.search(text.rstrip())) and (self._is_up or self._cause is None):
+            if (found := _EXCEPTION.match(text.rstrip())) and (self._is_up or self._cause is None):
                 self._cause = found[1]
             if self._echo:
                 with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the reading

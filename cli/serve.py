@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
     from lorasb_export.errors import SettingsError
-    from lorasb_export.names import resolve_adapters
+    from lorasb_export.names import adapters_in, resolve_adapters
 
     project = run.project
     folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
@@ -48,7 +48,7 @@ def run(
         for word in words if adapters_dir is None else ():
             project.refuse_unfitted(word)
     else:
-        words = project.adapter_names() if adapters_dir is None else _names_in(folder)
+        words = adapters_in(folder)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:
         if adapters_dir is None:
@@ -72,11 +72,6 @@ def run(
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
     code = serve(named, **options, extra=flags or [], on_start=starting, on_ready=ready)
     raise typer.Exit(int(code))  # type: ignore[arg-type]
-
-
-def _names_in(folder: Path) -> list[str]:
-    """The adapters in `folder`, without hidden folders: those are being written."""
-    return sorted(p.parent.name for p in folder.glob("*/adapter_config.json") if not p.parent.name.startswith("."))
 
 
 def _command_line(plan: dict[str, Any]) -> str:

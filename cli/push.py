@@ -41,12 +41,14 @@ def run(
 ) -> None:
     """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
     from lorasb_export.errors import SettingsError
-    from lorasb_export.push_project import push_folder, push_project
 
     project, target = run.project, repo or run.project.repo
     if target is None:
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
+    found = None if folder is None else project.find_folder(folder)
+    from lorasb_export.push_project import push_folder, push_project  # only now: it brings torch
+
     options: dict[str, Any] = {
         "public": public or project.public,
         "revision": revision,
@@ -55,13 +57,12 @@ def run(
         "dry_run": dry_run,
     }
     show = _plan if dry_run else _done
-    if folder is None:
+    if found is None:
         if basis_repo:
             raise SettingsError("--basis-repo is for one adapter", fix="Name it, or leave --basis-repo out")
         results = push_project(project, target, with_basis=with_basis, **options)
         run.result({"pushed": results}, "\n".join(map(show, results)))
         return
-    found = project.find_folder(folder)
     result = push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options)
     run.result(result, show(result))
 

@@ -38,8 +38,8 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
-    from lorasb_export.names import resolve_adapters
-    from lorasb_export.serve import serve
+    from lorasb_export.errors import SettingsError
+    from lorasb_export.names import adapters_in, resolve_adapters
 
     project = run.project
     folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
@@ -48,9 +48,15 @@ def run(
         for word in words if adapters_dir is None else ():
             project.refuse_unfitted(word)
     else:
-        words = project.adapter_names() if adapters_dir is None else _names_in(folder)
+        words = adapters_in(folder)
     alone = adapters is None and adapters_dir is None and model is not None
+    if not words and not alone:
+        if adapters_dir is None:
+            raise project.lacks("no adapter to serve", "Run lorasb fit, or give --model alone for a merged folder")
+        raise SettingsError("no adapter in that folder", where=adapters_dir, fix="Check the path")
     named = {} if alone else resolve_adapters(words, folder)
+    from lorasb_export.serve import serve  # only now: it brings torch
+
     base = base_elsewhere(run, model, next(iter(named.values()))) if named else model
     options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
     options |= {"updates_from": folder if allow_updates else None, "api_key_file": api_key_file}
@@ -66,11 +72,6 @@ def run(
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
     code = serve(named, **options, extra=flags or [], on_start=starting, on_ready=ready)
     raise typer.Exit(int(code))  # type: ignore[arg-type]
-
-
-def _names_in(folder: Path) -> list[str]:
-    """The adapters in `folder`, without hidden folders: those are being written."""
-    return sorted(p.parent.name for p in folder.glob("*/adapter_config.json") if not p.parent.name.startswith("."))
 
 
 def _command_line(plan: dict[str, Any]) -> str:

@@ -181,13 +181,18 @@ def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | No
     """
     from lorasb_export.adapter import Adapter
     from lorasb_export.errors import ArtifactError, BaseModelError
+    from lorasb_export.fetch import parse_hub_id
 
     project = run.project
     if model is not None or project.model is None:
         return model
-    elsewhere = f"{project.model}@{project.revision}" if project.revision else project.require_model()
+    elsewhere = project.require_model()
+    if project.revision and parse_hub_id(elsewhere):
+        elsewhere = f"{elsewhere}@{project.revision}"
     with suppress(ArtifactError):  # the verb says so, and whatever else is wrong
         base = Adapter.load(adapter).base
+        if base.name_or_path in (project.model, str(project.path(project.model).resolve())):
+            return None  # nor is it looked for twice
         for place in (None, elsewhere):
             with suppress(BaseModelError):
                 base.resolve(place)

@@ -88,9 +88,14 @@ def _project_adapter(name: str, adapters_dir: Path) -> Path:
     raise ValueError(no_adapter(name, adapters_dir))
 
 
+def adapters_in(folder: Path) -> list[str]:
+    """Names of the adapters in `folder`, sorted, without hidden ones: those are being written."""
+    return sorted(path.parent.name for path in folder.glob("[!.]*/adapter_config.json"))
+
+
 def no_adapter(name: str, adapters_dir: Path) -> str:
     """What to say where `adapters_dir` has no adapter `name`: the nearest that it has, or all."""
-    present = sorted(p.parent.name for p in adapters_dir.glob("*/adapter_config.json") if not check_name(p.parent.name))
+    present = [name for name in adapters_in(adapters_dir) if not check_name(name)]
     near = difflib.get_close_matches(name, present, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(present) or 'none'}"
     return f"no adapter {name!r} in {adapters_dir} ({hint}; write ./{name} for a folder of that name)"

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import SettingsError
 from .fetch import may_be_dataset
-from .names import check_name, no_adapter
+from .names import adapters_in, check_name, no_adapter
 from .settings import CalibrationSettings, FitSettings
 
 if sys.version_info >= (3, 11):
@@ -116,7 +116,7 @@ class Project:
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters there are, sorted."""
-        return sorted(path.parent.name for path in (self.folder / "adapters").glob("[!.]*/adapter_config.json"))
+        return adapters_in(self.folder / "adapters")
 
     def tasks_to_fit(self, words: Sequence[str] | None, data: str | None = None) -> list[str]:
         """The tasks named, or all of the project.

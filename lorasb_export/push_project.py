@@ -36,7 +36,7 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
     """
     names = project.adapter_names()
     if not names:
-        raise SettingsError("no adapter in this project", where=project.folder, fix="Run lorasb fit, or name a folder")
+        raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
     if PLACE not in repo:
         fix = f"Write {PLACE} in it, as in me/{PLACE}-lorasb, or name the folder to push"
         raise SettingsError("a project needs a repository for its basis and for each adapter", where=repo, fix=fix)

@@ -116,7 +116,9 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path, caplog: pyte
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
 
 
-@pytest.mark.parametrize("words", ["fit", "fit a", "generate hi", "calibrate", "evaluate", "merge"])
+@pytest.mark.parametrize(
+    "words", ["fit", "fit a", "generate hi", "calibrate", "evaluate", "merge", "serve", "push --repo me/{name}"]
+)
 def test_a_folder_without_a_project(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, words.split())
@@ -147,7 +149,13 @@ def test_a_name_without_an_adapter(name: str, tmp_path: Path, monkeypatch: pytes
     assert ("lorasb fit b" in CliRunner().invoke(app, ["serve", "--adapters", name]).stderr) == (name == "b")
 
 
-@pytest.mark.parametrize("words", ["fit nope", "evaluate nope", "merge nope", "export nope", "inspect nope"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("fit nope", "evaluate nope", "merge nope", "export nope", "inspect nope", "serve --adapters nope"),
+        *("push nope --repo me/x", "serve --adapters-dir nope"),
+    ],
+)
 def test_a_wrong_name_is_refused_before_torch_is_loaded(words: str, tmp_path: Path) -> None:
     unfitted(tmp_path)
     command = [sys.executable, "-X", "importtime", "-m", "lorasb_cli", *words.split()]

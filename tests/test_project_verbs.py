@@ -91,3 +91,14 @@ def test_a_lora_is_exported_without_its_base(project: Path, monkeypatch: pytest.
     adapter.base = replace(adapter.base, name_or_path="owner/model")
     adapter.save("adapters/a", overwrite=True)
     assert lorasb("export", "a", "--out", "peft").exit_code == 0
+
+
+def test_what_needs_no_base_is_made_without_one(project: Path, llama: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    gone = project.resolve() / "gone"
+    adapter.base = replace(adapter.base, name_or_path=str(gone))
+    adapter.save("adapters/a", overwrite=True)
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(str(llama), "gone"))
+    assert lorasb("export", "a", "--out", "peft").exit_code == 0
+    assert f"is not there ({gone}). Put it back, or say with --model" in lorasb("merge", "a").stderr

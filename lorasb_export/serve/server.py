@@ -22,8 +22,7 @@ from ..errors import ServerError
 from . import guard
 
 _LOG_LINES = 20
-# The last line of a traceback, behind vLLM's stamp, unless it sends the reader to another one.
-_EXCEPTION = re.compile(r"(?:^|\] )(?!.*(?:stack trace|root cause))((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")
+_EXCEPTION = re.compile(r"(?:[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")  # behind vLLM's stamp
 
 
 class RunningServer:
@@ -37,7 +36,7 @@ class RunningServer:
     def __init__(
         self, command: Sequence[str], variables: Mapping[str, str], url: str, *, echo: bool, advice: str = ""
     ) -> None:
-        """`advice` is what else to try, a sentence for the error of a server that ended."""
+        """`advice` is what else to try, a sentence for the error of a server that did not start."""
         self.url = url
         self.models: list[str] = []
         self._advice = advice
@@ -136,8 +135,10 @@ class RunningServer:
         for line in stream:
             text = line.decode(errors="replace")
             self._log.append(text)
-            if (found := _EXCEPTION.search(text.rstrip())) and (self._is_up or self._cause is None):
-                self._cause = found[1]
+            found = _EXCEPTION.match(text.rstrip())
+            # "See … for the root cause" is one only where there is no other, as of an engine that was killed.
+            if found and (self._cause is None or (self._is_up and "root cause" not in text)):
+                self._cause = found[1].rstrip(".")
             if self._echo:
                 with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the reading
                     sys.stderr.write(text)
@@ -148,7 +149,8 @@ class RunningServer:
         lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
         what = f"the vLLM server ended with exit code {self._started.returncode}"
         what = what if self._cause is None else f"{what}: {self._cause}"
-        return ServerError(what, fix=f"{self._advice}Its last lines:\n{lines.rstrip()}")
+        advice = "" if self._is_up else self._advice
+        return ServerError(what, fix=f"{advice}Its last lines:\n{lines.rstrip()}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -25,6 +25,8 @@ def run(
     """Ask the base and the adapters the same thing. No server is needed."""
     chosen = None if adapters is None else [name for word in adapters.split(",") if (name := word.strip())]
     if onnx is not None:
+        if model is not None or dtype != "auto":
+            raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
         from pathlib import Path
 
         from lorasb_export.export.onnx_run import answers

@@ -13,12 +13,15 @@ from .basis import Basis, made_once
 from .calibrate import calibrate
 from .data import TaskData, load_task
 from .errors import SettingsError
+from .output import refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import RANDOM, CalibrationSettings, FitSettings
 from .train import fit, fit_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
 
 
 def fit_tasks(
@@ -43,12 +46,17 @@ def fit_tasks(
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
+        OutputError: an adapter is there already; nothing was trained.
         SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together; the
             project's basis is not as its file has it.
     """
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
     distributed.start()
+    targets = {name: Path(out) if out else project.adapter_folder(name) for name in names}
+    if not resume:
+        for target in targets.values():  # before the first of them is trained
+            refuse_existing(target, overwrite, _THERE)
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     calibration = CalibrationSettings(**{"dtype": settings.dtype, **project.calibration})
@@ -71,17 +79,16 @@ def fit_tasks(
     }
     if together:
         (found,) = shared.values()
-        folder = project.adapter_folder(names[0]).parent
+        folder = targets[names[0]].parent
         fitted = fit_together(
             base, found, list(tasks.values()), folder, settings, resume=resume, overwrite=overwrite, network=network
         )
         return dict(zip(tasks, fitted, strict=True))
     adapters = {}
     for name, task in tasks.items():
-        target = Path(out) if out else project.adapter_folder(name)
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         adapters[name] = fit(
-            base, task_basis, task, target, settings, resume=resume, overwrite=overwrite, network=network
+            base, task_basis, task, targets[name], settings, resume=resume, overwrite=overwrite, network=network
         )
     return adapters
 

@@ -96,9 +96,10 @@ class MergePlan:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
+        folder = self.adapters[0].folder if len(self.adapters) == 1 else None  # of several that were combined, none
         return {
             "base": self.base.name_or_path,
-            "adapter": str(self.adapters[0].folder),
+            "adapter": folder and str(folder),
             "dtype": self.dtype,
             "stored": sorted({tensor.info.dtype for tensor in self.touched}),
             "modules": len(self.touched),

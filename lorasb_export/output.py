@@ -193,7 +193,7 @@ def process_is_alive(pid: int) -> bool:
     return True
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another path, or pass --overwrite") -> None:
     """Raise OutputError when `target` exists with content and may not be replaced.
 
     Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
@@ -203,7 +203,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     if not any((target / name).is_file() for name in _OURS):
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
-        raise OutputError("the target exists", where=target, fix="Choose another path, or pass --overwrite")
+        raise OutputError("the target exists", where=target, fix=fix)
 
 
 def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
+from lorasb_export.errors import OutputError
 from lorasb_export.fit_tasks import fit_tasks
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -54,6 +55,19 @@ def test_a_basis_is_calibrated_in_the_dtype_of_its_section(source: str | None, s
     found = project(tmp_path / "p", base, sums, '[basis]\nrank = 4\ndtype = "float32"\n')
     adapter = fit_tasks(found, ["a"], SETTINGS, basis=source)["a"]
     assert {module.B.dtype for module in adapter.load_basis().modules.values()} == {torch.float32}
+
+
+def test_a_task_that_joins_others_is_named_before_any_is_trained(llama: Path, sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n")
+    kept = fit_tasks(found, ["a"], SETTINGS)["a"]
+    with (tmp_path / "p" / "lorasb.toml").open("a") as file:
+        file.write('[tasks.b]\ndata = "data"\n')
+    found = Project.load(tmp_path / "p" / "lorasb.toml")
+    with pytest.raises(OutputError, match=r"the target exists.*Name the tasks that are left, or pass --resume"):
+        fit_tasks(found, ["b", "a"], SETTINGS)
+    assert found.adapter_names() == ["a"]
+    assert fit_tasks(found, ["b", "a"], SETTINGS, resume=True)["a"].sha256 == kept.sha256
+    assert found.adapter_names() == ["a", "b"]
 
 
 def test_calibrate_takes_the_revision_of_the_file(

@@ -35,3 +35,10 @@ def test_a_merged_graph_has_no_adapters_to_name(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
     with pytest.raises(SettingsError, match="the folder has one adapter, merged in"):
         onnx_run.answers(tmp_path, "hi", ["a"])
+
+
+@pytest.mark.parametrize("option", [("--model", "base"), ("--dtype", "float32")])
+def test_an_onnx_folder_has_its_own_model(option: tuple[str, str]) -> None:
+    done = CliRunner().invoke(app, ["generate", "hi", "--onnx", "x", *option])
+    assert done.exit_code == 2
+    assert "--onnx goes without --model and --dtype" in done.output

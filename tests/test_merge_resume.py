@@ -122,6 +122,7 @@ def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
     second.save(tmp_path / "b")
     result = merge({tmp_path / "a": 0.6, tmp_path / "b": -0.4}, tmp_path / "model", verify=True)
     assert result["verify"]["relative_difference"] < 1e-4
+    assert result["adapter"] is None
     before, after = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "model"))
     for name in MODULES:
         B, A, _ = (part.double() for part in first.load_basis().modules[name])

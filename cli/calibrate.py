@@ -24,7 +24,7 @@ def run(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of the basis.")] = None,
     directions: Annotated[
-        str | None, typer.Option(help="gradient (the paper), or random: in seconds, without data.")
+        str | None, typer.Option(help="gradient (the paper); random or block: in seconds, without data.")
     ] = None,
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
@@ -54,7 +54,7 @@ def run(
     from lorasb_export.calibrate import calibrate
     from lorasb_export.capture import overview
     from lorasb_export.output import refuse_existing
-    from lorasb_export.settings import RANDOM, CalibrationSettings
+    from lorasb_export.settings import DRAWN, CalibrationSettings
     from lorasb_export.shared_basis import refuse_to_strand
     from lorasb_export.subspace import by_module, spread
 
@@ -76,7 +76,7 @@ def run(
     refuse_to_strand(project, target)
     refuse_existing(target, overwrite)
     sources = parse_pairs(data)
-    if not sources and settings.directions != RANDOM:
+    if not sources and settings.directions not in DRAWN:
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
         if not sources:
             raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
@@ -97,7 +97,7 @@ def run(
         "energy": spread(list(basis.calibration["energy"].values())),
         "capture": None,
     }
-    made_from = "random numbers" if settings.directions == RANDOM else f"{result['samples']} rows"
+    made_from = "random numbers" if settings.directions in DRAWN else f"{result['samples']} rows"
     lines = [f"Basis of rank {basis.rank} for {result['modules']} modules from {made_from}: {target}"]
     if found := basis.calibration.get("capture"):
         result["capture"] = {

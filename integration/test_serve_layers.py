@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.errors import SettingsError
 from lorasb_export.format import ModuleBasis
+from lorasb_export.random_basis import random_factors
 from lorasb_export.serve.shared.routes import Routes
 
 pytest.importorskip("vllm")
@@ -62,6 +63,7 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="[W | B] is packed on CPUs only")
+@pytest.mark.parametrize("directions", ["random", "block"])
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("slices", "parts", "missing"),
@@ -73,7 +75,12 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_a_module_may_fill_several_slices_of_a_layer(
-    monkeypatch: pytest.MonkeyPatch, slices: list[int], parts: list[int], missing: int | None, processes: int
+    monkeypatch: pytest.MonkeyPatch,
+    slices: list[int],
+    parts: list[int],
+    missing: int | None,
+    processes: int,
+    directions: str,
 ) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.lora import utils
@@ -92,12 +99,14 @@ def test_a_module_may_fill_several_slices_of_a_layer(
     factors: list[ModuleBasis | None] = []
     stack, updates = [], []
     for part, rows in enumerate(parts):
-        B, R, A = torch.randn(rows, RANK), torch.randn(RANK, RANK) / 100, torch.randn(RANK, COLUMNS)
+        module = torch.nn.Linear(COLUMNS, rows)
+        B, A, S = random_factors({"": module}, RANK, part, torch.float32, directions)[""]
+        R = torch.randn(RANK, RANK) / 10
         if part == missing:
             factors.append(None)
             updates.append(torch.zeros(rows, COLUMNS))
         else:
-            factors.append(ModuleBasis(B, A, torch.ones(RANK)))
+            factors.append(ModuleBasis(B, A, S))
             updates.append(B @ R @ A)
             stack.append(R.T)
     expected = x @ (W + torch.cat(updates)).T
@@ -118,6 +127,7 @@ def test_a_module_may_fill_several_slices_of_a_layer(
             layer.set_basis(factors, 0, routes)
             routes.update(torch.tensor([0, 0, 0, 0]))
             y = layer.apply(x)
+        assert bool(layer.blocks) == (directions == "block" and processes == 1)
         torch.testing.assert_close(y, shard(expected.T).T, rtol=1e-4, atol=1e-4)
 
 

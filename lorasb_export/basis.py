@@ -48,7 +48,7 @@ class Basis:
 
     @property
     def directions(self) -> str:
-        """What B and A span: GRADIENT, also where an older basis does not say, or RANDOM."""
+        """What B and A span: GRADIENT, also where an older basis does not say, or one of DRAWN."""
         directions: str = self.calibration.get("directions", GRADIENT)
         return directions
 

@@ -28,7 +28,7 @@ from .layer import remove, weight_of
 from .network import require_positions
 from .provenance import command
 from .random_basis import random_factors
-from .settings import RANDOM, CalibrationSettings
+from .settings import DRAWN, CalibrationSettings
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,
@@ -60,8 +60,8 @@ def calibrate(
     Its `calibration` records, under `capture`, how much of the gradient it was made from the basis holds, overall
     and by module, and how much of each task's (see `capture.capture`).
 
-    With `directions` random it is made without data: `data` and `weights` are not read, and nothing is recorded of
-    gradients.
+    With `directions` random or block it is made without data: `data` and `weights` are not read, and nothing is
+    recorded of gradients.
 
     Args:
         model: folder, Hub id, or a resolved BaseModel.
@@ -75,8 +75,8 @@ def calibrate(
         BaseModelError: a target shares its weight, or received no gradient, or a non-finite one.
     """
     settings = settings or CalibrationSettings()
-    if settings.directions == RANDOM:
-        return _random(model if isinstance(model, BaseModel) else BaseModel.resolve(model), settings, network)
+    if settings.directions in DRAWN:
+        return _drawn(model if isinstance(model, BaseModel) else BaseModel.resolve(model), settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
     base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
@@ -134,15 +134,15 @@ def calibrate(
     return Basis(base.ref(targets), settings.rank, modules, calibration)
 
 
-def _random(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
+def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
     network = network or base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
     remove(network)
     targets = _targets(network, settings)
     ref = base.ref(targets)
     # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
     drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
-    modules = random_factors(targets, settings.rank, drawn_by, network.dtype)
-    used = {"directions": RANDOM, "targets": settings.targets, "dtype": settings.dtype, "seed": settings.seed}
+    modules = random_factors(targets, settings.rank, drawn_by, network.dtype, settings.directions)
+    used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}
     calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}
     return Basis(ref, settings.rank, modules, calibration)
 

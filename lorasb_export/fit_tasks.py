@@ -15,7 +15,7 @@ from .data import TaskData, load_task
 from .errors import SettingsError
 from .output import refuse_existing
 from .project import OWN_BASIS, Project
-from .settings import RANDOM, CalibrationSettings, FitSettings
+from .settings import DRAWN, CalibrationSettings, FitSettings
 from .train import fit, fit_together
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _shared_basis(
         return Basis.load(source)
 
     def make() -> Basis:
-        names = [] if calibration.directions == RANDOM else project.shared_tasks() or list(tasks)
+        names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 

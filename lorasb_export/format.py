@@ -62,6 +62,20 @@ class ModuleBasis(NamedTuple):
     A: torch.Tensor
     S: torch.Tensor
 
+    @property
+    def block(self) -> tuple[slice, slice] | None:
+        """Where s·B·R·A is s·R in a block of W and zero elsewhere, the block's rows and columns; else None."""
+        rows, columns = _span(self.B), _span(self.A.T)
+        return rows and columns and (rows, columns)
+
+
+def _span(factor: torch.Tensor) -> slice | None:
+    """The rows in which `factor` (n, r) is the unit matrix, where it is zero in all others."""
+    start, rank = int(factor[:, 0].argmax()), factor.shape[1]
+    span = slice(start, start + rank)
+    is_unit = torch.equal(factor[span], torch.eye(rank).to(factor)) and int(factor.count_nonzero()) == rank
+    return span if is_unit else None
+
 
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
     """Refuse a config of another format version, with other keys or types, or changed since it was written."""

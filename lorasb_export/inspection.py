@@ -18,7 +18,7 @@ from .export.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .outgoing import SUMS
-from .settings import RANDOM
+from .settings import DRAWN
 from .storage import read_header, read_json, sha256_file
 from .subspace import by_module, spread
 
@@ -80,7 +80,7 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "sha256": basis.sha256,
         "directions": basis.directions,
     }
-    if basis.directions == RANDOM:
+    if basis.directions in DRAWN:
         return found
     calibrated = {
         "calibrated_on": [source["name"] for source in made["data"]],

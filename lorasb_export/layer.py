@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .format import ModuleBasis
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
+Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -53,35 +54,54 @@ class _LoRASBFunction(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        B: torch.Tensor,
+        B: Factor,
         R: torch.Tensor,
-        A: torch.Tensor,
+        A: Factor,
         scaling: float,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
         y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        u = linear(x, A.to(dtype))
+        u = _onto(x, A)
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
-        y.view(-1, y.shape[-1]).addmm_(v.to(dtype).view(-1, v.shape[-1]), B.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(u, weight, B, R, A, rows)
-        ctx.scaling = scaling
+        _add(y.view(-1, y.shape[-1]), v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
+        ctx.save_for_backward(u, weight, R, rows)
+        ctx.B, ctx.A, ctx.scaling = B, A, scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, weight, B, R, A, rows = ctx.saved_tensors
+        u, weight, R, rows = ctx.saved_tensors
         dtype = u.dtype
         grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
         with _without_autocast(grad.device.type):
-            v = (ctx.scaling * (grad @ B.to(dtype)).to(R.dtype)).view(u.shape)
+            v = (ctx.scaling * _onto(grad, _transposed(ctx.B)).to(R.dtype)).view(u.shape)
             grad_x = grad_R = None
             if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
                 grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
             if ctx.needs_input_grad[0]:
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
-                grad_x = (grad @ weight.to(dtype)).addmm_(grad_u, A.to(dtype)).view(*u.shape[:-1], -1)
+                grad_x = _add(grad @ weight.to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None, None
+
+
+def _onto(x: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """x·Fᵀ (…, r), of F (r, n)."""
+    if isinstance(factor, slice):
+        return x[..., factor].contiguous()  # a view would keep all of x
+    return linear(x, factor.to(x.dtype))
+
+
+def _add(y: torch.Tensor, v: torch.Tensor, factor: Factor, scaling: float = 1.0) -> torch.Tensor:
+    """y (tokens, n) += s·v·F in place, of F (r, n)."""
+    if isinstance(factor, slice):
+        y[:, factor].add_(v, alpha=scaling)
+        return y
+    return y.addmm_(v, factor.to(y.dtype), alpha=scaling)
+
+
+def _transposed(factor: Factor) -> Factor:
+    return factor if isinstance(factor, slice) else factor.T
 
 
 def _without_autocast(device: str) -> AbstractContextManager[None]:
@@ -104,7 +124,8 @@ def _gradient_of_R(v: torch.Tensor, u: torch.Tensor, R: torch.Tensor, rows: torc
 class LoRASBLinear(nn.Module):
     """A frozen Linear or Conv1D with one trainable R between frozen B and A, or a stack of R (k, r, r) and a route.
 
-    R is fp32 whatever the base's dtype (float64 under a float64 base): updates of size lr would vanish in bf16.
+    R is fp32 whatever the base's dtype (float64 under a float64 base): updates of size lr would vanish in bf16. Of a
+    basis of blocks neither B nor A is held.
     """
 
     A: torch.Tensor
@@ -118,8 +139,10 @@ class LoRASBLinear(nn.Module):
         self.base = base
         self.scaling = scaling
         self.route = route
-        for name, factor in (("A", factors.A), ("B", factors.B)):
-            self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
+        self.block = factors.block
+        if self.block is None:
+            for name, factor in (("A", factors.A), ("B", factors.B)):
+                self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,15 +160,11 @@ class LoRASBLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with _without_autocast(device):  # in-place products do not autocast
+            B, A = self.block or (self.B, self.A)
             y: torch.Tensor = _LoRASBFunction.apply(
-                x.to(dtype), weight_of(self.base), self.base.bias, self.B, self.R, self.A, self.scaling, rows
+                x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
             )
         return y
-
-    def delta(self) -> torch.Tensor:
-        """The update s·B·R·A, (out, in), in R's dtype."""
-        dtype = self.R.dtype
-        return self.scaling * (self.B.to(dtype) @ self.R @ self.A.to(dtype))
 
 
 class Live(Mapping[str, nn.Parameter]):

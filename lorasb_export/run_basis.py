@@ -17,7 +17,7 @@ from .calibrate import calibrate
 from .capture import capture, is_little, overview, recorded, words
 from .data import TaskData
 from .output import replaced_file
-from .settings import RANDOM, CalibrationSettings
+from .settings import DRAWN, CalibrationSettings
 from .storage import read_json, write_json
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def captured_once(
 ) -> dict[str, Any] | None:
     """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
 
-    None in a random basis, which has nothing to do with it. Warns where it is little.
+    None in a basis drawn at random, which has nothing to do with it. Warns where it is little.
     """
-    if basis.directions == RANDOM:
+    if basis.directions in DRAWN:
         return None
     path = folder / f"capture-{task.sha256[:16]}.json"
     found = recorded(basis, task)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from .errors import SettingsError
 
 ALL_LINEAR = "all-linear"
-GRADIENT, RANDOM = "gradient", "random"
+GRADIENT, RANDOM, BLOCK = "gradient", "random", "block"
+DRAWN = (RANDOM, BLOCK)  # without data
 _CHOICES = {
     "optimizer": ("adamw", "muon"),
     "init": ("svd", "zero"),
@@ -26,8 +27,9 @@ class CalibrationSettings:
 
     Attributes:
         rank: r.
-        directions: what B and A span: `gradient`, the first step of full fine-tuning (the paper); or `random`: no data
-            is read, and of the settings below `targets`, `dtype` and `seed` alone matter.
+        directions: what B and A span: `gradient`, the first step of full fine-tuning (the paper); `random`; or
+            `block`, r rows and r columns of the weight, side by side, at a random place. For the last two no data is
+            read, and of the settings below `targets`, `dtype` and `seed` alone matter.
         samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
         targets: `all-linear` (every Linear but the heads), comma-separated module name endings, or a regular
             expression that whole module names match.
@@ -60,8 +62,8 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.directions not in (GRADIENT, RANDOM):
-            raise SettingsError(f"directions is {self.directions!r}", fix=f"Use {GRADIENT} or {RANDOM}")
+        if self.directions not in (GRADIENT, *DRAWN):
+            raise SettingsError(f"directions is {self.directions!r}", fix=f"Use {GRADIENT}, {' or '.join(DRAWN)}")
         if self.reduction not in ("sign", "raw"):
             raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
         if self.loss not in ("sample", "token"):
@@ -83,8 +85,8 @@ class FitSettings:
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
         learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
-            times that in a random basis. Muon's are for r = 64: three times as high at a quarter of that rank, a third
-            at four times it. Several: a run at each, of which the best on the valid split is kept.
+            times that in a basis drawn at random. Muon's are for r = 64: three times as high at a quarter of that
+            rank, a third at four times it. Several: a run at each, of which the best on the valid split is kept.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -167,7 +169,7 @@ class FitSettings:
         rate = of_text if task_type == "CAUSAL_LM" else 1e-3
         if self.optimizer == "muon":
             rate *= (64 / rank) ** math.log(3, 4)
-        return replace(self, learning_rate=float(f"{3 * rate if directions == RANDOM else rate:.1e}"))
+        return replace(self, learning_rate=float(f"{3 * rate if directions in DRAWN else rate:.1e}"))
 
 
 def _check_numbers(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:

@@ -432,29 +432,33 @@ def test_wrong_weights_on_the_command_line() -> None:
         assert done.exit_code == 2
 
 
+@pytest.mark.parametrize("directions", ["random", "block"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_a_random_basis_needs_no_data(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_basis_drawn_at_random_needs_no_data(
+    kind: str, directions: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     base, folder = request.getfixturevalue(kind), tmp_path / "basis"
-    text = lorasb("calibrate", "--model", str(base), "--directions", "random", "--rank", "4", "--out", str(folder))
+    text = lorasb("calibrate", "--model", str(base), "--directions", directions, "--rank", "4", "--out", str(folder))
     assert text == f"Basis of rank 4 for {14 if kind == 'llama' else 13} modules from random numbers: {folder}\n"
     basis = Basis.load(folder)
     for module in basis.modules.values():
         for factor in (module.B, module.A.T):
             assert torch.allclose(factor.T @ factor, torch.eye(4), atol=1e-6)
         assert not module.S.any()
-    assert basis.sha256 == calibrate(str(base), {}, CalibrationSettings(rank=4, directions="random")).sha256
-    assert inspect_folder(folder)["directions"] == "random"
-    assert "| directions | random |" in (folder / "README.md").read_text()
+        assert (module.block is not None) == (directions == "block")
+    assert basis.sha256 == calibrate(str(base), {}, CalibrationSettings(rank=4, directions=directions)).sha256
+    assert inspect_folder(folder)["directions"] == directions
+    assert f"| directions | {directions} |" in (folder / "README.md").read_text()
     with pytest.raises(SettingsError, match="rank 40 exceeds module"):
-        calibrate(str(base), {}, CalibrationSettings(rank=40, directions="random"))
+        calibrate(str(base), {}, CalibrationSettings(rank=40, directions=directions))
 
 
-@pytest.mark.parametrize("source", ["shared", "own"])
-def test_fit_in_a_random_basis_asks_for_no_gradient(
-    source: str, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("source", "directions"), [("shared", "random"), ("own", "random"), ("own", "block")])
+def test_fit_in_a_basis_drawn_at_random_asks_for_no_gradient(
+    source: str, directions: str, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It starts at the base model, with three times the rate, nine times at a rank of 4."""
-    settings = CalibrationSettings(rank=4, directions="random")
+    settings = CalibrationSettings(rank=4, directions=directions)
     monkeypatch.setattr("lorasb_export.run_basis.capture", None)
     made = settings if source == "own" else calibrate(str(llama), {}, settings)
     adapter = fit(str(llama), made, sums, tmp_path / "a", FitSettings(max_steps=2))

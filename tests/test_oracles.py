@@ -15,10 +15,12 @@ from lorasb_export.batches import collate, encode, row_losses
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.format import ModuleBasis
 from lorasb_export.gradients import gradient_sums
-from lorasb_export.layer import LoRASBLinear, _LoRASBFunction, remove
+from lorasb_export.layer import LoRASBLinear, Route, _LoRASBFunction, remove
+from lorasb_export.random_basis import random_factors
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.subspace import reduced, truncated_svd
 from lorasb_export.targets import find_targets
+from tests.tiny import update_of
 
 OUT, IN, RANK = 48, 40, 6
 
@@ -87,7 +89,7 @@ def test_oracle_4_lemma_2_gradient_of_R() -> None:
     direction = torch.randn_like(y)
     (y * direction).sum().backward()
 
-    W = (ours.base.weight + ours.delta()).detach().requires_grad_(True)
+    W = (ours.base.weight + update_of(ours)).detach().requires_grad_(True)
     x2 = x.detach().clone().requires_grad_(True)
     y2 = nn.functional.linear(x2, W, ours.base.bias)
     (y2 * direction).sum().backward()
@@ -146,9 +148,33 @@ def test_oracle_11_loss_scale_and_eta(llama: Path, task: TaskData) -> None:
         assert torch.allclose(4 * module.S, large.modules[name].S)
 
 
+@pytest.mark.parametrize("rows", [None, [1, -1, 0]])
+def test_a_block_takes_the_place_of_products(rows: list[int] | None) -> None:
+    """y and the gradients are those of a dense B and A that span the same, also where every row has its R."""
+    base = nn.Linear(IN, OUT, dtype=torch.float64).requires_grad_(False)
+    units = random_factors({"m": base}, RANK, 3, torch.float64, "block")["m"]
+    R, route = torch.randn(2, RANK, RANK, dtype=torch.float64), Route()
+    route.rows = None if rows is None else torch.tensor(rows)
+    ours = LoRASBLinear(base, units, R[0] if rows is None else R, 0.7, route)
+    assert ours.block is not None
+    assert not list(ours.buffers())
+    turned = units._replace(B=units.B.flip(1), A=units.A.flip(0))  # the same update, of R turned by half, but no block
+    dense = LoRASBLinear(base, turned, ours.R.flip(-1, -2), 0.7, route)
+    assert dense.block is None
+    direction, found = torch.randn(3, 5, OUT, dtype=torch.float64), []
+    for layer in (ours, dense):
+        x = torch.ones(3, 5, IN, dtype=torch.float64).cumsum(0).cumsum(2).requires_grad_(True)
+        y = layer(x)
+        (y * direction).sum().backward()
+        found.append((y, x.grad, layer.R.grad if layer is ours else layer.R.grad.flip(-1, -2)))
+    for one, other in zip(*found, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 def test_oracle_13_isometry() -> None:
     ours = layer(scaling=0.7)
-    delta, R = ours.delta().detach(), ours.R.detach()
+    delta, R = update_of(ours).detach(), ours.R.detach()
     assert torch.allclose(delta.norm(), 0.7 * R.norm())
     assert torch.allclose(torch.linalg.svdvals(delta)[:RANK], 0.7 * torch.linalg.svdvals(R))
 

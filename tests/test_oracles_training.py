@@ -11,6 +11,7 @@ from torch import nn
 from lorasb_export.format import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.subspace import truncated_svd
+from tests.tiny import update_of
 
 OUT, IN, RANK, ROWS = 48, 40, 6, 64
 
@@ -57,7 +58,7 @@ class Problem:
             optimizer.zero_grad()
             self.loss(layer).backward()
             optimizer.step()
-        return layer.delta().detach()
+        return update_of(layer).detach()
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def R_gradient(problem: Problem, layer: LoRASBLinear) -> torch.Tensor:
 def test_oracle_6_equivalent_gradient_is_the_projection(problem: Problem) -> None:
     """With s = 1, B·(∂L/∂R)·A = P_B g P_A, and projecting again changes nothing."""
     layer = problem.layer()
-    g = problem.full_gradient(layer.delta())
+    g = problem.full_gradient(update_of(layer))
     P_B, P_A = layer.B @ layer.B.T, layer.A.T @ layer.A
     equivalent = layer.B @ R_gradient(problem, layer) @ layer.A
     assert torch.allclose(equivalent, P_B @ g @ P_A, atol=1e-12)
@@ -108,7 +109,7 @@ def test_oracle_8_training_is_blind_to_s_at_the_scaled_rate(
         layer = problem.layer(s, R=problem.R / s)
         ends.append(problem.run(layer, make([layer.R], 0.01 / s**power), 30))
         plain = problem.layer(s, R=problem.R / s)
-        before = plain.delta().detach()
+        before = update_of(plain).detach()
         moved.append(problem.run(plain, make([plain.R], 0.01), 1) - before)
     assert torch.allclose(ends[0], ends[1], atol=1e-7)
     assert torch.allclose(moved[1], moved[0] * 3.0**power, atol=1e-9)
@@ -159,7 +160,7 @@ def test_oracle_12_gauge(problem: Problem) -> None:
     B, A, S = problem.factors
     turned = ModuleBasis(B @ Q, P.T @ A, S)
     R = Q.T @ problem.R @ P
-    assert torch.allclose(problem.layer(factors=turned, R=R).delta(), problem.layer().delta(), atol=1e-12)
+    assert torch.allclose(update_of(problem.layer(factors=turned, R=R)), update_of(problem.layer()), atol=1e-12)
     differences = []
     for make in (torch.optim.SGD, torch.optim.Adam):
         plain, rotated = problem.layer(), problem.layer(factors=turned, R=R)
@@ -172,8 +173,8 @@ def test_oracle_12_gauge(problem: Problem) -> None:
 def test_oracle_17_averaging_R_averages_the_updates(problem: Problem) -> None:
     generator = torch.Generator().manual_seed(3)
     matrices = [torch.randn(RANK, RANK, generator=generator, dtype=torch.float64) for _ in range(5)]
-    mean_of_updates = sum(problem.layer(R=R).delta() for R in matrices) / 5
-    assert torch.allclose(problem.layer(R=sum(matrices) / 5).delta(), mean_of_updates, atol=1e-12)
+    mean_of_updates = sum(update_of(problem.layer(R=R)) for R in matrices) / 5
+    assert torch.allclose(update_of(problem.layer(R=sum(matrices) / 5)), mean_of_updates, atol=1e-12)
 
 
 def test_oracle_26_energy_of_a_sign_matrix() -> None:

@@ -67,6 +67,10 @@ def test_every_token_meets_the_R_of_its_slot(slots: list[int], parts: int) -> No
     torch.testing.assert_close(v, expected)
     base = torch.tensor(slots) < 0
     assert not v[base].any()
+    blocks = [(slice(8 * part, 8 * part + RANK), slice(RANK * part, RANK * (part + 1))) for part in range(parts)]
+    y = torch.zeros(len(slots), 8 * parts)
+    routes.add_blocks(y, u[: len(slots)].flatten(1), blocks, first)
+    torch.testing.assert_close(y.view(-1, parts, 8), torch.cat([expected, torch.zeros_like(expected)], dim=-1))
 
 
 def test_a_step_of_the_base_alone_is_idle() -> None:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorasb_export.layer import LoRASBLinear
 from lorasb_export.storage import read_header, write_json
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -89,3 +90,9 @@ def _save(
     model.save_pretrained(folder, max_shard_size=shards)
     save_tokenizer(folder)
     return folder
+
+
+def update_of(layer: LoRASBLinear) -> torch.Tensor:
+    """s·B·R·A, (out, in), in R's dtype."""
+    dtype = layer.R.dtype
+    return layer.scaling * (layer.B.to(dtype) @ layer.R @ layer.A.to(dtype))

@@ -32,6 +32,7 @@ from lorasb_export.muon import Muon
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.random_basis import random_factors
+from lorasb_export.settings import BLOCK, RANDOM
 from lorasb_export.stack import Stack
 from lorasb_export.targets import find_targets
 
@@ -79,16 +80,16 @@ def load(dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(BaseModel.resolve(small_model()).folder, dtype=dtype, use_cache=False)
 
 
-def random_basis(model: Any, rank: int) -> Basis:
+def random_basis(model: Any, rank: int, directions: str = RANDOM) -> Basis:
     """Orthonormal factors cost a step what calibrated ones do."""
-    factors = random_factors(find_targets(model, "all-linear"), rank, 0, model.dtype)
+    factors = random_factors(find_targets(model, "all-linear"), rank, 0, model.dtype, directions)
     modules = {name: of_module._replace(S=torch.full((rank,), 1e-3)) for name, of_module in factors.items()}
     return Basis(BaseRef("bench", None, "0"), rank, modules, {})
 
 
-def ours(dtype: torch.dtype, rank: int = 64) -> Any:
+def ours(dtype: torch.dtype, directions: str = RANDOM) -> Any:
     model = load(dtype)
-    Adapter.attach(model, random_basis(model, rank))
+    Adapter.attach(model, random_basis(model, 64, directions))
     return model
 
 
@@ -260,6 +261,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     full, half = torch.float32, torch.bfloat16
     models = {
         "ours r=64": ours(full),
+        "block r=64": ours(full, BLOCK),
         "PEFT r=64": peft(full),
         "PEFT r=32": peft(full, 32),
         "frozen floor": floor(full),
@@ -269,7 +271,12 @@ def run(*, quick: bool) -> dict[str, Any]:
     variants["ours r=64 Muon"] = Variant(models["ours r=64"], loss, muon=True)
     times = timed(variants, rounds)
     del models, variants
-    models = {"ours r=64 bf16": ours(half), "PEFT r=64 bf16": peft(half), "frozen floor bf16": floor(half)}
+    models = {
+        "ours r=64 bf16": ours(half),
+        "block r=64 bf16": ours(half, BLOCK),
+        "PEFT r=64 bf16": peft(half),
+        "frozen floor bf16": floor(half),
+    }
     saved |= {name: saved_bytes(model, ids) for name, model in models.items()}
     times |= timed({name: Variant(model, loss) for name, model in models.items()}, rounds)
     del models
@@ -297,6 +304,10 @@ def run(*, quick: bool) -> dict[str, Any]:
         "peak_rss_ratio_peft_r64": round(memory["ours"] / memory["peft"], 3),
         "step_time_ratio_frozen_floor": ratio(mine, times["frozen floor"]),
         "step_time_ratio_frozen_floor_bf16": ratio(times["ours r=64 bf16"], times["frozen floor bf16"]),
+        "block_step_time_ratio_peft_r64": ratio(times["block r=64"], times["PEFT r=64"]),
+        "block_step_time_ratio_peft_r64_bf16": ratio(times["block r=64 bf16"], times["PEFT r=64 bf16"]),
+        "block_step_time_ratio_frozen_floor": ratio(times["block r=64"], times["frozen floor"]),
+        "block_step_time_ratio_frozen_floor_bf16": ratio(times["block r=64 bf16"], times["frozen floor bf16"]),
         **{f"rows_step_time_ratio_peft_r64_{dtype}": ratio(*found.values()) for dtype, found in rows.items()},
         "together_speedup": speedups[54],
         "together_speedup_16_tokens": speedups[16],

@@ -16,6 +16,7 @@ from typing import Any
 
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
+from lorasb_export.settings import BLOCK
 
 from .checkpoint import make_base
 from .serve_child import Child, fold, write_adapters
@@ -35,8 +36,9 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     base = BaseModel.resolve(small_model()).folder
     with tempfile.TemporaryDirectory() as folder:
         ours = write_adapters(base, Path(folder, "large"), RANK)
+        blocks = write_adapters(base, Path(folder, "block"), RANK, BLOCK)
         small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
-        result, speeds = peers(base, ours, quick=quick)
+        result, speeds = peers(base, ours, blocks, quick=quick)
         more, resident = many(base, ours, small, quick=quick)
         result |= more | wide(Path(folder, "wide"), quick=quick)
         result |= parity(base, ours, prompts=4 if quick else 32, tokens=16 if quick else 64)
@@ -45,17 +47,18 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     return result
 
 
-def peers(base: Path, ours: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:
-    """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests."""
+def peers(base: Path, ours: list[Path], blocks: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:
+    """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests. `blocks` are of blocks."""
     children: dict[str, Child] = {}
     try:
         children["base"] = Child(base, [], **OTHERS)
         children["compiled"] = Child(base, [], enforce_eager=False, **OTHERS)
         children["stock LoRA"] = Child(base, fold(ours), 32, **STOCK)
         children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
+        children["block"] = Child(base, blocks, 32, basis=blocks[0], **OTHERS)
         settings = [(16, 0), (32, 0), *((32, few) for few in (1, 4, 16))]
         speeds = decode(children, settings if not quick else settings[:3], rounds=1 if quick else 3)
-        few = {name: children[name] for name in ("base", "shared")}  # stock LoRA takes minutes to read prompts
+        few = {name: children[name] for name in ("base", "shared", "block")}  # stock LoRA takes minutes to read prompts
         read = prompts(few, rounds=2 if quick else 8)
     finally:
         for child in children.values():
@@ -73,6 +76,12 @@ def peers(base: Path, ours: list[Path], *, quick: bool) -> tuple[dict[str, Any],
         "ratio_vs_base_b16": round(speeds["shared", 16, 0] / speeds["base", 16, 0], 3),
         "prefill_ratio_vs_base": round(read["base", 4] / read["shared", 4], 3),
         "ttft_ratio_vs_base": round(read["shared", 1] / read["base", 1], 3),
+        "block_ratio_vs_stock": round(speeds["block", 32, 0] / stock, 2),
+        "block_ratio_vs_base": round(speeds["block", 32, 0] / bare, 3),
+        "block_ratio_vs_stock_b16": round(speeds["block", 16, 0] / speeds["stock LoRA", 16, 0], 2),
+        "block_ratio_vs_base_b16": round(speeds["block", 16, 0] / speeds["base", 16, 0], 3),
+        "block_prefill_ratio_vs_base": round(read["base", 4] / read["block", 4], 3),
+        "block_ttft_ratio_vs_base": round(read["block", 1] / read["base", 1], 3),
     }, speeds
 
 
@@ -131,7 +140,7 @@ def decode(children: dict[str, Child], settings: list[tuple[int, int]], rounds: 
     seconds: dict[tuple[str, int, int], list[float]] = {}
     for counted in [False] + [True] * rounds:
         for name, child in children.items():
-            for rows, few in settings if name in ("stock LoRA", "shared") else [s for s in settings if not s[1]]:
+            for rows, few in settings if name not in ("base", "compiled") else [s for s in settings if not s[1]]:
                 count = 4 if name == "stock LoRA" else 24
                 times = child.call("steps", rows=rows, prompt=3, count=count, adapters=few)[1:]
                 seconds.setdefault((name, rows, few), []).extend(times if counted else [])

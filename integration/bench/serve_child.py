@@ -15,6 +15,7 @@ from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.export.peft import write_folded
 from lorasb_export.serve.shared import BASIS_VARIABLE
+from lorasb_export.settings import RANDOM
 from tests.random_adapter import save_adapter
 
 FILES = 4
@@ -68,11 +69,12 @@ class Child:
         return json.loads(self.process.stdout.readline())
 
 
-def write_adapters(base: Path, folder: Path, rank: int) -> list[Path]:
+def write_adapters(base: Path, folder: Path, rank: int, directions: str = RANDOM) -> list[Path]:
     """Random adapters on one basis (in the first folder)."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     modules = [name for name, _ in model.named_modules() if name.endswith("_proj")]
-    first = save_adapter(base, model, folder / "0", modules, rank=rank, relative_size=0.15)
+    options = {"rank": rank, "relative_size": 0.15, "directions": directions}
+    first = save_adapter(base, model, folder / "0", modules, **options)
     for number in range(1, FILES):
         R = {name: matrix.roll(number, 0) for name, matrix in first.R.items()}
         Adapter(first.base, first.basis_sha256, str(folder / "0"), R, first.scaling).save(folder / str(number))

@@ -23,7 +23,7 @@ class Cell:
         task: a folder of the task data.
         method: `base` (untrained), `lora`, `rslora`, `dora`, `pissa` (PEFT's), `lora-xs`, `lora-sb`.
         basis: of `lora-sb`, what the basis was calibrated on: `own`; another task's name; `mixture` of all tasks of
-            this kind; `without` this one; or it is `wsvd`, the weight's own singular vectors, or `random`.
+            this kind; `without` this one; `wsvd`, the weight's own singular vectors; `random`; or `block`.
         balanced: of a mixture, whether every task's gradient sum is divided by its norm first.
         samples: calibration rows, of each task of a mixture too.
         init: R0, as for `fit`.

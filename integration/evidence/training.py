@@ -26,7 +26,7 @@ from lorasb_export.layer import weight_of
 from lorasb_export.muon import Muon, groups_of
 from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.random_basis import random_factors
-from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.subspace import CaptureRatios
 from lorasb_export.targets import find_targets
 from lorasb_export.validation import mean_loss, row_scores
@@ -167,9 +167,9 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     """The basis that `cell.basis` names; a calibrated one is made once and kept."""
     if cell.basis == "wsvd":
         return weight_basis(network, cell.rank)
-    if cell.basis == "random":
+    if cell.basis in DRAWN:
         targets = find_targets(network, CalibrationSettings.targets)
-        return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32))
+        return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32, cell.basis))
     tasks = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
     names = {"own": [cell.task], "mixture": tasks, "without": [t for t in tasks if t != cell.task]}
     of = list(names.get(cell.basis, [cell.basis]))

@@ -164,7 +164,7 @@ class Shared:
         return {
             "slots": self.slots,
             "slots_bytes": one * (self.slots + 1),
-            "basis_bytes": number_bytes * sum(module.B.numel() + module.A.numel() for module in modules),
+            "basis_bytes": number_bytes * sum(m.B.numel() + m.A.numel() for m in modules if m.block is None),
             "bytes_per_adapter": one,
         }
 

@@ -40,7 +40,8 @@ class SharedBasisLayer:
 
     A packed layer (q, k, v) has several parts, each a module of the basis or none, and each fills one slice of y or
     several. On a CPU, where a small product costs as much as a large one, the base's weight is held as [W | B] and
-    multiplied by (x, v) in one.
+    multiplied by (x, v) in one. Of a basis of blocks B and A are not held, but of a layer that several
+    processes share: a block may lie in two of them.
     """
 
     base_layer: Any
@@ -56,6 +57,7 @@ class SharedBasisLayer:
         """Nothing yet: vLLM tells a layer neither its name nor its basis. `set_basis` follows."""
         self.lora_config = lora_config
         self.has_basis = self.is_fused = False
+        self.blocks: list[tuple[slice, slice]] = []  # rows of y and columns of x, of every part
 
     def set_basis(self, factors: Sequence[ModuleBasis | None], first: int, routes: Routes) -> None:
         """Take B and A of every part, None where the basis has no such module.
@@ -77,13 +79,23 @@ class SharedBasisLayer:
                 A, B = [self.slice_lora_a(A[0])], [self.slice_lora_b(B[0])]
             sizes = [len(B[0])]
         stack = routes.stack
+        self.routes, self.first, self.has_basis = routes, first, True
+        self.parts = sum(b is not None for b in B)
+        blocks = [factor and factor.block for factor in factors]
+        if self.tp_size == 1 and blocks.count(None) == B.count(None):
+            stops = accumulate(sizes)  # of the parts in y
+            self.blocks = [
+                (_moved(block[0], stop - size), block[1])
+                for block, size, stop in zip(blocks, sizes, stops, strict=True)
+                if block is not None
+            ]
+            return
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
             (slice(stop - size, stop), b.T.contiguous().to(stack))
             for b, size, stop in zip(B, sizes, accumulate(sizes), strict=True)
             if b is not None
         ]
-        self.routes, self.first, self.parts, self.has_basis = routes, first, len(self.basis_B), True
         if self._can_fuse():
             self._fuse(sum(sizes))
 
@@ -151,12 +163,18 @@ class SharedBasisLayer:
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if not self.has_basis or self.routes.idle:
             return output
-        y = output.view(-1, output.shape[-1])  # (T, out); some models have (1, T, out)
-        u = F.linear(x.reshape(-1, x.shape[-1]), self.basis_A)
-        v = self.routes.product(u, self.parts, self.first)
+        x, y = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])  # some models have (1, T, out)
+        if self.blocks:
+            self.routes.add_blocks(y, x, self.blocks, self.first)
+            return output
+        v = self.routes.product(F.linear(x, self.basis_A), self.parts, self.first)
         for (columns, B), part in zip(self.basis_B, v.split(self.routes.rank, 1), strict=True):
             y[:, columns].addmm_(part, B)
         return output
+
+
+def _moved(span: slice, by: int) -> slice:
+    return slice(span.start + by, span.stop + by)
 
 
 def _units(size: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:

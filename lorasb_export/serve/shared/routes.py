@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _LONG = 8  # from this many tokens of one adapter in a row on, a matrix product is faster than a sum of rows
@@ -62,6 +64,23 @@ class Routes:
                 product = torch.bmm(run, self.stack[slot, first : first + parts])
                 v[start:stop].view(-1, parts, self.rank).copy_(product.transpose(0, 1))
         return v
+
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor, blocks: Sequence[tuple[slice, slice]], first: int) -> None:
+        """y (T, out) += s·R·x in place, of x (T, in), in one block for each module from `first` on.
+
+        Args:
+            blocks: the rows of y and the columns of x, r each.
+        """
+        for start, stop, slot in self._runs or [(0, len(x), None)]:
+            own_y, own_x = y[start:stop], x[start:stop]
+            if slot is None:
+                u = torch.cat([own_x[:, columns] for _, columns in blocks], dim=1)
+                v = self._sum_of_rows(u, len(blocks), first, start)
+                for (rows, _), part in zip(blocks, v.split(self.rank, 1), strict=True):
+                    own_y[:, rows].add_(part)
+            elif slot < len(self.stack) - 1:  # of the base there is nothing to add
+                for (rows, columns), matrix in zip(blocks, self.stack[slot, first:], strict=False):
+                    own_y[:, rows].addmm_(own_x[:, columns], matrix)
 
     def _sum_of_rows(self, u: torch.Tensor, parts: int, first: int, start: int = 0) -> torch.Tensor:
         """A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered."""

@@ -120,7 +120,7 @@ def test_a_long_verb_says_how_far_it_is(
     CliRunner().invoke(app, ["fit"], catch_exceptions=False)
     calibrating, start, *evaluations = log.messages
     assert calibrating == "Calibrating a basis for 14 modules on 32 rows of a"
-    assert start == "a: 64 rows, 4 steps at learning rate 0.003"
+    assert start == "a: 64 rows, 4 steps at learning rate 0.027"
     pattern = r"a: step (\d) of 4, (?:train loss \d\.\d+, )?valid loss \d\.\d+, about \d+ s left"
     assert [re.fullmatch(pattern, line)[1] for line in evaluations] == ["1", "2", "3", "4"]  # type: ignore[index]
     log.clear()

@@ -29,6 +29,7 @@ from lorasb_export.export.onnx_graph import read_graph  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier  # noqa: E402
 from lorasb_export.export.onnx_verify import require_equal  # noqa: E402
 from lorasb_export.inference import evaluate  # noqa: E402
+from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
 from tests.conftest import write_splits  # noqa: E402
 from tests.random_adapter import save_adapter, write_in  # noqa: E402
 from tests.test_merge_families import CONFIGS, SIZES  # noqa: E402
@@ -70,7 +71,9 @@ ENCODERS = {
 }
 
 
-def make(folder: Path, name: str, own: dict[str, Any], ends: tuple[str, ...], task_type: str) -> t.PreTrainedModel:
+def make(
+    folder: Path, name: str, own: dict[str, Any], ends: tuple[str, ...], task_type: str, directions: str = RANDOM
+) -> t.PreTrainedModel:
     """A base in `folder`/base and an adapter in `folder`/a; returns the network with the adapter in its weights."""
     prefix = name.partition("For")[0].removesuffix("LMHeadModel")
     config = getattr(t, CONFIGS.get(prefix, f"{prefix}Config"))(
@@ -83,9 +86,8 @@ def make(folder: Path, name: str, own: dict[str, Any], ends: tuple[str, ...], ta
     network = BaseModel.resolve(folder / "base").load(task_type, dtype="float32", device="cpu")
     modules = [name for name, _ in network.named_modules() if name.endswith(ends)]
     assert len(modules) >= 2 * len(ends)
-    adapter = save_adapter(
-        folder / "base", network, folder / "a", modules, task_type=task_type, relative_size=0.5, scaling=2.0
-    )
+    options: dict[str, Any] = {"relative_size": 0.5, "scaling": 2.0, "directions": directions}
+    adapter = save_adapter(folder / "base", network, folder / "a", modules, task_type=task_type, **options)
     if task_type == SEQ_CLS:
         adapter.training = {"labels": ["no", "yes"]}
         adapter.save(folder / "a", overwrite=True)
@@ -109,9 +111,11 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 98, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_a_decoder_answers_as_base_and_as_task(family: str, tmp_path: Path) -> None:
-    network = make(tmp_path, *DECODERS[family], CAUSAL_LM)
+@pytest.mark.parametrize(
+    ("family", "directions"), [*((family, RANDOM) for family in DECODERS), ("qwen3", BLOCK), ("gpt2", BLOCK)]
+)
+def test_a_decoder_answers_as_base_and_as_task(family: str, directions: str, tmp_path: Path) -> None:
+    network = make(tmp_path, *DECODERS[family], CAUSAL_LM, directions)
     export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx")
     decoder = OnnxDecoder(tmp_path / "onnx", "a", threads=1)
     task = [greedy(network, prompt) for prompt in prompts()]
@@ -119,6 +123,14 @@ def test_a_decoder_answers_as_base_and_as_task(family: str, tmp_path: Path) -> N
     decoder.use(None)
     base = BaseModel.resolve(tmp_path / "base").load(dtype="float32", device="cpu")
     assert decoder.generate(prompts(), TOKENS, set()) == [greedy(base, prompt) for prompt in prompts()] != task
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_blocks_are_chosen_by_row(family: str, tmp_path: Path) -> None:
+    """The export compares every row with torch, with its adapter and without."""
+    make(tmp_path, *DECODERS[family], CAUSAL_LM, BLOCK)
+    result = export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx", routed=True)
+    assert result["verify"]["a"]["equal_prompts"] == result["verify"]["a"]["prompts"] > 0
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2"])

@@ -6,7 +6,7 @@ Swappable: each R is an initializer of zeros that a run may replace, by an activ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..basis import Basis
 from ..errors import BaseModelError
+from ..format import ModuleBasis
 from .onnx_adapter_file import Arrays, parameter
 from .onnx_graph import external_files, read_graph
 
@@ -48,22 +49,45 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
             if y not in targets:
                 continue
             module, factors = targets[y], basis.modules[targets[y]]
-            A, B, R = f"{module}.A", f"{module}.B", parameter(module, basis.sha256)
-            for name, factor in ((A, factors.A), (B, factors.B)):
-                model.graph.initializer.append(_external(name, factor.T.float().numpy().astype(dtype), data))
+            R = parameter(module, basis.sha256)
+            if factors.block is None:
+                onto = back = "MatMul"
+                A, B = (_external(f"{module}.{name}", array, data) for name, array in _transposed(factors, dtype))
+                before, after = [A], [B]
+            else:
+                onto, back = "Slice", "Pad"
+                before, after = _places(module, factors)
+            model.graph.initializer.extend([*before, *after])
             model.graph.initializer.append(from_array(np.zeros([basis.rank] * 2, dtype), R))
             # An initializer that is an input as well may be replaced in a run.
             model.graph.input.append(make_tensor_value_info(R, np_dtype_to_tensor_dtype(dtype), [basis.rank] * 2))
             node.output[0] = f"{y}/base"
             nodes += [
-                make_node("MatMul", [node.input[0], A], [f"{module}/xA"], f"{module}/A"),
+                make_node(onto, [node.input[0], *(c.name for c in before)], [f"{module}/xA"], f"{module}/A"),
                 make_node("MatMul", [f"{module}/xA", R], [f"{module}/xAR"], f"{module}/R"),
-                make_node("MatMul", [f"{module}/xAR", B], [f"{module}/xARB"], f"{module}/B"),
+                make_node(back, [f"{module}/xAR", *(c.name for c in after)], [f"{module}/xARB"], f"{module}/B"),
                 make_node("Add", [f"{y}/base", f"{module}/xARB"], [y], f"{module}/Add"),
             ]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, path)
+
+
+def _transposed(factors: ModuleBasis, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        yield name, factor.T.float().numpy().astype(dtype)
+
+
+def _places(module: str, factors: ModuleBasis) -> tuple[list[TensorProto], list[TensorProto]]:
+    """What Slice takes in the place of A, and Pad in that of B, of (batch, tokens, width)."""
+    from onnx.numpy_helper import from_array
+
+    assert factors.block is not None
+    rows, columns = factors.block
+    onto = {"start": [columns.start], "stop": [columns.stop], "axis": [2]}
+    pads = [0, 0, rows.start, 0, 0, len(factors.B) - rows.stop]
+    before = [from_array(np.array(value), f"{module}.A/{name}") for name, value in onto.items()]
+    return before, [from_array(np.array(pads), f"{module}.B/pads")]
 
 
 def make_swappable(path: Path, basis: Basis) -> None:

@@ -54,6 +54,22 @@ class _Classifier(torch.nn.Module):
         return self.network(ids, attention_mask=mask, **({} if types is None else {"token_type_ids": types})).logits
 
 
+class _SwappableBlock(torch.nn.Module):
+    """A linear layer with R beside it, in a block of its weight."""
+
+    R: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear, rows: slice, columns: slice, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.columns = linear, columns
+        self.pads = rows.start, linear.out_features - rows.stop
+        rank = rows.stop - rows.start
+        self.register_buffer("R", torch.randn(rank, rank, dtype=dtype))  # zeros later, as of `_Swappable`
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + torch.nn.functional.pad(x[..., self.columns] @ self.R, self.pads)
+
+
 class _Swappable(torch.nn.Module):
     """A linear layer with the three factors beside it, in the order that keeps R an initializer of its own."""
 
@@ -81,7 +97,13 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     _unfold(network)
     if basis is not None:
         for name, module in Basis.load(basis).modules.items():
-            network.set_submodule(name, _Swappable(network.get_submodule(name), module.A, module.B, network.dtype))
+            linear: Any = network.get_submodule(name)
+            swappable = (
+                _Swappable(linear, module.A, module.B, network.dtype)
+                if module.block is None
+                else _SwappableBlock(linear, *module.block, network.dtype)
+            )
+            network.set_submodule(name, swappable)
     if task_type == CAUSAL_LM:
         wrapper, arguments, shapes, inputs, outputs = _decoder(network)
     else:

@@ -51,12 +51,13 @@ def columns(task: str) -> list[dict[str, Any]]:
         {"basis": another},
         {"basis": "wsvd"},
         {"basis": "random"},
+        {"basis": "block"},
     ]
 
 
 def cells(task: str, variant: Mapping[str, Any]) -> list[Cell]:
     calibrates = "reduction" in variant or "samples" in variant  # which is nothing to a basis that is not calibrated
-    wanted = [column for column in columns(task) if not (calibrates and column["basis"] in ("wsvd", "random"))]
+    wanted = [column for column in columns(task) if not (calibrates and column["basis"] in ("wsvd", "random", "block"))]
     return [cell(task, method="lora-sb", **column, **variant) for column in wanted]
 
 

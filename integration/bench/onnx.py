@@ -32,7 +32,7 @@ from lorasb_export.export import export  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
 from lorasb_export.quickstart.model import small_model  # noqa: E402
 from lorasb_export.quickstart.tasks import write_tasks  # noqa: E402
-from lorasb_export.settings import CalibrationSettings, FitSettings  # noqa: E402
+from lorasb_export.settings import BLOCK, RANDOM, CalibrationSettings, FitSettings  # noqa: E402
 from lorasb_export.train import fit  # noqa: E402
 from tests.random_adapter import save_adapter  # noqa: E402
 
@@ -80,6 +80,8 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
     seconds, _ = _measured([*command, "--out", str(folder / "plain"), "--no-verify"])
     verified_seconds, peak = _measured([*command, "--out", str(folder / "merged")])
     export([folder / "dates"], folder / "swappable", format="onnx-adapters", verify=False)
+    _random(base, folder / "blocks", BLOCK, rank=adapter.rank)
+    export([folder / "blocks"], folder / "swappable-blocks", format="onnx-adapters", verify=False)
     adapter_bytes = (folder / "swappable" / "dates.onnx_adapter").stat().st_size
     result = {
         "export_seconds": round(seconds, 1),
@@ -105,16 +107,21 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapter:
     if task is None:
-        network = base.load(dtype="float32", device="cpu")
-        modules = [
-            name for name, module in network.model.named_modules(prefix="model") if isinstance(module, torch.nn.Linear)
-        ]
-        return save_adapter(base.folder, network, folder, modules, rank=32, scaling=1.0, relative_size=0.1)
+        return _random(base, folder, RANDOM, rank=32)
     basis = folder.with_name("basis")
     calibrate(base, {"dates": task}, CalibrationSettings(rank=64, samples=16, dtype="float32")).save(basis)
     settings = FitSettings(epochs=1, batch_size=4, dtype="float32")
     fit(base, basis, task, folder, settings)
     return Adapter.load(folder)
+
+
+def _random(base: BaseModel, folder: Path, directions: str, rank: int) -> Adapter:
+    network = base.load(dtype="float32", device="cpu")
+    modules = [
+        name for name, module in network.model.named_modules(prefix="model") if isinstance(module, torch.nn.Linear)
+    ]
+    options: dict[str, Any] = {"scaling": 1.0, "relative_size": 0.1, "directions": directions}
+    return save_adapter(base.folder, network, folder, modules, rank=rank, **options)
 
 
 def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict[str, Any]:
@@ -126,6 +133,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
     merged = OnnxDecoder(folder / "merged", threads=THREADS)
     session_seconds = time.perf_counter() - started
     swappable = OnnxDecoder(folder / "swappable", "dates", threads=THREADS)
+    blocks = OnnxDecoder(folder / "swappable-blocks", "blocks", threads=THREADS)
     eos, tokens = merged.eos_ids, 16 if quick else TOKENS
 
     expected = [_torch_greedy(network, prompt, tokens, eos) for prompt in prompts]
@@ -147,12 +155,13 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
         calls[f"torch {name}"] = lambda words=words, count=count: _torch_greedy(network, words, count, set())
         calls[f"merged {name}"] = lambda words=words, count=count: merged.generate([words], count, set())
         calls[f"swappable {name}"] = lambda words=words, count=count: swappable.generate([words], count, set())
+        calls[f"blocks {name}"] = lambda words=words, count=count: blocks.generate([words], count, set())
     times = alternate_calls(calls, rounds)
     print_table(times)
     n, k = len(prompt), 1 + steps
     decode = {
         way: [b - a for a, b in zip(times[f"{way} {n}+1"], times[f"{way} {n}+{k}"], strict=True)]
-        for way in ("torch", "merged", "swappable")
+        for way in ("torch", "merged", "swappable", "blocks")
     }
     swaps = []
     for _ in range(20):
@@ -172,6 +181,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
         "decode_tokens_per_second": round(steps / median(decode["merged"]), 1),
         "prefill_ratio_torch": ratio(times["torch 256+1"], times["merged 256+1"]),
         "swappable_vs_merged": ratio(decode["merged"], decode["swappable"]),
+        "block_swappable_vs_merged": ratio(decode["merged"], decode["blocks"]),
         "swap_ms": round(median(swaps), 4),
         "first_use_ms": round(first_use, 2),
         "session_seconds": round(session_seconds, 2),

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
+from lorasb_export.format import ModuleBasis  # noqa: E402
 from lorasb_export.layer import head_parameters, weight_of  # noqa: E402
 from lorasb_export.random_basis import random_factors  # noqa: E402
-from lorasb_export.settings import RANDOM  # noqa: E402
+from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> Path:
@@ -43,14 +44,18 @@ def save_adapter(
     """
     generator = torch.Generator().manual_seed(seed)
     found = dict(model.named_modules())
-    drawn = random_factors({name: found[name] for name in modules}, rank, seed, torch.float32, directions)
-    factors = {name: module._replace(S=torch.ones(rank)) for name, module in drawn.items()}
-    R = {}
+    factors, R = {}, {}
     for name in modules:
+        weight = weight_of(found[name])
+        rows, columns = weight.shape
+        B = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
+        A = torch.linalg.qr(torch.randn(columns, rank, generator=generator))[0].T.contiguous()
+        factors[name] = ModuleBasis(B, A, torch.ones(rank))
         R[name] = torch.randn(rank, rank, generator=generator)
         if relative_size is not None:
-            size = weight_of(found[name]).detach().norm()
-            R[name] *= relative_size * size / (scaling * R[name].norm())
+            R[name] *= relative_size * weight.detach().norm() / (scaling * R[name].norm())
+    if directions == BLOCK:
+        factors = random_factors({name: found[name] for name in modules}, rank, seed, torch.float32, BLOCK)
     ref = BaseModel.resolve(base).ref(modules)
     basis = Basis(ref, rank, factors, {"samples": 1})
     head = {}

@@ -6,7 +6,7 @@ Swappable: each R is an initializer of zeros that a run may replace, by an activ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -51,12 +51,9 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
             module, factors = targets[y], basis.modules[targets[y]]
             R = parameter(module, basis.sha256)
             if factors.block is None:
-                onto = back = "MatMul"
-                A, B = (_external(f"{module}.{name}", array, data) for name, array in _transposed(factors, dtype))
-                before, after = [A], [B]
+                onto, back, (before, after) = "MatMul", "MatMul", _factors(module, factors, dtype, data)
             else:
-                onto, back = "Slice", "Pad"
-                before, after = _places(module, factors)
+                onto, back, (before, after) = "Slice", "Pad", _places(module, len(factors.B), *factors.block)
             model.graph.initializer.extend([*before, *after])
             model.graph.initializer.append(from_array(np.zeros([basis.rank] * 2, dtype), R))
             # An initializer that is an input as well may be replaced in a run.
@@ -73,19 +70,20 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
     onnx.save(model, path)
 
 
-def _transposed(factors: ModuleBasis, dtype: np.dtype[Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    for name, factor in (("A", factors.A), ("B", factors.B)):
-        yield name, factor.T.float().numpy().astype(dtype)
+def _factors(
+    module: str, factors: ModuleBasis, dtype: np.dtype[Any], data: BinaryIO
+) -> tuple[list[TensorProto], list[TensorProto]]:
+    """What MatMul takes before R, and after."""
+    A, B = (factor.T.float().numpy().astype(dtype) for factor in (factors.A, factors.B))
+    return [_external(f"{module}.A", A, data)], [_external(f"{module}.B", B, data)]
 
 
-def _places(module: str, factors: ModuleBasis) -> tuple[list[TensorProto], list[TensorProto]]:
-    """What Slice takes in the place of A, and Pad in that of B, of (batch, tokens, width)."""
+def _places(module: str, width: int, rows: slice, columns: slice) -> tuple[list[TensorProto], list[TensorProto]]:
+    """What Slice takes before R, and Pad after, where y is (batch, tokens, width)."""
     from onnx.numpy_helper import from_array
 
-    assert factors.block is not None
-    rows, columns = factors.block
     onto = {"start": [columns.start], "stop": [columns.stop], "axis": [2]}
-    pads = [0, 0, rows.start, 0, 0, len(factors.B) - rows.stop]
+    pads = [0, 0, rows.start, 0, 0, width - rows.stop]
     before = [from_array(np.array(value), f"{module}.A/{name}") for name, value in onto.items()]
     return before, [from_array(np.array(pads), f"{module}.B/pads")]
 

@@ -98,12 +98,10 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     if basis is not None:
         for name, module in Basis.load(basis).modules.items():
             linear: Any = network.get_submodule(name)
-            swappable = (
-                _Swappable(linear, module.A, module.B, network.dtype)
-                if module.block is None
-                else _SwappableBlock(linear, *module.block, network.dtype)
-            )
-            network.set_submodule(name, swappable)
+            if module.block is None:
+                network.set_submodule(name, _Swappable(linear, module.A, module.B, network.dtype))
+            else:
+                network.set_submodule(name, _SwappableBlock(linear, *module.block, network.dtype))
     if task_type == CAUSAL_LM:
         wrapper, arguments, shapes, inputs, outputs = _decoder(network)
     else:

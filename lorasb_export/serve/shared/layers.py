@@ -40,8 +40,8 @@ class SharedBasisLayer:
 
     A packed layer (q, k, v) has several parts, each a module of the basis or none, and each fills one slice of y or
     several. On a CPU, where a small product costs as much as a large one, the base's weight is held as [W | B] and
-    multiplied by (x, v) in one. Of a basis of blocks B and A are not held, but of a layer that several
-    processes share: a block may lie in two of them.
+    multiplied by (x, v) in one. Of a basis of blocks neither B nor A is held, but in layers that
+    several processes share, where a block may lie in two of them.
     """
 
     base_layer: Any

@@ -79,8 +79,8 @@ class Routes:
                 for (rows, _), part in zip(blocks, v.split(self.rank, 1), strict=True):
                     own_y[:, rows].add_(part)
             elif slot < len(self.stack) - 1:  # of the base there is nothing to add
-                for (rows, columns), matrix in zip(blocks, self.stack[slot, first:], strict=False):
-                    own_y[:, rows].addmm_(own_x[:, columns], matrix)
+                for number, (rows, columns) in enumerate(blocks, first):
+                    own_y[:, rows].addmm_(own_x[:, columns], self.stack[slot, number])
 
     def _sum_of_rows(self, u: torch.Tensor, parts: int, first: int, start: int = 0) -> torch.Tensor:
         """A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered."""

@@ -23,6 +23,7 @@ from integration.evidence.cells import (
     cell,
     over_seeds,
 )
+from lorasb_export.settings import DRAWN
 
 from .quality import SEEDS
 from .quality import arguments as arguments
@@ -50,14 +51,13 @@ def columns(task: str) -> list[dict[str, Any]]:
         {"basis": "without"},
         {"basis": another},
         {"basis": "wsvd"},
-        {"basis": "random"},
-        {"basis": "block"},
+        *({"basis": drawn} for drawn in DRAWN),
     ]
 
 
 def cells(task: str, variant: Mapping[str, Any]) -> list[Cell]:
     calibrates = "reduction" in variant or "samples" in variant  # which is nothing to a basis that is not calibrated
-    wanted = [column for column in columns(task) if not (calibrates and column["basis"] in ("wsvd", "random", "block"))]
+    wanted = [column for column in columns(task) if not (calibrates and column["basis"] in ("wsvd", *DRAWN))]
     return [cell(task, method="lora-sb", **column, **variant) for column in wanted]
 
 

@@ -14,6 +14,7 @@ import matplotlib
 
 from integration.evidence.cells import CLASSIFYING, GENERATING, RESULTS, RUNS, Cell, Results, cell
 from lorasb_export.metrics import pearson
+from lorasb_export.settings import DRAWN
 
 from .quality import METHODS, summary
 
@@ -139,7 +140,7 @@ def _rate(of: dict[str, Any] | None) -> str:
 
 def _column(line: Line) -> str:
     """The origin of a basis, in words."""
-    if line["basis"] in ("own", "mixture", "without", "wsvd", "random", "block"):
+    if line["basis"] in ("own", "mixture", "without", "wsvd", *DRAWN):
         return line["basis"] + (", balanced" if line["balanced"] else "")
     return "another task"
 

@@ -64,25 +64,26 @@ def peers(base: Path, ours: list[Path], blocks: list[Path], *, quick: bool) -> t
         for child in children.values():
             child.stop()
     table(speeds)
-    stock, bare = speeds["stock LoRA", 32, 0], speeds["base", 32, 0]
     return {
-        "tok_s_base": round(bare, 1),
+        "tok_s_base": round(speeds["base", 32, 0], 1),
         "tok_s_base_compiled": round(speeds["compiled", 32, 0], 1),
-        "tok_s_stock_lora": round(stock, 1),
+        "tok_s_stock_lora": round(speeds["stock LoRA", 32, 0], 1),
         "tok_s_shared": round(speeds["shared", 32, 0], 1),
-        "ratio_vs_stock": round(speeds["shared", 32, 0] / stock, 2),
-        "ratio_vs_base": round(speeds["shared", 32, 0] / bare, 3),
-        "ratio_vs_stock_b16": round(speeds["shared", 16, 0] / speeds["stock LoRA", 16, 0], 2),
-        "ratio_vs_base_b16": round(speeds["shared", 16, 0] / speeds["base", 16, 0], 3),
-        "prefill_ratio_vs_base": round(read["base", 4] / read["shared", 4], 3),
-        "ttft_ratio_vs_base": round(read["shared", 1] / read["base", 1], 3),
-        "block_ratio_vs_stock": round(speeds["block", 32, 0] / stock, 2),
-        "block_ratio_vs_base": round(speeds["block", 32, 0] / bare, 3),
-        "block_ratio_vs_stock_b16": round(speeds["block", 16, 0] / speeds["stock LoRA", 16, 0], 2),
-        "block_ratio_vs_base_b16": round(speeds["block", 16, 0] / speeds["base", 16, 0], 3),
-        "block_prefill_ratio_vs_base": round(read["base", 4] / read["block", 4], 3),
-        "block_ttft_ratio_vs_base": round(read["block", 1] / read["base", 1], 3),
+        **beside("shared", speeds, read),
+        **{f"block_{key}": ratio for key, ratio in beside("block", speeds, read).items()},
     }, speeds
+
+
+def beside(name: str, speeds: Speeds, read: dict[tuple[str, int], float]) -> dict[str, float]:
+    """The engine `name` beside stock LoRA and the base."""
+    return {
+        "ratio_vs_stock": round(speeds[name, 32, 0] / speeds["stock LoRA", 32, 0], 2),
+        "ratio_vs_base": round(speeds[name, 32, 0] / speeds["base", 32, 0], 3),
+        "ratio_vs_stock_b16": round(speeds[name, 16, 0] / speeds["stock LoRA", 16, 0], 2),
+        "ratio_vs_base_b16": round(speeds[name, 16, 0] / speeds["base", 16, 0], 3),
+        "prefill_ratio_vs_base": round(read["base", 4] / read[name, 4], 3),
+        "ttft_ratio_vs_base": round(read[name, 1] / read["base", 1], 3),
+    }
 
 
 def many(base: Path, ours: list[Path], small: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:

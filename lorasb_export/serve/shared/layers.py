@@ -79,22 +79,20 @@ class SharedBasisLayer:
                 A, B = [self.slice_lora_a(A[0])], [self.slice_lora_b(B[0])]
             sizes = [len(B[0])]
         stack = routes.stack
+        own = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]  # columns of y
         self.routes, self.first, self.has_basis = routes, first, True
-        self.parts = sum(b is not None for b in B)
-        blocks = [factor and factor.block for factor in factors]
-        if self.tp_size == 1 and blocks.count(None) == B.count(None):
-            stops = accumulate(sizes)  # of the parts in y
-            self.blocks = [
-                (_moved(block[0], stop - size), block[1])
-                for block, size, stop in zip(blocks, sizes, stops, strict=True)
-                if block is not None
-            ]
+        self.parts = sum(factor is not None for factor in factors)
+        blocks = [
+            (_moved(block[0], part.start), block[1])
+            for factor, part in zip(factors, own, strict=True)
+            if factor is not None and (block := factor.block)
+        ]
+        if self.tp_size == 1 and len(blocks) == self.parts:
+            self.blocks = blocks
             return
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
-            (slice(stop - size, stop), b.T.contiguous().to(stack))
-            for b, size, stop in zip(B, sizes, accumulate(sizes), strict=True)
-            if b is not None
+            (part, b.T.contiguous().to(stack)) for b, part in zip(B, own, strict=True) if b is not None
         ]
         if self._can_fuse():
             self._fuse(sum(sizes))

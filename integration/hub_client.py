@@ -22,7 +22,7 @@ from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.basis import Basis
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.storage import write_json
 
 RANK, MODULES = (

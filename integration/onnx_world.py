@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
-from lorasb_export.format import ModuleBasis  # noqa: E402
+from lorasb_export.factors import ModuleBasis  # noqa: E402
 from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402
 
 RANK, EOS = 8, 2

@@ -18,7 +18,7 @@ from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import PROMPTS
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 
 environment.hide_broken_packages()
 og = pytest.importorskip("onnxruntime_genai")

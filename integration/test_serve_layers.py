@@ -14,7 +14,7 @@ import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.random_basis import random_factors
 from lorasb_export.serve.shared.routes import Routes
 
@@ -96,18 +96,18 @@ def test_a_module_may_fill_several_slices_of_a_layer(
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: processes)
     torch.manual_seed(0)
     W, x = torch.randn(sum(slices), COLUMNS) / 10, torch.randn(4, COLUMNS)
-    factors: list[ModuleBasis | None] = []
+    factors: list[Factors | None] = []
     stack, updates = [], []
     for part, rows in enumerate(parts):
         module = torch.nn.Linear(COLUMNS, rows)
-        B, A, S = random_factors({"": module}, RANK, part, torch.float32, directions)[""]
+        factor = random_factors({"": module}, RANK, part, torch.float32, directions)[""]
         R = torch.randn(RANK, RANK) / 10
         if part == missing:
             factors.append(None)
             updates.append(torch.zeros(rows, COLUMNS))
         else:
-            factors.append(ModuleBasis(B, A, S))
-            updates.append(B @ R @ A)
+            factors.append(factor)
+            updates.append(factor.B @ R @ factor.A)
             stack.append(R.T)
     expected = x @ (W + torch.cat(updates)).T
     routes = Routes(torch.stack([torch.stack(stack), torch.zeros(len(stack), RANK, RANK)]), 8)
@@ -138,7 +138,7 @@ def test_parts_that_do_not_fill_a_layer_are_refused() -> None:
         n_slices=4, output_sizes=[32, 32, 64, 64], base_layer=SimpleNamespace(prefix="in_proj")
     )
     with pytest.raises(SettingsError, match=r"in_proj has 2 modules of 160 rows over 4 slices of 192.*--mode folded"):
-        SharedBasisLayer._spans(layer, [torch.zeros(96, RANK), torch.zeros(64, RANK)])
+        SharedBasisLayer._spans(layer, [96, 64])
 
 
 def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:

@@ -194,7 +194,8 @@ class Adapter:
         In a process group the first process writes. Where FSDP2 shards the model, all must call this: R is gathered.
 
         Args:
-            embed: put the basis inside, so that the folder stands alone; done anyway without a `basis_source`.
+            embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
+                for a basis of blocks, which takes less room than R.
         """
         R, head = (
             {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in m.items()} for m in (self.R, self.head)
@@ -206,7 +207,7 @@ class Adapter:
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""
         source = self.basis_source
-        if embed or source is None:
+        if embed or source is None or (self.basis is not None and self.basis.is_blocks):
             self.load_basis().write_into(temporary)
             source = EMBEDDED
         elif os.path.isabs(source):

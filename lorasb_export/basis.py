@@ -18,8 +18,9 @@ from safetensors.torch import save as serialize
 
 from . import card, distributed, environment
 from .base import BaseRef
+from .factors import Factors, ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
-from .format import FORMAT_VERSION, ModuleBasis, load_tensors, read_basis_config, sealed
+from .format import FORMAT_VERSION, basis_tensors, block_factors, load_tensors, read_basis_config, sealed
 from .lock import only_writer
 from .output import atomic_folder
 from .provenance import versions
@@ -37,7 +38,7 @@ class Basis:
 
     base: BaseRef
     rank: int
-    modules: Mapping[str, ModuleBasis]
+    modules: Mapping[str, Factors]
     calibration: Mapping[str, Any]
     created_with: Mapping[str, str] = field(default_factory=versions)
     source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
@@ -61,12 +62,22 @@ class Basis:
         compared = [key for key in settings if key in _DECISIVE and key in made]
         return [f"{key} {made[key]}, not {settings[key]}" for key in compared if made[key] != settings[key]]
 
+    @property
+    def is_blocks(self) -> bool:
+        """Whether every module's factors are the place of a block: all of a basis are, or none."""
+        return next(iter(self.modules.values())).block is not None
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Module → the shape (out, in) of its weight."""
+        return {name: module.shape for name, module in self.modules.items()}
+
     @cached_property
     def _bytes(self) -> bytes:
         tensors = {
             f"{name}.{part}": tensor.detach().cpu().contiguous()
             for name, module in sorted(self.modules.items())
-            for part, tensor in module._asdict().items()
+            for part, tensor in module.tensors().items()
         }
         return serialize(tensors, {"format": "pt"})
 
@@ -81,7 +92,7 @@ class Basis:
             "format_version": FORMAT_VERSION,
             "base_model": dict(self.base.__dict__),
             "rank": self.rank,
-            "target_modules": {name: [m.B.shape[0], m.A.shape[1]] for name, m in sorted(self.modules.items())},
+            "target_modules": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "sha256": self.sha256,
             "calibration": dict(self.calibration),
             "created_with": dict(self.created_with),
@@ -108,12 +119,16 @@ class Basis:
                 another format version, a truncated file.
         """
         folder, where = resolve_folder(source, BASIS_FILES)
-        config, expected = read_basis_config(folder)
+        config, shapes = read_basis_config(folder)
         path, rank = folder / "basis.safetensors", config["rank"]
-        tensors = load_tensors(path, expected, config["sha256"], device)
-        modules = {
-            name: ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS")) for name in config["target_modules"]
-        }
+        tensors = load_tensors(path, basis_tensors(shapes, rank, path), config["sha256"], device)
+        modules: dict[str, Factors] = {}
+        for name, shape in shapes.items():
+            block = tensors.get(f"{name}.block")
+            if block is None:
+                modules[name] = ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS"))
+            else:
+                modules[name] = block_factors(block, name, shape, rank, path)
         base = BaseRef(**config["base_model"])
         basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
         basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again

@@ -10,8 +10,9 @@ import torch
 from .base import BaseRef
 from .basis import Basis
 from .errors import ArtifactError
+from .factors import ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
-from .format import ModuleBasis, check_finite, check_tensors, read_basis_config
+from .format import basis_tensors, check_finite, check_tensors, read_basis_config
 from .storage import TensorInfo
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,19 +48,14 @@ def open_basis(source: str | Path) -> Basis:
     folder, where = resolve_folder(source, BASIS_FILES)
     config, shapes = read_basis_config(folder)
     path = folder / "basis.safetensors"
-    modules = _Modules(path, list(config["target_modules"]), check_tensors(path, shapes, config["sha256"]))
+    expected = basis_tensors(shapes, config["rank"], path)
+    if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
+        return Basis.load(source)
+    modules = _Modules(path, list(shapes), check_tensors(path, expected, config["sha256"]))
     base = BaseRef(**config["base_model"])
     basis = Basis(base, config["rank"], modules, config["calibration"], config["created_with"], where)
-    basis.__dict__["sha256"] = config["sha256"]  # verified above
+    basis.__dict__.update(sha256=config["sha256"], shapes=shapes)  # verified above
     return basis
-
-
-def module_shapes(basis: Basis) -> dict[str, tuple[int, int]]:
-    """module → (out, in), without reading a factor."""
-    found = basis.modules
-    if isinstance(found, _Modules):
-        return {name: (found.header[f"{name}.B"].shape[0], found.header[f"{name}.A"].shape[1]) for name in found}
-    return {name: (module.B.shape[0], module.A.shape[1]) for name, module in found.items()}
 
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:

@@ -22,7 +22,7 @@ from .basis import Basis
 from .capture import capture_of_rows, record
 from .data import TaskData, load_task, refuse_single_class
 from .errors import BaseModelError, DataError, SettingsError
-from .format import ModuleBasis
+from .factors import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
 from .network import require_positions

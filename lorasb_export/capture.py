@@ -12,7 +12,7 @@ from .base import BaseModel
 from .basis import Basis
 from .batches import Encoded
 from .data import TaskData
-from .format import ModuleBasis
+from .factors import Factors
 from .gradients import draw, gradients_of_rows
 from .layer import remove
 from .settings import CalibrationSettings
@@ -50,7 +50,7 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
 
 def capture_of_rows(
     network: PreTrainedModel,
-    modules: Mapping[str, ModuleBasis],
+    modules: Mapping[str, Factors],
     rows: Sequence[Encoded],
     pad_id: int,
     settings: CalibrationSettings,

@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import ArtifactError
+from .factors import BlockBasis
 from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
@@ -53,28 +54,6 @@ ADAPTER_KEYS = {
 
 _MOST = 10  # problems told at once
 _HINT = "Written by another version, or edited by hand"
-
-
-class ModuleBasis(NamedTuple):
-    """The frozen factors of one module: B (out, r) and A (r, in) orthonormal, S (r,) fp32."""
-
-    B: torch.Tensor
-    A: torch.Tensor
-    S: torch.Tensor
-
-    @property
-    def block(self) -> tuple[slice, slice] | None:
-        """Where s·B·R·A is s·R in a block of W and zero elsewhere, the block's rows and columns; else None."""
-        rows, columns = _span(self.B), _span(self.A.T)
-        return rows and columns and (rows, columns)
-
-
-def _span(factor: torch.Tensor) -> slice | None:
-    """The rows in which `factor` (n, r) is the unit matrix, where it is zero in all others."""
-    start, rank = int(factor[:, 0].argmax()), factor.shape[1]
-    span = slice(start, start + rank)
-    is_unit = torch.equal(factor[span], torch.eye(rank).to(factor)) and int(factor.count_nonzero()) == rank
-    return span if is_unit else None
 
 
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
@@ -119,8 +98,8 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
         raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
 
 
-def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """A basis folder's config, checked, and the shape of every tensor its `basis.safetensors` must hold.
+def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """A basis folder's config, checked, and the shape (out, in) of every target module.
 
     Raises:
         ArtifactError: unknown or missing keys, another format version, a rank that does not fit a module.
@@ -130,17 +109,33 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]
     check_config(config, BASIS_KEYS, where)
     check_keys(config["base_model"], BASE_KEYS, where)
     rank = config["rank"]
-    expected: dict[str, list[int]] = {}
     if not config["target_modules"]:
         raise ArtifactError("the basis has no module", where=where, fix=_HINT)
     for name, shape in config["target_modules"].items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
             raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
-        rows, columns = shape
-        if not 0 < rank <= min(rows, columns):
+        if not 0 < rank <= min(shape):
             raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
+    return config, {name: (rows, columns) for name, (rows, columns) in config["target_modules"].items()}
+
+
+def basis_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, path: Path) -> dict[str, list[int]]:
+    """The shapes of what the `basis.safetensors` at `path` must hold: B, A and S of every module, or its block."""
+    if any(name.endswith(".block") for name in read_header(path)[0]):
+        return {f"{name}.block": [2, 2] for name in shapes}
+    expected: dict[str, list[int]] = {}
+    for name, (rows, columns) in shapes.items():
         expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
-    return config, expected
+    return expected
+
+
+def block_factors(block: torch.Tensor, name: str, shape: tuple[int, int], rank: int, where: Path) -> BlockBasis:
+    """The factors of module `name` from what the file holds of its block. Raises ArtifactError when it has no such."""
+    spans = [slice(*span) for span in block.tolist()]
+    if any(s.start < 0 or s.stop > n or s.stop - s.start != rank for s, n in zip(spans, shape, strict=True)):
+        what = f"tensor {name}.block is {block.tolist()}, no block of {rank} rows and columns of {list(shape)}"
+        raise ArtifactError(what, where=where, fix=_HINT)
+    return BlockBasis(shape, *spans)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 def load_tensors(
     path: Path, expected: Mapping[str, list[int]], digest: str | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Tensors of exactly the `expected` names and shapes, float and finite; refused from the header where possible.
+    """Tensors of exactly the `expected` names and shapes, finite; refused from the header where possible.
 
     Args:
         digest: the sha256 the file must have.
@@ -191,7 +186,7 @@ def load_tensors(
 def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | None = None) -> dict[str, TensorInfo]:
     """The header of `path`, which must hold exactly the `expected` names and shapes; its bytes stream by once.
 
-    R and S are fp32, everything else may be any float.
+    R and S are fp32, places of blocks int64, everything else may be any float.
 
     Args:
         digest: the sha256 the file must have; None to read the header alone.
@@ -199,7 +194,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | N
     header, _ = read_header(path)
     check_keys(header, dict.fromkeys(expected, TensorInfo), path)
     for name, shape in expected.items():
-        only = {"F32"} if name.endswith((".R", ".S")) else FLOATS
+        only = {"F32"} if name.endswith((".R", ".S")) else {"I64"} if name.endswith(".block") else FLOATS
         if list(header[name].shape) != shape or header[name].dtype not in only:
             raise ArtifactError(
                 f"tensor {name} is {header[name].dtype} {list(header[name].shape)}, "

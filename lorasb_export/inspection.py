@@ -76,10 +76,12 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "base_model": basis.base.name_or_path,
         "rank": basis.rank,
         "modules": len(basis.modules),
-        "dtype": str(next(iter(basis.modules.values())).B.dtype).removeprefix("torch."),
         "sha256": basis.sha256,
         "directions": basis.directions,
     }
+    first = next(iter(basis.modules.values()))
+    if first.block is None:
+        found["dtype"] = str(first.B.dtype).removeprefix("torch.")
     if basis.directions in DRAWN:
         return found
     calibrated = {

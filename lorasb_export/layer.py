@@ -20,7 +20,7 @@ environment.hide_broken_packages()  # before transformers looks for them
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 if TYPE_CHECKING:
-    from .format import ModuleBasis
+    from .factors import Factors
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
@@ -132,7 +132,7 @@ class LoRASBLinear(nn.Module):
     B: torch.Tensor
 
     def __init__(
-        self, base: nn.Module, factors: ModuleBasis, R: torch.Tensor, scaling: float, route: Route | None = None
+        self, base: nn.Module, factors: Factors, R: torch.Tensor, scaling: float, route: Route | None = None
     ) -> None:
         super().__init__()
         weight = weight_of(base)
@@ -140,7 +140,7 @@ class LoRASBLinear(nn.Module):
         self.scaling = scaling
         self.route = route
         self.block = factors.block
-        if self.block is None:
+        if factors.block is None:
             for name, factor in (("A", factors.A), ("B", factors.B)):
                 self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
@@ -188,7 +188,7 @@ class Live(Mapping[str, nn.Parameter]):
 
 def inject(
     model: nn.Module,
-    factors: Mapping[str, ModuleBasis],
+    factors: Mapping[str, Factors],
     R: Mapping[str, torch.Tensor],
     scaling: float,
     route: Route | None = None,
@@ -214,7 +214,7 @@ def inject(
         if not isinstance(found[name], LINEAR_TYPES):
             raise BaseModelError(f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D")
         shape = tuple(weight_of(found[name]).shape)
-        if shape != (module.B.shape[0], module.A.shape[1]):
+        if shape != module.shape:
             raise ArtifactError(f"module {name} is {shape}, the basis was made for another shape")
     model.requires_grad_(False)
     layers = {}

@@ -17,7 +17,7 @@ import torch
 from . import retained
 from .adapter import Adapter
 from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel
-from .basis_file import TORCH_DTYPES, module_shapes, open_basis, read_tensor
+from .basis_file import TORCH_DTYPES, open_basis, read_tensor
 from .combine import Weights, combine
 from .errors import ArtifactError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
@@ -204,7 +204,7 @@ def plan_merge(
     with problems:
         loaded = tuple(replace(a, basis=a.basis or open_basis(a.basis_source or a.folder or "")) for a in loaded)
         for one in loaded:
-            _check_shapes(one, model, module_shapes(one.load_basis()), problems)
+            _check_shapes(one, model, one.load_basis().shapes, problems)
     problems.raise_all()
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
     plan = MergePlan(loaded, model, shards, dtype, _side_files(model))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .format import ModuleBasis
+from .factors import Factors
 from .retained import Retained
 
 BLOCK = 1 << 19  # entries that are summed at a time: two fp32 copies and the bytes around them stay near the L2 cache
@@ -33,7 +33,7 @@ class Update:
     @classmethod
     def of(
         cls,
-        parts: Sequence[tuple[ModuleBasis, torch.Tensor, float]],
+        parts: Sequence[tuple[Factors, torch.Tensor, float]],
         *,
         transposed: bool,
         source: torch.dtype,

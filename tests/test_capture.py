@@ -15,7 +15,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.capture import capture, is_little, overview, recorded
 from lorasb_export.data import load_task
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets

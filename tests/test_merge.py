@@ -25,9 +25,11 @@ MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj
 IDS = torch.tensor([[1, 20, 21, 22, 23, 2]])
 
 
-def adapter_for(base: Path, folder: Path, modules: list[str] = MODULES, task_type: str = "CAUSAL_LM") -> Path:
+def adapter_for(
+    base: Path, folder: Path, modules: list[str] = MODULES, task_type: str = "CAUSAL_LM", directions: str = "random"
+) -> Path:
     model = BaseModel.resolve(base).load(task_type, num_labels=3 if task_type == SEQ_CLS else None)
-    save_adapter(base, model, folder, modules, task_type=task_type, relative_size=0.3)
+    save_adapter(base, model, folder, modules, task_type=task_type, relative_size=0.3, directions=directions)
     return folder
 
 
@@ -52,16 +54,18 @@ def test_oracle_14_merged_equals_unmerged(llama: Path, tmp_path: Path) -> None:
     assert (merged - logits(BaseModel.resolve(llama).load())).abs().max() > 0.1  # the adapter does something
 
 
-def test_every_touched_tensor_is_the_float64_sum_rounded_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("directions", ["random", "block"])
+def test_every_touched_tensor_is_the_float64_sum_rounded_once(directions: str, tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
-    adapter = Adapter.load(adapter_for(base, tmp_path / "a"))
-    merge(adapter, tmp_path / "model")
+    adapter = Adapter.load(adapter_for(base, tmp_path / "a", directions=directions))
+    merge(tmp_path / "a", tmp_path / "model")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "model"))
     assert list(before) == list(after)
     for name, tensor in before.items():
         module = name.removesuffix(".weight")
         if module in adapter.R:
-            B, A, _ = (part.double() for part in adapter.load_basis().modules[module])
+            factors = adapter.load_basis().modules[module]
+            B, A = factors.B.double(), factors.A.double()
             exact = tensor.double() + adapter.scaling * B @ adapter.R[module].double() @ A
             assert (exact.to(torch.bfloat16) == after[name]).float().mean() > 0.999
             assert torch.allclose(exact, after[name].double(), rtol=2**-8, atol=0)  # never off by more than one ulp

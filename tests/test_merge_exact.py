@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasb_export import merge_sum, retained
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.merge_sum import Update, add
 from lorasb_export.retained import Retained
 

@@ -125,7 +125,8 @@ def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
     assert result["adapter"] is None
     before, after = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "model"))
     for name in MODULES:
-        B, A, _ = (part.double() for part in first.load_basis().modules[name])
+        factors = first.load_basis().modules[name]
+        B, A = factors.B.double(), factors.A.double()
         R = 0.6 * first.scaling * first.R[name].double() - 0.4 * 0.5 * second.R[name].double()
         exact = before[f"{name}.weight"].double() + B @ R @ A
         assert torch.equal(exact.float(), after[f"{name}.weight"])
@@ -149,7 +150,8 @@ def test_adapters_of_two_bases_are_summed_and_rounded_once(tmp_path: Path) -> No
         exact = before[f"{name}.weight"].double()
         for adapter, weight in zip(adapters.values(), weights.values(), strict=True):
             if name in adapter.R:
-                B, A, _ = (part.double() for part in adapter.load_basis().modules[name])
+                factors = adapter.load_basis().modules[name]
+                B, A = factors.B.double(), factors.A.double()
                 exact += weight * adapter.scaling * B @ adapter.R[name].double() @ A
         assert (exact.to(torch.bfloat16) == after[f"{name}.weight"]).float().mean() > 0.999
     found = read_json(tmp_path / "model" / "lorasb.json")["adapters"]

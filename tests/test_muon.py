@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.muon import Muon, groups_of, orthogonalized
 

@@ -13,7 +13,7 @@ from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate, encode, row_losses
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.gradients import gradient_sums
 from lorasb_export.layer import LoRASBLinear, Route, _LoRASBFunction, remove
 from lorasb_export.random_basis import random_factors
@@ -158,15 +158,14 @@ def test_a_block_takes_the_place_of_products(rows: list[int] | None) -> None:
     ours = LoRASBLinear(base, units, R[0] if rows is None else R, 0.7, route)
     assert ours.block is not None
     assert not list(ours.buffers())
-    turned = units._replace(B=units.B.flip(1), A=units.A.flip(0))  # the same update, of R turned by half, but no block
-    dense = LoRASBLinear(base, turned, ours.R.flip(-1, -2), 0.7, route)
+    dense = LoRASBLinear(base, ModuleBasis(units.B, units.A, units.S), ours.R, 0.7, route)
     assert dense.block is None
     direction, found = torch.randn(3, 5, OUT, dtype=torch.float64), []
     for layer in (ours, dense):
         x = torch.ones(3, 5, IN, dtype=torch.float64).cumsum(0).cumsum(2).requires_grad_(True)
         y = layer(x)
         (y * direction).sum().backward()
-        found.append((y, x.grad, layer.R.grad if layer is ours else layer.R.grad.flip(-1, -2)))
+        found.append((y, x.grad, layer.R.grad))
     for one, other in zip(*found, strict=True):
         assert other.any()
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.subspace import truncated_svd
 from tests.tiny import update_of
@@ -157,8 +157,8 @@ def test_oracle_10_raw_basis_beats_sign_basis_beats_random_on_the_gradient() -> 
 def test_oracle_12_gauge(problem: Problem) -> None:
     """(BQ, QᵀRP, PᵀA) is the same ΔW. SGD's path does not depend on the gauge, Adam's does."""
     Q, P = orthonormal(RANK, RANK, 5), orthonormal(RANK, RANK, 6)
-    B, A, S = problem.factors
-    turned = ModuleBasis(B @ Q, P.T @ A, S)
+    factors = problem.factors
+    turned = ModuleBasis(factors.B @ Q, P.T @ factors.A, factors.S)
     R = Q.T @ problem.R @ P
     assert torch.allclose(update_of(problem.layer(factors=turned, R=R)), update_of(problem.layer()), atol=1e-12)
     differences = []

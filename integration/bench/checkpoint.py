@@ -15,7 +15,7 @@ from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.storage import write_json
 from tests.tiny import save_tokenizer
 

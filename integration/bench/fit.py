@@ -83,8 +83,7 @@ def load(dtype: torch.dtype) -> Any:
 def random_basis(model: Any, rank: int, directions: str = RANDOM) -> Basis:
     """Orthonormal factors cost a step what calibrated ones do."""
     factors = random_factors(find_targets(model, "all-linear"), rank, 0, model.dtype, directions)
-    modules = {name: of_module._replace(S=torch.full((rank,), 1e-3)) for name, of_module in factors.items()}
-    return Basis(BaseRef("bench", None, "0"), rank, modules, {})
+    return Basis(BaseRef("bench", None, "0"), rank, factors, {})
 
 
 def ours(dtype: torch.dtype, directions: str = RANDOM) -> Any:

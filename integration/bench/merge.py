@@ -153,7 +153,8 @@ def _exactness(base: Path, adapter: Adapter, merged: Path, sample: int) -> dict[
     kept = Retained()
     for name in random.Random(0).sample(sorted(adapter.R), sample):
         old, new = (_tensor(found[f"{name}.weight"][0], f"{name}.weight") for found in (before, after))
-        B, A, _ = (part.double() for part in adapter.load_basis().modules[name])
+        factors = adapter.load_basis().modules[name]
+        B, A = factors.B.double(), factors.A.double()
         delta = adapter.scaling * B @ adapter.R[name].double() @ A
         exact = _rounded_to_bf16(old.double() + delta)
         steps = (_ordered(exact) - _ordered(new)).abs()

@@ -20,7 +20,7 @@ from integration.hub_faults import FAULTS
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.format import ModuleBasis
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.plot import plot_losses
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.storage import write_json

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..basis import Basis
 from ..errors import BaseModelError
-from ..format import ModuleBasis
+from ..factors import ModuleBasis
 from .onnx_adapter_file import Arrays, parameter
 from .onnx_graph import external_files, read_graph
 
@@ -53,7 +53,7 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
             if factors.block is None:
                 onto, back, (before, after) = "MatMul", "MatMul", _factors(module, factors, dtype, data)
             else:
-                onto, back, (before, after) = "Slice", "Pad", _places(module, len(factors.B), *factors.block)
+                onto, back, (before, after) = "Slice", "Pad", _places(module, factors.shape[0], *factors.block)
             model.graph.initializer.extend([*before, *after])
             model.graph.initializer.append(from_array(np.zeros([basis.rank] * 2, dtype), R))
             # An initializer that is an input as well may be replaced in a run.

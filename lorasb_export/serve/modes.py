@@ -87,8 +87,8 @@ class Folded:
         widths: dict[str, int] = {}  # module → in + out
         numbers = 0
         for adapter in self.adapters.values():
-            for name, module in adapter.load_basis().modules.items():
-                widths[name] = module.B.shape[0] + module.A.shape[1]
+            for name, shape in adapter.load_basis().shapes.items():
+                widths[name] = sum(shape)
                 numbers += adapter.rank * widths[name]
         slot = number_bytes * _max_rank(self.adapters) * sum(widths.values())
         return {
@@ -164,7 +164,7 @@ class Shared:
         return {
             "slots": self.slots,
             "slots_bytes": one * (self.slots + 1),
-            "basis_bytes": number_bytes * sum(m.B.numel() + m.A.numel() for m in modules if m.block is None),
+            "basis_bytes": number_bytes * adapter.rank * sum(sum(m.shape) for m in modules if m.block is None),
             "bytes_per_adapter": one,
         }
 

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ...errors import SettingsError
-from ...format import ModuleBasis
+from ...factors import Factors
 from .routes import Routes
 
 _BLOCK = 1024  # columns of W read at a time
@@ -59,7 +59,7 @@ class SharedBasisLayer:
         self.has_basis = self.is_fused = False
         self.blocks: list[tuple[slice, slice]] = []  # rows of y and columns of x, of every part
 
-    def set_basis(self, factors: Sequence[ModuleBasis | None], first: int, routes: Routes) -> None:
+    def set_basis(self, factors: Sequence[Factors | None], first: int, routes: Routes) -> None:
         """Take B and A of every part, None where the basis has no such module.
 
         Args:
@@ -68,10 +68,19 @@ class SharedBasisLayer:
         Raises:
             SettingsError: the parts do not fill the layer's slices.
         """
+        self.routes, self.first, self.has_basis = routes, first, True
+        self.parts = sum(factor is not None for factor in factors)
+        spans = self._spans([f.shape[0] if f else None for f in factors]) if self.n_slices > 1 else []
+        if self.tp_size == 1:
+            starts = [sum(self.output_slices[: span.start]) for span in spans] or [0]
+            pairs = zip(factors, starts, strict=True)
+            blocks = [(_moved(f.block[0], start), f.block[1]) for f, start in pairs if f is not None and f.block]
+            if len(blocks) == self.parts:
+                self.blocks = blocks
+                return
         A: Any = [factor and factor.A for factor in factors]
         B: Any = [factor and factor.B for factor in factors]
-        if self.n_slices > 1:
-            spans = self._spans(B)
+        if spans:
             B = self._shards(B, spans) if self.tp_size > 1 else B
             sizes = [sum(self.output_slices[span]) for span in spans]
         else:
@@ -80,16 +89,6 @@ class SharedBasisLayer:
             sizes = [len(B[0])]
         stack = routes.stack
         own = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]  # columns of y
-        self.routes, self.first, self.has_basis = routes, first, True
-        self.parts = sum(factor is not None for factor in factors)
-        blocks = [
-            (_moved(block[0], part.start), block[1])
-            for factor, part in zip(factors, own, strict=True)
-            if factor is not None and (block := factor.block)
-        ]
-        if self.tp_size == 1 and len(blocks) == self.parts:
-            self.blocks = blocks
-            return
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
             (part, b.T.contiguous().to(stack)) for b, part in zip(B, own, strict=True) if b is not None
@@ -97,15 +96,15 @@ class SharedBasisLayer:
         if self._can_fuse():
             self._fuse(sum(sizes))
 
-    def _spans(self, B: Sequence[torch.Tensor | None]) -> list[slice]:
-        """The slices that each part fills: one, or those that the checkpoint has as one module."""
-        if len(B) == self.n_slices:
+    def _spans(self, sizes: Sequence[int | None]) -> list[slice]:
+        """The slices that each part fills, given its rows of W: one, or those that the checkpoint has as one module."""
+        if len(sizes) == self.n_slices:
             return [slice(index, index + 1) for index in range(self.n_slices)]
         edges = [0, *accumulate(self.output_sizes)]
-        left = edges[-1] - sum(len(b) for b in B if b is not None)  # what a part that is None fills
-        ends = [0, *accumulate(left if b is None else len(b) for b in B)]
+        left = edges[-1] - sum(size for size in sizes if size is not None)  # what a part that is None fills
+        ends = [0, *accumulate(left if size is None else size for size in sizes)]
         if ends[-1] != edges[-1] or not set(ends) <= set(edges):
-            rows = f"{len(B)} modules of {ends[-1]} rows over {self.n_slices} slices of {edges[-1]}"
+            rows = f"{len(sizes)} modules of {ends[-1]} rows over {self.n_slices} slices of {edges[-1]}"
             raise SettingsError(f"{self.base_layer.prefix} has {rows}", fix="Use --mode folded")
         return [slice(edges.index(start), edges.index(end)) for start, end in pairwise(ends)]
 

@@ -41,7 +41,9 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
         result, speeds = peers(base, ours, blocks, quick=quick)
         more, resident = many(base, ours, small, quick=quick)
         result |= more | wide(Path(folder, "wide"), quick=quick)
-        result |= parity(base, ours, prompts=4 if quick else 32, tokens=16 if quick else 64)
+        asked = {"prompts": 4, "tokens": 16} if quick else {"prompts": 32, "tokens": 64}
+        result |= parity(base, ours, **asked)
+        result |= {f"block_{key}": value for key, value in parity(base, blocks, **asked).items()}
     if plot is not None:
         draw(speeds, resident, plot)
     return result

@@ -16,6 +16,7 @@ import transformers
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.layer import weight_of
+from lorasb_export.settings import BLOCK, RANDOM
 from lorasb_export.targets import find_targets
 from tests.tiny import VOCABULARY, save_tokenizer
 
@@ -40,10 +41,12 @@ class Case:
     rank: int
     scaling: float
     adapters: Mapping[str, float]
+    directions: str
 
     def __str__(self) -> str:
         sizes = " ".join(f"{key}={value}" for key, value in self.config.items() if not key.endswith("_token_id"))
-        return f"#{self.number} {self.family} {self.dtype} {self.targets} r={self.rank} s={self.scaling} {sizes}"
+        kind = f"{self.family} {self.dtype} {self.targets} {self.directions}"
+        return f"#{self.number} {kind} r={self.rank} s={self.scaling} {sizes}"
 
 
 def draw(seed: int, number: int, served: bool) -> Case:
@@ -77,7 +80,8 @@ def draw(seed: int, number: int, served: bool) -> Case:
     rank, scaling = min(random.choice([1, 2, 4, 8, 12, 16]), smallest), random.choice([0.5, 1.0, 2.0])
     targets = random.choice(["all-linear", "some kinds", "some modules"])
     adapters = {f"a{i}": round(random.uniform(0.6, 1.6), 2) for i in range(4 if served else 2)}
-    return Case(seed, number, family, config, dtype, targets, rank, scaling, adapters)
+    directions = random.choice([RANDOM, BLOCK])
+    return Case(seed, number, family, config, dtype, targets, rank, scaling, adapters, directions)
 
 
 class World:
@@ -91,6 +95,7 @@ class World:
         first, *others = case.adapters
         modules = self._modules(model)
         options: dict[str, Any] = {"rank": case.rank, "scaling": case.scaling, "seed": case.number}
+        options["directions"] = case.directions
         start = save_adapter(self.base, model, root / first, modules, relative_size=case.adapters[first], **options)
         for name in others:
             random = {module: torch.randn(R.shape, generator=self.generator) for module, R in start.R.items()}

@@ -25,10 +25,10 @@ from .errors import BaseModelError, DataError, SettingsError
 from .factors import ModuleBasis
 from .gradients import draw, gradients_of_rows
 from .layer import remove, weight_of
-from .network import require_positions
+from .network import empty_model, require_positions
 from .provenance import command
 from .random_basis import random_factors
-from .settings import DRAWN, CalibrationSettings
+from .settings import BLOCK, DRAWN, CalibrationSettings
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,
@@ -135,14 +135,20 @@ def calibrate(
 
 
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
-    network = network or base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
-    remove(network)
+    if network is not None:
+        remove(network)
+    elif settings.directions == BLOCK:  # of which the shapes of the weights are enough
+        network = empty_model(base, generates=base.generates)
+    else:
+        network = base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
     targets = _targets(network, settings)
     ref = base.ref(targets)
     # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
     drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
     modules = random_factors(targets, settings.rank, drawn_by, network.dtype, settings.directions)
     used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}
+    if settings.directions == BLOCK:  # 0 and 1 are exact in all
+        del used["dtype"]
     calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}
     return Basis(ref, settings.rank, modules, calibration)
 

@@ -1,16 +1,19 @@
-"""What a model needs after transformers has made it: its flaws mended, made-up weights refused."""
+"""A model as transformers makes it: its flaws mended, made-up weights refused; or without its weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import environment
 from .errors import BaseModelError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .base import BaseModel
 
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
@@ -29,6 +32,31 @@ def amend(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
+
+
+def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = None) -> PreTrainedModel:
+    """The base with parameters that take no memory, in fp32, and buffers as the model makes them.
+
+    Args:
+        generates: a causal language model, else a sequence classifier.
+    """
+    import torch
+
+    environment.hide_broken_packages()
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    loader: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    with init_empty_weights():
+        network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
+    amend(network)
+    network.tie_weights()  # a parameter that is assigned within is another one
+    if not generates:  # as `BaseModel.load`
+        network.config.pad_token_id = base.load_tokenizer().pad_token_id
+    return network.requires_grad_(False).eval()
 
 
 def positions(model: PreTrainedModel) -> float:

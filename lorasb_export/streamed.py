@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import environment
 from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel, default_device
 from .basis_file import TORCH_DTYPES, read_tensor
-from .network import amend
+from .network import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ def streamed_model(
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
         renamed modules.
     """
-    network = _empty_model(base, task_type, num_labels)
+    network = empty_model(base, generates=task_type == CAUSAL_LM, num_labels=num_labels)
     sources = _sources(network, base, head or {})
     if sources is None:
         return None
@@ -52,25 +51,6 @@ def add_updates(network: nn.Module, adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for name in adapter.R:
             network.get_submodule(name).register_forward_hook(_adding(adapter, name))
-
-
-def _empty_model(base: BaseModel, task_type: str, num_labels: int | None) -> PreTrainedModel:
-    """Parameters without memory, buffers as the model makes them."""
-    environment.hide_broken_packages()
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    if num_labels is not None:
-        config.num_labels = num_labels
-    loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
-    with init_empty_weights():
-        network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
-    amend(network)
-    network.tie_weights()  # a parameter that is assigned within is another one
-    if task_type != CAUSAL_LM:  # as `BaseModel.load`
-        network.config.pad_token_id = base.load_tokenizer().pad_token_id
-    return network.requires_grad_(False).eval()
 
 
 def _sources(network: nn.Module, base: BaseModel, head: Mapping[str, torch.Tensor]) -> dict[int, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lorasb_export.format import sealed
 from lorasb_export.serve import shared
 from lorasb_export.serve.shared import plugin
 from lorasb_export.serve.shared.loading import copy_adapter, load_R
-from lorasb_export.serve.shared.routes import Routes
+from lorasb_export.serve.shared.routes import Block, Routes
 from lorasb_export.serve.shared.versions import Versions
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
@@ -67,10 +68,34 @@ def test_every_token_meets_the_R_of_its_slot(slots: list[int], parts: int) -> No
     torch.testing.assert_close(v, expected)
     base = torch.tensor(slots) < 0
     assert not v[base].any()
-    blocks = [(slice(8 * part, 8 * part + RANK), slice(RANK * part, RANK * (part + 1))) for part in range(parts)]
+    spans = [(slice(0, RANK), slice(RANK * part, RANK * (part + 1))) for part in range(parts)]
+    blocks = [Block.of(range(RANK * parts), range(8), block, 8 * part) for part, block in enumerate(spans)]
     y = torch.zeros(len(slots), 8 * parts)
     routes.add_blocks(y, u[: len(slots)].flatten(1), blocks, first)
     torch.testing.assert_close(y.view(-1, parts, 8), torch.cat([expected, torch.zeros_like(expected)], dim=-1))
+
+
+@pytest.mark.parametrize("slots", [[0, -1, 2], [1] * 9])
+@pytest.mark.parametrize("columns", [[range(12)], [range(6), range(6, 12)], [range(9), range(9, 12)]])
+@pytest.mark.parametrize("rows", [[range(10)], [range(5), range(5, 10)], [[0, 1, 2, 5, 6], [3, 4, 7, 8, 9]]])
+def test_a_block_may_lie_in_several_processes(
+    slots: list[int], columns: list[Sequence[int]], rows: list[Sequence[int]]
+) -> None:
+    """Each has some columns or some rows of W; of a module that fills several slices, some of each."""
+    block, R = (slice(3, 3 + RANK), slice(5, 5 + RANK)), torch.randn(SLOTS + 1, 1, RANK, RANK)
+    R[SLOTS] = 0
+    routes = Routes(R.mT.contiguous(), 64)
+    routes.update(torch.tensor(slots))
+    x, expected = torch.randn(len(slots), 12), torch.zeros(len(slots), 10)
+    expected[:, block[0]] = torch.stack([R[slot, 0] @ row for slot, row in zip(slots, x[:, block[1]], strict=True)])
+    found = torch.zeros_like(expected)
+    for own_columns in columns:
+        for own_rows in rows:
+            y = torch.zeros(len(slots), 2 + len(own_rows))
+            routes.add_blocks(y, x[:, list(own_columns)], [Block.of(own_columns, own_rows, block, 2)], 0)
+            assert not y[:, :2].any()
+            found[:, list(own_rows)] += y[:, 2:]
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_step_of_the_base_alone_is_idle() -> None:

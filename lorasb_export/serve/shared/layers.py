@@ -29,7 +29,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ...errors import SettingsError
 from ...factors import Factors
-from .routes import Routes
+from .routes import Block, Routes
 
 _BLOCK = 1024  # columns of W read at a time
 _FUSABLE = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
@@ -40,8 +40,7 @@ class SharedBasisLayer:
 
     A packed layer (q, k, v) has several parts, each a module of the basis or none, and each fills one slice of y or
     several. On a CPU, where a small product costs as much as a large one, the base's weight is held as [W | B] and
-    multiplied by (x, v) in one. Of a basis of blocks neither B nor A is held, but in layers that
-    several processes share, where a block may lie in two of them.
+    multiplied by (x, v) in one. Of a basis of blocks neither B nor A is held.
     """
 
     base_layer: Any
@@ -57,7 +56,7 @@ class SharedBasisLayer:
         """Nothing yet: vLLM tells a layer neither its name nor its basis. `set_basis` follows."""
         self.lora_config = lora_config
         self.has_basis = self.is_fused = False
-        self.blocks: list[tuple[slice, slice]] = []  # rows of y and columns of x, of every part
+        self.blocks: list[Block] = []  # of every part
 
     def set_basis(self, factors: Sequence[Factors | None], first: int, routes: Routes) -> None:
         """Take B and A of every part, None where the basis has no such module.
@@ -71,15 +70,10 @@ class SharedBasisLayer:
         self.routes, self.first, self.has_basis = routes, first, True
         self.parts = sum(factor is not None for factor in factors)
         spans = self._spans([f.shape[0] if f else None for f in factors]) if self.n_slices > 1 else []
-        if self.tp_size == 1:
-            starts = [sum(self.output_slices[: span.start]) for span in spans] or [0]
-            pairs = zip(factors, starts, strict=True)
-            blocks = [(_moved(f.block[0], start), f.block[1]) for f, start in pairs if f is not None and f.block]
-            if len(blocks) == self.parts:
-                self.blocks = blocks
-                return
-        A: Any = [factor and factor.A for factor in factors]
-        B: Any = [factor and factor.B for factor in factors]
+        is_blocks = any(factor is not None and factor.block for factor in factors)
+        # Of a block, what is cut in their place are the numbers of W's columns and rows.
+        A: Any = [f and (torch.arange(f.shape[1])[None] if is_blocks else f.A) for f in factors]
+        B: Any = [f and (torch.arange(f.shape[0])[:, None] if is_blocks else f.B) for f in factors]
         if spans:
             B = self._shards(B, spans) if self.tp_size > 1 else B
             sizes = [sum(self.output_slices[span]) for span in spans]
@@ -89,6 +83,13 @@ class SharedBasisLayer:
             sizes = [len(B[0])]
         stack = routes.stack
         own = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]  # columns of y
+        if is_blocks:
+            self.blocks = [
+                Block.of(a.flatten().tolist(), b.flatten().tolist(), factor.block, part.start)
+                for factor, a, b, part in zip(factors, A, B, own, strict=True)
+                if factor is not None and factor.block
+            ]
+            return
         self.basis_A = torch.cat([a for a in A if a is not None]).to(stack)  # (n·r, in)
         self.basis_B = [  # (columns of y, Bᵀ (r, out))
             (part, b.T.contiguous().to(stack)) for b, part in zip(B, own, strict=True) if b is not None
@@ -168,10 +169,6 @@ class SharedBasisLayer:
         for (columns, B), part in zip(self.basis_B, v.split(self.routes.rank, 1), strict=True):
             y[:, columns].addmm_(part, B)
         return output
-
-
-def _moved(span: slice, by: int) -> slice:
-    return slice(span.start + by, span.stop + by)
 
 
 def _units(size: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 _LONG = 8  # from this many tokens of one adapter in a row on, a matrix product is faster than a sum of rows
+
+
+class Block(NamedTuple):
+    """The places of one module's block in this process. Of several, each may have a part of it.
+
+    Attributes:
+        columns: pairs of columns of x, and those of R.
+        rows: pairs of columns of y, which are rows of W, and rows of R.
+    """
+
+    columns: Sequence[tuple[slice, slice]]
+    rows: Sequence[tuple[slice, slice]]
+
+    @classmethod
+    def of(cls, columns: Sequence[int], rows: Sequence[int], block: tuple[slice, slice], first: int) -> Block:
+        """The places of `block`, rows and columns of W, where this process has the `columns` and `rows` of W.
+
+        Args:
+            first: where the module's rows begin in y.
+        """
+        return cls(_places(columns, block[1], 0), _places(rows, block[0], first))
+
+
+def _places(own: Sequence[int], span: slice, first: int) -> list[tuple[slice, slice]]:
+    """The runs of `span` in `own`: where they are there, counted from `first`, and where they are in the span."""
+    found = [(first + place, n - span.start) for place, n in enumerate(own) if span.start <= n < span.stop]
+    runs = [list(run) for _, run in groupby(found, lambda pair: pair[0] - pair[1])]
+    return [(slice(run[0][0], run[-1][0] + 1), slice(run[0][1], run[-1][1] + 1)) for run in runs]
 
 
 class Routes:
@@ -65,22 +95,30 @@ class Routes:
                 v[start:stop].view(-1, parts, self.rank).copy_(product.transpose(0, 1))
         return v
 
-    def add_blocks(self, y: torch.Tensor, x: torch.Tensor, blocks: Sequence[tuple[slice, slice]], first: int) -> None:
-        """y (T, out) += s·R·x in place, of x (T, in), in one block for each module from `first` on.
-
-        Args:
-            blocks: the rows of y and the columns of x, r each.
-        """
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor, blocks: Sequence[Block], first: int) -> None:
+        """y (T, out) += s·R·x in place, of x (T, in), in one block for each module from `first` on."""
         for start, stop, slot in self._runs or [(0, len(x), None)]:
             own_y, own_x = y[start:stop], x[start:stop]
             if slot is None:
-                u = torch.cat([own_x[:, columns] for _, columns in blocks], dim=1)
+                u = torch.cat([self._onto(own_x, block) for block in blocks], dim=1)
                 v = self._sum_of_rows(u, len(blocks), first, start)
-                for (rows, _), part in zip(blocks, v.split(self.rank, 1), strict=True):
-                    own_y[:, rows].add_(part)
+                for block, part in zip(blocks, v.split(self.rank, 1), strict=True):
+                    for of_y, of_R in block.rows:
+                        own_y[:, of_y].add_(part[:, of_R])
             elif slot < len(self.stack) - 1:  # of the base there is nothing to add
-                for number, (rows, columns) in enumerate(blocks, first):
-                    own_y[:, rows].addmm_(own_x[:, columns], self.stack[slot, number])
+                for number, block in enumerate(blocks, first):
+                    for of_x, inner in block.columns:
+                        for of_y, outer in block.rows:
+                            own_y[:, of_y].addmm_(own_x[:, of_x], self.stack[slot, number][inner, outer])
+
+    def _onto(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        """The columns of x (T, r) that a block reads, zero where another process has them."""
+        if len(block.columns) == 1 and block.columns[0][1] == slice(0, self.rank):
+            return x[:, block.columns[0][0]]
+        u = x.new_zeros(len(x), self.rank)
+        for of_x, of_R in block.columns:
+            u[:, of_R] = x[:, of_x]
+        return u
 
     def _sum_of_rows(self, u: torch.Tensor, parts: int, first: int, start: int = 0) -> torch.Tensor:
         """A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered."""

@@ -65,6 +65,8 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
                 make_node(back, [f"{module}/xAR", *(c.name for c in after)], [f"{module}/xARB"], f"{module}/B"),
                 make_node("Add", [f"{y}/base", f"{module}/xARB"], [y], f"{module}/Add"),
             ]
+    if basis.is_blocks:
+        (path.parent / BASIS_FILE).unlink()  # nothing is in it
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, path)

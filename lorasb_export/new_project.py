@@ -17,7 +17,8 @@ model = {model}  # a folder or a Hub id
 
 [basis]  # one frozen basis, calibrated over all tasks below
 {basis}
-# also: samples (rows of each task), targets ("all-linear", or module name endings: "q_proj,v_proj"), dtype, seed
+# also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed,
+#   targets ("all-linear", or module name endings: "q_proj,v_proj")
 
 [fit]
 {fit}

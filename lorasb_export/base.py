@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import BaseModelError, LoraSBError, SettingsError
+from .errors import BaseModelError, SettingsError
 from .fetch import parse_hub_id, snapshot
-from .network import amend, refuse_made_up
+from .network import amend, as_base_model_error, refuse_made_up
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
 
@@ -248,7 +247,7 @@ class BaseModel:
             if num_labels is not None:
                 options["num_labels"] = num_labels
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
-        with torch.random.fork_rng(), _as_base_model_error(self.folder):
+        with torch.random.fork_rng(), as_base_model_error(self.folder):
             torch.manual_seed(seed)
             model: PreTrainedModel
             model, found = loader.from_pretrained(
@@ -273,7 +272,7 @@ class BaseModel:
         environment.hide_broken_packages()
         from transformers import AutoTokenizer
 
-        with _as_base_model_error(self.folder):
+        with as_base_model_error(self.folder):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
@@ -304,20 +303,6 @@ def default_device() -> torch.device:
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-@contextmanager
-def _as_base_model_error(folder: Path) -> Iterator[None]:
-    """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
-    try:
-        yield
-    except (LoraSBError, MemoryError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(
-            f"transformers cannot load the base: {reason:.300}", where=folder, fix="Fetch the base again"
-        ) from error
 
 
 def _merged_with(provenance: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import BaseModelError, SettingsError
+from .errors import BaseModelError, LoraSBError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,28 @@ def amend(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
 
+@contextmanager
+def as_base_model_error(folder: Path) -> Iterator[None]:
+    """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
+    try:
+        yield
+    except (LoraSBError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(
+            f"transformers cannot load the base: {reason:.300}", where=folder, fix="Fetch the base again"
+        ) from error
+
+
 def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = None) -> PreTrainedModel:
     """The base with parameters that take no memory, in fp32, and buffers as the model makes them.
 
     Args:
         generates: a causal language model, else a sequence classifier.
+
+    Raises:
+        BaseModelError: whatever transformers raises on a config.json that contradicts itself.
     """
     import torch
 
@@ -46,11 +64,11 @@ def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = No
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    if num_labels is not None:
-        config.num_labels = num_labels
     loader: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
-    with init_empty_weights():
+    with as_base_model_error(base.folder), init_empty_weights():
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+        if num_labels is not None:
+            config.num_labels = num_labels
         network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
     amend(network)
     network.tie_weights()  # a parameter that is assigned within is another one

@@ -193,6 +193,7 @@ def _make(root: Path) -> None:
     (root / "project" / "lorasb.toml").write_text(_TOML)
     basis = calibrate(base, {"a": root / "rows"}, CalibrationSettings(rank=4, samples=8, dtype="float32"))
     basis.save(root / "basis")
+    calibrate(base, {}, CalibrationSettings(rank=4, directions="block")).save(root / "blocks")
     adapter = Adapter.start(Basis.load(root / "basis"), scaling=2.0)
     generator = torch.Generator().manual_seed(0)
     adapter.R = {name: torch.randn(R.shape, generator=generator) for name, R in adapter.R.items()}
@@ -216,7 +217,7 @@ def _basis(folder: Path) -> Any:
 
 
 def _modules(basis: Basis) -> dict[str, tuple[torch.Tensor, ...]]:
-    return {name: tuple(module) for name, module in basis.modules.items()}
+    return {name: tuple(module.tensors().values()) for name, module in basis.modules.items()}
 
 
 def _base(folder: Path) -> Any:
@@ -260,7 +261,7 @@ def _rows(folder: Path) -> Any:
 
 
 def _json_lines(folder: Path) -> Any:
-    lines = (folder / "train.jsonl").read_bytes().decode("utf-8").split("\n")
+    lines = (folder / "train.jsonl").read_bytes().decode("utf-8-sig").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -301,6 +302,7 @@ TARGETS = {
     "adapter": Target(("adapter.safetensors", "adapter_config.json"), _adapter),
     "resealed": Target(("adapter.safetensors", "adapter_config.json"), _resealed, _by_others, _reseal),
     "basis": Target(("basis.safetensors", "basis_config.json"), _basis),
+    "blocks": Target(("basis.safetensors", "basis_config.json"), _basis),
     "base": Target(("model-00001-of-00003.safetensors", "model.safetensors.index.json"), _base),
     "project": Target(("lorasb.toml",), _project, _toml),
     "onnx": Target(("adapter.onnx_adapter", "lorasb.json"), _onnx),

@@ -109,7 +109,7 @@ class Routes:
                 for number, block in enumerate(blocks, first):
                     for of_x, inner in block.columns:
                         for of_y, outer in block.rows:
-                            own_y[:, of_y].addmm_(own_x[:, of_x], self.stack[slot, number][inner, outer])
+                            own_y[:, of_y].addmm_(own_x[:, of_x], self.stack[slot, number, inner, outer])
 
     def _onto(self, x: torch.Tensor, block: Block) -> torch.Tensor:
         """The columns of x (T, r) that a block reads, zero where another process has them."""

@@ -57,8 +57,8 @@ def merged(base: Path, adapter: Path | None) -> PreTrainedModel:
     network = BaseModel.resolve(base).load(device="cpu")
     if adapter is not None:
         task = Adapter.load(adapter)
-        for name, (B, A, _) in task.load_basis().modules.items():
-            weight = network.get_submodule(name).weight
+        for name, factors in task.load_basis().modules.items():
+            B, A, weight = factors.B, factors.A, network.get_submodule(name).weight
             weight.data = (weight.double() + task.scaling * B.double() @ task.R[name].double() @ A.double()).float()
     return network
 

@@ -55,8 +55,8 @@ def merged(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
     network = base.load(dtype="float32", device="cpu")
     if adapter is not None:
         task = Adapter.load(adapter)
-        for name, (B, A, _) in task.load_basis().modules.items():
-            network.get_submodule(name).weight.data += task.scaling * B @ task.R[name] @ A
+        for name, factors in task.load_basis().modules.items():
+            network.get_submodule(name).weight.data += task.scaling * factors.B @ task.R[name] @ factors.A
     return network
 
 

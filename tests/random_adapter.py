@@ -14,7 +14,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
-from lorasb_export.factors import ModuleBasis  # noqa: E402
+from lorasb_export.factors import Factors, ModuleBasis  # noqa: E402
 from lorasb_export.layer import head_parameters, weight_of  # noqa: E402
 from lorasb_export.random_basis import random_factors  # noqa: E402
 from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
@@ -44,7 +44,8 @@ def save_adapter(
     """
     generator = torch.Generator().manual_seed(seed)
     found = dict(model.named_modules())
-    factors, R = {}, {}
+    factors: dict[str, Factors] = {}
+    R = {}
     for name in modules:
         weight = weight_of(found[name])
         rows, columns = weight.shape

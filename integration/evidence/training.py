@@ -20,7 +20,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.batches import Encoded, collate, encode, row_losses
 from lorasb_export.calibrate import calibrate
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.layer import weight_of
 from lorasb_export.muon import Muon, groups_of
@@ -210,5 +210,5 @@ def weight_basis(network: PreTrainedModel, rank: int, *, scaled: bool = False) -
     return _basis(network, rank, modules)
 
 
-def _basis(network: PreTrainedModel, rank: int, modules: Mapping[str, ModuleBasis]) -> Basis:
+def _basis(network: PreTrainedModel, rank: int, modules: Mapping[str, Factors]) -> Basis:
     return Basis(BaseRef(network.name_or_path, None, "0"), rank, modules, {})

@@ -112,6 +112,9 @@ def run(
             _table(result["capture"], result["samples"]),
         ]
     run.result(result, "\n".join(lines))
+    if target.absolute() == project.path(project.basis_path) and (differing := basis.differences(project.calibration)):
+        where = project.file
+        run.say(f"fit will refuse this basis: {', '.join(differing)}, says [basis] in {where}. Write there what it is")
 
 
 def _numbers(words: list[str] | None) -> dict[str, float]:

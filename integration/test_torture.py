@@ -89,7 +89,7 @@ def test_gemma_has_its_exact_numbers_everywhere(monkeypatch: pytest.MonkeyPatch)
     config = {**sizes, **heads, "tie_word_embeddings": True}
     adapters = {"a0": 1.0, "a1": 1.5}
     cases = [
-        Case(0, number, family, config, "bfloat16", "all-linear", 8, 1.0, adapters)
+        Case(0, number, family, config, "bfloat16", "all-linear", 8, 1.0, adapters, "random")
         for number, family in enumerate(("Gemma", "Gemma2"))
     ]
     monkeypatch.setattr(agree, "draw", lambda seed, number, served: cases[number])

@@ -86,9 +86,9 @@ def random_basis(model: Any, rank: int, directions: str = RANDOM) -> Basis:
     return Basis(BaseRef("bench", None, "0"), rank, factors, {})
 
 
-def ours(dtype: torch.dtype, directions: str = RANDOM) -> Any:
+def ours(dtype: torch.dtype, directions: str = RANDOM, rank: int = 64) -> Any:
     model = load(dtype)
-    Adapter.attach(model, random_basis(model, 64, directions))
+    Adapter.attach(model, random_basis(model, rank, directions))
     return model
 
 
@@ -261,8 +261,10 @@ def run(*, quick: bool) -> dict[str, Any]:
     models = {
         "ours r=64": ours(full),
         "block r=64": ours(full, BLOCK),
+        "block r=96": ours(full, BLOCK, 96),
         "PEFT r=64": peft(full),
         "PEFT r=32": peft(full, 32),
+        "PEFT r=8": peft(full, 8),
         "frozen floor": floor(full),
     }
     saved = {name: saved_bytes(model, ids) for name, model in models.items()}
@@ -273,7 +275,9 @@ def run(*, quick: bool) -> dict[str, Any]:
     models = {
         "ours r=64 bf16": ours(half),
         "block r=64 bf16": ours(half, BLOCK),
+        "block r=96 bf16": ours(half, BLOCK, 96),
         "PEFT r=64 bf16": peft(half),
+        "PEFT r=8 bf16": peft(half, 8),
         "frozen floor bf16": floor(half),
     }
     saved |= {name: saved_bytes(model, ids) for name, model in models.items()}
@@ -307,6 +311,11 @@ def run(*, quick: bool) -> dict[str, Any]:
         "block_step_time_ratio_peft_r64_bf16": ratio(times["block r=64 bf16"], times["PEFT r=64 bf16"]),
         "block_step_time_ratio_frozen_floor": ratio(times["block r=64"], times["frozen floor"]),
         "block_step_time_ratio_frozen_floor_bf16": ratio(times["block r=64 bf16"], times["frozen floor bf16"]),
+        # of the quality of LoRA r = 8, or better: docs/benchmarks.md
+        "block_r96_step_time_ratio_peft_r8": ratio(times["block r=96"], times["PEFT r=8"]),
+        "block_r96_step_time_ratio_peft_r8_bf16": ratio(times["block r=96 bf16"], times["PEFT r=8 bf16"]),
+        "block_r96_step_time_ratio_frozen_floor": ratio(times["block r=96"], times["frozen floor"]),
+        "block_r96_step_time_ratio_frozen_floor_bf16": ratio(times["block r=96 bf16"], times["frozen floor bf16"]),
         **{f"rows_step_time_ratio_peft_r64_{dtype}": ratio(*found.values()) for dtype, found in rows.items()},
         "together_speedup": speedups[54],
         "together_speedup_16_tokens": speedups[16],

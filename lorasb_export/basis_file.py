@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def open_basis(source: str | Path) -> Basis:
     path = folder / "basis.safetensors"
     expected = basis_tensors(shapes, config["rank"], path)
     if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
-        return Basis.load(source)
+        return replace(Basis.load(folder), source=where)
     modules = _Modules(path, list(shapes), check_tensors(path, expected, config["sha256"]))
     base = BaseRef(**config["base_model"])
     basis = Basis(base, config["rank"], modules, config["calibration"], config["created_with"], where)

@@ -79,9 +79,8 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "sha256": basis.sha256,
         "directions": basis.directions,
     }
-    first = next(iter(basis.modules.values()))
-    if first.block is None:
-        found["dtype"] = str(first.B.dtype).removeprefix("torch.")
+    if not basis.is_blocks:
+        found["dtype"] = str(next(iter(basis.modules.values())).B.dtype).removeprefix("torch.")
     if basis.directions in DRAWN:
         return found
     calibrated = {

@@ -140,7 +140,7 @@ class LoRASBLinear(nn.Module):
         self.scaling = scaling
         self.route = route
         self.block = factors.block
-        if factors.block is None:
+        if self.block is None:
             for name, factor in (("A", factors.A), ("B", factors.B)):
                 self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))

@@ -69,7 +69,8 @@ def test_every_token_meets_the_R_of_its_slot(slots: list[int], parts: int) -> No
     base = torch.tensor(slots) < 0
     assert not v[base].any()
     spans = [(slice(0, RANK), slice(RANK * part, RANK * (part + 1))) for part in range(parts)]
-    blocks = [Block.of(range(RANK * parts), range(8), block, 8 * part) for part, block in enumerate(spans)]
+    columns, rows = torch.arange(RANK * parts), torch.arange(8)
+    blocks = [Block.of(columns, rows, block, 8 * part) for part, block in enumerate(spans)]
     y = torch.zeros(len(slots), 8 * parts)
     routes.add_blocks(y, u[: len(slots)].flatten(1), blocks, first)
     torch.testing.assert_close(y.view(-1, parts, 8), torch.cat([expected, torch.zeros_like(expected)], dim=-1))
@@ -92,7 +93,8 @@ def test_a_block_may_lie_in_several_processes(
     for own_columns in columns:
         for own_rows in rows:
             y = torch.zeros(len(slots), 2 + len(own_rows))
-            routes.add_blocks(y, x[:, list(own_columns)], [Block.of(own_columns, own_rows, block, 2)], 0)
+            own = Block.of(torch.tensor(own_columns), torch.tensor(own_rows), block, 2)
+            routes.add_blocks(y, x[:, list(own_columns)], [own], 0)
             assert not y[:, :2].any()
             found[:, list(own_rows)] += y[:, 2:]
     torch.testing.assert_close(found, expected)

@@ -159,12 +159,13 @@ class Shared:
     def memory(self, number_bytes: int) -> dict[str, int]:
         """B and A; R of one adapter; and the slots, one of which is the base's and stays zero."""
         adapter = next(iter(self.adapters.values()))
-        modules = adapter.load_basis().modules.values()
-        one = number_bytes * len(modules) * adapter.rank**2
+        basis = adapter.load_basis()
+        one = number_bytes * len(basis.modules) * basis.rank**2
+        factors = 0 if basis.is_blocks else basis.rank * sum(map(sum, basis.shapes.values()))
         return {
             "slots": self.slots,
             "slots_bytes": one * (self.slots + 1),
-            "basis_bytes": number_bytes * adapter.rank * sum(sum(m.shape) for m in modules if m.block is None),
+            "basis_bytes": number_bytes * factors,
             "bytes_per_adapter": one,
         }
 

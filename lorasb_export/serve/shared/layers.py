@@ -85,7 +85,7 @@ class SharedBasisLayer:
         own = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]  # columns of y
         if is_blocks:
             self.blocks = [
-                Block.of(a.flatten().tolist(), b.flatten().tolist(), factor.block, part.start)
+                Block.of(a.flatten(), b.flatten(), factor.block, part.start)
                 for factor, a, b, part in zip(factors, A, B, own, strict=True)
                 if factor is not None and factor.block
             ]

@@ -23,8 +23,8 @@ class Block(NamedTuple):
     rows: Sequence[tuple[slice, slice]]
 
     @classmethod
-    def of(cls, columns: Sequence[int], rows: Sequence[int], block: tuple[slice, slice], first: int) -> Block:
-        """The places of `block`, rows and columns of W, where this process has the `columns` and `rows` of W.
+    def of(cls, columns: torch.Tensor, rows: torch.Tensor, block: tuple[slice, slice], first: int) -> Block:
+        """The places of `block`, rows and columns of W, where this process has the `columns` and `rows` (n,) of W.
 
         Args:
             first: where the module's rows begin in y.
@@ -32,9 +32,10 @@ class Block(NamedTuple):
         return cls(_places(columns, block[1], 0), _places(rows, block[0], first))
 
 
-def _places(own: Sequence[int], span: slice, first: int) -> list[tuple[slice, slice]]:
+def _places(own: torch.Tensor, span: slice, first: int) -> list[tuple[slice, slice]]:
     """The runs of `span` in `own`: where they are there, counted from `first`, and where they are in the span."""
-    found = [(first + place, n - span.start) for place, n in enumerate(own) if span.start <= n < span.stop]
+    places = ((own >= span.start) & (own < span.stop)).nonzero().flatten()
+    found = zip((places + first).tolist(), (own[places] - span.start).tolist(), strict=True)
     runs = [list(run) for _, run in groupby(found, lambda pair: pair[0] - pair[1])]
     return [(slice(run[0][0], run[-1][0] + 1), slice(run[0][1], run[-1][1] + 1)) for run in runs]
 

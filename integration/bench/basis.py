@@ -7,7 +7,7 @@ runs). A run that is there is not repeated; `--minutes` ends a sitting.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from integration.evidence.cells import (
@@ -75,7 +75,7 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
             if of.key not in captures.lines():
                 if budget.spent:
                     raise OutOfTime
-                captures.add({"key": of.key, **asdict(of), **capture_of(of)})
+                captures.add({"key": of.key, **of.fields, **capture_of(of)})
         for variant in VARIANTS if not quick else ():
             seeds = SEEDS if variant in VARIANTS[:2] else SEEDS[:1]
             for same in zip(*(cells(task, variant) for task in tasks), strict=True):

@@ -6,7 +6,6 @@ import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def _quality_table(trained: Mapping[tuple[Any, ...], list[Line]]) -> str:
     """Rows: methods; columns: tasks. Mean ± sd over the seeds."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for task, (name, fields) in itertools.product(TASKS, METHODS.items()):
-        if lines := trained.get(_identity(asdict(cell(task, **fields)))):
+        if lines := trained.get(_identity(cell(task, **fields).fields)):
             found[name, task] = summary(lines) | {"seeds": len(lines)}
     tasks = [task for task in TASKS if any(of == task for _, of in found)]
     if not tasks:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorasb_export.settings import ALL_LINEAR
+
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 RUNS = RESULTS / "runs.jsonl"  # of all tables: some share runs
 DATA = Path(__file__).parents[3] / "shared" / "data"  # real task data, not part of this repository
@@ -29,6 +31,7 @@ class Cell:
         init: R0, as for `fit`.
         dtype: of the frozen base; what is trained is float32.
         optimizer: of R; the baselines, and a classifier's head, are trained by AdamW.
+        targets: the linear layers that a method is put on, as for `calibrate`; PEFT's methods too.
     """
 
     task: str
@@ -47,10 +50,17 @@ class Cell:
     test_rows: int = 256
     dtype: str = "float32"
     optimizer: str = "adamw"
+    targets: str = ALL_LINEAR
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a line of results holds of it: not the usual targets, of which the first lines knew no other."""
+        fields = asdict(self)
+        return fields if self.targets != ALL_LINEAR else {k: v for k, v in fields.items() if k != "targets"}
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Results:
@@ -101,10 +111,10 @@ class Runner:
             raise OutOfTime
         from .training import run_cell
 
-        line = {"key": cell.key, **asdict(cell), **run_cell(cell)}
+        line = {"key": cell.key, **cell.fields, **run_cell(cell)}
         self.results.add(line)
         print(
-            f"{cell.task:10} {cell.method:8} {cell.basis:10} lr {cell.lr:.0e} seed {cell.seed}: "
+            f"{cell.task:10} {cell.method:8} {cell.basis:10} {cell.targets} lr {cell.lr:.0e} seed {cell.seed}: "
             f"loss {line['loss']:.4f}, {line['metric']} {line['value']:.4f}, {line['seconds']:.0f} s",
             flush=True,
         )

@@ -98,8 +98,9 @@ def capture_of(cell: Cell) -> dict[str, Any]:
     network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
     basis = basis_of(network, base, task, cell)
     ratios = CaptureRatios()
-    for name, g in _valid_gradient(cell.task, cell.seed).items():
-        ratios.add(name, g, capture=(basis.modules[name].B, basis.modules[name].A))
+    gradient = _valid_gradient(cell.task, cell.seed)
+    for name, factors in basis.modules.items():
+        ratios.add(name, gradient[name], capture=(factors.B, factors.A))
     return {way: round(ratio, 4) for way, ratio in ratios.overall().items()}
 
 
@@ -149,11 +150,15 @@ def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell
     if cell.method in _PEFT:
         kind = TaskType.CAUSAL_LM if task.task_type == CAUSAL_LM else TaskType.SEQ_CLS
         config = LoraConfig(
-            r=cell.rank, lora_alpha=2 * cell.rank, target_modules="all-linear", task_type=kind, **_PEFT[cell.method]
+            r=cell.rank,
+            lora_alpha=2 * cell.rank,
+            target_modules=list(find_targets(network, cell.targets)),
+            task_type=kind,
+            **_PEFT[cell.method],
         )
         return get_peft_model(network, config)
     if cell.method == "lora-xs":
-        basis, init = weight_basis(network, cell.rank, scaled=True), "zero"
+        basis, init = weight_basis(network, cell, scaled=True), "zero"
     else:
         basis, init = basis_of(network, base, task, cell), cell.init
     adapter = Adapter.attach(network, basis, init=init)
@@ -166,9 +171,9 @@ def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell
 def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Cell) -> Basis:
     """The basis that `cell.basis` names; a calibrated one is made once and kept."""
     if cell.basis == "wsvd":
-        return weight_basis(network, cell.rank)
+        return weight_basis(network, cell)
     if cell.basis in DRAWN:
-        targets = find_targets(network, CalibrationSettings.targets)
+        targets = find_targets(network, cell.targets)
         return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32, cell.basis))
     tasks = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
     names = {"own": [cell.task], "mixture": tasks, "without": [t for t in tasks if t != cell.task]}
@@ -176,6 +181,7 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     settings = CalibrationSettings(
         rank=cell.rank,
         samples=cell.samples,
+        targets=cell.targets,
         reduction=cell.reduction,
         max_length=MAX_LENGTH,
         capture=False,
@@ -200,10 +206,10 @@ def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: Calibrat
     return weights
 
 
-def weight_basis(network: PreTrainedModel, rank: int, *, scaled: bool = False) -> Basis:
+def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: bool = False) -> Basis:
     """The leading singular vectors of every weight; `scaled` as LoRA-XS has them: B = U·Σ."""
-    modules = {}
-    for name, module in find_targets(network, CalibrationSettings.targets).items():
+    modules, rank = {}, cell.rank
+    for name, module in find_targets(network, cell.targets).items():
         U, S, Vh = torch.linalg.svd(weight_of(module).detach().float(), full_matrices=False)
         B = U[:, :rank] * S[:rank] if scaled else U[:, :rank]
         modules[name] = ModuleBasis(B.contiguous(), Vh[:rank].contiguous(), torch.zeros(rank))

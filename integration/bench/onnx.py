@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,6 +62,8 @@ PROMPTS = (
     "Hello",
 )
 THREADS, TOKENS = 2, 64
+# Swappable graphs of blocks: name → the rank, None for that of the task's adapter, and how their modules' names end.
+BLOCKS: dict[str, tuple[int | None, str]] = {"block": (None, "_proj"), "block_down_r256": (256, "down_proj")}
 
 
 def run(*, quick: bool) -> dict[str, Any]:
@@ -80,8 +83,9 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
     seconds, _ = _measured([*command, "--out", str(folder / "plain"), "--no-verify"])
     verified_seconds, peak = _measured([*command, "--out", str(folder / "merged")])
     export([folder / "dates"], folder / "swappable", format="onnx-adapters", verify=False)
-    _random(base, folder / "blocks", BLOCK, rank=adapter.rank)
-    export([folder / "blocks"], folder / "swappable-blocks", format="onnx-adapters", verify=False)
+    for name, (rank, ending) in BLOCKS.items():
+        _random(base, folder / name, BLOCK, rank or adapter.rank, ending)
+        export([folder / name], folder / f"swappable-{name}", format="onnx-adapters", verify=False)
     adapter_bytes = (folder / "swappable" / "dates.onnx_adapter").stat().st_size
     result = {
         "export_seconds": round(seconds, 1),
@@ -107,7 +111,7 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapter:
     if task is None:
-        return _random(base, folder, RANDOM, rank=32)
+        return _random(base, folder, RANDOM, 32, "_proj")
     basis = folder.with_name("basis")
     calibrate(base, {"dates": task}, CalibrationSettings(rank=64, samples=16, dtype="float32")).save(basis)
     settings = FitSettings(epochs=1, batch_size=4, dtype="float32")
@@ -115,11 +119,10 @@ def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapt
     return Adapter.load(folder)
 
 
-def _random(base: BaseModel, folder: Path, directions: str, rank: int) -> Adapter:
+def _random(base: BaseModel, folder: Path, directions: str, rank: int, ending: str) -> Adapter:
+    """Of the modules whose names end in `ending`."""
     network = base.load(dtype="float32", device="cpu")
-    modules = [
-        name for name, module in network.model.named_modules(prefix="model") if isinstance(module, torch.nn.Linear)
-    ]
+    modules = [name for name, _ in network.named_modules() if name.endswith(ending)]
     options: dict[str, Any] = {"scaling": 1.0, "relative_size": 0.1, "directions": directions}
     return save_adapter(base.folder, network, folder, modules, rank=rank, **options)
 
@@ -133,7 +136,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
     merged = OnnxDecoder(folder / "merged", threads=THREADS)
     session_seconds = time.perf_counter() - started
     swappable = OnnxDecoder(folder / "swappable", "dates", threads=THREADS)
-    blocks = OnnxDecoder(folder / "swappable-blocks", "blocks", threads=THREADS)
+    blocks = {name: OnnxDecoder(folder / f"swappable-{name}", name, threads=THREADS) for name in BLOCKS}
     eos, tokens = merged.eos_ids, 16 if quick else TOKENS
 
     expected = [_torch_greedy(network, prompt, tokens, eos) for prompt in prompts]
@@ -150,18 +153,18 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
     rounds, steps = (2, 8) if quick else (7, 32)
     prompt, long = prompts[0], (prompts[0] * 64)[:256]
     calls: dict[str, Callable[[], object]] = {}
+    decoders = {"merged": merged, "swappable": swappable, **blocks}
     for count, words in ((1, prompt), (1 + steps, prompt), (1, long)):
         name = f"{len(words)}+{count}"
         calls[f"torch {name}"] = lambda words=words, count=count: _torch_greedy(network, words, count, set())
-        calls[f"merged {name}"] = lambda words=words, count=count: merged.generate([words], count, set())
-        calls[f"swappable {name}"] = lambda words=words, count=count: swappable.generate([words], count, set())
-        calls[f"blocks {name}"] = lambda words=words, count=count: blocks.generate([words], count, set())
+        for way, decoder in decoders.items():
+            calls[f"{way} {name}"] = partial(decoder.generate, [words], count, set())
     times = alternate_calls(calls, rounds)
     print_table(times)
     n, k = len(prompt), 1 + steps
     decode = {
         way: [b - a for a, b in zip(times[f"{way} {n}+1"], times[f"{way} {n}+{k}"], strict=True)]
-        for way in ("torch", "merged", "swappable", "blocks")
+        for way in ("torch", *decoders)
     }
     swaps = []
     for _ in range(20):
@@ -181,7 +184,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
         "decode_tokens_per_second": round(steps / median(decode["merged"]), 1),
         "prefill_ratio_torch": ratio(times["torch 256+1"], times["merged 256+1"]),
         "swappable_vs_merged": ratio(decode["merged"], decode["swappable"]),
-        "block_swappable_vs_merged": ratio(decode["merged"], decode["blocks"]),
+        **{f"{name}_swappable_vs_merged": ratio(decode["merged"], decode[name]) for name in BLOCKS},
         "swap_ms": round(median(swaps), 4),
         "first_use_ms": round(first_use, 2),
         "session_seconds": round(session_seconds, 2),

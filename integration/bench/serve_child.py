@@ -69,10 +69,10 @@ class Child:
         return json.loads(self.process.stdout.readline())
 
 
-def write_adapters(base: Path, folder: Path, rank: int, directions: str = RANDOM) -> list[Path]:
-    """Random adapters on one basis (in the first folder)."""
+def write_adapters(base: Path, folder: Path, rank: int, directions: str = RANDOM, ending: str = "_proj") -> list[Path]:
+    """Random adapters on one basis (in the first folder), of the modules whose names end so."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    modules = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    modules = [name for name, _ in model.named_modules() if name.endswith(ending)]
     options = {"rank": rank, "relative_size": 0.15, "directions": directions}
     first = save_adapter(base, model, folder / "0", modules, **options)
     for number in range(1, FILES):

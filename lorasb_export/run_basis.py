@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import distributed
-from .base import BaseModel
+from .base import CAUSAL_LM, BaseModel
 from .basis import Basis, made_once
 from .calibrate import calibrate
 from .capture import capture, is_little, overview, recorded, words
 from .data import TaskData
+from .network import empty_model
 from .output import replaced_file
 from .settings import DRAWN, CalibrationSettings
 from .storage import read_json, write_json
+from .targets import find_targets, linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+def mean_rank(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
+    """r averaged over all linear layers of the base, 0 where a layer is no target."""
+    model = empty_model(base, generates=task.task_type == CAUSAL_LM, num_labels=task.num_labels)
+    chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
+    return basis.rank * len(chosen) / len(linear_layers(model))
 
 
 def own_basis(

@@ -18,8 +18,17 @@ if TYPE_CHECKING:
 _OF_A_REGEX = frozenset(r"\^$*+?()[]{}|")  # none of them is in a module name; the dot, which is, decides nothing
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Linear and Conv1D inside the body, by full name; never a head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{model.base_model_prefix}.")
+    }
+
+
 def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
-    r"""The modules `targets` selects, by full name: Linear and Conv1D inside the body, never a head.
+    r"""The modules `targets` selects, of `linear_layers`, by full name.
 
     Args:
         targets: `all-linear`; comma-separated endings of module names (`q_proj,v_proj`); or, told by any of
@@ -30,11 +39,7 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
         BaseModelError: a selected module shares its weight with another module, or the model carries PEFT layers.
     """
     refuse_peft(model)
-    linear: dict[str, torch.nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{model.base_model_prefix}.")
-    }
+    linear = linear_layers(model)
     known = f"Module names end in {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
     if _OF_A_REGEX & set(targets):
         try:

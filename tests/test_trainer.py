@@ -263,24 +263,31 @@ def test_metrics_of_the_valid_split(
         ("muon", "CAUSAL_LM", "gradient", 256, 1e-3),
         ("muon", "CAUSAL_LM", "random", 64, 9e-3),
         ("muon", "SEQ_CLS", "random", 16, 9e-3),
+        ("muon", "CAUSAL_LM", "block", 128 / 7, 2.4e-2),
         ("adamw", "CAUSAL_LM", "gradient", 16, 6e-3),
     ],
 )
 def test_the_learning_rate_fits_the_basis(
-    optimizer: str, task_type: str, directions: str, rank: int, rate: float
+    optimizer: str, task_type: str, directions: str, rank: float, rate: float
 ) -> None:
     assert FitSettings(optimizer=optimizer).for_task(task_type, directions, rank).learning_rate == rate
+
+
+ONE_STEP = FitSettings(max_steps=1)
 
 
 def test_the_learning_rate_fits_the_kind_of_task(
     llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
 ) -> None:
     text, classes = (str(llama), basis, tasks["plus"]), (str(bert), CalibrationSettings(rank=4), parity)
+    of_two = CalibrationSettings(rank=8, targets="q_proj,v_proj")  # of seven linear layers of a block
     for number, (made, settings, rate) in enumerate(
         (
-            (text, FitSettings(max_steps=1), 1.6e-2),
+            (text, ONE_STEP, 1.6e-2),
+            ((text[0], of_two, text[2]), ONE_STEP, 4.2e-2),
+            ((text[0], calibrate(str(llama), {}, replace(of_two, directions="block")), text[2]), ONE_STEP, 1.3e-1),
             (text, FitSettings(max_steps=1, optimizer="adamw"), 6e-3),
-            (classes, FitSettings(max_steps=1), 9e-3),
+            (classes, ONE_STEP, 9e-3),
             (classes, FitSettings(max_steps=1, learning_rate=2e-3), 2e-3),
         )
     ):

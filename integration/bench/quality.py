@@ -15,6 +15,7 @@ from typing import Any
 
 from integration.evidence.cells import (
     CLASSIFYING,
+    DOWN,
     GENERATING,
     RUNS,
     Budget,
@@ -26,6 +27,7 @@ from integration.evidence.cells import (
 )
 
 TASKS = (*CLASSIFYING, *GENERATING)
+_BLOCK = {"method": "lora-sb", "basis": "block", "optimizer": "muon"}
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
     "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
@@ -34,12 +36,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA-SB shared r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "mixture", "optimizer": "muon"},
     "LoRA-SB random r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "random", "optimizer": "muon"},
     "LoRA-SB random r=96, Muon": {"method": "lora-sb", "rank": 96, "basis": "random", "optimizer": "muon"},
-    "LoRA-SB block r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "block", "optimizer": "muon"},
-    "LoRA-SB block r=96, Muon": {"method": "lora-sb", "rank": 96, "basis": "block", "optimizer": "muon"},
-    "LoRA-SB block r=128, Muon": {"method": "lora-sb", "rank": 128, "basis": "block", "optimizer": "muon"},
+    "LoRA-SB block r=64, Muon": {**_BLOCK, "rank": 64},
+    "LoRA-SB block r=96, Muon": {**_BLOCK, "rank": 96},
+    "LoRA-SB block r=128, Muon": {**_BLOCK, "rank": 128},
+    "LoRA-SB block r=128 of down, Muon": {**_BLOCK, "rank": 128, "targets": DOWN},
+    "LoRA-SB block r=256 of down, Muon": {**_BLOCK, "rank": 256, "targets": DOWN},
     "LoRA r=8": {"method": "lora", "rank": 8},
     "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
     "LoRA r=32": {"method": "lora", "rank": 32},
+    "LoRA r=8 of down": {"method": "lora", "rank": 8, "targets": DOWN},
+    "LoRA r=32 of down": {"method": "lora", "rank": 32, "targets": DOWN},
     "PiSSA r=8": {"method": "pissa", "rank": 8},
     "rsLoRA r=32": {"method": "rslora", "rank": 32},
     "DoRA r=8": {"method": "dora", "rank": 8},

@@ -24,6 +24,7 @@ from lorasb_export import environment
 
 environment.hide_broken_packages()
 
+from integration.evidence.cells import DOWN, UPPER_DOWN  # noqa: E402
 from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.batches import prompt_ids  # noqa: E402
@@ -33,7 +34,8 @@ from lorasb_export.export import export  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
 from lorasb_export.quickstart.model import small_model  # noqa: E402
 from lorasb_export.quickstart.tasks import write_tasks  # noqa: E402
-from lorasb_export.settings import BLOCK, RANDOM, CalibrationSettings, FitSettings  # noqa: E402
+from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings  # noqa: E402
+from lorasb_export.targets import find_targets  # noqa: E402
 from lorasb_export.train import fit  # noqa: E402
 from tests.random_adapter import save_adapter  # noqa: E402
 
@@ -62,8 +64,12 @@ PROMPTS = (
     "Hello",
 )
 THREADS, TOKENS = 2, 64
-# Swappable graphs of blocks: name → the rank, None for that of the task's adapter, and how their modules' names end.
-BLOCKS: dict[str, tuple[int | None, str]] = {"block": (None, "_proj"), "block_down_r256": (256, "down_proj")}
+# Swappable graphs of blocks: name → the rank, None for that of the task's adapter, and the targets.
+BLOCKS: dict[str, tuple[int | None, str]] = {
+    "block": (None, ALL_LINEAR),
+    "block_down_r64": (64, DOWN),
+    "block_upper_down_r256": (256, UPPER_DOWN),
+}
 
 
 def run(*, quick: bool) -> dict[str, Any]:
@@ -83,8 +89,8 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
     seconds, _ = _measured([*command, "--out", str(folder / "plain"), "--no-verify"])
     verified_seconds, peak = _measured([*command, "--out", str(folder / "merged")])
     export([folder / "dates"], folder / "swappable", format="onnx-adapters", verify=False)
-    for name, (rank, ending) in BLOCKS.items():
-        _random(base, folder / name, BLOCK, rank or adapter.rank, ending)
+    for name, (rank, targets) in BLOCKS.items():
+        _random(base, folder / name, BLOCK, rank or adapter.rank, targets)
         export([folder / name], folder / f"swappable-{name}", format="onnx-adapters", verify=False)
     adapter_bytes = (folder / "swappable" / "dates.onnx_adapter").stat().st_size
     result = {
@@ -111,7 +117,7 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapter:
     if task is None:
-        return _random(base, folder, RANDOM, 32, "_proj")
+        return _random(base, folder, RANDOM, 32, ALL_LINEAR)
     basis = folder.with_name("basis")
     calibrate(base, {"dates": task}, CalibrationSettings(rank=64, samples=16, dtype="float32")).save(basis)
     settings = FitSettings(epochs=1, batch_size=4, dtype="float32")
@@ -119,10 +125,9 @@ def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapt
     return Adapter.load(folder)
 
 
-def _random(base: BaseModel, folder: Path, directions: str, rank: int, ending: str) -> Adapter:
-    """Of the modules whose names end in `ending`."""
+def _random(base: BaseModel, folder: Path, directions: str, rank: int, targets: str) -> Adapter:
     network = base.load(dtype="float32", device="cpu")
-    modules = [name for name, _ in network.named_modules() if name.endswith(ending)]
+    modules = list(find_targets(network, targets))
     options: dict[str, Any] = {"scaling": 1.0, "relative_size": 0.1, "directions": directions}
     return save_adapter(base.folder, network, folder, modules, rank=rank, **options)
 

@@ -15,7 +15,8 @@ from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.export.peft import write_folded
 from lorasb_export.serve.shared import BASIS_VARIABLE
-from lorasb_export.settings import RANDOM
+from lorasb_export.settings import ALL_LINEAR, RANDOM
+from lorasb_export.targets import find_targets
 from tests.random_adapter import save_adapter
 
 FILES = 4
@@ -69,10 +70,12 @@ class Child:
         return json.loads(self.process.stdout.readline())
 
 
-def write_adapters(base: Path, folder: Path, rank: int, directions: str = RANDOM, ending: str = "_proj") -> list[Path]:
-    """Random adapters on one basis (in the first folder), of the modules whose names end so."""
+def write_adapters(
+    base: Path, folder: Path, rank: int, directions: str = RANDOM, targets: str = ALL_LINEAR
+) -> list[Path]:
+    """Random adapters on one basis (in the first folder)."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    modules = [name for name, _ in model.named_modules() if name.endswith(ending)]
+    modules = list(find_targets(model, targets))
     options = {"rank": rank, "relative_size": 0.15, "directions": directions}
     first = save_adapter(base, model, folder / "0", modules, **options)
     for number in range(1, FILES):

@@ -123,17 +123,19 @@ class Runner:
 
 CLASSIFYING = ("cola", "rte", "sst2")
 GENERATING = ("banking77", "e2e", "arc_easy", "boolq", "mawps")
-DOWN = "down"  # the layers that bring the wide middle of an MLP back to the width of the model
+# The layers that bring the wide middle of an MLP back to the width of the model: all, or the upper half of thirty.
+DOWN, UPPER_DOWN = "down_proj", r".*layers[.](1[5-9]|2[0-9])[.]mlp[.]down_proj"
+_OF_THE_ENCODER = {DOWN: ".*layer[.][0-9][.]output[.]dense", UPPER_DOWN: ".*layer[.][3-5][.]output[.]dense"}
 
 
 def cell(task: str, **fields: Any) -> Cell:
-    """A cell of the full tables; `targets` may be DOWN.
+    """A cell of the full tables; `targets` may be DOWN or UPPER_DOWN for classifiers too.
 
     Classifiers are small, train on more rows and answer all that are held out; of generators the base is bfloat16.
     """
-    if fields.get("targets") == DOWN:
-        fields["targets"] = ".*layer[.][0-9][.]output[.]dense" if task in CLASSIFYING else "down_proj"
     if task in CLASSIFYING:
+        targets = fields.get("targets", ALL_LINEAR)
+        fields["targets"] = _OF_THE_ENCODER.get(targets, targets)
         own: dict[str, Any] = {"steps": 400, "batch_size": 16, "valid_rows": 500, "test_rows": 1100}
     else:
         own = {"dtype": "bfloat16"}  # as such models are used, and in two thirds of the time

@@ -14,6 +14,7 @@ from .base import BaseModel
 from .errors import ArtifactError
 from .format import sealed
 from .kind import artifact_kind
+from .storage import read_json
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
 Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another one of its name
@@ -85,10 +86,14 @@ def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
 
 
 def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
-    """Raise ArtifactError for a PEFT or ONNX folder without its weights."""
+    """Raise ArtifactError for a PEFT or ONNX folder without its weights, or one of its adapters."""
     needed = {_NEEDED[kind]} if kind in _NEEDED else set()
     if "model.onnx" in needed & set(files):
         needed |= {name.decode() for name in _DATA_FILE.findall(_read(files["model.onnx"]))}
+    if kind == "onnx-adapters":
+        record = read_json(folder / "lorasb.json")
+        if not record.get("routed"):  # there they lie in a data file
+            needed |= {f"{name}.onnx_adapter" for name in record.get("adapters", ())}
     missing = sorted(needed - set(files))
     if missing:
         fix = "Export it again; weights in a pickle are never published"

@@ -158,14 +158,15 @@ def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], libra
     [
         ("peft", ["adapter_model.bin"], "adapter_model.safetensors"),
         ("onnx", ["model.onnx_data"], "model.onnx"),
-        ("onnx-adapters", ["model.onnx"], "basis.onnx_data and no model.onnx_data"),
+        ("onnx-adapters", ["model.onnx", "a.onnx_adapter"], "basis.onnx_data and no model.onnx_data"),
+        ("onnx-adapters", ["model.onnx", "model.onnx_data", "basis.onnx_data"], "a.onnx_adapter"),
     ],
 )
 def test_a_folder_without_its_weights_is_refused(tmp_path: Path, kind: str, there: list[str], missing: str) -> None:
     for name in there:
         (tmp_path / name).write_bytes(b"\x0fmodel.onnx_data \x0fbasis.onnx_data")
     config = "adapter_config.json" if kind == "peft" else "lorasb.json"
-    write_json(tmp_path / config, {"kind": kind, "peft_type": "LORA"})
+    write_json(tmp_path / config, {"kind": kind, "peft_type": "LORA", "adapters": {"a": {}}})
     with pytest.raises(ArtifactError) as caught:
         push(tmp_path, "me/x", dry_run=True)
     assert caught.value.what == f"the folder has no {missing}"

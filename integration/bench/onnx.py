@@ -24,7 +24,7 @@ from lorasb_export import environment
 
 environment.hide_broken_packages()
 
-from integration.evidence.cells import DOWN, UPPER_DOWN  # noqa: E402
+from integration.evidence.cells import DOWN  # noqa: E402
 from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.batches import prompt_ids  # noqa: E402
@@ -68,7 +68,7 @@ THREADS, TOKENS = 2, 64
 BLOCKS: dict[str, tuple[int | None, str]] = {
     "block": (None, ALL_LINEAR),
     "block_down_r64": (64, DOWN),
-    "block_upper_down_r256": (256, UPPER_DOWN),
+    "block_down_r256": (256, DOWN),
 }
 
 

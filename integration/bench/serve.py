@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from integration.evidence.cells import UPPER_DOWN
+from integration.evidence.cells import DOWN
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.settings import BLOCK
@@ -24,9 +24,8 @@ from .serve_child import Child, fold, write_adapters
 from .serve_parity import parity
 
 RANK, SMALL_RANK, MODULES = 64, 16, 210
-# Of a block of the upper half's down_proj: about as many numbers as r = 64 of all linears, and it learns better than
-# LoRA r = 8 of all of them: docs/benchmarks.md.
-UPPER_RANK = 256
+# Of a block of every down_proj, which learns better than LoRA r = 8 of all linears: docs/benchmarks.md.
+DOWN_RANK = 256
 STOCK = {"max_num_batched_tokens": 128}  # its time goes by the tokens of a step, not of the prompts
 OTHERS = {"max_num_batched_tokens": 512}
 Speeds = dict[tuple[str, int, int], float]  # engine, rows, adapters among them → tokens per CPU-second
@@ -41,10 +40,10 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = write_adapters(base, Path(folder, "large"), RANK)
         blocks = write_adapters(base, Path(folder, "block"), RANK, BLOCK)
-        upper = write_adapters(base, Path(folder, "upper"), UPPER_RANK, BLOCK, UPPER_DOWN)
+        down = write_adapters(base, Path(folder, "down"), DOWN_RANK, BLOCK, DOWN)
         eight = fold(write_adapters(base, Path(folder, "eight"), 8))
         small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
-        result, speeds = peers(base, ours, blocks, upper, eight, quick=quick)
+        result, speeds = peers(base, ours, blocks, down, eight, quick=quick)
         more, resident = many(base, ours, small, quick=quick)
         result |= more | wide(Path(folder, "wide"), quick=quick)
         asked = {"prompts": 4, "tokens": 16} if quick else {"prompts": 32, "tokens": 64}
@@ -56,16 +55,16 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
 
 
 def peers(
-    base: Path, ours: list[Path], blocks: list[Path], upper: list[Path], eight: list[Path], *, quick: bool
+    base: Path, ours: list[Path], blocks: list[Path], down: list[Path], eight: list[Path], *, quick: bool
 ) -> tuple[dict[str, Any], Speeds]:
     """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests.
 
     Args:
         blocks: adapters in a block of every linear layer.
-        upper: in a larger block of every down_proj of the upper half.
+        down: in a larger block of every down_proj alone.
         eight: ordinary LoRAs, r = 8.
     """
-    of_down = {"max_lora_rank": UPPER_RANK, "lora_target_modules": ["down_proj"]}
+    of_down = {"max_lora_rank": DOWN_RANK, "lora_target_modules": ["down_proj"]}
     children: dict[str, Child] = {}
     try:
         children["base"] = Child(base, [], **OTHERS)
@@ -73,12 +72,12 @@ def peers(
         children["stock LoRA"] = Child(base, fold(ours), 32, **STOCK)
         children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
         children["block"] = Child(base, blocks, 32, basis=blocks[0], **OTHERS)
-        children["block_upper"] = Child(base, upper, 32, basis=upper[0], **OTHERS | of_down)
-        children["stock LoRA upper"] = Child(base, fold(upper), 32, **STOCK | of_down)
+        children["block_down"] = Child(base, down, 32, basis=down[0], **OTHERS | of_down)
+        children["stock LoRA down"] = Child(base, fold(down), 32, **STOCK | of_down)
         children["stock LoRA r=8"] = Child(base, eight, 32, max_lora_rank=8, **STOCK)
         settings = [(16, 0), (32, 0), *((32, few) for few in (1, 4, 16))]
         speeds = decode(children, settings if not quick else settings[:3], rounds=1 if quick else 3)
-        few = {name: children[name] for name in ("base", "shared", "block", "block_upper")}  # stock LoRA takes minutes
+        few = {name: children[name] for name in ("base", "shared", "block", "block_down")}  # stock LoRA takes minutes
         read = prompts(few, rounds=2 if quick else 8)
     finally:
         for child in children.values():
@@ -91,9 +90,9 @@ def peers(
         "tok_s_shared": round(speeds["shared", 32, 0], 1),
         **beside("shared", speeds, read),
         **{f"block_{key}": ratio for key, ratio in beside("block", speeds, read).items()},
-        **{f"block_upper_{key}": ratio for key, ratio in beside("block_upper", speeds, read, stock="upper").items()},
-        "block_upper_ratio_vs_stock_r8": round(speeds["block_upper", 32, 0] / speeds["stock LoRA r=8", 32, 0], 2),
-        "block_upper_ratio_vs_stock_r8_b16": round(speeds["block_upper", 16, 0] / speeds["stock LoRA r=8", 16, 0], 2),
+        **{f"block_down_{key}": ratio for key, ratio in beside("block_down", speeds, read, stock="down").items()},
+        "block_down_ratio_vs_stock_r8": round(speeds["block_down", 32, 0] / speeds["stock LoRA r=8", 32, 0], 2),
+        "block_down_ratio_vs_stock_r8_b16": round(speeds["block_down", 16, 0] / speeds["stock LoRA r=8", 16, 0], 2),
     }, speeds
 
 

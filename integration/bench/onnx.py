@@ -64,11 +64,12 @@ PROMPTS = (
     "Hello",
 )
 THREADS, TOKENS = 2, 64
-# Swappable graphs of blocks: name → the rank, None for that of the task's adapter, and the targets.
-BLOCKS: dict[str, tuple[int | None, str]] = {
-    "block": (None, ALL_LINEAR),
-    "block_down_r64": (64, DOWN),
-    "block_down_r256": (256, DOWN),
+# Other swappable graphs: name → directions, the rank, None for that of the task's adapter, and targets.
+CHEAPER: dict[str, tuple[str, int | None, str]] = {
+    "block": (BLOCK, None, ALL_LINEAR),
+    "down_r64": (RANDOM, 64, DOWN),
+    "down_r128": (RANDOM, 128, DOWN),
+    "block_down_r256": (BLOCK, 256, DOWN),
 }
 
 
@@ -89,8 +90,8 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
     seconds, _ = _measured([*command, "--out", str(folder / "plain"), "--no-verify"])
     verified_seconds, peak = _measured([*command, "--out", str(folder / "merged")])
     export([folder / "dates"], folder / "swappable", format="onnx-adapters", verify=False)
-    for name, (rank, targets) in BLOCKS.items():
-        _random(base, folder / name, BLOCK, rank or adapter.rank, targets)
+    for name, (directions, rank, targets) in CHEAPER.items():
+        _random(base, folder / name, directions, rank or adapter.rank, targets)
         export([folder / name], folder / f"swappable-{name}", format="onnx-adapters", verify=False)
     adapter_bytes = (folder / "swappable" / "dates.onnx_adapter").stat().st_size
     result = {
@@ -141,7 +142,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
     merged = OnnxDecoder(folder / "merged", threads=THREADS)
     session_seconds = time.perf_counter() - started
     swappable = OnnxDecoder(folder / "swappable", "dates", threads=THREADS)
-    blocks = {name: OnnxDecoder(folder / f"swappable-{name}", name, threads=THREADS) for name in BLOCKS}
+    cheaper = {name: OnnxDecoder(folder / f"swappable-{name}", name, threads=THREADS) for name in CHEAPER}
     eos, tokens = merged.eos_ids, 16 if quick else TOKENS
 
     expected = [_torch_greedy(network, prompt, tokens, eos) for prompt in prompts]
@@ -158,7 +159,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
     rounds, steps = (2, 8) if quick else (7, 32)
     prompt, long = prompts[0], (prompts[0] * 64)[:256]
     calls: dict[str, Callable[[], object]] = {}
-    decoders = {"merged": merged, "swappable": swappable, **blocks}
+    decoders = {"merged": merged, "swappable": swappable, **cheaper}
     for count, words in ((1, prompt), (1 + steps, prompt), (1, long)):
         name = f"{len(words)}+{count}"
         calls[f"torch {name}"] = lambda words=words, count=count: _torch_greedy(network, words, count, set())
@@ -189,7 +190,7 @@ def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict
         "decode_tokens_per_second": round(steps / median(decode["merged"]), 1),
         "prefill_ratio_torch": ratio(times["torch 256+1"], times["merged 256+1"]),
         "swappable_vs_merged": ratio(decode["merged"], decode["swappable"]),
-        **{f"{name}_swappable_vs_merged": ratio(decode["merged"], decode[name]) for name in BLOCKS},
+        **{f"{name}_swappable_vs_merged": ratio(decode["merged"], decode[name]) for name in CHEAPER},
         "swap_ms": round(median(swaps), 4),
         "first_use_ms": round(first_use, 2),
         "session_seconds": round(session_seconds, 2),

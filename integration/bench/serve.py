@@ -17,15 +17,16 @@ from typing import Any
 from integration.evidence.cells import DOWN
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
-from lorasb_export.settings import BLOCK
+from lorasb_export.settings import BLOCK, RANDOM
 
 from .checkpoint import make_base
 from .serve_child import Child, fold, write_adapters
 from .serve_parity import parity
 
 RANK, SMALL_RANK, MODULES = 64, 16, 210
-# Of a block of every down_proj, which learns better than LoRA r = 8 of all linears: docs/benchmarks.md.
-DOWN_RANK = 256
+# What learns better than LoRA r = 8 of all linears does (docs/benchmarks.md): name → rank and directions, on every
+# down_proj alone.
+OF_DOWN = {"down": (128, RANDOM), "block_down": (256, BLOCK)}
 STOCK = {"max_num_batched_tokens": 128}  # its time goes by the tokens of a step, not of the prompts
 OTHERS = {"max_num_batched_tokens": 512}
 Speeds = dict[tuple[str, int, int], float]  # engine, rows, adapters among them → tokens per CPU-second
@@ -40,7 +41,10 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = write_adapters(base, Path(folder, "large"), RANK)
         blocks = write_adapters(base, Path(folder, "block"), RANK, BLOCK)
-        down = write_adapters(base, Path(folder, "down"), DOWN_RANK, BLOCK, DOWN)
+        down = {
+            name: write_adapters(base, Path(folder, name), rank, directions, DOWN)
+            for name, (rank, directions) in OF_DOWN.items()
+        }
         eight = fold(write_adapters(base, Path(folder, "eight"), 8))
         small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
         result, speeds = peers(base, ours, blocks, down, eight, quick=quick)
@@ -55,16 +59,21 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
 
 
 def peers(
-    base: Path, ours: list[Path], blocks: list[Path], down: list[Path], eight: list[Path], *, quick: bool
+    base: Path,
+    ours: list[Path],
+    blocks: list[Path],
+    down: dict[str, list[Path]],
+    eight: list[Path],
+    *,
+    quick: bool,
 ) -> tuple[dict[str, Any], Speeds]:
     """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests.
 
     Args:
         blocks: adapters in a block of every linear layer.
-        down: in a larger block of every down_proj alone.
+        down: those of OF_DOWN.
         eight: ordinary LoRAs, r = 8.
     """
-    of_down = {"max_lora_rank": DOWN_RANK, "lora_target_modules": ["down_proj"]}
     children: dict[str, Child] = {}
     try:
         children["base"] = Child(base, [], **OTHERS)
@@ -72,13 +81,15 @@ def peers(
         children["stock LoRA"] = Child(base, fold(ours), 32, **STOCK)
         children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
         children["block"] = Child(base, blocks, 32, basis=blocks[0], **OTHERS)
-        children["block_down"] = Child(base, down, 32, basis=down[0], **OTHERS | of_down)
-        children["stock LoRA down"] = Child(base, fold(down), 32, **STOCK | of_down)
+        for name, folders in down.items():
+            options = {"max_lora_rank": OF_DOWN[name][0], "lora_target_modules": [DOWN]}
+            children[name] = Child(base, folders, 32, basis=folders[0], **OTHERS | options)
+            children[f"stock LoRA {name}"] = Child(base, fold(folders), 32, **STOCK | options)
         children["stock LoRA r=8"] = Child(base, eight, 32, max_lora_rank=8, **STOCK)
         settings = [(16, 0), (32, 0), *((32, few) for few in (1, 4, 16))]
         speeds = decode(children, settings if not quick else settings[:3], rounds=1 if quick else 3)
-        few = {name: children[name] for name in ("base", "shared", "block", "block_down")}  # stock LoRA takes minutes
-        read = prompts(few, rounds=2 if quick else 8)
+        others = {name: child for name, child in children.items() if "stock" not in name}  # which takes minutes
+        read = prompts(others, rounds=2 if quick else 8)
     finally:
         for child in children.values():
             child.stop()
@@ -90,9 +101,12 @@ def peers(
         "tok_s_shared": round(speeds["shared", 32, 0], 1),
         **beside("shared", speeds, read),
         **{f"block_{key}": ratio for key, ratio in beside("block", speeds, read).items()},
-        **{f"block_down_{key}": ratio for key, ratio in beside("block_down", speeds, read, stock="down").items()},
-        "block_down_ratio_vs_stock_r8": round(speeds["block_down", 32, 0] / speeds["stock LoRA r=8", 32, 0], 2),
-        "block_down_ratio_vs_stock_r8_b16": round(speeds["block_down", 16, 0] / speeds["stock LoRA r=8", 16, 0], 2),
+        **{f"{name}_{key}": ratio for name in down for key, ratio in beside(name, speeds, read, stock=name).items()},
+        **{
+            f"{name}_ratio_vs_stock_r8{ending}": round(speeds[name, rows, 0] / speeds["stock LoRA r=8", rows, 0], 2)
+            for name in down
+            for rows, ending in ((32, ""), (16, "_b16"))
+        },
     }, speeds
 
 

@@ -41,13 +41,9 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = write_adapters(base, Path(folder, "large"), RANK)
         blocks = write_adapters(base, Path(folder, "block"), RANK, BLOCK)
-        down = {
-            name: write_adapters(base, Path(folder, name), rank, directions, DOWN)
-            for name, (rank, directions) in OF_DOWN.items()
-        }
-        eight = fold(write_adapters(base, Path(folder, "eight"), 8))
         small = write_adapters(base, Path(folder, "small"), SMALL_RANK)
-        result, speeds = peers(base, ours, blocks, down, eight, quick=quick)
+        result, speeds = peers(base, ours, blocks, quick=quick)
+        result |= of_down(base, Path(folder), quick=quick)
         more, resident = many(base, ours, small, quick=quick)
         result |= more | wide(Path(folder, "wide"), quick=quick)
         asked = {"prompts": 4, "tokens": 16} if quick else {"prompts": 32, "tokens": 64}
@@ -58,22 +54,8 @@ def run(*, quick: bool, plot: Path | None) -> dict[str, Any]:
     return result
 
 
-def peers(
-    base: Path,
-    ours: list[Path],
-    blocks: list[Path],
-    down: dict[str, list[Path]],
-    eight: list[Path],
-    *,
-    quick: bool,
-) -> tuple[dict[str, Any], Speeds]:
-    """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests.
-
-    Args:
-        blocks: adapters in a block of every linear layer.
-        down: those of OF_DOWN.
-        eight: ordinary LoRAs, r = 8.
-    """
+def peers(base: Path, ours: list[Path], blocks: list[Path], *, quick: bool) -> tuple[dict[str, Any], Speeds]:
+    """Ours beside the base, compiled or not, and stock LoRA; as many slots as requests. `blocks` are of blocks."""
     children: dict[str, Child] = {}
     try:
         children["base"] = Child(base, [], **OTHERS)
@@ -81,15 +63,10 @@ def peers(
         children["stock LoRA"] = Child(base, fold(ours), 32, **STOCK)
         children["shared"] = Child(base, ours, 32, basis=ours[0], **OTHERS)
         children["block"] = Child(base, blocks, 32, basis=blocks[0], **OTHERS)
-        for name, folders in down.items():
-            options = {"max_lora_rank": OF_DOWN[name][0], "lora_target_modules": [DOWN]}
-            children[name] = Child(base, folders, 32, basis=folders[0], **OTHERS | options)
-            children[f"stock LoRA {name}"] = Child(base, fold(folders), 32, **STOCK | options)
-        children["stock LoRA r=8"] = Child(base, eight, 32, max_lora_rank=8, **STOCK)
         settings = [(16, 0), (32, 0), *((32, few) for few in (1, 4, 16))]
         speeds = decode(children, settings if not quick else settings[:3], rounds=1 if quick else 3)
-        others = {name: child for name, child in children.items() if "stock" not in name}  # which takes minutes
-        read = prompts(others, rounds=2 if quick else 8)
+        few = {name: children[name] for name in ("base", "shared", "block")}  # stock LoRA takes minutes to read prompts
+        read = prompts(few, rounds=2 if quick else 8)
     finally:
         for child in children.values():
             child.stop()
@@ -101,22 +78,44 @@ def peers(
         "tok_s_shared": round(speeds["shared", 32, 0], 1),
         **beside("shared", speeds, read),
         **{f"block_{key}": ratio for key, ratio in beside("block", speeds, read).items()},
-        **{f"{name}_{key}": ratio for name in down for key, ratio in beside(name, speeds, read, stock=name).items()},
-        **{
-            f"{name}_ratio_vs_stock_r8{ending}": round(speeds[name, rows, 0] / speeds["stock LoRA r=8", rows, 0], 2)
-            for name in down
-            for rows, ending in ((32, ""), (16, "_b16"))
-        },
     }, speeds
 
 
-def beside(name: str, speeds: Speeds, read: dict[tuple[str, int], float], *, stock: str = "") -> dict[str, float]:
-    """The engine `name` beside the base, and stock LoRA with the same adapters, which are `stock`."""
-    peer = f"stock LoRA {stock}".strip()
+def of_down(base: Path, folder: Path, *, quick: bool) -> dict[str, float]:
+    """Those of OF_DOWN beside the base, stock LoRA with the same adapters, and stock LoRA of r = 8, all linears."""
+    children: dict[str, Child] = {}
+    try:
+        children["base"] = Child(base, [], **OTHERS)
+        eight = fold(write_adapters(base, folder / "eight", 8))
+        children["stock LoRA r=8"] = Child(base, eight, 32, max_lora_rank=8, **STOCK)
+        for name, (rank, directions) in OF_DOWN.items():
+            adapters = write_adapters(base, folder / name, rank, directions, DOWN)
+            options = {"max_lora_rank": rank, "lora_target_modules": [DOWN]}
+            children[name] = Child(base, adapters, 32, basis=adapters[0], **OTHERS | options)
+            children[f"stock LoRA {name}"] = Child(base, fold(adapters), 32, **STOCK | options)
+        speeds = decode(children, [(16, 0), (32, 0)], rounds=1 if quick else 3)
+        read = prompts({name: children[name] for name in ("base", *OF_DOWN)}, rounds=2 if quick else 8)
+    finally:
+        for child in children.values():
+            child.stop()
+    table(speeds)
+    result = {}
+    for name in OF_DOWN:
+        result |= {f"{name}_{key}": ratio for key, ratio in beside(name, speeds, read, f"stock LoRA {name}").items()}
+        for rows, ending in ((32, ""), (16, "_b16")):
+            ratio = speeds[name, rows, 0] / speeds["stock LoRA r=8", rows, 0]
+            result[f"{name}_ratio_vs_stock_r8{ending}"] = round(ratio, 2)
+    return result
+
+
+def beside(
+    name: str, speeds: Speeds, read: dict[tuple[str, int], float], stock: str = "stock LoRA"
+) -> dict[str, float]:
+    """The engine `name` beside the base, and `stock`, which has the same adapters."""
     return {
-        "ratio_vs_stock": round(speeds[name, 32, 0] / speeds[peer, 32, 0], 2),
+        "ratio_vs_stock": round(speeds[name, 32, 0] / speeds[stock, 32, 0], 2),
         "ratio_vs_base": round(speeds[name, 32, 0] / speeds["base", 32, 0], 3),
-        "ratio_vs_stock_b16": round(speeds[name, 16, 0] / speeds[peer, 16, 0], 2),
+        "ratio_vs_stock_b16": round(speeds[name, 16, 0] / speeds[stock, 16, 0], 2),
         "ratio_vs_base_b16": round(speeds[name, 16, 0] / speeds["base", 16, 0], 3),
         "prefill_ratio_vs_base": round(read["base", 4] / read[name, 4], 3),
         "ttft_ratio_vs_base": round(read[name, 1] / read["base", 1], 3),

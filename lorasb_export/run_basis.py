@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def mean_rank(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
-    """r averaged over all linear layers of the base, 0 where a layer is no target."""
+def share_of_layers(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
+    """How many of the base's linear layers are in the basis."""
     model = empty_model(base, generates=task.task_type == CAUSAL_LM, num_labels=task.num_labels)
     chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
-    return basis.rank * len(chosen) / len(linear_layers(model))
+    return len(chosen) / len(linear_layers(model))
 
 
 def own_basis(

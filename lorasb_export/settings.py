@@ -86,8 +86,8 @@ class FitSettings:
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
         learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
             times that in a basis drawn at random. Muon's are for r = 64 on every linear layer: three times as high at
-            a quarter of that rank, or on a quarter of the layers; a third at four times it. Several: a run at each,
-            of which the best on the valid split is kept.
+            a quarter of that rank, a third at four times it; twice as high on a quarter of the layers. Several: a run
+            at each, of which the best on the valid split is kept.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
         weight_decay: on R; 0 by default.
@@ -159,16 +159,17 @@ class FitSettings:
             return ()
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
-    def for_task(self, task_type: str, directions: str, rank: float) -> FitSettings:
+    def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
         """These with a learning rate: what the tuned runs of docs/benchmarks.md end at, or a step of their grid below.
 
         Args:
-            rank: r, averaged over all linear layers, 0 where one is no target.
+            share: of the linear layers, which has an R. Muon's step is as long in each, so one of all together is
+                as long at a rate by its root.
         """
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
         rate = of_text if task_type == "CAUSAL_LM" else 1e-3
         if self.optimizer == "muon":
-            rate *= (64 / rank) ** math.log(3, 4)
+            rate *= (64 / rank) ** math.log(3, 4) / math.sqrt(share)
         return replace(self, learning_rate=float(f"{3 * rate if directions in DRAWN else rate:.1e}"))
 
 

@@ -31,7 +31,7 @@ from .inference import fitting_metric
 from .lock import only_writer
 from .network import require_positions
 from .output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
-from .run_basis import captured_once, mean_rank, own_basis
+from .run_basis import captured_once, own_basis, share_of_layers
 from .settings import CalibrationSettings, FitSettings
 from .training_record import write_record
 from .training_runs import TrainingRuns
@@ -159,8 +159,8 @@ class _Run:
                 refuse_own_input(out, basis.source)
         self._network, self._basis = network, basis
         if settings.learning_rate is None:
-            rank = mean_rank(self.base, basis, tasks[0])
-            settings = settings.for_task(tasks[0].task_type, basis.directions, rank)
+            share = share_of_layers(self.base, basis, tasks[0])
+            settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
         self.settings = settings
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:

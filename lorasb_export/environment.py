@@ -42,13 +42,13 @@ def hide_broken_packages() -> None:
         sys.modules[name] = None  # type: ignore[assignment]  # the import system reads None as "not found"
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """The environment for a Python child process in which broken packages are hidden as well.
+def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
+    """The environment for a Python child process in which broken packages, and those named, are hidden as well.
 
     The child (and every Python process it starts) finds `child_site/sitecustomize.py` first on its path.
     """
     environment = {**os.environ, **changes}
-    if broken_packages():
-        environment["LORASB_HIDDEN_PACKAGES"] = ",".join(broken_packages())
+    if hidden := (*broken_packages(), *hidden):
+        environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CHILD_SITE), environment.get("PYTHONPATH", "")]))
     return environment

@@ -24,7 +24,6 @@ from .onnx_run import require_packages
 from .onnx_verify import MAX_DROP, require_equal, verify_classifier, verify_folder
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
-_SHARD = 64_000_000  # bytes
 _MERGE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # else float32: the update is not rounded before it must be
 
 
@@ -77,9 +76,7 @@ def export_onnx(
         scratch.mkdir()
         merged_bytes = 2 if precision in _MERGE_DTYPES else 4
         require_room(folder, int(parameters(model) * (merged_bytes + BYTES[precision])))
-        dtype = _MERGE_DTYPES.get(precision, "float32")
-        # Small shards: torch copies each while it is mapped, so the comparison never holds the model twice.
-        merge(task, scratch / "merged", base=base, dtype=dtype, max_shard_size=_SHARD)
+        merge(task, scratch / "merged", base=base, dtype=_MERGE_DTYPES.get(precision, "float32"))
         built = "fp32" if precision in BITS else precision
         build(exporter, scratch / "merged", folder, built, scratch, task.task_type)
         if precision in BITS:

@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA-SB block r=64, Muon": {**_BLOCK, "rank": 64},
     "LoRA-SB block r=96, Muon": {**_BLOCK, "rank": 96},
     "LoRA-SB block r=128, Muon": {**_BLOCK, "rank": 128},
+    "LoRA-SB random r=128 of down, Muon": {**_BLOCK, "rank": 128, "basis": "random", "targets": DOWN},
     "LoRA-SB block r=128 of down, Muon": {**_BLOCK, "rank": 128, "targets": DOWN},
     "LoRA-SB block r=256 of down, Muon": {**_BLOCK, "rank": 256, "targets": DOWN},
     "LoRA-SB block r=256 of upper down, Muon": {**_BLOCK, "rank": 256, "targets": UPPER_DOWN},

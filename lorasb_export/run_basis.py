@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def share_of_layers(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
-    """How many of the base's linear layers are in the basis."""
+    """Of the base's linear layers those that are in the basis, as a share."""
     model = empty_model(base, generates=task.task_type == CAUSAL_LM, num_labels=task.num_labels)
     chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
     return len(chosen) / len(linear_layers(model))

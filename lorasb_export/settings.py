@@ -160,11 +160,12 @@ class FitSettings:
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
     def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
-        """These with a learning rate: what the tuned runs of docs/benchmarks.md end at, or a step of their grid below.
+        """These, which name no learning rate, with one: that of the tuned runs of docs/benchmarks.md, or a step of
+        their grid below.
 
         Args:
-            share: of the linear layers, which has an R. Muon's step is as long in each, so one of all together is
-                as long at a rate by its root.
+            share: of the linear layers, those in the basis. A step of Muon is equally long in each of them, so that
+                at a rate of 1/√share all together go as far.
         """
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
         rate = of_text if task_type == "CAUSAL_LM" else 1e-3

@@ -64,12 +64,12 @@ PROMPTS = (
     "Hello",
 )
 THREADS, TOKENS = 2, 64
-# Other swappable graphs: name → directions, the rank, None for that of the task's adapter, and targets.
-CHEAPER: dict[str, tuple[str, int | None, str]] = {
-    "block": (BLOCK, None, ALL_LINEAR),
-    "down_r64": (RANDOM, 64, DOWN),
-    "down_r128": (RANDOM, 128, DOWN),
-    "block_down_r256": (BLOCK, 256, DOWN),
+# Other swappable graphs: name → the rank, None for that of the task's adapter, directions and targets.
+CHEAPER: dict[str, tuple[int | None, str, str]] = {
+    "block": (None, BLOCK, ALL_LINEAR),
+    "down_r64": (64, RANDOM, DOWN),
+    "down_r128": (128, RANDOM, DOWN),
+    "block_down_r256": (256, BLOCK, DOWN),
 }
 
 
@@ -90,8 +90,8 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
     seconds, _ = _measured([*command, "--out", str(folder / "plain"), "--no-verify"])
     verified_seconds, peak = _measured([*command, "--out", str(folder / "merged")])
     export([folder / "dates"], folder / "swappable", format="onnx-adapters", verify=False)
-    for name, (directions, rank, targets) in CHEAPER.items():
-        _random(base, folder / name, directions, rank or adapter.rank, targets)
+    for name, (rank, directions, targets) in CHEAPER.items():
+        _random(base, folder / name, rank or adapter.rank, directions, targets)
         export([folder / name], folder / f"swappable-{name}", format="onnx-adapters", verify=False)
     adapter_bytes = (folder / "swappable" / "dates.onnx_adapter").stat().st_size
     result = {
@@ -118,7 +118,7 @@ def _run(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapter:
     if task is None:
-        return _random(base, folder, RANDOM, 32, ALL_LINEAR)
+        return _random(base, folder, 32, RANDOM, ALL_LINEAR)
     basis = folder.with_name("basis")
     calibrate(base, {"dates": task}, CalibrationSettings(rank=64, samples=16, dtype="float32")).save(basis)
     settings = FitSettings(epochs=1, batch_size=4, dtype="float32")
@@ -126,7 +126,7 @@ def _make_adapter(base: BaseModel, folder: Path, task: TaskData | None) -> Adapt
     return Adapter.load(folder)
 
 
-def _random(base: BaseModel, folder: Path, directions: str, rank: int, targets: str) -> Adapter:
+def _random(base: BaseModel, folder: Path, rank: int, directions: str, targets: str) -> Adapter:
     network = base.load(dtype="float32", device="cpu")
     modules = list(find_targets(network, targets))
     options: dict[str, Any] = {"scaling": 1.0, "relative_size": 0.1, "directions": directions}

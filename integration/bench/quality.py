@@ -28,22 +28,22 @@ from integration.evidence.cells import (
 )
 
 TASKS = (*CLASSIFYING, *GENERATING)
-_BLOCK = {"method": "lora-sb", "basis": "block", "optimizer": "muon"}
+_MUON = {"method": "lora-sb", "optimizer": "muon"}
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
     "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
     "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
-    "LoRA-SB own r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "own", "optimizer": "muon"},
-    "LoRA-SB shared r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "mixture", "optimizer": "muon"},
-    "LoRA-SB random r=64, Muon": {"method": "lora-sb", "rank": 64, "basis": "random", "optimizer": "muon"},
-    "LoRA-SB random r=96, Muon": {"method": "lora-sb", "rank": 96, "basis": "random", "optimizer": "muon"},
-    "LoRA-SB block r=64, Muon": {**_BLOCK, "rank": 64},
-    "LoRA-SB block r=96, Muon": {**_BLOCK, "rank": 96},
-    "LoRA-SB block r=128, Muon": {**_BLOCK, "rank": 128},
-    "LoRA-SB random r=128 of down, Muon": {**_BLOCK, "rank": 128, "basis": "random", "targets": DOWN},
-    "LoRA-SB block r=128 of down, Muon": {**_BLOCK, "rank": 128, "targets": DOWN},
-    "LoRA-SB block r=256 of down, Muon": {**_BLOCK, "rank": 256, "targets": DOWN},
-    "LoRA-SB block r=256 of upper down, Muon": {**_BLOCK, "rank": 256, "targets": UPPER_DOWN},
+    "LoRA-SB own r=64, Muon": {**_MUON, "rank": 64, "basis": "own"},
+    "LoRA-SB shared r=64, Muon": {**_MUON, "rank": 64, "basis": "mixture"},
+    "LoRA-SB random r=64, Muon": {**_MUON, "rank": 64, "basis": "random"},
+    "LoRA-SB random r=96, Muon": {**_MUON, "rank": 96, "basis": "random"},
+    "LoRA-SB block r=64, Muon": {**_MUON, "rank": 64, "basis": "block"},
+    "LoRA-SB block r=96, Muon": {**_MUON, "rank": 96, "basis": "block"},
+    "LoRA-SB block r=128, Muon": {**_MUON, "rank": 128, "basis": "block"},
+    "LoRA-SB random r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "random", "targets": DOWN},
+    "LoRA-SB block r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "block", "targets": DOWN},
+    "LoRA-SB block r=256 of down, Muon": {**_MUON, "rank": 256, "basis": "block", "targets": DOWN},
+    "LoRA-SB block r=256 of upper down, Muon": {**_MUON, "rank": 256, "basis": "block", "targets": UPPER_DOWN},
     "LoRA r=8": {"method": "lora", "rank": 8},
     "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
     "LoRA r=32": {"method": "lora", "rank": 32},

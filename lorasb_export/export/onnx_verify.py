@@ -72,12 +72,8 @@ def verify_folder(
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights
-    # For a few passes of one model its weights are read as they are needed; beside the exporter's, that memory counts.
-    is_one = not held_out and all(task is None for task in tasks.values())
-    network, device = streamed_model(reference, CAUSAL_LM) if is_one else None, default_device()
-    if network is None:
-        device = torch.device("cpu")
-        network = reference.load(CAUSAL_LM, dtype="float32", device=device)
+    is_base_alone = not held_out and all(task is None for task in tasks.values())
+    network, device = _in_torch(reference, few_passes=is_base_alone)
     results = {}
     for name, task in tasks.items():
         if task is not None:
@@ -162,6 +158,19 @@ class _HeldOut:
 
     def _score(self, found: Sequence[str]) -> float:
         return exact_match(found, [answer for _, answer in self._asked])
+
+
+def _in_torch(model: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:
+    """The model in fp32, and where it computes.
+
+    Where it can, and `few_passes` are all that is wanted, its weights are read as they are needed: beside what the
+    exporter takes, the memory to hold them counts.
+    """
+    streamed = streamed_model(model, CAUSAL_LM) if few_passes else None
+    if streamed is not None:
+        return streamed, default_device()
+    device = torch.device("cpu")
+    return model.load(CAUSAL_LM, dtype="float32", device=device), device
 
 
 def _compare(

@@ -7,7 +7,6 @@ theirs are summed again in float64.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .direct import Buffers
 from .factors import Factors
 from .retained import Retained
 
@@ -63,29 +63,7 @@ class Update:
         return self.left.to(self.dtype), self.right.to(self.dtype)
 
 
-class _Scratch(threading.local):
-    """Two blocks per thread, kept: fresh memory for every block would cost more than the product."""
-
-    def __init__(self) -> None:
-        self.blocks = torch.empty(0, dtype=torch.uint8)
-        self.magnitudes = np.empty(0, np.int16)
-        self.found = bytearray()
-
-    def two(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        needed = 2 * rows * columns * dtype.itemsize
-        if len(self.blocks) < needed:
-            self.blocks = torch.empty(needed, dtype=torch.uint8)
-        x, y = self.blocks[:needed].view(dtype).view(2, rows, columns)
-        return x, y
-
-    def search(self, entries: int) -> tuple[np.ndarray[Any, np.dtype[np.int16]], bytearray]:
-        """(entries,) magnitudes, and at least as many bytes."""
-        if len(self.magnitudes) < entries:
-            self.magnitudes, self.found = np.empty(entries, np.int16), bytearray(entries)
-        return self.magnitudes[:entries], self.found
-
-
-_scratch = _Scratch()
+_buffers = Buffers()  # kept: fresh memory for every block would cost more than the product
 
 
 def add(
@@ -134,24 +112,25 @@ def add(
 def _add_block(
     weights: torch.Tensor, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, measure: bool
 ) -> Retained:
-    total, delta = _scratch.two(len(weights), weights.shape[1], left.dtype)
+    total, delta, rounded = _buffers.take("sums", 3 * weights.numel(), left.dtype).view(3, *weights.shape)
     total.copy_(weights)
     if not measure:
         out.copy_(total.addmm_(left, right))
         return Retained()
     torch.mm(left, right, out=delta)
     out.copy_(total.add_(delta))
-    error, changes = total.sub_(out).view(-1), delta.view(-1)  # of the other sign
+    error, changes = total.sub_(rounded.copy_(out)).view(-1), delta.view(-1)  # of the other sign
     return Retained(float(changes @ changes), float(error @ error), -float(error @ changes))
 
 
 def _small_entries(out: torch.Tensor, small: int) -> np.ndarray[Any, np.dtype[np.intp]]:
     """Where bf16 magnitudes lie below the one with the bits `small`, as indices into the flat block."""
     bits = out.view(-1).view(torch.int16).numpy()
-    magnitudes, found = _scratch.search(len(bits))
+    magnitudes = _buffers.take("magnitudes", len(bits), torch.int16).numpy()
+    found = _buffers.take("found", len(bits), torch.bool).numpy()
     np.bitwise_and(bits, 0x7FFF, out=magnitudes)  # numpy: five times as fast as torch
-    np.less(magnitudes, small, out=np.frombuffer(found, np.bool_)[: len(bits)])
-    return np.fromiter(_ones(found, len(bits)), np.intp)
+    np.less(magnitudes, small, out=found)
+    return np.fromiter(_ones(found.tobytes()), np.intp)
 
 
 def _sum_again(
@@ -166,9 +145,9 @@ def _sum_again(
     out[i, j] = (weights[i, j].double() + delta).to(out.dtype)
 
 
-def _ones(found: bytearray, stop: int) -> Iterator[int]:
+def _ones(found: bytes) -> Iterator[int]:
     """Where a byte is 1, lowest first: a tenth of the time of `flatnonzero` when there are few."""
-    index = found.find(1, 0, stop)
+    index = found.find(1)
     while index >= 0:
         yield index
-        index = found.find(1, index + 1, stop)
+        index = found.find(1, index + 1)

@@ -156,7 +156,7 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=scratch,
-        env=child_environment("torchvision", "triton"),  # 40 MB to import, and of no use to an exporter
+        env=child_environment("accelerate", "PIL", "torchvision", "triton"),  # 45 MB, of no use here
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

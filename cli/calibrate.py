@@ -29,7 +29,7 @@ def run(
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="all-linear, module name endings with commas, or a regular expression for whole names."),
+        typer.Option(help="all-linear, mlp-output, name endings with commas, or a regular expression for whole names."),
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="sign (the paper) or raw.")] = None,
     loss: Annotated[

@@ -18,7 +18,7 @@ model = {model}  # a folder or a Hub id
 [basis]  # one frozen basis, calibrated over all tasks below
 {basis}
 # also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed,
-#   targets ("all-linear", or module name endings: "q_proj,v_proj")
+#   targets ("all-linear", "mlp-output", or module name endings: "q_proj,v_proj")
 
 [fit]
 {fit}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from .errors import SettingsError
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, MLP_OUTPUT = "all-linear", "mlp-output"
+_FLOAT32_MAX = 3.4e38
 GRADIENT, RANDOM, BLOCK = "gradient", "random", "block"
 DRAWN = (RANDOM, BLOCK)  # without data
 _CHOICES = {
@@ -31,8 +32,8 @@ class CalibrationSettings:
             `block`, r rows and r columns of the weight, side by side, at a random place. For the last two no data is
             read, and of the settings below `targets`, `dtype` and `seed` alone matter.
         samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
-        targets: `all-linear` (every Linear but the heads), comma-separated module name endings, or a regular
-            expression that whole module names match.
+        targets: `all-linear` (every Linear but the heads), `mlp-output` (the last layer of every MLP, `down_proj` in
+            most models), comma-separated module name endings, or a regular expression that whole names match.
         reduction: `sign` (the paper) or `raw` (the gradient sum itself).
         loss: `sample`: every row counts the same; `token`: every token with a label does.
         eta: η, the size of the simulated first step. It scales R0 alone, never B or A. The paper gives no value;
@@ -144,8 +145,8 @@ class FitSettings:
         if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
             object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
         for rate in self.rates:
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-                raise SettingsError(f"learning_rate is {rate!r}, must be a positive number")
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < _FLOAT32_MAX:
+                raise SettingsError(f"learning_rate is {rate!r}, must be a positive number of float32")
         if self.learning_rate is not None and len(set(self.rates)) < max(1, len(self.rates)):
             raise SettingsError("learning_rate names none, or one twice", fix="Give one rate, or several, each once")
         for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import BaseModelError, SettingsError
-from .layer import LINEAR_TYPES, refuse_peft
-from .settings import ALL_LINEAR
+from .layer import LINEAR_TYPES, refuse_peft, weight_of
+from .settings import ALL_LINEAR, MLP_OUTPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,12 +27,27 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     }
 
 
+def mlp_outputs(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Of `linear_layers`, those that bring the wide middle of an MLP back to the width of the model.
+
+    They are told by their shape, since every family has a name of its own for them; attention's output may have that
+    shape too, where the heads together are wider than the model, and is told by its module's name.
+    """
+    width = model.config.get_text_config().hidden_size
+    found = {}
+    for name, module in linear_layers(model).items():
+        rows, columns = weight_of(module).shape
+        if rows == width < columns and "att" not in name:
+            found[name] = module
+    return found
+
+
 def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
     r"""The modules `targets` selects, of `linear_layers`, by full name.
 
     Args:
-        targets: `all-linear`; comma-separated endings of module names (`q_proj,v_proj`); or, told by any of
-            ``\^$*+?()[]{}|`` in it, one regular expression that must match a whole name, as PEFT takes it.
+        targets: `all-linear`; `mlp-output`; comma-separated endings of module names (`q_proj,v_proj`); or, told by any
+            of ``\^$*+?()[]{}|`` in it, one regular expression that must match a whole name, as PEFT takes it.
 
     Raises:
         SettingsError: an ending or the expression matches nothing, or the expression is not valid.
@@ -49,6 +64,8 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
         chosen = {name: module for name, module in linear.items() if expression.fullmatch(name)}
     elif targets.strip(" ,") == ALL_LINEAR:
         chosen = linear
+    elif targets.strip(" ,") == MLP_OUTPUT:
+        chosen = mlp_outputs(model)
     else:
         endings = [f".{ending.strip()}" for ending in targets.split(",") if ending.strip()]
         for ending in endings:

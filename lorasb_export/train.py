@@ -142,10 +142,8 @@ class _Run:
             if task.splits.get("valid"):
                 if settings.metric != "loss":
                     fitting_metric(task, settings.metric)
-            elif settings.patience is not None or len(settings.rates) > 1:
-                what = "patience has nothing to count" if settings.patience else "learning rates cannot be compared"
-                fix = f"Add valid.jsonl, or {'leave patience out' if settings.patience else 'give one rate'}"
-                raise DataError(f"task {task.name} has no valid rows, so {what}", where=task.source, fix=fix)
+            else:
+                _refuse_without_valid_rows(task, settings)
         if distributed.world() > settings.batch_size:
             raise SettingsError(
                 f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
@@ -159,7 +157,7 @@ class _Run:
                 refuse_own_input(out, basis.source)
         self._network, self._basis = network, basis
         if settings.learning_rate is None:
-            share = share_of_layers(self.base, basis, tasks[0])
+            share = share_of_layers(self.base, basis, tasks[0]) if settings.optimizer == "muon" else 1.0
             settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
         self.settings = settings
 
@@ -236,6 +234,18 @@ class _Run:
         return self.base.load(
             task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
         )
+
+
+def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
+    for asked, what, fix in (
+        (settings.patience is not None, "patience has nothing to count", "leave patience out"),
+        (len(settings.rates) > 1, "learning rates cannot be compared", "give one rate"),
+        (settings.metric != "loss", f"{settings.metric} cannot be measured", "leave metric out"),
+    ):
+        if asked:
+            raise DataError(
+                f"task {task.name} has no valid rows, so {what}", where=task.source, fix=f"Add valid.jsonl, or {fix}"
+            )
 
 
 @contextmanager

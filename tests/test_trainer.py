@@ -230,9 +230,12 @@ def test_killed_after_an_early_stop_the_run_only_writes(
     assert counted_forwards["steps"] == stopped == adapter.training["steps"]
 
 
-def test_patience_without_valid_rows_is_refused(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no valid rows, so patience"):
-        fit(str(llama), basis, sums / "train.jsonl", tmp_path / "a", replace(SETTINGS, patience=1))
+@pytest.mark.parametrize(("asked", "value"), [("patience", 1), ("metric", "exact_match")])
+def test_what_needs_valid_rows_is_refused_without(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, asked: str, value: Any
+) -> None:
+    with pytest.raises(DataError, match=rf"no valid rows, so {value if asked == 'metric' else asked} .*leave {asked}"):
+        fit(str(llama), basis, sums / "train.jsonl", tmp_path / "a", replace(SETTINGS, **{asked: value}))
 
 
 def test_metrics_of_the_valid_split(

@@ -27,7 +27,7 @@ def main() -> None:
             hub.lorasb(
                 "init", "--model", HUB_ID, *(f"--task={name}=data/{name}" for name in write_tasks(hub.root / "data"))
             )
-            hub.lorasb("calibrate", "--rank", 64, "--samples", 16)
+            hub.lorasb("calibrate", "--samples", 16)
             fitting = "--epochs 1 --batch-size 4 --evaluate-every 10".split()
             hub.lorasb("fit", "dates", *fitting)
             hub.lorasb("evaluate", "dates")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import OutputError
 from .output import cannot_write, replaced_file
 from .project import FILE_NAME, refuse_bad_names
-from .settings import CalibrationSettings, FitSettings
+from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.
@@ -17,8 +18,8 @@ model = {model}  # a folder or a Hub id
 
 [basis]  # one frozen basis, calibrated over all tasks below
 {basis}
-# also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed,
-#   targets ("all-linear", "mlp-output", or module name endings: "q_proj,v_proj")
+# also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed;
+#   targets may be "all-linear", "mlp-output" (the last layer of every MLP), or name endings ("q_proj,v_proj")
 
 [fit]
 {fit}
@@ -29,13 +30,16 @@ model = {model}  # a folder or a Hub id
 # repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
 """
 
+OF_TEXT: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}
+_OF_LABELS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}
+
 
 def write_project(
     path: str | Path | None,
     model: str,
     tasks: Mapping[str, str],
     *,
-    basis: Mapping[str, float] | None = None,
+    basis: Mapping[str, float | str] | None = None,
     fit: Mapping[str, float] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -43,7 +47,8 @@ def write_project(
 
     Args:
         tasks: name → data.
-        basis, fit: numbers to set in these sections; the rank and the epochs, at their defaults, when None.
+        basis, fit: what to set in these sections. When None, the default epochs, and a larger R on fewer layers for
+            text, R on all of them where the rows have labels: what did best of each in docs/benchmarks.md.
 
     Raises:
         OutputError: the file exists and `overwrite` is false.
@@ -53,9 +58,10 @@ def write_project(
     if path.exists() and not overwrite:
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
+    labelled = any(_has_labels(path.parent / Path(data).expanduser()) for data in tasks.values())
     text = _TEMPLATE.format(
         model=_quoted(model),
-        basis=_lines(basis or {"rank": CalibrationSettings.rank}),
+        basis=_lines(basis or (_OF_LABELS if labelled else OF_TEXT)),
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{_quoted(name)}]\ndata = {_quoted(data)}\n\n" for name, data in tasks.items()),
     )
@@ -64,9 +70,18 @@ def write_project(
     return path
 
 
+def _has_labels(data: Path) -> bool:
+    """Whether the first row there has a label; False also where there is none yet. `fit` reads and checks them."""
+    path = data / "train.jsonl" if data.is_dir() else data
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as rows:
+        row = json.loads(rows.readline())
+        return isinstance(row, dict) and "label" in row
+    return False
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)  # TOML takes no surrogates
 
 
-def _lines(values: Mapping[str, float]) -> str:
-    return "\n".join(f"{key} = {value}" for key, value in values.items())
+def _lines(values: Mapping[str, float | str]) -> str:
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())

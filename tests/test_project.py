@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -28,11 +29,24 @@ def test_what_init_writes_loads(tmp_path: Path) -> None:
     project = Project.load(path)
     assert project.model == 'a "quoted" base'
     assert project.tasks["dates"].data == "data/dates"
-    assert (project.calibration, project.fit) == ({"rank": 64}, {"epochs": 1})
+    assert (project.calibration, project.fit) == ({"rank": 128, "targets": "mlp-output"}, {"epochs": 1})
     with pytest.raises(OutputError, match="the project file exists"):
         write_project(path, "x", {"a": "b"})
     with pytest.raises(SettingsError, match=r"'\.\./evil' cannot be"):
         write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
+
+
+def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> None:
+    for name, row in (("text", {"text": "a"}), ("classes", {"text": "a", "label": "b"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row))
+    (tmp_path / "broken").write_text("{")
+    found = {
+        data: Project.load(write_project(tmp_path / "lorasb.toml", "x", {"a": data}, overwrite=True)).calibration
+        for data in ("text", "classes", "classes/train.jsonl", "broken", "me/of-the-hub")
+    }
+    of_text, of_labels = {"rank": 128, "targets": "mlp-output"}, {"rank": 64, "targets": "all-linear"}
+    assert list(found.values()) == [of_text, of_labels, of_labels, of_text, of_text]
 
 
 def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
 from ..merge import merge
 from ..metrics import exact_match
-from ..new_project import write_project
+from ..new_project import OF_TEXT, write_project
 from ..output import atomic_folder
 from ..project import Project
 from ..provenance import versions
@@ -125,7 +125,7 @@ def quickstart(
             temporary / "lorasb.toml",
             base.name_or_path,
             {name: f"data/{name}" for name in data},
-            basis={"rank": 64, "samples": 16},
+            basis={**OF_TEXT, "samples": 16},
             fit={"epochs": 1, "batch_size": 4},
         )
     tasks = {name: load_task(name, out / "data" / name) for name in data}

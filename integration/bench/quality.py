@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA-SB block r=64, Muon": {**_MUON, "rank": 64, "basis": "block"},
     "LoRA-SB block r=96, Muon": {**_MUON, "rank": 96, "basis": "block"},
     "LoRA-SB block r=128, Muon": {**_MUON, "rank": 128, "basis": "block"},
+    "LoRA-SB own r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "own", "targets": DOWN},
     "LoRA-SB random r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "random", "targets": DOWN},
     "LoRA-SB block r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "block", "targets": DOWN},
     "LoRA-SB block r=256 of down, Muon": {**_MUON, "rank": 256, "basis": "block", "targets": DOWN},

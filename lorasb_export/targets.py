@@ -55,7 +55,8 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
     """
     refuse_peft(model)
     linear = linear_layers(model)
-    known = f"Module names end in {', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    known = f"Take {ALL_LINEAR}, or endings of module names: {leaves}"
     if _OF_A_REGEX & set(targets):
         try:
             expression = re.compile(targets)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import OutputError
+from .data import LABELLED, kind_of
+from .errors import DataError, OutputError
 from .output import cannot_write, replaced_file
 from .project import FILE_NAME, refuse_bad_names
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
@@ -71,11 +72,11 @@ def write_project(
 
 
 def _has_labels(data: Path) -> bool:
-    """Whether the first row there has a label; False also where there is none yet. `fit` reads and checks them."""
+    """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
     path = data / "train.jsonl" if data.is_dir() else data
-    with suppress(OSError, ValueError), path.open(encoding="utf-8") as rows:
+    with suppress(OSError, ValueError, DataError), path.open(encoding="utf-8") as rows:
         row = json.loads(rows.readline())
-        return isinstance(row, dict) and "label" in row
+        return isinstance(row, dict) and kind_of(row) == LABELLED
     return False
 
 

@@ -37,7 +37,8 @@ def test_what_init_writes_loads(tmp_path: Path) -> None:
 
 
 def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> None:
-    for name, row in (("text", {"text": "a"}), ("classes", {"text": "a", "label": "b"})):
+    asked = {"prompt": "a", "completion": "b", "label": 1}  # a column that no row of this kind needs
+    for name, row in (("text", asked), ("classes", {"text": "a", "label": "b"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(json.dumps(row))
     (tmp_path / "broken").write_text("{")

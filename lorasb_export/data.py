@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,9 @@ def load_task(name: str, source: str | Path) -> TaskData:
         fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
         raise DataError("CSV is not read", where=path, fix=fix)
     if path.is_file():
-        placed = {"train": read_rows(path)}
+        placed = {"train": list(read_rows(path))}
     elif path.is_dir():
-        placed = {split: read_rows(file) for split, file in _files(path).items()}
+        placed = {split: list(read_rows(file)) for split, file in _files(path).items()}
         if "train" not in placed:
             raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
         for split in placed:
@@ -138,21 +138,19 @@ def _files(folder: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def read_rows(path: Path) -> list[tuple[str, Row]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
-    rows = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
                 if line.strip():
-                    rows.append((f"{path}:{number}", _parse_row(line, f"{path}:{number}")))
+                    yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
     except OSError as error:
         if isinstance(error, LoraSBError):
             raise
         raise DataError(f"cannot read the data: {error}", where=path, fix="Give a JSONL file") from None
-    return rows
 
 
 def _parse_row(line: bytes, place: str) -> Row:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .data import LABELLED, kind_of
+from .data import LABELLED, kind_of, read_rows
 from .errors import DataError, OutputError
 from .output import cannot_write, replaced_file
 from .project import FILE_NAME, refuse_bad_names
@@ -61,10 +61,10 @@ def write_project(
     refuse_bad_names(tasks)
     labelled = any(_has_labels(path.parent / Path(data).expanduser()) for data in tasks.values())
     text = _TEMPLATE.format(
-        model=_quoted(model),
+        model=_toml(model),
         basis=_lines(basis or (_OF_LABELS if labelled else OF_TEXT)),
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
-        tasks="".join(f"[tasks.{_quoted(name)}]\ndata = {_quoted(data)}\n\n" for name, data in tasks.items()),
+        tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
     )
     with cannot_write(path), replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -73,16 +73,15 @@ def write_project(
 
 def _has_labels(data: Path) -> bool:
     """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
-    path = data / "train.jsonl" if data.is_dir() else data
-    with suppress(OSError, ValueError, DataError), path.open(encoding="utf-8") as rows:
-        row = json.loads(rows.readline())
-        return isinstance(row, dict) and kind_of(row) == LABELLED
+    with suppress(DataError):
+        for place, row in read_rows(data / "train.jsonl" if data.is_dir() else data):
+            return kind_of(row, place) == LABELLED
     return False
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # TOML takes no surrogates
+def _toml(value: float | str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML takes no surrogates
 
 
 def _lines(values: Mapping[str, float | str]) -> str:
-    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in values.items())

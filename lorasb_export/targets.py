@@ -27,21 +27,6 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     }
 
 
-def mlp_outputs(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Of `linear_layers`, those that bring the wide middle of an MLP back to the width of the model.
-
-    They are told by their shape, since every family has a name of its own for them; attention's output may have that
-    shape too, where the heads together are wider than the model, and is told by its module's name.
-    """
-    width = model.config.get_text_config().hidden_size
-    found = {}
-    for name, module in linear_layers(model).items():
-        rows, columns = weight_of(module).shape
-        if rows == width < columns and "att" not in name:
-            found[name] = module
-    return found
-
-
 def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
     r"""The modules `targets` selects, of `linear_layers`, by full name.
 
@@ -66,7 +51,7 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
     elif targets.strip(" ,") == ALL_LINEAR:
         chosen = linear
     elif targets.strip(" ,") == MLP_OUTPUT:
-        chosen = mlp_outputs(model)
+        chosen = _mlp_outputs(linear, model.config.get_text_config().hidden_size)
     else:
         endings = [f".{ending.strip()}" for ending in targets.split(",") if ending.strip()]
         for ending in endings:
@@ -77,6 +62,20 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
         raise SettingsError(f"targets {targets!r} matches no module", fix=known)
     _refuse_shared(model, chosen)
     return chosen
+
+
+def _mlp_outputs(linear: Mapping[str, torch.nn.Module], width: int) -> dict[str, torch.nn.Module]:
+    """Those that bring the wide middle of an MLP back to the width of the model.
+
+    They are told by their shape, since every family has a name of its own for them; attention's output may have that
+    shape too, where the heads together are wider than the model, and is told by its module's name.
+    """
+    found = {}
+    for name, module in linear.items():
+        rows, columns = weight_of(module).shape
+        if rows == width < columns and "att" not in name:
+            found[name] = module
+    return found
 
 
 def _refuse_shared(model: PreTrainedModel, targets: Mapping[str, torch.nn.Module]) -> None:

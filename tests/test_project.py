@@ -40,14 +40,15 @@ def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> 
     asked = {"prompt": "a", "completion": "b", "label": 1}  # a column that no row of this kind needs
     for name, row in (("text", asked), ("classes", {"text": "a", "label": "b"})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text(json.dumps(row))
+        (tmp_path / name / "train.jsonl").write_text(f"\n{json.dumps(row)}", encoding="utf-8-sig")  # as data is read
     (tmp_path / "broken").write_text("{")
+    (tmp_path / "number").write_text("5")
     found = {
         data: Project.load(write_project(tmp_path / "lorasb.toml", "x", {"a": data}, overwrite=True)).calibration
-        for data in ("text", "classes", "classes/train.jsonl", "broken", "me/of-the-hub")
+        for data in ("text", "classes", "classes/train.jsonl", "broken", "number", "me/of-the-hub")
     }
     of_text, of_labels = {"rank": 128, "targets": "mlp-output"}, {"rank": 64, "targets": "all-linear"}
-    assert list(found.values()) == [of_text, of_labels, of_labels, of_text, of_text]
+    assert list(found.values()) == [of_text, of_labels, of_labels, of_text, of_text, of_text]
 
 
 def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,15 @@ import pytest
 
 from integration.bench import quality
 from integration.bench.report import best_of, best_tried
+from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
-from integration.evidence.training import capture_of
+from integration.evidence.models import base_of
+from integration.evidence.scores import some
+from integration.evidence.training import basis_of, gradient
+from lorasb_export.batches import encode
+from lorasb_export.data import load_task
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.subspace import CaptureRatios
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")
 
@@ -70,10 +77,31 @@ def test_quick_run_and_its_cache(tmp_path: Path) -> None:
 
 
 @needs_data
-def test_a_basis_of_the_task_holds_more_of_its_gradient_than_chance() -> None:
-    found = {basis: capture_of(cell("sst2", method="lora-sb", basis=basis, samples=16)) for basis in ("own", "random")}
-    assert found["own"]["capture"] > 1.5 * found["own"]["random"]
-    assert found["random"]["capture"] == pytest.approx(found["random"]["random"], rel=0.1)
+def test_captures_are_those_of_the_bases_that_are_trained_in() -> None:
+    """One at a time, by the basis that a run would load; all at once, from shared sums and a higher rank's basis."""
+    fields = [
+        {"basis": "own"},
+        {"basis": "mixture", "balanced": True},
+        {"basis": "without", "reduction": "raw"},
+        {"basis": "wsvd"},
+        {"basis": "random"},
+    ]
+    cells = [cell("cola", method="lora-sb", rank=r, samples=16, **of) for of in fields for r in (8, 64)]
+    found = dict(captures(cells))
+    assert set(found) == set(cells)
+    task = load_task("cola", DATA / "cola")
+    base = base_of(task.task_type)
+    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=0)
+    rows = encode(some(task.rows("valid"), 64), base.load_tokenizer(), task.task_type, task.labels, 192)
+    g = gradient(base, task, rows, CalibrationSettings(), task.num_labels)
+    for of in cells:
+        ratios = CaptureRatios()
+        for name, factors in basis_of(network, base, task, of).modules.items():
+            ratios.add(name, g[name], capture=(factors.B, factors.A))
+        assert found[of] == pytest.approx(ratios.overall(), abs=2e-3)
+    own, drawn = found[cells[1]], found[cells[-1]]
+    assert own["capture"] > 1.3 * own["random"]
+    assert drawn["capture"] == pytest.approx(drawn["random"], rel=0.1)
 
 
 def test_methods_are_cells() -> None:

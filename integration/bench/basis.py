@@ -6,7 +6,7 @@ runs). A run that is there is not repeated; `--minutes` ends a sitting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,19 +63,18 @@ def cells(task: str, variant: Mapping[str, Any]) -> list[Cell]:
 
 def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     """Captures first, which are cheap; then training. The first variant of all tasks comes before the second of any."""
-    from integration.evidence.training import capture_of
+    from integration.evidence.captures import captures
 
-    captures, results = Results(RESULTS / "capture.jsonl"), Results(RUNS)
+    known, results = Results(RESULTS / "capture.jsonl"), Results(RUNS)
     budget = Budget(minutes)
     run_cell = Runner(results, budget)
     complete = True
     try:
-        for wanted in (of for variant in VARIANTS for task in tasks for of in cells(task, variant)):
-            of = replace(wanted, optimizer=Cell.optimizer)  # nothing has been trained
-            if of.key not in captures.lines():
+        for missing in _untaken(tasks, known):
+            for of, ratios in captures(missing):
+                known.add({"key": of.key, **of.fields, **ratios})
                 if budget.spent:
                     raise OutOfTime
-                captures.add({"key": of.key, **of.fields, **capture_of(of)})
         for variant in VARIANTS if not quick else ():
             seeds = SEEDS if variant in VARIANTS[:2] else SEEDS[:1]
             for same in zip(*(cells(task, variant) for task in tasks), strict=True):
@@ -83,4 +82,13 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
                     list(over_seeds(of, seeds, run_cell))
     except OutOfTime:
         complete = False
-    return {"name": "basis", "complete": complete, "captures": len(captures.lines()), "runs": len(results.lines())}
+    return {"name": "basis", "complete": complete, "captures": len(known.lines()), "runs": len(results.lines())}
+
+
+def _untaken(tasks: Sequence[str], known: Results) -> Iterator[list[Cell]]:
+    """The cells of classifiers, then those of generators, whose capture is not known; nothing has been trained."""
+    lines = known.lines()
+    for kind in (CLASSIFYING, GENERATING):
+        wanted = [of for variant in VARIANTS for task in kind if task in tasks for of in cells(task, variant)]
+        untrained = dict.fromkeys(replace(of, optimizer=Cell.optimizer) for of in wanted)
+        yield [of for of in untrained if of.key not in lines]

@@ -142,6 +142,13 @@ def cell(task: str, **fields: Any) -> Cell:
     return Cell(task, **{**own, **fields})
 
 
+def calibrated_on(cell: Cell) -> list[str]:
+    """The tasks whose gradients the cell's basis is made from."""
+    kind = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
+    named = {"own": [cell.task], "mixture": kind, "without": [task for task in kind if task != cell.task]}
+    return list(named.get(cell.basis, [cell.basis]))
+
+
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 START = {"lora": 1e-3, "rslora": 3e-4, "dora": 1e-3, "pissa": 3e-4, "lora-xs": 3e-3, "lora-sb": 1e-2}
 

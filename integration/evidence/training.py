@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,10 @@ from lorasb_export.muon import Muon, groups_of
 from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.random_basis import random_factors
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
-from lorasb_export.subspace import CaptureRatios
 from lorasb_export.targets import find_targets
 from lorasb_export.validation import mean_loss, row_scores
 
-from .cells import CLASSIFYING, DATA, GENERATING, Cell
+from .cells import DATA, Cell, calibrated_on
 from .models import base_of
 from .scores import score, some
 
@@ -91,36 +89,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def capture_of(cell: Cell) -> dict[str, Any]:
-    """The capture ratios of the cell's basis for the task's gradient over valid rows, and a random basis's."""
-    task = load_task(cell.task, DATA / cell.task)
-    base = base_of(task.task_type)
-    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
-    basis = basis_of(network, base, task, cell)
-    ratios = CaptureRatios()
-    gradient = _valid_gradient(cell.task, cell.seed)
-    for name, factors in basis.modules.items():
-        ratios.add(name, gradient[name], capture=(factors.B, factors.A))
-    return {way: round(ratio, 4) for way, ratio in ratios.overall().items()}
-
-
-@lru_cache(maxsize=1)  # every basis of a task is measured on it
-def _valid_gradient(name: str, seed: int) -> dict[str, torch.Tensor]:
-    task = load_task(name, DATA / name)
-    base = base_of(task.task_type)
-    rows = encode(some(task.rows("valid"), 64), base.load_tokenizer(), task.task_type, task.labels, MAX_LENGTH)
-    return _gradient(base, task, rows, CalibrationSettings(seed=seed))
-
-
-def _gradient(
-    base: BaseModel, task: TaskData, rows: Sequence[Encoded], settings: CalibrationSettings
-) -> dict[str, torch.Tensor]:
-    """The sum over `rows` at W0, with the head that `settings.seed` draws."""
-    network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=settings.seed)
-    targets = find_targets(network, settings.targets)
-    return gradients_of_rows(network, targets, rows, base.load_tokenizer().pad_token_id, settings)
-
-
 def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:
     """Without weight decay, with warm-up and linear decay, clipping at 1: as `fit` does by default."""
     settings = FitSettings(max_steps=cell.steps, batch_size=cell.batch_size, learning_rate=cell.lr, seed=cell.seed)
@@ -175,19 +143,8 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     if cell.basis in DRAWN:
         targets = find_targets(network, cell.targets)
         return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32, cell.basis))
-    tasks = CLASSIFYING if cell.task in CLASSIFYING else GENERATING
-    names = {"own": [cell.task], "mixture": tasks, "without": [t for t in tasks if t != cell.task]}
-    of = list(names.get(cell.basis, [cell.basis]))
-    settings = CalibrationSettings(
-        rank=cell.rank,
-        samples=cell.samples,
-        targets=cell.targets,
-        reduction=cell.reduction,
-        max_length=MAX_LENGTH,
-        capture=False,
-        dtype="float32",
-        seed=cell.seed,
-    )
+    of = calibrated_on(cell)
+    settings = calibration_settings(cell)
     made_from = [of, cell.balanced, repr(settings), base.folder.name]
     folder = _CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     if not folder.exists():
@@ -197,13 +154,40 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     return Basis.load(folder)
 
 
+def calibration_settings(cell: Cell) -> CalibrationSettings:
+    """What the cell's basis is calibrated with."""
+    return CalibrationSettings(
+        rank=cell.rank,
+        samples=cell.samples,
+        targets=cell.targets,
+        reduction=cell.reduction,
+        max_length=MAX_LENGTH,
+        capture=False,
+        dtype="float32",
+        seed=cell.seed,
+    )
+
+
 def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: CalibrationSettings) -> dict[str, float]:
-    """Task → 1/‖its gradient sum‖, so that none drowns in a mixture."""
-    tokenizer, weights = base.load_tokenizer(), {}
+    weights = {}
     for name, task in data.items():
-        sums = _gradient(base, task, draw(task, tokenizer, task.labels, settings), settings)
-        weights[name] = float(sum(g.square().sum() for g in sums.values())) ** -0.5
+        rows = draw(task, base.load_tokenizer(), task.labels, settings)
+        weights[name] = balancing(gradient(base, task, rows, settings, task.num_labels))
     return weights
+
+
+def balancing(sums: Mapping[str, torch.Tensor]) -> float:
+    """1/‖a task's gradient sum‖: its weight in a mixture, so that no task drowns."""
+    return float(sum(g.square().sum() for g in sums.values())) ** -0.5
+
+
+def gradient(
+    base: BaseModel, task: TaskData, rows: Sequence[Encoded], settings: CalibrationSettings, num_labels: int | None
+) -> dict[str, torch.Tensor]:
+    """The sum over `rows` at W0, with the head of `num_labels` classes that `settings.seed` draws."""
+    network = base.load(task.task_type, dtype="float32", num_labels=num_labels, seed=settings.seed)
+    targets = find_targets(network, settings.targets)
+    return gradients_of_rows(network, targets, rows, base.load_tokenizer().pad_token_id, settings)
 
 
 def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: bool = False) -> Basis:

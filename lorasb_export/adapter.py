@@ -22,7 +22,8 @@ from .base import BaseRef
 from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import FORMAT_VERSION, PEFT_TYPE, load_tensors, read_adapter_config, sealed
+from .format import FORMAT_VERSION, load_tensors, read_adapter_config, sealed
+from .kind import PEFT_TYPE
 from .output import atomic_folder
 from .provenance import versions
 from .storage import read_header, read_json, write_json
@@ -89,7 +90,9 @@ class Adapter:
         if type(model).__name__.endswith("ForSequenceClassification"):
             config: Any = model.config
             adapter.task_type, adapter.head = "SEQ_CLS", layer.train_head(model)
-            labels = [config.id2label[i] for i in range(config.num_labels)]
+            names = [config.id2label[i] for i in range(config.num_labels)]
+            unnamed = names == [f"LABEL_{i}" for i in range(len(names))]  # as transformers does: rows have numbers
+            labels = list(range(len(names))) if unnamed else names
             adapter.training = {"labels": [], "regression": True} if config.num_labels == 1 else {"labels": labels}
         return adapter
 
@@ -285,7 +288,8 @@ class Adapter:
     def delta(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors (s·B·R, A) of module `name`'s update in fp32: shapes (out, r) and (r, in)."""
         module = self.load_basis().modules[name]
-        return self.scaling * (module.B.float() @ self.R[name].float()), module.A.float()
+        R = self.R[name].to(module.B.device, torch.float32)  # of a model on a GPU, maybe
+        return self.scaling * (module.B.float() @ R), module.A.float()
 
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from .errors import ArtifactError
 from .factors import BlockBasis
+from .kind import PEFT_TYPE
 from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
-PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 # Key → the type, or types, of its value.
 BASE_KEYS = {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str}
 BASIS_KEYS = {

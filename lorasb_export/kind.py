@@ -7,6 +7,8 @@ from pathlib import Path
 from .errors import ArtifactError
 from .storage import read_json
 
+PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
+
 
 def artifact_kind(folder: Path) -> str:
     """What a folder is: `basis`, `adapter`, `merged`, `peft`, `onnx`, `onnx-adapters` or `base`.
@@ -17,7 +19,7 @@ def artifact_kind(folder: Path) -> str:
     if not folder.is_dir():
         raise ArtifactError("not a folder", where=folder, fix="Check the path")
     if (folder / "adapter_config.json").is_file():
-        return "adapter" if read_json(folder / "adapter_config.json").get("peft_type") == "LORA_SB" else "peft"
+        return "adapter" if read_json(folder / "adapter_config.json").get("peft_type") == PEFT_TYPE else "peft"
     if (folder / "basis_config.json").is_file():
         return "basis"
     if (folder / "lorasb.json").is_file():

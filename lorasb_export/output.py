@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LoraSBError, OutputError
+from .kind import PEFT_TYPE
 
-_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")  # every folder we write has one of these
+_OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
 _STARTED = time.time()  # of this process, or a little later
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
@@ -198,12 +199,21 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
 
     Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
     """
+    if target.is_mount():
+        fix = f"Choose a folder in it, as {target / 'model'}"
+        raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not any((target / name).is_file() for name in _OURS):
+    if not (any((target / name).is_file() for name in _OURS) or _is_our_adapter(target)):
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
+
+
+def _is_our_adapter(folder: Path) -> bool:
+    """By the type its config names, be the file cut short: PEFT's folders have a config of that name too."""
+    config = folder / "adapter_config.json"
+    return config.is_file() and f'"{PEFT_TYPE}"'.encode() in config.read_bytes()
 
 
 def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:

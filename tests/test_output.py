@@ -14,7 +14,7 @@ import pytest
 
 from lorasb_export import output
 from lorasb_export.errors import OutputError
-from lorasb_export.output import atomic_folder, cannot_write, replaced_file
+from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file
 
 FULL = """
 import resource, sys, torch
@@ -83,6 +83,22 @@ def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
             pass
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "home"]
+
+
+def test_what_stock_peft_trained_is_somebody_elses(tmp_path: Path) -> None:
+    stock = tmp_path / "stock"
+    (stock / "checkpoint-500").mkdir(parents=True)
+    (stock / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(OutputError, match="not a folder lorasb wrote"):
+        refuse_existing(stock, overwrite=True)
+    (stock / "adapter_config.json").write_text('{"peft_type": "LORA_SB", "r"')  # ours, cut short
+    refuse_existing(stock, overwrite=True)
+
+
+def test_a_mounted_disk_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(OutputError, match="mounted disk") as error:
+        refuse_existing(Path("/"), overwrite=True)
+    assert error.value.fix == "Choose a folder in it, as /model"
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:

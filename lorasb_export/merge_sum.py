@@ -46,7 +46,7 @@ class Update:
             transposed: the checkpoint holds the weight as (in, out).
             source, stored: dtypes of the weight before and after.
         """
-        left = torch.cat([s * (factors.B.double() @ R.double()) for factors, R, s in parts], dim=1)
+        left = torch.cat([s * (factors.B.double() @ R.detach().cpu().double()) for factors, R, s in parts], dim=1)
         right = torch.cat([factors.A.double() for factors, _, _ in parts])
         if transposed:
             left, right = right.T.contiguous(), left.T.contiguous()

@@ -145,8 +145,8 @@ class TrainingRuns:
             run.require_finite_tensors()
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
             adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
-            adapter.R = {name: R.detach() for name, R in adapter.R.items()}
-            adapter.head = {name: parameter.detach().clone() for name, parameter in adapter.head.items()}
+            adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}
+            adapter.head = {name: parameter.detach().cpu().clone() for name, parameter in adapter.head.items()}
             outcomes.append(Outcome(run, training, entries, identity, history.kept()))
         return outcomes
 

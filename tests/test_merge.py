@@ -54,6 +54,17 @@ def test_oracle_14_merged_equals_unmerged(llama: Path, tmp_path: Path) -> None:
     assert (merged - logits(BaseModel.resolve(llama).load())).abs().max() > 0.1  # the adapter does something
 
 
+def test_an_adapter_that_is_on_a_model_is_merged_as_it_is(llama: Path, tmp_path: Path) -> None:
+    basis = Adapter.load(adapter_for(llama, tmp_path / "a")).load_basis()
+    network = BaseModel.resolve(llama).load()
+    live = Adapter.attach(network, basis)
+    with torch.no_grad():
+        for R in live.R.values():
+            R += 0.1
+    merge(live, tmp_path / "model")
+    assert (logits(BaseModel.resolve(tmp_path / "model").load()) - logits(network)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("directions", ["random", "block"])
 def test_every_touched_tensor_is_the_float64_sum_rounded_once(directions: str, tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16)

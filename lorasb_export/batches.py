@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
@@ -28,16 +29,20 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
+# Some templates put today's date before every prompt. Rows get Llama 3's own default instead, so that a run trains on
+# the same tokens whenever it is started or resumed.
+_DATED = {"strftime_now": date(2024, 7, 26).strftime}
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, **context: Any) -> list[int]:
     """Token ids of a prompt as the model is asked it.
 
     Args:
         prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
+        context: what the chat template is told besides.
 
     Raises:
         DataError: the chat template refuses it.
@@ -46,12 +51,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
         if tokenizer.chat_template is None:
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
-    text = _templated(tokenizer, prompt, where, tokenize=False, add_generation_prompt=True)
+    text = _templated(tokenizer, prompt, where, tokenize=False, add_generation_prompt=True, **context)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _templated(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: bool
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
 ) -> Any:
     """The chat template on `turns`; many insist on turns that alternate, or on no system message."""
     try:
@@ -131,7 +136,8 @@ def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
     if not labels:
         return float(row["label"])
     if row["label"] not in labels:
-        raise DataError(f"label {row['label']!r} is not among the training labels", where=where)
+        known = ", ".join(map(repr, labels[:10])) + ", …" * (len(labels) > 10)
+        raise DataError(f"label {row['label']!r} is not among the training labels {known}", where=where)
     return labels.index(row["label"])
 
 
@@ -146,7 +152,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"], where)
+    prompt = prompt_ids(tokenizer, row["prompt"], where, **_DATED)
     completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
@@ -162,7 +168,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True, **_DATED}
     turns = row["messages"]
     if tokenizer.is_fast and isinstance(
         tokenizer.backend_tokenizer.normalizer, NFC

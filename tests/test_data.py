@@ -6,7 +6,7 @@ import codecs
 import json
 import logging
 import re
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,17 @@ def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
     row["messages"].append({"role": "user", "content": "thanks"})
     with pytest.raises(DataError, match="do not end with the assistant's answer"):
         question_and_answer(row)
+
+
+def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + MARKED
+    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    for row in (chat, {"prompt": "1", "completion": "2"}):
+        (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+        assert "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"])) == "2024<s>1</s><s>2</s>"
+    asked = "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "1")))
+    assert asked == f"{date.today().year}<s>1</s><s>"
 
 
 def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_last_letter(llama: Path) -> None:

@@ -280,6 +280,9 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     optimizer.step()
     adapter.save(tmp_path / "mine")
     loaded = Adapter.load(tmp_path / "mine")
-    assert (loaded.task_type, loaded.num_labels, loaded.labels[1]) == (SEQ_CLS, 3, "LABEL_1")
+    assert (loaded.task_type, loaded.num_labels, loaded.labels) == (SEQ_CLS, 3, [0, 1, 2])  # as rows have them
+    rows = [{"text": "1+1", "label": 0}, {"text": "1+2", "label": 1}]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(loaded, load_task("numbers", tmp_path / "numbers.jsonl"), split="train")["rows"] == 2
     assert torch.equal(loaded.head["classifier.weight"], adapter.head["classifier.weight"])
     assert not torch.equal(loaded.head["classifier.weight"], before)

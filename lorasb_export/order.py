@@ -58,7 +58,7 @@ class RowOrder:
 
 def learning_rate_factor(settings: FitSettings, steps: int) -> Callable[[int], float]:
     """step → share of the peak rate: linear warm-up, then the schedule, 0 after `steps`."""
-    warmup = math.ceil(settings.warmup * steps)
+    warmup = min(math.ceil(settings.warmup * steps), steps - 1)  # a single step begins at the peak, not at 0
 
     def factor(step: int) -> float:
         if step < warmup:

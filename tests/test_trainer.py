@@ -20,7 +20,7 @@ from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError, TrainingError
-from lorasb_export.order import RowOrder
+from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.train import fit_together
 from lorasb_export.trainer import RTrainer
@@ -70,6 +70,10 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def equal(one: Adapter, two: Adapter, tolerance: float) -> bool:
     return all(torch.allclose(R.double(), two.R[name].double(), rtol=0, atol=tolerance) for name, R in one.R.items())
+
+
+def test_a_single_step_is_taken_at_the_whole_rate() -> None:
+    assert [learning_rate_factor(SETTINGS, steps)(0) for steps in (1, 2)] == [1, 0]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -98,7 +98,11 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if _received:
                 raise _interrupted(run, function, error) from None
-            if run.verbose or not _is_expected(error):
+            if run.verbose:
+                raise
+            if _is_out_of_memory(error):
+                error = _memory_error(error, signature.parameters)
+            if not _is_expected(error):
                 raise
             _fail(run, error)
 
@@ -131,6 +135,31 @@ def _is_expected(error: Exception) -> bool:
     from lorasb_export.errors import LoraSBError
 
     return isinstance(error, LoraSBError | OSError)
+
+
+_SAVE_MEMORY = {
+    "batch_size": "a smaller --batch-size",
+    "max_length": "a smaller --max-length",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "dtype": "--dtype bfloat16",
+}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it; on a CPU it is a RuntimeError of its allocator."""
+    torch = sys.modules.get("torch")
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_torch or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _memory_error(error: Exception, options: Iterable[str]) -> Exception:
+    """With what the verb has to need less of it."""
+    from lorasb_export.errors import LoraSBError
+
+    ways = [way for option, way in _SAVE_MEMORY.items() if option in options]
+    said = str(error).strip().partition("\n")[0]
+    what = f"out of memory ({said})" if said else "out of memory"
+    return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else None)
 
 
 def _fail(run: Run, error: Exception) -> None:

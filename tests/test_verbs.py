@@ -7,7 +7,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 from lorasb_cli.main import app, main
+from lorasb_cli.verb import Run, as_command
 from typer.testing import CliRunner
 
 
@@ -37,6 +40,20 @@ def test_wrong_usage_with_json(
     error = json.loads(capsys.readouterr().out)["error"]
     assert set(error) == {"type", "message", "what", "where", "fix"}
     assert words.split()[-1] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_out_of_memory_says_what_takes_less(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(run: Run, batch_size: int = 8, dtype: str = "auto") -> None:
+        raise error
+
+    with pytest.raises(typer.Exit):
+        as_command(verb)(batch_size=8, dtype="auto", json=False, quiet=False, verbose=False, config=None)
+    said = capsys.readouterr().err
+    assert said.startswith(f"Error: out of memory{' (CUDA out of memory' if str(error) else ''}")
+    assert said.endswith("Try a smaller --batch-size or --dtype bfloat16\n")
 
 
 def test_serve_says_that_it_starts_once_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from ..basis import Basis
 
 environment.hide_broken_packages()
 
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: E402
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
@@ -119,6 +120,7 @@ def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path
     assert program is not None
     for value in list(program.model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("network.")
+    ClearMetadataAndDocStringPass()(program.model)  # torch notes stack traces: where its files lie on this disk
     program.save(out / "model.onnx", external_data=True)
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from transformers import (  # noqa: E402
 from lorasb_export.export.onnx import BYTES, export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapter_file import read_adapter, write_adapter  # noqa: E402
 from lorasb_export.export.onnx_adapters import add_onnx_adapters, export_onnx_adapters  # noqa: E402
+from lorasb_export.export.onnx_record import read_record  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, open_session  # noqa: E402
 from lorasb_export.export.onnx_verify import require_equal, verify_folder  # noqa: E402
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer  # noqa: E402
@@ -294,6 +296,15 @@ def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp
         add_onnx_adapters([world / "red"], world / "base")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_tasks_that_are_added_at_once_are_all_there(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:
+    folder, basis = copy(tasks_onnx, tmp_path / "tasks"), Basis.load(world / "basis")
+    new = [save_adapter(basis, tmp_path / name, seed) for seed, name in enumerate(("c", "d", "e"))]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda adapter: add_onnx_adapters([adapter], folder, verify=False), new))
+    assert set(read_record(folder)["adapters"]) == {"red", "blue", "c", "d", "e"}
+    assert len(list(folder.glob("*.onnx_adapter"))) == 5
 
 
 def test_an_adapter_file_is_hardly_larger_than_its_numbers(world: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..inference import require_same_kind
 from ..kind import artifact_kind
+from ..lock import only_writer
 from ..output import atomic_folder, cannot_write, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
@@ -130,37 +131,31 @@ def add_onnx_adapters(
         SettingsError: a name that is taken.
     """
     folder = Path(into)
-    before = exported_record(folder)
-    record = copy.deepcopy(before)
-    tasks = _load(adapters, data)
-    taken = sorted(set(tasks) & set(record["adapters"]))
-    if taken and (record["routed"] or not overwrite):
-        fix = "Rename the adapter" if record["routed"] else "Rename the adapter, or pass --overwrite"
-        raise SettingsError(f"the folder has an adapter {taken[0]!r}", where=folder, fix=fix)
-    for name, task in tasks.items():
-        if task.basis_sha256 != record["basis"]["sha256"]:
-            raise ArtifactError(
-                f"adapter {name} belongs to another basis ({task.basis_sha256[:12]})",
-                where=folder,
-                fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
-            )
-    with atomic_folder(folder, overwrite=True) as new:
-        for path in folder.iterdir():
-            if path.name.startswith("."):
-                continue  # a file manager's, or what huggingface_hub keeps beside a download
-            if path.is_dir():
-                shutil.copytree(path, new / path.name)
-            elif path.name in (DATA, BASIS_FILE):  # the big ones, which are never written in place
-                _link(path, new / path.name)
-            else:
-                shutil.copyfile(path, new / path.name)
-        _add(new, record, tasks)
-        if verify:
-            model = BaseRef(**record["base"]).resolve(base)
-            _verify(new, record, model, tasks, data, max_drop, into)
-        if read_record(folder) != before:
-            raise ArtifactError("somebody else added to the folder meanwhile", where=folder, fix="Try again")
-        return finish(new, into, record)
+    exported_record(folder)  # what is no such folder is refused before a lock lies beside it
+    with only_writer(folder.resolve(), wait=True):
+        before = exported_record(folder)
+        record = copy.deepcopy(before)
+        tasks = _load(adapters, data)
+        taken = sorted(set(tasks) & set(record["adapters"]))
+        if taken and (record["routed"] or not overwrite):
+            fix = "Rename the adapter" if record["routed"] else "Rename the adapter, or pass --overwrite"
+            raise SettingsError(f"the folder has an adapter {taken[0]!r}", where=folder, fix=fix)
+        for name, task in tasks.items():
+            if task.basis_sha256 != record["basis"]["sha256"]:
+                raise ArtifactError(
+                    f"adapter {name} belongs to another basis ({task.basis_sha256[:12]})",
+                    where=folder,
+                    fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
+                )
+        with atomic_folder(folder, overwrite=True) as new:
+            _copy(folder, new)
+            _add(new, record, tasks)
+            if verify:
+                model = BaseRef(**record["base"]).resolve(base)
+                _verify(new, record, model, tasks, data, max_drop, into)
+            if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
+                raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")
+            return finish(new, into, record)
 
 
 def exported_record(folder: Path) -> dict[str, Any]:
@@ -206,6 +201,19 @@ def _verify(
     write_record(folder, record)
     for name, found in verify_folder(folder, model, tasks, data=data).items():
         record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
+
+
+def _copy(folder: Path, new: Path) -> None:
+    """Put what an exported folder holds into a new one."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue  # a file manager's, or what huggingface_hub keeps beside a download
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        elif path.name in (DATA, BASIS_FILE):  # the big ones, which are never written in place
+            _link(path, new / path.name)
+        else:
+            shutil.copyfile(path, new / path.name)
 
 
 def _link(source: Path, target: Path) -> None:

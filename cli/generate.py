@@ -34,7 +34,7 @@ def run(
         _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
         return
     if chosen is None:
-        chosen = [] if model else run.project.adapter_names()
+        chosen = [] if model else [name for name in run.project.adapter_names() if _answers(run, name)]
     folders = {name: run.project.find_adapter(name) for name in chosen}
     first = next(iter(folders.values()), None)
     base = base_elsewhere(run, model, first) if first else model or run.project.require_model()
@@ -43,6 +43,17 @@ def run(
     revision = None if model else run.project.revision
     found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)
+
+
+def _answers(run: Run, name: str) -> bool:
+    """Whether an adapter of the project generates; of one that does not it is said."""
+    from lorasb_export.base import CAUSAL_LM
+    from lorasb_export.format import read_adapter_config
+
+    if read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM:
+        return True
+    run.say(f"{name} is passed over: it is a classifier, which answers nothing")
+    return False
 
 
 def _print(run: Run, prompt: str, found: dict[str, str]) -> None:

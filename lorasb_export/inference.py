@@ -15,7 +15,7 @@ from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .batches import encode, prompt_ids
 from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
-from .errors import DataError, SettingsError
+from .errors import ArtifactError, DataError, SettingsError
 from .layer import remove
 from .metrics import exact_match
 from .network import positions
@@ -250,9 +250,14 @@ def side_by_side(
         base: the base, where the adapters do not find it; needed when there are none, and then at this `revision`.
 
     Raises:
+        ArtifactError: an adapter is a classifier.
         BaseModelError: an adapter belongs to another base.
     """
     loaded = {name: Adapter.load(source) for name, source in adapters.items()}
+    for name, adapter in loaded.items():
+        if adapter.task_type != CAUSAL_LM:
+            fix = "Leave it out, and score it with `lorasb evaluate`"
+            raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
     first = next(iter(loaded.values()), None)
     model = BaseModel.resolve(base or "", revision) if first is None else first.base.resolve(base)
     for adapter in loaded.values():

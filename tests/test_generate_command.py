@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.export import onnx_run
 from lorasb_export.export.onnx_record import write_record
+from tests.random_adapter import save_adapter
+
+
+@pytest.fixture
+def project(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Adapters a and b of one basis, and the classifier c."""
+    for name, task_type in (("a", CAUSAL_LM), ("b", CAUSAL_LM), ("c", SEQ_CLS)):
+        model, folder = BaseModel.resolve(llama).load(task_type), tmp_path / "adapters" / name
+        save_adapter(llama, model, folder, ["model.layers.0.mlp.up_proj"], task_type=task_type)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_all_adapters_but_classifiers_answer_by_default(project: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", "hi", "--max-tokens", "2", "--json"], catch_exceptions=False)
+    assert list(json.loads(done.stdout)["answers"]) == ["base", "a", "b"]
+    assert "c is passed over: it is a classifier, which answers nothing" in done.stderr
+
+
+def test_a_named_classifier_is_refused_before_the_base_is_loaded(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(BaseModel, "load")
+    done = CliRunner().invoke(app, ["generate", "hi", "--adapters", "a,c"])
+    message = f"adapter c is a classifier, which answers nothing ({project}/adapters/c). Leave it out"
+    assert (done.exit_code, message in done.stderr) == (1, True)
 
 
 def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.MonkeyPatch) -> None:

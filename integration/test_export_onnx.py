@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -278,8 +279,10 @@ def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp
     out = tmp_path / "tasks"
     export_onnx_adapters([world / "red"], out, verify=False)
     graph = {name: (out / name).read_bytes() for name in ("model.onnx", "basis.onnx_data")}
+    red = (out / "red.onnx_adapter").stat().st_ino
     (out / ".cache" / "huggingface").mkdir(parents=True)  # as beside every download
     result = add_onnx_adapters([world / "blue"], out)
+    assert (out / "red.onnx_adapter").stat().st_ino == red  # linked, not written again
     assert set(result["adapters"]) == {"red", "blue"}
     assert result["verify"]["blue"]["equal_tokens"] == result["verify"]["blue"]["tokens"]
     assert {name: (out / name).read_bytes() for name in graph} == graph
@@ -296,6 +299,29 @@ def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp
         add_onnx_adapters([world / "red"], world / "base")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_adapter_is_replaced_with_its_folder(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:
+    """The files of the new folder are second names of those of the old one: none is written through its name."""
+    folder = copy(tasks_onnx, tmp_path / "tasks")
+    before = (folder / "red.onnx_adapter").read_bytes()
+    os.link(folder / "red.onnx_adapter", tmp_path / "before")
+    other = save_adapter(Basis.load(world / "basis"), tmp_path / "red", seed=12)
+    add_onnx_adapters([other], folder, verify=False, overwrite=True)
+    assert (folder / "red.onnx_adapter").read_bytes() != before == (tmp_path / "before").read_bytes()
+
+
+def test_the_adapters_of_a_basis_are_compared_with_one_copy_of_it(
+    world: Path, tasks_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, basis = copy(tasks_onnx, tmp_path / "tasks"), Basis.load(world / "basis")
+    new = [save_adapter(basis, tmp_path / name, seed) for seed, name in enumerate(("c", "d"))]
+    read: list[str] = []
+    load = Basis.load
+    monkeypatch.setattr(Basis, "load", lambda source: read.append(source) or load(source))
+    add_onnx_adapters(new, folder)
+    export_onnx_adapters(new, tmp_path / "new")
+    assert len(read) == 2
 
 
 def test_tasks_that_are_added_at_once_are_all_there(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:

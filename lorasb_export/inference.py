@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import Adapter
+from .adapter import Adapter, load_bases
 from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .batches import encode, prompt_ids
@@ -262,7 +262,7 @@ def side_by_side(
     model = BaseModel.resolve(base or "", revision) if first is None else first.base.resolve(base)
     for adapter in loaded.values():
         model.verify(adapter.base, adapter.R)
-        adapter.load_basis()
+    load_bases(loaded.values())
     tokenizer = model.load_tokenizer()
     network = model.load(dtype=dtype)
     found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}

@@ -118,6 +118,11 @@ class Project:
         """Names of the adapters there are, sorted."""
         return adapters_in(self.folder / "adapters")
 
+    def has_adapter(self, name: str) -> bool:
+        """Whether it is one of `adapter_names`, without listing them all."""
+        is_name = name == Path(name).name and not name.startswith(".")
+        return is_name and (self.adapter_folder(name) / "adapter_config.json").is_file()
+
     def tasks_to_fit(self, words: Sequence[str] | None, data: str | None = None) -> list[str]:
         """The tasks named, or all of the project.
 
@@ -151,15 +156,15 @@ class Project:
         Raises:
             SettingsError: None, and the project has no adapter; or a word that can only be a name, and is that of none.
         """
-        names = self.adapter_names()
         if word is None:
+            names = self.adapter_names()
             ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
                 raise self.lacks("no adapter in this project", "Run lorasb fit, or name one")
             word = ordered[0]
             if len(names) > 1:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
-        if word in names:
+        if self.has_adapter(word):
             return str(self.adapter_folder(word))
         if "/" not in word and not Path(word).exists():
             self.refuse_unfitted(word)
@@ -168,7 +173,7 @@ class Project:
 
     def refuse_unfitted(self, word: str) -> None:
         """Raise SettingsError where `word` is a task of this project without an adapter."""
-        if word in self.tasks and word not in self.adapter_names():
+        if word in self.tasks and not self.has_adapter(word):
             raise SettingsError(f"task {word} has no adapter yet", where=self.folder, fix=f"Run: lorasb fit {word}")
 
     def find_folder(self, word: str | None) -> str:

@@ -10,6 +10,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.export import onnx_run
 from lorasb_export.export.onnx_record import write_record
@@ -26,10 +27,14 @@ def project(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def test_all_adapters_but_classifiers_answer_by_default(project: Path) -> None:
+def test_all_adapters_but_classifiers_answer_by_default(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    load = Basis.load
+    monkeypatch.setattr(Basis, "load", lambda source: read.append(source) or load(source))
     done = CliRunner().invoke(app, ["generate", "hi", "--max-tokens", "2", "--json"], catch_exceptions=False)
     assert list(json.loads(done.stdout)["answers"]) == ["base", "a", "b"]
     assert "c is passed over: it is a classifier, which answers nothing" in done.stderr
+    assert len(read) == 1  # a and b share their basis
 
 
 def test_a_named_classifier_is_refused_before_the_base_is_loaded(

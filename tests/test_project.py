@@ -132,6 +132,16 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path, caplog: pyte
     assert project.find_adapter("me/on-the-hub") == "me/on-the-hub"
 
 
+def test_an_adapter_is_found_without_listing_thousands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = unfitted(tmp_path)
+    (tmp_path / "adapters" / ".b").mkdir()
+    (tmp_path / "adapters" / ".b" / "adapter_config.json").touch()
+    monkeypatch.chdir(tmp_path / "adapters")
+    monkeypatch.delattr(Project, "adapter_names")
+    assert project.find_adapter("a") == str(project.adapter_folder("a"))
+    assert [project.find_adapter(word) for word in ("./a", ".b")] == ["./a", ".b"]  # paths, not names
+
+
 @pytest.mark.parametrize(
     "words", ["fit", "fit a", "generate hi", "calibrate", "evaluate", "merge", "serve", "push --repo me/{name}"]
 )

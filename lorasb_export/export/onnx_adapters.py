@@ -185,7 +185,9 @@ def _add(folder: Path, record: dict[str, Any], tasks: Mapping[str, Adapter]) -> 
         if record["routed"]:
             entry["id"] = len(record["adapters"]) + 1  # 0 is the base
         else:
-            write_adapter(folder / f"{name}{SUFFIX}", own)
+            path = folder / f"{name}{SUFFIX}"
+            path.unlink(missing_ok=True)  # it is that of the folder which is being replaced, under a second name
+            write_adapter(path, own)
         record["adapters"][name] = entry
 
 
@@ -210,7 +212,7 @@ def _copy(folder: Path, new: Path) -> None:
             continue  # a file manager's, or what huggingface_hub keeps beside a download
         if path.is_dir():
             shutil.copytree(path, new / path.name)
-        elif path.name in (DATA, BASIS_FILE):  # the big ones, which are never written in place
+        elif path.name in (DATA, BASIS_FILE) or path.suffix == SUFFIX:  # what is large or many; never written in place
             _link(path, new / path.name)
         else:
             shutil.copyfile(path, new / path.name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Adapter
+from ..adapter import Adapter, load_bases
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, default_device
 from ..batches import collate, encode, prompt_ids
 from ..data import TEXT, TaskData, question_and_answer
@@ -72,6 +72,7 @@ def verify_folder(
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights
+    load_bases(task for task in tasks.values() if task is not None)
     is_base_alone = not held_out and all(task is None for task in tasks.values())
     network, device = _in_torch(reference, few_passes=is_base_alone)
     results = {}

@@ -47,7 +47,7 @@ from lorasb_export.export.onnx_adapters import add_onnx_adapters, export_onnx_ad
 from lorasb_export.export.onnx_record import read_record  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, open_session  # noqa: E402
 from lorasb_export.export.onnx_verify import require_equal, verify_folder  # noqa: E402
-from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer  # noqa: E402
+from tests.tiny import TEMPLATE, VOCABULARY, make_llama, save_tokenizer  # noqa: E402
 
 from .onnx_world import EOS, make_world, save_adapter, save_basis  # noqa: E402
 
@@ -297,6 +297,8 @@ def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp
         add_onnx_adapters([world / "stranger"], out)
     with pytest.raises(ArtifactError, match="not an export"):
         add_onnx_adapters([world / "red"], world / "base")
+    with pytest.raises(BaseModelError, match="the base's weights are not those the artifact was made for"):
+        add_onnx_adapters([world / "red"], out, base=make_llama(tmp_path / "other", width=96), overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

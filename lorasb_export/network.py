@@ -43,10 +43,13 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
     except (LoraSBError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(
-            f"transformers cannot load the base: {reason:.300}", where=folder, fix="Fetch the base again"
-        ) from error
+        what = f"transformers cannot load the base: {first_line(error)}"
+        raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = None) -> PreTrainedModel:

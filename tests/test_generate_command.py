@@ -64,6 +64,16 @@ def test_a_classifier_answers_nothing(tmp_path: Path) -> None:
         onnx_run.answers(tmp_path, "hi")
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_damaged_tokenizer_of_an_onnx_folder(is_there: bool, llama: Path, tmp_path: Path) -> None:
+    write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json") if is_there else ("config.json",):
+        (tmp_path / name).write_bytes((llama / name).read_bytes()[:1000])
+    done = CliRunner().invoke(app, ["generate", "hi", "--onnx", str(tmp_path)])
+    assert "Error: transformers cannot load the tokenizer: " in done.stderr
+    assert f"({tmp_path}). Export it again" in done.stderr
+
+
 def test_a_merged_graph_has_no_adapters_to_name(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
     with pytest.raises(SettingsError, match="the folder has one adapter, merged in"):

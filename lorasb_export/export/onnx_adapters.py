@@ -127,6 +127,7 @@ def add_onnx_adapters(
     Raises:
         ArtifactError: not such a folder, a damaged one, an adapter of another basis, or `verify` failed: the folder
             is then as it was.
+        BaseModelError: `verify`, and not the base of the folder.
         DataError: `data` is of another task type than its adapter.
         SettingsError: a name that is taken.
     """
@@ -151,7 +152,9 @@ def add_onnx_adapters(
             _copy(folder, new)
             _add(new, record, tasks)
             if verify:
-                model = BaseRef(**record["base"]).resolve(base)
+                ref = BaseRef(**record["base"])
+                model = ref.resolve(base)
+                model.verify(ref, next(iter(tasks.values())).R)
                 _verify(new, record, model, tasks, data, max_drop, into)
             if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
                 raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")

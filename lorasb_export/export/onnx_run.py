@@ -209,7 +209,7 @@ def answers(
         of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
 
     Raises:
-        ArtifactError: not an ONNX export, one of a classifier, or it has no such adapter.
+        ArtifactError: not an ONNX export, one of a classifier, a damaged one, or it has no such adapter.
         SettingsError: `adapters` of a folder that has one merged in.
     """
     record = read_record(folder)
@@ -224,8 +224,13 @@ def answers(
     from transformers import AutoTokenizer
 
     from ..batches import prompt_ids
+    from ..network import first_line
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a dozen types
+        what = f"transformers cannot load the tokenizer: {first_line(error)}"
+        raise ArtifactError(what, where=folder, fix="Export it again") from error
     ids = prompt_ids(tokenizer, prompt)
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":

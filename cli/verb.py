@@ -96,11 +96,13 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as stop:
             raise _interrupted(run, function, stop) from None
         except Exception as error:
+            from lorasb_export.errors import is_out_of_memory
+
             if _received:
                 raise _interrupted(run, function, error) from None
             if run.verbose:
                 raise
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 error = _memory_error(error, signature.parameters)
             if not _is_expected(error):
                 raise
@@ -143,13 +145,6 @@ _SAVE_MEMORY = {
     "gradient_checkpointing": "--gradient-checkpointing",
     "dtype": "--dtype bfloat16",
 }
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a GPU torch has a class for it; on a CPU it is a RuntimeError of its allocator."""
-    torch = sys.modules.get("torch")
-    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return of_torch or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _memory_error(error: Exception, options: Iterable[str]) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class LoraSBError(Exception):
     """Base of every error this package raises on purpose.
@@ -65,3 +67,10 @@ class ServerError(LoraSBError, RuntimeError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. Unwinds like Ctrl-C, so that every `finally` runs; the CLI exits with 143."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it; on a CPU it is a RuntimeError of its allocator."""
+    torch = sys.modules.get("torch")  # without it, it was not torch
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_torch or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)

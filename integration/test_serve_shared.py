@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.format import sealed
+from lorasb_export.names import PARTS_OF_CHATS
 from lorasb_export.serve import RunningServer, running_server
 from lorasb_export.storage import read_json, write_json
 
@@ -207,6 +208,12 @@ def test_metrics_count_what_adapters_say(server: RunningServer) -> None:
     assert metric(server, "vllm:generation_tokens_total") == before + len(tokens)
 
 
+def test_no_adapter_has_the_name_of_a_part_of_a_chat() -> None:
+    from vllm.renderers.chat_utils import MM_PARSER_MAP
+
+    assert {kind.split("_")[0] for kind in MM_PARSER_MAP} <= PARTS_OF_CHATS
+
+
 # Live changes. The adapters are known by their answers: a copy of "two" under another name answers as "two" does.
 
 
@@ -221,6 +228,7 @@ def test_metrics_count_what_adapters_say(server: RunningServer) -> None:
             ({"lora_name": "x", "lora_path": path}, "not the name of a folder")
             for path in ("/etc", "../shared0", "two/.", "two\0", "ｔwo", "x" * 5000)
         ),
+        ({"lora_name": "image", "lora_path": "two"}, "cannot be served as a name"),
         ({"lora_name": "x", "lora_path": "link"}, "leads out of"),
         ({"lora_name": "x", "lora_path": "linked"}, "leads out of"),
         ({"lora_name": "x", "lora_path": "empty"}, "has no adapter.safetensors"),

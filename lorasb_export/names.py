@@ -11,6 +11,9 @@ from .errors import SettingsError
 from .fetch import parse_hub_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# What the types of a chat message's parts begin with (`text`, `image_url`): vLLM hands a request for the base that has
+# such a part to the adapter of that name.
+PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
 
 
 def check_name(name: str) -> str | None:
@@ -18,6 +21,13 @@ def check_name(name: str) -> str | None:
     if _NAME.fullmatch(name) and ".." not in name:
         return None
     return f"{name!r} cannot be served as a name: letters, digits, '.', '_' and '-', at most 96, no '..'"
+
+
+def check_served_name(name: str) -> str | None:
+    """What is wrong with `name` as that of an adapter in vLLM, or None. A task or a folder may be called so."""
+    if name in PARTS_OF_CHATS:
+        return f"{name!r} cannot be served as a name: vLLM would answer chats with the base by it. Serve it by another"
+    return check_name(name)
 
 
 def resolve_adapters(names: Sequence[str], adapters_dir: Path) -> dict[str, Path | str]:

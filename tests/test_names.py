@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.names import check_name, resolve_adapters
+from lorasb_export.names import check_name, check_served_name, resolve_adapters
 
 
 def folder(path: Path) -> Path:
@@ -54,6 +54,13 @@ def test_good_names(name: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a..b", ".a", "-a", "a/b", "a b", "a\n", "é", "x" * 97, "a=b", "a,b"])
 def test_bad_names(name: str) -> None:
     assert check_name(name) is not None
+
+
+def test_a_task_may_have_a_name_that_is_not_served() -> None:
+    assert check_name("text") is None
+    assert "'text' cannot be served" in str(check_served_name("text"))
+    assert check_served_name("texts") is None
+    assert check_served_name("a/b") == check_name("a/b")
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ def test_a_number_that_is_no_port_is_refused(port: str) -> None:
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
+        ({"adapters": {"text": "a"}}, "'text' cannot be served as a name: vLLM would answer chats"),
         ({"adapters": {"base": "a"}}, "the name of the base and of an adapter"),
         ({"adapters": {"cls": "cls"}}, "a classifier"),
     ],

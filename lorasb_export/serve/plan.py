@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..base import SEQ_CLS, BaseModel, default_device
 from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
-from ..names import check_name
+from ..names import check_served_name
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import why_unavailable
 
@@ -203,7 +203,7 @@ def _base_name(base: BaseModel) -> str:
 def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:
     if not adapters and model is None:
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
-    if problem := next(filter(None, map(check_name, adapters)), None):
+    if problem := next(filter(None, map(check_served_name, adapters)), None):
         raise SettingsError(problem)
     if mode not in _MODES:
         raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, SettingsError
-from ...names import check_name
+from ...names import check_name, check_served_name
 from ...storage import read_json, sha256_file
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R
@@ -58,7 +58,7 @@ class Updates:
         from vllm.lora.request import LoRARequest
 
         name = body["lora_name"]
-        if problem := check_name(name):
+        if problem := check_served_name(name):
             raise SettingsError(problem)
         if models.is_base_model(name):
             raise SettingsError(f"{name!r} is the name of the base")

@@ -141,6 +141,24 @@ def test_parts_that_do_not_fill_a_layer_are_refused() -> None:
         SharedBasisLayer._spans(layer, [96, 64])
 
 
+def test_a_compiled_graph_is_that_of_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank and places are constants in it, and two bases of blocks may have equal shapes at other places."""
+    from vllm.config import VllmConfig
+
+    from lorasb_export.serve.shared import BASIS_VARIABLE, manager
+
+    monkeypatch.setenv(BASIS_VARIABLE, "a folder")
+    monkeypatch.setattr(manager.LRUCacheWorkerLoRAManager, "__init__", lambda *_: None)
+    hashes = set()
+    for given in ({}, {"the user": "gives"}):  # by --additional-config
+        for sha256 in ("one", "another"):
+            monkeypatch.setattr(manager.Basis, "load", lambda _, sha256=sha256: SimpleNamespace(sha256=sha256))
+            config = VllmConfig(additional_config={**given})
+            manager.SharedWorkerManager(config)
+            hashes.add(config.compute_hash())
+    assert len(hashes) == 4
+
+
 def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
     """So that the copy into a slot is one of plain bytes, which an accelerator makes without waiting."""
     from lorasb_export.serve.shared.manager import SharedModelManager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,10 +142,7 @@ class Shared:
                 path.symlink_to(source, target_is_directory=True)
 
     def flags(self, folder: str | Path) -> list[str]:
-        # The plugin compiles into vLLM's graphs; of what is here, they differ by the basis alone.
-        basis = json.dumps({"lorasb_basis": next(iter(self.adapters.values())).basis_sha256[:12]})
-        paths = self._paths(Path(folder))
-        flags = [*_lora_flags(self.adapters, self.slots, paths), "--additional-config", basis]
+        flags = _lora_flags(self.adapters, self.slots, self._paths(Path(folder)))
         return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
 
     def environment(self, folder: str | Path) -> dict[str, str]:

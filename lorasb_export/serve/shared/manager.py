@@ -129,10 +129,15 @@ class SharedModelManager(LRUCacheLoRAModelManager):
 class SharedWorkerManager(LRUCacheWorkerLoRAManager):
     """Made by vLLM's model runner, one in each worker; finds the basis by `BASIS_VARIABLE`."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        make: Any = partial(SharedModelManager, Basis.load(os.environ[BASIS_VARIABLE]))
+    def __init__(self, vllm_config: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(vllm_config, *arguments, **options)
+        basis = Basis.load(os.environ[BASIS_VARIABLE])
+        make: Any = partial(SharedModelManager, basis)
         self._manager_cls = make
+        # A compiled graph has the basis' rank and places in it as constants. vLLM's cache of graphs takes one by the
+        # hash of this config, which it asks for at the first forward pass.
+        assert isinstance(vllm_config.additional_config, dict)  # as vLLM's own arguments make it
+        vllm_config.additional_config["lorasb_basis"] = basis.sha256
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Called for every adapter of a step; vLLM's own copies its list of all adapters each time."""

@@ -163,7 +163,7 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"} if ON_CPU else {}
-    assert dry_run((), model=str(folder / "base"))["environment"] == expected
+    assert dry_run((), model=str(folder / "base"))["environment"] == {"LORASB_SHARED_BASIS": "", **expected}
 
 
 def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> None:
@@ -221,6 +221,12 @@ def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str)
     save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.kv_b_proj"])
     with pytest.raises(SettingsError, match=r"no adapter to kv_b_proj.*lorasb merge"):
         dry_run({"a": tmp_path / "a"}, mode=mode)
+
+
+def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASB_SHARED_BASIS", str(folder / "a"))
+    assert dry_run({"b": folder / "b"}, mode="folded")["environment"]["LORASB_SHARED_BASIS"] == ""
+    assert dry_run((), model=str(folder / "base"))["environment"]["LORASB_SHARED_BASIS"] == ""
 
 
 @pytest.mark.skipif(not ON_CPU, reason="a defect of vLLM's CPU kernel only")

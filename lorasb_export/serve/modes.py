@@ -77,7 +77,7 @@ class Folded:
         return _lora_flags(self.adapters, self.slots, paths)
 
     def environment(self, folder: str | Path) -> dict[str, str]:
-        return {}
+        return {BASIS_VARIABLE: ""}  # exported for another vLLM, it would make this one's stock layers ours
 
     def memory(self, number_bytes: int) -> dict[str, int]:
         """In vLLM's `slots`, in its copies in host memory, and folded on disk."""

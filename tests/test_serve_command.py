@@ -42,7 +42,7 @@ from lorasb_export.errors import (
     ServerError,
     SettingsError,
 )
-from lorasb_export.serve import plan
+from lorasb_export.serve import launcher, plan
 from lorasb_export.serve.launcher import running_server, serve
 from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared.loading import load_R, version_name
@@ -376,6 +376,29 @@ def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: 
         (tmp_path / "key").write_bytes(content)
     with pytest.raises(SettingsError, match="API key"):
         dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
+
+
+@pytest.mark.parametrize("key", ["\n", "two\nlines", "ключ", "\udcff"])
+def test_a_key_of_the_environment_is_read_as_one_of_a_file(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(SettingsError, match=r"the API key is not one line.*\(VLLM_API_KEY\)"):
+        dry_run({"a": folder / "a"})
+
+
+def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    handed: dict[str, str] = {}
+
+    def start(command: list[str], variables: dict[str, str], url: str, **options: Any) -> Mock:
+        handed.update(variables)
+        return Mock()
+
+    monkeypatch.setattr(launcher, "RunningServer", start)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
+    with running_server({"a": folder / "a"}, mode="folded"):
+        assert handed["VLLM_API_KEY"] == "s3cret"
 
 
 @pytest.mark.usefixtures("plugin")

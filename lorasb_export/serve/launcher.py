@@ -140,15 +140,19 @@ def _named(adapters: Adapters) -> Mapping[str, str | Path]:
 
 
 def _api_key(file: str | Path | None) -> str:
-    """The key clients have to give, or "". Raises SettingsError when `file` has none."""
+    """The key clients have to give, or "". Raises SettingsError when `file` has none, or it fits into no header."""
     if file is None:
-        return os.environ.get("VLLM_API_KEY", "")
-    try:
-        key = Path(file).read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read the API key: {error}", where=str(file)) from None
-    if not key.isprintable() or not key:
-        raise SettingsError("the file of the API key is not one line of text", where=str(file))
+        where, found = "VLLM_API_KEY", os.environ.get("VLLM_API_KEY", "")
+        if not found:
+            return ""
+    else:
+        try:
+            where, found = str(file), Path(file).read_text(encoding="ascii")
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"cannot read the API key: {error}", where=str(file)) from None
+    key = found.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        raise SettingsError("the API key is not one line of ASCII text", where=where)
     return key
 
 

@@ -199,6 +199,7 @@ def test_a_number_that_is_no_port_is_refused(port: str) -> None:
         ({"extra": ["-asc=2"]}, r"ignores it.*\(--api-server-count\)"),
         ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
+        ({"extra": ["--max-cpu", "1"]}, "--max-cpu may be short for --max-cpu-loras.*in full"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
         ({"adapters": {"text": "a"}}, "'text' cannot be served as a name: vLLM would answer chats"),
@@ -274,12 +275,19 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
 
 
 @pytest.mark.usefixtures("plugin")
-@pytest.mark.parametrize("slots", ["1", "2"])
+@pytest.mark.parametrize(
+    ("extra", "again"),
+    [
+        (["--max-loras", "1"], True),
+        (["--max-loras", "2"], False),
+        (["--max-loras", "1", "--max-cpu-loras=2"], False),
+        (["--max-loras", "1", "--max-cpu-loras", "1"], True),
+    ],
+)
 def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
-    folder: Path, siblings: dict[str, Path], tmp_path: Path, slots: str
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, extra: list[str], again: bool
 ) -> None:
     options: dict[str, Any] = {"model": None, "mode": "shared", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
-    extra = ["--max-loras", slots]
     made = plan.make_plan(siblings, **options, extra=extra, updates_from=None, has_key=False)
     served = tmp_path / "served"
     served.mkdir()
@@ -287,8 +295,8 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
     second = served / version_name("second", siblings["second"])
     basis = Basis.load(folder / "a")
     before = load_R(second, basis)
-    assert second.is_symlink() == (slots == "2")  # with a slot for each none is read again, and none is copied
-    if slots == "1":
+    assert second.is_symlink() != again  # where all are held none is read again, and none is copied
+    if again:
         shutil.rmtree(siblings["second"])
         assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
         assert torch.equal(load_R(second, basis).R, before.R)

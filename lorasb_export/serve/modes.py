@@ -102,12 +102,14 @@ class Folded:
 class Shared:
     """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis.
 
-    `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`.
+    `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`, and
+    `max_cpu_loras` likewise.
     """
 
     adapters: Mapping[str, Adapter]
     updates_from: Path | None = None
     max_loras: int | None = None
+    max_cpu_loras: int | None = None
     name: str = "shared"
 
     @property
@@ -126,7 +128,8 @@ class Shared:
     @property
     def reads_again(self) -> bool:
         """Whether adapters make way for others, and are read anew when they are asked for."""
-        return self.updates_from is not None or self.slots < len(self.adapters)
+        held = max(self.slots, self.max_cpu_loras or 0)  # vLLM loads them at the start, and counts those in slots too
+        return self.updates_from is not None or held < len(self.adapters)
 
     def write(self, folder: Path) -> None:
         if self.updates_from is not None:

@@ -43,6 +43,7 @@ _READ_FLAGS = {
     "--data-parallel-size",
     "--dtype",
     "--fully-sharded-loras",
+    "--max-cpu-loras",
     "--max-loras",
 }
 
@@ -163,7 +164,7 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     if reason is None and mode == "auto" and default_device().type != "cpu":
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
-        return Shared(adapters, updates_from, _max_loras(extra))
+        return Shared(adapters, updates_from, _number(extra, "--max-loras"), _number(extra, "--max-cpu-loras"))
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         raise SettingsError(reason, where="--mode shared", fix=fix)
@@ -183,17 +184,17 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
 
 
 def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
-    loras = _max_loras(extra)
+    loras = _number(extra, "--max-loras")
     if loras is not None and loras <= len(adapters) and default_device().type == "cpu":
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
     return Folded(adapters, loras)
 
 
-def _max_loras(extra: Sequence[str]) -> int | None:
-    """The slots the user gives vLLM, or None; what is no number vLLM itself refuses."""
-    loras = _flags(extra).get("--max-loras", "")
-    return int(loras) if loras.isdecimal() else None
+def _number(extra: Sequence[str], flag: str) -> int | None:
+    """The value the user gives vLLM by `flag`, or None; what is no number vLLM itself refuses."""
+    value = _flags(extra).get(flag, "")
+    return int(value) if value.isdecimal() else None
 
 
 def _base_name(base: BaseModel) -> str:

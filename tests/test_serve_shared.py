@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +180,45 @@ def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path
     versions.sweep([str(new)])
     assert not old.exists()
     assert (new / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("authorization", "body", "status"),
+    [
+        ("Bearer s3cret", b"[" * 100_000, 400),
+        ("Bearer s3cret", b'{"lora_name": "x", "lora_name": "y"}', 400),
+        ("Bearer s3cret", b"\xff", 400),
+        ("Bearer s3cret", b'{"lora_name": "text"}', 400),
+        ("bearer s3cret", b"{", 400),  # vLLM takes the scheme in any case
+        ("Bearer S3CRET", b"{", 401),
+        ("Basic s3cret", b"{", 401),
+        ("", b"{", 401),
+    ],
+)
+def test_a_bad_request_for_an_update_is_answered(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authorization: str, body: bytes, status: int
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serve.shared.updates import LOAD, Updates
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": LOAD, "headers": [(b"authorization", authorization.encode())]}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=None))
+    asyncio.run(Updates(Response(status_code=401))(scope, receive, send))  # vLLM's, which refuses who has no key
+    assert sent[0]["status"] == status
 
 
 def test_the_plugin_is_inert_without_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, SettingsError
 from ...names import check_name, check_served_name
-from ...storage import read_json, sha256_file
+from ...storage import parse_json, read_json, sha256_file
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R
 from .versions import Versions
@@ -103,8 +103,8 @@ class Updates:
             return self.versions.keep(name, copy)
 
     def _has_key(self, request: Request) -> bool:
-        given = request.headers.get("authorization", "")
-        return hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode())
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode())
 
 
 def _check_digest(folder: Path) -> None:
@@ -114,9 +114,9 @@ def _check_digest(folder: Path) -> None:
 
 async def _read(request: Request) -> dict[str, str]:
     try:
-        body = await request.json()
-    except ValueError:
-        raise SettingsError("the request is not JSON") from None
-    if not isinstance(body, dict) or "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):
+        body = parse_json(await request.body())
+    except ValueError as error:
+        raise SettingsError(f"the request is not a JSON object: {error}") from None
+    if "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):
         raise SettingsError('the request is not {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}')
     return body

@@ -473,6 +473,17 @@ def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == [starting]
 
 
+def test_a_folder_in_use_is_locked_for_those_who_clean_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """systemd-tmpfiles leaves a folder on which it gets no lock, with all that is in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as live:
+        cleaner = os.open(live, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(cleaner)
+
+
 def test_on_a_disk_without_locks_no_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,24 @@ def temporary_folder() -> Iterator[str]:
     _remove_what_was_killed()
     with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        with (folder / f"{_LOCK}.new").open("wb") as file:  # closed before the folder goes: NFS keeps what is open
+        # Both are closed before the folder goes: NFS keeps what is open.
+        with _locked(folder), (folder / f"{_LOCK}.new").open("wb") as file:
             with suppress(OSError):  # a disk without locks: without one by that name, the folder is nobody's to remove
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / f"{_LOCK}.new").rename(folder / _LOCK)
             yield name
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A lock on the folder itself: without one systemd-tmpfiles removes what has lain in it for some days."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_what_was_killed() -> None:

@@ -362,6 +362,16 @@ def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> 
     assert dry_run({"other": folder / "other"}, model=str(folder / "base2"))["models"] == ["base2", "other"]
 
 
+def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"x" * 90 + str(number): folder / "a" for number in range(20)}
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    assert len(dry_run(names, mode="folded")["models"]) == 21
+    monkeypatch.setattr(os, "sysconf", lambda _: 8000)
+    with pytest.raises(SettingsError, match=r"for 20 adapters is .* longer than .*Serve fewer.*shorter"):
+        dry_run(names, mode="folded")
+
+
 def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> None:
     config = read_json(folder / "a" / "adapter_config.json")
     for name, change in (("old", {"format_version": 0}), ("foreign", {"peft_type": "LORA"})):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import LoraSBError, SettingsError
 from ..names import check_served_name
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import why_unavailable
+from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,10 @@ def make_plan(
     assert base is not None  # given, or found by the first adapter
     if _base_name(base) in loaded:
         raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
-    return ServePlan(base, _choose_mode(mode, loaded, extra, updates_from), list(loaded), host, port, dtype, extra)
+    chosen = _choose_mode(mode, loaded, extra, updates_from)
+    plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra)
+    _check_length(plan)
+    return plan
 
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
@@ -189,6 +194,18 @@ def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
     return Folded(adapters, loras)
+
+
+def _check_length(plan: ServePlan) -> None:
+    """Refuse more names and paths than the system hands to a process: they are all on vLLM's command line."""
+    folder = os.path.join(tempfile.gettempdir(), f"{PREFIX}12345678")
+    variables = os.environ | plan.environment(folder)
+    words = [*plan.command(folder), *(f"{name}={value}" for name, value in variables.items())]
+    size = sum(len(os.fsencode(word)) + 9 for word in words)  # each with the zero at its end and a pointer to it
+    limit = os.sysconf("SC_ARG_MAX") - 4096  # for the few variables that are set besides
+    if size > limit:
+        what = f"vLLM's command for {len(plan.names)} adapters is {size:,} bytes, longer than this system's {limit:,}"
+        raise SettingsError(what, fix="Serve fewer, under shorter names, with a shorter TMPDIR, or raise `ulimit -s`")
 
 
 def _number(extra: Sequence[str], flag: str) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PREFIX = "lorasb-"  # short, for the paths of sockets in it
+PREFIX = "lorasb-"  # short, for the paths of sockets in it
 _LOCK = ".lock"  # held while the folder is in use: no process of another container or host has to be asked for
 
 
@@ -18,7 +18,7 @@ _LOCK = ".lock"  # held while the folder is in use: no process of another contai
 def temporary_folder() -> Iterator[str]:
     """A folder of our own, gone when the block ends; those that killed servers left behind go first."""
     _remove_what_was_killed()
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         # Both are closed before the folder goes: NFS keeps what is open.
         with _locked(folder), (folder / f"{_LOCK}.new").open("wb") as file:
@@ -41,7 +41,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_what_was_killed() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_LOCK}"):
         with suppress(OSError):  # its server runs, or it is another user's
             with path.open("r+b") as file:  # to write, which a lock needs over NFS
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

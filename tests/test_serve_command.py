@@ -32,7 +32,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import SEQ_CLS, default_device
+from lorasb_export.base import SEQ_CLS, BaseModel, default_device
 from lorasb_export.basis import Basis
 from lorasb_export.errors import (
     ArtifactError,
@@ -360,6 +360,17 @@ def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> 
     with pytest.raises(BaseModelError, match="a: the base's weights are not"):
         dry_run({"a": folder / "a"}, model=str(folder / "base2"))
     assert dry_run({"other": folder / "other"}, model=str(folder / "base2"))["models"] == ["base2", "other"]
+
+
+def test_the_base_is_read_once_for_adapters_of_one_basis(
+    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(side_effect=BaseModel.fingerprint)
+    monkeypatch.setattr(BaseModel, "fingerprint", lambda *arguments: asked(*arguments))
+    dry_run({**siblings, "again": folder / "a"}, mode="folded")
+    assert asked.call_count == 1
+    with pytest.raises(BaseModelError, match="1 of 3 adapters cannot be served:\n  other"):
+        dry_run({**siblings, "other": folder / "other"}, mode="folded")
 
 
 def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..base import SEQ_CLS, BaseModel, default_device
+from ..base import SEQ_CLS, BaseModel, BaseRef, default_device
 from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
 from ..names import check_served_name
@@ -129,6 +129,7 @@ def make_plan(
     loaded: dict[str, Adapter] = {}
     bases: dict[str, Basis] = {}  # adapters of one basis share it
     base = None if model is None else BaseModel.resolve(model)
+    verified: set[tuple[BaseRef, frozenset[str]]] = set()  # to read the base for each of a thousand takes seconds
     problems: list[tuple[str, LoraSBError]] = []
     for name, source in adapters.items():
         try:
@@ -137,7 +138,10 @@ def make_plan(
             adapter.basis = bases.get(adapter.basis_sha256)
             bases[adapter.basis_sha256] = adapter.load_basis()
             base = base or adapter.base.resolve()
-            base.verify(adapter.base, adapter.R)
+            of_base = (adapter.base, frozenset(adapter.R))
+            if of_base not in verified:
+                base.verify(*of_base)
+                verified.add(of_base)
         except LoraSBError as error:
             problems.append((name, error))
         else:

@@ -16,7 +16,7 @@ from .errors import SettingsError
 from .output import refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings, FitSettings
-from .train import fit, fit_together
+from .train import fit, fit_together, require_fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ def fit_tasks(
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
+        DataError, MissingPackageError: see `require_fitting`; nothing was trained.
         SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together; the
             project's basis is not as its file has it.
     """
@@ -58,6 +59,7 @@ def fit_tasks(
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
+    require_fitting(list(tasks.values()), settings)
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     calibration = CalibrationSettings(**{"dtype": settings.dtype, **project.calibration})
     sources = {name: basis or _basis_of(project, name) for name in tasks}
@@ -115,7 +117,9 @@ def _shared_basis(
     """
     folder = project.path(project.basis_path)
     if Path(source) != folder:
-        return Basis.load(source)
+        basis = Basis.load(source)
+        base.verify(basis.base, basis.modules)
+        return basis
 
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)

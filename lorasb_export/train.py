@@ -131,24 +131,7 @@ class _Run:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
         self._started = time.monotonic()
-        if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
-            raise MissingPackageError(
-                f"{settings.report_to} is not installed",
-                fix=f"pip install {settings.report_to}, or leave report_to out",
-            )
-        for task in tasks:
-            if task.task_type == SEQ_CLS and not task.regression:
-                refuse_single_class(task.labels, task.source)
-            if task.splits.get("valid"):
-                if settings.metric != "loss":
-                    fitting_metric(task, settings.metric)
-            else:
-                _refuse_without_valid_rows(task, settings)
-        if distributed.world() > settings.batch_size:
-            raise SettingsError(
-                f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
-                fix="The processes share a batch: give at least one row for each",
-            )
+        require_fitting(tasks, settings)
         self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
@@ -234,6 +217,34 @@ class _Run:
         return self.base.load(
             task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
         )
+
+
+def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
+    """Raise where `settings` ask for what this machine or one of `tasks` does not have. Loads no model.
+
+    Raises:
+        DataError: every row of a classifier has one label; a task has no valid rows, and they are needed.
+        MissingPackageError: the reporter is not installed.
+        SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes.
+    """
+    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+        raise MissingPackageError(
+            f"{settings.report_to} is not installed",
+            fix=f"pip install {settings.report_to}, or leave report_to out",
+        )
+    if distributed.world() > settings.batch_size:
+        raise SettingsError(
+            f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
+            fix="The processes share a batch: give at least one row for each",
+        )
+    for task in tasks:
+        if task.task_type == SEQ_CLS and not task.regression:
+            refuse_single_class(task.labels, task.source)
+        if task.splits.get("valid"):
+            if settings.metric != "loss":
+                fitting_metric(task, settings.metric)
+        else:
+            _refuse_without_valid_rows(task, settings)
 
 
 def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:

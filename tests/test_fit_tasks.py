@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
-from lorasb_export.errors import OutputError
+from lorasb_export.errors import BaseModelError, DataError, OutputError
 from lorasb_export.fit_tasks import fit_tasks
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -68,6 +68,28 @@ def test_a_task_that_joins_others_is_named_before_any_is_trained(llama: Path, su
     assert found.adapter_names() == ["a"]
     assert fit_tasks(found, ["b", "a"], SETTINGS, resume=True)["a"].sha256 == kept.sha256
     assert found.adapter_names() == ["a", "b"]
+
+
+def test_a_task_that_the_settings_do_not_suit_is_named_before_any_is_trained(
+    llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data/train.jsonl"\n')
+    for asked in ({"patience": 1}, {"learning_rate": (1e-3, 1e-2)}, {"metric": "exact_match"}):
+        with pytest.raises(DataError, match="task b has no valid rows"):
+            fit_tasks(found, ["a", "b"], FitSettings(**asked))
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]  # nor is there a basis
+
+
+def test_a_task_whose_basis_is_of_another_base_is_named_before_any_is_trained(
+    llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    other = make_llama(tmp_path / "other", width=64)
+    calibrate(str(other), {"sums": sums}, CalibrationSettings(rank=4)).save(tmp_path / "p_basis")
+    tasks = f'[basis]\nrank = 4\n[tasks.b]\ndata = "data"\nbasis = "{tmp_path / "p_basis"}"\n'
+    found = project(tmp_path / "p", llama, sums, tasks)
+    with pytest.raises(BaseModelError, match=r"not those the artifact was made for"):
+        fit_tasks(found, ["a", "b"], SETTINGS)
+    assert not found.adapter_names()
 
 
 def test_calibrate_takes_the_revision_of_the_file(

@@ -187,19 +187,23 @@ class BaseModel:
         """The reference an artifact keeps to this base."""
         return BaseRef(self.name_or_path, self.revision, self.fingerprint(modules))
 
+    def refuse_merged(self) -> None:
+        """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
+        merged = self.merged_from
+        if merged is not None:
+            raise BaseModelError(
+                f"this base is already merged (with {_merged_with(merged)})",
+                where=self.folder,
+                fix=f"Use the plain base, {merged['base']['name_or_path']}",
+            )
+
     def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:
         """Refuse this base when it is not the one `ref` names.
 
         Raises:
             BaseModelError: other weights (another model, another revision, or an already merged one).
         """
-        merged = self.merged_from
-        if merged is not None:
-            raise BaseModelError(
-                f"this base is already merged (with {_merged_with(merged)})",
-                where=self.folder,
-                fix=f"Use the plain base, {ref.name_or_path}",
-            )
+        self.refuse_merged()
         if self.fingerprint(modules) != ref.fingerprint:
             raise BaseModelError(
                 f"the base's weights are not those the artifact was made for ({ref.name_or_path})",

@@ -72,14 +72,15 @@ def calibrate(
     Raises:
         DataError: no rows, mixed task types.
         SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
-        BaseModelError: a target shares its weight, or received no gradient, or a non-finite one.
+        BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
     settings = settings or CalibrationSettings()
+    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+    base.refuse_merged()
     if settings.directions in DRAWN:
-        return _drawn(model if isinstance(model, BaseModel) else BaseModel.resolve(model), settings, network)
+        return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
-    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
     tasks = [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
     labels = _common_labels(tasks)
     task_type = tasks[0].task_type

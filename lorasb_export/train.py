@@ -133,6 +133,7 @@ class _Run:
         self._started = time.monotonic()
         require_fitting(tasks, settings)
         self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+        self.base.refuse_merged()
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(basis.base, basis.modules)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasb_export import Adapter, merge
+from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.layer import head_parameters
 from lorasb_export.merge import parse_size
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
 from tests.tiny import make_bert, make_gpt2, make_llama, write_index
 
@@ -194,6 +195,22 @@ def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(BaseModelError, match="not those the artifact was made for"):
         merge(adapter, tmp_path / "twice", base=tmp_path / "model")
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_merged_model_is_the_base_of_nothing(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """What is calibrated or trained on it would be refused by all else, once the time is spent."""
+    merge(adapter_for(llama, tmp_path / "a"), tmp_path / "model")
+    base, before = str(tmp_path / "model"), sorted(tmp_path.rglob("*"))
+    gradient, drawn = CalibrationSettings(rank=4), CalibrationSettings(rank=4, directions="random")
+    for attempt in (
+        lambda: calibrate(base, {"sums": sums}, gradient),
+        lambda: calibrate(base, {}, drawn),
+        lambda: fit(base, gradient, sums, tmp_path / "b", FitSettings(max_steps=1)),
+        lambda: fit(base, calibrate(str(llama), {}, drawn), sums, tmp_path / "b", FitSettings(max_steps=1)),
+    ):
+        with pytest.raises(BaseModelError, match=rf"already merged .*Use the plain base, {llama}"):
+            attempt()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_tensor_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:

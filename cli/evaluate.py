@@ -29,7 +29,7 @@ def run(
     ] = None,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
-    from lorasb_export.errors import SettingsError
+    from lorasb_export.errors import DataError, SettingsError
 
     words = adapter or run.project.adapter_names()
     if not words:
@@ -37,12 +37,10 @@ def run(
     folders = {word: run.project.find_adapter(word) for word in words}
     from lorasb_export.adapter import Adapter  # only now: it brings torch
     from lorasb_export.data import load_task
-    from lorasb_export.inference import evaluate, record_evaluation
+    from lorasb_export.inference import evaluate, record_evaluation, to_score
 
-    results: dict[str, Any] = {}
-    networks: dict[str, Any] = {}
-    lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    for word, folder in folders.items():
+    ready: dict[str, Any] = {}
+    for word, folder in folders.items():  # all are looked at before the first network runs
         loaded = Adapter.load(folder)
         name = run.project.task_of(folder, loaded.training)
         source = data or run.project.source_of(name, loaded.training)
@@ -52,7 +50,19 @@ def run(
         if source is None:
             raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
         task = load_task(name, source)
-        base_model = base_elsewhere(run, model, folder)
+        if not adapter and not data and not task.splits.get(split or task.held_out()):
+            run.say(f"{word} is passed over: its task has no {split or 'held-out'} rows ({source})")
+            continue
+        to_score(loaded, task, split=split, limit=limit, metric=metric)
+        ready[word] = loaded, task
+    if not ready:
+        raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
+    results: dict[str, Any] = {}
+    networks: dict[str, Any] = {}
+    lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
+    for word in list(ready):
+        loaded, task = ready.pop(word)  # once it is scored its basis goes, of which each may have its own
+        base_model = base_elsewhere(run, model, folders[word])
         result = evaluate(
             loaded, task, base=base_model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
         )

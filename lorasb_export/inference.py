@@ -172,13 +172,8 @@ def evaluate(
             none that the base can answer (`question_ids`).
         SettingsError: the metric does not fit the data.
     """
-    require_same_kind(adapter, task)
-    metric = fitting_metric(task, metric)
-    split = split or task.held_out()
-    rows = list(task.rows(split))[:limit]
-    asked = []
-    if metric == "exact_match":
-        asked = [question_and_answer(row, f"{split} row {number}") for number, row in enumerate(rows, 1)]
+    split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
+    asked = [question_and_answer(row) for row in rows] if metric == "exact_match" else []
     model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     tokenizer = model.load_tokenizer()
@@ -211,6 +206,23 @@ def evaluate(
         return result | {"base": before, "adapter": score()}
     finally:
         remove(network)
+
+
+def to_score(
+    adapter: Adapter, task: TaskData, *, split: str | None = None, limit: int | None = None, metric: str | None = None
+) -> tuple[str, str, Sequence[Row]]:
+    """The split, the metric and the rows that `evaluate` would take, checked as far as that needs no model.
+
+    Args and errors: as for `evaluate`.
+    """
+    require_same_kind(adapter, task)
+    metric = fitting_metric(task, metric)
+    split = split or task.held_out()
+    rows = task.rows(split)[:limit]
+    if metric == "exact_match":
+        for number, row in enumerate(rows, 1):
+            question_and_answer(row, f"{split} row {number}")
+    return split, metric, rows
 
 
 def require_same_kind(adapter: Adapter, task: TaskData) -> None:

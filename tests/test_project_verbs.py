@@ -58,6 +58,36 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
 
 
+def test_a_task_without_held_out_rows_leaves_the_others_their_figures(project: Path, sums: Path) -> None:
+    shutil.copytree("adapters/a", "adapters/b")
+    with (project / "lorasb.toml").open("a") as file:
+        file.write(f'[tasks.b]\ndata = "{sums}/train.jsonl"\n')
+    done = lorasb("evaluate", "--metric", "loss", "--json")
+    assert list(json.loads(done.stdout)["evaluation"]) == ["a"]
+    assert f"b is passed over: its task has no held-out rows ({sums}/train.jsonl)" in done.stderr
+    shutil.rmtree("adapters/a")
+    assert "no adapter has rows to be scored on. Add valid.jsonl" in lorasb("evaluate").stderr
+
+
+def test_a_task_that_cannot_be_scored_is_named_before_any_is(
+    project: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasb_export.inference.evaluate", lambda *_, **__: pytest.fail("scored"))
+    shutil.copytree("adapters/a", "adapters/b")
+    (project / "text").mkdir()
+    for split in ("train", "valid"):
+        (project / "text" / f"{split}.jsonl").write_text('{"text": "2+2=4"}\n')
+    with (project / "lorasb.toml").open("a") as file:
+        file.write('[tasks.b]\ndata = "text"\n')
+    for words, error in (
+        (("a", "b", "--split", "test"), "task b has no test rows"),
+        (("--metric", "exact_match"), "metric 'exact_match' does not fit text rows"),
+        (("--data", f"{sums}/train.jsonl"), "has no valid rows"),
+    ):
+        done = lorasb("evaluate", *words)
+        assert (done.exit_code, error in done.stderr) == (1, True), done.stderr
+
+
 def test_a_base_that_has_moved_is_the_projects(
     project: Path, llama: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

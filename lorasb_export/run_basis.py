@@ -54,7 +54,7 @@ def captured_once(
     """
     if basis.directions in DRAWN:
         return None
-    path = folder / f"capture-{task.sha256[:16]}.json"
+    path = folder / f"capture-{basis.sha256[:12]}-{task.sha256[:12]}.json"
     found = recorded(basis, task)
     if found is None and path.exists():
         found = read_json(path)

@@ -19,6 +19,7 @@ from lorasb_export.factors import ModuleBasis
 from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
+from lorasb_export.trainer import RTrainer
 
 
 def random_basis(like: Basis) -> Basis:
@@ -78,6 +79,21 @@ def test_fit_warns_of_a_basis_that_captures_little(
     assert good.training["capture"] == overview(found)
     assert json.loads((tmp_path / "good" / "lorasb.json").read_text())["capture"] == found
     assert "learn more slowly" not in caplog.text
+
+
+def test_a_resumed_run_measures_another_basis_anew(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no checkpoint is complete another basis may be given, and what the first one captured still lies there."""
+    task = load_task("sums", sums)
+    first, second = (random_basis(calibrate(str(llama), {"sums": task}, CalibrationSettings(rank=r))) for r in (2, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(str(llama), first, task, tmp_path / "a", FitSettings(max_steps=1))
+    resumed = fit(str(llama), second, task, tmp_path / "a", FitSettings(max_steps=1), resume=True)
+    fresh = fit(str(llama), second, task, tmp_path / "b", FitSettings(max_steps=1))
+    assert resumed.training["capture"] == fresh.training["capture"]
 
 
 def test_little_is_near_random() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
-from .errors import DataError, LoraSBError
+from .errors import DataError, LoraSBError, first_line
 from .fetch import may_be_dataset
 from .storage import MAX_JSON_BYTES, parse_json
 
@@ -174,17 +174,22 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     try:
         dataset = load_dataset(name)
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"no such file, folder or Hub dataset: {reason}", where=name, fix="Check the path") from None
+        what = f"no such file, folder or Hub dataset: {first_line(error)}"
+        raise DataError(what, where=name, fix="Check the path") from None
     if "train" not in dataset:
         fix = "Fetch the split you want and write its rows to train.jsonl"
         raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)
     names = {"train": "train", "valid": "validation", "test": "test"}
-    return {
+    placed = {
         split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list())]
         for split, theirs in names.items()
         if theirs in dataset
     }
+    for split in ("valid", "test"):  # those of a competition hide their labels, as -1
+        if placed.get(split) and all(row.get("label") == -1 for _, row in placed[split]):
+            logger.warning("the %s split of %s is not read: its labels are all -1", names[split], name)
+            del placed[split]
+    return placed
 
 
 def kind_of(row: Row, where: object = None) -> str:

@@ -29,6 +29,11 @@ class LoraSBError(Exception):
         return (_rebuild, (type(self), self.what, self.where, self.fix))
 
 
+def first_line(error: BaseException) -> str:
+    """Of what another library says, which may go on for pages; the name of the error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _rebuild(cls: type[LoraSBError], what: str, where: str | None, fix: str | None) -> LoraSBError:
     return cls(what, where=where, fix=fix)
 

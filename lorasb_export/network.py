@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import environment
-from .errors import BaseModelError, LoraSBError, SettingsError, is_out_of_memory
+from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,13 +43,8 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LoraSBError) or is_out_of_memory(error):
             raise
-        what = f"transformers cannot load the base: {first_line(error)}"
+        what = f"transformers cannot load the base: {first_line(error):.300}"
         raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of what it says, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = None) -> PreTrainedModel:

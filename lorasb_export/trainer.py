@@ -20,7 +20,7 @@ from . import distributed, environment
 from .arguments import trainer_arguments
 from .batches import IGNORE, Encoded, collate, row_losses
 from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
-from .errors import OutputError
+from .errors import OutputError, first_line
 from .history import History
 from .muon import Muon
 from .order import learning_rate_factor
@@ -259,7 +259,7 @@ class RTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch's writer of archives tells of the disk in its own words
-            what = f"cannot write a checkpoint: {str(error).splitlines()[0]}"
+            what = f"cannot write a checkpoint: {first_line(error)}"
             raise OutputError(what, where=folder, fix=RESUME) from error
         distributed.wait()  # each process has saved its RNG
         if distributed.is_main():

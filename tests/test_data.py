@@ -190,6 +190,30 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load_task("t", "owner/name")
 
 
+def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(TimeoutError()))
+    with pytest.raises(DataError, match=r"Hub dataset: TimeoutError \(owner/name\)"):
+        load_task("t", "owner/name")
+
+
+def test_a_split_of_the_hub_without_labels_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GLUE has -1 for every row of a test split."""
+    splits = {"train": [0, 1], "validation": [0], "test": [-1, -1]}
+
+    def load(name: str) -> DatasetDict:
+        rows = {split: [{"text": "a", "label": label} for label in labels] for split, labels in splits.items()}
+        return DatasetDict({split: Dataset.from_list(of_split) for split, of_split in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert sorted(load_task("t", "owner/name").splits) == ["train", "valid"]
+    assert "the test split of owner/name is not read: its labels are all -1" in caplog.text
+    splits["test"][0] = 0
+    with pytest.raises(DataError, match=r"label -1 is not among the training labels \(owner/name test row 1\)"):
+        load_task("t", "owner/name")
+
+
 def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None:
     task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).load_tokenizer()
     every = encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 64)

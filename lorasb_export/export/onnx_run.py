@@ -224,12 +224,11 @@ def answers(
     from transformers import AutoTokenizer
 
     from ..batches import prompt_ids
-    from ..network import first_line
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a dozen types
-        what = f"transformers cannot load the tokenizer: {first_line(error)}"
+        what = f"transformers cannot load the tokenizer: {first_line(error):.300}"
         raise ArtifactError(what, where=folder, fix="Export it again") from error
     ids = prompt_ids(tokenizer, prompt)
     decoder = OnnxDecoder(folder)

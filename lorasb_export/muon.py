@@ -11,6 +11,7 @@ from .layer import LoRASBLinear
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al., "Muon" (2024): the steepest quintic at 0 that stays near 1
 _ITERATIONS = 5
+_TINY = 1e-15  # a norm that fp32 still has: of entries below 1e-19 the squares underflow, and X would be too long
 
 
 class Muon(torch.optim.AdamW):
@@ -75,11 +76,12 @@ def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 def orthogonalized(M: torch.Tensor) -> torch.Tensor:
     """About U·Vᵀ of each square matrix U·Σ·Vᵀ of M (..., r, r): singular values between 0.7 and 1.2 where they were
-    not tiny. By Newton and Schulz's iteration, which is products alone: no decomposition, no wait for the device.
+    not tiny; a matrix that is tiny, or 0, stays so. By Newton and Schulz's iteration, which is products alone: no
+    decomposition, no wait for the device.
     """
     a, b, c = _NEWTON_SCHULZ
     X = M.flatten(end_dim=-3)
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=max(_TINY, torch.finfo(X.dtype).tiny))
     for _ in range(_ITERATIONS):
         square = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(square, square, square, beta=b, alpha=c), X, beta=a)

@@ -23,6 +23,13 @@ def test_all_directions_of_a_matrix_become_about_equally_long() -> None:
     assert ((found.diagonal(dim1=-2, dim2=-1) > 0.6) & (found.diagonal(dim1=-2, dim2=-1) < 1.3)).all()
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-16, 1e-20, 1e-25, 1e-40])
+def test_of_tiny_entries_no_overflow_comes(size: float) -> None:
+    """A momentum without new gradients halves every fourteen steps, and its squares underflow long before it does."""
+    torch.manual_seed(0)
+    assert orthogonalized(size * torch.randn(2, 64, 64)).abs().max() < 1.3
+
+
 def test_without_a_gradient_nothing_moves() -> None:
     assert torch.equal(orthogonalized(torch.zeros(2, r, r)), torch.zeros(2, r, r))
     still, moved = (torch.nn.Parameter(torch.ones(r, r)) for _ in range(2))

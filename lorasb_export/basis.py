@@ -138,12 +138,16 @@ class Basis:
 def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
     """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
 
-    Another run that is making it is waited for.
+    Another run that is making it is waited for. An empty folder is none, as it is to `refuse_existing`.
     """
+
+    def found() -> bool:
+        return any(folder.iterdir()) if folder.is_dir() else folder.exists()
+
     with ExitStack() as lock:
-        if distributed.is_main() and not folder.exists():
+        if distributed.is_main() and not found():
             lock.enter_context(only_writer(folder, wait=True))
-        is_there = distributed.gather([folder.exists()])[0]  # as the first process sees it, which has the lock
+        is_there = distributed.gather([found()])[0]  # as the first process sees it, which has the lock
         if not is_there:
             basis = make()
             if distributed.is_main():

@@ -65,6 +65,14 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
 
 
+def test_an_empty_folder_is_no_basis(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "basis").mkdir()
+    made = made_once(
+        tmp_path / "basis", lambda: calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
+    )
+    assert made.rank == 4
+
+
 def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And does not calibrate it too, to find at the end that it is there."""
     folder, settings = tmp_path / "basis", CalibrationSettings(rank=4, directions="random")

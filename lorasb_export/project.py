@@ -83,7 +83,7 @@ class Project:
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"larger than {_MAX_BYTES} bytes")
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
             keys = [line.partition("=")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
             if any(key.count(".") > _MAX_DOTS for key in keys):
                 raise ValueError(f"a key of more than {_MAX_DOTS} parts")

@@ -113,6 +113,10 @@ def test_not_toml_and_not_there(tmp_path: Path) -> None:
         Project.load(tmp_path / "nowhere.toml")
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert load(tmp_path, '\ufeffmodel = "m"\n').model == "m"
+
+
 def test_unknown_task_names_the_nearest(tmp_path: Path) -> None:
     project = load(tmp_path, '[tasks.dates]\ndata = "d"\n')
     with pytest.raises(SettingsError, match=r"no task 'date' in the project \(did you mean 'dates'\?\)"):

@@ -65,7 +65,8 @@ def fit(
         data: folder, file, Hub dataset id, or loaded task.
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
             from the beginning where there is none. An adapter that they made is kept.
-        network: the loaded base, where the caller already has it; its adapters are replaced.
+        network: the loaded base, where the caller already has it; its adapters are replaced, a classifier's head is
+            as it was.
 
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor

@@ -19,6 +19,7 @@ from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .data import TaskData, question_and_answer
 from .errors import TrainingError
 from .inference import max_answer_tokens, question_ids
+from .layer import load_head
 from .order import RowOrder
 from .settings import FitSettings
 from .stack import Stack
@@ -97,6 +98,8 @@ class TrainingRuns:
                     raise
                 logger.warning("Learning rate %g left out: %s", rate, error.what)
                 continue
+            finally:  # for the run at the next rate; and the network may be the caller's
+                load_head(self.network, self._fresh_head)
             for of_task, outcome in zip(values, found, strict=True):
                 of_task[str(rate)] = outcome.value
             best = [self._better(old, new) for old, new in zip(best or found, found, strict=True)]
@@ -157,7 +160,7 @@ class TrainingRuns:
             stack = Stack(self.network, dict(zip((task.name for task in self.tasks), adapters, strict=True)))
         else:
             adapters, stack = [Adapter.attach(self.network, self.basis, **start)], None
-            self._start_head(adapters[0])
+            self._fresh_head = {name: parameter.detach().clone() for name, parameter in adapters[0].head.items()}
         runs = [
             TaskRun(task, adapter, rows, RowOrder([len(row["input_ids"]) for row in rows], settings), validation)
             for task, adapter, (rows, validation) in zip(self.tasks, adapters, self._encoded, strict=True)
@@ -166,13 +169,6 @@ class TrainingRuns:
         title = f"{title} at {settings.learning_rate}" if len(self.settings.rates) > 1 else title
         callbacks = [Progress(title), *self._reporters(folder)]
         return RTrainer(self.network, self._tokenizer, runs, stack, settings, folder, identity, callbacks)
-
-    def _start_head(self, adapter: Adapter) -> None:
-        """Give a classifier's head the values it had before the first run trained it."""
-        if not self._fresh_head:
-            self._fresh_head = {name: parameter.detach().clone() for name, parameter in adapter.head.items()}
-        for name, parameter in adapter.head.items():
-            parameter.data.copy_(self._fresh_head[name])
 
     def _reporters(self, folder: Path) -> list[TrainerCallback]:
         """TensorBoard's own: the Trainer would write where everything is removed at the end."""

@@ -341,6 +341,17 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert not network.is_gradient_checkpointing
 
 
+def test_the_callers_classifier_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """Or a second `fit` on the same network would start from the head of the first."""
+    network = BaseModel.resolve(bert).load("SEQ_CLS", num_labels=2)
+    drawn = CalibrationSettings(rank=4, directions="random")
+    for rates in (1e-2, (1e-2, 1e-3)):
+        settings = FitSettings(max_steps=2, learning_rate=rates, metric="accuracy")
+        inputs = str(bert), drawn, parity, tmp_path / "a", settings
+        first, second = (fit(*inputs, overwrite=True, network=network).sha256 for _ in range(2))
+        assert first == second == fit(*inputs, overwrite=True).sha256
+
+
 def test_the_head_gets_the_last_positions_in_one_block_of_memory(llama: Path) -> None:
     """Of a strided slice torch makes a product for every row, on a CPU by copies of the weight."""
     network, seen = BaseModel.resolve(llama).load(), []

@@ -39,7 +39,7 @@ def run(
     from lorasb_export.data import load_task
     from lorasb_export.inference import evaluate, record_evaluation, to_score
 
-    ready: dict[str, Any] = {}
+    ready: dict[str, tuple[str, str]] = {}
     for word, folder in folders.items():  # all are looked at before the first network runs
         loaded = Adapter.load(folder)
         name = run.project.task_of(folder, loaded.training)
@@ -54,14 +54,14 @@ def run(
             run.say(f"{word} is passed over: its task has no {split or 'held-out'} rows ({source})")
             continue
         to_score(loaded, task, split=split, limit=limit, metric=metric)
-        ready[word] = loaded, task
+        ready[word] = name, source  # read again when it is its turn: all of them may be more than memory holds
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     results: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    for word in list(ready):
-        loaded, task = ready.pop(word)  # once it is scored its basis goes, of which each may have its own
+    for word, (name, source) in ready.items():
+        loaded, task = Adapter.load(folders[word]), load_task(name, source)
         base_model = base_elsewhere(run, model, folders[word])
         result = evaluate(
             loaded, task, base=base_model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks

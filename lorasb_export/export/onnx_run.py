@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..base import CAUSAL_LM
-from ..errors import ArtifactError, DataError, MissingPackageError, SettingsError
+from ..errors import ArtifactError, DataError, MissingPackageError, SettingsError, first_line
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GENAI, GRAPH

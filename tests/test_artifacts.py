@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import read_header, sha256_file
+from lorasb_export.storage import parse_json, read_header, sha256_file
 from tests.tiny import make_llama
 
 
@@ -347,6 +348,14 @@ def test_an_existing_target_is_kept(folders: tuple[Path, Path]) -> None:
     with pytest.raises(OutputError, match="the target exists"):
         Basis.load(folders[0]).save(folders[0])
     assert (folders[0] / "basis.safetensors").read_bytes() == before
+
+
+def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:
+    names = [f'"{number}": 0' for number in range(30_000)]
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="the key '29999' stands there twice"):
+        parse_json(f"{{{', '.join([*names, names[-1]])}}}")
+    assert time.perf_counter() - started < 2  # looking through all names for every name takes ten
 
 
 def test_errors_survive_pickling() -> None:

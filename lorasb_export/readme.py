@@ -29,6 +29,8 @@ def assemble(keys: Mapping[str, Any], text: str) -> str:
 def update(old: str, card: str, *, where: object = None) -> str:
     """The text `old` with its generated block and keys replaced by those of `card`.
 
+    A generated key that `card` lacks goes too: it was true of what the folder held before. A licence stays.
+
     Raises:
         ArtifactError: its front matter is not valid YAML.
     """
@@ -36,9 +38,10 @@ def update(old: str, card: str, *, where: object = None) -> str:
         return card
     user_keys, user_text = _split(old)
     new_keys, new_text = front_matter(card), _split(card)[1]
-    new_keys["tags"] += [tag for tag in keys_of(old, where).get("tags") or [] if tag not in new_keys["tags"]]
+    new_keys["tags"] += [tag for tag in _tags(keys_of(old, where), where) if tag not in new_keys["tags"]]
+    gone = _GENERATED if set(_LICENCE) & set(new_keys) else _GENERATED.difference(_LICENCE)
     # The user's keys are kept as text, not parsed and dumped: comments and spelling (`language: no`) survive.
-    kept = "".join(entry for entry in _entries(user_keys) if _key(entry) not in new_keys)
+    kept = "".join(entry for entry in _entries(user_keys) if _key(entry) not in gone)
     if _BLOCK.search(user_text):
         text = _BLOCK.sub(lambda _: new_text.strip(), user_text, count=1)
     else:
@@ -75,7 +78,7 @@ def merge(mine: str, theirs: str, generated: str, *, where: object = None) -> st
     licence = next((k for k in (old, published_keys) if "license" in k), keys)
     keys = {key: value for key, value in keys.items() if key not in _LICENCE}
     keys |= {key: licence[key] for key in _LICENCE if key in licence}
-    keys["tags"] += [tag for tag in published_keys.get("tags") or [] if tag not in keys["tags"]]
+    keys["tags"] += [tag for tag in _tags(published_keys, where) if tag not in keys["tags"]]
     text = update(start, f"---\n{_dump(keys)}---\n{_split(generated)[1]}", where=where)
     text = _STAMP.sub("", text)
     return text.replace(END, f"<!-- lorasb:text {stamped} -->\n{END}", 1)
@@ -105,6 +108,15 @@ def keys_of(card: str, where: object) -> dict[str, Any]:
     except (yaml.YAMLError, TypeError, ValueError):
         fix = "Correct the lines between the first two `---`"
         raise ArtifactError("the card's front matter is not valid YAML", where=where, fix=fix) from None
+
+
+def _tags(keys: Mapping[str, Any], where: object) -> list[str]:
+    """The tags of a front matter: a list, or one without brackets."""
+    found = keys.get("tags") or []
+    tags = found if isinstance(found, list) else [found]
+    if not all(isinstance(tag, str) for tag in tags):
+        raise ArtifactError(f"the card's tags are {found!r:.60}, not words", where=where, fix="Put them in quotes")
+    return tags
 
 
 def _entries(front_matter: str) -> list[str]:

@@ -260,6 +260,18 @@ def test_an_opened_block_that_never_ends_swallows_nothing() -> None:
     assert text.count("| scaling s |") == 1
 
 
+@pytest.mark.parametrize(("tags", "added"), [("mine", ["mine"]), ("[mine, yours]", ["mine", "yours"]), ("", [])])
+def test_tags_of_the_user(tags: str, added: list[str]) -> None:
+    old = f"---\ntags: {tags}\n---\n"
+    for text in (update(old, adapter()), merge("", old, adapter())):
+        assert front_matter(text)["tags"] == ["lora-sb", "lorasb", *added]
+
+
+def test_tags_that_are_none_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="the card's tags are 5, not words"):
+        update("---\ntags: 5\n---\n", adapter())
+
+
 def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\ntext\n")
     with pytest.raises(ArtifactError, match="front matter is not valid YAML") as caught:
@@ -305,6 +317,16 @@ def test_text_written_on_both_sides_is_not_lost_in_silence() -> None:
     assert merge(edited, edited, adapter()).count("Written on the Hub.") == 1
 
 
+def test_nothing_generated_of_another_adapter_survives() -> None:
+    """A new R without an evaluation, on a base and data that are folders now."""
+    training = {"task": "dates", "data": "me/dates", "evaluation": {"test": {"exact_match": FIGURES}}}
+    theirs = merge(MINE, "", card.adapter_card(ADAPTER | {"training": training}, "me/a", Facts({"license": "mit"})))
+    local = card.adapter_card({**ADAPTER, "base_model_name_or_path": "base"}, "me/a")
+    keys = front_matter(merge(MINE, theirs, local))
+    assert {"language", "license"} == set(keys) - set(front_matter(local))
+    assert {"base_model", "datasets", "metrics", "model-index"} & set(keys) == set()
+
+
 def test_a_published_licence_stays_until_the_folder_says_another() -> None:
     def licence(mine: str, theirs: str) -> str:
         generated = card.adapter_card(ADAPTER, "me/a", Facts({"license": "apache-2.0"}))
@@ -314,3 +336,5 @@ def test_a_published_licence_stays_until_the_folder_says_another() -> None:
     assert licence("", "") == "apache-2.0"
     assert licence("", published) == "mit"
     assert licence("---\nlicense: gpl-3.0\n---\n", published) == "gpl-3.0"
+    named = merge("", "", card.adapter_card(ADAPTER, "me/a", Facts({"license": "other", "license_name": "llama3"})))
+    assert "license_name" not in front_matter(merge("---\nlicense: gpl-3.0\n---\n", named, adapter()))

@@ -128,6 +128,18 @@ def test_what_arrives_damaged_is_fetched_again(hub: Hub, basis: Path, tmp_path: 
     assert hub.lorasb("inspect", "me/a")["scaling"] == 1.0
 
 
+def test_a_damaged_file_in_a_folder_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    merged = make_merged(tmp_path / "merged", seed=next(SEEDS))
+    template = "additional_chat_templates/rag.jinja"
+    (merged / template).parent.mkdir()
+    (merged / template).write_text("{{ x }}")
+    commit = hub.push(merged, "me/merged")["commit"]
+    files = hub.lorasb("inspect", "me/merged", "--verify")["verified"]["files"]
+    with (hub.home / "hub" / "models--me--merged" / "snapshots" / commit / template).open("a") as cached:
+        cached.write("!")
+    assert hub.lorasb("inspect", "me/merged", "--verify")["verified"]["files"] == files
+
+
 @pytest.mark.parametrize("fault", [Fault("GET /api/models/me/basis", status=500), Fault("GET /me/basis/", "cut")])
 def test_a_pull_waits_too(hub: Hub, basis: Path, fault: Fault) -> None:
     hub.push(basis, "me/basis")

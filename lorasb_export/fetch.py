@@ -72,12 +72,12 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     if path.is_dir():
         return path, str(path)
     name, commit, folder = snapshot(str(source), files, ArtifactError)
-    found = [folder / file for file in files if (folder / file).is_file()]
+    found = [file for file in files if (folder / file).is_file()]
     if not found:
         fix = "See what it is: lorasb inspect"
         raise ArtifactError(f"that repository has no {' or '.join(files)}", where=f"{name}@{commit}", fix=fix)
-    for damaged in (file for file in found if not _is_intact(file)):
-        _fetch_again(name, commit, damaged)
+    for damaged in (file for file in found if not _is_intact(folder / file)):
+        _fetch_again(name, commit, folder, damaged)
     return folder, f"{name}@{commit}"
 
 
@@ -128,15 +128,15 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _fetch_again(name: str, commit: str, path: Path) -> None:
+def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
     from huggingface_hub import hf_hub_download
 
     where = f"{name}@{commit}"
     with hub_errors(where, ArtifactError):
-        patiently(lambda: hf_hub_download(name, path.name, revision=commit, force_download=True))
-    if not _is_intact(path):
+        patiently(lambda: hf_hub_download(name, file, revision=commit, force_download=True))
+    if not _is_intact(folder / file):
         fix = "Try again later; if it stays so, ask the owner to upload it again"
-        raise ArtifactError(f"{path.name} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)
+        raise ArtifactError(f"{file} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -309,6 +309,20 @@ def test_what_the_user_is_told(any_hub: Hub, basis: Path, repo: str, env: dict[s
     assert list(any_hub.repos) == ["owner/base"]
 
 
+def test_a_dry_run_is_refused_as_the_push_would_be(any_hub: Hub, basis: Path, adapter: Path) -> None:
+    wrong = {"HF_TOKEN": "hf_wrong"}
+    refused = any_hub.push(basis, "me/basis", wrong, dry_run=True)
+    assert refused == any_hub.push(basis, "me/basis", wrong)
+    assert "asks for a valid token" in refused["text"]
+    assert any_hub.push(basis, "me/basis", {"HF_ENDPOINT": "http://127.0.0.1:9"}, dry_run=True)["reached"] is False
+
+    assert any_hub.push(adapter, "me/a", basis_repo="me/new", dry_run=True)["basis"] == "me/new"  # to be pushed yet
+    any_hub.push(basis, "me/new")
+    refused = any_hub.push(adapter, "me/a", basis_repo="me/new@none", dry_run=True)
+    assert refused == any_hub.push(adapter, "me/a", basis_repo="me/new@none")
+    assert "the adapter's basis: the Hub has no such repository or revision" in refused["text"]
+
+
 @pytest.mark.parametrize("source", ["me/none", "me/basis@none"])
 def test_loading_what_is_not_there(any_hub: Hub, basis: Path, source: str) -> None:
     any_hub.push(basis, "me/basis")

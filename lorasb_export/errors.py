@@ -67,7 +67,13 @@ class MissingPackageError(LoraSBError, ImportError):
 
 
 class ServerError(LoraSBError, RuntimeError):
-    """A child process (the vLLM server, an exporter) or a remote (the Hub) refused or failed."""
+    """A child process (the vLLM server, an exporter) or a remote (the Hub) refused or failed.
+
+    Attributes:
+        silent: whether the Hub could say neither yes nor no: it was not reached, or fails (5xx).
+    """
+
+    silent = False
 
 
 class Terminated(KeyboardInterrupt):

@@ -238,7 +238,11 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
         elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):
             what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
-        raise kind(before + what, where=where, fix=fix) from None
+        failure = kind(before + what, where=where, fix=fix)
+        if isinstance(failure, ServerError):
+            unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
+            failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
+        raise failure from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used
             raise

@@ -143,7 +143,7 @@ def _embed(adapter: Adapter, files: Files) -> Seen:
 def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Head, public: bool, dry_run: bool) -> str:
     """`owner/name@commit` of the adapter's basis; the one published before, as long as it holds the same basis.
 
-    A dry run takes a basis that it cannot find as one that is still to be pushed.
+    A dry run takes a basis whose repository is not there as one that is still to be pushed.
     """
     parsed = parse_hub_id(source)
     if parsed is None:
@@ -157,9 +157,9 @@ def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Hea
     if not head.reached:
         return source
     try:
-        return _pin(name, revision, adapter.basis_sha256, public)
-    except ServerError:
-        if not dry_run:
+        return _pin(name, revision, adapter.basis_sha256, public, dry_run) or source
+    except ServerError as error:
+        if not (dry_run and error.silent):
             raise
         return source
 
@@ -173,12 +173,21 @@ def _published_basis(config: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _pin(name: str, revision: str | None, sha256: str, public: bool) -> str:
-    """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is public."""
+def _pin(name: str, revision: str | None, sha256: str, public: bool, dry_run: bool) -> str | None:
+    """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is public.
+
+    None where a dry run finds none.
+    """
     from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     with hub_errors(name, ServerError, "the adapter's basis: "):
-        path = Path(patiently(lambda: hf_hub_download(name, "basis_config.json", revision=revision)))
+        try:
+            path = Path(patiently(lambda: hf_hub_download(name, "basis_config.json", revision=revision)))
+        except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
+            if not dry_run or isinstance(error, GatedRepoError):
+                raise
+            return None
         if public and patiently(lambda: HfApi().model_info(name)).private:
             fix = "Make the basis public in its settings, or push the adapter privately"
             raise ArtifactError("the adapter would be public, its basis is private", where=name, fix=fix)
@@ -190,12 +199,12 @@ def _pin(name: str, revision: str | None, sha256: str, public: bool) -> str:
 
 
 def _look(repository: Repository, dry_run: bool) -> tuple[Head, str]:
-    """The repository now, and its card; a dry run does without an answer of the Hub."""
+    """The repository now, and its card; a dry run does without, where the Hub cannot be reached or fails."""
     try:
         head = repository.read()
         return head, repository.text(head, "README.md")
-    except ServerError:
-        if not dry_run:
+    except ServerError as error:
+        if not (dry_run and error.silent):
             raise
         return Head(reached=False), ""
 

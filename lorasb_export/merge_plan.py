@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel
 from .basis_file import TORCH_DTYPES, open_basis, read_tensor
 from .combine import Weights, combine
-from .errors import ArtifactError, LoraSBError, SettingsError
+from .errors import ArtifactError, BaseModelError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
 from .output import refuse_existing, refuse_own_input, require_room
 from .storage import DTYPE_BYTES, TensorInfo
@@ -282,7 +282,12 @@ def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
 
 
 def _side_files(model: BaseModel) -> tuple[Path, ...]:
-    return tuple(
+    """The base's tokenizer, templates and licence, which are copied.
+
+    Raises:
+        BaseModelError: one is a link to a file of somebody else's.
+    """
+    found = tuple(
         path
         for path in sorted((*model.folder.iterdir(), *model.folder.glob(CHAT_TEMPLATES)))
         if path.is_file()
@@ -290,6 +295,13 @@ def _side_files(model: BaseModel) -> tuple[Path, ...]:
         and not path.name.startswith(".")
         and path.name not in ("config.json", "lorasb.json", "model.safetensors.index.json")
     )
+    for path in found:
+        target = path.resolve()
+        # The Hub's cache is made of links to its blobs.
+        if not target.is_relative_to(model.folder.resolve()) and target.parent.name != "blobs":
+            fix = "Replace it by the file itself, or remove it"
+            raise BaseModelError("a link that leads out of the base model's folder", where=path, fix=fix)
+    return found
 
 
 def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:

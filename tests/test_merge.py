@@ -106,6 +106,22 @@ def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Pat
     assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Path) -> None:
+    base, secret, blobs = tmp_path / "base", tmp_path / "secret", tmp_path / "models--me--x" / "blobs"
+    shutil.copytree(llama, base)
+    adapter = adapter_for(base, tmp_path / "a")
+    blobs.mkdir(parents=True)
+    for target, link in ((blobs / "0a1b", "vocab.txt"), (secret, "notes.txt")):
+        target.write_text(link)
+        (base / link).symlink_to(target)
+    with pytest.raises(BaseModelError, match=r"a link that leads out of the base model's folder \(.*notes.txt\)"):
+        merge(adapter, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    (base / "notes.txt").unlink()
+    merge(adapter, tmp_path / "model")  # as the Hub's cache holds every file
+    assert (tmp_path / "model" / "vocab.txt").read_text() == "vocab.txt"
+
+
 def test_sharded_base_and_sharded_output(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", shards="40KB")
     assert len(list(base.glob("*.safetensors"))) > 1

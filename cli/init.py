@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
@@ -26,6 +26,6 @@ def run(
     tasks = parse_pairs(task) or {"a": "data/a"}
     path = write_project(run.config, model, tasks, overwrite=overwrite)
     for data in tasks.values():
-        if not (path.parent / Path(data).expanduser()).exists():
+        if not (path.parent / os.path.expanduser(data)).exists():
             run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
     run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb calibrate, then lorasb fit")

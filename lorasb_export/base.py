@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ class BaseModel:
             BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
         """
         name = str(name_or_path)
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_file():
             raise BaseModelError(
                 "the base model is a file", where=name, fix="Give the folder that holds config.json, or a Hub id"

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
         DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty
             or wrong field, a row of another kind than the first, a label that no training row has.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix.lower() == ".csv":
         fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
         raise DataError("CSV is not read", where=path, fix=fix)

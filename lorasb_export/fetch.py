@@ -68,7 +68,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     Raises:
         ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
     """
-    path = Path(os.path.abspath(Path(source).expanduser()))
+    path = Path(os.path.abspath(os.path.expanduser(source)))
     if path.is_dir():
         return path, str(path)
     name, commit, folder = snapshot(str(source), files, ArtifactError)
@@ -100,7 +100,7 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     parsed = parse_hub_id(source)
-    if parsed is None or Path(source).expanduser().exists():
+    if parsed is None or Path(os.path.expanduser(source)).exists():
         fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
         raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
     name, tagged = parsed

@@ -73,7 +73,7 @@ def push(
             folder's were both edited: nothing was written.
         ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     kind = outgoing.kind_of(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)

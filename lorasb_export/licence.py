@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def licence(source: str, *, revision: str | None = None, dataset: bool = False) 
     Raises:
         ServerError: the Hub fails or cannot be reached.
     """
-    path = Path(source).expanduser() / "README.md" if Path(source).expanduser().is_dir() else None
+    folder = Path(os.path.expanduser(source))
+    path = folder / "README.md" if folder.is_dir() else None
     if path is None and is_hub_id(source):
         path = _card_on_the_hub(source, revision, dataset)
     if path is None or not path.is_file():

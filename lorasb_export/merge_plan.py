@@ -285,7 +285,7 @@ def _side_files(model: BaseModel) -> tuple[Path, ...]:
     """The base's tokenizer, templates and licence, which are copied.
 
     Raises:
-        BaseModelError: one is a link to a file of somebody else's.
+        BaseModelError: one is a link to a file elsewhere.
     """
     found = tuple(
         path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def _resolve(entry: str, adapters_dir: Path) -> tuple[str, Path | str]:
 
 
 def _folder_or_hub_id(value: str) -> Path | str:
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
             raise ValueError(f"{value!r} is a folder without adapter_config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +60,7 @@ def write_project(
     if path.exists() and not overwrite:
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
-    labelled = any(_has_labels(path.parent / Path(data).expanduser()) for data in tasks.values())
+    labelled = any(_has_labels(path.parent / os.path.expanduser(data)) for data in tasks.values())
     text = _TEMPLATE.format(
         model=_toml(model),
         basis=_lines(basis or (_OF_LABELS if labelled else OF_TEXT)),

@@ -109,7 +109,7 @@ class Project:
 
     def path(self, relative: str) -> Path:
         """A path written in the project file, which is relative to that file; absolute, and without `..`."""
-        return Path(os.path.abspath(self.folder / Path(relative).expanduser()))
+        return Path(os.path.abspath(self.folder / os.path.expanduser(relative)))
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name

@@ -62,7 +62,7 @@ def push_folder(
 
     Args and errors: as for `push_project` and `push`.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     is_basis = folder == project.path(project.basis_path)
     undecided = PLACE in repo and not with_basis and basis_repo is None
     if undecided and _uses_shared_basis(project, folder):

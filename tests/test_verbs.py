@@ -59,6 +59,26 @@ def test_out_of_memory_says_what_takes_less(error: Exception | None, capsys: pyt
     assert said.endswith("Try a smaller --batch-size or --dtype bfloat16\n")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect ~nobody-here/x",
+        "merge ~nobody-here/x",
+        "push ~nobody-here/x --repo me/x",
+        "serve --adapters ~nobody-here/x",
+        "calibrate --model ~nobody-here/x --data a=b",
+        "fit --model ~nobody-here/x --data ~nobody-here/x a",
+    ],
+)
+def test_the_home_of_nobody_is_a_path_that_is_not_there(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, words.split())
+    assert (done.exit_code, done.stderr.startswith("Error: ")) == (1, True), done.exception
+    assert "~nobody-here/x" in done.stderr
+
+
 def test_serve_says_that_it_starts_once_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapters" / "a").mkdir(parents=True)
     (tmp_path / "adapters" / "a" / "adapter_config.json").write_text("{}")

@@ -112,6 +112,7 @@ def calibrate(
         }
     calibration = {
         **{k: v for k, v in asdict(settings).items() if k not in ("rank", "samples", "capture")},
+        "task_type": task_type,
         "command": command(),
         "data": [
             {
@@ -136,12 +137,13 @@ def calibrate(
 
 
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
+    task_type = CAUSAL_LM if base.generates else SEQ_CLS
     if network is not None:
         remove(network)
     elif settings.directions == BLOCK:  # of which the shapes of the weights are enough
         network = empty_model(base, generates=base.generates)
     else:
-        network = base.load(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
+        network = base.load(task_type, dtype=settings.dtype)
     targets = _targets(network, settings)
     ref = base.ref(targets)
     # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
@@ -150,7 +152,7 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
     used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}
     if settings.directions == BLOCK:  # 0 and 1 are exact in all
         del used["dtype"]
-    calibration = {**used, "command": command(), "data": [], "samples": 0, "energy": {}}
+    calibration = {**used, "task_type": task_type, "command": command(), "data": [], "samples": 0, "energy": {}}
     return Basis(ref, settings.rank, modules, calibration)
 
 

@@ -51,7 +51,7 @@ def write(folder: Path, card: str) -> None:
 def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a basis folder from its basis_config.json; `name` is what a reader loads it by."""
     base, rank, calibration = base_of(config), config["rank"], config["calibration"]
-    energy = calibration.get("energy") or {}
+    energy, model_class = calibration.get("energy") or {}, _model_class(calibration.get("task_type"))
     numbers = {
         "rank": rank,
         "modules": len(config["target_modules"]),
@@ -70,9 +70,9 @@ a layer.
 
 ```python
 from lorasb_export import Adapter, Basis
-from transformers import AutoModelForCausalLM
+from transformers import {model_class}
 
-model = AutoModelForCausalLM.from_pretrained({source_of(base)})
+model = {model_class}.from_pretrained({source_of(base)})
 adapter = Adapter.attach(model, Basis.load("{name}"))  # then any training loop, and adapter.save("folder")
 ```
 

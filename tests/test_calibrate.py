@@ -353,6 +353,7 @@ def test_capture_of_a_mixture_of_classes(bert: Path, parity: Path, tmp_path: Pat
     write_splits(tmp_path / "c", {"train": [{"text": f"{i}", "label": f"label{i % 3}"} for i in range(9)]})
     basis = calibrate(str(bert), {"parity": parity, "c": tmp_path / "c"}, CalibrationSettings(rank=4, samples=8))
     assert basis.calibration["capture"]["tasks"]["c"]["rows"] == 8
+    assert basis.calibration["task_type"] == SEQ_CLS
 
 
 def test_a_module_that_a_task_does_not_use_has_no_ratio() -> None:
@@ -425,7 +426,9 @@ def test_a_basis_drawn_at_random_needs_no_data(
     assert basis.sha256 == calibrate(str(base), {}, settings).sha256
     assert basis.sha256 == calibrate(str(base), {}, settings, network=network).sha256
     assert inspect_folder(folder)["directions"] == directions
-    assert f"| directions | {directions} |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"| directions | {directions} |" in card
+    assert f"AutoModelFor{'CausalLM' if kind == 'llama' else 'SequenceClassification'}.from_pretrained(" in card
     with pytest.raises(SettingsError, match="rank 40 exceeds module"):
         calibrate(str(base), {}, CalibrationSettings(rank=40, directions=directions))
 

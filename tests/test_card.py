@@ -173,6 +173,12 @@ def test_a_classifier_names_its_class_and_labels() -> None:
     assert 'from_pretrained(AutoModel.from_pretrained("owner/base", revision="abc", num_labels=1), ' in text
 
 
+def test_a_basis_names_the_class_it_was_calibrated_on() -> None:
+    assert "\nmodel = AutoModelForCausalLM.from_pretrained(" in card.basis_card(BASIS)
+    text = card.basis_card({**BASIS, "calibration": {"task_type": "SEQ_CLS"}})  # DistilBERT has no other
+    assert "import AutoModelForSequenceClassification\n\nmodel = AutoModelForSequenceClassification.from_" in text
+
+
 def test_energy_and_capture_are_summarized() -> None:
     found = {"sha256": "0" * 64, "rows": 9, "basis": 0.5, "own": 0.6, "random": 0.1}
     capture = {"basis": 0.5, "random": 0.1, "tasks": {"dates": found}, "modules": {"a": {"basis": 0.5, "random": 0.1}}}

@@ -22,7 +22,7 @@ from .base import BaseRef
 from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import FORMAT_VERSION, load_tensors, read_adapter_config, sealed
+from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .output import atomic_folder
 from .provenance import versions
@@ -45,7 +45,9 @@ class Adapter:
             adapter's own folder, or was never saved (then `save` puts it there).
         R: module → (r, r) fp32. While training these are the live parameters of the model.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
-        training: what `fit` reports about the run; free-form JSON.
+        training: what `fit` reports about the run; JSON. Keys of your own may hold anything. Those that the card shows
+            are as `fit` and `evaluate` write them: `task` and `data` text, `labels` a list, `settings` by name,
+            `evaluation` {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
         hub_source: of one from the Hub, `owner/name@commit`.
     """
@@ -199,6 +201,10 @@ class Adapter:
         Args:
             embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
                 for a basis of blocks, which takes less room than R.
+
+        Raises:
+            OutputError: the folder exists.
+            ArtifactError: `training` has a key that the card shows in another shape.
         """
         R, head = (
             {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in m.items()} for m in (self.R, self.head)
@@ -217,7 +223,9 @@ class Adapter:
             source = os.path.relpath(source, os.path.abspath(target))
             source = source if source.startswith(".") else f"./{source}"  # the leading dot marks it as a path
         (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
-        write_json(temporary / "adapter_config.json", self.config(source))
+        config = self.config(source)
+        check_training(config["training"], "Adapter.training")
+        write_json(temporary / "adapter_config.json", config)
         card.write(temporary, card.adapter_card(read_json(temporary / "adapter_config.json")))
 
     @classmethod

@@ -51,6 +51,15 @@ ADAPTER_KEYS = {
     "sha256": str,
     "config_sha256": str,
 }
+# Of what is said about the training, the keys that are read again; any other is its author's own.
+_TRAINING_KEYS: Mapping[str, Any] = {
+    **dict.fromkeys(("task", "data", "data_sha256", "plot"), (str, NoneType)),
+    **dict.fromkeys(("learning_rates", "capture", "energy"), (dict, NoneType)),
+    "labels": (list, NoneType),
+    "settings": dict,
+    "evaluation": dict,
+}
+_FIGURES = {"base", "adapter", "rows"}
 
 _MOST = 10  # problems told at once
 _HINT = "Written by another version, or edited by hand"
@@ -98,6 +107,21 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
         raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
 
 
+def check_training(training: Mapping[str, Any], where: object) -> None:
+    """Refuse what is said about a training, as JSON has it, where a card could not show it."""
+    wrong = [key for key, types in _TRAINING_KEYS.items() if key in training and not isinstance(training[key], types)]
+    splits = training.get("evaluation", {}).values() if not wrong else ()
+    if not all(isinstance(of_split, dict) and all(map(_are_figures, of_split.values())) for of_split in splits):
+        wrong = ["evaluation"]
+    if wrong:
+        fix = 'Write data as text, evaluation as {split: {metric: {"base", "adapter", "rows"}}}, or use another key'
+        raise ArtifactError(f"training says {wrong[0]} in another shape than fit does", where=where, fix=fix)
+
+
+def _are_figures(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) >= _FIGURES
+
+
 def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """A basis folder's config, checked, and the shape (out, in) of every target module.
 
@@ -142,7 +166,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """An adapter folder's config, checked.
 
     Raises:
-        ArtifactError: of another kind, unknown or missing keys, another format version, changed since it was written.
+        ArtifactError: of another kind, unknown or missing keys, another format version, changed since it was written;
+            see also `check_training`.
     """
     where = folder / "adapter_config.json"
     config = read_json(where)
@@ -151,6 +176,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(what, where=where, fix="Not a LoRA-SB adapter")
     check_config(config, ADAPTER_KEYS, where)
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
+    check_training(config["training"], where)
     return config
 
 

@@ -285,7 +285,7 @@ def _side_files(model: BaseModel) -> tuple[Path, ...]:
     """The base's tokenizer, templates and licence, which are copied.
 
     Raises:
-        BaseModelError: one is a link to a file elsewhere.
+        BaseModelError: one is a link to another file elsewhere.
     """
     found = tuple(
         path
@@ -297,10 +297,11 @@ def _side_files(model: BaseModel) -> tuple[Path, ...]:
     )
     for path in found:
         target = path.resolve()
-        # The Hub's cache is made of links to its blobs.
-        if not target.is_relative_to(model.folder.resolve()) and target.parent.name != "blobs":
+        # The Hub's cache is made of links to its blobs, and a folder may be one of links to a shared one's files.
+        known = target.is_relative_to(model.folder.resolve()) or target.parent.name == "blobs" or target.name == path.name
+        if not known:
             fix = "Replace it by the file itself, or remove it"
-            raise BaseModelError("a link that leads out of the base model's folder", where=path, fix=fix)
+            raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)
     return found
 
 

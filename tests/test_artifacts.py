@@ -188,6 +188,32 @@ def test_the_picture_of_the_curve_goes_where_the_adapter_is_published(
     assert "plot" not in published_training(Adapter.load(adapter))  # nowhere to copy it to
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"data": ["a.jsonl", "b.jsonl"]},
+        {"settings": None},
+        {"evaluation": {"accuracy": 0.93}},
+        {"evaluation": {"test": {"accuracy": 0.93}}},
+        {"evaluation": {"test": {"accuracy": {"adapter": 0.93}}}},
+    ],
+)
+def test_what_a_card_reads_of_the_training_has_its_shape(
+    training: dict[str, Any], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, (key,) = Adapter.load(folders[1]), training
+    adapter.training = training
+    with pytest.raises(ArtifactError, match=f"training says {key} in another shape"):
+        adapter.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    edit(copy(folders[1], tmp_path / "b"), "adapter_config.json", lambda config: config.update(training=training))
+    with pytest.raises(ArtifactError, match=rf"training says {key} .* \(.*/b/adapter_config.json\)"):
+        Adapter.load(tmp_path / "b")
+    adapter.training = {"notes": ["anything"], "evaluation": {"test": {"f1": {"base": None, "adapter": 1, "rows": 2}}}}
+    adapter.save(tmp_path / "a")
+    assert "| test | f1 | 2 | - | 1 |" in (tmp_path / "a" / "README.md").read_text()
+
+
 def check_refused(load: Callable[[Path], object], folder: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(folder)
     with pytest.raises(ArtifactError) as error:

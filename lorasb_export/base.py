@@ -314,3 +314,15 @@ def _merged_with(provenance: Mapping[str, Any]) -> str:
     """Names and hashes of the adapters in a merged folder."""
     adapters = provenance.get("adapters") or [provenance["adapter"]]
     return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)
+
+
+def refuse_foreign_link(path: Path, folder: Path) -> None:
+    """Raise BaseModelError where `path` in a base's `folder`, which is about to be copied, brings along another file.
+
+    The Hub's cache is made of links to its blobs, and a folder may be one of links to the files of a shared one.
+    """
+    target = path.resolve()
+    if target.is_relative_to(folder.resolve()) or target.parent.name == "blobs" or target.name == path.name:
+        return
+    fix = "Replace it by the file itself, or remove it"
+    raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

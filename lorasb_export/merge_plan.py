@@ -16,10 +16,10 @@ import torch
 
 from . import retained
 from .adapter import Adapter
-from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel
+from .base import CHAT_TEMPLATES, SEQ_CLS, BaseModel, refuse_foreign_link
 from .basis_file import TORCH_DTYPES, open_basis, read_tensor
 from .combine import Weights, combine
-from .errors import ArtifactError, BaseModelError, LoraSBError, SettingsError
+from .errors import ArtifactError, LoraSBError, SettingsError
 from .merge_folder import bytes_of_an_earlier_try
 from .output import refuse_existing, refuse_own_input, require_room
 from .storage import DTYPE_BYTES, TensorInfo
@@ -296,12 +296,7 @@ def _side_files(model: BaseModel) -> tuple[Path, ...]:
         and path.name not in ("config.json", "lorasb.json", "model.safetensors.index.json")
     )
     for path in found:
-        target = path.resolve()
-        # The Hub's cache is made of links to its blobs, and a folder may be one of links to a shared one's files.
-        known = target.is_relative_to(model.folder.resolve()) or target.parent.name == "blobs" or target.name == path.name
-        if not known:
-            fix = "Replace it by the file itself, or remove it"
-            raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)
+        refuse_foreign_link(path, model.folder)
     return found
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base import CAUSAL_LM, CHAT_TEMPLATES, SEQ_CLS, BaseModel
+from ..base import CAUSAL_LM, CHAT_TEMPLATES, SEQ_CLS, BaseModel, refuse_foreign_link
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
@@ -133,6 +133,7 @@ def build(
     for path in (*model.iterdir(), *model.glob(CHAT_TEMPLATES)):
         copy = out / path.relative_to(model)
         if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not copy.exists():
+            refuse_foreign_link(path, model)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TASKS = (*CLASSIFYING, *GENERATING)
+COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 Line = dict[str, Any]
 _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adapter_bytes", "seconds", "device")
@@ -157,7 +158,8 @@ def _basis_tables(
             for identity, line in captures.items()
             if (line["rank"], line["reduction"], line["samples"]) == (rank, reduction, samples)
         }
-        names = list(dict.fromkeys(_column(line) for line in of_variant.values()))
+        there = {_column(line) for line in of_variant.values()}
+        names = [name for name in COLUMNS if name in there]
 
         def rows(show: Callable[[tuple[Any, ...]], str], of_variant: Any = of_variant, names: Any = names) -> str:
             found = {(line["task"], _column(line)): show(identity) for identity, line in of_variant.items()}

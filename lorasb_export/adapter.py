@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -314,12 +314,10 @@ def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str
     return training
 
 
-def load_bases(adapters: Iterable[Adapter]) -> None:
-    """`load_basis` of every adapter; those of one basis share what was read."""
-    loaded: dict[str, Basis] = {}
-    for adapter in adapters:
-        adapter.basis = adapter.basis or loaded.get(adapter.basis_sha256)
-        loaded[adapter.basis_sha256] = adapter.load_basis()
+def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:
+    """`adapter.load_basis()`; adapters of one basis share what the first has put into `loaded`, by its sha256."""
+    adapter.basis = adapter.basis or loaded.get(adapter.basis_sha256)
+    loaded[adapter.basis_sha256] = adapter.load_basis()
 
 
 def check_same_basis(adapter: Adapter, basis: Basis) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import environment
 from .errors import BaseModelError, SettingsError
-from .fetch import parse_hub_id, snapshot
+from .fetch import is_blob, parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
@@ -319,10 +319,10 @@ def _merged_with(provenance: Mapping[str, Any]) -> str:
 def refuse_foreign_link(path: Path, folder: Path) -> None:
     """Raise BaseModelError where `path` in a base's `folder`, which is about to be copied, brings along another file.
 
-    The Hub's cache is made of links to its blobs, and a folder may be one of links to the files of a shared one.
+    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.
     """
     target = path.resolve()
-    if target.is_relative_to(folder.resolve()) or target.parent.name == "blobs" or target.name == path.name:
+    if target.is_relative_to(folder.resolve()) or is_blob(target) or target.name == path.name:
         return
     fix = "Replace it by the file itself, or remove it"
     raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

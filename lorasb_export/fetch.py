@@ -139,6 +139,11 @@ def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
         raise ArtifactError(f"{file} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)
 
 
+def is_blob(path: Path) -> bool:
+    """Whether a file that a link led to is one of the Hub's cache, whose folders are made of links to blobs."""
+    return path.parent.name == "blobs"
+
+
 def patiently(call: Callable[[], T]) -> T:
     """The result of `call`; tried again while the Hub is failing or asks to wait, at most `len(_WAITS)` times."""
     for wait in _WAITS:

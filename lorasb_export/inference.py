@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import Adapter, load_bases
+from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
+from .basis import Basis
 from .batches import encode, prompt_ids
 from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
 from .errors import ArtifactError, DataError, SettingsError
@@ -272,9 +273,10 @@ def side_by_side(
             raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
     first = next(iter(loaded.values()), None)
     model = BaseModel.resolve(base or "", revision) if first is None else first.base.resolve(base)
+    bases: dict[str, Basis] = {}
     for adapter in loaded.values():
         model.verify(adapter.base, adapter.R)
-    load_bases(loaded.values())
+        load_basis_once(adapter, bases)
     tokenizer = model.load_tokenizer()
     network = model.load(dtype=dtype)
     found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}

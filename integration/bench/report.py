@@ -140,7 +140,7 @@ def _rate(of: dict[str, Any] | None) -> str:
 
 def _column(line: Line) -> str:
     """The origin of a basis, in words."""
-    if line["basis"] in ("own", "mixture", "without", "wsvd", *DRAWN):
+    if line["basis"] in COLUMNS:
         return line["basis"] + (", balanced" if line["balanced"] else "")
     return "another task"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError
+from ..fetch import is_blob
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -65,7 +66,7 @@ def _check_data(tensor: TensorProto, path: Path) -> None:
             fix="Do not load this folder: a graph from a stranger can read files this way",
         )
     data = path.parent / name
-    if data.is_symlink() and data.resolve().parent.name != "blobs":  # the Hub's cache is made of links to its blobs
+    if data.is_symlink() and not is_blob(data.resolve()):
         raise ArtifactError(f"the data file {name} is a link", where=path, fix="Put the file itself beside the graph")
     if not data.is_file():
         raise ArtifactError(f"the data file {name} is missing", where=path, fix="Keep the files of the folder together")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Adapter, load_bases
+from ..adapter import Adapter, load_basis_once
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, default_device
+from ..basis import Basis
 from ..batches import collate, encode, prompt_ids
 from ..data import TEXT, TaskData, question_and_answer
 from ..errors import ArtifactError
@@ -72,12 +73,13 @@ def verify_folder(
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights
-    load_bases(task for task in tasks.values() if task is not None)
+    bases: dict[str, Basis] = {}
     is_base_alone = not held_out and all(task is None for task in tasks.values())
     network, device = _in_torch(reference, few_passes=is_base_alone)
     results = {}
     for name, task in tasks.items():
         if task is not None:
+            load_basis_once(task, bases)
             task.inject(network)
         results[name] = _compare(network, encoded, answered[name], device)
         if name in held_out:

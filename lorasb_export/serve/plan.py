@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter
+from ..adapter import Adapter, load_basis_once
 from ..base import SEQ_CLS, BaseModel, BaseRef, default_device
 from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
@@ -135,8 +135,7 @@ def make_plan(
         try:
             adapter = Adapter.load(source)
             _check_servable(adapter)
-            adapter.basis = bases.get(adapter.basis_sha256)
-            bases[adapter.basis_sha256] = adapter.load_basis()
+            load_basis_once(adapter, bases)
             base = base or adapter.base.resolve()
             of_base = (adapter.base, frozenset(adapter.R))
             if of_base not in verified:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from integration.bench import quality
-from integration.bench.report import best_of, best_tried
+from integration.bench.report import best_rates, comparable, with_tables
 from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
@@ -41,21 +41,34 @@ def test_the_ladder_is_followed_to_its_lowest_rate(best: float, tmp_path: Path) 
     assert tuned(cell("sst2", method="lora-sb"), Bowl(Results(tmp_path / "r"), best)).lr == best
 
 
-def test_a_rate_at_the_end_of_those_tried_is_no_result() -> None:
+def test_a_rate_at_the_end_of_those_tried_is_not_known_to_be_the_best() -> None:
     lines = [{"task": "t", "method": "lora", "seed": 0, "lr": lr, "loss": lr} for lr in (1e-3, 3e-3)]
-    assert best_of(lines) == {}
-    (found,) = best_of([*lines, {**lines[0], "lr": 1e-4, "loss": 1}]).values()
-    assert found[0]["lr"] == 1e-3
+    (best,) = best_rates([*lines, {**lines[1], "seed": 1, "loss": 0}]).values()
+    assert (best.lines, best.closed) == ([lines[0]], False)
+    (best,) = best_rates([*lines, {**lines[0], "lr": 1e-4, "loss": 1}]).values()
+    assert (best.lines, best.closed) == ([lines[0]], True)
 
 
-def test_a_basis_whose_search_has_not_ended_is_taken_at_its_best_so_far() -> None:
+def test_a_basis_whose_search_has_not_ended_is_compared_where_the_rate_of_the_own_was_tried() -> None:
     line = {"task": "t", "method": "lora-sb", "seed": 0, "basis": "own", "balanced": False}
     own = [{**line, "lr": lr, "loss": abs(lr - 3e-3)} for lr in (1e-3, 3e-3, 1e-2)]
     other = [{**line, "basis": "random", "lr": lr, "loss": 1 - lr} for lr in (3e-3, 1e-2)]
-    (found,) = best_tried([*own, *other], best_of(own)).values()
-    assert [(kept["basis"], kept["lr"]) for kept in found] == [("random", 1e-2)]
-    assert best_tried([*own, *other[1:]], best_of(own)) == {}  # that of the own was not tried
-    assert best_tried(other, {}) == {}
+
+    def compared(lines: list[dict[str, Any]]) -> set[tuple[str, float]]:
+        best = best_rates(lines)
+        found = [comparable(best, identity) for identity in best]
+        return {(of.lines[0]["basis"], of.lines[0]["lr"]) for of in found if of}
+
+    assert compared([*own, *other]) == {("own", 3e-3), ("random", 1e-2)}
+    assert compared([*own, *other[1:]]) == {("own", 3e-3)}
+    assert compared([*own[1:], *other]) == set()
+
+
+def test_a_table_takes_the_place_of_the_old_one() -> None:
+    page = "before\n<!-- a: made by bench report -->\n| old |\n<!-- end of a -->\nafter\n"
+    assert with_tables(page, {"a": "| new |"}) == page.replace("| old |", "| new |")
+    with pytest.raises(AssertionError, match="no place for b"):
+        with_tables(page, {"b": "| new |"})
 
 
 @needs_data

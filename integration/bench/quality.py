@@ -31,28 +31,28 @@ TASKS = (*CLASSIFYING, *GENERATING)
 _MUON = {"method": "lora-sb", "optimizer": "muon"}
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
-    "LoRA-SB own r=64": {"method": "lora-sb", "rank": 64, "basis": "own"},
-    "LoRA-SB shared r=64": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
-    "LoRA-SB own r=64, Muon": {**_MUON, "rank": 64, "basis": "own"},
-    "LoRA-SB shared r=64, Muon": {**_MUON, "rank": 64, "basis": "mixture"},
-    "LoRA-SB random r=64, Muon": {**_MUON, "rank": 64, "basis": "random"},
-    "LoRA-SB random r=96, Muon": {**_MUON, "rank": 96, "basis": "random"},
-    "LoRA-SB block r=64, Muon": {**_MUON, "rank": 64, "basis": "block"},
-    "LoRA-SB block r=96, Muon": {**_MUON, "rank": 96, "basis": "block"},
-    "LoRA-SB block r=128, Muon": {**_MUON, "rank": 128, "basis": "block"},
-    "LoRA-SB own r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "own", "targets": DOWN},
-    "LoRA-SB random r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "random", "targets": DOWN},
-    "LoRA-SB block r=128 of down, Muon": {**_MUON, "rank": 128, "basis": "block", "targets": DOWN},
-    "LoRA-SB block r=256 of down, Muon": {**_MUON, "rank": 256, "basis": "block", "targets": DOWN},
-    "LoRA-SB block r=256 of upper down, Muon": {**_MUON, "rank": 256, "basis": "block", "targets": UPPER_DOWN},
     "LoRA r=8": {"method": "lora", "rank": 8},
-    "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
     "LoRA r=32": {"method": "lora", "rank": 32},
-    "LoRA r=8 of down": {"method": "lora", "rank": 8, "targets": DOWN},
-    "LoRA r=32 of down": {"method": "lora", "rank": 32, "targets": DOWN},
-    "PiSSA r=8": {"method": "pissa", "rank": 8},
     "rsLoRA r=32": {"method": "rslora", "rank": 32},
+    "PiSSA r=8": {"method": "pissa", "rank": 8},
     "DoRA r=8": {"method": "dora", "rank": 8},
+    "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
+    "as published: own basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "own"},
+    "shared basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
+    "own basis, r=64": {**_MUON, "rank": 64, "basis": "own"},
+    "shared basis, r=64": {**_MUON, "rank": 64, "basis": "mixture"},
+    "random basis, r=64": {**_MUON, "rank": 64, "basis": "random"},
+    "random basis, r=96": {**_MUON, "rank": 96, "basis": "random"},
+    "block, r=64": {**_MUON, "rank": 64, "basis": "block"},
+    "block, r=96": {**_MUON, "rank": 96, "basis": "block"},
+    "block, r=128": {**_MUON, "rank": 128, "basis": "block"},
+    "down: own basis, r=128": {**_MUON, "rank": 128, "basis": "own", "targets": DOWN},
+    "down: random basis, r=128": {**_MUON, "rank": 128, "basis": "random", "targets": DOWN},
+    "down: block, r=128": {**_MUON, "rank": 128, "basis": "block", "targets": DOWN},
+    "down: block, r=256": {**_MUON, "rank": 256, "basis": "block", "targets": DOWN},
+    "upper down: block, r=256": {**_MUON, "rank": 256, "basis": "block", "targets": UPPER_DOWN},
+    "down: LoRA r=8": {"method": "lora", "rank": 8, "targets": DOWN},
+    "down: LoRA r=32": {"method": "lora", "rank": 32, "targets": DOWN},
 }
 SEEDS = (0, 1, 2)
 
@@ -69,7 +69,7 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
     with tempfile.TemporaryDirectory() as scratch:
         short = {"steps": 40, "valid_rows": 64, "test_rows": 128, "samples": 16}
         results = Results(Path(scratch) / "quick.jsonl")
-        return _fill(results, ("sst2",), ("LoRA r=8", "LoRA-SB own r=64"), (0,), minutes, **short)
+        return _fill(results, ("sst2",), ("LoRA r=8", "as published: own basis, r=64, AdamW"), (0,), minutes, **short)
 
 
 def _fill(
@@ -83,7 +83,7 @@ def _fill(
     runner, complete = Runner(results, Budget(minutes)), True
     table: dict[str, dict[str, Any]] = {}
     try:
-        for method in methods:  # the methods that matter most for every task, before the others for any
+        for method in methods:  # one for every task, before the next for any
             for task in tasks:
                 lines = list(over_seeds(cell(task, **METHODS[method], **fields), seeds, runner))
                 table.setdefault(task, {})[method] = summary(lines)
@@ -92,7 +92,7 @@ def _fill(
     for task, of_methods in table.items():
         for method, found in of_methods.items():
             spread = f"{found['mean']:.4f} ± {found['sd']:.4f}"
-            print(f"{task:10} {method:20} {found['metric']:11} {spread}  lr {found['lr']:.0e}")
+            print(f"{task:10} {method:38} {found['metric']:11} {spread}  lr {found['lr']:.0e}")
     return {"name": "quality", "complete": complete, "runs": len(results.lines()), "table": table}
 
 

@@ -1,4 +1,7 @@
-"""docs/results/*.jsonl → docs/results/README.md and its plots. The best rate is that of least valid loss at seed 0."""
+"""docs/results/*.jsonl → docs/results/README.md, its plot, and the tables of quality in docs/benchmarks.md.
+
+The best rate is that of least valid loss at seed 0.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -20,70 +23,75 @@ from .quality import METHODS, summary
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TASKS = (*CLASSIFYING, *GENERATING)
+TASKS = (*GENERATING, *CLASSIFYING)
 COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 Line = dict[str, Any]
+Identity = tuple[tuple[str, Any], ...]  # what a cell is, apart from rate and seed
 _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adapter_bytes", "seconds", "device")
 
 
+class Best(NamedTuple):
+    """A cell's lines at its best rate, one for each seed, and all rates that were tried."""
+
+    lines: list[Line]
+    rates: frozenset[float]
+
+    @property
+    def closed(self) -> bool:
+        """Whether worse rates lie on both sides."""
+        return self.lines[0]["method"] == "base" or min(self.rates) < self.lines[0]["lr"] < max(self.rates)
+
+
 def run(*, quick: bool) -> dict[str, Any]:
-    runs = Results(RUNS).lines().values()
-    tuned = best_of(runs)
-    trained = tuned | best_tried(runs, tuned)
+    runs = list(Results(RUNS).lines().values())
+    best = best_rates(runs)
     captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
+    found = _by_method(best)
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
-        "[benchmarks](../benchmarks.md) says what they mean.",
-        _quality_table(tuned),
-        *_basis_tables(trained, tuned, captures),
-        _prediction(trained, captures),
+        "[benchmarks](../benchmarks.md#quality) says what they mean, and has the metrics.",
+        _costs(found),
+        *_basis_tables(best, captures),
+        _prediction(best, captures),
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
+    benchmarks = RESULTS.parent / "benchmarks.md"
+    benchmarks.write_text(with_tables(benchmarks.read_text(), {"metrics": _metrics(found), "losses": _losses(found)}))
     print(page.read_text())
-    return {"name": "report", "cells": len(tuned), "captures": len(captures)}
+    return {"name": "report", "cells": len(best), "captures": len(captures)}
 
 
-def _identity(line: Line) -> tuple[Any, ...]:
-    """What a cell is, apart from rate and seed."""
+def with_tables(page: str, tables: Mapping[str, str]) -> str:
+    """`page` with each table between the comments that name it."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: made by bench report -->\n", f"\n<!-- end of {name} -->"
+        assert begin in page.partition(end)[0], f"the page has no place for {name}"
+        page = page[: page.index(begin) + len(begin)] + table + page[page.index(end) :]
+    return page
+
+
+def _identity(line: Line) -> Identity:
     return tuple((key, value) for key, value in sorted(line.items()) if key not in (*_UNTRAINED, "capture", "random"))
 
 
-def _changed(identity: tuple[Any, ...], **fields: Any) -> tuple[Any, ...]:
+def _changed(identity: Identity, **fields: Any) -> Identity:
     return tuple(sorted((dict(identity) | fields).items()))
 
 
-def best_of(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
-    """Identity of a cell → its lines at the best rate, one for each seed; only where worse rates lie on both sides."""
-    found = {}
-    for identity, of_cell in _grouped(lines).items():
-        first = sorted((line for line in of_cell if line["seed"] == 0), key=lambda line: line["lr"])
-        best = min(first, key=lambda line: line["loss"])
-        inside = best["method"] == "base" or first[0]["lr"] < best["lr"] < first[-1]["lr"]
-        if inside:
-            found[identity] = [line for line in of_cell if line["lr"] == best["lr"]]
-    return found
-
-
-def best_tried(
-    lines: Iterable[Line], trained: Mapping[tuple[Any, ...], list[Line]]
-) -> dict[tuple[Any, ...], list[Line]]:
-    """Of bases whose search for a rate has not ended: their lines at the best so far, where the own's was tried too."""
-    found = {}
-    for identity, of_cell in _grouped(lines).items():
-        own = trained.get(_changed(identity, basis="own", balanced=False))
-        first = {line["lr"]: line["loss"] for line in of_cell if line["seed"] == 0}
-        if own and identity not in trained and own[0]["lr"] in first:
-            found[identity] = [line for line in of_cell if line["lr"] == min(first, key=first.__getitem__)]
-    return found
-
-
-def _grouped(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[Line]]:
-    grouped: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
+def best_rates(lines: Iterable[Line]) -> dict[Identity, Best]:
+    """Of every cell that was trained with the first seed."""
+    grouped: dict[Identity, list[Line]] = defaultdict(list)
     for line in lines:
         grouped[_identity(line)].append(line)
-    return grouped
+    found = {}
+    for identity, of_cell in grouped.items():
+        losses = {line["lr"]: line["loss"] for line in of_cell if line["seed"] == 0}
+        if losses:
+            best = min(losses, key=losses.__getitem__)
+            found[identity] = Best([line for line in of_cell if line["lr"] == best], frozenset(losses))
+    return found
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,51 +99,65 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _quality_table(trained: Mapping[tuple[Any, ...], list[Line]]) -> str:
-    """Rows: methods; columns: tasks. Mean ± sd over the seeds."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def _by_method(best: Mapping[Identity, Best]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(method, task) → what its seeds came to."""
+    found = {}
     for task, (name, fields) in itertools.product(TASKS, METHODS.items()):
-        if lines := trained.get(_identity(cell(task, **fields).fields)):
-            found[name, task] = summary(lines) | {"seeds": len(lines)}
+        if there := best.get(_identity(cell(task, **fields).fields)):
+            found[name, task] = _summary(there)
+    return found
+
+
+def _summary(best: Best) -> dict[str, Any]:
+    return summary(best.lines) | {"seeds": len(best.lines), "closed": best.closed}
+
+
+def _methods_table(found: Mapping[tuple[str, str], dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
     tasks = [task for task in TASKS if any(of == task for _, of in found)]
-    if not tasks:
-        return ""
     metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
     rows = []
     for name in METHODS:
-        cells = [found.get((name, task)) for task in tasks]
-        shown = [_cell(of) for of in cells]
-        rows.append([name, *shown])
-    table = _table(["", *(f"{task} ({metrics[task]})" for task in tasks)], rows)
-    sizes = _table(
-        ["", *tasks],
-        [[name, *(_size(found.get((name, task))) for task in tasks)] for name in METHODS if name != "base"],
-    )
-    rates = _table(
-        ["", *tasks],
-        [[name, *(_rate(found.get((name, task))) for task in tasks)] for name in METHODS if name != "base"],
-    )
-    return (
-        "## Quality\n\nTest metric in percent, mean ± sd over the seeds (their number where it is not three).\n\n"
-        f"{table}\n\nTrained parameters, and seconds of training (of one core, where the device is a CPU):\n\n{sizes}"
-        f"\n\nBest learning rate, and the loss on valid rows there:\n\n{rates}"
-    )
+        of_tasks = [found.get((name, task)) for task in tasks]
+        if any(of_tasks):
+            rows.append([name, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
+    return _table(["", "trained", *(f"{task}, {metrics[task].replace('_', ' ')}" for task in tasks)], rows)
 
 
-def _cell(of: dict[str, Any] | None) -> str:
-    if of is None:
-        return "-"
+def _trained(name: str, found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """The parameters that are trained, of those of LoRA r = 8 on the same task: on text, and on the encoder."""
+    ratios = {
+        kind: of["trainable"] / found["LoRA r=8", task]["trainable"]
+        for kind, tasks in (("text", GENERATING), ("encoder", CLASSIFYING))
+        for task in tasks
+        if (of := found.get((name, task))) and ("LoRA r=8", task) in found
+    }
+    return ", ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios.values()))
+
+
+def _metrics(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    return _methods_table(found, _metric)
+
+
+def _losses(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    return _methods_table(found, lambda of: f"{of['loss']:.3f}")
+
+
+def _metric(of: dict[str, Any]) -> str:
+    """Mean ± sd in percent; the number of seeds where it is not three; * where the search for a rate has not ended."""
     spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
-    few = f" ({of['seeds']})" if of["seeds"] == 2 or (of["seeds"] == 1 and of["steps"]) else ""
-    return f"{100 * of['mean']:.1f}{spread}{few}"
+    few = f" ({of['seeds']})" if of["seeds"] < 3 and of["steps"] else ""
+    return f"{100 * of['mean']:.1f}{spread}{few}" + " *" * (not of["closed"])
 
 
-def _size(of: dict[str, Any] | None) -> str:
-    return "-" if of is None else f"{of['trainable'] / 1e6:.2f} M, {of['seconds']:.0f} s"
-
-
-def _rate(of: dict[str, Any] | None) -> str:
-    return "-" if of is None else f"{of['lr']:.0e}, {of['loss']:.3f}"
+def _costs(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    sizes = _methods_table(found, lambda of: f"{of['trainable'] / 1e6:.2f} M, {of['adapter_bytes'] / 1e6:.2f} MB")
+    runs = _methods_table(found, lambda of: f"{of['steps']} steps, {of['seconds']:.0f} s" if of["steps"] else "")
+    rates = _methods_table(found, lambda of: f"{of['lr']:.0e}" + " *" * (not of["closed"]) if of["steps"] else "")
+    return (
+        f"## Quality: what it takes\n\nParameters that are trained, and bytes of an adapter in fp32:\n\n{sizes}\n\n"
+        f"Steps, and seconds of training (of one core, where the device is a CPU):\n\n{runs}\n\n"
+        f"Best learning rate of a grid in steps of three (* at an end of those tried, the search not ended):\n\n{rates}"
+    )
 
 
 def _column(line: Line) -> str:
@@ -145,11 +167,7 @@ def _column(line: Line) -> str:
     return "another task"
 
 
-def _basis_tables(
-    trained: Mapping[tuple[Any, ...], list[Line]],
-    tuned: Mapping[tuple[Any, ...], list[Line]],
-    captures: Mapping[tuple[Any, ...], Line],
-) -> Iterable[str]:
+def _basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> Iterable[str]:
     """For each rank, reduction and number of samples: capture, and the metric after training by each optimizer."""
     variants = sorted({(line["rank"], line["reduction"], line["samples"]) for line in captures.values()})
     for rank, reduction, samples in variants:
@@ -161,7 +179,7 @@ def _basis_tables(
         there = {_column(line) for line in of_variant.values()}
         names = [name for name in COLUMNS if name in there]
 
-        def rows(show: Callable[[tuple[Any, ...]], str], of_variant: Any = of_variant, names: Any = names) -> str:
+        def rows(show: Callable[[Identity], str], of_variant: Any = of_variant, names: Any = names) -> str:
             found = {(line["task"], _column(line)): show(identity) for identity, line in of_variant.items()}
             shown = [task for task in TASKS if any(found.get((task, name), "-") != "-" for name in names)]
             lines = [[task, *(found.get((task, name), "-") for name in names)] for task in shown]
@@ -174,9 +192,7 @@ def _basis_tables(
         )
         for optimizer, name in OPTIMIZERS.items():
             cells = {identity: _changed(identity, optimizer=optimizer) for identity in of_variant}
-            shown = {
-                i: _trained(trained.get(of)) + " *" * (of in trained and of not in tuned) for i, of in cells.items()
-            }
+            shown = {identity: _shown(best, of) for identity, of in cells.items()}
             if metric := rows(shown.__getitem__):
                 section += (
                     f"\n\nTest metric in percent (and loss on valid rows), after training by {name} "
@@ -185,26 +201,33 @@ def _basis_tables(
         yield section
 
 
-def _trained(lines: list[Line] | None) -> str:
-    if not lines:
+def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None:
+    """A basis beside the task's own: at its best rate, or, where the search has not ended, if the own's was tried."""
+    own, found = best.get(_changed(identity, basis="own", balanced=False)), best.get(identity)
+    own_was_tried = own and found and own.closed and own.lines[0]["lr"] in found.rates
+    return found if found and (found.closed or own_was_tried) else None
+
+
+def _shown(best: Mapping[Identity, Best], identity: Identity) -> str:
+    if (found := comparable(best, identity)) is None:
         return "-"
-    found = summary(lines) | {"seeds": len(lines)}
-    return f"{_cell(found)} ({found['loss']:.3f})"
+    of = _summary(found)
+    return f"{_metric(of)} ({of['loss']:.3f})"
 
 
-def _prediction(trained: Mapping[tuple[Any, ...], list[Line]], captures: Mapping[tuple[Any, ...], Line]) -> str:
+def _prediction(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> str:
     """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
     points: Mapping[str, dict[str, tuple[list[float], list[float]]]]
     points = defaultdict(lambda: defaultdict(lambda: ([], [])))
-    for identity, lines in trained.items():
+    for identity in best:
         own_identity = _changed(identity, basis="own", balanced=False)
         of, own_capture = (captures.get(_changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
-        own = trained.get(own_identity)
-        if of is None or own is None or own_capture is None or lines is own:
+        found, own = comparable(best, identity), comparable(best, own_identity)
+        if identity == own_identity or of is None or own_capture is None or found is None or own is None:
             continue
-        seeds = {line["seed"] for line in lines} & {line["seed"] for line in own}
-        of_basis, of_own = (statistics.mean(x["loss"] for x in some if x["seed"] in seeds) for some in (lines, own))
-        x, y = points[f"{OPTIMIZERS[lines[0]['optimizer']]}, r = {of['rank']}"][of["task"]]
+        seeds = {line["seed"] for line in found.lines} & {line["seed"] for line in own.lines}
+        of_basis, of_own = (statistics.mean(x["loss"] for x in b.lines if x["seed"] in seeds) for b in (found, own))
+        x, y = points[f"{OPTIMIZERS[dict(identity)['optimizer']]}, r = {of['rank']}"][of["task"]]
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
     points = {kind: tasks for kind, tasks in points.items() if sum(len(x) for x, _ in tasks.values()) > 2}

@@ -51,12 +51,12 @@ def run(
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export import distributed
     from lorasb_export.base import BaseModel
-    from lorasb_export.calibrate import calibrate
-    from lorasb_export.capture import overview
+    from lorasb_export.calibration.calibrate import calibrate
+    from lorasb_export.calibration.capture import overview
+    from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.output import refuse_existing
     from lorasb_export.settings import DRAWN, CalibrationSettings
     from lorasb_export.shared_basis import refuse_to_strand
-    from lorasb_export.subspace import by_module, spread
 
     project = run.project
     flags = given(

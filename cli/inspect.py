@@ -26,7 +26,7 @@ def run(
     found = inspect_folder(folder, data=data, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
-        from lorasb_export.capture import words
+        from lorasb_export.calibration.capture import words
 
         shown["capture"] = f"{words(found['capture'])}, each with --json"
     run.result(found, "\n".join(_lines(shown)))

@@ -36,7 +36,7 @@ def run(
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
     chosen = _adapters(run, adapters or [])
     first = chosen if isinstance(chosen, str) else next(iter(chosen))
-    from lorasb_export.merge import merge  # only now: it brings torch
+    from lorasb_export.merging.merge import merge  # only now: it brings torch
 
     result = merge(
         chosen,

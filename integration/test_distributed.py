@@ -12,9 +12,9 @@ import torch
 
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.calibrate import calibrate
+from lorasb_export.calibration.calibrate import calibrate
+from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.data import load_task
-from lorasb_export.gradients import draw, gradients_of_rows
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets

@@ -17,9 +17,9 @@ from integration.evidence.models import base_of
 from integration.evidence.scores import some
 from integration.evidence.training import basis_of, gradient
 from lorasb_export.batches import encode
+from lorasb_export.calibration.subspace import CaptureRatios
 from lorasb_export.data import load_task
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.subspace import CaptureRatios
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")
 

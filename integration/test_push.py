@@ -206,7 +206,8 @@ def test_a_folder_that_is_replaced_meanwhile_is_not_published(
     replace = """
 import shutil, sys
 from pathlib import Path
-from lorasb_export import hub, push
+from lorasb_export.publishing import hub
+from lorasb_export import push
 adapter, folder, other, name = sys.argv[1:]
 function = getattr(hub, name)
 def replace_before(*args):

@@ -13,9 +13,9 @@ from tests.random_adapter import save_adapter, save_base  # first: it hides brok
 import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.errors import SettingsError
 from lorasb_export.factors import Factors, ModuleBasis
-from lorasb_export.random_basis import random_factors
 from lorasb_export.serve.shared.routes import Routes
 
 pytest.importorskip("vllm")

@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lorasb_export import Adapter, Basis, distributed
 from lorasb_export.base import BaseModel
-from lorasb_export.muon import Muon, groups_of
+from lorasb_export.training.muon import Muon, groups_of
 
 distributed.start()
 model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()

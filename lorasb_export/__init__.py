@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .basis import Basis
-    from .calibrate import calibrate
+    from .calibration.calibrate import calibrate
     from .export import export
-    from .hub import push
-    from .merge import merge
+    from .merging.merge import merge
+    from .publishing.hub import push
     from .serve import serve
-    from .train import fit
+    from .training.fit import fit
 
 __all__ = ["Adapter", "Basis", "calibrate", "export", "fit", "merge", "push", "serve"]
 
 _HOMES = {
     "Adapter": "adapter",
     "Basis": "basis",
-    "calibrate": "calibrate",
+    "calibrate": "calibration.calibrate",
     "export": "export",
-    "fit": "train",
-    "merge": "merge",
-    "push": "hub",
+    "fit": "training.fit",
+    "merge": "merging.merge",
+    "push": "publishing.hub",
     "serve": "serve",
 }
 

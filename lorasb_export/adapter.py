@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import card, distributed, environment
+from . import distributed, environment
 from .base import BaseRef
 from .basis import Basis
 from .errors import ArtifactError
@@ -26,6 +26,7 @@ from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_c
 from .kind import PEFT_TYPE
 from .output import atomic_folder
 from .provenance import versions
+from .publishing import card
 from .storage import read_header, read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import card, distributed, environment
+from . import distributed, environment
 from .base import BaseRef
 from .factors import Factors, ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
@@ -24,6 +24,7 @@ from .format import FORMAT_VERSION, basis_tensors, block_factors, load_tensors, 
 from .lock import only_writer
 from .output import atomic_folder
 from .provenance import versions
+from .publishing import card
 from .settings import GRADIENT
 from .storage import read_json, write_json
 

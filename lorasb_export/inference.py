@@ -21,7 +21,7 @@ from .layer import remove
 from .metrics import exact_match
 from .network import positions
 from .settings import FitSettings
-from .validation import mean_loss, of_predictions, row_scores
+from .training.validation import mean_loss, of_predictions, row_scores
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -294,9 +294,9 @@ def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -
 
 def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
-    from . import card
     from .format import sealed
     from .output import replaced_file
+    from .publishing import card
     from .storage import read_json, write_json
 
     path = folder / "adapter_config.json"

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from . import checksums
 from .adapter import Adapter
 from .base import BaseModel
 from .basis import Basis
+from .calibration.subspace import by_module, spread
 from .data import load_task
 from .errors import LoraSBError, SettingsError
 from .export.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
-from .outgoing import SUMS
+from .publishing import checksums
+from .publishing.outgoing import SUMS
 from .settings import DRAWN
 from .storage import read_header, read_json, sha256_file
-from .subspace import by_module, spread
 
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 
@@ -105,7 +105,10 @@ def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _capture(basis: Basis, data: str) -> dict[str, Any]:
-    from .capture import capture, overview  # brings transformers, which the rest of this module does without
+    from .calibration.capture import (  # brings transformers, which the rest of this module does without
+        capture,
+        overview,
+    )
 
     task = load_task("data", data)
     base = basis.base.resolve()

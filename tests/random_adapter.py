@@ -14,9 +14,9 @@ from transformers import PreTrainedModel  # noqa: E402
 
 from lorasb_export.adapter import Adapter, Basis  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
+from lorasb_export.calibration.random_basis import random_factors  # noqa: E402
 from lorasb_export.factors import Factors, ModuleBasis  # noqa: E402
 from lorasb_export.layer import head_parameters, weight_of  # noqa: E402
-from lorasb_export.random_basis import random_factors  # noqa: E402
 from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
 
 

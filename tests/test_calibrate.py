@@ -24,14 +24,14 @@ from lorasb_export import Adapter, fit
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, Encoded, collate
-from lorasb_export.calibrate import calibrate
-from lorasb_export.capture import capture, overview, recorded
+from lorasb_export.calibration.calibrate import calibrate
+from lorasb_export.calibration.capture import capture, overview, recorded
+from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
+from lorasb_export.calibration.subspace import CaptureRatios, rounded
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
-from lorasb_export.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.subspace import CaptureRatios, rounded
 from lorasb_export.targets import find_targets
 from tests.conftest import write_splits
 from tests.tiny import make_bert, make_gpt2
@@ -439,7 +439,7 @@ def test_fit_in_a_basis_drawn_at_random_asks_for_no_gradient(
 ) -> None:
     """It starts at the base model, with three times the rate, nine times at a rank of 4."""
     settings = CalibrationSettings(rank=4, directions=directions)
-    monkeypatch.setattr("lorasb_export.run_basis.capture", None)
+    monkeypatch.setattr("lorasb_export.training.run_basis.capture", None)
     made = settings if source == "own" else calibrate(str(llama), {}, settings)
     adapter = fit(str(llama), made, sums, tmp_path / "a", FitSettings(max_steps=2))
     assert adapter.training["settings"]["learning_rate"] == 8.1e-2

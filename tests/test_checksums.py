@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_export.checksums import checksums, verify
 from lorasb_export.errors import ArtifactError
-from lorasb_export.outgoing import SUMS, collect
+from lorasb_export.publishing.checksums import checksums, verify
+from lorasb_export.publishing.outgoing import SUMS, collect
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from tokenizers.normalizers import NFC
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
+from lorasb_export.calibration.gradients import draw
 from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, question_and_answer
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
-from lorasb_export.gradients import draw
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_llama, save_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_export.direct import PAGE, Buffers, OutputFile
+from lorasb_export.merging.direct import PAGE, Buffers, OutputFile
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64])

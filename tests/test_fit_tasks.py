@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import BaseModelError, DataError, OutputError
-from lorasb_export.fit_tasks import fit_tasks
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training.fit_tasks import fit_tasks
 from tests.tiny import make_llama
 
 SETTINGS = FitSettings(max_steps=1)

@@ -18,7 +18,7 @@ from lorasb_cli.main import app
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lorasb_export import outgoing, push
+from lorasb_export import push
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
 from lorasb_export.basis import Basis
@@ -28,10 +28,11 @@ from lorasb_export.factors import ModuleBasis
 from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder, will_pass
 from lorasb_export.format import sealed
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.outgoing import SUMS
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
-from lorasb_export.push_project import push_project
+from lorasb_export.publishing import outgoing
+from lorasb_export.publishing.outgoing import SUMS
+from lorasb_export.publishing.push_project import push_project
 from lorasb_export.storage import read_json, write_json
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}

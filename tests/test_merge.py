@@ -17,7 +17,7 @@ from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.layer import head_parameters
-from lorasb_export.merge import parse_size
+from lorasb_export.merging.merge import parse_size
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
 from tests.tiny import make_bert, make_gpt2, make_llama, write_index
@@ -283,7 +283,8 @@ def test_interrupted_in_the_middle_leaves_no_model(llama: Path, tmp_path: Path) 
     """The child interrupts itself between two tensors; a restart succeeds and cleans up. Kills: test_merge_resume."""
     adapter = adapter_for(llama, tmp_path / "a")
     script = (
-        "import os, sys; from lorasb_export import merge, merge_write as module; real = module._update\n"
+        "import os, sys; from lorasb_export import merge; from lorasb_export.merging import write as module\n"
+        "real = module._update\n"
         "def stopping(tensor, plan):\n"
         "    if tensor.name == 'model.layers.1.mlp.up_proj.weight': os.kill(os.getpid(), int(sys.argv[3]))\n"
         "    return real(tensor, plan)\n"

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_export import merge_sum, retained
 from lorasb_export.factors import ModuleBasis
-from lorasb_export.merge_sum import Update, add
-from lorasb_export.retained import Retained
+from lorasb_export.merging import retained, sums
+from lorasb_export.merging.retained import Retained
+from lorasb_export.merging.sums import Update, add
 
 ROWS, COLUMNS, RANK = 768, 515, 16
 
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_sum, "BLOCK", 100 * COLUMNS)
+    monkeypatch.setattr(sums, "BLOCK", 100 * COLUMNS)
 
 
 def merged(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.merge_folder import resumable_folder
+from lorasb_export.merging.folder import resumable_folder
 from lorasb_export.storage import read_json
 from tests.random_adapter import save_adapter
 from tests.tiny import make_llama

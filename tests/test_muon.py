@@ -9,7 +9,7 @@ import torch
 
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
-from lorasb_export.muon import Muon, groups_of, orthogonalized
+from lorasb_export.training.muon import Muon, groups_of, orthogonalized
 
 r = 8
 

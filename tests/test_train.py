@@ -22,9 +22,9 @@ from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.inference import evaluate
 from lorasb_export.lock import only_writer
-from lorasb_export.muon import Muon, groups_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.trainer import RTrainer
+from lorasb_export.training.muon import Muon, groups_of
+from lorasb_export.training.trainer import RTrainer
 
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
 
@@ -65,7 +65,7 @@ def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
     folder, undisturbed = basis.parent / f"resume-{optimizer}", replace(SETTINGS, optimizer=optimizer)
     script = (
         "import sys; from lorasb_export import fit\n"
-        "from lorasb_export.settings import FitSettings; from lorasb_export.trainer import RTrainer\n"
+        "from lorasb_export.settings import FitSettings; from lorasb_export.training.trainer import RTrainer\n"
         "import os, signal, torch; torch.set_num_threads(1)\n"
         "step = RTrainer.training_step\n"
         "def killing(self, *args, **kwargs):\n"

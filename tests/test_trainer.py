@@ -20,10 +20,10 @@ from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError, TrainingError
-from lorasb_export.order import RowOrder, learning_rate_factor
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.train import fit_together
-from lorasb_export.trainer import RTrainer
+from lorasb_export.training.fit import fit_together
+from lorasb_export.training.order import RowOrder, learning_rate_factor
+from lorasb_export.training.trainer import RTrainer
 
 SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
 
@@ -226,7 +226,7 @@ def test_killed_after_an_early_stop_the_run_only_writes(
     )
     inputs = (str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.train.write_record", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        patch.setattr("lorasb_export.training.fit.write_record", lambda *_: (_ for _ in ()).throw(OSError("disk")))
         with pytest.raises(OSError, match="disk"):
             fit(*inputs)
     stopped = counted_forwards["steps"]
@@ -310,7 +310,7 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
         patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(*inputs)
-        patch.setattr("lorasb_export.run_basis.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+        patch.setattr("lorasb_export.training.run_basis.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
         with pytest.raises(KeyboardInterrupt):
             fit(*inputs, resume=True)
     other = fit(str(llama), CalibrationSettings(rank=2), *inputs[2:], resume=True)  # no checkpoint of the first yet
@@ -441,7 +441,7 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lorasb_export.train.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("lorasb_export.training.fit.shutil.rmtree", lambda *_, **__: None)
     settings = replace(SETTINGS, max_steps=3, dtype="auto", optimizer=optimizer)
     fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     (checkpoint,) = (tmp_path / ".a.run").glob("checkpoint-*")

@@ -12,8 +12,8 @@ from lorasb_export import Adapter, merge
 from lorasb_export.base import CAUSAL_LM, BaseModel
 from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
+from lorasb_export.merging.verify import compare_logits
 from lorasb_export.streamed import add_updates, streamed_model
-from lorasb_export.verify import compare_logits
 from tests.random_adapter import save_adapter
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")]

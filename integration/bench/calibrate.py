@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from lorasb_export.base import CAUSAL_LM, BaseModel
 from lorasb_export.batches import collate, row_losses
+from lorasb_export.calibration.gradients import draw, gradient_sums
+from lorasb_export.calibration.subspace import reduced, truncated_svd
 from lorasb_export.data import TaskData
-from lorasb_export.gradients import draw, gradient_sums
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import TASKS
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.subspace import reduced, truncated_svd
 from lorasb_export.targets import find_targets
 
 from .measure import alternate_calls, memory, print_table, ratio

@@ -27,15 +27,15 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, collate, encode, row_losses
+from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import load_task
 from lorasb_export.layer import remove
-from lorasb_export.muon import Muon
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
-from lorasb_export.random_basis import random_factors
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM
 from lorasb_export.stack import Stack
 from lorasb_export.targets import find_targets
+from lorasb_export.training.muon import Muon
 
 from .measure import alternate_calls, memory, print_table, ratio
 
@@ -52,7 +52,7 @@ KILLED = """
 import os, signal, sys
 from lorasb_export import fit
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.trainer import RTrainer
+from lorasb_export.training.trainer import RTrainer
 model, data, out, kill = sys.argv[1:]
 step = RTrainer.training_step
 def killing(self, *arguments):

@@ -28,7 +28,7 @@ from integration.evidence.cells import DOWN  # noqa: E402
 from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import BaseModel  # noqa: E402
 from lorasb_export.batches import prompt_ids  # noqa: E402
-from lorasb_export.calibrate import calibrate  # noqa: E402
+from lorasb_export.calibration.calibrate import calibrate  # noqa: E402
 from lorasb_export.data import TaskData, load_task  # noqa: E402
 from lorasb_export.export import export  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
@@ -36,7 +36,7 @@ from lorasb_export.quickstart.model import small_model  # noqa: E402
 from lorasb_export.quickstart.tasks import write_tasks  # noqa: E402
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings  # noqa: E402
 from lorasb_export.targets import find_targets  # noqa: E402
-from lorasb_export.train import fit  # noqa: E402
+from lorasb_export.training.fit import fit  # noqa: E402
 from tests.random_adapter import save_adapter  # noqa: E402
 
 from .measure import alternate_calls, print_table, ratio  # noqa: E402

@@ -12,7 +12,7 @@ from lorasb_export.batches import encode
 from lorasb_export.data import Row, TaskData
 from lorasb_export.inference import answers, max_answer_tokens
 from lorasb_export.metrics import exact_match
-from lorasb_export.validation import of_predictions, row_scores
+from lorasb_export.training.validation import of_predictions, row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,15 +7,15 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from .. import card
 from ..adapter import Adapter, published_training
 from ..base import CAUSAL_LM, BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
 from ..inference import require_same_kind
-from ..merge import merge
+from ..merging.merge import merge
 from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions
+from ..publishing import card
 from ..storage import DTYPE_BYTES
 from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize

@@ -19,7 +19,7 @@ from ..inference import answers, fitting_metric, max_answer_tokens, trained_leng
 from ..layer import remove
 from ..metrics import exact_match
 from ..streamed import streamed_model
-from ..validation import of_predictions
+from ..training.validation import of_predictions
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 
 PROMPTS = (

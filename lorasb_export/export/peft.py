@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .. import card
 from ..adapter import Adapter, published_training
-from ..card_sections import Facts
 from ..format import save_tensors
 from ..output import atomic_folder, refuse_existing, refuse_own_input
 from ..provenance import command
+from ..publishing import card
+from ..publishing.card_sections import Facts
 from ..storage import write_json
 
 _PREFIX = "base_model.model."

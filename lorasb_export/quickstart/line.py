@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import BaseModel
 from ..batches import prompt_ids
-from ..calibrate import calibrate
+from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
 from ..errors import MissingPackageError
 from ..export.onnx import export_onnx
 from ..export.onnx_run import OnnxDecoder
 from ..export.peft import export_peft
-from ..hub import push
 from ..inference import answers, max_answer_tokens, record_evaluation
 from ..layer import remove
-from ..merge import merge
+from ..merging.merge import merge
 from ..metrics import exact_match
 from ..new_project import OF_TEXT, write_project
 from ..output import atomic_folder
 from ..project import Project
 from ..provenance import versions
+from ..publishing.hub import push
 from ..serve import running_server
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import write_json
-from ..train import fit
+from ..training.fit import fit
 from .model import small_model
 from .tasks import write_tasks
 

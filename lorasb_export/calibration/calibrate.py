@@ -1,0 +1,225 @@
+"""Gradient sums over a few rows → sign → rank-r SVD → Basis (arXiv 2411.19557, Algorithm 1).
+
+ΔW = -η·sign(Σ_i ∇_W L(W0, x_i)),   B·diag(S)·A = trunc_r(ΔW),   R0 = diag(S)/s
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from ..bars import no_bar
+from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..basis import Basis
+from ..data import TaskData, load_task, refuse_single_class
+from ..errors import BaseModelError, DataError, SettingsError
+from ..factors import ModuleBasis
+from ..layer import remove, weight_of
+from ..network import empty_model, require_positions
+from ..provenance import command
+from ..settings import BLOCK, DRAWN, CalibrationSettings
+from ..targets import find_targets
+from .capture import capture_of_rows, record
+from .gradients import draw, gradients_of_rows
+from .random_basis import random_factors
+from .subspace import (
+    EXACT_UP_TO,
+    OVERSAMPLE,
+    POWER_ITERATIONS,
+    CaptureRatios,
+    reduced,
+    rounded,
+    svd_device,
+    truncated_svd,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: str | BaseModel,
+    data: Mapping[str, str | Path | TaskData],
+    settings: CalibrationSettings | None = None,
+    *,
+    weights: Mapping[str, float] | None = None,
+    network: PreTrainedModel | None = None,
+) -> Basis:
+    """Calibrate one basis for `model` over one task or a mixture of tasks.
+
+    Its `calibration` records, under `capture`, how much of the gradient it was made from the basis holds, overall
+    and by module, and how much of each task's (see `capture.capture`).
+
+    With `directions` random or block it is made without data: `data` and `weights` are not read, and nothing is
+    recorded of gradients.
+
+    Args:
+        model: folder, Hub id, or a resolved BaseModel.
+        data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
+        weights: task name → what the losses of its rows are multiplied by; 1 where it is not named.
+        network: the loaded base, where the caller already has it; an adapter on it is taken off.
+
+    Raises:
+        DataError: no rows, mixed task types.
+        SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
+        BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
+    """
+    settings = settings or CalibrationSettings()
+    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+    base.refuse_merged()
+    if settings.directions in DRAWN:
+        return _drawn(base, settings, network)
+    weights = {name: float(weight) for name, weight in (weights or {}).items()}
+    _check_weights(weights, data)
+    tasks = [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
+    labels = _common_labels(tasks)
+    task_type = tasks[0].task_type
+    if network is None:
+        classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
+        network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
+    remove(network)  # the gradient is wanted at W0
+    targets = _targets(network, settings)
+    require_positions(network, settings.max_length)
+
+    tokenizer = base.load_tokenizer()
+    rows = {task.name: draw(task, tokenizer, labels, settings) for task in tasks}
+    every_row = [row for of_task in rows.values() for row in of_task]
+    logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), ", ".join(rows))
+    every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
+    sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
+    modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
+
+    overall, by_name = ratios.overall(), ratios.modules
+    captured = {}
+    if len(tasks) == 1:  # the basis is the task's own
+        own = {name: ratios | {"own": ratios["basis"]} for name, ratios in by_name.items()}
+        captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
+    elif settings.capture:
+        logger.info("Measuring how much of each task's gradient it holds")
+        captured = {
+            name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
+            for name, of_task in rows.items()
+        }
+    calibration = {
+        **{k: v for k, v in asdict(settings).items() if k not in ("rank", "samples", "capture")},
+        "task_type": task_type,
+        "command": command(),
+        "data": [
+            {
+                "name": t.name,
+                "source": t.source,
+                "sha256": t.sha256,
+                "rows": len(rows[t.name]),
+                "weight": weights.get(t.name, 1.0),
+            }
+            for t in tasks
+        ],
+        "samples": len(every_row),
+        "svd": {"exact_up_to": EXACT_UP_TO, "oversample": OVERSAMPLE, "power_iterations": POWER_ITERATIONS},
+        "energy": energy,
+        "capture": {
+            **rounded(overall),
+            "tasks": {t.name: record(t, captured[t.name]) for t in tasks if captured},
+            "modules": {name: rounded(of_module) for name, of_module in by_name.items()},
+        },
+    }
+    return Basis(base.ref(targets), settings.rank, modules, calibration)
+
+
+def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
+    task_type = CAUSAL_LM if base.generates else SEQ_CLS
+    if network is not None:
+        remove(network)
+    elif settings.directions == BLOCK:  # of which the shapes of the weights are enough
+        network = empty_model(base, generates=base.generates)
+    else:
+        network = base.load(task_type, dtype=settings.dtype)
+    targets = _targets(network, settings)
+    ref = base.ref(targets)
+    # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
+    drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
+    modules = random_factors(targets, settings.rank, drawn_by, network.dtype, settings.directions)
+    used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}
+    if settings.directions == BLOCK:  # 0 and 1 are exact in all
+        del used["dtype"]
+    calibration = {**used, "task_type": task_type, "command": command(), "data": [], "samples": 0, "energy": {}}
+    return Basis(ref, settings.rank, modules, calibration)
+
+
+def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
+    targets = find_targets(network, settings.targets)
+    for name, module in targets.items():
+        shape = tuple(weight_of(module).shape)
+        if settings.rank > min(shape):
+            raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
+    return targets
+
+
+def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
+    for name, weight in weights.items():
+        if name not in names:
+            raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {', '.join(names)}")
+        if not 0 < weight < math.inf:
+            raise SettingsError(f"the weight of task {name} is {weight}, must be positive")
+
+
+def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
+    """The classes of all tasks together, sorted; none for text generation and regression.
+
+    Raises:
+        DataError: there is no task, or they are of different kinds.
+    """
+    if not tasks:
+        raise DataError("no data to calibrate on", fix="Name at least one task")
+    kinds = [(task.task_type, bool(task.labels)) for task in tasks]
+    other = next((task for task, kind in zip(tasks, kinds, strict=True) if kind != kinds[0]), None)
+    if other is not None:
+        own = f"basis_{other.name}"
+        raise DataError(
+            "the tasks mix text generation, classification or regression",
+            where=f"{tasks[0].name} and {other.name}",
+            fix=f"Calibrate one basis for each kind: lorasb calibrate --data {other.name}={other.source} --out {own}, "
+            f'then [tasks.{other.name}] basis = "{own}" in lorasb.toml',
+        )
+    labels = {label for task in tasks for label in task.labels}
+    if len({type(label) for label in labels}) > 1:
+        raise DataError("the labels of some tasks are names, of others numbers", fix="Use one kind")
+    refuse_single_class(sorted(labels))
+    return sorted(labels)
+
+
+def _decompose(
+    sums: dict[str, torch.Tensor], settings: CalibrationSettings, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, ModuleBasis], dict[str, float], CaptureRatios]:
+    """Every gradient sum as its factors, the share of the step's energy they keep, and of the gradient itself.
+
+    Sums are freed as they are used. Raises BaseModelError for one that is zero.
+    """
+    for name, gradient in sums.items():
+        if not gradient.any():
+            raise BaseModelError(
+                "the module received no gradient: these rows never use it",
+                where=name,
+                fix="Calibrate on more rows, or leave it out with --targets",
+            )
+    modules, energy, ratios = {}, {}, CaptureRatios()
+    for name in tqdm(sorted(sums), desc="SVD", disable=no_bar()):
+        gradient = sums.pop(name).to(device)
+        step = -settings.eta * reduced(gradient, settings.reduction)
+        U, S, Vh = truncated_svd(step, settings.rank, settings.seed)
+        energy[name] = float(S.square().sum() / step.square().sum())
+        modules[name] = ModuleBasis(
+            U.to("cpu", dtype).contiguous(), Vh.to("cpu", dtype).contiguous(), S.to("cpu", torch.float32)
+        )
+        ratios.add(name, gradient, basis=(modules[name].B, modules[name].A))
+    return modules, energy, ratios

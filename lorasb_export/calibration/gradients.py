@@ -1,0 +1,183 @@
+"""Gradients of a task's loss at W0, summed over a few rows: what a basis is made from, and what it is measured on."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from .. import environment
+from ..bars import no_bar
+from ..batches import Encoded, collate, encode, row_losses
+from ..data import TaskData
+from ..distributed import rank, world
+from ..errors import BaseModelError
+from ..layer import weight_of
+from ..settings import CalibrationSettings
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def draw(
+    task: TaskData, tokenizer: PreTrainedTokenizerBase, labels: Sequence[Any], settings: CalibrationSettings
+) -> list[Encoded]:
+    """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`."""
+    rows = list(task.rows("train"))
+    wanted = settings.samples
+    if wanted is None:
+        wanted = max(32, round(len(rows) / 1000))
+    count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
+    drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
+    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=f"{task.name}: train row")
+
+
+def gradients_of_rows(
+    network: PreTrainedModel,
+    targets: Mapping[str, torch.nn.Module],
+    rows: Sequence[Encoded],
+    pad_id: int,
+    settings: CalibrationSettings,
+    weights: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`gradient_sums` over `rows` in batches, each row's loss multiplied by its weight.
+
+    Processes that joined torch.distributed share the rows, and every one gets the sums over all of them.
+    """
+    weighted = list(zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True))
+    weighted = weighted[rank() :: world()]
+    batches = []
+    for i in range(0, len(weighted), settings.batch_size):
+        batch, factors = zip(*weighted[i : i + settings.batch_size], strict=True)
+        batches.append({**collate(batch, pad_id), "weights": torch.tensor(factors)})
+    return gradient_sums(
+        network,
+        targets,
+        tqdm(batches, desc="gradients", disable=no_bar()),
+        loss=settings.loss,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def gradient_sums(
+    model: PreTrainedModel,
+    targets: Mapping[str, torch.nn.Module],
+    batches: Iterable[dict[str, Any]],
+    *,
+    loss: str = "sample",
+    gradient_checkpointing: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32 on the CPU.
+
+    The loss of a row is the mean over its tokens (`sample`: every row counts the same), or the sum over them times
+    rows/tokens of the whole data (`token`: every token counts the same); neither depends on what batch a row is in.
+    A gradient leaves the device and is freed as soon as backward has made it, so that the device never holds more
+    than one layer's. In several processes the sums are those over the batches of all of them.
+
+    Args:
+        batches: as `collate` makes them; in addition `weights` (n,), by which the losses of the rows are multiplied.
+        gradient_checkpointing: recompute the inside of every layer in backward, where the model's class can; done in
+            any case where it is switched on in the model.
+
+    Raises:
+        BaseModelError: a gradient is not finite.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
+
+    def keep(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            gradient = weight.grad.to("cpu", torch.promote_types(weight.dtype, torch.float32))
+            sums[name] = sums[name].add_(gradient) if name in sums else gradient
+            weight.grad = None
+
+        return hook
+
+    weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
+    checkpointed = (gradient_checkpointing and model.supports_gradient_checkpointing) or model.is_gradient_checkpointing
+    with _only_trainable(model, weights, keep), _checkpointed(model) if checkpointed else nullcontext():
+        for batch in batches:
+            tensors = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
+            losses, counts = row_losses(model(**tensors).logits, labels)
+            counted += torch.tensor([len(counts), int(counts.sum())])
+            (factors * (losses / counts if loss == "sample" else losses)).sum().backward()
+
+    rows, tokens = _over_processes(counted, model.device).tolist()
+    for name, module in targets.items():
+        if name not in sums:
+            dtype = torch.promote_types(weights[name].dtype, torch.float32)
+            sums[name] = torch.zeros_like(weights[name], dtype=dtype, device="cpu")
+        total = _over_processes(sums[name], model.device)
+        if loss == "token":
+            total *= rows / tokens
+        if not math.isfinite(total.sum()):  # as it is not with a NaN or infinity anywhere; isfinite() makes copies
+            raise BaseModelError("the gradient is not finite", where=name, fix="Try --dtype float32")
+        sums[name] = total if weight_of(module) is module.weight else total.T  # Conv1D stores its weight as (in, out)
+    return sums
+
+
+def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Σ of a CPU tensor over the processes that share the rows; every one of them must come here.
+
+    It goes through `device` where the backend is not gloo: the others sum only what lies there.
+    """
+    if world() == 1:
+        return tensor
+    moved = tensor if dist.get_backend() == "gloo" else tensor.to(device)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+@contextmanager
+def _only_trainable(
+    model: PreTrainedModel, weights: Mapping[str, Any], hook: Callable[[str], Callable[[torch.Tensor], None]]
+) -> Iterator[None]:
+    """Let only `weights` require gradients, with dropout and the KV cache off; all is restored afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training, cache = model.training, getattr(model.config, "use_cache", None)
+    model.eval().requires_grad_(False)
+    handles = []
+    try:
+        if cache:
+            model.config.use_cache = False
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags.items():
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+        if cache:
+            model.config.use_cache = cache
+        model.train(training)
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep of every layer its inputs alone. transformers does it only in training mode, with dropout on."""
+    before = {m: vars(m).get("forward") for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+    try:
+        for layer in before:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward is not None:  # someone else's wrapper
+                layer.forward = forward

@@ -1,0 +1,1 @@
+"""Base + adapters → a plain model folder, written block by block and resumable."""

@@ -1,0 +1,107 @@
+"""The folder a merge works in: one merge at a time, resumable after a kill, renamed when complete.
+
+Beside the target `NAME` lies, while a merge runs or after it was killed, `.NAME.merge`.
+A shard is finished when its mark, `.SHARD.json`, exists: the mark is written after the shard's bytes are on the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..lock import only_writer
+from ..output import cannot_write, fsync, prepare_target, put_in_place, replaced_file
+from ..storage import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY = ".identity"
+
+
+class MergeFolder:
+    """A folder being filled with shards, some of which an earlier, killed merge may have finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def mark(self, shard: str, content: Mapping[str, Any]) -> None:
+        """Fsync `shard` and record it as finished, with what is to be remembered of it."""
+        fsync(self.path / shard)
+        with replaced_file(self._mark(shard)) as mark:
+            write_json(mark, {"bytes": (self.path / shard).stat().st_size, **content})
+
+    def finished(self, shard: str) -> dict[str, Any] | None:
+        """What `mark` recorded, or None where the shard is to be written."""
+        if not self._mark(shard).is_file() or not (self.path / shard).is_file():
+            return None
+        found = read_json(self._mark(shard))
+        return found if found["bytes"] == (self.path / shard).stat().st_size else None
+
+    def _mark(self, shard: str) -> Path:
+        return self.path / f".{shard}.json"
+
+    def has_marks(self) -> bool:
+        return any(self.path.glob(".*.safetensors.json"))
+
+    def forget_marks(self) -> None:
+        for path in self.path.glob(".*"):
+            path.unlink()
+
+
+@contextmanager
+def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) -> Iterator[MergeFolder]:
+    """Yield a sibling folder that becomes `target` when the block ends without an exception.
+
+    Killed or interrupted, finished shards stay for the next call with the same `identity`; with another one, or after
+    an error, the folder is removed.
+
+    Raises:
+        OutputError: another process is writing `target`, the target exists and `overwrite` is false, or its
+            parent cannot be written.
+    """
+    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
+    with only_writer(target), cannot_write(target):
+        prepare_target(target, overwrite)
+        folder = _open(_work_path(target), identity)
+        try:
+            yield folder
+            for path in sorted(folder.path.iterdir()):
+                fsync(path)
+            folder.forget_marks()
+            put_in_place(folder.path, target, overwrite)
+        except KeyboardInterrupt:
+            if not folder.has_marks():
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+
+
+def bytes_of_an_earlier_try(target: Path) -> int:
+    """Room on the disk that a killed merge into `target` takes: it will be used again, or freed."""
+    work = _work_path(Path(os.path.abspath(target)))
+    return sum(path.stat().st_blocks * 512 for path in work.iterdir()) if work.is_dir() else 0
+
+
+def _work_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.merge"
+
+
+def _open(work: Path, identity: str) -> MergeFolder:
+    folder = MergeFolder(work)
+    if work.is_dir():
+        known = work / _IDENTITY
+        if known.is_file() and known.read_text() == identity:
+            return folder
+        if folder.has_marks():
+            logger.info("the base, the adapter or a setting changed: the interrupted merge is not resumed")
+        shutil.rmtree(work)
+    work.mkdir()
+    (work / _IDENTITY).write_text(identity)
+    return folder

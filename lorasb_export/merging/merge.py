@@ -1,0 +1,166 @@
+"""W0 + s·B·R·A as a plain model folder: plan and validate (`plan`), then write shard by shard (`write`)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..adapter import Adapter, published_training
+from ..bars import no_bar
+from ..base import SEQ_CLS
+from ..errors import SettingsError
+from ..output import free_bytes
+from ..provenance import command
+from ..publishing import card
+from ..storage import write_json
+from . import combine, retained
+from .folder import MergeFolder, resumable_folder
+from .plan import MergePlan, parse_size, plan_merge
+from .retained import Retained
+from .verify import compare_logits
+from .write import worker_threads, write_shard
+
+__all__ = ["merge", "parse_size"]
+
+logger = logging.getLogger(__name__)
+
+
+def merge(
+    adapter: str | Path | Adapter | combine.Weights,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    verify: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    report: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write `out`, a plain model folder with s·B·R·A added to every target of the base.
+
+    The sum is rounded once to the stored dtype. Other tensors are copied byte for byte (or converted, when `dtype`
+    asks for it), and so are tokenizer, chat template and generation files. Memory holds the factors of a module and a
+    few megabytes per thread. Killed, the same call again goes on after the last finished shard.
+
+    Args:
+        adapter: a folder, a Hub id, or several with their weights: the sum of wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that
+            share a basis cost no more than one.
+        base: the base model, where it is not where the adapter says.
+        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        max_shard_size: bytes, or a number with KB, MB or GB.
+        verify: compare the logits of base + adapter with those of the merged folder; fails above a tolerance.
+        dry_run: return the plan; write nothing.
+        report: a .json file to write with what every module retains of its update; a .png plot goes beside it.
+
+    Returns:
+        what was done; `retained` says how much of the update the stored dtype kept (`lorasb_export.merging.retained`).
+
+    Raises:
+        BaseModelError: another base, an already merged or a quantized one, a missing module.
+        OutputError: `out` exists, another merge writes it, or the disk has too little room.
+        ArtifactError: the adapter or its basis is bad, or `verify` failed.
+        LoraSBError: several problems at once, listed; of the first one's kind.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if report is not None and Path(report).suffix != ".json":
+        raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
+    plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    result = plan.summary() | {"out": str(out)}
+    if dry_run:
+        return result | {
+            "peak_memory_bytes": plan.peak_memory(),
+            "free_bytes": free_bytes(out),
+            "expected_retained": plan.expected_retained(),
+        }
+    with resumable_folder(out, plan.identity, overwrite=overwrite) as folder:
+        modules, reused = _write_shards(plan, folder)
+        result |= {"retained": retained.summary(modules), "shards_reused": reused}
+        retained.warn(result["retained"], " and ".join(result["stored"]))
+        made = {"command": command(), "retained": result["retained"]}
+        _write_other_files(plan, folder.path, _provenance(plan, adapter, folder.path) | made)
+        if verify:
+            result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
+    if report is not None:
+        retained.write_report(modules, Path(report))
+        result["report"] = str(report)
+    return result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retained], int]:
+    """Write every shard that an earlier try has not; module → what it retained, and how many shards were there."""
+    modules: dict[str, Retained] = {}
+    reused = 0
+    marks: list[Future[None]] = []
+    with (
+        tqdm(total=plan.nbytes, desc="merge", unit="B", unit_scale=True, disable=no_bar()) as bar,
+        ThreadPoolExecutor(1) as marking,  # a shard goes to the disk while the next one is computed
+        worker_threads() as pool,
+    ):
+        for name, shard in zip(plan.shard_names(), plan.shards, strict=True):
+            known = folder.finished(name)
+            if known is not None:
+                reused += 1
+                modules |= {module: Retained(*sums) for module, sums in known["retained"].items()}
+                bar.update(sum(tensor.nbytes for tensor in shard))
+                continue
+            found = write_shard(folder.path / name, shard, plan, pool, bar)
+            modules |= found
+            sums = {module: [r.delta, r.error, r.cross] for module, r in found.items()}
+            marks.append(marking.submit(folder.mark, name, {"retained": sums}))
+        for mark in marks:
+            mark.result()
+    if reused:
+        logger.info("%d of %d shards were finished by an interrupted merge", reused, len(plan.shards))
+    return modules, reused
+
+
+def _provenance(plan: MergePlan, adapter: str | Path | Adapter | combine.Weights, folder: Path) -> dict[str, Any]:
+    """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
+    said = {"kind": "merged", **plan.adapters[0].provenance(), "dtype": plan.dtype, "modules": len(plan.touched)}
+    if not isinstance(adapter, Mapping):
+        return said | {"training": published_training(plan.adapters[0], folder)}
+    for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
+        del said[key]
+    return said | {"adapters": combine.provenance(adapter)}
+
+
+def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, Any]) -> None:
+    names = plan.shard_names()
+    if len(names) > 1:
+        weight_map = {t.name: name for name, shard in zip(names, plan.shards, strict=True) for t in shard}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
+        )
+    for path in plan.side_files:
+        copy = folder / path.relative_to(plan.base.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    _write_config(plan, folder)
+    write_json(folder / "lorasb.json", provenance)
+    card.write(folder, card.merged_card(provenance))
+
+
+def _write_config(plan: MergePlan, folder: Path) -> None:
+    """config.json, byte for byte unless the dtype or the task changes it."""
+    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS:
+        shutil.copyfile(plan.base.folder / "config.json", folder / "config.json")
+        return
+    config: dict[str, Any] = dict(plan.base.config)
+    if plan.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.dtype
+    if plan.adapters[0].task_type == SEQ_CLS:
+        config |= plan.base.classifier_config(plan.adapters[0].labels)
+    write_json(folder / "config.json", config)

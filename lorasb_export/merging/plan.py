@@ -1,0 +1,312 @@
+"""What a merge will do, from headers and configs alone, and everything that stands against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter
+from ..base import CHAT_TEMPLATES, SEQ_CLS, BaseModel, refuse_foreign_link
+from ..basis_file import TORCH_DTYPES, open_basis, read_tensor
+from ..errors import ArtifactError, LoraSBError, SettingsError
+from ..output import refuse_existing, refuse_own_input, require_room
+from ..storage import DTYPE_BYTES, TensorInfo
+from . import retained
+from .combine import Weights, combine
+from .folder import bytes_of_an_earlier_try
+
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
+_PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
+_THREAD_BYTES = 40 << 20  # `write.PIECE` entries as read and as written, `sums.BLOCK` at every stage between
+_MAX_WORKERS = 8
+_SAMPLE = 2048  # weights of each target that the expected Δ is judged by
+# Never copied from the base: weights in any format, its card, and provenance of another run.
+_NOT_SIDE_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".md", ".pkl"}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the merged folder and what it is made from."""
+
+    name: str
+    info: TensorInfo  # as it will be stored; offsets are those of its source
+    file: Path | None  # where the source bytes are; None for a trained head
+    source: TensorInfo | None
+    module: str | None = None  # the module whose update is added, or None: copied or converted
+    head: str | None = None  # the adapter's head tensor that takes its place
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPE_BYTES[self.info.dtype] * math.prod(self.info.shape)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything `merge` will do: for every module the sum of its adapters' updates, rounded once.
+
+    Attributes:
+        adapters: one for each basis; the bases stay on the disk (`open_basis`).
+    """
+
+    adapters: tuple[Adapter, ...]
+    base: BaseModel
+    shards: tuple[tuple[PlannedTensor, ...], ...]
+    dtype: str
+    side_files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard)
+
+    @property
+    def touched(self) -> list[PlannedTensor]:
+        return [tensor for shard in self.shards for tensor in shard if tensor.module is not None]
+
+    def shard_names(self) -> list[str]:
+        count = len(self.shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of all that decides the bytes of the shards: what an interrupted merge may be resumed by.
+
+        A base file counts by name, size and time of change, and its targets by their fingerprint.
+        """
+        files = sorted({tensor.file for shard in self.shards for tensor in shard if tensor.file is not None})
+        stats = [path.stat() for path in files]
+        parts = [
+            [adapter.provenance() for adapter in self.adapters],
+            self.dtype,
+            [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
+            self.base.fingerprint({name for adapter in self.adapters for name in adapter.R}),
+            [[(t.name, t.info.dtype, t.info.shape, t.module) for t in shard] for shard in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        folder = self.adapters[0].folder if len(self.adapters) == 1 else None  # of several that were combined, none
+        return {
+            "base": self.base.name_or_path,
+            "adapter": folder and str(folder),
+            "dtype": self.dtype,
+            "stored": sorted({tensor.info.dtype for tensor in self.touched}),
+            "modules": len(self.touched),
+            "tensors": sum(map(len, self.shards)),
+            "shards": len(self.shards),
+            "bytes": self.nbytes,
+        }
+
+    def peak_memory(self) -> int:
+        """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
+        rank = sum(adapter.rank for adapter in self.adapters)
+        factors = max((12 * rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
+        return _PYTHON_BYTES + 2 * factors + worker_count() * _THREAD_BYTES
+
+    def expected_retained(self) -> dict[str, Any]:
+        """How much of Δ the stored dtype will keep: a guess from some weights of every target and ‖Δ‖ = s·‖R‖."""
+        found = {}
+        for tensor in self.touched:
+            assert tensor.module is not None
+            assert tensor.file is not None
+            assert tensor.source is not None
+            info = tensor.source
+            entries = math.prod(info.shape)
+            start = info.start + DTYPE_BYTES[info.dtype] * (entries // 2)
+            taken = min(_SAMPLE, entries - entries // 2)
+            sample = read_tensor(
+                tensor.file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype])
+            )
+            norms = [a.scaling * float(a.R[tensor.module].norm()) for a in self.adapters if tensor.module in a.R]
+            rms = math.hypot(*norms) / math.sqrt(entries)  # of different bases: as if orthogonal
+            guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.info.dtype])
+            factor = entries / taken
+            found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
+        return retained.summary(found)
+
+
+def worker_count() -> int:
+    """Twice as many threads as torch would use, for half of them wait for the disk."""
+    return min(2 * torch.get_num_threads(), _MAX_WORKERS)
+
+
+class Problems:
+    """Collects errors of this package from `with` blocks, so that a user reads all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[LoraSBError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, LoraSBError):
+            self.found.append(error)
+            return True
+        return False
+
+    def raise_all(self) -> None:
+        """Raise the one error found, or one of the first's kind that lists all."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
+            raise type(self.found[0])(f"{len(self.found)} problems, nothing was written:{lines}")
+
+
+def plan_merge(
+    adapter: str | Path | Adapter | Weights,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> MergePlan:
+    """Match every module of the adapter to a tensor of the base, lay out the shards, look for room.
+
+    Reads headers, the adapter, a few pages of every target, and the basis once to verify its hash.
+
+    Raises: see `merge`.
+    """
+    problems = Problems()
+    limit, model = 0, None
+    loaded: tuple[Adapter, ...] = ()
+    with problems:
+        refuse_existing(out, overwrite)
+    with problems:
+        if dtype != "auto" and dtype not in _NAMES:
+            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use auto, {', '.join(_NAMES)}")
+    with problems:
+        limit = parse_size(max_shard_size)
+    with problems:
+        loaded = _load(adapter)
+        model = loaded[0].base.resolve(base)
+        for one in loaded:
+            refuse_own_input(out, one.folder, one.basis_source)
+    if model is None:
+        problems.raise_all()
+    assert model is not None
+    for one in loaded:
+        _check_modules(one, model, problems)
+    problems.raise_all()
+    with problems:
+        loaded = tuple(replace(a, basis=a.basis or open_basis(a.basis_source or a.folder or "")) for a in loaded)
+        for one in loaded:
+            _check_shapes(one, model, one.load_basis().shapes, problems)
+    problems.raise_all()
+    shards = tuple(_split(_tensors(loaded, model, dtype), limit))
+    plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
+    require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
+    return plan
+
+
+def parse_size(size: str | int) -> int:
+    """`"5GB"` → 5,000,000,000. Raises SettingsError."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("", 1)):
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.isascii() and number.isdecimal():
+            return int(number) * factor
+    raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
+
+
+def _load(adapter: str | Path | Adapter | Weights) -> tuple[Adapter, ...]:
+    if isinstance(adapter, Mapping):
+        return combine(adapter)
+    return (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter),)
+
+
+def _check_modules(adapter: Adapter, model: BaseModel, problems: Problems) -> None:
+    """That the base has every module, and is the one the adapter was trained on."""
+    before = len(problems.found)
+    for name in adapter.R:
+        with problems:
+            model.weight_key(name)
+    if len(problems.found) == before:
+        with problems:
+            model.verify(adapter.base, adapter.R)
+
+
+def _check_shapes(
+    adapter: Adapter, model: BaseModel, shapes: Mapping[str, tuple[int, int]], problems: Problems
+) -> None:
+    for module in adapter.R:
+        name = model.weight_key(module)
+        file, info = model.tensors[name]
+        shape = shapes[module][::-1] if model.stores_transposed else shapes[module]
+        if info.shape != shape or info.dtype not in TORCH_DTYPES:
+            with problems:
+                raise ArtifactError(
+                    f"tensor {name} is {info.dtype} {list(info.shape)}, the basis was made for {list(shape)}",
+                    where=file,
+                )
+
+
+def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> list[PlannedTensor]:
+    by_key = {model.weight_key(name): name for adapter in adapters for name in adapter.R}
+    adapter = adapters[0]  # the only one that may have a head
+    prefix = _body_prefix(model, adapter)
+    tensors = []
+    for name, (file, info) in model.tensors.items():
+        stored = replace(info, dtype=_NAMES[dtype]) if dtype != "auto" and info.dtype in TORCH_DTYPES else info
+        renamed = name if name.startswith(prefix) else prefix + name
+        if renamed not in adapter.head:
+            tensors.append(PlannedTensor(renamed, stored, file, info, by_key.get(name)))
+    of_body = model.tensors[next(iter(by_key))][1].dtype
+    for name, tensor in adapter.head.items():
+        stored_dtype = _NAMES[dtype] if dtype != "auto" else of_body
+        tensors.append(PlannedTensor(name, TensorInfo(stored_dtype, tuple(tensor.shape), 0, 0), None, None, head=name))
+    return tensors
+
+
+def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
+    """What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it."""
+    name = next(iter(adapter.R))
+    if adapter.task_type == SEQ_CLS and model.weight_key(name) != f"{name}.weight":
+        return name.partition(".")[0] + "."
+    return ""
+
+
+def _side_files(model: BaseModel) -> tuple[Path, ...]:
+    """The base's tokenizer, templates and licence, which are copied.
+
+    Raises:
+        BaseModelError: one is a link to another file elsewhere.
+    """
+    found = tuple(
+        path
+        for path in sorted((*model.folder.iterdir(), *model.folder.glob(CHAT_TEMPLATES)))
+        if path.is_file()
+        and path.suffix not in _NOT_SIDE_FILES
+        and not path.name.startswith(".")
+        and path.name not in ("config.json", "lorasb.json", "model.safetensors.index.json")
+    )
+    for path in found:
+        refuse_foreign_link(path, model.folder)
+    return found
+
+
+def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:
+    shard: list[PlannedTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if shard and filled + tensor.nbytes > limit:
+            yield tuple(shard)
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += tensor.nbytes
+    yield tuple(shard)

@@ -1,0 +1,117 @@
+"""Does a merged folder answer as base + adapter does?
+
+Both are run from the disk, one module's weights in memory at a time, so that it can be asked of a model that does not
+fit in memory; only where a checkpoint does not allow that (`streamed`), the whole model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapter import Adapter
+from ..base import BaseModel, default_device
+from ..batches import encode
+from ..data import TaskData, load_task
+from ..errors import ArtifactError, DataError
+from ..streamed import add_updates, streamed_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b\n",
+    "On 24 November 2026 the order of 12 blue chairs was shipped to Utrecht.",
+)
+_ROWS, _TOKENS = 4, 256  # of the task, and of each row
+_WHOLE = 1 << 20  # tokens: no row is left out for its length
+# Relative to the largest logit. bf16 keeps 8 bits of every weight, fp16 keeps 11; fp32 is limited by the
+# order of summation.
+_TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
+
+
+def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -> dict[str, Any]:
+    """Compare logits of base + adapters with those of `merged`, both computed in fp32.
+
+    On the first rows of the first one's task where they still lie where `fit` read them, else on built-in text.
+
+    Returns:
+        `max_difference`, `relative_difference` (to the largest logit), the `tolerance` it was held to, `rows` of the
+        task it was measured on (0: built-in text), and whether the weights stayed on the disk (`streamed`).
+
+    Raises:
+        ArtifactError: the relative difference exceeds the tolerance of the dtype the weights are stored in.
+    """
+    adapter = adapters[0]
+    batch, rows = _batch(base, adapter)
+    merged_base = BaseModel.resolve(merged)
+    unmerged = streamed_model(base, adapter.task_type, num_labels=adapter.num_labels, head=adapter.head)
+    network = streamed_model(merged_base, adapter.task_type)
+    streamed = unmerged is not None and network is not None
+    if unmerged is None or network is None:
+        logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
+        unmerged = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
+        from ..layer import load_head  # brings transformers, which the rest of a merge does without
+
+        load_head(unmerged, adapter.head)
+    add_updates(unmerged, adapters)
+    expected = _logits(unmerged, batch)
+    del unmerged
+    found = _logits(network or merged_base.load(adapter.task_type, dtype="float32"), batch)
+    stored = merged_base.tensors[merged_base.weight_key(next(iter(adapter.R)))][1].dtype
+    difference = float((expected - found).abs().max())
+    relative = difference / float(expected.abs().max())
+    if not relative <= _TOLERANCE[stored]:  # nor NaN
+        raise ArtifactError(
+            f"the merged logits differ by {relative:.1e} of the largest, more than {_TOLERANCE[stored]:.0e}",
+            where=merged,
+            fix="Nothing was written; merge with --dtype float32, or serve the adapter unmerged",
+        )
+    return {
+        "max_difference": difference,
+        "relative_difference": relative,
+        "tolerance": _TOLERANCE[stored],
+        "rows": rows,
+        "streamed": streamed,
+    }
+
+
+def _batch(base: BaseModel, adapter: Adapter) -> tuple[Mapping[str, torch.Tensor], int]:
+    """What the model is given, (rows, tokens) each, and how many rows are the task's."""
+    tokenizer = base.load_tokenizer()
+    task = _task(adapter)
+    if task is None:
+        return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0
+    rows = task.rows(task.held_out() if task.splits.get(task.held_out()) else "train")[:_ROWS]
+    encoded = encode(rows, tokenizer, adapter.task_type, adapter.labels, _WHOLE)
+    inputs = [{key: row[key][:_TOKENS] for key in tokenizer.model_input_names if key in row} for row in encoded]
+    return tokenizer.pad(inputs, return_tensors="pt"), len(inputs)
+
+
+def _task(adapter: Adapter) -> TaskData | None:
+    """The task it was trained on, where that is still there and what it was."""
+    source = Path(adapter.training.get("data") or "")
+    if not (source.is_absolute() and source.exists()):
+        return None
+    try:
+        task = load_task(source.name, source)
+    except DataError as error:
+        logger.info("built-in text is used to compare logits: %s", error)
+        return None
+    return task if task.sha256 == adapter.training.get("data_sha256") else None
+
+
+def _logits(network: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits at real tokens: (tokens, vocabulary), or (rows, classes)."""
+    inputs = {name: tensor.to(default_device()) for name, tensor in batch.items()}
+    with torch.inference_mode():
+        logits: torch.Tensor = network(**inputs).logits.float().cpu()
+    return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits

@@ -1,0 +1,222 @@
+"""One merged shard, streamed: a few threads, each with a block of rows to read, sum, round and write.
+
+What is written goes past the page cache (`O_DIRECT`) where the file system allows it: to fill the cache costs more than
+the sum, and evicts what others keep there. Memory holds the factors of one or two modules and a few megabytes a thread,
+whatever the size of the model or of a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..basis_file import TORCH_DTYPES
+from ..errors import ArtifactError
+from . import sums
+from .direct import PAGE, Buffers, OutputFile
+from .plan import MergePlan, PlannedTensor, worker_count
+from .retained import Retained
+
+PIECE = 8 * sums.BLOCK  # entries that are read and written at a time; 4 took 9 % longer, 16 5 % less
+MEASURED = 8  # one block in so many says what bf16 retains: the sums of 64,000 entries and more are sharp enough
+_COPY_BYTES = 4 << 20
+_WAITING = 12  # pieces that keep the factors of their modules in memory
+
+Done = tuple[Retained | None, int]  # of one piece: the error of rounding where it was touched, and bytes written
+
+
+@contextmanager
+def worker_threads() -> Iterator[ThreadPoolExecutor]:
+    """`worker_count()` threads, each of which computes alone: they share no barrier and overlap their I/O."""
+    threads, workers = torch.get_num_threads(), worker_count()
+    torch.set_num_threads(1)  # here too: helpers that wait for this thread's next product would spin on a core
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets holds for the math library of the whole process
+
+
+def write_shard(
+    path: Path, shard: tuple[PlannedTensor, ...], plan: MergePlan, pool: ThreadPoolExecutor, bar: Any
+) -> dict[str, Retained]:
+    """Write one safetensors file; not fsynced.
+
+    Returns:
+        module → what its stored weight retains of the update.
+
+    Raises:
+        ArtifactError: a factor of the basis is not finite, or a weight overflows the stored dtype.
+    """
+    header, starts = _layout(shard)
+    found: dict[str, Retained] = {}
+    waiting: deque[tuple[str | None, Future[Done]]] = deque()
+
+    def collect() -> None:
+        module, future = waiting.popleft()
+        retained, nbytes = future.result()
+        if module is not None and retained is not None:
+            found[module] = found.get(module, Retained()) + retained
+        bar.update(nbytes)
+
+    with ExitStack() as stack:
+        out = OutputFile(path, starts[-1] + shard[-1].nbytes)
+        stack.callback(out.close)
+        out.write(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        files = {}
+        for source in {tensor.file for tensor in shard if tensor.file is not None}:
+            files[source] = os.open(source, os.O_RDONLY)
+            stack.callback(os.close, files[source])
+        stack.callback(lambda: [future.exception() for _, future in waiting])  # none may outlive its files
+        for tensor, start in zip(shard, starts, strict=True):
+            update = _update(tensor, plan)
+            for piece in _pieces(tensor, start, plan, update, files, out):
+                waiting.append((tensor.module, pool.submit(piece)))
+                if len(waiting) > _WAITING:
+                    collect()
+        while waiting:
+            collect()
+    for module, retained in found.items():
+        if not math.isfinite(retained.error):
+            raise ArtifactError(
+                f"module {module} does not fit the stored dtype", where=path.name, fix="Merge with --dtype float32"
+            )
+    return found
+
+
+def _layout(shard: tuple[PlannedTensor, ...]) -> tuple[bytes, list[int]]:
+    """The file's header, and where each tensor starts."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    starts = []
+    for tensor in shard:
+        starts.append(position)
+        position += tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.info.dtype,
+            "shape": list(tensor.info.shape),
+            "data_offsets": [starts[-1], position],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * ((-8 - len(text)) % PAGE)  # the format wants the data aligned to 8 bytes, direct writes to a page
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]
+
+
+def _update(tensor: PlannedTensor, plan: MergePlan) -> sums.Update | None:
+    if tensor.module is None:
+        return None
+    assert tensor.source is not None
+    name = tensor.module
+    return sums.Update.of(
+        [(a.load_basis().modules[name], a.R[name], a.scaling) for a in plan.adapters if name in a.R],
+        transposed=plan.base.stores_transposed,
+        source=TORCH_DTYPES[tensor.source.dtype],
+        stored=TORCH_DTYPES[tensor.info.dtype],
+    )
+
+
+def _pieces(
+    tensor: PlannedTensor,
+    start: int,
+    plan: MergePlan,
+    update: sums.Update | None,
+    files: dict[Path, int],
+    out: OutputFile,
+) -> Iterator[Callable[[], Done]]:
+    """The work one tensor is, cut into calls that may run in any order."""
+    if tensor.head is not None:
+        yield partial(_store, out, start, plan.adapters[0].head[tensor.head], TORCH_DTYPES[tensor.info.dtype])
+        return
+    assert tensor.file is not None
+    assert tensor.source is not None
+    source, file = tensor.source, files[tensor.file]
+    if update is not None:
+        left, right = update.in_sum_dtype()
+        rows, columns = source.shape
+        step = max(1, sums.BLOCK // columns) * (PIECE // sums.BLOCK)
+        # In float64 every block is measured: it costs little there, and an overflow of fp16 must not be missed.
+        measure = 1 if update.dtype == torch.float64 else MEASURED
+        for row in range(0, rows, step):
+            of_rows = slice(row, min(rows, row + step))
+            yield partial(_add, file, out, tensor, start, update, left, right, of_rows, measure)
+    elif tensor.info == source:
+        for offset in range(0, source.nbytes, _COPY_BYTES):
+            count = min(_COPY_BYTES, source.nbytes - offset)
+            yield partial(_copy, file, source.start + offset, out, start + offset, count)
+    else:
+        entries = math.prod(source.shape)
+        for first in range(0, entries, PIECE):
+            yield partial(_convert, file, out, tensor, start, first, min(PIECE, entries - first))
+
+
+def _add(
+    file: int,
+    out: OutputFile,
+    tensor: PlannedTensor,
+    start: int,
+    update: sums.Update,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    rows: slice,
+    measure: int,
+) -> Done:
+    columns = right.shape[1]
+    count = (rows.stop - rows.start) * columns
+    weights = _read(file, tensor, rows.start * columns, count).view(-1, columns)
+    dtype = TORCH_DTYPES[tensor.info.dtype]
+    start += rows.start * columns * dtype.itemsize
+    stored = _buffers.take("stored", count, dtype, start).view(-1, columns)
+    retained = sums.add(weights, update, left, right, rows, stored, measure=measure)
+    return retained, out.write(start, stored)
+
+
+def _convert(file: int, out: OutputFile, tensor: PlannedTensor, start: int, first: int, count: int) -> Done:
+    weights = _read(file, tensor, first, count)
+    dtype = TORCH_DTYPES[tensor.info.dtype]
+    start += first * dtype.itemsize
+    stored = _buffers.take("stored", count, dtype, start).copy_(weights)
+    if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
+        raise ArtifactError(f"tensor {tensor.name} does not fit float16", fix="Merge with --dtype float32")
+    return None, out.write(start, stored)
+
+
+def _store(out: OutputFile, start: int, value: torch.Tensor, dtype: torch.dtype) -> Done:
+    stored = _buffers.take("stored", value.numel(), dtype, start).copy_(value.reshape(-1))
+    return None, out.write(start, stored)
+
+
+def _copy(file: int, position: int, out: OutputFile, start: int, count: int) -> Done:
+    memory = _buffers.take("stored", count, torch.uint8, start)
+    _fill(file, position, memory)
+    return None, out.write(start, memory)
+
+
+_buffers = Buffers()
+
+
+def _read(file: int, tensor: PlannedTensor, first: int, count: int) -> torch.Tensor:
+    """(count,) entries of the source from entry `first`, in this thread's buffer."""
+    assert tensor.source is not None
+    weights = _buffers.take("weights", count, TORCH_DTYPES[tensor.source.dtype])
+    _fill(file, tensor.source.start + first * weights.element_size(), weights)
+    return weights
+
+
+def _fill(file: int, position: int, value: torch.Tensor) -> None:
+    memory, done = value.view(torch.uint8).numpy().data, 0
+    while done < len(memory):
+        read = os.preadv(file, [memory[done:]], position + done)
+        if not read:
+            raise ArtifactError("a file of the base became shorter while it was read", fix="Fetch it again")
+        done += read

@@ -1,0 +1,1 @@
+"""Folders → the Hugging Face Hub: what may go out, cards, one commit at a time."""

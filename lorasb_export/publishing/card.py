@@ -1,0 +1,263 @@
+"""The card of each kind of folder, from what the folder records about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..output import replaced_file
+from ..storage import utf8
+from .card_sections import (
+    NOTHING,
+    Facts,
+    adapters,
+    base_link,
+    basis_shown,
+    capture,
+    data_of_basis,
+    data_of_training,
+    evaluation,
+    is_hub_id,
+    limits,
+    metadata,
+    method,
+    provenance_table,
+    retained,
+    source_of,
+    training_table,
+)
+from .readme import assemble, update
+
+HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
+
+_BEFORE = " Measured with the adapter itself, before it was written in this form."
+
+_CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
+
+
+def write(folder: Path, card: str) -> None:
+    """Write `card` as README.md of `folder`; the user's own text and front-matter keys there are kept.
+
+    Raises:
+        ArtifactError: the existing card is not UTF-8, or its front matter not valid YAML.
+    """
+    path = folder / "README.md"
+    old = utf8(path.read_bytes(), path) if path.is_file() else ""
+    with replaced_file(path) as temporary:
+        temporary.write_text(update(old, card, where=path), encoding="utf-8")
+
+
+def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
+    """The card of a basis folder from its basis_config.json; `name` is what a reader loads it by."""
+    base, rank, calibration = base_of(config), config["rank"], config["calibration"]
+    energy, model_class = calibration.get("energy") or {}, _model_class(calibration.get("task_type"))
+    numbers = {
+        "rank": rank,
+        "modules": len(config["target_modules"]),
+        "trained parameters of an adapter in it": rank * rank * len(config["target_modules"]),
+        "LoRA of this rank on these modules": sum(rank * sum(shape) for shape in config["target_modules"].values()),
+        "kept of the first step's energy, mean of modules": sum(energy.values()) / len(energy) if energy else None,
+        **{key: calibration.get(key) for key in ("directions", "samples", "reduction", "loss", "dtype", "seed")},
+    }
+    body = f"""# A LoRA-SB basis for {base_link(base)}
+
+The frozen factors `B` and `A` that adapters for this model share. An adapter trained in the basis adds `s·B·R·A` to the
+weight of each of {len(config["target_modules"])} linear layers and is a file of its `R` alone: {rank} × {rank} numbers
+a layer.
+
+## How to use it
+
+```python
+from lorasb_export import Adapter, Basis
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained({source_of(base)})
+adapter = Adapter.attach(model, Basis.load("{name}"))  # then any training loop, and adapter.save("folder")
+```
+
+```bash
+lorasb fit --basis {name}    # in a project: trains an adapter of each task
+```
+{method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
+    made = {"basis sha256": config["sha256"], "command": calibration.get("command"), "versions": config["created_with"]}
+    return _card(body, base, "lorasb", "adapter", None, ["lora-sb-basis"], made, facts, name)
+
+
+def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
+    """The card of an adapter folder from its adapter_config.json; `name` is what a reader loads it by."""
+    base, task_type, training = base_of(config), config["task_type"], config["training"]
+    numbers = {
+        "rank": config["r"],
+        "modules": len(config["target_modules"]),
+        "scaling s": config["scaling"],
+        "trained parameters": training.get("trainable_parameters"),
+        "LoRA of this rank on these modules": training.get("lora_parameters"),
+    }
+    elsewhere = "" if is_hub_id(base.get("name_or_path")) else " --model path/to/the/base/model"
+    served = f"lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible\n" if task_type != "SEQ_CLS" else ""
+    body = f"""# {_task(training)}: a LoRA-SB adapter for {base_link(base)}
+
+One trained {config["r"]} × {config["r"]} matrix `R` for each of {len(config["target_modules"])} linear layers.
+It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared by many tasks:
+{basis_shown(config["basis"])}.
+
+## How to load it
+
+```python
+from lorasb_export import Adapter
+from transformers import {_model_class(task_type)} as AutoModel
+
+model = AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})
+Adapter.load("{name}").inject(model)
+```
+
+```bash
+lorasb merge {name} --out model{elsewhere}    # a plain model folder
+{served}```
+{method(numbers)}{_trained(training, facts)}"""
+    made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
+    return _card(body, base, "lorasb", "adapter", task_type, [], made, facts, name, training)
+
+
+def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
+    """The card of a PEFT export from its adapter_config.json; `name` is what a reader loads it by."""
+    base, task_type = base_of(config), config.get("task_type")
+    training = facts.made.get("training", {})
+    loaded = f"AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})"
+    body = f"""# {_task(training)}: a LoRA for {base_link(base)}
+
+A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` and `s·B·R`.
+
+## How to load it
+
+```python
+from peft import PeftModel
+from transformers import {_model_class(task_type)} as AutoModel
+
+model = PeftModel.from_pretrained({loaded}, "{name}")
+```
+{_trained(training, facts, _BEFORE)}"""
+    return _card(body, base, "peft", "adapter", task_type, ["lora"], facts.made, facts, name, training)
+
+
+def _num_labels(training: Mapping[str, Any]) -> str:
+    """The argument with which a classifier's base gets a head of the right size."""
+    outputs = 1 if training.get("regression") else len(training.get("labels") or [])
+    return f", num_labels={outputs}" if outputs else ""
+
+
+def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
+    """The card of a merged model from its lorasb.json; `name` is what a reader loads it by."""
+    base, task_type, training = base_of(provenance), provenance.get("task_type"), provenance.get("training", {})
+    several = [str(one["name"]) for one in provenance.get("adapters", [])]
+    title, what = _task(training), "a LoRA-SB adapter"
+    if several:
+        title, what = " + ".join(several), f"{len(several)} LoRA-SB adapters"
+    body = f"""# {title}: {base_link(base)} with {what} merged in
+
+An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.
+
+## How to load it
+
+```python
+from transformers import {_model_class(task_type)} as AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+{adapters(provenance)}{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts, _BEFORE)}"""
+    return _card(body, base, "transformers", "finetune", task_type, [], provenance, facts, name, training)
+
+
+def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
+    """The card of an ONNX export (kind `onnx` or `onnx-adapters`) from its lorasb.json."""
+    base, training, task_type = base_of(provenance), provenance.get("training", {}), provenance.get("task_type")
+    tasks = list(provenance.get("adapters", {}))
+    title, content = f"{_task(training)}: an adapter merged into", "with a LoRA-SB adapter merged in"
+    if tasks and provenance.get("routed"):
+        title, content = (
+            f"{', '.join(tasks)}: adapters for",
+            "with LoRA-SB adapters, of which each row of a batch picks one",
+        )
+    elif tasks:
+        title, content = f"{', '.join(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
+    cache = "" if task_type == "SEQ_CLS" else " with a key-value cache"
+    numbers = {**_of_update(provenance), "precision": provenance.get("precision")}
+    numbers |= {"made for": provenance.get("execution_provider"), "exporter": provenance.get("exporter")}
+    body = f"""# {title} {base_link(base)}, for ONNX Runtime
+
+{base_link(base)} as an ONNX graph{cache}, {content}.
+
+## How to load it
+
+```python
+{_onnx_lines(provenance, tasks, name)}```
+{adapters(provenance)}{method(numbers)}{_trained(training, facts, _BEFORE)}"""
+    return _card(body, base, "onnxruntime", "finetune", task_type, ["onnx"], provenance, facts, name, training)
+
+
+def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
+    """How to load a folder by what can run it: onnxruntime-genai its own builder's graphs, if they are not routed."""
+    short = name.rpartition("/")[2]  # a folder of its own: in the cache the graph's data would be a link
+    fetch = "" if name == HERE else "from huggingface_hub import snapshot_download\n"
+    folder = f'folder = "{name}"\n' if name == HERE else f'folder = snapshot_download("{name}", local_dir="{short}")\n'
+    if provenance.get("task_type") == "SEQ_CLS":
+        return f'import onnxruntime as ort\n{fetch}\n{folder}session = ort.InferenceSession(folder + "/model.onnx")\n'
+    if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):
+        adapter = f', "{tasks[0]}"' if tasks else ""
+        decoder = f"decoder = OnnxDecoder(folder{adapter})  # decoder.generate(prompt_ids, 40, decoder.eos_ids)\n"
+        return f"{fetch}from lorasb_export.export.onnx_run import OnnxDecoder\n\n{folder}{decoder}"
+    load = ""
+    if tasks:
+        load = f"""adapters = og.Adapters(model)
+adapters.load(folder + "/{tasks[0]}.onnx_adapter", "{tasks[0]}")  # generator.set_active_adapter(adapters, "{tasks[0]}")
+"""
+    return f"import onnxruntime_genai as og\n{fetch}\n{folder}model = og.Model(folder)\n{load}"
+
+
+def _task(training: Mapping[str, Any]) -> str:
+    return str(training.get("task") or "One task")
+
+
+def _of_update(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    training = provenance.get("training", {})
+    return {
+        **{key: provenance.get(key) for key in ("rank", "modules", "scaling")},
+        "trained parameters": training.get("trainable_parameters"),
+        "LoRA of this rank on these modules": training.get("lora_parameters"),
+    }
+
+
+def _trained(training: Mapping[str, Any], facts: Facts, note: str = "") -> str:
+    return data_of_training(training, facts) + training_table(training) + evaluation(training, note)
+
+
+def _card(
+    body: str,
+    base: Mapping[str, Any],
+    library: str,
+    relation: str,
+    task_type: str | None,
+    tags: list[str],
+    made: Mapping[str, Any],
+    facts: Facts,
+    name: str,
+    training: Mapping[str, Any] = {},
+) -> str:
+    keys = metadata(base, library, relation, task_type, tags, facts, name, training)
+    rest = limits(base, training, facts) + provenance_table(base, made)
+    return assemble(keys, f"{body.rstrip()}\n{rest}")
+
+
+def base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`name_or_path`, `revision` and `fingerprint` of the base, from any config of ours."""
+    flat = {"name_or_path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+    base: Mapping[str, Any] = (
+        config.get("base") or config.get("base_model") or flat | {"fingerprint": config.get("base_fingerprint")}
+    )
+    return base
+
+
+def _model_class(task_type: str | None) -> str:
+    return _CLASSES.get(task_type or "", "AutoModelForCausalLM")

@@ -1,0 +1,46 @@
+"""Under which licence a base model or a data set is: what its card says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import ArtifactError, ServerError
+from ..fetch import hub_errors, patiently
+from .card_sections import is_hub_id
+from .readme import keys_of
+
+KEYS = ("license", "license_name", "license_link")
+
+
+def licence(source: str, *, revision: str | None = None, dataset: bool = False) -> Mapping[str, str]:
+    """`license`, `license_name` and `license_link` of the card of a folder or Hub id; empty where none says it.
+
+    Raises:
+        ServerError: the Hub fails or cannot be reached.
+    """
+    folder = Path(os.path.expanduser(source))
+    path = folder / "README.md" if folder.is_dir() else None
+    if path is None and is_hub_id(source):
+        path = _card_on_the_hub(source, revision, dataset)
+    if path is None or not path.is_file():
+        return {}
+    try:
+        keys = keys_of(path.read_text(encoding="utf-8"), path)
+    except (ArtifactError, UnicodeDecodeError):
+        return {}
+    return {key: str(keys[key]) for key in KEYS if keys.get(key)}
+
+
+def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo_type = "dataset" if dataset else None
+    with hub_errors(name, ServerError):
+        try:
+            path = patiently(lambda: hf_hub_download(name, "README.md", revision=revision, repo_type=repo_type))
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):  # or gated
+            return None
+    return Path(path)

@@ -1,0 +1,218 @@
+"""Which files of a folder go to the Hub, and what is taken out of them first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..base import BaseModel
+from ..errors import ArtifactError
+from ..format import sealed
+from ..kind import artifact_kind
+from ..storage import read_json
+
+Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
+Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another one of its name
+
+SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
+
+_BASIS = ("basis.safetensors", "basis_config.json")
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+_GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
+_ALWAYS = ("README.md", "LICENSE", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "lorasb.json", "*.png")
+# What a folder of each kind may publish. No pattern admits a pickle, a checkpoint or a cache.
+_ALLOWED = {
+    "basis": (*_BASIS, *_ALWAYS),
+    "adapter": ("adapter.safetensors", "adapter_config.json", "training_log.jsonl", *_BASIS, *_ALWAYS),
+    "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
+    "merged": ("*.safetensors", *_TEXTS, *_ALWAYS),
+    "onnx": (*_GRAPHS, *_TEXTS, *_ALWAYS),
+    "onnx-adapters": (*_GRAPHS, *_TEXTS, *_ALWAYS),
+}
+# Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
+_NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
+_DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand as they are
+# Left in the repository by an earlier push, these would be loaded together with the new files.
+_STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
+_MARKS = {
+    "adapter.safetensors": "adapter",  # first: an embedded basis lies beside it
+    "basis.safetensors": "basis",
+    "adapter_model.safetensors": "peft",
+    "*.onnx": "onnx",
+    "*.safetensors": "merged",
+}
+_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
+_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
+_WEIGHTS = ("*.safetensors", *_GRAPHS)
+_TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
+
+
+def kind_of(folder: Path) -> str:
+    """What is pushed. Raises ArtifactError for a folder of a kind that is not."""
+    kind = artifact_kind(folder)
+    if kind not in _ALLOWED:
+        fix = f"Push a folder written by lorasb ({', '.join(_ALLOWED)})"
+        raise ArtifactError(f"a folder of kind {kind!r} is not pushed", where=folder, fix=fix)
+    return kind
+
+
+def collect(folder: Path, kind: str) -> tuple[Files, list[str]]:
+    """The files to publish by their path inside the folder, and the paths passed over.
+
+    Raises:
+        ArtifactError: a link that leads nowhere or out of the folder; weights that are damaged.
+    """
+    files: Files = {}
+    skipped = []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        inside = path.relative_to(folder).as_posix()
+        if inside == SUMS:
+            continue  # of another push
+        if not _matches(inside, _ALLOWED[kind]):
+            skipped.append(inside)
+        elif not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            fix = "Replace it by the file itself"
+            raise ArtifactError("a link that leads nowhere, or out of the folder", where=path, fix=fix)
+        else:
+            files[inside] = path
+    if kind == "merged":
+        BaseModel.resolve(folder).tensors  # noqa: B018  # reads and checks every header
+    return files, skipped
+
+
+def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
+    """Raise ArtifactError for a PEFT or ONNX folder without its weights, or one of its adapters."""
+    needed = {_NEEDED[kind]} if kind in _NEEDED else set()
+    if "model.onnx" in needed & set(files):
+        needed |= {name.decode() for name in _DATA_FILE.findall(_read(files["model.onnx"]))}
+    if kind == "onnx-adapters":
+        record = read_json(folder / "lorasb.json")
+        if not record.get("routed"):  # there they lie in a data file
+            needed |= {f"{name}.onnx_adapter" for name in record.get("adapters", ())}
+    missing = sorted(needed - set(files))
+    if missing:
+        fix = "Export it again; weights in a pickle are never published"
+        raise ArtifactError(f"the folder has no {' and no '.join(missing)}", where=folder, fix=fix)
+
+
+def pin(files: Files) -> Seen:
+    """Read all but weights now, and remember which files they are: a folder may be replaced while it is pushed."""
+    seen = {file: _identity(file) for file in files.values() if isinstance(file, Path)}
+    for name, file in files.items():
+        if not any(fnmatch(name, pattern) for pattern in _WEIGHTS):
+            files[name] = _read(file)
+    return seen
+
+
+def refuse_replaced(seen: Seen) -> None:
+    """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
+    for path, before in seen.items():
+        if not path.exists() or _identity(path) != before:
+            raise replaced(path.parent)
+
+
+def replaced(folder: Path) -> ArtifactError:
+    """To raise when `folder` is not what it was when the push began."""
+    fix = "Push again: nothing was published"
+    return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)
+
+
+def is_publishable(path: str) -> bool:
+    """Whether a folder of some kind may publish this; never a path that leaves the folder."""
+    return any(_matches(path, patterns) for patterns in _ALLOWED.values())
+
+
+def take_out_paths(files: Files) -> None:
+    """Put in place of every absolute path in the JSON files its last part: folders are their owner's business.
+
+    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from; one that
+    is no JSON is published as it is.
+
+    Raises:
+        ArtifactError: a file of ours is no JSON.
+    """
+    for name, file in files.items():
+        if not name.endswith(".json") or (name not in _OURS and _size(file) > _TEXT_BYTES):
+            continue
+        try:
+            content = json.loads(_read(file))
+        except (ValueError, RecursionError) as error:
+            if name not in _OURS:
+                continue
+            raise ArtifactError(f"unreadable JSON: {error}", where=name, fix="Write the folder again") from None
+        if not isinstance(content, dict):
+            continue
+        if name in _OURS:
+            clean = _without_paths(content)
+            if "config_sha256" in content:
+                clean = sealed(clean)
+        else:
+            paths = {key: content[key] for key in ("_name_or_path", "name_or_path") if key in content}
+            clean = content | _without_paths(paths)
+        if clean != content:
+            files[name] = to_json(clean)
+
+
+def refuse_tokens(files: Files) -> None:
+    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not.
+
+    The token in use is looked for as it is, whatever it looks like.
+    """
+    from huggingface_hub import get_token
+
+    in_use = (get_token() or "").encode()
+    for name, file in files.items():
+        if any(fnmatch(name, pattern) for pattern in (*_WEIGHTS, "*.png")):
+            continue
+        text = _read(file)
+        if _TOKEN.search(text) or (in_use and in_use in text):
+            raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
+
+
+def stale(there: Iterable[str], published: Collection[str], files: Files) -> list[str]:
+    """Paths of the repository that must go: the folder no longer has them, and they are weights or `published` once."""
+    return [path for path in there if path not in files and (path in published or _matches(path, _STALE))]
+
+
+def mark(paths: Iterable[str]) -> str | None:
+    """The kind of artifact that a listing holds, as far as weights from two kinds must not mix."""
+    names = list(paths)
+    return next((kind for pattern, kind in _MARKS.items() if any(_matches(p, [pattern]) for p in names)), None)
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    return f"{json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: entry if key == "labels" else _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(os.path.normpath(value))
+    return value
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return not path.startswith(".") and any(
+        fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns
+    )
+
+
+def _read(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _size(file: Path | bytes) -> int:
+    return len(file) if isinstance(file, bytes) else file.stat().st_size

@@ -1,0 +1,78 @@
+"""Push a project: its basis once, and every adapter, each to a repository of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..adapter import Adapter
+from ..errors import SettingsError
+from ..kind import artifact_kind
+from ..project import Project
+from .hub import push
+
+PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`
+BASIS = "basis"
+
+
+def push_project(project: Project, repo: str, *, with_basis: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """Push the project's shared basis, if an adapter uses it, and then all its adapters.
+
+    Each is compared with its repository first, so only what changed is sent. Stopped anywhere, the same call again
+    goes on: an adapter is never published before its basis.
+
+    Args:
+        repo: `owner/{name}-lorasb`, where {name} becomes `basis` or the adapter's name.
+        with_basis: put the basis inside every adapter instead.
+        options: of `push`.
+
+    Returns:
+        what `push` returns, of the basis first.
+
+    Raises:
+        SettingsError: there is no adapter, or `repo` names a single repository.
+        and what `push` raises.
+    """
+    names = project.adapter_names()
+    if not names:
+        raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
+    if PLACE not in repo:
+        fix = f"Write {PLACE} in it, as in me/{PLACE}-lorasb, or name the folder to push"
+        raise SettingsError("a project needs a repository for its basis and for each adapter", where=repo, fix=fix)
+    if BASIS in names:
+        raise SettingsError("an adapter is called `basis`", where=project.folder, fix="Rename its task")
+    adapters = [project.adapter_folder(name) for name in names]
+    folders = list(adapters)
+    if not with_basis and any(_uses_shared_basis(project, folder) for folder in adapters):
+        folders.insert(0, project.path(project.basis_path))
+    return [push_folder(project, folder, repo, with_basis=with_basis, **options) for folder in folders]
+
+
+def push_folder(
+    project: Project,
+    folder: str | Path,
+    repo: str,
+    *,
+    with_basis: bool = False,
+    basis_repo: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Push one folder to the repository that `repo` names for it, where it also looks for an adapter's shared basis.
+
+    Args and errors: as for `push_project` and `push`.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
+    is_basis = folder == project.path(project.basis_path)
+    undecided = PLACE in repo and not with_basis and basis_repo is None
+    if undecided and _uses_shared_basis(project, folder):
+        basis_repo = repo.replace(PLACE, BASIS)
+    target = repo.replace(PLACE, BASIS if is_basis else folder.name)
+    return push(folder, target, with_basis=with_basis, basis_repo=basis_repo, **options)
+
+
+def _uses_shared_basis(project: Project, folder: Path) -> bool:
+    """Whether this is an adapter that names the project's basis folder."""
+    if artifact_kind(folder) != "adapter":
+        return False
+    return Adapter.load(folder).basis_source == str(project.path(project.basis_path))

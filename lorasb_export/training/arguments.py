@@ -1,0 +1,44 @@
+"""The settings of a fit as transformers' Trainer takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .. import environment
+from ..settings import FitSettings
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import TrainingArguments  # noqa: E402
+
+
+def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
+    """An item of the dataset is a whole optimizer step, of which there are `steps`; `settings` have one rate."""
+    (rate,) = settings.rates
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
+        run_name=name,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        logging_steps=max(1, min(10, steps // 10)),
+        logging_nan_inf_filter=False,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the newest may be incomplete when the process is killed
+        seed=settings.seed,
+        report_to="none" if settings.report_to == "tensorboard" else settings.report_to,  # a callback does that
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # B and A, before every forward pass
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes, never for DataParallel
+    return arguments

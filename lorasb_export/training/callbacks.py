@@ -1,0 +1,116 @@
+"""What happens around the training loop: a bar, a checkpoint when SIGTERM comes, the end of a reporter's run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import distributed, environment
+from ..bars import no_bar
+from ..errors import Terminated
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import Trainer, TrainerCallback  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+_SILENCE = 30  # seconds
+
+
+@contextmanager
+def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
+
+    Not with several processes: the signal reaches them at different steps, and those ahead would wait for ever.
+    They die of it, and the run is resumed from its last checkpoint.
+    """
+    if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    callback = _StopWhenAsked()
+    trainer.add_callback(callback)
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(callback, "asked", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if callback.asked:
+        raise Terminated
+
+
+@contextmanager
+def run_of_its_own(report_to: str) -> Iterator[None]:
+    """What is trained in it is one run of Weights & Biases, unless the caller has one under way already.
+
+    transformers begins a run where there is none and never ends it: all that is trained later would go there too.
+    """
+    if report_to != "wandb":
+        yield
+        return
+    import wandb
+
+    ours = wandb.run is None
+    try:
+        yield
+    finally:
+        if ours:
+            wandb.finish()
+
+
+class _StopWhenAsked(TrainerCallback):
+    asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_log = control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """One bar with the latest losses, on stderr when that is a terminal; logged at evaluations, or after a silence."""
+
+    bar: Any
+    began: tuple[float, int]  # when, and at which step
+    spoke: float
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.losses: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=no_bar())
+        self.spoke = time.monotonic()
+        self.began = self.spoke, state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        losses, evaluated = [], False
+        for key, value in (logs or {}).items():
+            task, kind = key.rpartition("/")[::2]
+            if kind == "loss":
+                losses.append(value)
+            elif kind == "eval_loss":
+                evaluated, self.losses["valid loss"] = True, f"{value:.4f} of {task}" if task else f"{value:.4f}"
+        if losses:
+            self.losses["train loss"] = f"{sum(losses) / len(losses):.4f}"
+        self.bar.set_postfix(self.losses)
+        if evaluated or (losses and time.monotonic() - self.spoke > _SILENCE):
+            self._say(state.global_step, state.max_steps)
+
+    def _say(self, step: int, steps: int) -> None:
+        self.spoke = time.monotonic()
+        since, first = self.began
+        left = (self.spoke - since) / max(1, step - first) * (steps - step)
+        losses = ", ".join(f"{name} {loss}" for name, loss in self.losses.items())
+        logger.info("%s: step %d of %d, %s, about %.0f s left", self.title, step, steps, losses, left)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()

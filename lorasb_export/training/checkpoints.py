@@ -1,0 +1,95 @@
+"""What lies in the working folder of a training run: checkpoints, complete or not, and what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from .. import format
+from ..adapter import Adapter
+from ..errors import ArtifactError, OutputError, TrainingError
+from ..settings import FitSettings
+from ..storage import read_json
+
+COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
+SAME = "Resume with the same settings and data, or start afresh with --overwrite"
+RESUME = "Free or repair that disk, then go on with the same command and --resume"
+
+
+def rate_folder(folder: Path, rate: float, settings: FitSettings) -> Path:
+    """Where in the working folder the checkpoints at `rate` lie."""
+    return folder / f"rate-{rate}" if len(settings.rates) > 1 else folder
+
+
+def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
+    """Make the working folder of a run, empty unless it is resumed.
+
+    Raises:
+        OutputError: an interrupted run would be lost.
+        TrainingError: the one to be resumed had learning rates that are not in `settings`.
+    """
+    begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
+    if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
+        raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
+    if not resume:
+        if begun and not overwrite:
+            raise OutputError(
+                "an interrupted run is there",
+                where=folder,
+                fix="Continue it with --resume, or start afresh with --overwrite",
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def together_folder(folder: Path, tasks: Iterable[str]) -> Path:
+    """The working folder of `tasks` that train together: theirs alone, since others may be training beside them."""
+    names = json.dumps(sorted(tasks))
+    return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
+
+
+def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
+    """Raise TrainingError where some of `data`, hashes, have an interrupted run with others: none would be resumed."""
+    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
+        if data & set(read_json(marker)["data_sha256"]):
+            other = folder / marker.relative_to(folder).parts[0]
+            fix = "Resume it with the tasks it had, or remove that folder"
+            raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
+    saved = read_json(checkpoint / COMPLETE)
+    differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
+    if differing:
+        raise TrainingError(
+            f"the interrupted run had other {', '.join(differing)}",
+            where=checkpoint.parent,
+            fix=SAME,
+        )
+
+
+def save_tensors(adapter: Adapter, path: Path) -> None:
+    """R and head of an adapter, in the dtype they are trained in."""
+    format.save_tensors(adapter.tensors(), path)
+
+
+def load_tensors(adapter: Adapter, path: Path) -> None:
+    """Put what `save_tensors` wrote back into the live tensors of `adapter`. Raises ArtifactError on other names."""
+    saved, live = load_file(path), adapter.tensors()
+    if set(saved) != set(live):
+        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
+    for name, tensor in live.items():
+        tensor.data.copy_(saved[name])

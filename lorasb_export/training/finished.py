@@ -1,0 +1,42 @@
+"""Is an adapter that is there what a run would make, so that `--resume` may keep it?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ..adapter import Adapter
+from ..base import BaseModel
+from ..basis import Basis
+from ..data import TaskData
+from ..settings import CalibrationSettings, FitSettings
+from ..storage import read_json
+
+
+def differences(
+    out: Path, base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, settings: FitSettings
+) -> list[str]:
+    """What the adapter in `out` was trained with that is not what a run of these inputs would take.
+
+    Nothing is known of one of the user's own loop, so nothing differs.
+
+    Raises:
+        ArtifactError: the adapter, or its record, is damaged.
+    """
+    record = out / "lorasb.json"
+    made = read_json(record) if record.is_file() else {}
+    if "settings" not in made:
+        return []
+    adapter = Adapter.load(out)
+    rates = made.get("learning_rates", [made["settings"]["learning_rate"]])
+    before = made["settings"] | {"learning_rate": sorted(rates)}
+    now = asdict(settings) | {"learning_rate": sorted(settings.rates)}
+    found = [f"{key} {value}, not {now[key]}" for key, value in before.items() if now.get(key, value) != value]
+    if made["data_sha256"] != task.sha256:
+        found.append("other data")
+    if base.fingerprint(adapter.R) != adapter.base.fingerprint:
+        found.append("another base model")
+    if isinstance(basis, CalibrationSettings) and adapter.basis_source is None:  # the task's own, as is asked for
+        return found + adapter.load_basis().differences(asdict(basis))
+    same = isinstance(basis, Basis) and basis.sha256 == adapter.basis_sha256
+    return found if same else [*found, "another basis"]

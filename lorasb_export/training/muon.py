@@ -1,0 +1,90 @@
+"""An optimizer for R, beside AdamW: Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..layer import LoRASBLinear
+
+_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al., "Muon" (2024): the steepest quintic at 0 that stays near 1
+_ITERATIONS = 5
+_TINY = 1e-15  # a norm that fp32 still has: of entries below 1e-19 the squares underflow, and X would be too long
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the parameters of groups with `orthogonal`, AdamW for all others (a classifier's head).
+
+    R moves by lr·√r·U·Vᵀ, where U·Σ·Vᵀ is its momentum: all directions of the two subspaces equally far, whatever
+    their gradients, and by a root mean square of lr, so that a rate means what it means to AdamW. AdamW moves every
+    *entry* of R equally far, and what an entry is depends on which orthonormal B and A span the subspaces; Muon's path
+    does not. Momentum and Nesterov's look ahead as in Jordan et al. (2024), who introduced Muon for hidden matrices.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        """`groups`: as `groups_of` returns them; with `orthogonal` true, parameters (..., r, r) of one shape.
+
+        Raises ValueError of other groups, and of parameters alone: nothing says which of them are matrices.
+        """
+        groups = list(groups)
+        if not all(isinstance(group, dict) and "orthogonal" in group for group in groups):
+            raise ValueError(
+                "Muon needs groups that say which are R: pass lorasb_export.training.muon.groups_of(model)"
+            )
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:  # first: it makes the gradients
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                self._step(group)
+        super().step()
+        return loss
+
+    def _step(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            if not self.state[p]:  # AdamW looks for a step in every state that it loads
+                self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+            p.grad = None  # and AdamW leaves it alone
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        moves = orthogonalized(ahead) * ahead.shape[-1] ** 0.5
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(moves.unbind()), alpha=-group["lr"])
+
+
+def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The groups of a model with an adapter attached: every R, and all else that is trained."""
+    R = [module.R for module in model.modules() if isinstance(module, LoRASBLinear)]
+    known = {id(p) for p in R}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [{"params": R, "orthogonal": True}, {"params": others, "orthogonal": False}]
+
+
+def orthogonalized(M: torch.Tensor) -> torch.Tensor:
+    """About U·Vᵀ of each square matrix U·Σ·Vᵀ of M (..., r, r): singular values between 0.7 and 1.2 where they were
+    not tiny; a matrix that is tiny, or 0, stays so. By Newton and Schulz's iteration, which is products alone: no
+    decomposition, no wait for the device.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    X = M.flatten(end_dim=-3)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=max(_TINY, torch.finfo(X.dtype).tiny))
+    for _ in range(_ITERATIONS):
+        square = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(square, square, square, beta=b, alpha=c), X, beta=a)
+    return X.view_as(M)

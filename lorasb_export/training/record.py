@@ -1,0 +1,70 @@
+"""What an adapter folder tells of its training: a summary in its config; the log, the curve and the provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import CURVE
+from ..calibration.subspace import spread
+from ..provenance import command, versions
+from ..storage import write_json
+from .plot import plot_losses
+
+if TYPE_CHECKING:
+    from .task_run import TaskRun
+
+Entries = Sequence[Mapping[str, Any]]  # as `history.History` gives them
+
+
+def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dict[str, Any]:
+    """What the adapter's config and card say.
+
+    Args:
+        best: the step whose R was kept, None for the last.
+    """
+    basis = run.adapter.load_basis()
+    last = next((entry["loss"] for entry in reversed(entries) if "loss" in entry), None)
+    valid = [entry for entry in entries if "eval_loss" in entry]
+    kept = next((entry for entry in valid if entry["step"] == best), valid[-1] if valid else {})
+    metrics = {key.removeprefix("eval_"): value for key, value in kept.items() if key.startswith("eval_")}
+    return {
+        "task": run.task.name,
+        "data": run.task.source,
+        "data_sha256": run.task.sha256,
+        "rows": len(run.rows),
+        "rows_left_out": len(run.task.splits["train"]) - len(run.rows),
+        "labels": run.task.labels,
+        "regression": run.task.regression,
+        "steps": steps,
+        "best_step": best,
+        "train_loss": None if last is None else round(last, 6),
+        "valid_loss": round(metrics["loss"], 6) if metrics else None,
+        "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
+        "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
+        "lora_parameters": sum(basis.rank * sum(shape) for shape in basis.shapes.values()),
+        "energy": spread(list(basis.calibration["energy"].values())),
+        "plot": CURVE,
+    }
+
+
+def write_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str, Any]) -> None:
+    """Write `training_log.jsonl`, the curve and `lorasb.json` into an adapter's folder.
+
+    Args:
+        made: what the run knows of itself: its identity, its capture ratios by module, its seconds.
+    """
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in entries]
+    (folder / "training_log.jsonl").write_text("".join(lines))
+    plot_losses(entries, folder / CURVE, title=f"{run.task.name}: loss")
+    provenance = {
+        "kind": "adapter",
+        **made,
+        "data_sha256": run.task.sha256,
+        "base": dict(run.adapter.base.__dict__),
+        "versions": versions(),
+        "command": command(),
+    }
+    write_json(folder / "lorasb.json", provenance)

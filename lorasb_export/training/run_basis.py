@@ -1,0 +1,74 @@
+"""The basis of a training run: the task's own, made once for all its resumptions, and what a basis holds of a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import distributed
+from ..base import CAUSAL_LM, BaseModel
+from ..basis import Basis, made_once
+from ..calibration.calibrate import calibrate
+from ..calibration.capture import capture, is_little, overview, recorded, words
+from ..data import TaskData
+from ..network import empty_model
+from ..output import replaced_file
+from ..settings import DRAWN, CalibrationSettings
+from ..storage import read_json, write_json
+from ..targets import find_targets, linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def share_of_layers(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
+    """Of the base's linear layers those that are in the basis, as a share."""
+    model = empty_model(base, generates=task.task_type == CAUSAL_LM, num_labels=task.num_labels)
+    chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
+    return len(chosen) / len(linear_layers(model))
+
+
+def own_basis(
+    base: BaseModel, task: TaskData, settings: CalibrationSettings, folder: Path, network: PreTrainedModel | None
+) -> Basis:
+    """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
+    made_from = json.dumps([asdict(settings), task.sha256])
+    place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
+    basis = made_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
+    return replace(basis, source=None)  # it will lie in the adapter
+
+
+def captured_once(
+    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, folder: Path
+) -> dict[str, Any] | None:
+    """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
+
+    None in a basis drawn at random, which has nothing to do with it. Warns where it is little.
+    """
+    if basis.directions in DRAWN:
+        return None
+    path = folder / f"capture-{basis.sha256[:12]}-{task.sha256[:12]}.json"
+    found = recorded(basis, task)
+    if found is None and path.exists():
+        found = read_json(path)
+    elif found is None:
+        logger.info("%s: measuring how much of its gradient the basis holds", task.name)
+        found = capture(base, network, basis, task)
+        distributed.wait()
+        if distributed.is_main():
+            with replaced_file(path) as temporary:
+                write_json(temporary, found)
+    if is_little(found):
+        logger.warning(
+            "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
+            task.name,
+            words(overview(found)),
+        )
+    return found

@@ -1,0 +1,208 @@
+"""From a loaded base, a basis and tasks to trained R: one run, or one at each learning rate and the best of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import distributed, environment
+from ..adapter import Adapter
+from ..base import BaseModel
+from ..basis import Basis
+from ..batches import Encoded, encode
+from ..data import TaskData, question_and_answer
+from ..errors import TrainingError
+from ..inference import max_answer_tokens, question_ids
+from ..layer import load_head
+from ..settings import FitSettings
+from ..stack import Stack
+from ..storage import read_json
+from .callbacks import Progress, checkpoint_at_sigterm, run_of_its_own
+from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
+from .order import RowOrder
+from .record import Entries, summary
+from .task_run import TaskRun
+from .trainer import RTrainer
+from .validation import Validation, better
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import TrainerCallback  # noqa: E402
+from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task as a run at one learning rate has left it; `value` is the metric's, None without valid rows."""
+
+    run: TaskRun
+    training: dict[str, Any]
+    entries: Entries
+    identity: Mapping[str, Any]
+    value: float | None
+
+
+class TrainingRuns:
+    """The runs of one `fit`, in its working folder.
+
+    Args:
+        folder: takes the checkpoints of the one run, or a folder of them for each learning rate.
+        events: the folder that TensorBoard's files go to.
+
+    Raises:
+        TrainingError: what is to be resumed had other settings or data.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        network: PreTrainedModel,
+        basis: Basis,
+        tasks: Sequence[TaskData],
+        settings: FitSettings,
+        folder: Path,
+        events: Path,
+    ) -> None:
+        self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
+        self.settings, self.folder, self.events = settings, folder, events
+        self._fresh_head: dict[str, torch.Tensor] = {}
+        for rate in settings.rates:
+            checkpoint = last_complete(self._folder(rate))
+            if checkpoint is not None:
+                check_identity(checkpoint, self._identity(rate))
+
+    def best(self) -> list[Outcome]:
+        """Every task as the best of the learning rates has left it.
+
+        Raises:
+            TrainingError: a loss or R is not finite; of several rates, at each.
+        """
+        rates = self.settings.rates
+        best: list[Outcome] = []
+        values: list[dict[str, float | None]] = [dict.fromkeys(map(str, rates)) for _ in self.tasks]
+        for rate in rates:
+            try:
+                found = self._at_rate(rate)
+            except TrainingError as error:
+                last_hope = rate == rates[-1] and not best
+                if last_hope or distributed.world() > 1:  # the other processes know nothing of it
+                    raise
+                logger.warning("Learning rate %g left out: %s", rate, error.what)
+                continue
+            finally:  # for the run at the next rate; and the network may be the caller's
+                load_head(self.network, self._fresh_head)
+            for of_task, outcome in zip(values, found, strict=True):
+                of_task[str(rate)] = outcome.value
+            best = [self._better(old, new) for old, new in zip(best or found, found, strict=True)]
+        for of_task, outcome in zip(values, best, strict=True):
+            outcome.training["learning_rates"] = of_task if len(rates) > 1 else None
+        return best
+
+    def _better(self, old: Outcome, new: Outcome) -> Outcome:
+        if old.value is None or new.value is None:
+            return old
+        return new if better(self.settings.metric, new.value, old.value) else old
+
+    def _at(self, rate: float) -> FitSettings:
+        return replace(self.settings, learning_rate=rate)
+
+    def _folder(self, rate: float) -> Path:
+        return rate_folder(self.folder, rate, self.settings)
+
+    def _identity(self, rate: float) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {
+            "settings": asdict(self._at(rate)),
+            "data_sha256": [task.sha256 for task in self.tasks],
+            "basis_sha256": self.basis.sha256,
+            "base_fingerprint": self.basis.base.fingerprint,
+        }
+
+    def _at_rate(self, rate: float) -> list[Outcome]:
+        """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""
+        settings, folder = self._at(rate), self._folder(rate)
+        checkpoint, identity = last_complete(folder), self._identity(rate)
+        trainer = self._trainer(settings, folder, identity)
+        if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
+            trainer.restore_finished(checkpoint)
+        else:
+            for run in trainer.runs:
+                steps = run.order.steps
+                logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
+            with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        outcomes = []
+        for k, run in enumerate(trainer.runs):
+            history = trainer.history(k)
+            entries, steps = history.entries(), history.steps_done(trainer.state.global_step)
+            best = trainer.restore_best(k) if settings.keep == "best" else None
+            run.require_finite_tensors()
+            training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
+            adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
+            adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}
+            adapter.head = {name: parameter.detach().cpu().clone() for name, parameter in adapter.head.items()}
+            outcomes.append(Outcome(run, training, entries, identity, history.kept()))
+        return outcomes
+
+    def _trainer(self, settings: FitSettings, folder: Path, identity: Mapping[str, Any]) -> RTrainer:
+        start: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
+        if len(self.tasks) > 1:
+            adapters = [Adapter.start(self.basis, **start) for _ in self.tasks]
+            stack = Stack(self.network, dict(zip((task.name for task in self.tasks), adapters, strict=True)))
+        else:
+            adapters, stack = [Adapter.attach(self.network, self.basis, **start)], None
+            self._fresh_head = {name: parameter.detach().clone() for name, parameter in adapters[0].head.items()}
+        runs = [
+            TaskRun(task, adapter, rows, RowOrder([len(row["input_ids"]) for row in rows], settings), validation)
+            for task, adapter, (rows, validation) in zip(self.tasks, adapters, self._encoded, strict=True)
+        ]
+        title = self.tasks[0].name if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
+        title = f"{title} at {settings.learning_rate}" if len(self.settings.rates) > 1 else title
+        callbacks = [Progress(title), *self._reporters(folder)]
+        return RTrainer(self.network, self._tokenizer, runs, stack, settings, folder, identity, callbacks)
+
+    def _reporters(self, folder: Path) -> list[TrainerCallback]:
+        """TensorBoard's own: the Trainer would write where everything is removed at the end."""
+        if self.settings.report_to != "tensorboard" or not distributed.is_main():
+            return []
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = self.events / folder.relative_to(self.folder)
+        return [TensorBoardCallback(SummaryWriter(str(place)))]
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.base.load_tokenizer()
+
+    @cached_property
+    def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:
+        """The training rows of every task, and how it is validated."""
+        return [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
+
+    def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
+        length, unit = self.settings.max_length, f"{task.name}: {split} row"
+        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, length, unit)
+
+    def _validation(self, task: TaskData) -> Validation | None:
+        rows, settings = task.splits.get("valid"), self.settings
+        if not rows:
+            return None
+        encoded = self._rows(task, "valid")
+        if settings.metric != "exact_match":
+            return Validation(encoded, self._tokenizer, every=settings.evaluate_every)
+        unit = f"{task.name}: valid row"
+        asked = [question_and_answer(row, f"{unit} {number}") for number, row in enumerate(rows, 1)]
+        questions, expected = zip(*asked, strict=True)
+        limit = max_answer_tokens(self._tokenizer, rows)
+        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
+        pairs = list(zip(ids, expected, strict=True))
+        return Validation(encoded, self._tokenizer, pairs, limit, settings.evaluate_every)

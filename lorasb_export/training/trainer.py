@@ -1,0 +1,305 @@
+"""The loop: a transformers Trainer over the R of one task, or of several tasks in mixed batches.
+
+Its dataset is the list of optimizer steps. A step's rows, and the weight of each in the loss, are known beforehand
+(`order.RowOrder`), so that every task's loss is the mean over its own labels whatever the split of a step into
+forward passes, tasks and processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .. import distributed, environment
+from ..batches import IGNORE, Encoded, collate, row_losses
+from ..errors import OutputError, first_line
+from ..output import fsync, replaced_file
+from ..settings import FitSettings
+from ..stack import Stack
+from ..storage import write_json
+from .arguments import trainer_arguments
+from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
+from .history import History
+from .muon import Muon
+from .order import learning_rate_factor
+from .task_run import TaskRun
+
+environment.hide_broken_packages()  # before transformers looks for them
+from transformers import (  # noqa: E402
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_STATE = "trainer_state.json"
+
+
+class RTrainer(Trainer):
+    """Trains, saves and resumes R (and a classifier's head) and nothing else.
+
+    Checkpoints hold R, the optimizer, the scheduler, the RNG and the position in the data; never the base.
+    """
+
+    _losses: torch.Tensor
+    _bad_step: torch.Tensor
+    _steps: list[int]
+    _rates: dict[int, float]
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        runs: Sequence[TaskRun],
+        stack: Stack | None,
+        settings: FitSettings,
+        folder: Path,
+        identity: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        """`stack` holds the adapters of several `runs`, in their order; the one adapter of one run is attached."""
+        self.runs, self.stack, self.settings, self.identity = runs, stack, settings, identity
+        self._network, self._pad_id = network, tokenizer.pad_token_id
+        self._dtype = torch.promote_types(network.dtype, torch.float32)
+        self._prefixes = [f"{run.task.name}/" if stack else "" for run in runs]
+        self._counts = [[_label_count(row) for row in run.rows] for run in runs]
+        if stack:  # one parameter for each task, in the memory that the layers' stacks are views of
+            self._parameters = [[torch.nn.Parameter(values)] for values in stack.values]
+        else:
+            self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
+        steps = max(run.order.steps for run in runs)
+        super().__init__(
+            model=network,
+            args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
+            train_dataset=range(steps),
+            callbacks=[*callbacks, _Evaluate(self)],
+        )
+        self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
+        self.remove_callback(ProgressCallback)
+        self._reset_window()
+
+    # The data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process builds every step and takes its share of it: nothing is left to a distributed sampler."""
+        return DataLoader(self.train_dataset, batch_size=1, collate_fn=self._batches)  # type: ignore[arg-type]
+
+    def _batches(self, steps: list[int]) -> dict[str, Any]:
+        """The forward passes of one optimizer step, as this process's share of their rows."""
+        (step,) = steps
+        active = self._active(step)
+        parts = {k: self.runs[k].order.step(step) for k in active}
+        labels = {k: sum(self._counts[k][i] for part in parts[k] for i in part) for k in active}
+        world, rank = distributed.world(), distributed.rank()
+        batches = []
+        for number in range(max((len(part) for part in parts.values()), default=0)):
+            under_way = [k for k in active if number < len(parts[k])]
+            rows = [(k, i, world / labels[k]) for k in under_way for i in parts[k][number]]
+            share = rows[rank::world] or [(*rows[0][:2], 0.0)]  # gradients are averaged: all must take part
+            batch = collate([self.runs[k].rows[i] for k, i, _ in share], self._pad_id)
+            batch["weights"] = torch.tensor([weight for *_, weight in share], dtype=self._dtype)
+            batch["tasks"] = torch.tensor([k for k, *_ in share])
+            batches.append(batch)
+        return {"step": step, "active": active, "batches": batches}
+
+    def _active(self, step: int) -> list[int]:
+        """Tasks that train in `step`: neither at their end nor stopped early."""
+        return [k for k, run in enumerate(self.runs) if step < run.order.steps and not self.history(k).has_stopped()]
+
+    # One step
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        self._rates = {group["task"]: group["lr"] for group in self.optimizer.param_groups}  # type: ignore[union-attr]
+        losses = torch.zeros(len(self.runs), device=self.args.device)
+        for number, batch in enumerate(inputs["batches"], 1):
+            batch = self._prepare_inputs(batch)
+            weights, tasks, labels = (batch.pop(key) for key in ("weights", "tasks", "labels"))
+            if self.stack:
+                self.stack.use_rows(tasks)
+            last = number == len(inputs["batches"])
+            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                of_rows = row_losses(model(**batch).logits, labels)[0]
+                weighted = of_rows * weights
+                self.accelerator.backward(weighted.sum())
+            losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
+        if self.stack:
+            gradients = torch.stack([layer.grad for layer in self.stack.layers], dim=1)  # type: ignore[misc]
+            for k, (parameter,) in enumerate(self._parameters):  # without a gradient a task is left alone
+                parameter.grad = gradients[k] if k in inputs["active"] else None
+        step = torch.full_like(self._bad_step, inputs["step"])
+        self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
+        self._losses += losses
+        for k in inputs["active"]:
+            self._steps[k] += 1
+        return losses.sum()
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        """Each task's gradient by itself; returns the largest norm. A task that has ended has none."""
+        limit = self.args.max_grad_norm
+        training = [group for group in self._parameters if any(p.grad is not None for p in group)]
+        return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in training]).max()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """For each task a group of R, and another of a classifier's head, which AdamW trains in any case."""
+        args, heads = self.args, {id(p) for run in self.runs for p in run.adapter.head.values()}
+        groups = [
+            {"params": part, "task": k, "orthogonal": orthogonal}
+            for k, parameters in enumerate(self._parameters)
+            for orthogonal in (True, False)
+            if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
+        ]
+        rate, decay = args.learning_rate, args.weight_decay
+        if self.settings.optimizer == "muon":
+            self.optimizer = Muon(groups, lr=rate, weight_decay=decay)
+        else:
+            fused = args.device.type in ("cpu", "cuda")
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Each task's rate by its own number of steps."""
+        if self.stack:
+            self.stack.bind()  # the model has been prepared, and maybe copied
+        optimizer = optimizer or self.optimizer
+        steps = [self.runs[group["task"]].order.steps for group in optimizer.param_groups]
+        factors = [learning_rate_factor(self.settings, count) for count in steps]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # not reported
+
+    # The log
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but with the loss of each task by itself. Raises TrainingError when one is not finite."""
+        if "loss" in logs:
+            self.require_finite_losses()
+            if distributed.world() > 1:
+                torch.distributed.all_reduce(self._losses)
+            means = [loss / distributed.world() for loss in self._losses.tolist()]
+            logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
+            for k, prefix in enumerate(self._prefixes):
+                if self._steps[k]:
+                    logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": self._rates[k]}
+            self._reset_window()
+        super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
+
+    def _reset_window(self) -> None:
+        """What is gathered between two logs; on the device, so that a step never waits for it."""
+        self._losses = torch.zeros(len(self.runs), device=self.args.device)
+        self._bad_step = torch.full((len(self.runs),), -1, device=self.args.device)
+        self._steps = [0] * len(self.runs)
+
+    def require_finite_losses(self) -> None:
+        """Raise TrainingError, with the rows, when a loss since the last log was not finite."""
+        bad = [(step, k) for k, step in enumerate(self._bad_step.tolist()) if step >= 0]
+        for step, k in sorted(bad):  # the first one may have spoilt the others
+            run = self.runs[k]
+            rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
+            raise run.not_finite("the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
+
+    def history(self, k: int) -> History:
+        """What was logged of task `k`."""
+        return History(self.state.log_history, self._prefixes[k], self.runs[k].order, self.settings)
+
+    # Evaluation and the best checkpoint
+
+    def evaluate_task(self, k: int) -> None:
+        """Log the valid split's loss and metrics; keep this R if it is the best so far.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        run = self.runs[k]
+        assert run.validation is not None
+        if self.stack:
+            self.stack.use(run.task.name)
+        found = run.validation.run(self._network, self.args.per_device_eval_batch_size)
+        if not math.isfinite(found["loss"]):
+            raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
+        self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
+        if self.history(k).last_is_best() and distributed.is_main():
+            with replaced_file(self._best_file(k)) as path:
+                save_tensors(run.adapter, path)
+
+    def restore_best(self, k: int) -> int | None:
+        """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
+        step = self.history(k).best_step()
+        if step is not None:
+            load_tensors(self.runs[k].adapter, self._best_file(k))
+        return step
+
+    def _best_file(self, k: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"best-{k}.safetensors"
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, run in enumerate(self.runs):
+            save_tensors(run.adapter, folder / f"adapter-{k}.safetensors")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite_losses()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch's writer of archives tells of the disk in its own words
+            what = f"cannot write a checkpoint: {first_line(error)}"
+            raise OutputError(what, where=folder, fix=RESUME) from error
+        distributed.wait()  # each process has saved its RNG
+        if distributed.is_main():
+            for path in folder.iterdir():
+                fsync(path)
+            with replaced_file(folder / COMPLETE) as path:
+                write_json(path, {**self.identity, "finished": not self._active(self.state.global_step)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for k, run in enumerate(self.runs):
+            load_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
+
+    def restore_finished(self, checkpoint: Path) -> None:
+        """Take R and the log from the last checkpoint of a run that has nothing left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+
+
+class _Evaluate(TrainerCallback):
+    """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
+
+    def __init__(self, trainer: RTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, trainer = state.global_step, self.trainer
+        for k in trainer._active(step - 1):
+            run = trainer.runs[k]
+            if run.validation and (step % run.evaluate_every == 0 or step == run.order.steps):
+                trainer.evaluate_task(k)
+        if not trainer._active(step):
+            control.should_training_stop = control.should_save = True
+        if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
+            control.should_log = True
+
+
+def _label_count(row: Encoded) -> int:
+    labels = row["labels"]
+    return sum(label != IGNORE for label in labels) if isinstance(labels, list) else 1
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SettingsError
-from .fetch import may_be_dataset
+from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, check_name, no_adapter
 from .settings import CalibrationSettings, FitSettings
 
@@ -199,8 +199,14 @@ class Project:
         return name if renamed else training.get("task", name)
 
     def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
-        """The data of an adapter's task: the project's where it has such a task, else what its training says."""
-        return self.task_source(name) if name in self.tasks else training.get("data")
+        """The data of an adapter's task: the project's where it has such a task, else what its training says.
+
+        None where that is only a name: what a push leaves of a path would be taken for a Hub dataset.
+        """
+        if name in self.tasks:
+            return self.task_source(name)
+        source = training.get("data")
+        return source if source and (os.path.isabs(source) or parse_hub_id(source)) else None
 
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""

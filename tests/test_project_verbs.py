@@ -58,6 +58,18 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
 
 
+def test_what_a_push_leaves_of_a_path_is_not_taken_for_data(project: Path, sums: Path) -> None:
+    """Outside of a project: neither a folder of that name that happens to lie here, nor the Hub's dataset."""
+    (project / "lorasb.toml").unlink()
+    adapter = Adapter.load("adapters/a")
+    adapter.training = {"task": "a", "data": sums.name}
+    adapter.save("adapters/a", overwrite=True)
+    shutil.copytree(sums, sums.name)
+    done = lorasb("evaluate", "adapters/a", "--metric", "loss")
+    assert (done.exit_code, "does not say what it was trained on (adapters/a). Pass --data" in done.stderr) == (1, True)
+    assert lorasb("evaluate", "adapters/a", "--metric", "loss", "--data", sums.name).exit_code == 0
+
+
 def test_a_task_without_held_out_rows_leaves_the_others_their_figures(project: Path, sums: Path) -> None:
     shutil.copytree("adapters/a", "adapters/b")
     with (project / "lorasb.toml").open("a") as file:

@@ -76,16 +76,15 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     """The task of each adapter by the adapter's name, of those whose data is found."""
     from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_task
-    from lorasb_export.export.onnx_adapter_file import adapter_name
 
     found = {}
     for folder in folders:
-        training = Adapter.load(folder).training
-        name = run.project.task_of(folder, training)
-        source = data or run.project.source_of(name, training)
+        loaded = Adapter.load(folder)
+        name = run.project.task_of(folder, loaded.training)
+        source = data or run.project.source_of(name, loaded.training)
         task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
         if task is not None and task.splits.get(task.held_out()):
-            found[adapter_name(folder)] = task
+            found[loaded.name or ""] = task
         else:
             run.say(f"No held-out rows for {name}: the graph is compared on built-in prompts only (--data names them)")
     return found

@@ -24,6 +24,7 @@ from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
 from .kind import PEFT_TYPE
+from .names import name_of
 from .output import atomic_folder
 from .provenance import versions
 from .publishing import card
@@ -134,10 +135,9 @@ class Adapter:
 
     @property
     def name(self) -> str | None:
-        """Of its folder, or of its repository on the Hub; None before it is saved."""
-        if self.hub_source is not None:
-            return self.hub_source.partition("@")[0].rpartition("/")[2]
-        return self.folder.name if self.folder else None
+        """The name of its folder, or of its repository on the Hub; None before it is saved."""
+        source = self.hub_source or self.folder
+        return name_of(source) if source else None
 
     @property
     def rank(self) -> int:

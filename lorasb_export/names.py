@@ -31,6 +31,13 @@ def check_served_name(name: str) -> str | None:
     return check_name(name)
 
 
+def name_of(source: Path | str) -> str:
+    """The last part of a folder's path as it is written, links and all, or of a Hub id."""
+    if isinstance(source, Path):
+        return os.path.basename(os.path.abspath(source))
+    return source.partition("@")[0].rpartition("/")[2]
+
+
 def resolve_adapters(names: Sequence[str], adapters_dir: Path) -> dict[str, Path | str]:
     """Served name → adapter folder, or Hub id, in the order given.
 
@@ -72,7 +79,7 @@ def _resolve(entry: str, adapters_dir: Path) -> tuple[str, Path | str]:
         return name, _folder_or_hub_id(value)
     if "/" in entry:
         source = _folder_or_hub_id(entry)
-        return (source.resolve().name if isinstance(source, Path) else source.split("@")[0].split("/")[1]), source
+        return name_of(source), source
     if problem := check_name(entry):
         raise ValueError(problem)
     return entry, _project_adapter(entry, adapters_dir)

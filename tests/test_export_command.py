@@ -54,3 +54,17 @@ def test_rows_of_another_kind_are_refused(
     write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "precision": "fp32", "adapters": {}})
     done = CliRunner().invoke(app, ["export", "./a", *words.split(), "--data", str(parity)])
     assert (done.exit_code, "the data is SEQ_CLS, the adapter CAUSAL_LM" in done.stderr) == (1, True)
+
+
+def test_an_adapter_is_called_as_the_link_that_is_given(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "v3", ["model.layers.0.mlp.up_proj"])
+    (tmp_path / "onnx").mkdir()
+    taken = {"kind": "onnx-adapters", "precision": "fp32", "routed": False, "adapters": {"latest": {}}}
+    write_record(tmp_path / "onnx", taken)
+    for name, message in (("latest", "has an adapter 'latest'"), ("my task", "'my task' cannot")):
+        (tmp_path / name).symlink_to("v3")
+        done = CliRunner().invoke(app, ["export", f"./{name}", "--into", "onnx"])
+        assert (done.exit_code, message in done.stderr) == (1, True), done.stderr

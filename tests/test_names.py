@@ -46,6 +46,11 @@ def test_an_existing_folder_goes_before_a_hub_id(project: Path) -> None:
     assert resolve("runs/7", "b=runs/8") == {"7": Path("runs/7"), "b": "runs/8"}
 
 
+def test_a_linked_folder_is_served_by_the_name_of_the_link(project: Path) -> None:
+    (project / "adapters" / "latest").symlink_to("billing")
+    assert list(resolve("adapters/latest", "runs/7/../7/")) == ["latest", "7"]
+
+
 @pytest.mark.parametrize("name", ["a", "A.b-c_9", "x" * 96])
 def test_good_names(name: str) -> None:
     assert check_name(name) is None

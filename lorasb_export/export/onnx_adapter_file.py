@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter
-from ..errors import ArtifactError, OutputError, SettingsError
+from ..errors import ArtifactError, OutputError
 
 SUFFIX = ".onnx_adapter"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 Arrays = dict[str, "np.ndarray[Any, Any]"]
-
-
-def adapter_name(adapter: str | Path) -> str:
-    """The last part of an adapter's folder or Hub id. Raises SettingsError for a name unfit for a file."""
-    name = Path(adapter).resolve().name if Path(adapter).is_dir() else str(adapter).partition("@")[0].split("/")[-1]
-    if not _NAME.fullmatch(name):
-        raise SettingsError(
-            f"{name!r} cannot name an adapter", where=adapter, fix="Use letters, digits, dots, dashes and underscores"
-        )
-    return name
 
 
 def parameter(module: str, basis_sha256: str) -> str:

@@ -22,9 +22,10 @@ from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..inference import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
+from ..names import check_name
 from ..output import atomic_folder, cannot_write, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
-from .onnx_adapter_file import SUFFIX, adapter_name, values, write_adapter
+from .onnx_adapter_file import SUFFIX, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
 from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
@@ -230,13 +231,20 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[str, Adapter]:
-    """Name → adapter. Raises SettingsError for no adapter or two of one name, DataError for rows of another kind."""
-    names = [adapter_name(adapter) for adapter in adapters]
-    if not names or len(set(names)) != len(names):
-        raise SettingsError("the adapters need different names", where=", ".join(names), fix="Rename a folder")
-    tasks = {name: Adapter.load(adapter) for name, adapter in zip(names, adapters, strict=True)}
-    for name in tasks.keys() & data.keys():
-        require_same_kind(tasks[name], data[name])
+    """Name → adapter.
+
+    Raises:
+        SettingsError: no adapter, two of one name, or a name unfit for a file.
+        DataError: rows of another kind.
+    """
+    tasks = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
+    if not tasks or len(tasks) != len(adapters):
+        raise SettingsError("the adapters need different names", where=", ".join(tasks), fix="Rename a folder")
+    for name, task in tasks.items():
+        if problem := check_name(name):
+            raise SettingsError(problem, where=task.folder, fix="Rename the folder")
+        if name in data:
+            require_same_kind(task, data[name])
     return tasks
 
 

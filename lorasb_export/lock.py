@@ -26,7 +26,7 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         OutputError: another process holds it and `wait` is false, or the parent cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link to a folder is no second folder
     with cannot_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.parent / f".{target.name}.lock"

@@ -229,7 +229,7 @@ def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:
 
 def free_bytes(target: Path) -> int:
     """Free on the disk that `target` will lie on."""
-    parent = target.absolute()
+    parent = target.resolve()
     while not parent.exists():
         parent = parent.parent
     return shutil.disk_usage(parent).free

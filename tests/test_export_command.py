@@ -39,6 +39,13 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
     assert (done.exit_code, len(calls)) == (2, 2)
 
 
+def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path) -> None:
+    (tmp_path / "onnx").symlink_to("disk/onnx")
+    (tmp_path / "disk" / ".onnx.old").mkdir(parents=True)
+    write_record(tmp_path / "disk" / ".onnx.old", {"kind": "onnx-adapters"})
+    assert onnx_adapters.exported_record(tmp_path / "onnx")["kind"] == "onnx-adapters"
+
+
 def test_a_precision_is_of_an_onnx_graph() -> None:
     done = CliRunner().invoke(app, ["export", "a", "--precision", "int4"])
     assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.merging.folder import resumable_folder
+from lorasb_export.lock import only_writer
+from lorasb_export.merging.folder import bytes_of_an_earlier_try, resumable_folder
 from lorasb_export.storage import read_json
 from tests.random_adapter import save_adapter
 from tests.tiny import make_llama
@@ -92,6 +93,21 @@ def test_a_second_merge_into_the_same_target_is_refused(adapter: Path, tmp_path:
         with pytest.raises(OutputError, match="another process is writing this target"):
             merge(adapter, tmp_path / "model")
     assert os.listdir(tmp_path / "model") == ["lorasb.json"]
+
+
+def test_behind_a_link_lies_what_an_earlier_try_left_and_the_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("disk/model")
+    with suppress(KeyboardInterrupt), resumable_folder(tmp_path / "model", "a plan") as folder:
+        (folder.path / "model.safetensors").write_bytes(bytes(8192))
+        folder.mark("model.safetensors", {})
+        raise KeyboardInterrupt
+    assert bytes_of_an_earlier_try(tmp_path / "model") >= 8192
+    with (
+        only_writer(tmp_path / "model"),
+        pytest.raises(OutputError, match="another process is writing this target"),
+        only_writer(tmp_path / "disk" / "model"),
+    ):
+        pass
 
 
 def test_all_problems_are_told_at_once(adapter: Path, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lorasb_export import output
 from lorasb_export.errors import OutputError
-from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file
+from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
 
 FULL = """
 import resource, sys, torch
@@ -168,6 +169,16 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> No
     assert (tmp_path / "x").is_symlink()
     assert (tmp_path / "disk" / "x" / "lorasb.json").read_text() == "three"
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["x"]
+
+
+def test_the_room_of_a_new_folder_is_that_of_the_disk_its_link_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x").symlink_to("disk/x")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0 if path.name == "disk" else 1000))
+    with pytest.raises(OutputError, match="not enough disk"):
+        require_room(tmp_path / "x", 1)
 
 
 def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def add_onnx_adapters(
     """
     folder = Path(into)
     exported_record(folder)  # what is no such folder is refused before a lock lies beside it
-    with only_writer(folder.resolve(), wait=True):
+    with only_writer(folder, wait=True):
         before = exported_record(folder)
         record = copy.deepcopy(before)
         tasks = _load(adapters, data)
@@ -169,7 +169,7 @@ def exported_record(folder: Path) -> dict[str, Any]:
         ArtifactError: not such a folder, or a damaged one.
     """
     with cannot_write(folder):
-        put_back(folder.absolute())  # it is read before it is written
+        put_back(folder.resolve())  # it is read before it is written
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
     return read_record(folder)

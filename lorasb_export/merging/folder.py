@@ -85,7 +85,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
 
 def bytes_of_an_earlier_try(target: Path) -> int:
     """Room on the disk that a killed merge into `target` takes: it will be used again, or freed."""
-    work = _work_path(Path(os.path.abspath(target)))
+    work = _work_path(Path(os.path.realpath(target)))
     return sum(path.stat().st_blocks * 512 for path in work.iterdir()) if work.is_dir() else 0
 
 

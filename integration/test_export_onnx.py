@@ -238,7 +238,7 @@ def test_prompts_that_cannot_be_answered_are_refused(red_onnx: Path) -> None:
     decoder = OnnxDecoder(red_onnx, threads=1)
     assert decoder.generate([], 5, set()) == []
     assert decoder.generate([[5]], 0, set()) == [[]]
-    with pytest.raises(DataError, match="no tokens"):
+    with pytest.raises(DataError, match=r"no tokens \(prompt 2\)"):
         decoder.generate([[5], []], 5, set())
     with pytest.raises(DataError, match="context of 128"):
         decoder.generate([[5] * 120], 9, set())
@@ -309,7 +309,10 @@ def test_an_adapter_is_replaced_with_its_folder(world: Path, tasks_onnx: Path, t
     before = (folder / "red.onnx_adapter").read_bytes()
     os.link(folder / "red.onnx_adapter", tmp_path / "before")
     other = save_adapter(Basis.load(world / "basis"), tmp_path / "red", seed=12)
-    add_onnx_adapters([other], folder, verify=False, overwrite=True)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    result = add_onnx_adapters([other], folder, verify=False, overwrite=True)
+    assert result["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "red.onnx_adapter").read_bytes() != before == (tmp_path / "before").read_bytes()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -190,13 +191,14 @@ class BaseModel:
 
     def refuse_merged(self) -> None:
         """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
-        merged = self.merged_from
-        if merged is not None:
-            raise BaseModelError(
-                f"this base is already merged (with {_merged_with(merged)})",
-                where=self.folder,
-                fix=f"Use the plain base, {merged['base']['name_or_path']}",
-            )
+        provenance = self.merged_from
+        if provenance is None:
+            return
+        what, fix = "this base is already merged", "Use the plain base"
+        with suppress(KeyError, TypeError):  # of a note that was edited by hand
+            what += f" (with {_merged_with(provenance)})"
+            fix += f", {provenance['base']['name_or_path']}"
+        raise BaseModelError(what, where=self.folder, fix=fix)
 
     def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:
         """Refuse this base when it is not the one `ref` names.

@@ -20,7 +20,7 @@ from .kind import artifact_kind
 from .publishing import checksums
 from .publishing.outgoing import SUMS
 from .settings import DRAWN
-from .storage import read_header, read_json, sha256_file
+from .storage import folder_bytes, read_header, read_json, sha256_file
 
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 
@@ -43,7 +43,7 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
     found: dict[str, Any] = {"path": where, "kind": kind}
     on_disk = where == str(folder)
     if on_disk:
-        found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        found["bytes"] = folder_bytes(folder)
     if data is not None and kind != "basis":
         raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder)
     if verify and on_disk and kind in ("basis", "adapter") and not (folder / SUMS).is_file():

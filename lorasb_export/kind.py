@@ -8,10 +8,11 @@ from .errors import ArtifactError
 from .storage import read_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
+_RECORDED = ("merged", "onnx", "onnx-adapters", "quickstart")
 
 
 def artifact_kind(folder: Path) -> str:
-    """What a folder is: `basis`, `adapter`, `merged`, `peft`, `onnx`, `onnx-adapters` or `base`.
+    """What a folder is: `basis`, `adapter`, `peft` or `base`, or what its lorasb.json says, one of `_RECORDED`.
 
     Raises:
         ArtifactError: not a folder, or none of these.
@@ -23,7 +24,9 @@ def artifact_kind(folder: Path) -> str:
     if (folder / "basis_config.json").is_file():
         return "basis"
     if (folder / "lorasb.json").is_file():
-        return str(read_json(folder / "lorasb.json").get("kind"))
-    if (folder / "config.json").is_file():
+        kind = read_json(folder / "lorasb.json").get("kind")
+        if kind in _RECORDED:
+            return str(kind)
+    elif (folder / "config.json").is_file():
         return "base"
     raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix="Check the path")

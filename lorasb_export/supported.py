@@ -13,9 +13,10 @@ from .errors import BaseModelError
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
     """Raise BaseModelError for a quantized base, and for one that neither generates nor classifies."""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        full = config["quantization_config"].get("base_model_name_or_path") or config.get("_name_or_path")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
+        full = quantization.get("base_model_name_or_path") or config.get("_name_or_path")
         raise BaseModelError(
             f"the base model is quantized ({method})",
             where=folder / "config.json",

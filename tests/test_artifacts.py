@@ -19,6 +19,7 @@ from lorasb_export.adapter import check_same_basis, published_training
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, LoraSBError, OutputError
 from lorasb_export.format import sealed
+from lorasb_export.kind import artifact_kind
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import parse_json, read_header, sha256_file
 from tests.tiny import make_llama
@@ -374,6 +375,13 @@ def test_an_existing_target_is_kept(folders: tuple[Path, Path]) -> None:
     with pytest.raises(OutputError, match="the target exists"):
         Basis.load(folders[0]).save(folders[0])
     assert (folders[0] / "basis.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("note", ["{}", '{"kind": "other"}', '{"kind": {}}'])
+def test_a_folder_of_a_kind_that_nobody_knows_is_of_none(note: str, tmp_path: Path) -> None:
+    (tmp_path / "lorasb.json").write_text(note)
+    with pytest.raises(ArtifactError, match="neither a basis, an adapter nor a model folder"):
+        artifact_kind(tmp_path)
 
 
 def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:

@@ -525,6 +525,11 @@ def test_bad_base_is_refused(case: str, tmp_path: Path) -> None:
     assert message in str(error.value)
 
 
+def test_a_config_that_says_that_it_is_not_quantized(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": null}')
+    assert BaseModel.resolve(tmp_path).config["model_type"] == "llama"
+
+
 def test_an_encoder_is_not_asked_to_generate(bert: Path, sums: Path) -> None:
     with pytest.raises(BaseModelError, match="BertModel does not generate text"):
         calibrate(str(bert), {"sums": sums})

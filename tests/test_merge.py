@@ -210,6 +210,9 @@ def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> N
     merge(adapter, tmp_path / "model")
     with pytest.raises(BaseModelError, match="already merged"):
         merge(adapter, tmp_path / "twice", base=tmp_path / "model")
+    (tmp_path / "model" / "lorasb.json").write_text('{"kind": "merged"}')  # edited by hand
+    with pytest.raises(BaseModelError, match="already merged"):
+        merge(adapter, tmp_path / "twice", base=tmp_path / "model")
     (tmp_path / "model" / "lorasb.json").unlink()  # and without the note, by the fingerprint
     with pytest.raises(BaseModelError, match="not those the artifact was made for"):
         merge(adapter, tmp_path / "twice", base=tmp_path / "model")

@@ -16,7 +16,7 @@ from ..merging.merge import merge
 from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions
 from ..publishing import card
-from ..storage import DTYPE_BYTES
+from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
@@ -119,4 +119,4 @@ def finish(folder: Path, out: str | Path, record: dict[str, Any]) -> dict[str, A
     """Write `lorasb.json` and the card; returns `record` with the folder's name and size."""
     write_record(folder, record)
     card.write(folder, card.onnx_card(record))
-    return record | {"out": str(out), "bytes": sum(path.stat().st_size for path in folder.iterdir())}
+    return record | {"out": str(out), "bytes": folder_bytes(folder)}

@@ -139,7 +139,7 @@ class OnnxDecoder:
         """
         lengths = [len(prompt) for prompt in prompt_ids]
         if not all(lengths):
-            raise DataError("a prompt has no tokens", where=f"prompt {lengths.index(0)}")
+            raise DataError("a prompt has no tokens", where=f"prompt {lengths.index(0) + 1}")
         longest = max(lengths, default=1)
         if longest + max_tokens > self._context:
             raise DataError(

@@ -55,8 +55,8 @@ def run(
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.output import refuse_existing
+    from lorasb_export.project_basis import is_shared, refuse_to_strand
     from lorasb_export.settings import DRAWN, CalibrationSettings
-    from lorasb_export.shared_basis import refuse_to_strand
 
     project = run.project
     flags = given(
@@ -112,7 +112,7 @@ def run(
             _table(result["capture"], result["samples"]),
         ]
     run.result(result, "\n".join(lines))
-    if target.absolute() == project.path(project.basis_path) and (differing := basis.differences(project.calibration)):
+    if is_shared(project, target) and (differing := basis.differences(project.calibration)):
         where = project.file
         run.say(f"fit will refuse this basis: {', '.join(differing)}, says [basis] in {where}. Write there what it is")
 

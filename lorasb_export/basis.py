@@ -6,8 +6,7 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import distributed, environment
+from . import environment
 from .base import BaseRef
 from .factors import Factors, ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
 from .format import FORMAT_VERSION, basis_tensors, block_factors, load_tensors, read_basis_config, sealed
-from .lock import only_writer
 from .output import atomic_folder
 from .provenance import versions
 from .publishing import card
@@ -134,24 +132,3 @@ class Basis:
         basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
         basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again
         return basis
-
-
-def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
-    """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
-
-    Another run that is making it is waited for. An empty folder is none, as it is to `refuse_existing`.
-    """
-
-    def found() -> bool:
-        return any(folder.iterdir()) if folder.is_dir() else folder.exists()
-
-    with ExitStack() as lock:
-        if distributed.is_main() and not found():
-            lock.enter_context(only_writer(folder, wait=True))
-        is_there = distributed.gather([found()])[0]  # as the first process sees it, which has the lock
-        if not is_there:
-            basis = make()
-            if distributed.is_main():
-                basis.save(folder)
-            distributed.wait()
-    return Basis.load(folder)

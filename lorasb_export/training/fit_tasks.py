@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .. import distributed
+from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
-from ..basis import Basis, made_once
-from ..calibration.calibrate import calibrate
-from ..data import TaskData, load_task
+from ..data import load_task
 from ..errors import SettingsError
 from ..output import refuse_existing
 from ..project import OWN_BASIS, Project
-from ..settings import DRAWN, CalibrationSettings, FitSettings
+from ..settings import CalibrationSettings, FitSettings
 from .fit import fit, fit_together, require_fitting
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
 
@@ -62,14 +56,14 @@ def fit_tasks(
     require_fitting(list(tasks.values()), settings)
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     calibration = CalibrationSettings(**{"dtype": settings.dtype, **project.calibration})
-    sources = {name: basis or _basis_of(project, name) for name in tasks}
+    sources = {name: basis or project_basis.find(project, name) for name in tasks}
     if together and (len(tasks) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
     network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
     shared = {
-        source: _shared_basis(
+        source: project_basis.load_or_make(
             project,
             source,
             base,
@@ -93,44 +87,3 @@ def fit_tasks(
             base, task_basis, task, targets[name], settings, resume=resume, overwrite=overwrite, network=network
         )
     return adapters
-
-
-def _basis_of(project: Project, name: str) -> str:
-    """Where the basis of a task is, or `own`."""
-    own = project.tasks[name].basis if name in project.tasks else None
-    if own is None:
-        return str(project.path(project.basis_path))
-    return str(project.path(own)) if own != OWN_BASIS and project.path(own).exists() else own
-
-
-def _shared_basis(
-    project: Project,
-    source: str,
-    base: BaseModel,
-    tasks: dict[str, TaskData],
-    calibration: CalibrationSettings,
-    network: PreTrainedModel | None,
-) -> Basis:
-    """The basis at `source`; where that is the project's own and not there yet, it is made.
-
-    It is calibrated over all tasks that share it in the project's file; over `tasks` where the file has none.
-    """
-    folder = project.path(project.basis_path)
-    if Path(source) != folder:
-        basis = Basis.load(source)
-        base.verify(basis.base, basis.modules)
-        return basis
-
-    def make() -> Basis:
-        names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
-        sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
-        return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
-
-    basis = made_once(folder, make)
-    if differing := basis.differences(project.calibration):
-        raise SettingsError(
-            f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
-            where=folder,
-            fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
-        )
-    return basis

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..base import CAUSAL_LM, BaseModel
-from ..basis import Basis, made_once
+from ..basis import Basis
 from ..calibration.calibrate import calibrate
 from ..calibration.capture import capture, is_little, overview, recorded, words
 from ..data import TaskData
 from ..network import empty_model
 from ..output import replaced_file
+from ..project_basis import made_once
 from ..settings import DRAWN, CalibrationSettings
 from ..storage import read_json, write_json
 from ..targets import find_targets, linear_layers

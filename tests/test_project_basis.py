@@ -13,7 +13,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.basis import made_once
+from lorasb_export.project_basis import made_once
 from lorasb_export.settings import CalibrationSettings
 
 
@@ -61,6 +61,7 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
         file.write_text(as_made.replace("rank = 4", changed))
         done = lorasb("fit", "--max-steps", "1", "--overwrite")
         assert (done.exit_code, f"not as lorasb.toml has it: {differing} (" in done.stderr) == (1, True), done.stderr
+        assert f"not as lorasb.toml has it: {differing} (" in lorasb("fit", "--basis", "basis", "--overwrite").stderr
     file.write_text(as_made.replace("rank = 4", "rank = 4\nsamples = 8\nbatch_size = 2"))  # no other basis
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
 

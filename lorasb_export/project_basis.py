@@ -1,0 +1,112 @@
+"""The basis that the tasks of a project share: found, made once, not taken away from the adapters trained in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import distributed
+from .adapter import EMBEDDED
+from .base import BaseModel
+from .basis import Basis
+from .calibration.calibrate import calibrate
+from .data import TaskData, load_task
+from .errors import OutputError, SettingsError
+from .format import read_adapter_config
+from .lock import only_writer
+from .project import OWN_BASIS, Project
+from .settings import DRAWN, CalibrationSettings
+from .storage import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find(project: Project, name: str) -> str:
+    """Where the basis of a task is, or `own`."""
+    own = project.tasks[name].basis if name in project.tasks else None
+    if own is None:
+        return str(project.path(project.basis_path))
+    return str(project.path(own)) if own != OWN_BASIS and project.path(own).exists() else own
+
+
+def is_shared(project: Project, source: str | Path) -> bool:
+    """Whether `source`, as it is written here, is the folder of the basis that the project's tasks share."""
+    return os.path.abspath(os.path.expanduser(source)) == str(project.path(project.basis_path))
+
+
+def load_or_make(
+    project: Project,
+    source: str,
+    base: BaseModel,
+    tasks: dict[str, TaskData],
+    calibration: CalibrationSettings,
+    network: PreTrainedModel | None,
+) -> Basis:
+    """The basis at `source`; where that is the project's shared one and not there yet, it is made.
+
+    It is calibrated over all tasks that share it in the project's file; over `tasks` where the file has none.
+
+    Raises:
+        SettingsError: the shared one is not as the project's file has it.
+    """
+    if not is_shared(project, source):
+        basis = Basis.load(source)
+        base.verify(basis.base, basis.modules)
+        return basis
+
+    def make() -> Basis:
+        names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
+        sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
+        return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
+
+    folder = project.path(project.basis_path)
+    basis = made_once(folder, make)
+    if differing := basis.differences(project.calibration):
+        raise SettingsError(
+            f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
+            where=folder,
+            fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
+        )
+    return basis
+
+
+def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
+    """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
+
+    Another run that is making it is waited for. An empty folder is none, as it is to `refuse_existing`.
+    """
+
+    def found() -> bool:
+        return any(folder.iterdir()) if folder.is_dir() else folder.exists()
+
+    with ExitStack() as lock:
+        if distributed.is_main() and not found():
+            lock.enter_context(only_writer(folder, wait=True))
+        is_there = distributed.gather([found()])[0]  # as the first process sees it, which has the lock
+        if not is_there:
+            basis = make()
+            if distributed.is_main():
+                basis.save(folder)
+            distributed.wait()
+    return Basis.load(folder)
+
+
+def refuse_to_strand(project: Project, target: Path) -> None:
+    """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need."""
+    weights = target / "basis.safetensors"
+    if not weights.is_file():
+        return
+    sha256 = sha256_file(weights)  # not what its config says: a damaged basis is of no use to them anyway
+    configs = {name: read_adapter_config(project.adapter_folder(name)) for name in project.adapter_names()}
+    bases = {name: config["basis"] for name, config in configs.items() if config["basis"]["source"] != EMBEDDED}
+    trained = [name for name, basis in bases.items() if basis["sha256"] == sha256]
+    if trained:
+        raise OutputError(
+            f"adapters were trained in this basis and are of no use without it: {', '.join(trained)}",
+            where=target,
+            fix="Choose another folder with --out, or remove these adapters first",
+        )

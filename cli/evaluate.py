@@ -42,8 +42,7 @@ def run(
     ready: dict[str, tuple[str, str]] = {}
     for word, folder in folders.items():  # all are looked at before the first network runs
         loaded = Adapter.load(folder)
-        name = run.project.task_of(folder, loaded.training)
-        source = data or run.project.source_of(name, loaded.training)
+        name, source = run.project.task_of(loaded, data)
         if source is None and not adapter:
             run.say(f"{word} is passed over: it does not say what it was trained on (--data names its rows)")
             continue

@@ -80,8 +80,7 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     found = {}
     for folder in folders:
         loaded = Adapter.load(folder)
-        name = run.project.task_of(folder, loaded.training)
-        source = data or run.project.source_of(name, loaded.training)
+        name, source = run.project.task_of(loaded, data)
         task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
         if task is not None and task.splits.get(task.held_out()):
             found[loaded.name or ""] = task

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
 from .fetch import may_be_dataset, parse_hub_id
@@ -21,6 +21,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -192,21 +195,19 @@ class Project:
         source, path = self.tasks[name].data, self.path(self.tasks[name].data)
         return source if not path.exists() and may_be_dataset(source, self.folder) else str(path)
 
-    def task_of(self, adapter: str, training: Mapping[str, Any]) -> str:
-        """The task of `adapter`, a folder or Hub id: the project's of that name, else the one it was trained on."""
-        name = Path(adapter).name
-        renamed = name in self.tasks and Path(adapter).absolute() == self.adapter_folder(name)
-        return name if renamed else training.get("task", name)
+    def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, str | None]:
+        """Name and data of an adapter's task: the project's of the adapter's name, else the one it was trained on.
 
-    def source_of(self, name: str, training: Mapping[str, Any]) -> str | None:
-        """The data of an adapter's task: the project's where it has such a task, else what its training says.
-
-        None where that is only a name: what a push leaves of a path would be taken for a Hub dataset.
+        The data is `data` if that is given; None where only a name is known: what a push leaves of a path would be
+        taken for a Hub dataset.
         """
-        if name in self.tasks:
-            return self.task_source(name)
-        source = training.get("data")
-        return source if source and (os.path.isabs(source) or parse_hub_id(source)) else None
+        name = adapter.name or ""
+        if name not in self.tasks or adapter.folder != self.adapter_folder(name):
+            name = adapter.training.get("task") or name
+        if data or name in self.tasks:
+            return name, data or self.task_source(name)
+        source = adapter.training.get("data")
+        return name, source if source and (os.path.isabs(source) or parse_hub_id(source)) else None
 
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""

@@ -58,6 +58,14 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
 
 
+def test_a_task_without_a_name_is_called_as_its_adapter(project: Path, sums: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    adapter.training = {"task": None, "data": str(sums)}
+    adapter.save("mine")
+    result = json.loads(lorasb("evaluate", "./mine", "--metric", "loss", "--json").stdout)["evaluation"]["./mine"]
+    assert (result["task"], result["rows"]) == ("mine", 24)
+
+
 def test_what_a_push_leaves_of_a_path_is_not_taken_for_data(project: Path, sums: Path) -> None:
     """Outside of a project: neither a folder of that name that happens to lie here, nor the Hub's dataset."""
     (project / "lorasb.toml").unlink()

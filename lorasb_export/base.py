@@ -16,6 +16,7 @@ from . import environment
 from .errors import BaseModelError, SettingsError
 from .fetch import is_blob, parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
+from .settings import DTYPES
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
 
@@ -27,7 +28,6 @@ CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
-_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those of a name
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 _OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
@@ -242,8 +242,8 @@ class BaseModel:
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )
 
-        if dtype not in _DTYPES:
-            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use {', '.join(DTYPES)}")
         environment.hide_broken_packages()
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -12,7 +12,12 @@ ALL_LINEAR, MLP_OUTPUT = "all-linear", "mlp-output"
 _FLOAT32_MAX = 3.4e38
 GRADIENT, RANDOM, BLOCK = "gradient", "random", "block"
 DRAWN = (RANDOM, BLOCK)  # without data
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _CHOICES = {
+    "directions": (GRADIENT, *DRAWN),
+    "reduction": ("sign", "raw"),
+    "loss": ("sample", "token"),
+    "dtype": DTYPES,
     "optimizer": ("adamw", "muon"),
     "init": ("svd", "zero"),
     "schedule": ("linear", "cosine", "constant_with_warmup"),
@@ -63,15 +68,9 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.directions not in (GRADIENT, *DRAWN):
-            raise SettingsError(f"directions is {self.directions!r}", fix=f"Use {GRADIENT}, {' or '.join(DRAWN)}")
-        if self.reduction not in ("sign", "raw"):
-            raise SettingsError(f"reduction is {self.reduction!r}", fix="Use sign or raw")
-        if self.loss not in ("sample", "token"):
-            raise SettingsError(f"loss is {self.loss!r}", fix="Use sample or token")
-        _check_numbers(self, positive=("rank", "eta", "batch_size", "max_length"))
-        if self.samples is not None and self.samples <= 0:
-            raise SettingsError(f"samples is {self.samples}, must be positive", fix="A count, or a fraction below 1")
+        _check(self, positive=("rank", "eta", "batch_size", "max_length"))
+        if self.samples is not None and (self.samples <= 0 or (self.samples > 1 and self.samples != int(self.samples))):
+            raise SettingsError(f"samples is {self.samples}", fix="Give a count, or a fraction above 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,7 @@ class FitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise SettingsError(f"{name} is {getattr(self, name)!r}", fix=f"Use {', '.join(allowed)}")
-        _check_numbers(self, positive=("epochs", "batch_size", "accumulate", "scaling", "max_length"))
+        _check(self, positive=("epochs", "batch_size", "accumulate", "scaling", "max_length"))
         for name in ("weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, must be 0 or more")
@@ -175,7 +171,10 @@ class FitSettings:
         return replace(self, learning_rate=float(f"{3 * rate if directions in DRAWN else rate:.1e}"))
 
 
-def _check_numbers(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:
+def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:
+    for name, allowed in _CHOICES.items():
+        if getattr(settings, name, allowed[0]) not in allowed:
+            raise SettingsError(f"{name} is {getattr(settings, name)!r}", fix=f"Use {', '.join(allowed)}")
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{name} is {value}, must be a finite number")

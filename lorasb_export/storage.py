@@ -16,8 +16,8 @@ from .errors import ArtifactError, LoraSBError
 MAX_JSON_BYTES = 12_000_000  # the largest index published, of a model of 671 B parameters, has 9 MB
 _MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred times its own size
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATS = {"F64", "F32", "F16", "BF16"}
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)

@@ -129,15 +129,19 @@ def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrai
     assert_equal(gradient_sums(network, find_targets(network, "all-linear"), [padded], loss=loss), one_by_one)
 
 
-def test_settings_are_checked() -> None:
-    with pytest.raises(SettingsError, match="loss is 'tokens'"):
-        CalibrationSettings(loss="tokens")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((CalibrationSettings, name) for name in ("loss", "directions", "reduction", "dtype")), (FitSettings, "dtype")],
+)
+def test_a_setting_that_is_none_of_the_choices_is_refused(kind: Callable[..., Any], name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} is 'int8'\. Use \w+, "):
+        kind(**{name: "int8"})
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "values"),
     [
-        (CalibrationSettings, "samples", (0, math.nan, math.inf)),
+        (CalibrationSettings, "samples", (0, 1.5, math.nan, math.inf)),
         (CalibrationSettings, "eta", (0, math.nan, math.inf)),
         (CalibrationSettings, "seed", (-1, 2**32)),
         (FitSettings, "seed", (-1, 2**32)),

@@ -17,14 +17,13 @@ from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions
 from ..publishing import card
 from ..storage import DTYPE_BYTES, folder_bytes
-from .onnx_build import PROVIDERS, build, exporter_for
+from .onnx_build import DTYPES, PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
 from .onnx_run import require_packages
 from .onnx_verify import MAX_DROP, require_equal, verify_classifier, verify_folder
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
-_MERGE_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # else float32: the update is not rounded before it must be
 
 
 def export_onnx(
@@ -74,9 +73,9 @@ def export_onnx(
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
-        merged_bytes = 2 if precision in _MERGE_DTYPES else 4
+        merged_bytes = 4 if DTYPES[precision] == "float32" else 2
         require_room(folder, int(parameters(model) * (merged_bytes + BYTES[precision])))
-        merge(task, scratch / "merged", base=base, dtype=_MERGE_DTYPES.get(precision, "float32"))
+        merge(task, scratch / "merged", base=base, dtype=DTYPES[precision])
         built = "fp32" if precision in BITS else precision
         build(exporter, scratch / "merged", folder, built, scratch, task.task_type)
         if precision in BITS:

@@ -27,7 +27,8 @@ from .onnx_graph import read_graph, rename_data
 GENAI, TORCH = "genai", "torch"
 GRAPH, DATA = "model.onnx", "model.onnx_data"  # the data file's name is the one transformers.js looks for
 PROVIDERS = {"fp32": "cpu", "int8": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}  # what each graph is for
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # of the torch model; else float32
+# Of the model in torch, before the graph's weights are quantized.
+DTYPES = dict.fromkeys(PROVIDERS, "float32") | {"fp16": "float16", "bf16": "bfloat16"}
 _GENAI_ARCHITECTURES = {
     *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"),
     *("GemmaForCausalLM", "Gemma2ForCausalLM"),
@@ -123,7 +124,7 @@ def build(
         command += ["--extra_options", f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false"]
     else:
         command = ["lorasb_export.export.onnx_torch", str(model), str(out), task_type]
-        command.append(_DTYPES.get(precision, "float32"))
+        command.append(DTYPES[precision])
         if basis is not None:
             (scratch / "basis").mkdir()
             basis.write_into(scratch / "basis")

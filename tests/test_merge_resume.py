@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,21 @@ def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(exact.float(), after[f"{name}.weight"])
     found = read_json(tmp_path / "model" / "lorasb.json")["adapters"]
     assert [(one["name"], one["weight"]) for one in found] == [("a", 0.6), ("b", -0.4)]
+
+
+def test_what_is_combined_is_read_once_and_not_overwritten(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Adapter.load(adapter)
+    other.basis_source = str(adapter)
+    other.save(tmp_path / "b")
+    with pytest.raises(OutputError, match="the target holds what it is made from"):
+        merge({adapter: 1.0, tmp_path / "b": 1.0}, tmp_path / "b", overwrite=True)
+    read: list[Any] = []
+    load = Adapter.load
+    monkeypatch.setattr(Adapter, "load", lambda source: (read.append(source), load(source))[1])
+    merge({adapter: 1.0, tmp_path / "b": 1.0}, tmp_path / "model")
+    assert read == [adapter, tmp_path / "b"]
 
 
 def test_adapters_of_two_bases_are_summed_and_rounded_once(tmp_path: Path) -> None:

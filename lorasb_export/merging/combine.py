@@ -12,19 +12,19 @@ from ..adapter import Adapter
 from ..errors import ArtifactError, SettingsError
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
+Weighted = Sequence[tuple[Adapter, float]]
 
 
-def combine(weights: Weights) -> tuple[Adapter, ...]:
+def combine(weighted: Weighted) -> tuple[Adapter, ...]:
     """The linear combination of adapters: for every basis among them one adapter with scaling 1.
 
     Raises:
         SettingsError: a weight is not finite.
-        ArtifactError: an adapter is damaged, brings a classification head, or is for another kind of task.
+        ArtifactError: an adapter brings a classification head, or is for another kind of task.
     """
     groups: dict[str, list[tuple[Adapter, float]]] = {}
     task_type = None
-    for source, weight in weights.items():
-        adapter = Adapter.load(source)
+    for adapter, weight in weighted:
         if weight - weight != 0:
             raise SettingsError(f"weight {weight} of an adapter", where=adapter.folder, fix="Give a finite number")
         if adapter.head:
@@ -38,7 +38,7 @@ def combine(weights: Weights) -> tuple[Adapter, ...]:
     return tuple(_of_one_basis(group) for group in groups.values())
 
 
-def _of_one_basis(group: Sequence[tuple[Adapter, float]]) -> Adapter:
+def _of_one_basis(group: Weighted) -> Adapter:
     first = group[0][0]
     for adapter, _ in group:
         if set(adapter.R) != set(first.R):
@@ -48,10 +48,10 @@ def _of_one_basis(group: Sequence[tuple[Adapter, float]]) -> Adapter:
     return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type)
 
 
-def provenance(weights: Weights) -> list[dict[str, Any]]:
+def provenance(weighted: Weighted) -> list[dict[str, Any]]:
     """What `lorasb.json` says about each adapter of a combination."""
     found = []
-    for source, weight in weights.items():
-        said = Adapter.load(source).provenance()
+    for adapter, weight in weighted:
+        said = adapter.provenance()
         found.append({**said["adapter"], "weight": weight} | {key: said[key] for key in ("basis", "rank", "scaling")})
     return found

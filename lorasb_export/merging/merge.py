@@ -20,7 +20,8 @@ from ..output import free_bytes
 from ..provenance import command
 from ..publishing import card
 from ..storage import write_json
-from . import combine, retained
+from . import retained
+from .combine import Weights
 from .folder import MergeFolder, resumable_folder
 from .plan import MergePlan, parse_size, plan_merge
 from .retained import Retained
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def merge(
-    adapter: str | Path | Adapter | combine.Weights,
+    adapter: str | Path | Adapter | Weights,
     out: str | Path,
     *,
     base: str | Path | None = None,
@@ -88,7 +89,7 @@ def merge(
         result |= {"retained": retained.summary(modules), "shards_reused": reused}
         retained.warn(result["retained"], " and ".join(result["stored"]))
         made = {"command": command(), "retained": result["retained"]}
-        _write_other_files(plan, folder.path, _provenance(plan, adapter, folder.path) | made)
+        _write_other_files(plan, folder.path, _provenance(plan, folder.path) | made)
         if verify:
             result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
     if report is not None:
@@ -125,14 +126,14 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
     return modules, reused
 
 
-def _provenance(plan: MergePlan, adapter: str | Path | Adapter | combine.Weights, folder: Path) -> dict[str, Any]:
+def _provenance(plan: MergePlan, folder: Path) -> dict[str, Any]:
     """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
     said = {"kind": "merged", **plan.adapters[0].provenance(), "dtype": plan.dtype, "modules": len(plan.touched)}
-    if not isinstance(adapter, Mapping):
+    if not plan.combined:
         return said | {"training": published_training(plan.adapters[0], folder)}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
         del said[key]
-    return said | {"adapters": combine.provenance(adapter)}
+    return said | {"adapters": plan.combined}
 
 
 def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, Any]) -> None:

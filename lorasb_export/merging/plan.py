@@ -21,7 +21,7 @@ from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..storage import DTYPE_BYTES, TensorInfo
 from . import retained
-from .combine import Weights, combine
+from .combine import Weights, combine, provenance
 from .folder import bytes_of_an_earlier_try
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -56,6 +56,7 @@ class MergePlan:
 
     Attributes:
         adapters: one for each basis; the bases stay on the disk (`open_basis`).
+        combined: of a combination, what `lorasb.json` says of each adapter in it.
     """
 
     adapters: tuple[Adapter, ...]
@@ -63,6 +64,7 @@ class MergePlan:
     shards: tuple[tuple[PlannedTensor, ...], ...]
     dtype: str
     side_files: tuple[Path, ...]
+    combined: list[dict[str, Any]]
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +185,7 @@ def plan_merge(
     problems = Problems()
     limit, model = 0, None
     loaded: tuple[Adapter, ...] = ()
+    combined: list[dict[str, Any]] = []
     with problems:
         refuse_existing(out, overwrite)
     with problems:
@@ -191,9 +194,14 @@ def plan_merge(
     with problems:
         limit = parse_size(max_shard_size)
     with problems:
-        loaded = _load(adapter)
+        if isinstance(adapter, Mapping):
+            weighted = [(Adapter.load(source), weight) for source, weight in adapter.items()]
+            loaded, combined = combine(weighted), provenance(weighted)
+        else:
+            weighted = [(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), 1.0)]
+            loaded = (weighted[0][0],)
         model = loaded[0].base.resolve(base)
-        for one in loaded:
+        for one, _ in weighted:
             refuse_own_input(out, one.folder, one.basis_source)
     if model is None:
         problems.raise_all()
@@ -207,7 +215,7 @@ def plan_merge(
             _check_shapes(one, model, one.load_basis().shapes, problems)
     problems.raise_all()
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
-    plan = MergePlan(loaded, model, shards, dtype, _side_files(model))
+    plan = MergePlan(loaded, model, shards, dtype, _side_files(model), combined)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 
@@ -222,12 +230,6 @@ def parse_size(size: str | int) -> int:
         if text.endswith(unit) and number.isascii() and number.isdecimal():
             return int(number) * factor
     raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
-
-
-def _load(adapter: str | Path | Adapter | Weights) -> tuple[Adapter, ...]:
-    if isinstance(adapter, Mapping):
-        return combine(adapter)
-    return (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter),)
 
 
 def _check_modules(adapter: Adapter, model: BaseModel, problems: Problems) -> None:

@@ -48,6 +48,7 @@ def save_adapter(basis: Basis, folder: Path, seed: int, scaling: float = 1.0, **
 def make_world(root: Path) -> Path:
     """A random Llama with grouped queries and biases; adapters red and blue of one basis, stranger of another."""
     save_tokenizer(root / "base")
+    (root / "base" / "LICENSE").write_text("for anybody")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),

@@ -105,7 +105,7 @@ def test_merged_folder_is_complete(red_onnx: Path) -> None:
     names = {path.name for path in red_onnx.iterdir()}
     assert names == {
         *("model.onnx", "model.onnx_data", "genai_config.json", "config.json", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "lorasb.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "lorasb.json", "README.md"),
     }
     assert artifact_kind(red_onnx) == "onnx"
     assert json.loads((red_onnx / "lorasb.json").read_text())["precision"] == "fp32"

@@ -159,11 +159,13 @@ def test_a_base_with_code_and_pickles_is_read_without_them(hub: Hub, tmp_path: P
     (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit('executed')")
     for name in ("pytorch_model.bin", "training_args.bin", "model.pkl"):
         (base / name).write_bytes(pickle.dumps(Touch(marker)))
+    (base / "LICENSE").write_text("for anybody")
     hub.put("owner/evil", base)
     answers = hub.lorasb("generate", "1+1=", "--adapters", "me/a", "--model", "owner/evil", "--max-tokens", "2")
     assert set(answers["answers"]) == {"base", "me/a"}
     hub.lorasb("merge", "me/a", "--model", "owner/evil", "--out", tmp_path / "merged")
     assert not any(path.suffix in (".py", ".bin", ".pkl") for path in (tmp_path / "merged").iterdir())
+    assert (tmp_path / "merged" / "LICENSE").read_text() == "for anybody"
     assert fetched(hub, "owner/evil") >= {"config.json", "model.safetensors"}
     assert not {name for name in fetched(hub, "owner/evil") if name.endswith((".py", ".bin", ".pkl"))}
     assert not marker.exists()

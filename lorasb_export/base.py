@@ -28,8 +28,12 @@ CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
-CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those of a name
-_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+# Beside the weights: settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
+TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")
+# What licences want to come along wherever the model goes.
+LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
+_MADE_ANEW = ("lorasb.json", ".index.json")
+_CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
 _OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
 
 
@@ -318,7 +322,21 @@ def _merged_with(provenance: Mapping[str, Any]) -> str:
     return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)
 
 
-def refuse_foreign_link(path: Path, folder: Path) -> None:
+def side_files(folder: Path) -> list[Path]:
+    """What every model folder that is made from the one in `folder` takes along.
+
+    Raises:
+        BaseModelError: one is a link to another file elsewhere.
+    """
+    patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
+    for path in kept:
+        _refuse_foreign_link(path, folder)
+    return kept
+
+
+def _refuse_foreign_link(path: Path, folder: Path) -> None:
     """Raise BaseModelError where `path` in a base's `folder`, which is about to be copied, brings along another file.
 
     A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.

@@ -146,6 +146,7 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     ],
 )
 def test_exports(tmp_path: Path, kind: str, config: str, names: list[str], library: str) -> None:
+    names = [*names, "LICENSE-MODEL", "NOTICE.md", "USE_POLICY.md"]
     for name in [*names, "weights.bin"]:
         (tmp_path / name).write_text("{}")
     (tmp_path / config).write_text(json.dumps({"kind": kind, "peft_type": "LORA", "target_modules": []}))

@@ -88,18 +88,21 @@ def test_every_touched_tensor_is_the_float64_sum_rounded_once(directions: str, t
 def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(llama, base)
-    for name in ("chat_template.jinja", "vocab.json", "merges.txt", "LICENSE"):
+    for name in ("chat_template.jinja", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model.v3", "modeling_x.py"):
         (base / name).write_text(f"{name} of the base")
-    (base / "pytorch_model.bin").write_bytes(b"another format")
-    (base / "README.md").write_text("the base's card")
+    for name in ("LICENSE", "LICENSE.md", "MODEL_LICENSE", "NOTICE", "USE_POLICY.md", "preprocessor_config.json"):
+        (base / name).write_text(f"{name} of the base")
+    left = {"model.safetensors", "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "SHA256SUMS"}
+    left |= {".x.json", "events.out.tfevents.17.host", "train.jsonl"}
+    for name in left - {"model.safetensors"}:
+        (base / name).write_text(f"{name} of the base")
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool_use.jinja").write_text("a template of a name")
     merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
     for path in filter(Path.is_file, base.rglob("*")):
         copied = tmp_path / "model" / path.relative_to(base)
-        if path.suffix not in (".safetensors", ".bin", ".md"):
-            assert copied.read_bytes() == path.read_bytes(), path.name
-    assert not (tmp_path / "model" / "pytorch_model.bin").exists()
+        same = copied.is_file() and copied.read_bytes() == path.read_bytes()
+        assert same == (path.name not in left), path.name
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
     network = BaseModel.resolve(tmp_path / "model").load()
     assert network.lm_head.weight is network.model.embed_tokens.weight

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base import CAUSAL_LM, CHAT_TEMPLATES, SEQ_CLS, BaseModel, refuse_foreign_link
+from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, side_files
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
@@ -49,8 +49,6 @@ _TORCH_TYPES = {
 _ROPE_OF_THE_BUILDER = {"LlamaForCausalLM": {"default", "llama3"}}  # others it leaves out without a word
 _ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles depend on how long the text is
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
-_SIDE_FILES = {".json", ".jinja", ".model", ".txt"}
-_NOT_COPIED = {"lorasb.json", "model.safetensors.index.json"}
 
 
 def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()) -> str:
@@ -131,10 +129,9 @@ def build(
             command.append(str(scratch / "basis"))
     _run(command, scratch, model)
     _finish_graph(out, model if exporter == GENAI else None)
-    for path in (*model.iterdir(), *model.glob(CHAT_TEMPLATES)):
+    for path in side_files(model):
         copy = out / path.relative_to(model)
-        if path.suffix in _SIDE_FILES and path.name not in _NOT_COPIED and not copy.exists():
-            refuse_foreign_link(path, model)
+        if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"

@@ -154,9 +154,8 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
-    """config.json, byte for byte unless the dtype or the task changes it."""
+    """config.json anew where the dtype or the task changes it."""
     if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS:
-        shutil.copyfile(plan.base.folder / "config.json", folder / "config.json")
         return
     config: dict[str, Any] = dict(plan.base.config)
     if plan.dtype != "auto":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base import CHAT_TEMPLATES, SEQ_CLS, BaseModel, refuse_foreign_link
+from ..base import SEQ_CLS, BaseModel, side_files
 from ..basis_file import TORCH_DTYPES, open_basis, read_tensor
 from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
@@ -30,8 +30,6 @@ _PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
 _THREAD_BYTES = 40 << 20  # `write.PIECE` entries as read and as written, `sums.BLOCK` at every stage between
 _MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
-# Never copied from the base: weights in any format, its card, and provenance of another run.
-_NOT_SIDE_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".md", ".pkl"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class MergePlan:
     base: BaseModel
     shards: tuple[tuple[PlannedTensor, ...], ...]
     dtype: str
-    side_files: tuple[Path, ...]
+    side_files: list[Path]
     combined: list[dict[str, Any]]
 
     @property
@@ -215,7 +213,7 @@ def plan_merge(
             _check_shapes(one, model, one.load_basis().shapes, problems)
     problems.raise_all()
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
-    plan = MergePlan(loaded, model, shards, dtype, _side_files(model), combined)
+    plan = MergePlan(loaded, model, shards, dtype, side_files(model.folder), combined)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 
@@ -281,25 +279,6 @@ def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
     if adapter.task_type == SEQ_CLS and model.weight_key(name) != f"{name}.weight":
         return name.partition(".")[0] + "."
     return ""
-
-
-def _side_files(model: BaseModel) -> tuple[Path, ...]:
-    """The base's tokenizer, templates and licence, which are copied.
-
-    Raises:
-        BaseModelError: one is a link to another file elsewhere.
-    """
-    found = tuple(
-        path
-        for path in sorted((*model.folder.iterdir(), *model.folder.glob(CHAT_TEMPLATES)))
-        if path.is_file()
-        and path.suffix not in _NOT_SIDE_FILES
-        and not path.name.startswith(".")
-        and path.name not in ("config.json", "lorasb.json", "model.safetensors.index.json")
-    )
-    for path in found:
-        refuse_foreign_link(path, model.folder)
-    return found
 
 
 def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:

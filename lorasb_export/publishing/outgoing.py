@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..base import BaseModel
+from ..base import LICENCES, TEXTS, BaseModel
 from ..errors import ArtifactError
 from ..format import sealed
 from ..kind import artifact_kind
@@ -22,17 +22,16 @@ Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another o
 SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
 
 _BASIS = ("basis.safetensors", "basis_config.json")
-_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 _GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
-_ALWAYS = ("README.md", "LICENSE", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "lorasb.json", "*.png")
+_ALWAYS = ("README.md", *LICENCES, "lorasb.json", "*.png")
 # What a folder of each kind may publish. No pattern admits a pickle, a checkpoint or a cache.
 _ALLOWED = {
     "basis": (*_BASIS, *_ALWAYS),
     "adapter": ("adapter.safetensors", "adapter_config.json", "training_log.jsonl", *_BASIS, *_ALWAYS),
     "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
-    "merged": ("*.safetensors", *_TEXTS, *_ALWAYS),
-    "onnx": (*_GRAPHS, *_TEXTS, *_ALWAYS),
-    "onnx-adapters": (*_GRAPHS, *_TEXTS, *_ALWAYS),
+    "merged": ("*.safetensors", *TEXTS, *_ALWAYS),
+    "onnx": (*_GRAPHS, *TEXTS, *_ALWAYS),
+    "onnx-adapters": (*_GRAPHS, *TEXTS, *_ALWAYS),
 }
 # Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
 _NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}

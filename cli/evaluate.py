@@ -37,7 +37,7 @@ def run(
     folders = {word: run.project.find_adapter(word) for word in words}
     from lorasb_export.adapter import Adapter  # only now: it brings torch
     from lorasb_export.data import load_task
-    from lorasb_export.inference import evaluate, record_evaluation, to_score
+    from lorasb_export.evaluation import evaluate, record_evaluation, to_score
 
     ready: dict[str, tuple[str, str]] = {}
     for word, folder in folders.items():  # all are looked at before the first network runs

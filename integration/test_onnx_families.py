@@ -21,6 +21,7 @@ from lorasb_export.adapter import Adapter  # noqa: E402
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel  # noqa: E402
 from lorasb_export.data import TaskData, load_task  # noqa: E402
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError  # noqa: E402
+from lorasb_export.evaluation import evaluate  # noqa: E402
 from lorasb_export.export import onnx_verify  # noqa: E402
 from lorasb_export.export.onnx import export_onnx  # noqa: E402
 from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
@@ -28,7 +29,6 @@ from lorasb_export.export.onnx_build import GRAPH  # noqa: E402
 from lorasb_export.export.onnx_graph import read_graph  # noqa: E402
 from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier  # noqa: E402
 from lorasb_export.export.onnx_verify import require_equal  # noqa: E402
-from lorasb_export.inference import evaluate  # noqa: E402
 from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
 from tests.conftest import write_splits  # noqa: E402
 from tests.random_adapter import save_adapter, write_in  # noqa: E402

@@ -1,11 +1,10 @@
-"""Greedy answers of a model in torch, and a metric of a task on held-out rows."""
+"""Greedy answers of a model in torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -14,25 +13,13 @@ from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
-from .batches import encode, prompt_ids
-from .data import CHAT, COMPLETION, LABELLED, TEXT, Prompt, Row, TaskData, question_and_answer
-from .errors import ArtifactError, DataError, SettingsError
-from .layer import remove
-from .metrics import exact_match
+from .batches import prompt_ids
+from .data import Prompt, Row, question_and_answer
+from .errors import ArtifactError, DataError
 from .network import positions
-from .settings import FitSettings
-from .training.validation import mean_loss, of_predictions, row_scores
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# Of each kind of row, the metrics that fit; the first is the default.
-_METRICS = {
-    COMPLETION: ("exact_match", "loss"),
-    CHAT: ("exact_match", "loss"),
-    TEXT: ("loss",),
-    LABELLED: ("accuracy", "mcc"),
-}
 
 
 def generate_ids(
@@ -141,112 +128,6 @@ def answers_to_ids(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def evaluate(
-    adapter: Adapter,
-    task: TaskData,
-    *,
-    base: str | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    dtype: str = "auto",
-    metric: str | None = None,
-    networks: dict[str, PreTrainedModel] | None = None,
-) -> dict[str, Any]:
-    """A metric on held-out rows, for the base and for the adapter.
-
-    Args:
-        base: the base model, where it is not where the adapter says.
-        split: `valid`, `test` or `train`; the task's held-out split when None.
-        limit: only the first so many rows.
-        metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
-            the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
-            `pearson`. The first of these when None.
-        networks: fingerprint → loaded base that generates: one that is there is used, another is put there, and all
-            are left as they were. For many adapters of one base.
-
-    Returns:
-        `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where
-        the adapter brings the head, which the base lacks.
-
-    Raises:
-        DataError: the split is empty, or of another task type than the adapter; an answer is missing, or a prompt is
-            none that the base can answer (`question_ids`).
-        SettingsError: the metric does not fit the data.
-    """
-    split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
-    asked = [question_and_answer(row) for row in rows] if metric == "exact_match" else []
-    model = adapter.base.resolve(base)
-    model.verify(adapter.base, adapter.R)
-    tokenizer = model.load_tokenizer()
-    encoded = []
-    if metric != "exact_match":
-        length = trained_length(adapter)
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
-    networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
-    network = networks.get(adapter.base.fingerprint)
-    if network is None:
-        network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
-        networks[adapter.base.fingerprint] = network
-
-    def score() -> float:
-        if metric == "exact_match":
-            limit_tokens = max_answer_tokens(tokenizer, rows)
-            questions = [question for question, _ in asked]
-            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=f"{split} row")
-            return exact_match(found, [answer for _, answer in asked])
-        scores = row_scores(network, encoded, tokenizer.pad_token_id)
-        if metric == "loss":
-            return mean_loss(scores)
-        predicted, expected = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-        return of_predictions(predicted, expected, regression=task.regression)[metric]
-
-    result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
-    before = score() if task.task_type == CAUSAL_LM else None
-    adapter.inject(network)
-    try:
-        return result | {"base": before, "adapter": score()}
-    finally:
-        remove(network)
-
-
-def to_score(
-    adapter: Adapter, task: TaskData, *, split: str | None = None, limit: int | None = None, metric: str | None = None
-) -> tuple[str, str, Sequence[Row]]:
-    """The split, the metric and the rows that `evaluate` would take, checked as far as that needs no model.
-
-    Args and errors: as for `evaluate`.
-    """
-    require_same_kind(adapter, task)
-    metric = fitting_metric(task, metric)
-    split = split or task.held_out()
-    rows = task.rows(split)[:limit]
-    if metric == "exact_match":
-        for number, row in enumerate(rows, 1):
-            question_and_answer(row, f"{split} row {number}")
-    return split, metric, rows
-
-
-def require_same_kind(adapter: Adapter, task: TaskData) -> None:
-    """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
-    if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
-        ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
-        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
-
-
-def trained_length(adapter: Adapter) -> int:
-    """Tokens at which the rows that `adapter` was trained on were cut."""
-    return int(adapter.training.get("settings", {}).get("max_length", FitSettings.max_length))
-
-
-def fitting_metric(task: TaskData, metric: str | None) -> str:
-    """`metric`, or the default of the task's kind of rows. Raises SettingsError when it does not fit them."""
-    fitting = ("pearson",) if task.regression else _METRICS[task.kind]
-    if metric is not None and metric not in fitting:
-        kind = "regression" if task.regression else task.kind
-        raise SettingsError(f"metric {metric!r} does not fit {kind} rows", fix=f"Use {' or '.join(fitting)}")
-    return metric or fitting[0]
-
-
 def side_by_side(
     prompt: str,
     adapters: Mapping[str, str],
@@ -290,19 +171,3 @@ def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -
     """Tokens to allow an answer: those of the longest reference and its end token, and a few more."""
     expected = [question_and_answer(row)[1] for row in rows]
     return max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in expected) + 8
-
-
-def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
-    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
-    from .format import sealed
-    from .output import replaced_file
-    from .publishing import card
-    from .storage import read_json, write_json
-
-    path = folder / "adapter_config.json"
-    config = read_json(path)
-    split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
-    split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
-    with replaced_file(path) as temporary:
-        write_json(temporary, sealed(config))
-    card.write(folder, card.adapter_card(config))

@@ -36,3 +36,17 @@ def pearson(found: Sequence[float], expected: Sequence[float]) -> float:
     covariance = math.fsum((a - mean_found) * (b - mean_expected) for a, b in pairs)
     norm_found = math.hypot(*(a - mean_found for a in found))
     return covariance / (norm_found * math.hypot(*(b - mean_expected for b in expected)))
+
+
+def of_predictions(predicted: Sequence[float], expected: Sequence[float], *, regression: bool) -> dict[str, float]:
+    """Pearson's correlation for regression; accuracy and Matthews' correlation for classes."""
+    if regression:
+        return {"pearson": pearson(predicted, expected)}
+    return {"accuracy": accuracy(predicted, expected), "mcc": mcc(predicted, expected)}
+
+
+def better(metric: str, value: float, than: float) -> bool:
+    """Whether `value` beats `than`: lower for the loss, higher for all else. NaN beats nothing, and all beat NaN."""
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value < than if metric == "loss" else value > than

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError, TrainingError
+from lorasb_export.metrics import better
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
-from lorasb_export.training.validation import better
 
 SETTINGS = FitSettings(max_steps=6, checkpoint_every=3)
 RATES = (1e-5, 1e-2)

@@ -16,10 +16,10 @@ from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import encode, prompt_ids
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.inference import answers, evaluate
+from lorasb_export.evaluation import evaluate, row_scores
+from lorasb_export.inference import answers
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.training.validation import row_scores
 from tests.random_adapter import save_adapter
 from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
 from tests.tiny import make_gpt2, make_llama, save_tokenizer

@@ -92,7 +92,7 @@ def test_a_task_without_held_out_rows_leaves_the_others_their_figures(project: P
 def test_a_task_that_cannot_be_scored_is_named_before_any_is(
     project: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.inference.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
     shutil.copytree("adapters/a", "adapters/b")
     (project / "text").mkdir()
     for split in ("train", "valid"):

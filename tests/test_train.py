@@ -20,7 +20,7 @@ from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
-from lorasb_export.inference import evaluate
+from lorasb_export.evaluation import evaluate
 from lorasb_export.lock import only_writer
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.muon import Muon, groups_of

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lorasb_export.base import SEQ_CLS
 from lorasb_export.batches import encode
 from lorasb_export.data import Row, TaskData
+from lorasb_export.evaluation import row_scores
 from lorasb_export.inference import answers, max_answer_tokens
-from lorasb_export.metrics import exact_match
-from lorasb_export.training.validation import of_predictions, row_scores
+from lorasb_export.metrics import exact_match, of_predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,13 +21,13 @@ from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.evaluation import mean_loss, row_scores
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of
 from lorasb_export.training.order import RowOrder, learning_rate_factor
-from lorasb_export.training.validation import mean_loss, row_scores
 
 from .cells import DATA, Cell, calibrated_on
 from .models import base_of

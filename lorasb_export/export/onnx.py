@@ -11,7 +11,7 @@ from ..adapter import Adapter, published_training
 from ..base import CAUSAL_LM, BaseModel
 from ..data import TaskData
 from ..errors import SettingsError
-from ..inference import require_same_kind
+from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import atomic_folder, refuse_own_input, require_room
 from ..provenance import command, versions

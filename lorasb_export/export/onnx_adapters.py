@@ -19,7 +19,7 @@ from ..adapter import Adapter, check_same_basis
 from ..base import CAUSAL_LM, BaseModel, BaseRef
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
-from ..inference import require_same_kind
+from ..evaluation import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
 from ..names import check_name

@@ -15,11 +15,11 @@ from ..basis import Basis
 from ..batches import collate, encode, prompt_ids
 from ..data import TEXT, TaskData, question_and_answer
 from ..errors import ArtifactError
-from ..inference import answers, fitting_metric, max_answer_tokens, trained_length
+from ..evaluation import fitting_metric, trained_length
+from ..inference import answers, max_answer_tokens
 from ..layer import remove
-from ..metrics import exact_match
+from ..metrics import exact_match, of_predictions
 from ..streamed import streamed_model
-from ..training.validation import of_predictions
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 
 PROMPTS = (

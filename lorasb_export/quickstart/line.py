@@ -16,10 +16,11 @@ from ..batches import prompt_ids
 from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
 from ..errors import MissingPackageError
+from ..evaluation import record_evaluation
 from ..export.onnx import export_onnx
 from ..export.onnx_run import OnnxDecoder
 from ..export.peft import export_peft
-from ..inference import answers, max_answer_tokens, record_evaluation
+from ..inference import answers, max_answer_tokens
 from ..layer import remove
 from ..merging.merge import merge
 from ..metrics import exact_match

@@ -19,7 +19,7 @@ from ..basis import Basis
 from ..calibration.capture import overview
 from ..data import TaskData, load_task, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError, TrainingError
-from ..inference import fitting_metric
+from ..evaluation import fitting_metric
 from ..lock import only_writer
 from ..network import require_positions
 from ..output import atomic_folder, cannot_write, refuse_existing, refuse_own_input

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..metrics import better
 from ..settings import FitSettings
 from .order import RowOrder
-from .validation import better
 
 
 @dataclass(frozen=True)

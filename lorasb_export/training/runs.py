@@ -18,6 +18,7 @@ from ..data import TaskData, question_and_answer
 from ..errors import TrainingError
 from ..inference import max_answer_tokens, question_ids
 from ..layer import load_head
+from ..metrics import better
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
@@ -27,7 +28,7 @@ from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
 from .trainer import RTrainer
-from .validation import Validation, better
+from .validation import Validation
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers import TrainerCallback  # noqa: E402

@@ -1,0 +1,183 @@
+"""Scores of a task's held-out rows, and what `evaluate` says of an adapter beside its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from .adapter import Adapter
+from .bars import no_bar
+from .base import CAUSAL_LM
+from .batches import Encoded, collate, encode, row_losses
+from .data import CHAT, COMPLETION, LABELLED, TEXT, Row, TaskData, question_and_answer
+from .errors import DataError, SettingsError
+from .format import sealed
+from .inference import answers, max_answer_tokens
+from .layer import remove
+from .metrics import exact_match, of_predictions
+from .output import replaced_file
+from .publishing import card
+from .settings import FitSettings
+from .storage import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Of each kind of row, the metrics that fit; the first is the default.
+_METRICS = {
+    COMPLETION: ("exact_match", "loss"),
+    CHAT: ("exact_match", "loss"),
+    TEXT: ("loss",),
+    LABELLED: ("accuracy", "mcc"),
+}
+
+
+def evaluate(
+    adapter: Adapter,
+    task: TaskData,
+    *,
+    base: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    metric: str | None = None,
+    networks: dict[str, PreTrainedModel] | None = None,
+) -> dict[str, Any]:
+    """A metric on held-out rows, for the base and for the adapter.
+
+    Args:
+        base: the base model, where it is not where the adapter says.
+        split: `valid`, `test` or `train`; the task's held-out split when None.
+        limit: only the first so many rows.
+        metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
+            the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
+            `pearson`. The first of these when None.
+        networks: fingerprint → loaded base that generates: one that is there is used, another is put there, and all
+            are left as they were. For many adapters of one base.
+
+    Returns:
+        `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where
+        the adapter brings the head, which the base lacks.
+
+    Raises:
+        DataError: the split is empty, or of another task type than the adapter; an answer is missing, or a prompt is
+            none that the base can answer (`question_ids`).
+        SettingsError: the metric does not fit the data.
+    """
+    split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
+    asked = [question_and_answer(row) for row in rows] if metric == "exact_match" else []
+    model = adapter.base.resolve(base)
+    model.verify(adapter.base, adapter.R)
+    tokenizer = model.load_tokenizer()
+    encoded = []
+    if metric != "exact_match":
+        length = trained_length(adapter)
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
+    networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
+    network = networks.get(adapter.base.fingerprint)
+    if network is None:
+        network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+        networks[adapter.base.fingerprint] = network
+
+    def score() -> float:
+        if metric == "exact_match":
+            limit_tokens = max_answer_tokens(tokenizer, rows)
+            questions = [question for question, _ in asked]
+            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=f"{split} row")
+            return exact_match(found, [answer for _, answer in asked])
+        scores = row_scores(network, encoded, tokenizer.pad_token_id)
+        if metric == "loss":
+            return mean_loss(scores)
+        predicted, expected = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
+        return of_predictions(predicted, expected, regression=task.regression)[metric]
+
+    result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
+    before = score() if task.task_type == CAUSAL_LM else None
+    adapter.inject(network)
+    try:
+        return result | {"base": before, "adapter": score()}
+    finally:
+        remove(network)
+
+
+def to_score(
+    adapter: Adapter, task: TaskData, *, split: str | None = None, limit: int | None = None, metric: str | None = None
+) -> tuple[str, str, Sequence[Row]]:
+    """The split, the metric and the rows that `evaluate` would take, checked as far as that needs no model.
+
+    Args and errors: as for `evaluate`.
+    """
+    require_same_kind(adapter, task)
+    metric = fitting_metric(task, metric)
+    split = split or task.held_out()
+    rows = task.rows(split)[:limit]
+    if metric == "exact_match":
+        for number, row in enumerate(rows, 1):
+            question_and_answer(row, f"{split} row {number}")
+    return split, metric, rows
+
+
+def require_same_kind(adapter: Adapter, task: TaskData) -> None:
+    """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
+    if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
+        ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
+        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
+
+
+def trained_length(adapter: Adapter) -> int:
+    """Tokens at which the rows that `adapter` was trained on were cut."""
+    return int(adapter.training.get("settings", {}).get("max_length", FitSettings.max_length))
+
+
+def fitting_metric(task: TaskData, metric: str | None) -> str:
+    """`metric`, or the default of the task's kind of rows. Raises SettingsError when it does not fit them."""
+    fitting = ("pearson",) if task.regression else _METRICS[task.kind]
+    if metric is not None and metric not in fitting:
+        kind = "regression" if task.regression else task.kind
+        raise SettingsError(f"metric {metric!r} does not fit {kind} rows", fix=f"Use {' or '.join(fitting)}")
+    return metric or fitting[0]
+
+
+def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
+    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
+    split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
+    with replaced_file(path) as temporary:
+        write_json(temporary, sealed(config))
+    card.write(folder, card.adapter_card(config))
+
+
+def row_scores(
+    network: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, *, batch_size: int = 16
+) -> list[tuple[float, int, float]]:
+    """For every row its summed loss, the number of labels behind it, and the prediction.
+
+    The prediction is the class of a classifier, the number of a regression, and 0 for a causal language model.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    found: dict[int, tuple[float, int, float]] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
+        places = order[start : start + batch_size]
+        batch = collate([encoded[i] for i in places], pad_id)
+        labels = batch.pop("labels").to(network.device)
+        inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
+        with torch.inference_mode():
+            logits = network(**inputs).logits
+        losses, counts = row_losses(logits, labels)
+        if labels.dim() == 2:
+            predicted = torch.zeros(len(places))
+        else:
+            predicted = logits[:, 0].float() if labels.is_floating_point() else logits.argmax(dim=-1)
+        found |= zip(places, zip(losses.tolist(), counts.tolist(), predicted.tolist(), strict=True), strict=True)
+    return [found[i] for i in range(len(encoded))]
+
+
+def mean_loss(scores: Sequence[tuple[float, int, float]]) -> float:
+    """The mean loss of a label; of a token, for a causal language model."""
+    return sum(loss for loss, _, _ in scores) / sum(count for _, count, _ in scores)

@@ -25,17 +25,10 @@ class LoraSBError(Exception):
         advice = f". {self.fix}" if self.fix else ""
         return f"{self.what}{place}{advice}"
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.what, self.where, self.fix))
-
 
 def first_line(error: BaseException) -> str:
     """Of what another library says, which may go on for pages; the name of the error where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _rebuild(cls: type[LoraSBError], what: str, where: str | None, fix: str | None) -> LoraSBError:
-    return cls(what, where=where, fix=fix)
 
 
 class ArtifactError(LoraSBError, ValueError):

@@ -109,13 +109,12 @@ class Adapter:
         }
         return cls(basis.base, basis.sha256, basis.source, R0, scaling, basis=basis)
 
-    def inject(self, model: torch.nn.Module, *, trainable: bool = False) -> None:
-        """Put this adapter on `model`: its R on the modules of its basis, and its head where it has one."""
+    def inject(self, model: torch.nn.Module) -> None:
+        """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one."""
         from . import layer
 
-        live = layer.inject(model, self.load_basis().modules, self.R, self.scaling)
-        for parameter in live.values():
-            parameter.requires_grad_(trainable)
+        layer.inject(model, self.load_basis().modules, self.R, self.scaling)
+        model.requires_grad_(False)
         layer.load_head(model, self.head)
 
     @property

@@ -105,7 +105,7 @@ def evaluate(
 
 
 def to_score(
-    adapter: Adapter, task: TaskData, *, split: str | None = None, limit: int | None = None, metric: str | None = None
+    adapter: Adapter, task: TaskData, *, split: str | None, limit: int | None, metric: str | None
 ) -> tuple[str, str, Sequence[Row]]:
     """The split, the metric and the rows that `evaluate` would take, checked as far as that needs no model.
 

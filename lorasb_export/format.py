@@ -192,7 +192,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def load_tensors(
-    path: Path, expected: Mapping[str, list[int]], digest: str | None = None, device: str | torch.device = "cpu"
+    path: Path, expected: Mapping[str, list[int]], digest: str, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Tensors of exactly the `expected` names and shapes, finite; refused from the header where possible.
 
@@ -209,13 +209,13 @@ def load_tensors(
     return tensors
 
 
-def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | None = None) -> dict[str, TensorInfo]:
+def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) -> dict[str, TensorInfo]:
     """The header of `path`, which must hold exactly the `expected` names and shapes; its bytes stream by once.
 
     R and S are fp32, places of blocks int64, everything else may be any float.
 
     Args:
-        digest: the sha256 the file must have; None to read the header alone.
+        digest: the sha256 the file must have.
     """
     header, _ = read_header(path)
     check_keys(header, dict.fromkeys(expected, TensorInfo), path)
@@ -227,7 +227,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str | N
                 f"expected {'/'.join(sorted(only))} {shape}",
                 where=path,
             )
-    if digest is not None and sha256_file(path) != digest:
+    if sha256_file(path) != digest:
         raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
     return header
 

@@ -29,7 +29,7 @@ def generate_ids(
     max_tokens: int,
     eos_id: int,
     pad_id: int,
-    batch_size: int = 16,
+    batch_size: int,
 ) -> list[list[int]]:
     """Greedy continuations of token-id prompts, up to and without `eos_id`, in the order given.
 
@@ -68,7 +68,7 @@ def question_ids(
     prompts: Sequence[Prompt],
     *,
     max_tokens: int,
-    unit: str = "prompt",
+    unit: str,
 ) -> list[list[int]]:
     """Token ids of prompts, asked as in training (`batches.prompt_ids`), that `network` can answer.
 
@@ -132,10 +132,10 @@ def side_by_side(
     prompt: str,
     adapters: Mapping[str, str],
     *,
-    base: str | None = None,
-    revision: str | None = None,
-    max_tokens: int = 128,
-    dtype: str = "auto",
+    base: str | None,
+    revision: str | None,
+    max_tokens: int,
+    dtype: str,
 ) -> dict[str, str]:
     """The base's answer to one prompt, then each adapter's, on one loaded base.
 

@@ -126,7 +126,7 @@ class Project:
         is_name = name == Path(name).name and not name.startswith(".")
         return is_name and (self.adapter_folder(name) / "adapter_config.json").is_file()
 
-    def tasks_to_fit(self, words: Sequence[str] | None, data: str | None = None) -> list[str]:
+    def tasks_to_fit(self, words: Sequence[str] | None, data: str | None) -> list[str]:
         """The tasks named, or all of the project.
 
         Args:

@@ -17,7 +17,7 @@ from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.layer import head_parameters
-from lorasb_export.merging.merge import parse_size
+from lorasb_export.merging.plan import parse_size
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
 from tests.tiny import make_bert, make_gpt2, make_llama, write_index

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layer import LoRASBLinear, inject
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
 from tests.random_adapter import save_adapter
@@ -104,7 +104,7 @@ def test_the_gradient_of_a_stack_is_each_adapters_own(llama: Path, adapters: dic
     model = BaseModel.resolve(llama).load(dtype="float64")
     alone = {}
     for row, (name, adapter) in enumerate(adapters.items()):
-        adapter.inject(model, trainable=True)
+        inject(model, adapter.load_basis().modules, adapter.R, adapter.scaling)
         model(IDS[row : row + 1]).logits.square().mean().backward()
         alone[name] = {n: m.R.grad for n, m in model.named_modules() if isinstance(m, LoRASBLinear)}
     stack = Stack(model, adapters)

@@ -29,7 +29,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, collate, encode, row_losses
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import load_task
-from lorasb_export.layer import remove
+from lorasb_export.layer import inject, remove
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM
@@ -219,7 +219,7 @@ def together(rounds: int, tokens: int) -> dict[str, list[float]]:
         return run
 
     def one_by_one() -> Callable[[], None]:
-        alone.inject(model, trainable=True)
+        inject(model, alone.load_basis().modules, alone.R, alone.scaling)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizers = [torch.optim.AdamW(parameters, fused=True) for _ in range(TASKS)]
         return lambda: [step(ids[k : k + 1], optimizers[k]) for k in range(TASKS)] and None

@@ -8,11 +8,11 @@ import torch
 
 from ..factors import BlockBasis, Factors, ModuleBasis
 from ..layer import weight_of
-from ..settings import BLOCK, RANDOM
+from ..settings import BLOCK
 
 
 def random_factors(
-    targets: Mapping[str, torch.nn.Module], rank: int, seed: int, dtype: torch.dtype, directions: str = RANDOM
+    targets: Mapping[str, torch.nn.Module], rank: int, seed: int, dtype: torch.dtype, directions: str
 ) -> dict[str, Factors]:
     """Module → B (out, r) and A (r, in), and S = 0, so that R0 = 0 and training starts at W0.
 

@@ -244,9 +244,9 @@ def answers(
     return found
 
 
-def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]], threads: int | None = None) -> np.ndarray[Any, Any]:
+def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """Logits (rows, classes) of an exported classifier, for the arrays its tokenizer returns."""
-    return run_classifier(open_session(folder, threads), batch)
+    return run_classifier(open_session(folder), batch)
 
 
 def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_DROP = 2.0  # points of a metric
+_TOKENS = 32  # of an answer
 _METRIC_ROWS, _BATCH_ROWS = 128, 16
 _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 
@@ -41,9 +42,6 @@ def verify_folder(
     reference: BaseModel,
     tasks: Mapping[str, Adapter | None],
     data: Mapping[str, TaskData] | None = None,
-    *,
-    prompts: Sequence[str] = PROMPTS,
-    tokens: int = 32,
 ) -> dict[str, dict[str, Any]]:
     """Ask an exported decoder for answers, and torch in fp32 whether it would have said the same.
 
@@ -63,13 +61,13 @@ def verify_folder(
         value in `torch` and in `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
     tokenizer = reference.load_tokenizer()
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     held_out = {name: _HeldOut(task, tokenizer) for name, task in (data or {}).items() if task.kind != TEXT}
     decoder = OnnxDecoder(out)
     answered = {}
     for name in tasks:
         decoder.use(name or None)
-        answered[name] = decoder.generate(encoded, tokens, decoder.eos_ids)
+        answered[name] = decoder.generate(encoded, _TOKENS, decoder.eos_ids)
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights

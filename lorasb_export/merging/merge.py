@@ -23,12 +23,10 @@ from ..storage import write_json
 from . import retained
 from .combine import Weights
 from .folder import MergeFolder, resumable_folder
-from .plan import MergePlan, parse_size, plan_merge
+from .plan import MergePlan, plan_merge
 from .retained import Retained
 from .verify import compare_logits
 from .write import worker_threads, write_shard
-
-__all__ = ["merge", "parse_size"]
 
 logger = logging.getLogger(__name__)
 

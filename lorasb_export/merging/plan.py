@@ -169,10 +169,10 @@ def plan_merge(
     adapter: str | Path | Adapter | Weights,
     out: Path,
     *,
-    base: str | Path | None = None,
-    dtype: str = "auto",
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
+    base: str | Path | None,
+    dtype: str,
+    max_shard_size: str | int,
+    overwrite: bool,
 ) -> MergePlan:
     """Match every module of the adapter to a tensor of the base, lay out the shards, look for room.
 

@@ -203,7 +203,7 @@ def adapters(provenance: Mapping[str, Any]) -> str:
     return grid("Adapters", ["name", "weight", "source", "sha256"], rows)
 
 
-def evaluation(training: Mapping[str, Any], note: str = "") -> str:
+def evaluation(training: Mapping[str, Any], note: str) -> str:
     """A table of {split: {metric: {"base", "adapter", "rows"}}} after a `note`, or the words that there is none."""
     if not training:
         return ""

@@ -57,7 +57,7 @@ class Changes:
 class Repository:
     """`owner/name` at a branch (main when None). No method shows a token: huggingface_hub finds it."""
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None) -> None:
         from huggingface_hub import HfApi
 
         self.name, self.revision = name, revision
@@ -126,9 +126,9 @@ class Repository:
         head: Head,
         seen: Seen,
         *,
-        public: bool = False,
-        create_pr: bool = False,
-        message: str = "Update",
+        public: bool,
+        create_pr: bool,
+        message: str,
     ) -> dict[str, Any]:
         """Make the repository equal to `files`, in one commit on top of `head`, or in none where it is so already.
 

@@ -68,13 +68,14 @@ TASKS: dict[str, Callable[[random.Random], Row]] = {"dates": _date, "orders": _o
 
 
 _TRAINING_ROWS = {"dates": 360, "orders": 200}  # enough for each, and no more: quickstart is to be quick
+_VALID_ROWS = 16
 
 
-def write_tasks(folder: Path, *, valid: int = 16, test: int = 16, seed: int = 0) -> dict[str, Path]:
+def write_tasks(folder: Path, *, test: int = 16) -> dict[str, Path]:
     """Write `folder`/NAME/{train,valid,test}.jsonl for each task; no prompt is in two splits. Name → folder."""
     written = {}
     for name, make in TASKS.items():
-        rng, train = random.Random(f"{name}-{seed}"), _TRAINING_ROWS[name]
+        rng, train, valid = random.Random(f"{name}-0"), _TRAINING_ROWS[name], _VALID_ROWS
         rows: dict[str, Row] = {}
         while len(rows) < train + valid + test:
             row = make(rng)

@@ -11,6 +11,7 @@ from ..layer import LoRASBLinear
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al., "Muon" (2024): the steepest quintic at 0 that stays near 1
 _ITERATIONS = 5
+_MOMENTUM = 0.95
 _TINY = 1e-15  # a norm that fp32 still has: of entries below 1e-19 the squares underflow, and X would be too long
 
 
@@ -23,9 +24,7 @@ class Muon(torch.optim.AdamW):
     does not. Momentum and Nesterov's look ahead as in Jordan et al. (2024), who introduced Muon for hidden matrices.
     """
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 0.0) -> None:
         """`groups`: as `groups_of` returns them; with `orthogonal` true, parameters (..., r, r) of one shape.
 
         Raises ValueError of other groups, and of parameters alone: nothing says which of them are matrices.
@@ -36,8 +35,6 @@ class Muon(torch.optim.AdamW):
                 "Muon needs groups that say which are R: pass lorasb_export.training.muon.groups_of(model)"
             )
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
-        for group in self.param_groups:
-            group["momentum"] = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,8 +58,8 @@ class Muon(torch.optim.AdamW):
                 self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             p.grad = None  # and AdamW leaves it alone
         momenta = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
         moves = orthogonalized(ahead) * ahead.shape[-1] ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(moves.unbind()), alpha=-group["lr"])

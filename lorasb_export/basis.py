@@ -6,8 +6,8 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,47 @@ from . import environment
 from .base import BaseRef
 from .factors import Factors, ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
-from .format import FORMAT_VERSION, basis_tensors, block_factors, load_tensors, read_basis_config, sealed
+from .format import (
+    FORMAT_VERSION,
+    basis_tensors,
+    block_factors,
+    check_finite,
+    check_tensors,
+    load_tensors,
+    read_basis_config,
+    read_tensor,
+    sealed,
+)
 from .output import atomic_folder
 from .provenance import versions
 from .publishing import card
 from .settings import GRADIENT
-from .storage import read_json, write_json
+from .storage import TensorInfo, read_json, write_json
 
 environment.hide_broken_packages()  # so that after `from lorasb_export import Basis` transformers can be imported
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
+
+
+class _ModulesOnDisk(Mapping[str, ModuleBasis]):
+    """module → its factors, read from the file at every access."""
+
+    def __init__(self, path: Path, names: list[str], header: Mapping[str, TensorInfo]) -> None:
+        self.path, self.names, self.header = path, names, header
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        return ModuleBasis(*(self._read(f"{name}.{part}") for part in "BAS"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = read_tensor(self.path, self.header[name])
+        check_finite(tensor, name, self.path)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -110,6 +141,22 @@ class Basis:
         write_json(folder / "basis_config.json", self.config())
 
     @classmethod
+    def open(cls, source: str | Path) -> Basis:
+        """As `load`, but with `modules` that are read from the disk at every access: for a basis of any size.
+
+        Raises:
+            ArtifactError: as for `load`, but non-finite values are found when their module is read.
+        """
+        folder, where = resolve_folder(source, BASIS_FILES)
+        config, shapes = read_basis_config(folder)
+        path = folder / "basis.safetensors"
+        expected = basis_tensors(shapes, config["rank"], path)
+        if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
+            return replace(cls.load(folder), source=where)
+        modules = _ModulesOnDisk(path, list(shapes), check_tensors(path, expected, config["sha256"]))
+        return cls._recorded(config, shapes, modules, where)
+
+    @classmethod
     def load(cls, source: str | Path, *, device: str | torch.device = "cpu") -> Basis:
         """Load and validate a basis folder, or one on the Hub (`owner/name` or `owner/name@revision`).
 
@@ -128,7 +175,17 @@ class Basis:
                 modules[name] = ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS"))
             else:
                 modules[name] = block_factors(block, name, shape, rank, path)
+        return cls._recorded(config, shapes, modules, where)
+
+    @classmethod
+    def _recorded(
+        cls,
+        config: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, int]],
+        modules: Mapping[str, Factors],
+        where: str,
+    ) -> Basis:
         base = BaseRef(**config["base_model"])
-        basis = cls(base, rank, modules, config["calibration"], config["created_with"], where)
-        basis.__dict__["sha256"] = config["sha256"]  # verified above: no need to serialize again
+        basis = cls(base, config["rank"], modules, config["calibration"], config["created_with"], where)
+        basis.__dict__.update(sha256=config["sha256"], shapes=shapes)  # verified: no need to serialize or read again
         return basis

@@ -24,6 +24,7 @@ from .kind import PEFT_TYPE
 from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
 
 FORMAT_VERSION = 1
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Key → the type, or types, of its value.
 BASE_KEYS = {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str}
 BASIS_KEYS = {
@@ -230,6 +231,20 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) ->
     if sha256_file(path) != digest:
         raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
     return header
+
+
+def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
+    """One tensor of a safetensors file, read into memory of its own: mapped pages would count as ours.
+
+    Raises:
+        ArtifactError: the file ends before the tensor does.
+    """
+    buffer = bytearray(info.nbytes)
+    with path.open("rb") as file:
+        file.seek(info.start)
+        if file.readinto(buffer) != len(buffer):
+            raise ArtifactError("the file became shorter while it was read", where=path, fix="Fetch it again")
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .base import CAUSAL_LM, BaseModel, default_device
-from .basis_file import TORCH_DTYPES, read_tensor
+from .format import TORCH_DTYPES, read_tensor
 from .network import empty_model
 
 if TYPE_CHECKING:

@@ -28,7 +28,6 @@ from integration.torture.mutations import mutate
 from integration.torture.tally import Tally
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
-from lorasb_export.basis_file import open_basis
 from lorasb_export.data import load_task
 from lorasb_export.errors import LoraSBError
 from lorasb_export.export.onnx_adapter_file import read_adapter
@@ -211,7 +210,7 @@ def _adapter(folder: Path) -> Any:
 
 
 def _basis(folder: Path) -> Any:
-    basis, streamed = Basis.load(folder), open_basis(folder)
+    basis, streamed = Basis.load(folder), Basis.open(folder)
     inspect_folder(folder)
     return basis.base, basis.rank, basis.calibration, basis.created_with, _modules(basis), _modules(streamed)
 

@@ -16,8 +16,9 @@ import torch
 
 from ..adapter import Adapter
 from ..base import SEQ_CLS, BaseModel, side_files
-from ..basis_file import TORCH_DTYPES, open_basis, read_tensor
+from ..basis import Basis
 from ..errors import ArtifactError, LoraSBError, SettingsError
+from ..format import TORCH_DTYPES, read_tensor
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..storage import DTYPE_BYTES, TensorInfo
 from . import retained
@@ -53,7 +54,7 @@ class MergePlan:
     """Everything `merge` will do: for every module the sum of its adapters' updates, rounded once.
 
     Attributes:
-        adapters: one for each basis; the bases stay on the disk (`open_basis`).
+        adapters: one for each basis; the bases stay on the disk (`Basis.open`).
         combined: of a combination, what `lorasb.json` says of each adapter in it.
     """
 
@@ -208,7 +209,7 @@ def plan_merge(
         _check_modules(one, model, problems)
     problems.raise_all()
     with problems:
-        loaded = tuple(replace(a, basis=a.basis or open_basis(a.basis_source or a.folder or "")) for a in loaded)
+        loaded = tuple(replace(a, basis=a.basis or Basis.open(a.basis_source or a.folder or "")) for a in loaded)
         for one in loaded:
             _check_shapes(one, model, one.load_basis().shapes, problems)
     problems.raise_all()

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ..basis_file import TORCH_DTYPES
 from ..errors import ArtifactError
+from ..format import TORCH_DTYPES
 from . import sums
 from .direct import PAGE, Buffers, OutputFile
 from .plan import MergePlan, PlannedTensor, worker_count

@@ -25,8 +25,9 @@ from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.export.onnx_record import write_record
 from lorasb_export.factors import ModuleBasis
-from lorasb_export.fetch import BASIS_FILES, hub_errors, resolve_folder, will_pass
+from lorasb_export.fetch import BASIS_FILES, resolve_folder
 from lorasb_export.format import sealed
+from lorasb_export.hub_calls import hub_errors, will_pass
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders

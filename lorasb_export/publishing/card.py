@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..fetch import is_hub_id
 from ..output import replaced_file
 from ..storage import utf8
 from .card_sections import (
@@ -18,7 +19,6 @@ from .card_sections import (
     data_of_basis,
     data_of_training,
     evaluation,
-    is_hub_id,
     limits,
     metadata,
     method,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+from ..fetch import is_hub_id
+
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
@@ -33,11 +33,6 @@ class Facts:
 
 
 NOTHING = Facts()
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether `name` can be a Hub repository, `owner/name`: without an owner it is what a push leaves of a path."""
-    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
 
 
 def metadata(

@@ -12,7 +12,8 @@ from typing import Any
 from ..adapter import EMBEDDED, Adapter
 from ..basis import Basis
 from ..errors import ArtifactError, ServerError, SettingsError
-from ..fetch import BASIS_FILES, hub_errors, parse_hub_id, patiently, resolve_folder
+from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
+from ..hub_calls import hub_errors, patiently
 from ..storage import parse_json, read_json, sha256_file, utf8
 from . import card, outgoing, readme
 from .card_sections import Facts

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ArtifactError, ServerError
-from ..fetch import hub_errors, patiently
-from .card_sections import is_hub_id
+from ..fetch import is_hub_id
+from ..hub_calls import hub_errors, patiently
 from .readme import keys_of
 
 KEYS = ("license", "license_name", "license_link")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, OutputError, ServerError
-from ..fetch import git_hash, hub_errors, patiently, rest, will_pass
+from ..fetch import git_hash
+from ..hub_calls import hub_errors, patiently, rest, will_pass
 from ..storage import utf8
 from .checksums import digest, parse
 from .outgoing import SUMS, Files, Seen, mark, refuse_replaced, stale

@@ -1,0 +1,141 @@
+"""Calls of the Hub: tried again while it fails, their errors in our words, never with a token."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from .errors import LoraSBError, ServerError
+from .output import disk_error_in
+
+logger = logging.getLogger(__name__)
+
+_SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
+_WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
+_SAID, _LONGEST = 5, 300  # seconds the Hub may ask to wait: from these on it is said, after those the try ends
+_ANSWERS = {
+    401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
+    403: ("this token may not do that", "Use a token that may, with write access for a push"),
+    404: ("the Hub has no such repository or revision, or hides it", "Check the name; if it is private, log in"),
+    412: ("the repository changed meanwhile; nothing was committed", "Push again: no file is sent twice"),
+    429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
+}
+
+T = TypeVar("T")
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """The result of `call`; tried again while the Hub is failing or asks to wait, at most `len(_WAITS)` times."""
+    for wait in _WAITS:
+        try:
+            return call()
+        except Exception as error:
+            pause = will_pass(error)
+            if pause is None:
+                raise
+            rest(pause or wait)
+    return call()
+
+
+def rest(seconds: float) -> None:
+    """Wait, and say so where it takes long enough to wonder."""
+    if seconds >= _SAID:
+        logger.warning("the Hub asks to wait %.0f s", seconds)
+    time.sleep(seconds)
+
+
+def will_pass(error: BaseException) -> float | None:
+    """Seconds to wait before trying again (0: the Hub does not say), or None: trying again would not help soon."""
+    import httpx2
+
+    for cause in _chain(error):
+        answer = getattr(cause, "response", None)
+        if answer is not None and (answer.status_code in (408, 429) or answer.status_code >= 500):
+            seconds = _asked(answer.status_code, answer.headers)
+            return seconds if seconds <= _LONGEST else None
+        if isinstance(cause, (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError, httpx2.ReadTimeout)):
+            return 0.0
+    return None
+
+
+def _asked(status: int, headers: Mapping[str, str]) -> float:
+    """Seconds that an answer asks to wait; 0 where it does not say."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    said = headers.get("Retry-After", "")
+    if said.isascii() and said.isdigit():
+        return float(said)
+    limit = parse_ratelimit_headers(headers) if status == 429 else None  # other answers say it too, with some left
+    return float(limit.reset_in_seconds) if limit else 0.0
+
+
+def _clean(text: str) -> str:
+    """One line without a token."""
+    return " ".join(_SECRET.sub("***", text).split())
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of the answer that made this error, or 0."""
+    answer = getattr(error, "response", None)
+    if answer is not None:
+        return int(answer.status_code)
+    if type(error).__name__ == "XetAuthenticationError":
+        return 401
+    said = _XET_STATUS.search(str(error))
+    return int(said.group(1)) if said else 0
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while cause := chain[-1].__cause__:
+        chain.append(cause)
+    return chain
+
+
+@contextmanager
+def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iterator[None]:
+    """Raise what huggingface_hub raises as `kind`: one line, what to do, and never a token."""
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except LoraSBError:
+        raise
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+        chain = _chain(error)
+        status = next(filter(None, map(_status, chain)), 0)
+        what, fix = _clean(str(error)), "Try again"
+        if any(isinstance(e, GatedRepoError) for e in chain):
+            what, fix = "the repository is gated", "Ask for access on its page, then try again"
+        elif status in _ANSWERS:
+            what, fix = _ANSWERS[status]
+            reason = next((text for e in chain if (text := getattr(e, "server_message", None))), "")
+            if status == 403 and reason:  # a missing right, a full quota, a blocked account
+                what = f"{what}: {_clean(reason)}"
+        elif status == 400:
+            what, fix = f"the Hub does not take it: {what}", "Nothing was published; push again"
+        elif status >= 500:
+            what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
+        elif kind is ServerError and any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+            what, fix = "HF_HUB_OFFLINE is set: nothing can be pushed", "Unset it"
+        elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+            what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
+        elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):
+            what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
+        failure = kind(before + what, where=where, fix=fix)
+        if isinstance(failure, ServerError):
+            unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
+            failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
+        raise failure from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used
+            raise
+        reason = getattr(disk_error_in(str(error)), "strerror", None) or _clean(str(error))
+        fix = "Let HF_HOME be a folder that can be written, or set HF_HUB_DISABLE_XET=1"
+        raise kind(f"{before}hf_xet cannot work: {reason}", where=where, fix=fix) from None

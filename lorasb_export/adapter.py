@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import distributed, environment
+from . import distributed
 from .base import BaseRef
 from .basis import Basis
 from .errors import ArtifactError
@@ -29,8 +29,6 @@ from .output import atomic_folder
 from .provenance import versions
 from .publishing import card
 from .storage import read_header, read_json, write_json
-
-environment.hide_broken_packages()  # so that after `from lorasb_export import Adapter` transformers can be imported
 
 EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses

@@ -36,7 +36,7 @@ from .publishing import card
 from .settings import GRADIENT
 from .storage import TensorInfo, read_json, write_json
 
-environment.hide_broken_packages()  # so that after `from lorasb_export import Basis` transformers can be imported
+environment.hide_broken_packages()  # so that after this import, or Adapter's, transformers can be imported
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +15,10 @@ from torch.nn.functional import linear
 
 from . import environment
 from .errors import ArtifactError, BaseModelError, SettingsError
+from .factors import Factors
 
 environment.hide_broken_packages()  # before transformers looks for them
 from transformers.pytorch_utils import Conv1D  # noqa: E402
-
-if TYPE_CHECKING:
-    from .factors import Factors
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero

@@ -70,8 +70,6 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         folder = _open(_work_path(target), identity)
         try:
             yield folder
-            for path in sorted(folder.path.iterdir()):
-                fsync(path)
             folder.forget_marks()
             put_in_place(folder.path, target, overwrite)
         except KeyboardInterrupt:

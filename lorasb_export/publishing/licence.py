@@ -9,9 +9,7 @@ from pathlib import Path
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
 from ..hub_calls import hub_errors, patiently
-from .readme import keys_of
-
-KEYS = ("license", "license_name", "license_link")
+from .readme import LICENCE_KEYS, front_matter
 
 
 def licence(source: str, *, revision: str | None = None, dataset: bool = False) -> Mapping[str, str]:
@@ -27,10 +25,10 @@ def licence(source: str, *, revision: str | None = None, dataset: bool = False) 
     if path is None or not path.is_file():
         return {}
     try:
-        keys = keys_of(path.read_text(encoding="utf-8"), path)
+        keys = front_matter(path.read_text(encoding="utf-8"), path)
     except (ArtifactError, UnicodeDecodeError):
         return {}
-    return {key: str(keys[key]) for key in KEYS if keys.get(key)}
+    return {key: str(keys[key]) for key in LICENCE_KEYS if keys.get(key)}
 
 
 def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:

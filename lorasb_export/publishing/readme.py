@@ -15,10 +15,10 @@ BEGIN, END = "<!-- lorasb:begin -->", "<!-- lorasb:end -->"
 _BLOCK = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _STAMP = re.compile(r"<!-- lorasb:text ([0-9a-f]{16}) -->\n")  # of the folder's own text, when it was pushed
-_LICENCE = ("license", "license_name", "license_link")
+LICENCE_KEYS = ("license", "license_name", "license_link")
 # Every key that a card of ours may have; what else is in a front matter is the user's own.
 _GENERATED = {"library_name", "base_model", "base_model_relation", "pipeline_tag", "tags", "datasets", "metrics"}
-_GENERATED |= {"model-index", *_LICENCE}
+_GENERATED |= {"model-index", *LICENCE_KEYS}
 
 
 def assemble(keys: Mapping[str, Any], text: str) -> str:
@@ -38,8 +38,8 @@ def update(old: str, card: str, *, where: object = None) -> str:
         return card
     user_keys, user_text = _split(old)
     new_keys, new_text = front_matter(card), _split(card)[1]
-    new_keys["tags"] += [tag for tag in _tags(keys_of(old, where), where) if tag not in new_keys["tags"]]
-    gone = _GENERATED if set(_LICENCE) & set(new_keys) else _GENERATED.difference(_LICENCE)
+    new_keys["tags"] += [tag for tag in _tags(front_matter(old, where), where) if tag not in new_keys["tags"]]
+    gone = _GENERATED if set(LICENCE_KEYS) & set(new_keys) else _GENERATED.difference(LICENCE_KEYS)
     # The user's keys are kept as text, not parsed and dumped: comments and spelling (`language: no`) survive.
     kept = "".join(entry for entry in _entries(user_keys) if _key(entry) not in gone)
     if _BLOCK.search(user_text):
@@ -74,10 +74,10 @@ def merge(mine: str, theirs: str, generated: str, *, where: object = None) -> st
         fix = "Copy what you want to keep from the one into the other, until both texts are the same"
         raise OutputError("README.md was edited here and on the Hub, differently", where=where, fix=fix)
     keys = front_matter(generated)
-    old, published_keys = keys_of(mine, where), keys_of(theirs, where)
+    old, published_keys = front_matter(mine, where), front_matter(theirs, where)
     licence = next((k for k in (old, published_keys) if "license" in k), keys)
-    keys = {key: value for key, value in keys.items() if key not in _LICENCE}
-    keys |= {key: licence[key] for key in _LICENCE if key in licence}
+    keys = {key: value for key, value in keys.items() if key not in LICENCE_KEYS}
+    keys |= {key: licence[key] for key in LICENCE_KEYS if key in licence}
     keys["tags"] += [tag for tag in _tags(published_keys, where) if tag not in keys["tags"]]
     text = update(start, f"---\n{_dump(keys)}---\n{_split(generated)[1]}", where=where)
     text = _STAMP.sub("", text)
@@ -96,13 +96,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    """The metadata of a card written by this module."""
-    return dict(yaml.safe_load(_split(card)[0]) or {})
-
-
-def keys_of(card: str, where: object) -> dict[str, Any]:
-    """The front matter of a card that somebody may have edited."""
+def front_matter(card: str, where: object = None) -> dict[str, Any]:
+    """The metadata of a card. Raises ArtifactError where somebody has edited it into no YAML."""
     try:
         return dict(yaml.safe_load(_split(card)[0]) or {})
     except (yaml.YAMLError, TypeError, ValueError):

@@ -62,11 +62,6 @@ class ServePlan:
     dtype: str
     extra: Sequence[str]
 
-    @property
-    def base_name(self) -> str:
-        """The base's Hub id, or the name of its folder."""
-        return _base_name(self.base)
-
     def command(self, folder: str | Path) -> list[str]:
         """vLLM's command line for the adapters written to `folder`; of a flag given twice vLLM takes the last.
 
@@ -74,7 +69,7 @@ class ServePlan:
         distribution name, as its CPU build is.
         """
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.base.folder), "--served-model-name", self.base_name]
+        command += ["--model", str(self.base.folder), "--served-model-name", _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         return [*command, *self.mode.flags(folder), *self.extra]
 
@@ -100,7 +95,7 @@ class ServePlan:
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
             "environment": self.environment("TEMPORARY"),
-            "models": [self.base_name, *self.names],
+            "models": [_base_name(self.base), *self.names],
             "memory": self.memory(),
         }
 
@@ -218,6 +213,7 @@ def _number(extra: Sequence[str], flag: str) -> int | None:
 
 
 def _base_name(base: BaseModel) -> str:
+    """Its Hub id, or the name of its folder."""
     return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
 
 

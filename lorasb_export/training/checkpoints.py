@@ -11,7 +11,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from .. import format
 from ..adapter import Adapter
 from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings
@@ -81,13 +80,8 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def save_tensors(adapter: Adapter, path: Path) -> None:
-    """R and head of an adapter, in the dtype they are trained in."""
-    format.save_tensors(adapter.tensors(), path)
-
-
 def load_tensors(adapter: Adapter, path: Path) -> None:
-    """Put what `save_tensors` wrote back into the live tensors of `adapter`. Raises ArtifactError on other names."""
+    """Put the saved `adapter.tensors()` back into the live ones. Raises ArtifactError on other names."""
     saved, live = load_file(path), adapter.tensors()
     if set(saved) != set(live):
         raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)

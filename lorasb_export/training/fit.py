@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import distributed, environment
+from .. import distributed
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..basis import Basis
@@ -35,8 +35,6 @@ from .finished import differences
 from .record import write_record
 from .run_basis import captured_once, own_basis, share_of_layers
 from .runs import TrainingRuns
-
-environment.hide_broken_packages()  # before transformers looks for them
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

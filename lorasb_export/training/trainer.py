@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from .. import distributed, environment
 from ..batches import IGNORE, Encoded, collate, row_losses
 from ..errors import OutputError, first_line
+from ..format import save_tensors
 from ..output import fsync, replaced_file
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
 from .arguments import trainer_arguments
-from .checkpoints import COMPLETE, RESUME, load_tensors, save_tensors
+from .checkpoints import COMPLETE, RESUME, load_tensors
 from .history import History
 from .muon import Muon
 from .order import learning_rate_factor
@@ -233,7 +234,7 @@ class RTrainer(Trainer):
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         if self.history(k).last_is_best() and distributed.is_main():
             with replaced_file(self._best_file(k)) as path:
-                save_tensors(run.adapter, path)
+                save_tensors(run.adapter.tensors(), path)  # in the dtype they are trained in
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
@@ -251,7 +252,7 @@ class RTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         for k, run in enumerate(self.runs):
-            save_tensors(run.adapter, folder / f"adapter-{k}.safetensors")
+            save_tensors(run.adapter.tensors(), folder / f"adapter-{k}.safetensors")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_losses()

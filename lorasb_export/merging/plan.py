@@ -38,15 +38,14 @@ class PlannedTensor:
     """One tensor of the merged folder and what it is made from."""
 
     name: str
-    info: TensorInfo  # as it will be stored; offsets are those of its source
-    file: Path | None  # where the source bytes are; None for a trained head
-    source: TensorInfo | None
+    dtype: str  # as it will be stored
+    shape: tuple[int, ...]
+    source: tuple[Path, TensorInfo] | None  # file and header entry of its bytes; None for a trained head
     module: str | None = None  # the module whose update is added, or None: copied or converted
-    head: str | None = None  # the adapter's head tensor that takes its place
 
     @property
     def nbytes(self) -> int:
-        return DTYPE_BYTES[self.info.dtype] * math.prod(self.info.shape)
+        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,14 @@ class MergePlan:
 
         A base file counts by name, size and time of change, and its targets by their fingerprint.
         """
-        files = sorted({tensor.file for shard in self.shards for tensor in shard if tensor.file is not None})
+        files = sorted({tensor.source[0] for shard in self.shards for tensor in shard if tensor.source is not None})
         stats = [path.stat() for path in files]
         parts = [
             [adapter.provenance() for adapter in self.adapters],
             self.dtype,
             [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
             self.base.fingerprint({name for adapter in self.adapters for name in adapter.R}),
-            [[(t.name, t.info.dtype, t.info.shape, t.module) for t in shard] for shard in self.shards],
+            [[(t.name, t.dtype, t.shape, t.module) for t in shard] for shard in self.shards],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -102,7 +101,7 @@ class MergePlan:
             "base": self.base.name_or_path,
             "adapter": folder and str(folder),
             "dtype": self.dtype,
-            "stored": sorted({tensor.info.dtype for tensor in self.touched}),
+            "stored": sorted({tensor.dtype for tensor in self.touched}),
             "modules": len(self.touched),
             "tensors": sum(map(len, self.shards)),
             "shards": len(self.shards),
@@ -112,7 +111,7 @@ class MergePlan:
     def peak_memory(self) -> int:
         """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
         rank = sum(adapter.rank for adapter in self.adapters)
-        factors = max((12 * rank * sum(tensor.info.shape) for tensor in self.touched), default=0)
+        factors = max((12 * rank * sum(tensor.shape) for tensor in self.touched), default=0)
         return _PYTHON_BYTES + 2 * factors + worker_count() * _THREAD_BYTES
 
     def expected_retained(self) -> dict[str, Any]:
@@ -120,18 +119,15 @@ class MergePlan:
         found = {}
         for tensor in self.touched:
             assert tensor.module is not None
-            assert tensor.file is not None
             assert tensor.source is not None
-            info = tensor.source
+            file, info = tensor.source
             entries = math.prod(info.shape)
             start = info.start + DTYPE_BYTES[info.dtype] * (entries // 2)
             taken = min(_SAMPLE, entries - entries // 2)
-            sample = read_tensor(
-                tensor.file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype])
-            )
+            sample = read_tensor(file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype]))
             norms = [a.scaling * float(a.R[tensor.module].norm()) for a in self.adapters if tensor.module in a.R]
             rms = math.hypot(*norms) / math.sqrt(entries)  # of different bases: as if orthogonal
-            guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.info.dtype])
+            guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.dtype])
             factor = entries / taken
             found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
         return retained.summary(found)
@@ -262,16 +258,15 @@ def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> lis
     adapter = adapters[0]  # the only one that may have a head
     prefix = _body_prefix(model, adapter)
     tensors = []
-    for name, (file, info) in model.tensors.items():
-        stored = replace(info, dtype=_NAMES[dtype]) if dtype != "auto" and info.dtype in TORCH_DTYPES else info
+    for name, source in model.tensors.items():
+        info = source[1]
+        stored = _NAMES[dtype] if dtype != "auto" and info.dtype in TORCH_DTYPES else info.dtype
         renamed = name if name.startswith(prefix) else prefix + name
         if renamed not in adapter.head:
-            tensors.append(PlannedTensor(renamed, stored, file, info, by_key.get(name)))
+            tensors.append(PlannedTensor(renamed, stored, info.shape, source, by_key.get(name)))
     of_body = model.tensors[next(iter(by_key))][1].dtype
-    for name, tensor in adapter.head.items():
-        stored_dtype = _NAMES[dtype] if dtype != "auto" else of_body
-        tensors.append(PlannedTensor(name, TensorInfo(stored_dtype, tuple(tensor.shape), 0, 0), None, None, head=name))
-    return tensors
+    stored = of_body if dtype == "auto" else _NAMES[dtype]
+    return tensors + [PlannedTensor(name, stored, tuple(tensor.shape), None) for name, tensor in adapter.head.items()]
 
 
 def _body_prefix(model: BaseModel, adapter: Adapter) -> str:

@@ -75,7 +75,7 @@ def write_shard(
         stack.callback(out.close)
         out.write(0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         files = {}
-        for source in {tensor.file for tensor in shard if tensor.file is not None}:
+        for source in {tensor.source[0] for tensor in shard if tensor.source is not None}:
             files[source] = os.open(source, os.O_RDONLY)
             stack.callback(os.close, files[source])
         stack.callback(lambda: [future.exception() for _, future in waiting])  # none may outlive its files
@@ -104,8 +104,8 @@ def _layout(shard: tuple[PlannedTensor, ...]) -> tuple[bytes, list[int]]:
         starts.append(position)
         position += tensor.nbytes
         header[tensor.name] = {
-            "dtype": tensor.info.dtype,
-            "shape": list(tensor.info.shape),
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
             "data_offsets": [starts[-1], position],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -121,8 +121,8 @@ def _update(tensor: PlannedTensor, plan: MergePlan) -> sums.Update | None:
     return sums.Update.of(
         [(a.load_basis().modules[name], a.R[name], a.scaling) for a in plan.adapters if name in a.R],
         transposed=plan.base.stores_transposed,
-        source=TORCH_DTYPES[tensor.source.dtype],
-        stored=TORCH_DTYPES[tensor.info.dtype],
+        source=TORCH_DTYPES[tensor.source[1].dtype],
+        stored=TORCH_DTYPES[tensor.dtype],
     )
 
 
@@ -135,12 +135,11 @@ def _pieces(
     out: OutputFile,
 ) -> Iterator[Callable[[], Done]]:
     """The work one tensor is, cut into calls that may run in any order."""
-    if tensor.head is not None:
-        yield partial(_store, out, start, plan.adapters[0].head[tensor.head], TORCH_DTYPES[tensor.info.dtype])
+    if tensor.source is None:
+        yield partial(_store, out, start, plan.adapters[0].head[tensor.name], TORCH_DTYPES[tensor.dtype])
         return
-    assert tensor.file is not None
-    assert tensor.source is not None
-    source, file = tensor.source, files[tensor.file]
+    path, source = tensor.source
+    file = files[path]
     if update is not None:
         left, right = update.in_sum_dtype()
         rows, columns = source.shape
@@ -150,7 +149,7 @@ def _pieces(
         for row in range(0, rows, step):
             of_rows = slice(row, min(rows, row + step))
             yield partial(_add, file, out, tensor, start, update, left, right, of_rows, measure)
-    elif tensor.info == source:
+    elif tensor.dtype == source.dtype:
         for offset in range(0, source.nbytes, _COPY_BYTES):
             count = min(_COPY_BYTES, source.nbytes - offset)
             yield partial(_copy, file, source.start + offset, out, start + offset, count)
@@ -174,7 +173,7 @@ def _add(
     columns = right.shape[1]
     count = (rows.stop - rows.start) * columns
     weights = _read(file, tensor, rows.start * columns, count).view(-1, columns)
-    dtype = TORCH_DTYPES[tensor.info.dtype]
+    dtype = TORCH_DTYPES[tensor.dtype]
     start += rows.start * columns * dtype.itemsize
     stored = _buffers.take("stored", count, dtype, start).view(-1, columns)
     retained = sums.add(weights, update, left, right, rows, stored, measure=measure)
@@ -183,7 +182,7 @@ def _add(
 
 def _convert(file: int, out: OutputFile, tensor: PlannedTensor, start: int, first: int, count: int) -> Done:
     weights = _read(file, tensor, first, count)
-    dtype = TORCH_DTYPES[tensor.info.dtype]
+    dtype = TORCH_DTYPES[tensor.dtype]
     start += first * dtype.itemsize
     stored = _buffers.take("stored", count, dtype, start).copy_(weights)
     if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
@@ -208,8 +207,9 @@ _buffers = Buffers()
 def _read(file: int, tensor: PlannedTensor, first: int, count: int) -> torch.Tensor:
     """(count,) entries of the source from entry `first`, in this thread's buffer."""
     assert tensor.source is not None
-    weights = _buffers.take("weights", count, TORCH_DTYPES[tensor.source.dtype])
-    _fill(file, tensor.source.start + first * weights.element_size(), weights)
+    source = tensor.source[1]
+    weights = _buffers.take("weights", count, TORCH_DTYPES[source.dtype])
+    _fill(file, source.start + first * weights.element_size(), weights)
     return weights
 
 

@@ -194,16 +194,15 @@ class TrainingRuns:
         return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, length, unit)
 
     def _validation(self, task: TaskData) -> Validation | None:
-        rows, settings = task.splits.get("valid"), self.settings
+        rows = task.splits.get("valid")
         if not rows:
             return None
         encoded = self._rows(task, "valid")
-        if settings.metric != "exact_match":
-            return Validation(encoded, self._tokenizer, every=settings.evaluate_every)
+        if self.settings.metric != "exact_match":
+            return Validation(encoded, self._tokenizer)
         unit = f"{task.name}: valid row"
         asked = [question_and_answer(row, f"{unit} {number}") for number, row in enumerate(rows, 1)]
         questions, expected = zip(*asked, strict=True)
         limit = max_answer_tokens(self._tokenizer, rows)
         ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
-        pairs = list(zip(ids, expected, strict=True))
-        return Validation(encoded, self._tokenizer, pairs, limit, settings.evaluate_every)
+        return Validation(encoded, self._tokenizer, list(zip(ids, expected, strict=True)), limit)

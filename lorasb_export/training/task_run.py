@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +22,6 @@ class TaskRun:
     rows: Sequence[Encoded]
     order: RowOrder
     validation: Validation | None
-
-    @property
-    def evaluate_every(self) -> int:
-        return self.validation.every or math.ceil(self.order.steps / 4) if self.validation else 0
 
     def require_finite_tensors(self) -> None:
         """Raise TrainingError when R or the head is not finite: nothing was computed with what the last step made."""

@@ -289,7 +289,8 @@ class _Evaluate(TrainerCallback):
         step, trainer = state.global_step, self.trainer
         for k in trainer._active(step - 1):
             run = trainer.runs[k]
-            if run.validation and (step % run.evaluate_every == 0 or step == run.order.steps):
+            every = trainer.settings.evaluate_every or math.ceil(run.order.steps / 4)
+            if run.validation and (step % every == 0 or step == run.order.steps):
                 trainer.evaluate_task(k)
         if not trainer._active(step):
             control.should_training_stop = control.should_save = True

@@ -24,14 +24,12 @@ class Validation:
         rows: the encoded rows of the valid split.
         asked: prompts (`inference.question_ids`) and expected answers, to answer them too (`exact_match`); empty
             otherwise.
-        every: optimizer steps between evaluations; None leaves it to the length of the run.
     """
 
     rows: Sequence[Encoded]
     tokenizer: PreTrainedTokenizerBase
     asked: Sequence[tuple[Sequence[int], str]] = ()
     max_tokens: int = 0
-    every: int | None = None
 
     def run(self, network: PreTrainedModel, batch_size: int) -> dict[str, float]:
         """`loss`, and the metrics that apply. Every process scores its share of the rows."""

@@ -265,12 +265,37 @@ class BaseModel:
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
         refuse_made_up(model, found["missing_keys"], self.folder)
+        self._prepare(model, task_type)
+        model.to(device or default_device())  # type: ignore[arg-type]
+        return model
+
+    def load_empty(self, task_type: str, *, num_labels: int | None = None) -> PreTrainedModel:
+        """As `load`, but with parameters that take no memory, in fp32; its buffers are as the model makes them.
+
+        Raises:
+            BaseModelError: whatever transformers raises on a config.json that contradicts itself.
+        """
+        import torch
+
+        environment.hide_broken_packages()
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+        with as_base_model_error(self.folder), init_empty_weights():
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            if num_labels is not None:
+                config.num_labels = num_labels
+            model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
+        model.tie_weights()  # a parameter that is assigned within is another one
+        self._prepare(model, task_type)
+        return model
+
+    def _prepare(self, model: PreTrainedModel, task_type: str) -> None:
         amend(model)
         model.requires_grad_(False).eval()
         if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
-        model.to(device or default_device())  # type: ignore[arg-type]
-        return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token.

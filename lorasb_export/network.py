@@ -1,4 +1,4 @@
-"""A model as transformers makes it: its flaws mended, made-up weights refused; or without its weights."""
+"""A model as transformers makes it: its flaws mended, made-up weights refused."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import environment
 from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .base import BaseModel
 
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
@@ -45,34 +42,6 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
             raise
         what = f"transformers cannot load the base: {first_line(error):.300}"
         raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
-
-
-def empty_model(base: BaseModel, *, generates: bool, num_labels: int | None = None) -> PreTrainedModel:
-    """The base with parameters that take no memory, in fp32, and buffers as the model makes them.
-
-    Args:
-        generates: a causal language model, else a sequence classifier.
-
-    Raises:
-        BaseModelError: whatever transformers raises on a config.json that contradicts itself.
-    """
-    import torch
-
-    environment.hide_broken_packages()
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    loader: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
-    with as_base_model_error(base.folder), init_empty_weights():
-        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-        if num_labels is not None:
-            config.num_labels = num_labels
-        network: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
-    amend(network)
-    network.tie_weights()  # a parameter that is assigned within is another one
-    if not generates:  # as `BaseModel.load`
-        network.config.pad_token_id = base.load_tokenizer().pad_token_id
-    return network.requires_grad_(False).eval()
 
 
 def positions(model: PreTrainedModel) -> float:

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .base import CAUSAL_LM, BaseModel, default_device
+from .base import BaseModel, default_device
 from .format import TORCH_DTYPES, read_tensor
-from .network import empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ def streamed_model(
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
         renamed modules.
     """
-    network = empty_model(base, generates=task_type == CAUSAL_LM, num_labels=num_labels)
+    network = base.load_empty(task_type, num_labels=num_labels)
     sources = _sources(network, base, head or {})
     if sources is None:
         return None

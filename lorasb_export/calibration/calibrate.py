@@ -23,7 +23,7 @@ from ..data import TaskData, load_task, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..layer import remove, weight_of
-from ..network import empty_model, require_positions
+from ..network import require_positions
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import find_targets
@@ -141,7 +141,7 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
     if network is not None:
         remove(network)
     elif settings.directions == BLOCK:  # of which the shapes of the weights are enough
-        network = empty_model(base, generates=base.generates)
+        network = base.load_empty(task_type)
     else:
         network = base.load(task_type, dtype=settings.dtype)
     targets = _targets(network, settings)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..base import CAUSAL_LM, BaseModel
+from ..base import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import calibrate
 from ..calibration.capture import capture, is_little, overview, recorded, words
 from ..data import TaskData
-from ..network import empty_model
 from ..output import replaced_file
 from ..project_basis import made_once
 from ..settings import DRAWN, CalibrationSettings
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def share_of_layers(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
     """Of the base's linear layers those that are in the basis, as a share."""
-    model = empty_model(base, generates=task.task_type == CAUSAL_LM, num_labels=task.num_labels)
+    model = base.load_empty(task.task_type, num_labels=task.num_labels)
     chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
     return len(chosen) / len(linear_layers(model))
 

@@ -136,9 +136,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """`value` with sorted keys, so that equal content is equal bytes."""
+    return f"{json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` with sorted keys, so that equal content is equal bytes."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(value))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -14,7 +14,7 @@ from ..basis import Basis
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from ..hub_calls import hub_errors, patiently
-from ..storage import parse_json, read_json, sha256_file, utf8
+from ..storage import parse_json, read_json, sha256_file, to_json, utf8
 from . import card, outgoing, readme
 from .card_sections import Facts
 from .checksums import checksums
@@ -98,7 +98,7 @@ def push(
                 files.pop(name, None)
         config = read_json(folder / "adapter_config.json")
         config["basis"]["source"] = basis
-        files["adapter_config.json"] = outgoing.to_json(config)
+        files["adapter_config.json"] = to_json(config)
     text = _readme(files, kind, repo, folder, theirs, head.reached)
     files["README.md"] = text.encode()
     outgoing.take_out_paths(files)
@@ -213,9 +213,8 @@ def _look(repository: Repository, dry_run: bool) -> tuple[Head, str]:
 def _readme(files: Files, kind: str, repo: str, folder: Path, theirs: str, reached: bool) -> str:
     """README.md with its generated part brought up to date, so that it names the repository."""
     make, source = _CARDS[kind]
-    old, config = files.get("README.md", b""), files[source]
-    config = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    mine = utf8(old if isinstance(old, bytes) else old.read_bytes(), folder / "README.md")
+    config = json.loads(outgoing.content_of(files[source]))
+    mine = utf8(outgoing.content_of(files.get("README.md", b"")), folder / "README.md")
     made = read_json(folder / "lorasb.json") if "lorasb.json" in files else {}
     if kind == "adapter":
         made = {"adapter sha256": sha256_file(folder / "adapter.safetensors"), **made}
@@ -238,7 +237,7 @@ def _facts(config: Mapping[str, Any], made: Mapping[str, Any]) -> Facts:
 
 def _plan(repository: Repository, files: Files, head: Head, kind: str, public: bool, message: str) -> dict[str, Any]:
     changes = compare(files, head)
-    sizes = {path: len(f) if isinstance(f, bytes) else f.stat().st_size for path, f in sorted(files.items())}
+    sizes = {path: outgoing.size_of(file) for path, file in sorted(files.items())}
 
     def change(path: str) -> str:
         if path not in changes.written:

@@ -14,7 +14,7 @@ from ..base import LICENCES, TEXTS, BaseModel
 from ..errors import ArtifactError
 from ..format import sealed
 from ..kind import artifact_kind
-from ..storage import read_json
+from ..storage import read_json, to_json
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
 Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another one of its name
@@ -88,7 +88,7 @@ def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
     """Raise ArtifactError for a PEFT or ONNX folder without its weights, or one of its adapters."""
     needed = {_NEEDED[kind]} if kind in _NEEDED else set()
     if "model.onnx" in needed & set(files):
-        needed |= {name.decode() for name in _DATA_FILE.findall(_read(files["model.onnx"]))}
+        needed |= {name.decode() for name in _DATA_FILE.findall(content_of(files["model.onnx"]))}
     if kind == "onnx-adapters":
         record = read_json(folder / "lorasb.json")
         if not record.get("routed"):  # there they lie in a data file
@@ -104,7 +104,7 @@ def pin(files: Files) -> Seen:
     seen = {file: _identity(file) for file in files.values() if isinstance(file, Path)}
     for name, file in files.items():
         if not any(fnmatch(name, pattern) for pattern in _WEIGHTS):
-            files[name] = _read(file)
+            files[name] = content_of(file)
     return seen
 
 
@@ -119,6 +119,14 @@ def replaced(folder: Path) -> ArtifactError:
     """To raise when `folder` is not what it was when the push began."""
     fix = "Push again: nothing was published"
     return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)
+
+
+def content_of(file: Path | bytes) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def size_of(file: Path | bytes) -> int:
+    return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
 def is_publishable(path: str) -> bool:
@@ -136,10 +144,10 @@ def take_out_paths(files: Files) -> None:
         ArtifactError: a file of ours is no JSON.
     """
     for name, file in files.items():
-        if not name.endswith(".json") or (name not in _OURS and _size(file) > _TEXT_BYTES):
+        if not name.endswith(".json") or (name not in _OURS and size_of(file) > _TEXT_BYTES):
             continue
         try:
-            content = json.loads(_read(file))
+            content = json.loads(content_of(file))
         except (ValueError, RecursionError) as error:
             if name not in _OURS:
                 continue
@@ -168,7 +176,7 @@ def refuse_tokens(files: Files) -> None:
     for name, file in files.items():
         if any(fnmatch(name, pattern) for pattern in (*_WEIGHTS, "*.png")):
             continue
-        text = _read(file)
+        text = content_of(file)
         if _TOKEN.search(text) or (in_use and in_use in text):
             raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
 
@@ -182,10 +190,6 @@ def mark(paths: Iterable[str]) -> str | None:
     """The kind of artifact that a listing holds, as far as weights from two kinds must not mix."""
     names = list(paths)
     return next((kind for pattern, kind in _MARKS.items() if any(_matches(p, [pattern]) for p in names)), None)
-
-
-def to_json(value: dict[str, Any]) -> bytes:
-    return f"{json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
 
 
 def _without_paths(value: Any) -> Any:
@@ -204,14 +208,6 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def _read(file: Path | bytes) -> bytes:
-    return file if isinstance(file, bytes) else file.read_bytes()
-
-
 def _identity(path: Path) -> tuple[int, int, int]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _size(file: Path | bytes) -> int:
-    return len(file) if isinstance(file, bytes) else file.stat().st_size

@@ -12,7 +12,7 @@ from ..fetch import git_hash
 from ..hub_calls import hub_errors, patiently, rest, will_pass
 from ..storage import utf8
 from .checksums import digest, parse
-from .outgoing import SUMS, Files, Seen, mark, refuse_replaced, stale
+from .outgoing import SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
 
 _TRIES = 4  # of a commit
 
@@ -219,9 +219,8 @@ def refuse_other(files: Files, head: Head, public: bool, name: str) -> None:
 
 
 def _is_stored(file: Path | bytes, there: Stored | None) -> bool:
-    size = len(file) if isinstance(file, bytes) else file.stat().st_size
-    if there is None or there.size != size:
+    if there is None or there.size != size_of(file):
         return False
     if there.large:
         return digest(file) == there.digest
-    return git_hash(file if isinstance(file, bytes) else file.read_bytes()) == there.digest
+    return git_hash(content_of(file)) == there.digest

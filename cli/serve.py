@@ -56,22 +56,22 @@ def run(
         raise SettingsError("no adapter in that folder", where=adapters_dir, fix="Check the path")
     named = {} if alone else resolve_adapters(words, folder)
     from lorasb_export.serve import serve  # only now: it brings torch
+    from lorasb_export.serve.launcher import api_key
+    from lorasb_export.serve.plan import make_plan
 
     base = base_elsewhere(run, model, next(iter(named.values()))) if named else model
     options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
-    options |= {"updates_from": folder if allow_updates else None, "api_key_file": api_key_file}
+    options |= {"extra": flags or [], "updates_from": folder if allow_updates else None}
 
     def ready(server: dict[str, Any]) -> None:
         run.result(server, f"Serving {', '.join(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")
 
     if dry_run:
-        plan = serve(named, **options, extra=flags or [], dry_run=True)
-        assert isinstance(plan, dict)
+        plan = make_plan(named, **options, has_key=bool(api_key(api_key_file))).describe()
         run.result(plan, f"{_command_line(plan)}\n# {_memory(plan['memory'])}")
         return
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
-    code = serve(named, **options, extra=flags or [], on_start=starting, on_ready=ready)
-    raise typer.Exit(int(code))  # type: ignore[arg-type]
+    raise typer.Exit(serve(named, **options, api_key_file=api_key_file, on_start=starting, on_ready=ready))
 
 
 def _command_line(plan: dict[str, Any]) -> str:

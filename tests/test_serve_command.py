@@ -43,7 +43,7 @@ from lorasb_export.errors import (
     SettingsError,
 )
 from lorasb_export.serve import launcher, plan
-from lorasb_export.serve.launcher import running_server, serve
+from lorasb_export.serve.launcher import api_key, running_server, serve
 from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared.loading import load_R, version_name
 from lorasb_export.serve.temporary import temporary_folder
@@ -52,6 +52,8 @@ from tests.random_adapter import save_adapter, save_base  # first: it hides brok
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+DEFAULTS: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **dict.fromkeys(("mode", "dtype"), "auto")}
+DEFAULTS |= {"model": None, "extra": (), "updates_from": None}
 ON_CPU = default_device().type == "cpu"
 ANSWERS_TWICE = """
 import http.server, sys
@@ -100,10 +102,9 @@ def busy_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def dry_run(adapters: Any, **options: Any) -> dict[str, Any]:
-    described = serve(adapters, dry_run=True, **options)
-    assert isinstance(described, dict)
-    return described
+def dry_run(adapters: Any, api_key_file: Path | None = None, **options: Any) -> dict[str, Any]:
+    named, has_key = launcher._named(adapters), bool(api_key(api_key_file))
+    return plan.make_plan(named, **DEFAULTS | options, has_key=has_key).describe()
 
 
 def value_of(command: list[str], flag: str) -> str:

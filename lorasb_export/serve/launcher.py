@@ -38,10 +38,9 @@ def serve(
     extra: Sequence[str] = (),
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
-    dry_run: bool = False,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
-) -> int | dict[str, Any]:
+) -> int:
     """Serve a base model with `adapters`, or the merged model `model` alone, until interrupted.
 
     Call it from the main thread: it stops at SIGINT and SIGTERM. The server's log goes to stderr.
@@ -57,7 +56,6 @@ def serve(
         extra: further vLLM flags; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
-        dry_run: check everything, start nothing, return `mode`, `command`, `environment`, `models`, `memory`.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
@@ -71,10 +69,6 @@ def serve(
         ServerError: the server ended by itself; why, if its log says so, and its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
-    if dry_run:
-        updates = None if updates_from is None else Path(updates_from)
-        has_key = bool(_api_key(api_key_file))
-        return make_plan(_named(adapters), **options, updates_from=updates, has_key=has_key).describe()
     options |= {"updates_from": updates_from, "api_key_file": api_key_file}
     try:
         with _sigterm_interrupts(), running_server(adapters, **options, echo=True, on_start=on_start) as server:
@@ -109,7 +103,7 @@ def running_server(
     if importlib.util.find_spec("vllm") is None:
         fix = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
         raise MissingPackageError("vLLM is not installed", fix=fix)
-    key = _api_key(api_key_file)
+    key = api_key(api_key_file)
     if not _is_loopback(host) and not key:
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
@@ -139,7 +133,7 @@ def _named(adapters: Adapters) -> Mapping[str, str | Path]:
     return resolve_adapters(adapters, Path("adapters")) if adapters else {}
 
 
-def _api_key(file: str | Path | None) -> str:
+def api_key(file: str | Path | None) -> str:
     """The key clients have to give, or "". Raises SettingsError when `file` has none, or it fits into no header."""
     if file is None:
         where, found = "VLLM_API_KEY", os.environ.get("VLLM_API_KEY", "")

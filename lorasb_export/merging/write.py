@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from ..errors import ArtifactError
 from ..format import TORCH_DTYPES
+from ..storage import TensorInfo
 from . import sums
 from .direct import PAGE, Buffers, OutputFile
 from .plan import MergePlan, PlannedTensor, worker_count
@@ -139,7 +141,7 @@ def _pieces(
         yield partial(_store, out, start, plan.adapters[0].head[tensor.name], TORCH_DTYPES[tensor.dtype])
         return
     path, source = tensor.source
-    file = files[path]
+    job = _Job(files[path], source, out, start, tensor)
     if update is not None:
         left, right = update.in_sum_dtype()
         rows, columns = source.shape
@@ -147,70 +149,66 @@ def _pieces(
         # In float64 every block is measured: it costs little there, and an overflow of fp16 must not be missed.
         measure = 1 if update.dtype == torch.float64 else MEASURED
         for row in range(0, rows, step):
-            of_rows = slice(row, min(rows, row + step))
-            yield partial(_add, file, out, tensor, start, update, left, right, of_rows, measure)
+            yield partial(job.add, update, left, right, slice(row, min(rows, row + step)), measure)
     elif tensor.dtype == source.dtype:
         for offset in range(0, source.nbytes, _COPY_BYTES):
-            count = min(_COPY_BYTES, source.nbytes - offset)
-            yield partial(_copy, file, source.start + offset, out, start + offset, count)
+            yield partial(job.copy, offset, min(_COPY_BYTES, source.nbytes - offset))
     else:
         entries = math.prod(source.shape)
         for first in range(0, entries, PIECE):
-            yield partial(_convert, file, out, tensor, start, first, min(PIECE, entries - first))
-
-
-def _add(
-    file: int,
-    out: OutputFile,
-    tensor: PlannedTensor,
-    start: int,
-    update: sums.Update,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    rows: slice,
-    measure: int,
-) -> Done:
-    columns = right.shape[1]
-    count = (rows.stop - rows.start) * columns
-    weights = _read(file, tensor, rows.start * columns, count).view(-1, columns)
-    dtype = TORCH_DTYPES[tensor.dtype]
-    start += rows.start * columns * dtype.itemsize
-    stored = _buffers.take("stored", count, dtype, start).view(-1, columns)
-    retained = sums.add(weights, update, left, right, rows, stored, measure=measure)
-    return retained, out.write(start, stored)
-
-
-def _convert(file: int, out: OutputFile, tensor: PlannedTensor, start: int, first: int, count: int) -> Done:
-    weights = _read(file, tensor, first, count)
-    dtype = TORCH_DTYPES[tensor.dtype]
-    start += first * dtype.itemsize
-    stored = _buffers.take("stored", count, dtype, start).copy_(weights)
-    if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
-        raise ArtifactError(f"tensor {tensor.name} does not fit float16", fix="Merge with --dtype float32")
-    return None, out.write(start, stored)
-
-
-def _store(out: OutputFile, start: int, value: torch.Tensor, dtype: torch.dtype) -> Done:
-    stored = _buffers.take("stored", value.numel(), dtype, start).copy_(value.reshape(-1))
-    return None, out.write(start, stored)
-
-
-def _copy(file: int, position: int, out: OutputFile, start: int, count: int) -> Done:
-    memory = _buffers.take("stored", count, torch.uint8, start)
-    _fill(file, position, memory)
-    return None, out.write(start, memory)
+            yield partial(job.convert, first, min(PIECE, entries - first))
 
 
 _buffers = Buffers()
 
 
-def _read(file: int, tensor: PlannedTensor, first: int, count: int) -> torch.Tensor:
-    """(count,) entries of the source from entry `first`, in this thread's buffer."""
-    assert tensor.source is not None
-    source = tensor.source[1]
-    weights = _buffers.take("weights", count, TORCH_DTYPES[source.dtype])
-    _fill(file, source.start + first * weights.element_size(), weights)
-    return weights
+@dataclass(frozen=True)
+class _Job:
+    """One tensor of the base, read piece by piece from `file` and written to `out` from byte `start` on."""
+
+    file: int
+    source: TensorInfo
+    out: OutputFile
+    start: int
+    tensor: PlannedTensor
+
+    def add(self, update: sums.Update, left: torch.Tensor, right: torch.Tensor, rows: slice, measure: int) -> Done:
+        columns = right.shape[1]
+        first, count = rows.start * columns, (rows.stop - rows.start) * columns
+        weights = self._read(first, count).view(-1, columns)
+        start, stored = self._place(first, count)
+        retained = sums.add(weights, update, left, right, rows, stored.view(-1, columns), measure=measure)
+        return retained, self.out.write(start, stored)
+
+    def convert(self, first: int, count: int) -> Done:
+        weights = self._read(first, count)
+        start, stored = self._place(first, count)
+        stored.copy_(weights)
+        if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
+            raise ArtifactError(f"tensor {self.tensor.name} does not fit float16", fix="Merge with --dtype float32")
+        return None, self.out.write(start, stored)
+
+    def copy(self, offset: int, count: int) -> Done:
+        memory = _buffers.take("stored", count, torch.uint8, self.start + offset)
+        _fill(self.file, self.source.start + offset, memory)
+        return None, self.out.write(self.start + offset, memory)
+
+    def _read(self, first: int, count: int) -> torch.Tensor:
+        """(count,) entries of the source from entry `first`, in this thread's buffer."""
+        weights = _buffers.take("weights", count, TORCH_DTYPES[self.source.dtype])
+        _fill(self.file, self.source.start + first * weights.element_size(), weights)
+        return weights
+
+    def _place(self, first: int, count: int) -> tuple[int, torch.Tensor]:
+        """Where (count,) entries go from entry `first` on, and this thread's buffer for them."""
+        dtype = TORCH_DTYPES[self.tensor.dtype]
+        start = self.start + first * dtype.itemsize
+        return start, _buffers.take("stored", count, dtype, start)
+
+
+def _store(out: OutputFile, start: int, value: torch.Tensor, dtype: torch.dtype) -> Done:
+    stored = _buffers.take("stored", value.numel(), dtype, start).copy_(value.reshape(-1))
+    return None, out.write(start, stored)
 
 
 def _fill(file: int, position: int, value: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ lorasb fit --basis {name}    # in a project: trains an adapter of each task
 ```
 {method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
     made = {"basis sha256": config["sha256"], "command": calibration.get("command"), "versions": config["created_with"]}
-    return _card(body, base, "lorasb", "adapter", None, ["lora-sb-basis"], made, facts, name)
+    return _card(body, base, made, facts, name, None, {}, library="lorasb", tags=["lora-sb-basis"])
 
 
 def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -117,7 +117,7 @@ lorasb merge {name} --out model{elsewhere}    # a plain model folder
 {served}```
 {method(numbers)}{_trained(training, facts)}"""
     made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
-    return _card(body, base, "lorasb", "adapter", task_type, [], made, facts, name, training)
+    return _card(body, base, made, facts, name, task_type, training, library="lorasb")
 
 
 def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -138,7 +138,7 @@ from transformers import {_model_class(task_type)} as AutoModel
 model = PeftModel.from_pretrained({loaded}, "{name}")
 ```
 {_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, "peft", "adapter", task_type, ["lora"], facts.made, facts, name, training)
+    return _card(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
 
 
 def _num_labels(training: Mapping[str, Any]) -> str:
@@ -167,7 +167,7 @@ model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 {adapters(provenance)}{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, "transformers", "finetune", task_type, [], provenance, facts, name, training)
+    return _card(body, base, provenance, facts, name, task_type, training, library="transformers")
 
 
 def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -194,7 +194,7 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
 ```python
 {_onnx_lines(provenance, tasks, name)}```
 {adapters(provenance)}{method(numbers)}{_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, "onnxruntime", "finetune", task_type, ["onnx"], provenance, facts, name, training)
+    return _card(body, base, provenance, facts, name, task_type, training, library="onnxruntime", tags=["onnx"])
 
 
 def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
@@ -236,16 +236,16 @@ def _trained(training: Mapping[str, Any], facts: Facts, note: str = "") -> str:
 def _card(
     body: str,
     base: Mapping[str, Any],
-    library: str,
-    relation: str,
-    task_type: str | None,
-    tags: list[str],
     made: Mapping[str, Any],
     facts: Facts,
     name: str,
-    training: Mapping[str, Any] = {},
+    task_type: str | None,
+    training: Mapping[str, Any],
+    *,
+    library: str,
+    tags: Sequence[str] = (),
 ) -> str:
-    keys = metadata(base, library, relation, task_type, tags, facts, name, training)
+    keys = metadata(base, facts, name, task_type, training, library=library, tags=tags)
     rest = limits(base, training, facts) + provenance_table(base, made)
     return assemble(keys, f"{body.rstrip()}\n{rest}")
 

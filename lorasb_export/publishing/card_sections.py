@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..fetch import is_hub_id
 
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_OF_ADAPTERS = ("lorasb", "peft")  # libraries
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
@@ -37,17 +38,18 @@ NOTHING = Facts()
 
 def metadata(
     base: Mapping[str, Any],
-    library: str,
-    relation: str,
-    task_type: str | None,
-    tags: list[str],
     facts: Facts,
     name: str,
+    task_type: str | None,
     training: Mapping[str, Any],
+    *,
+    library: str,
+    tags: Sequence[str],
 ) -> dict[str, Any]:
     """The front matter. A base model that is a local folder is left out: the Hub could not link to it."""
     keys: dict[str, Any] = {"library_name": library}
     if is_hub_id(base.get("name_or_path")):
+        relation = "adapter" if library in _OF_ADAPTERS else "finetune"
         keys |= {"base_model": base["name_or_path"], "base_model_relation": relation}
     pipeline = _PIPELINES.get(task_type or "")
     if pipeline:

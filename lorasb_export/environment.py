@@ -1,4 +1,4 @@
-"""Optional packages that are installed but cannot be imported.
+"""Optional packages: those that are not installed, and those that are but cannot be imported.
 
 The CPU build of vLLM brings CUDA builds of torchaudio and torchcodec. Importing them raises OSError, which
 transformers and vLLM do not expect from an optional package, so both fail to import. Hiding the broken
@@ -13,6 +13,8 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+
+from .errors import MissingPackageError
 
 _SUSPECTS = ("torchaudio", "torchcodec")
 _CHILD_SITE = Path(__file__).parent / "child_site"
@@ -32,6 +34,14 @@ def broken_packages() -> tuple[str, ...]:
         except Exception:  # OSError (missing CUDA library), RuntimeError (missing ffmpeg), ...
             broken.append(name)
     return tuple(broken)
+
+
+def require_packages(*names: str) -> None:
+    """Raise MissingPackageError for the first of `names` that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            fix = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
+            raise MissingPackageError(f"the package {name.replace('_', '-')} is not installed", fix=fix)
 
 
 def hide_broken_packages() -> None:

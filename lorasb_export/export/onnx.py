@@ -10,6 +10,7 @@ from typing import Any
 from ..adapter import Adapter, published_training
 from ..base import CAUSAL_LM, BaseModel
 from ..data import TaskData
+from ..environment import require_packages
 from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
@@ -20,7 +21,6 @@ from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import DTYPES, PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
-from .onnx_run import require_packages
 from .onnx_verify import MAX_DROP, require_equal, verify_classifier, verify_folder
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..base import CAUSAL_LM
-from ..errors import ArtifactError, DataError, MissingPackageError, SettingsError, first_line
+from ..environment import require_packages
+from ..errors import ArtifactError, DataError, SettingsError, first_line
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GENAI, GRAPH
@@ -21,16 +21,6 @@ from .onnx_swap import IDS
 _ROWS = 8  # prompts decoded together,
 _PREFILL_TOKENS = 2048  # as long as their prompts fit in this many tokens: the graph returns logits for each of them
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-
-def require_packages(*names: str) -> None:
-    """Raise MissingPackageError for the first of `names` that is not installed."""
-    for name in names:
-        if find_spec(name) is None:
-            raise MissingPackageError(
-                f"the package {name.replace('_', '-')} is not installed",
-                fix="In a clone of lorasb: pip install '.[cpu]', or '.[gpu]'",
-            )
 
 
 def open_session(folder: Path, threads: int | None = None) -> Any:

@@ -15,7 +15,7 @@ from ..base import BaseModel
 from ..batches import prompt_ids
 from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
-from ..errors import MissingPackageError
+from ..environment import require_packages
 from ..evaluation import record_evaluation
 from ..export.onnx import export_onnx
 from ..export.onnx_run import OnnxDecoder
@@ -113,8 +113,7 @@ def quickstart(
         OutputError: `out` exists.
         MissingPackageError: PEFT is not installed, which the comparison needs.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPackageError("PEFT is not installed", fix="In a clone of lorasb: pip install '.[cpu]'")
+    require_packages("peft")
     out = Path(out).absolute()
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import environment
 from ..base import BaseModel
-from ..errors import ArtifactError, BaseModelError, MissingPackageError, OutputError, ServerError
+from ..errors import ArtifactError, BaseModelError, OutputError, ServerError
 from ..output import atomic_folder
 from ..storage import sha256_file
 
@@ -75,11 +75,7 @@ def _fetch(scratch: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF → a plain bf16 model folder, the dtype of the original on the Hub."""
     environment.hide_broken_packages()
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError:
-        fix = "In a clone of lorasb: pip install '.[cpu]'"
-        raise MissingPackageError("the package gguf is not installed", fix=fix) from None
+    environment.require_packages("gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

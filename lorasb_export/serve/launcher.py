@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import logging
 import os
@@ -16,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from .. import environment
-from ..errors import MissingPackageError, OutputError, SettingsError
+from ..errors import OutputError, SettingsError
 from ..names import resolve_adapters
 from .plan import make_plan
 from .server import RunningServer
@@ -100,9 +99,7 @@ def running_server(
         echo: copy the server's log to stderr.
     """
     port = _claim_port(host, port)
-    if importlib.util.find_spec("vllm") is None:
-        fix = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
-        raise MissingPackageError("vLLM is not installed", fix=fix)
+    environment.require_packages("vllm")
     key = api_key(api_key_file)
     if not _is_loopback(host) and not key:
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"

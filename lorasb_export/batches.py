@@ -88,48 +88,58 @@ def encode(
         DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
         BaseModelError: the tokenizer has no token to end an answer or a text with.
     """
+    numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
+    long, bare = f"their prompt alone has {max_length} tokens or more", "no token of theirs is to be learnt"
     encoded: list[Encoded] = []
     cut: list[int] = []
-    too_long: list[int] = []
-    unmarked: list[int] = []
-    numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
+    left_out: dict[str, list[int]] = {long: [], bare: []}
     for number, row in numbered.items():
         where = f"{unit} {number}"
         if task_type == SEQ_CLS:
-            text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
-            tokens = tokenizer(*text, truncation=True, max_length=max_length)
-            inputs = {key: tokens[key] for key in _INPUTS if key in tokens}
-            ids = tokens.input_ids
-            is_cut = len(ids) == max_length and len(tokenizer(*text).input_ids) > max_length
-            if not ids:
-                raise DataError("the text has no tokens", where=where, fix="Remove the row or fill it in")
-            target: Any = _target(row, labels, where)
+            found, is_cut = _labelled(row, tokenizer, labels, max_length, where)
         else:
             ids, target = _tokens(row, tokenizer, where)
-            is_cut = len(ids) > max_length
             target = [IGNORE, *target[1:]]  # nothing predicts the first token
-            if all(label == IGNORE for label in target[:max_length]):
-                (unmarked if all(label == IGNORE for label in target) else too_long).append(number)
+            found, is_cut = {"input_ids": ids[:max_length], "labels": target[:max_length]}, len(ids) > max_length
+            if not _teaches(found["labels"]):
+                reason = long if _teaches(target) else bare
+                left_out[reason].append(number)
                 continue
-            inputs, target = {"input_ids": ids[:max_length]}, target[:max_length]
         if is_cut:
             cut.append(number)
-        encoded.append({**inputs, "labels": target, "row": number})
-    long, bare = f"their prompt alone has {max_length} tokens or more", "no token of theirs is to be learnt"
+        encoded.append({**found, "row": number})
+    left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
     if not encoded:
         enclose = "The chat template must enclose what the assistant says in {% generation %}"
-        fix = "Raise max_length or shorten them" if too_long else enclose
-        reasons = [reason for reason, numbers in ((long, too_long), (bare, unmarked)) if numbers]
-        raise DataError(f"there is no row to learn from: {', or '.join(reasons)}", where=f"all {unit}s", fix=fix)
-    found = {f"left out: {long}": too_long, f"left out: {bare}": unmarked, f"cut at {max_length} tokens": cut}
+        fix = "Raise max_length or shorten them" if long in left_out else enclose
+        raise DataError(f"there is no row to learn from: {', or '.join(left_out)}", where=f"all {unit}s", fix=fix)
+    told = {f"left out: {reason}": numbers for reason, numbers in left_out.items()}
+    told[f"cut at {max_length} tokens"] = cut
     parts = [
         f"{len(numbers)} of {len(numbered)} {unit}s {words} ({_named(numbers)})"
-        for words, numbers in found.items()
+        for words, numbers in told.items()
         if numbers
     ]
     if parts:
         logger.warning("; ".join(parts))
     return encoded
+
+
+def _teaches(labels: Sequence[int]) -> bool:
+    return any(label != IGNORE for label in labels)
+
+
+def _labelled(
+    row: Row, tokenizer: PreTrainedTokenizerBase, labels: Sequence[Any], max_length: int, where: str
+) -> tuple[Encoded, bool]:
+    """A classifier's row, and whether it was cut."""
+    text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
+    tokens = tokenizer(*text, truncation=True, max_length=max_length)
+    if not tokens.input_ids:
+        raise DataError("the text has no tokens", where=where, fix="Remove the row or fill it in")
+    is_cut = len(tokens.input_ids) == max_length and len(tokenizer(*text).input_ids) > max_length
+    inputs = {key: tokens[key] for key in _INPUTS if key in tokens}
+    return {**inputs, "labels": _target(row, labels, where)}, is_cut
 
 
 def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
@@ -170,9 +180,8 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
         )
     marked = {"return_dict": True, "return_assistant_tokens_mask": True, **_DATED}
     turns = row["messages"]
-    if tokenizer.is_fast and isinstance(
-        tokenizer.backend_tokenizer.normalizer, NFC
-    ):  # a turn's end is looked for by characters it merges
+    merges_characters = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.normalizer, NFC)
+    if merges_characters:  # the end of a turn is looked for by its characters
         turns = [{**turn, "content": normalize("NFC", turn["content"])} for turn in turns]
     found = _templated(tokenizer, turns, where, **marked)
     ids = found["input_ids"]

@@ -67,7 +67,9 @@ def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:
 
 def _weight(word: str) -> str:
     """The text after the last `=`; none in the name of an existing folder."""
-    return "" if Path(word).is_dir() else word.rpartition("=")[2] if "=" in word else ""
+    if "=" not in word or Path(word).is_dir():
+        return ""
+    return word.rpartition("=")[2]
 
 
 def _parse(word: str) -> tuple[str, float]:

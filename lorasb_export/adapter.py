@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .names import name_of
 from .output import atomic_folder
 from .provenance import versions
 from .publishing import card
-from .storage import read_header, read_json, write_json
+from .storage import TensorInfo, read_header, read_json, write_json
 
 EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses
@@ -204,9 +204,7 @@ class Adapter:
             OutputError: the folder exists.
             ArtifactError: `training` has a key that the card shows in another shape.
         """
-        R, head = (
-            {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in m.items()} for m in (self.R, self.head)
-        )
+        R, head = _gathered(self.R), _gathered(self.head)
         if distributed.is_main():
             with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
                 replace(self, R=R, head=head).write_into(temporary, Path(folder), embed=embed)
@@ -244,26 +242,11 @@ class Adapter:
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
-        head = [name for name in header if not name.endswith(".R")] if config["task_type"] == "SEQ_CLS" else []
-        bodies = tuple({f"{name.partition('.')[0]}." for name in modules})
-        for name in head:
-            if name.startswith(bodies) or 0 in header[name].shape:
-                what = f"{name} {list(header[name].shape)} is no tensor of a classifier's head"
-                raise ArtifactError(
-                    what, where=path, fix="Train or fetch it again: a head lies outside the model's body"
-                )
-        expected |= {name: list(header[name].shape) for name in head}
-        tensors = load_tensors(path, expected, config["sha256"])
-        named: str = config["basis"]["source"]
-        basis_source: str | None = named
-        if named == EMBEDDED:
-            basis_source = None
-            resolve_folder(found_at, BASIS_FILES)
-        elif hub_source is not None and parse_hub_id(named) is None:
-            fix = "Ask its owner to push it again, with its basis"
-            raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
-        elif named.startswith("."):
-            basis_source = os.path.normpath(folder / named)
+        head = _head_shapes(header, modules, path) if config["task_type"] == "SEQ_CLS" else {}
+        tensors = load_tensors(path, expected | head, config["sha256"])
+        basis_source = _basis_source(config["basis"]["source"], folder, hub_source)
+        if basis_source is None and hub_source is not None:
+            resolve_folder(hub_source, BASIS_FILES)
         return cls(
             BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
             config["basis"]["sha256"],
@@ -296,6 +279,31 @@ class Adapter:
         module = self.load_basis().modules[name]
         R = self.R[name].to(module.B.device, torch.float32)  # of a model on a GPU, maybe
         return self.scaling * (module.B.float() @ R), module.A.float()
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def _head_shapes(header: Mapping[str, TensorInfo], modules: Sequence[str], where: Path) -> dict[str, list[int]]:
+    """What the file of a classifier holds beside R. Raises ArtifactError where it cannot be of a head."""
+    head = {name: list(info.shape) for name, info in header.items() if not name.endswith(".R")}
+    bodies = tuple({f"{name.partition('.')[0]}." for name in modules})
+    for name, shape in head.items():
+        if name.startswith(bodies) or 0 in shape:
+            fix = "Train or fetch it again: a head lies outside the model's body"
+            raise ArtifactError(f"{name} {shape} is no tensor of a classifier's head", where=where, fix=fix)
+    return head
+
+
+def _basis_source(named: str, folder: Path, hub_source: str | None) -> str | None:
+    """`Adapter.basis_source`, given what the config names. Raises ArtifactError where nobody else could find it."""
+    if named == EMBEDDED:
+        return None
+    if hub_source is not None and parse_hub_id(named) is None:
+        fix = "Ask its owner to push it again, with its basis"
+        raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
+    return os.path.normpath(folder / named) if named.startswith(".") else named
 
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:

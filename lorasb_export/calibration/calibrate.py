@@ -102,7 +102,7 @@ def calibrate(
     overall, by_name = ratios.overall(), ratios.modules
     captured = {}
     if len(tasks) == 1:  # the basis is the task's own
-        own = {name: ratios | {"own": ratios["basis"]} for name, ratios in by_name.items()}
+        own = {name: of_module | {"own": of_module["basis"]} for name, of_module in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture:
         logger.info("Measuring how much of each task's gradient it holds")

@@ -179,8 +179,8 @@ def _add(folder: Path, record: dict[str, Any], tasks: Mapping[str, Adapter]) -> 
     """Put tasks into a folder, and into what its `lorasb.json` will say."""
     dtype = _dtype(record["precision"])
     arrays = [values(task, dtype) for task in tasks.values()]
-    R = {tensor.name: list(tensor.dims)[-2:] for tensor in read_graph(folder / GRAPH).graph.initializer}
-    if any(R.get(name) != list(array.shape) for name, array in arrays[0].items()):
+    expected = {tensor.name: list(tensor.dims)[-2:] for tensor in read_graph(folder / GRAPH).graph.initializer}
+    if any(expected.get(name) != list(array.shape) for name, array in arrays[0].items()):
         raise ArtifactError("the graph is not the one lorasb.json describes", where=folder, fix="Export it again")
     if record["routed"]:
         add_to_stack(folder / GRAPH, arrays)

@@ -69,5 +69,8 @@ class History:
         return [entry[key] for entry in self.log if key in entry]
 
     def _best(self) -> int:
-        values, metric = self._values(), self.settings.metric
-        return next(i for i, v in enumerate(values) if not any(better(metric, o, v) for o in values))
+        values, best = self._values(), 0
+        for i, value in enumerate(values):
+            if better(self.settings.metric, value, values[best]):
+                best = i
+        return best

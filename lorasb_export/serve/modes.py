@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapter import Adapter
-from ..base import default_device
 from ..errors import ArtifactError, OutputError
 from ..export.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
-from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
+from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
@@ -58,7 +57,7 @@ class Folded:
             return self.max_loras
         # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
         # adapter lies there. One slot that is never filled holds zeros and makes them right.
-        return len(self.adapters) + (default_device().type == "cpu")
+        return len(self.adapters) + runs_on_cpu()
 
     def write(self, folder: Path) -> None:
         for name, adapter in self.adapters.items():

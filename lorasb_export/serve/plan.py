@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, load_basis_once
-from ..base import SEQ_CLS, BaseModel, BaseRef, default_device
+from ..base import SEQ_CLS, BaseModel, BaseRef
 from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
 from ..names import check_served_name
 from .modes import VLLM_RANKS, Folded, Mode, Shared
-from .shared import why_unavailable
+from .shared import runs_on_cpu, why_unavailable
 from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class ServePlan:
     def environment(self, folder: str | Path) -> dict[str, str]:
         """Variables for the server: the mode's, and some where the user has not set them."""
         wanted = {"VLLM_NO_USAGE_STATS": "1"}  # a server tells nobody that it runs unless its owner says so
-        if default_device().type == "cpu":
+        if runs_on_cpu():
             # GiB. vLLM would take nine tenths of the machine, or refuse to start when they are not free; and with
             # a fixed size it skips a warm-up of the model.
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
@@ -164,7 +164,7 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     if not adapters or mode == "folded":
         return _folded(adapters, extra)
     reason = _why_not_shared(adapters, extra)
-    if reason is None and mode == "auto" and default_device().type != "cpu":
+    if reason is None and mode == "auto" and not runs_on_cpu():
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
         return Shared(adapters, updates_from, _number(extra, "--max-loras"), _number(extra, "--max-cpu-loras"))
@@ -188,7 +188,7 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
 
 def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
     loras = _number(extra, "--max-loras")
-    if loras is not None and loras <= len(adapters) and default_device().type == "cpu":
+    if loras is not None and loras <= len(adapters) and runs_on_cpu():
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
     return Folded(adapters, loras)

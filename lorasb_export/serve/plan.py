@@ -83,11 +83,14 @@ class ServePlan:
             wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
         return self.mode.environment(folder) | {name: v for name, v in wanted.items() if name not in os.environ}
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether vLLM computes in fp32; `auto` turns an fp32 checkpoint into 16 bits."""
+        return _flags(self.extra).get("--dtype", self.dtype) in ("float32", "float")
+
     def memory(self) -> dict[str, int]:
         """Bytes the adapters take, in the mode's own terms."""
-        dtype = _flags(self.extra).get("--dtype", self.dtype)
-        # `auto` turns an fp32 checkpoint into 16 bits.
-        return self.mode.memory(4 if dtype in ("float32", "float") else 2)
+        return self.mode.memory(4 if self.is_float32 else 2)
 
     def describe(self) -> dict[str, Any]:
         """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
@@ -148,6 +151,7 @@ def make_plan(
         raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
     chosen = _choose_mode(mode, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra)
+    _check_dtype(plan)
     _check_length(plan)
     return plan
 
@@ -192,6 +196,13 @@ def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
     return Folded(adapters, loras)
+
+
+def _check_dtype(plan: ServePlan) -> None:
+    """Refuse fp32 where vLLM would end at its start: its LoRA kernel for accelerators takes 16 bits and no more."""
+    if plan.names and plan.mode.name == "folded" and plan.is_float32 and not runs_on_cpu():
+        fix = "Use --dtype bfloat16 or float16"
+        raise SettingsError("on an accelerator vLLM applies adapters in 16 bits only", where="--dtype float32", fix=fix)
 
 
 def _check_length(plan: ServePlan) -> None:

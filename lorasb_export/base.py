@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -266,7 +267,10 @@ class BaseModel:
             )
         refuse_made_up(model, found["missing_keys"], self.folder)
         self._prepare(model, task_type)
-        model.to(device or default_device())  # type: ignore[arg-type]
+        device = torch.device(device or default_device())
+        if device.type != "cpu":
+            gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
+        model.to(device)  # type: ignore[arg-type]
         return model
 
     def load_empty(self, task_type: str, *, num_labels: int | None = None) -> PreTrainedModel:

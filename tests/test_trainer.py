@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -327,6 +329,27 @@ def test_gradient_checkpointing_trains_the_same_R(
     plain = fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
     recomputed = fit(str(llama), basis, tasks["plus"], tmp_path / "b", replace(SETTINGS, gradient_checkpointing=True))
     assert equal(plain, recomputed, 1e-9)
+
+
+def test_the_base_of_a_finished_run_makes_room_for_the_next_one(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer holds it in a cycle; on a device both might not fit. `meta` stands for one."""
+    load, loaded = BaseModel.load, []
+
+    def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        network = load(self, *arguments, **options)
+        loaded.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(BaseModel, "load", watched)
+    gc.disable()  # by itself it comes at some moment or other
+    try:
+        fit(str(llama), basis, tasks["plus"], tmp_path / "plus", replace(SETTINGS, max_steps=1))
+        BaseModel.resolve(llama).load(device="meta")
+    finally:
+        gc.enable()
+    assert loaded[0]() is None
 
 
 def test_the_callers_network_is_given_back_as_it_was(

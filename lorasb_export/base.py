@@ -259,8 +259,9 @@ class BaseModel:
             if num_labels is not None:
                 options["num_labels"] = num_labels
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
-        with torch.random.fork_rng(), as_base_model_error(self.folder):
-            torch.manual_seed(seed)
+        # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
+        with torch.random.fork_rng(devices=[]), as_base_model_error(self.folder):
+            torch.default_generator.manual_seed(seed)
             model: PreTrainedModel
             model, found = loader.from_pretrained(
                 self.folder, trust_remote_code=False, output_loading_info=True, **options

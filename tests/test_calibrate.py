@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -288,6 +289,15 @@ def test_oracle_23_biases_and_the_head_are_left_alone(bert: Path, parity: Path) 
     assert len(basis.modules) == 13  # six in each layer and the pooler, not the head
     assert not any("classifier" in name for name in basis.modules)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_drawing_a_head_leaves_every_other_generator_alone(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with several GPUs torch would save the generator of each, and warn of it at every load."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", Mock(side_effect=AssertionError))
+    before = torch.get_rng_state()
+    BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_pooler_that_no_file_keeps_is_refused(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ class LoRASBLinear(nn.Module):
         self.block = factors.block
         if self.block is None:
             for name, factor in (("A", factors.A), ("B", factors.B)):
-                self.register_buffer(name, factor.to(weight.device, weight.dtype), persistent=False)
+                # Detached, a tensor of its own: FSDP2 moves a buffer in place, and would move the basis with it.
+                self.register_buffer(name, factor.detach().to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,16 @@ def test_an_adapter_that_is_on_a_model_is_merged_as_it_is(llama: Path, tmp_path:
     assert (logits(BaseModel.resolve(tmp_path / "model").load()) - logits(network)).abs().max() < 1e-5
 
 
+def test_what_moves_the_buffers_of_a_model_leaves_the_basis_alone(llama: Path, tmp_path: Path) -> None:
+    """FSDP2 does, in place; of the model's device and dtype the buffer would be the basis's own tensor."""
+    basis = Adapter.load(adapter_for(llama, tmp_path / "a")).load_basis()
+    network = BaseModel.resolve(llama).load()
+    Adapter.attach(network, basis)
+    for buffer in network.buffers():
+        buffer.data = torch.empty(0)
+    assert all(factors.A.numel() and factors.B.numel() for factors in basis.modules.values())
+
+
 @pytest.mark.parametrize("directions", ["random", "block"])
 def test_every_touched_tensor_is_the_float64_sum_rounded_once(directions: str, tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.merging import retained, sums
@@ -72,6 +73,15 @@ def test_the_sum_is_that_of_float64_rounded_once(dtype: torch.dtype, size: float
     steps = ulps(rounded_once(weights.double() + delta, dtype), out)
     assert steps.max() <= 1
     assert (steps == 0).double().mean() >= 0.9999
+
+
+def test_factors_on_a_device_are_folded_on_the_host() -> None:
+    """Where the basis was loaded onto it."""
+    with FakeTensorMode():  # tensors without values, of any device
+        B, R, A, S = (torch.empty(shape, device="cuda") for shape in [(6, 2), (2, 2), (2, 5), (2,)])
+        parts = [(ModuleBasis(B, A, S), R, 1.0)]
+        update = Update.of(parts, transposed=False, source=torch.float32, stored=torch.float32)
+    assert update.left.device == update.right.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("size", "cosine"), [(1e-2, 0.987), (1e-3, 0.641), (1e-4, 0.214)])

@@ -46,8 +46,9 @@ class Update:
             transposed: the checkpoint holds the weight as (in, out).
             source, stored: dtypes of the weight before and after.
         """
-        left = torch.cat([s * (factors.B.double() @ R.detach().cpu().double()) for factors, R, s in parts], dim=1)
-        right = torch.cat([factors.A.double() for factors, _, _ in parts])
+        # Basis and R may lie on a device; the checkpoint is on the host.
+        left = torch.cat([s * (factors.B.cpu().double() @ R.detach().cpu().double()) for factors, R, s in parts], dim=1)
+        right = torch.cat([factors.A.cpu().double() for factors, _, _ in parts])
         if transposed:
             left, right = right.T.contiguous(), left.T.contiguous()
         if stored != torch.bfloat16 or source == torch.float64:

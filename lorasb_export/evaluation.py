@@ -169,7 +169,9 @@ def row_scores(
         inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
         with torch.inference_mode():
             logits = network(**inputs).logits
-        losses, counts = row_losses(logits, labels)
+        # Row by row: a loss makes copies of its logits in fp32, and of a batch they could take more than its training.
+        of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
+        losses, counts = map(torch.cat, zip(*of_rows, strict=True))
         if labels.dim() == 2:
             predicted = torch.zeros(len(places))
         else:

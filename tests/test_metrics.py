@@ -6,14 +6,15 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lorasb_export import Adapter, fit, merge
+from lorasb_export import Adapter, evaluation, fit, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import encode, prompt_ids
+from lorasb_export.batches import collate, encode, prompt_ids, row_losses
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation import evaluate, row_scores
@@ -186,6 +187,21 @@ def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
     for metric in ("pearson", "f1"):
         with pytest.raises(SettingsError, match=f"metric '{metric}' does not fit text/label rows. Use accuracy or mcc"):
             evaluate(adapter, task, split="train", metric=metric)
+
+
+def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies of the logits of sixteen rows of a large vocabulary would not fit where training did."""
+    network, tokenizer = BaseModel.resolve(llama).load(), BaseModel.resolve(llama).load_tokenizer()
+    rows = encode(load_task("sums", sums).rows("valid"), tokenizer, CAUSAL_LM, [], 64)
+    batch = collate(rows, tokenizer.pad_token_id)
+    with torch.inference_mode():
+        losses, counts = row_losses(network(**batch).logits, batch["labels"])
+    watched = Mock(side_effect=row_losses)
+    monkeypatch.setattr(evaluation, "row_losses", watched)
+    found = row_scores(network, rows, tokenizer.pad_token_id)
+    assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
+    assert [count for _, count, _ in found] == counts.tolist()
+    assert [loss for loss, _, _ in found] == pytest.approx(losses.tolist())
 
 
 def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says(tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ def require_positions(model: PreTrainedModel, max_length: int) -> None:
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
+def refuse_spread(model: PreTrainedModel) -> None:
+    """Raise SettingsError where accelerate has spread the model: which logits are wanted is told on one device only."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        fix = "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model"
+        raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
+
+
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
@@ -47,6 +48,16 @@ def test_a_step_is_as_long_as_its_rate_says() -> None:
     Muon([{"params": [R], "orthogonal": True}], lr=0.1, weight_decay=0.5).step()
     step = R.detach() - 2 * (1 - 0.1 * 0.5)
     assert float(step.square().mean().sqrt()) == pytest.approx(0.1, rel=0.25)
+
+
+def test_R_of_a_base_on_several_devices_is_trained_on_each() -> None:
+    with FakeTensorMode():  # tensors without values, of any device
+        parameters = [torch.nn.Parameter(torch.empty(r, r, device=f"cuda:{k}")) for k in (0, 1, 0)]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        optimizer = Muon([{"params": parameters, "orthogonal": True}], lr=0.1)
+        optimizer.step()
+    assert [optimizer.state[p]["momentum"].device.index for p in parameters] == [0, 1, 0]
 
 
 def test_parameters_without_groups_are_refused() -> None:

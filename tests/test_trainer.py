@@ -364,6 +364,19 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert not network.is_gradient_checkpointing
 
 
+def test_a_network_on_several_devices_is_refused(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    network.hf_device_map = {"model": "cpu", "lm_head": "cpu"}
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1), network=network)
+    network.hf_device_map = {"model": "cpu", "lm_head": 0}
+    with pytest.raises(SettingsError, match=r"several devices.*Adapter\.attach"):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "b", SETTINGS, network=network)
+    with pytest.raises(SettingsError, match="several devices"):
+        calibrate(str(llama), tasks, CalibrationSettings(rank=4, samples=2), network=network)
+
+
 def test_the_callers_classifier_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
     """Or a second `fit` on the same network would start from the head of the first."""
     network = BaseModel.resolve(bert).load("SEQ_CLS", num_labels=2)

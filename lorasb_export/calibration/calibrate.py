@@ -23,7 +23,7 @@ from ..data import TaskData, load_task, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..layer import remove, weight_of
-from ..network import require_positions
+from ..network import refuse_spread, require_positions
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import find_targets
@@ -89,6 +89,7 @@ def calibrate(
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     remove(network)  # the gradient is wanted at W0
     targets = _targets(network, settings)
+    refuse_spread(network)
     require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()

@@ -21,7 +21,7 @@ from ..data import TaskData, load_task, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError, TrainingError
 from ..evaluation import fitting_metric
 from ..lock import only_writer
-from ..network import require_positions
+from ..network import refuse_spread, require_positions
 from ..output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import (
@@ -133,6 +133,8 @@ class _Run:
         require_fitting(tasks, settings)
         self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
         self.base.refuse_merged()
+        if network is not None:
+            refuse_spread(network)
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(basis.base, basis.modules)

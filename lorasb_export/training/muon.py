@@ -44,15 +44,13 @@ class Muon(torch.optim.AdamW):
                 loss = closure()
         for group in self.param_groups:
             if group["orthogonal"]:
-                self._step(group)
+                for parameters in _by_device(group["params"]):
+                    self._step(parameters, group)
         super().step()
         return loss
 
-    def _step(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        gradients = [p.grad for p in parameters]
+    def _step(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        gradients: list[Any] = [p.grad for p in parameters]
         for p in parameters:
             if not self.state[p]:  # AdamW looks for a step in every state that it loads
                 self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
@@ -63,6 +61,15 @@ class Muon(torch.optim.AdamW):
         moves = orthogonalized(ahead) * ahead.shape[-1] ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(moves.unbind()), alpha=-group["lr"])
+
+
+def _by_device(parameters: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    """Those with a gradient, apart where a base is spread over several devices: they are stacked."""
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            found.setdefault(p.device, []).append(p)
+    return found.values()
 
 
 def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
 
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
@@ -329,6 +331,30 @@ def test_gradient_checkpointing_trains_the_same_R(
     plain = fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
     recomputed = fit(str(llama), basis, tasks["plus"], tmp_path / "b", replace(SETTINGS, gradient_checkpointing=True))
     assert equal(plain, recomputed, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["text", "together", "classes"])
+def test_a_training_step_never_waits_for_the_device(
+    llama: Path, bert: Path, sums: Path, parity: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors have no values here: whatever asks for one, `.item()`, `.tolist()`, a mask as an index, raises."""
+    step = RTrainer.training_step
+
+    def without_values(self: RTrainer, model: Any, *arguments: Any) -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step(self, model, *arguments)
+            self._clip_grad_norm(model)
+        raise EOFError("the step is over")
+
+    monkeypatch.setattr(RTrainer, "training_step", without_values)
+    base, data = (bert, parity) if kind == "classes" else (llama, sums)
+    drawn = calibrate(str(base), {}, CalibrationSettings(rank=4, directions="random"))
+    one, other = (load_task(name, data) for name in ("one", "other"))
+    train: Any = partial(fit, str(base), drawn, one, tmp_path / "one")
+    if kind == "together":
+        train = partial(fit_together, str(base), drawn, [one, other], tmp_path)
+    with pytest.raises(EOFError, match="the step is over"):
+        train(FitSettings(max_steps=2, accumulate=2))
 
 
 def test_the_base_of_a_finished_run_makes_room_for_the_next_one(

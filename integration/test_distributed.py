@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
 import torch
 
+from lorasb_export import distributed
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
@@ -65,6 +69,15 @@ def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
     settings = CalibrationSettings(samples=rows, loss="token", batch_size=3)
     drawn = draw(load_task("a", folder / "data"), tokenizer, [], settings)
     return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, tokenizer.pad_token_id, settings)
+
+
+def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be waiting for another run that calibrates the same basis."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = Mock()
+    monkeypatch.setattr("accelerate.PartialState", state)
+    distributed.start()
+    assert state.call_args.kwargs["timeout"] > timedelta(hours=12)
 
 
 def test_calibrate_in_two_processes(tmp_path: Path) -> None:

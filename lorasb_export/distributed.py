@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+# The first process may wait for another run's lock, or write, while the others wait for it; nccl gives them 10 minutes.
+# One that dies is not waited for: torchrun ends them all.
+_PATIENCE = timedelta(days=1)
 
 
 def start() -> None:
@@ -13,7 +18,7 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState()  # also selects this process's GPU
+        PartialState(timeout=_PATIENCE)  # also selects this process's GPU
 
 
 def stop() -> None:

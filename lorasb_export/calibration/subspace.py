@@ -35,7 +35,8 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Ten
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.default_generator.manual_seed(seed)
             if matrix.is_cuda:
-                torch.cuda.manual_seed(seed)
+                with torch.cuda.device(matrix.device):  # the generator is the current device's
+                    torch.cuda.manual_seed(seed)
             U, S, V = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
             Vh = V.T
         U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]

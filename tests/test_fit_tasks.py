@@ -50,11 +50,22 @@ def test_the_basis_of_a_task_lies_beside_the_file(
 
 
 @pytest.mark.parametrize("source", [None, "own"])
-def test_a_basis_is_calibrated_in_the_dtype_of_its_section(source: str | None, sums: Path, tmp_path: Path) -> None:
+def test_a_basis_is_calibrated_in_the_dtype_of_its_section(
+    source: str | None, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a base in that dtype, before the one that is trained on is loaded: both at once might not fit."""
+    load, dtypes = BaseModel.load, []
+
+    def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        dtypes.append(options["dtype"])
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(BaseModel, "load", watched)
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
     found = project(tmp_path / "p", base, sums, '[basis]\nrank = 4\ndtype = "float32"\n')
     adapter = fit_tasks(found, ["a"], SETTINGS, basis=source)["a"]
     assert {module.B.dtype for module in adapter.load_basis().modules.values()} == {torch.float32}
+    assert dtypes == ["float32", "auto"]
 
 
 def test_a_task_that_joins_others_is_named_before_any_is_trained(llama: Path, sums: Path, tmp_path: Path) -> None:

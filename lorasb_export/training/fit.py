@@ -161,6 +161,10 @@ class _Run:
             if distributed.is_main():
                 open_folder(self.folder, self.settings, resume, overwrite)
             distributed.wait()
+            basis = self._basis
+            if isinstance(basis, CalibrationSettings) and basis.dtype != self.settings.dtype:
+                # Before the network is loaded, as it takes a base of its own: two at once might not fit.
+                basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
             network = self._network or self._load()
             require_positions(network, self.settings.max_length)
             if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
@@ -168,7 +172,7 @@ class _Run:
                     f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
                 )
             with _left_as_found(network):
-                return self._train(network, resume=resume, overwrite=overwrite)
+                return self._train(network, basis, resume=resume, overwrite=overwrite)
 
     def _finished(self, overwrite: bool) -> bool:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
@@ -186,11 +190,11 @@ class _Run:
                 )
         return len(there) == len(self.outs)
 
-    def _train(self, network: PreTrainedModel, *, resume: bool, overwrite: bool) -> list[Adapter]:
-        basis = self._basis
+    def _train(
+        self, network: PreTrainedModel, basis: Basis | CalibrationSettings, *, resume: bool, overwrite: bool
+    ) -> list[Adapter]:
         if isinstance(basis, CalibrationSettings):
-            same = network if basis.dtype == self.settings.dtype else None
-            basis = own_basis(self.base, self.tasks[0], basis, self.folder, same)
+            basis = own_basis(self.base, self.tasks[0], basis, self.folder, network)
         names = [task.name for task in self.tasks]
         events = self.outs[0].parent / "runs" / "+".join(names)
         runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)

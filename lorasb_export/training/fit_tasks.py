@@ -61,7 +61,8 @@ def fit_tasks(
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
-    network = base.load(dtype=settings.dtype) if all(t.task_type == CAUSAL_LM for t in tasks.values()) else None
+    generates, same = all(t.task_type == CAUSAL_LM for t in tasks.values()), calibration.dtype == settings.dtype
+    network = base.load(dtype=settings.dtype) if generates and same else None
     shared = {
         source: project_basis.load_or_make(
             project,
@@ -69,10 +70,12 @@ def fit_tasks(
             base,
             {name: task for name, task in tasks.items() if sources[name] == source},
             calibration,
-            network if calibration.dtype == settings.dtype else None,
+            network,
         )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
+    if generates and not same and OWN_BASIS not in sources.values():  # now: beside the one for a basis it might not fit
+        network = base.load(dtype=settings.dtype)
     if together:
         (found,) = shared.values()
         folder = targets[names[0]].parent

@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 import os
-import sys
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,11 +16,6 @@ from .errors import SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, check_name, no_adapter
 from .settings import CalibrationSettings, FitSettings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from .adapter import Adapter

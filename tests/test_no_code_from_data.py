@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted(ROOT.glob("lorasb_export/**/*.py")), *sorted(ROOT.glob("cli/**/*.py"))]

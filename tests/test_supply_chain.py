@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,6 @@ from packaging.requirements import Requirement
 
 from docs.make_lock import BOM, LOCK, components
 from lorasb_export.serve.shared import TESTED_VERSIONS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 

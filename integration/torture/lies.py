@@ -11,9 +11,9 @@ import json
 import multiprocessing
 import re
 import shutil
-import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -39,11 +39,6 @@ from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import read_header, read_json, sha256_file
 from tests.tiny import make_llama
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _SECONDS, _BYTES = 2.0, 300_000_000
 _HANG = 20.0  # of the clock, on a machine that may be busy

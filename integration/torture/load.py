@@ -125,7 +125,7 @@ class Load:
         try:
             async with self.session.post(f"{self.target.url}/v1/completions", json=body | options) as response:
                 status, answer = response.status, await response.json()
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             status, answer = 0, {"error": repr(error)}
         stopped = time.monotonic()
         versions = self.names.between(name, started, stopped)

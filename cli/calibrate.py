@@ -20,30 +20,38 @@ def run(
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=NUMBER", help="What a task's losses are multiplied by; repeatable, 1 by default."),
+        typer.Option(metavar="NAME=NUMBER", help="Multiply a task's losses by this; repeatable.  [default: 1]"),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of the basis.")] = None,
     directions: Annotated[
-        str | None, typer.Option(help="gradient (the paper); random or block: in seconds, without data.")
+        str | None,
+        typer.Option(help="What B and A span: gradient (as in the paper); random or block need no data."),
     ] = None,
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="all-linear, mlp-output, name endings with commas, or a regular expression for whole names."),
+        typer.Option(help="Which layers: all-linear, mlp-output, name endings with commas, or a regular expression."),
     ] = None,
-    reduction: Annotated[str | None, typer.Option(help="sign (the paper) or raw.")] = None,
+    reduction: Annotated[
+        str | None, typer.Option(help="How the gradient is used: sign (as in the paper) or raw.")
+    ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="sample: every row counts the same; token: every token does.")
+        str | None, typer.Option(help="What counts the same: sample (every row) or token (every token).")
     ] = None,
     no_gradient_checkpointing: Annotated[
-        bool, typer.Option("--no-gradient-checkpointing", help="A fifth less time for more memory.")
+        bool, typer.Option("--no-gradient-checkpointing", help="Use a fifth less time and more memory.")
     ] = False,
     no_capture: Annotated[
-        bool, typer.Option("--no-capture", help="Of a mixture: do not measure what the basis is good for task by task.")
+        bool,
+        typer.Option(
+            "--no-capture", help="Do not measure how much of each task's gradient the basis of several tasks captures."
+        ),
     ] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the base; auto: as stored.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the rows.")] = None,
-    out: Annotated[str | None, typer.Option(help="Where the basis goes; basis/ by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Data type of the base model; auto: as in its checkpoint.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for choosing the rows, or of a random basis.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: basis]")] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace an existing folder, unless adapters of the project were trained in it.")
     ] = False,

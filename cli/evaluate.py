@@ -14,15 +14,15 @@ def run(
     adapter: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
     ] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Data, where the project does not name it.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Data to score on, if not the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     split: Annotated[
-        Literal["test", "valid", "train"] | None, typer.Option(help="The held-out one by default.")
+        Literal["test", "valid", "train"] | None, typer.Option(help="Split to score on; the held-out one by default.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many rows; the card stays as it was.")
+        int | None, typer.Option(min=1, help="Score only this many rows; the card stays as it was.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
     metric: Annotated[
         str | None,
         typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),

@@ -30,14 +30,16 @@ def run(
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4"] | None,
-        typer.Option(help="Of an ONNX graph; fp32 by default."),
+        typer.Option(help="Precision of an ONNX graph.  [default: fp32]"),
     ] = None,
     routed: Annotated[
-        bool, typer.Option("--routed", help="onnx-adapters: one batch may mix tasks, chosen by the input adapter_ids.")
+        bool,
+        typer.Option("--routed", help="For onnx-adapters: one batch may mix tasks, by the input adapter_ids."),
     ] = False,
     verify: Annotated[bool, typer.Option(help="Compare an ONNX graph with the adapter in torch.")] = True,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Held-out rows to compare on, where the adapter does not say.")
+        str | None,
+        typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
     ] = None,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric an ONNX graph may lose there.")] = 2.0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,

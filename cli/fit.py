@@ -24,52 +24,80 @@ REPORTED = (
 INTERRUPTED = "Go on with the same command and --resume."
 
 
+def _refuse(option: typer.CallbackParam, value: str | None) -> None:
+    """Users of LoRA look for these here: say where they are."""
+    if value is not None:
+        name = option.name
+        raise typer.BadParameter(
+            f"{name} belongs to the basis: lorasb calibrate --{name} {value}, or {name} in [basis] of lorasb.toml"
+        )
+
+
+_OF_THE_BASIS = typer.Option(hidden=True, expose_value=False, callback=_refuse)
+
+
 def run(
     run: Run,
     task: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="Tasks; all by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hub id.")] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Data of the one TASK, where no project names it.")
+        str | None, typer.Option(metavar="PATH", help="Data of TASK, in place of what lorasb.toml lists.")
     ] = None,
     basis: Annotated[
         str | None, typer.Option(metavar="DIR|own", help="Basis folder or Hub id; `own` calibrates on the task alone.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Train for this many optimizer steps, whatever --epochs says.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Optimizer of R: muon, or adamw (the paper).")] = None,
     learning_rate: Annotated[
         str | None,
-        typer.Option("--learning-rate", "--lr", help="Peak rate; of several, with commas, the best one's R is kept."),
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="Peak learning rate. Several, separated by commas: train at each and keep the best.",
+        ),
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="linear, cosine or constant_with_warmup.")] = None,
-    init: Annotated[str | None, typer.Option(help="Start of R: svd (the paper) or zero (the base).")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Schedule of the learning rate: linear, cosine or constant_with_warmup.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="What R starts as: svd (as in the paper) or zero (start at the base model).")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the frozen base; auto: as stored.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Row order.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Data type of the frozen base model; auto: as in its checkpoint.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for the order of the rows.")] = None,
     group_by_length: Annotated[
-        bool | None, typer.Option("--group-by-length", help="Rows of like length together: less padding.")
+        bool | None, typer.Option("--group-by-length", help="Put rows of like length into one batch: less padding.")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool | None, typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.")
     ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the valid split.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Chooses the best checkpoint: loss, exact_match, accuracy, mcc or pearson.")
+        str | None,
+        typer.Option(help="What the best checkpoint is chosen by: loss, exact_match, accuracy, mcc or pearson."),
     ] = None,
-    keep: Annotated[str | None, typer.Option(help="The R to keep: best (on the valid split) or last.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Which R to keep: best (on the valid split) or last.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
-    report_to: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="Also log to tensorboard, trackio or wandb.")] = None,
     together: Annotated[
-        bool, typer.Option("--together", help="All tasks at once, in mixed batches, in one shared basis.")
+        bool, typer.Option("--together", help="Train all tasks at once, in mixed batches, in one shared basis.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace existing adapters and interrupted runs.")] = False,
-    out: Annotated[str | None, typer.Option(help="Adapter folder of the one TASK; adapters/TASK by default.")] = None,
+    out: Annotated[str | None, typer.Option(help="Adapter folder of TASK.  [default: adapters/TASK]")] = None,
+    rank: Annotated[str | None, _OF_THE_BASIS] = None,
+    targets: Annotated[str | None, _OF_THE_BASIS] = None,
+    directions: Annotated[str | None, _OF_THE_BASIS] = None,
 ) -> None:
     """Train one adapter per task in a frozen basis."""
     from lorasb_export.settings import FitSettings

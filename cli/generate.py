@@ -15,12 +15,12 @@ def run(
     adapters: Annotated[
         str | None, typer.Option(help="Names, folders or Hub ids, with commas; all by default.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model, to ask it alone.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; without --adapters it is asked alone.")] = None,
     onnx: Annotated[
         str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model; auto: as stored.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
     chosen = None if adapters is None else [name for word in adapters.split(",") if (name := word.strip())]

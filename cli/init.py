@@ -28,4 +28,4 @@ def run(
     for data in tasks.values():
         if not (path.parent / os.path.expanduser(data)).exists():
             run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
-    run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb calibrate, then lorasb fit")
+    run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")

@@ -13,7 +13,8 @@ def run(
     run: Run,
     path: Annotated[str, typer.Argument(help="Any folder, an adapter of the project by name, or a Hub id.")],
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Of a basis: what it captures of this task's gradient.")
+        str | None,
+        typer.Option(metavar="PATH", help="For a basis: measure how much of this task's gradient it captures."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
@@ -28,7 +29,7 @@ def run(
     if data is not None:
         from lorasb_export.calibration.capture import words
 
-        shown["capture"] = f"{words(found['capture'])}, each with --json"
+        shown["capture"] = f"{words(found['capture'])}; --json lists every module"
     run.result(found, "\n".join(_lines(shown)))
 
 

@@ -24,11 +24,14 @@ def run(
     ] = None,
     out: Annotated[str, typer.Option(help="The folder to write.")] = "model",
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights written; auto: as stored.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with base + adapter.")] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Data type of the weights written; auto: as in the base's checkpoint.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Size of the largest file.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the logits with those of base + adapter.")] = False,
     report: Annotated[
-        str | None, typer.Option(metavar="FILE.json", help="Write what each module keeps of its update; a plot beside.")
+        str | None,
+        typer.Option(metavar="FILE.json", help="Write what each module keeps of its update, and a plot beside it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
@@ -107,5 +110,7 @@ def _done(result: dict[str, Any]) -> str:
         text += f" ({result['shards_reused']} file(s) were finished before)"
     text += f"\nOf the update {kept['cosine']:.4f} is kept (cosine), relative error {kept['relative_error']:.4f}"
     if "verify" in result:
-        text += f"\nLogits agree: largest difference {result['verify']['max_difference']:.1e}"
+        found = result["verify"]
+        text += f"\nVerified: the logits differ by at most {found['relative_difference']:.2g} of the largest one, and "
+        text += f"rounding to {' and '.join(result['stored'])} explains up to {found['tolerance']:.2g}"
     return text

@@ -30,7 +30,7 @@ def run(
     public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, typer.Option("--commit-message", help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option("--commit-message", help="Commit message.")] = None,
     basis_repo: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where the adapter's basis is.")] = None,
     with_basis: Annotated[
         bool, typer.Option("--with-basis", help="Upload the basis inside the adapter's repository.")
@@ -56,15 +56,22 @@ def run(
         "message": message,
         "dry_run": dry_run,
     }
-    show = _plan if dry_run else _done
     if found is None:
         if basis_repo:
             raise SettingsError("--basis-repo is for one adapter", fix="Name it, or leave --basis-repo out")
         results = push_project(project, target, with_basis=with_basis, **options)
-        run.result({"pushed": results}, "\n".join(map(show, results)))
+        run.result({"pushed": results}, _text(results, dry_run))
         return
     result = push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options)
-    run.result(result, show(result))
+    run.result(result, _text([result], dry_run))
+
+
+def _text(results: list[dict[str, Any]], dry_run: bool) -> str:
+    """Of a dry run the cards' changes, which may be long, come before what happens to the files."""
+    if not dry_run:
+        return "\n".join(map(_done, results))
+    cards = [f"Card of {plan['repo']}:\n{plan['card_diff']}\n" for plan in results if plan["card_diff"]]
+    return "\n".join([*cards, *map(_plan, results)])
 
 
 def _done(result: dict[str, Any]) -> str:
@@ -81,7 +88,7 @@ def _skipped(result: dict[str, Any]) -> list[str]:
 
 
 def _plan(plan: dict[str, Any]) -> str:
-    """Every file with what happens to it, the commit, and the card's changes."""
+    """Every file with what happens to it, and the commit."""
     lines = [f"Would push to {plan['url']} ({'private' if plan['private'] else 'public'})"]
     if not plan["reached"]:
         lines.append("The Hub cannot be reached: what it holds already is not known")
@@ -91,4 +98,4 @@ def _plan(plan: dict[str, Any]) -> str:
     changes = plan["sent"] or plan["deleted"]
     on_top = f"on top of {plan['parent'][:12]}" if plan["parent"] else "the first"
     commit = f"{plan['message']!r}, {on_top}, {human_bytes(plan['sent'])}" if changes else "none: nothing changes"
-    return "\n".join([*lines, f"Commit: {commit}", *([f"Card:\n{plan['card_diff']}"] if plan["card_diff"] else [])])
+    return "\n".join([*lines, f"Commit: {commit}"])

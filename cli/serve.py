@@ -20,7 +20,8 @@ def run(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A merged folder to serve alone, or the adapters' base.")] = None,
     adapters_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where names are looked up; without --adapters, all there.")
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of the adapters; without --adapters, all in it are served."),
     ] = None,
     mode: Annotated[
         Literal["shared", "folded", "auto"],
@@ -28,12 +29,15 @@ def run(
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the model.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Data type of the model.")
+    ] = "auto",
     allow_updates: Annotated[
         bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")
     ] = False,
     api_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Holds the key clients have to give; else VLLM_API_KEY.")
+        str | None,
+        typer.Option(metavar="FILE", help="File with the key clients have to give; else VLLM_API_KEY."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:

@@ -25,7 +25,7 @@ JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
 NOTHING_WRITTEN = "No output was written."
-CONFIG_HELP = "The project file, which init writes; lorasb.toml in the working folder by default."
+CONFIG_HELP = "Project file.  [default: lorasb.toml in the working folder]"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 

@@ -95,7 +95,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
     """
     path = Path(os.path.expanduser(source))
     if path.suffix.lower() == ".csv":
-        fix = 'Make JSON lines of it: docs/how-to/train.md, "Your data is CSV"'
+        fix = 'Make JSON lines of it, one {"prompt": …, "completion": …} or {"text": …, "label": …} for each row'
         raise DataError("CSV is not read", where=path, fix=fix)
     if path.is_file():
         placed = {"train": list(read_rows(path))}
@@ -176,7 +176,7 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
         dataset = load_dataset(name)
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
         what = f"no such file, folder or Hub dataset: {first_line(error)}"
-        raise DataError(what, where=name, fix="Check the path") from None
+        raise DataError(what, where=name, fix="Check the path, or the network if it is on the Hub") from None
     if "train" not in dataset:
         fix = "Fetch the split you want and write its rows to train.jsonl"
         raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)

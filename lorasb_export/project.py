@@ -31,6 +31,7 @@ _TASK_KEYS = ("data", "basis", "weight")
 _HUB_KEYS = ("repo", "public")
 _BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
 _FIT_KEYS = tuple(f.name for f in fields(FitSettings))
+_SECTIONS = {"basis": _BASIS_KEYS, "fit": _FIT_KEYS, "tasks.NAME": _TASK_KEYS, "hub": _HUB_KEYS}
 _FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 _TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
 
@@ -90,7 +91,7 @@ class Project:
             raise SettingsError(f"not valid TOML: {error}", where=path, fix="Write one with: lorasb init") from None
         problems = _problems(content)
         if problems:
-            raise SettingsError("; ".join(problems), where=path, fix="See docs/reference/project-file.md")
+            raise SettingsError("; ".join(problems), where=path, fix="Correct these lines")
         basis, hub = content.get("basis", {}), content.get("hub", {})
         return cls(
             folder=path.resolve().parent,
@@ -166,6 +167,9 @@ class Project:
             return str(self.adapter_folder(word))
         if "/" not in word and not Path(word).exists():
             self.refuse_unfitted(word)
+            if not self.adapter_names():
+                fix = f"Run lorasb fit first; for a folder elsewhere write ./{word}"
+                raise self.lacks(f"no adapter {word!r}, nor any other", fix)
             raise SettingsError(no_adapter(word, self.folder / "adapters"), fix="Correct the name")
         return word
 
@@ -229,6 +233,14 @@ def _nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def _hint(key: str, keys: tuple[str, ...]) -> str:
+    """For a key that is none of `keys`: the sections that have it, the nearest of `keys`, or all of them."""
+    homes = [f"[{section}]" for section, of_section in _SECTIONS.items() if key in of_section]
+    if homes:
+        return f" (it is a key of {' and of '.join(homes)})"
+    return _nearest(key, keys) or f" (there are: {', '.join(keys)})"
+
+
 def _problems(content: Mapping[str, Any]) -> list[str]:
     """Every unknown key and every value of a wrong type."""
     found = _check_table("", content, _TOP_KEYS, {"model": (str,), "revision": (str,)})
@@ -258,12 +270,12 @@ def _check_table(section: str, table: Any, keys: tuple[str, ...], types: Mapping
     place = f"[{section}] " if section else ""
     if not isinstance(table, dict):
         return [f"{place}must be a table"]
-    problems = [f"{place}unknown key {key!r}{_nearest(key, keys)}" for key in table if key not in keys]
+    problems = [f"{place}unknown key {key!r}{_hint(key, keys)}" for key in table if key not in keys]
     for key, value in table.items():
         allowed = types.get(key)
-        wrong = allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed))
-        if wrong:
-            problems.append(f"{place}{key} = {value!r} has the wrong type")
+        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
+            right = " or ".join(kind.__name__ for kind in allowed)
+            problems.append(f"{place}{key} = {value!r} has the wrong type: it takes {right}")
     return problems
 
 

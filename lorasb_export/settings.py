@@ -79,7 +79,7 @@ class FitSettings:
 
     Attributes:
         epochs: passes over the training rows.
-        max_steps: stop after this many optimizer steps; overrides `epochs`.
+        max_steps: train for this many optimizer steps, whatever `epochs` says.
         batch_size: rows per forward pass; with several processes they share these rows.
         accumulate: forward passes per optimizer step.
         group_by_length: batches of rows of like length: less padding, a less random order.

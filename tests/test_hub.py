@@ -131,6 +131,7 @@ def test_only_allowed_files_are_planned(tmp_path: Path) -> None:
     skipped = [line for line in said.splitlines() if line.startswith("  skipped")]
     assert (len(skipped), skipped[-1]) == (11, "  skipped  2 more")  # the hidden ones
     assert not any("/." in line or " ." in line for line in skipped)
+    assert said.index("Card of me/a") < said.index("Would push")  # and above what is read last
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
-    text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nbatch_size = "8"\n[basis]\nrank = true\n'
+    text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nrank = 16\nbatch_size = "8"\n[basis]\nrank = true\n'
+    text += "[hub]\nzzz = 1\n"
     text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n'
     with pytest.raises(SettingsError) as error:
         load(tmp_path, text)
@@ -89,7 +90,9 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         "unknown key 'modle' (did you mean 'model'?)",
         "[fit] unknown key 'epocs' (did you mean 'epochs'?)",
         "[fit] unknown key 'lr' (did you mean 'learning_rate'?)",
-        "[fit] batch_size = '8' has the wrong type",
+        "[fit] unknown key 'rank' (it is a key of [basis])",
+        "[hub] unknown key 'zzz' (there are: repo, public)",
+        "[fit] batch_size = '8' has the wrong type: it takes int",
         "[basis] rank = True has the wrong type",
         "'../up' cannot be",
         "[tasks.b] lacks data",
@@ -177,6 +180,11 @@ def test_a_name_without_an_adapter(name: str, tmp_path: Path, monkeypatch: pytes
     (tmp_path / name).mkdir()
     assert project.find_adapter(name) == name
     assert ("lorasb fit b" in CliRunner().invoke(app, ["serve", "--adapters", name]).stderr) == (name == "b")
+
+
+def test_a_name_in_a_project_without_adapters(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no adapter 'a', nor any other .*Run lorasb fit first; .* write \./a"):
+        load(tmp_path, "").find_adapter("a")
 
 
 @pytest.mark.parametrize(

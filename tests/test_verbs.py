@@ -31,6 +31,11 @@ def test_a_choice_that_is_none_is_wrong_usage(words: str) -> None:
     assert (done.exit_code, "is not one of" in done.stderr) == (2, True)
 
 
+def test_fit_says_where_the_rank_is_set() -> None:
+    done = CliRunner().invoke(app, ["fit", "--rank", "16"])
+    assert (done.exit_code, "rank belongs to the basis: lorasb calibrate --rank 16, or" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("words", ["merge --dtype foo", "merge --no-such-option", "calibrate --data nameless", "merg"])
 def test_wrong_usage_with_json(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -102,7 +102,6 @@ def test_csv_is_not_read_and_how_to_convert_it(tmp_path: Path, monkeypatch: pyte
         load_task("t", "MINE.CSV")
     page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
-    Path("data/mine").mkdir(parents=True)
     exec(script)
     assert load_task("t", "data/mine").rows("train") == [{"prompt": "1+1=", "completion": "2"}]
 

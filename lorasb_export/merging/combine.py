@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def combine(weighted: Weighted) -> tuple[Adapter, ...]:
     groups: dict[str, list[tuple[Adapter, float]]] = {}
     task_type = None
     for adapter, weight in weighted:
-        if weight - weight != 0:
+        if not math.isfinite(weight):
             raise SettingsError(f"weight {weight} of an adapter", where=adapter.folder, fix="Give a finite number")
         if adapter.head:
             raise ArtifactError(

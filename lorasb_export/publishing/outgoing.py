@@ -12,6 +12,7 @@ from typing import Any
 
 from ..base import LICENCES, TEXTS, BaseModel
 from ..errors import ArtifactError
+from ..fetch import ADAPTER_FILES, BASIS_FILES
 from ..format import sealed
 from ..kind import artifact_kind
 from ..storage import read_json, to_json
@@ -21,13 +22,12 @@ Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another o
 
 SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
 
-_BASIS = ("basis.safetensors", "basis_config.json")
 _GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
 _ALWAYS = ("README.md", *LICENCES, "lorasb.json", "*.png")
 # What a folder of each kind may publish. No pattern admits a pickle, a checkpoint or a cache.
 _ALLOWED = {
-    "basis": (*_BASIS, *_ALWAYS),
-    "adapter": ("adapter.safetensors", "adapter_config.json", "training_log.jsonl", *_BASIS, *_ALWAYS),
+    "basis": (*BASIS_FILES, *_ALWAYS),
+    "adapter": (*ADAPTER_FILES, *BASIS_FILES, "training_log.jsonl", *_ALWAYS),
     "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
     "merged": ("*.safetensors", *TEXTS, *_ALWAYS),
     "onnx": (*_GRAPHS, *TEXTS, *_ALWAYS),

@@ -12,13 +12,9 @@ from typing import Any
 
 import pytest
 
-from lorasb_export import environment
-
-environment.hide_broken_packages()
-
-from lorasb_export.base import BaseModel  # noqa: E402
-from lorasb_export.quickstart.model import small_model  # noqa: E402
-from tests.conftest import llama, sums  # noqa: E402, F401  fixtures of the fast tests
+from lorasb_export.base import BaseModel
+from lorasb_export.quickstart.model import small_model
+from tests.conftest import llama, sums  # noqa: F401  fixtures of the fast tests
 
 # A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -198,7 +198,6 @@ def make_adapter(folder: Path, basis: Path, seed: int = 1) -> Path:
 
 
 def make_merged(folder: Path, shard: str = "5GB", seed: int = 0) -> Path:
-    environment.hide_broken_packages()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

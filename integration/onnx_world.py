@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasb_export import environment
-
-environment.hide_broken_packages()
-
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from lorasb_export.adapter import Adapter, Basis  # noqa: E402
-from lorasb_export.base import BaseModel  # noqa: E402
-from lorasb_export.factors import ModuleBasis  # noqa: E402
-from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402
+from lorasb_export.adapter import Adapter, Basis
+from lorasb_export.base import BaseModel
+from lorasb_export.factors import ModuleBasis
+from tests.tiny import VOCABULARY, save_tokenizer
 
 RANK, EOS = 8, 2
 

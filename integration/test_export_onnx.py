@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
@@ -30,7 +29,6 @@ from lorasb_export.errors import (
 )
 from lorasb_export.kind import artifact_kind
 
-environment.hide_broken_packages()
 ort = pytest.importorskip("onnxruntime")
 og = pytest.importorskip("onnxruntime_genai")
 onnx = pytest.importorskip("onnx")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
@@ -20,7 +19,6 @@ from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import PROMPTS
 from lorasb_export.factors import ModuleBasis
 
-environment.hide_broken_packages()
 og = pytest.importorskip("onnxruntime_genai")
 
 from transformers import PreTrainedModel  # noqa: E402

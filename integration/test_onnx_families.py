@@ -10,30 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from lorasb_export import environment
-
-environment.hide_broken_packages()
 pytest.importorskip("onnxruntime_genai")
 
-import transformers as t  # noqa: E402
+import transformers as t
 
-from lorasb_export.adapter import Adapter  # noqa: E402
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel  # noqa: E402
-from lorasb_export.data import TaskData, load_task  # noqa: E402
-from lorasb_export.errors import ArtifactError, BaseModelError, DataError  # noqa: E402
-from lorasb_export.evaluation import evaluate  # noqa: E402
-from lorasb_export.export import onnx_verify  # noqa: E402
-from lorasb_export.export.onnx import export_onnx  # noqa: E402
-from lorasb_export.export.onnx_adapters import export_onnx_adapters  # noqa: E402
-from lorasb_export.export.onnx_build import GRAPH  # noqa: E402
-from lorasb_export.export.onnx_graph import read_graph  # noqa: E402
-from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier  # noqa: E402
-from lorasb_export.export.onnx_verify import require_equal  # noqa: E402
-from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
-from tests.conftest import write_splits  # noqa: E402
-from tests.random_adapter import save_adapter, write_in  # noqa: E402
-from tests.test_merge_families import CONFIGS, SIZES  # noqa: E402
-from tests.tiny import VOCABULARY, save_tokenizer  # noqa: E402
+from lorasb_export.adapter import Adapter
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError
+from lorasb_export.evaluation import evaluate
+from lorasb_export.export import onnx_verify
+from lorasb_export.export.onnx import export_onnx
+from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.export.onnx_build import GRAPH
+from lorasb_export.export.onnx_graph import read_graph
+from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier
+from lorasb_export.export.onnx_verify import require_equal
+from lorasb_export.settings import BLOCK, RANDOM
+from tests.conftest import write_splits
+from tests.random_adapter import save_adapter, write_in
+from tests.test_merge_families import CONFIGS, SIZES
+from tests.tiny import VOCABULARY, save_tokenizer
 
 TOKENS = 16
 LENGTHS = (3, 26, 9, 1, 40)

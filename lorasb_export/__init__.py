@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import environment
+
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .basis import Basis
@@ -49,3 +51,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+environment.hide_before_transformers()

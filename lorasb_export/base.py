@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import environment
 from .errors import BaseModelError, SettingsError
 from .fetch import is_blob, parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
@@ -249,7 +248,6 @@ class BaseModel:
 
         if dtype not in DTYPES:
             raise SettingsError(f"dtype is {dtype!r}", fix=f"Use {', '.join(DTYPES)}")
-        environment.hide_broken_packages()
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -281,8 +279,6 @@ class BaseModel:
             BaseModelError: whatever transformers raises on a config.json that contradicts itself.
         """
         import torch
-
-        environment.hide_broken_packages()
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -310,7 +306,6 @@ class BaseModel:
         Raises:
             BaseModelError: it has neither; the tokenizer's files are missing or damaged.
         """
-        environment.hide_broken_packages()
         from transformers import AutoTokenizer
 
         with as_base_model_error(self.folder):

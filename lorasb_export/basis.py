@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import environment
 from .base import BaseRef
 from .factors import Factors, ModuleBasis
 from .fetch import BASIS_FILES, resolve_folder
@@ -35,8 +34,6 @@ from .provenance import versions
 from .publishing import card
 from .settings import GRADIENT
 from .storage import TensorInfo, read_json, write_json
-
-environment.hide_broken_packages()  # so that after this import, or Adapter's, transformers can be imported
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
 

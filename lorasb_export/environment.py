@@ -2,7 +2,8 @@
 
 The CPU build of vLLM brings CUDA builds of torchaudio and torchcodec. Importing them raises OSError, which
 transformers and vLLM do not expect from an optional package, so both fail to import. Hiding the broken
-package makes them take the path for "not installed". Healthy packages are left alone.
+package makes them take the path for "not installed". Healthy packages are left alone. `lorasb_export` asks for
+that when it is imported itself, so that whoever imports transformers after it need not know.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import os
 import sys
 from functools import cache
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 from .errors import MissingPackageError
@@ -44,8 +46,23 @@ def require_packages(*names: str) -> None:
             raise MissingPackageError(f"the package {name.replace('_', '-')} is not installed", fix=fix)
 
 
+def hide_before_transformers() -> None:
+    """Hide broken packages once transformers is about to be imported; to look for them takes the import of torch."""
+    if not any(isinstance(finder, _BeforeTransformers) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTransformers())
+
+
+class _BeforeTransformers(MetaPathFinder):
+    """Finds nothing: it only notices that transformers is looked for."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "transformers":
+            sys.meta_path.remove(self)
+            hide_broken_packages()
+
+
 def hide_broken_packages() -> None:
-    """Make this process treat each broken package as not installed. Call before importing transformers."""
+    """Make this process treat each broken package as not installed. Of use before transformers is imported."""
     for name in broken_packages():
         for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[loaded]

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
-from . import environment
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import environment
 from .errors import BaseModelError
 
 
@@ -35,7 +34,6 @@ def _has_a_class(config: Mapping[str, Any]) -> bool:
     named = (config.get("architectures") or [""])[0]
     if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
         return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
-    environment.hide_broken_packages()
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_export import environment
-
-environment.hide_broken_packages()
 # The tests hand tensors on the host to bases that would lie on a GPU. Set by you, the variable shows them one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from tests.tiny import make_bert, make_llama  # noqa: E402
+from tests.tiny import make_bert, make_llama
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
 

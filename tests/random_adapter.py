@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from lorasb_export import environment
-
-environment.hide_broken_packages()
-
-from transformers import PreTrainedModel  # noqa: E402
-
-from lorasb_export.adapter import Adapter, Basis  # noqa: E402
-from lorasb_export.base import CAUSAL_LM, BaseModel  # noqa: E402
-from lorasb_export.calibration.random_basis import random_factors  # noqa: E402
-from lorasb_export.factors import Factors, ModuleBasis  # noqa: E402
-from lorasb_export.layer import head_parameters, weight_of  # noqa: E402
-from lorasb_export.settings import BLOCK, RANDOM  # noqa: E402
+from lorasb_export.adapter import Adapter, Basis
+from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.calibration.random_basis import random_factors
+from lorasb_export.factors import Factors, ModuleBasis
+from lorasb_export.layer import head_parameters, weight_of
+from lorasb_export.settings import BLOCK, RANDOM
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> Path:

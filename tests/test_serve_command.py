@@ -50,7 +50,7 @@ from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared.loading import load_R, version_name
 from lorasb_export.serve.temporary import temporary_folder
 from lorasb_export.storage import read_json, write_json
-from tests.random_adapter import save_adapter, save_base  # first: it hides broken optional packages
+from tests.random_adapter import save_adapter, save_base
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
@@ -31,7 +30,6 @@ def make_checkpoint(folder: Path, gb: float, shard_mb: int) -> tuple[Path, Adapt
 
 def make_base(folder: Path, gb: float, shard_mb: int) -> Path:
     """At least `gb` of random bf16 in Llama's shape and names, written without a model in memory."""
-    environment.hide_broken_packages()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width = 1024 if gb < 1 else 4096

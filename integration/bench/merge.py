@@ -55,7 +55,7 @@ result = merge(sys.argv[1], sys.argv[2], overwrite=True, max_shard_size=sys.argv
 """
 _PEFT = """
 import os, shutil, sys
-import lorasb_export.environment as e; e.hide_broken_packages()
+import lorasb_export
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

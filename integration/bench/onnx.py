@@ -20,26 +20,22 @@ from typing import Any
 
 import torch
 
-from lorasb_export import environment
+from integration.evidence.cells import DOWN
+from lorasb_export.adapter import Adapter
+from lorasb_export.base import BaseModel
+from lorasb_export.batches import prompt_ids
+from lorasb_export.calibration.calibrate import calibrate
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.export import export
+from lorasb_export.export.onnx_run import OnnxDecoder
+from lorasb_export.quickstart.model import small_model
+from lorasb_export.quickstart.tasks import write_tasks
+from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings
+from lorasb_export.targets import find_targets
+from lorasb_export.training.fit import fit
+from tests.random_adapter import save_adapter
 
-environment.hide_broken_packages()
-
-from integration.evidence.cells import DOWN  # noqa: E402
-from lorasb_export.adapter import Adapter  # noqa: E402
-from lorasb_export.base import BaseModel  # noqa: E402
-from lorasb_export.batches import prompt_ids  # noqa: E402
-from lorasb_export.calibration.calibrate import calibrate  # noqa: E402
-from lorasb_export.data import TaskData, load_task  # noqa: E402
-from lorasb_export.export import export  # noqa: E402
-from lorasb_export.export.onnx_run import OnnxDecoder  # noqa: E402
-from lorasb_export.quickstart.model import small_model  # noqa: E402
-from lorasb_export.quickstart.tasks import write_tasks  # noqa: E402
-from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings  # noqa: E402
-from lorasb_export.targets import find_targets  # noqa: E402
-from lorasb_export.training.fit import fit  # noqa: E402
-from tests.random_adapter import save_adapter  # noqa: E402
-
-from .measure import alternate_calls, print_table, ratio  # noqa: E402
+from .measure import alternate_calls, print_table, ratio
 
 PROMPTS = (
     "What is the capital of France?",

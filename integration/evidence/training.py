@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 
-from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import CAUSAL_LM, BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
@@ -32,10 +33,6 @@ from lorasb_export.training.order import RowOrder, learning_rate_factor
 from .cells import DATA, Cell, calibrated_on
 from .models import base_of
 from .scores import score, some
-
-environment.hide_broken_packages()
-import transformers  # noqa: E402
-from peft import LoraConfig, TaskType, get_peft_model  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

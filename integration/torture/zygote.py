@@ -51,7 +51,6 @@ class Zygote:
 
 
 def _serve() -> None:
-    environment.hide_broken_packages()
     import torch
     import transformers
     from lorasb_cli.main import main

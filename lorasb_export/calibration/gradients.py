@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .. import environment
 from ..bars import no_bar
 from ..batches import Encoded, collate, encode, row_losses
 from ..data import TaskData
@@ -22,9 +22,6 @@ from ..distributed import rank, world
 from ..errors import BaseModelError
 from ..layer import weight_of
 from ..settings import CalibrationSettings
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -208,9 +208,7 @@ def answers(
         raise ArtifactError("the graph is a classifier, which answers nothing", where=folder, fix=fix)
     if record["kind"] == "onnx" and adapters is not None:
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
-    from ..environment import hide_broken_packages
 
-    hide_broken_packages()
     from transformers import AutoTokenizer
 
     from ..batches import prompt_ids

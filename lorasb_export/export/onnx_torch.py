@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .. import environment
 from ..base import CAUSAL_LM, BaseModel
 from ..basis import Basis
-
-environment.hide_broken_packages()
-
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # noqa: E402
-from transformers import DynamicCache, PreTrainedModel  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 _ROWS, _TOKENS, _PAST = 2, 3, 5  # of the example; no 0 or 1, which the tracer takes for constants
 

@@ -74,7 +74,6 @@ def _fetch(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF → a plain bf16 model folder, the dtype of the original on the Hub."""
-    environment.hide_broken_packages()
     environment.require_packages("gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 
-from .. import environment
 from ..settings import FitSettings
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers import TrainingArguments  # noqa: E402
 
 
 def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
 
-from .. import distributed, environment
+from .. import distributed
 from ..bars import no_bar
 from ..errors import Terminated
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers import Trainer, TrainerCallback  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

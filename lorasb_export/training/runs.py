@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import distributed, environment
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from .. import distributed
 from ..adapter import Adapter
 from ..base import BaseModel
 from ..basis import Basis
@@ -29,10 +32,6 @@ from .record import Entries, summary
 from .task_run import TaskRun
 from .trainer import RTrainer
 from .validation import Validation
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers import TrainerCallback  # noqa: E402
-from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: E402
 
 if TYPE_CHECKING:
     import torch

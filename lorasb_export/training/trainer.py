@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 
-from .. import distributed, environment
+from .. import distributed
 from ..batches import IGNORE, Encoded, collate, row_losses
 from ..errors import OutputError, first_line
 from ..format import save_tensors
@@ -30,15 +37,6 @@ from .history import History
 from .muon import Muon
 from .order import learning_rate_factor
 from .task_run import TaskRun
-
-environment.hide_broken_packages()  # before transformers looks for them
-from transformers import (  # noqa: E402
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

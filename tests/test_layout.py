@@ -1,4 +1,4 @@
-"""A stranger finds every module on CONTRIBUTING's map, and a user every package in the wheel."""
+"""Every module is on the map of the code, every package in the wheel; every link between pages leads somewhere."""
 
 from __future__ import annotations
 
@@ -27,3 +27,26 @@ def test_the_library_knows_no_command_line() -> None:
     assert not [
         path for path in MODULES if "import lorasb_cli" in path.read_text() or "from lorasb_cli" in path.read_text()
     ]
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def _anchors(page: Path) -> set[str]:
+    """As GitHub names a page's headings."""
+    headings = re.findall(r"^#+ (.*)", _prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    lost = []
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)", _prose(page)):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                lost.append(f"{page.name}: {link}")
+    assert len(pages) > 20
+    assert not lost

@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "block, r=96": {**_MUON, "rank": 96, "basis": "block"},
     "block, r=128": {**_MUON, "rank": 128, "basis": "block"},
     "down: own basis, r=128": {**_MUON, "rank": 128, "basis": "own", "targets": DOWN},
+    "down: shared basis, r=128": {**_MUON, "rank": 128, "basis": "mixture", "targets": DOWN},
     "down: random basis, r=128": {**_MUON, "rank": 128, "basis": "random", "targets": DOWN},
     "down: block, r=128": {**_MUON, "rank": 128, "basis": "block", "targets": DOWN},
     "down: block, r=256": {**_MUON, "rank": 256, "basis": "block", "targets": DOWN},

@@ -25,6 +25,7 @@ from lorasb_export.data import TaskData, load_task
 from lorasb_export.evaluation import mean_loss, row_scores
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
+from lorasb_export.project_basis import made_once
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of
@@ -143,12 +144,13 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     of = calibrated_on(cell)
     settings = calibration_settings(cell)
     made_from = [of, cell.balanced, repr(settings), base.folder.name]
-    folder = _CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-    if not folder.exists():
+
+    def make() -> Basis:
         data = {name: load_task(name, DATA / name) for name in of}
         weights = _balancing(base, data, settings) if cell.balanced else None
-        calibrate(base, data, settings, weights=weights).save(folder)
-    return Basis.load(folder)
+        return calibrate(base, data, settings, weights=weights)
+
+    return made_once(_CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16], make)
 
 
 def calibration_settings(cell: Cell) -> CalibrationSettings:

@@ -198,10 +198,10 @@ def _calm_libraries(run: Run) -> None:
 
 
 def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | None:
-    """Where to look for the base of `adapter`, a folder or Hub id: `model` if given; None is where the adapter says.
+    """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where the adapter says.
 
-    If none is there, it is the project's, which is compared with the adapter's fingerprint as any other. Where that
-    is not there either the verb says so of the one that the adapter names.
+    If there is no base at that place, the project's is returned; its fingerprint is compared with the adapter's later.
+    If that is not there either, None, so that the error names the base that the adapter asks for.
     """
     from lorasb_export.adapter import Adapter
     from lorasb_export.errors import ArtifactError, BaseModelError

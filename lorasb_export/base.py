@@ -362,7 +362,7 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def _refuse_foreign_link(path: Path, folder: Path) -> None:
-    """Raise BaseModelError where `path` in a base's `folder`, which is about to be copied, brings along another file.
+    """Raise BaseModelError where `path` of a base's `folder`, about to be copied, links to some other file outside it.
 
     A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.
     """

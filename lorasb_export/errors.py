@@ -27,7 +27,7 @@ class LoraSBError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Of what another library says, which may go on for pages; the name of the error where it says nothing."""
+    """The first line of another library's error, whose text may go on for pages; its class's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

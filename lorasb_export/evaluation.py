@@ -56,8 +56,8 @@ def evaluate(
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
             `pearson`. The first of these when None.
-        networks: fingerprint → loaded base that generates: one that is there is used, another is put there, and all
-            are left as they were. For many adapters of one base.
+        networks: for many adapters of one base, a cache of loaded causal models by fingerprint: read, filled, and left
+            without adapters.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where

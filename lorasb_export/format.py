@@ -109,7 +109,7 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
 
 
 def check_training(training: Mapping[str, Any], where: object) -> None:
-    """Refuse what is said about a training, as JSON has it, where a card could not show it."""
+    """Refuse a `training` object with values of a shape that the model card cannot show."""
     wrong = [key for key, types in _TRAINING_KEYS.items() if key in training and not isinstance(training[key], types)]
     splits = training.get("evaluation", {}).values() if not wrong else ()
     if not all(isinstance(of_split, dict) and all(map(_are_figures, of_split.values())) for of_split in splits):
@@ -211,7 +211,9 @@ def load_tensors(
 
 
 def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) -> dict[str, TensorInfo]:
-    """The header of `path`, which must hold exactly the `expected` names and shapes; its bytes stream by once.
+    """The header of `path`, which must hold exactly the `expected` names and shapes.
+
+    The file is read through once for its digest; nothing of it is kept.
 
     R and S are fp32, places of blocks int64, everything else may be any float.
 

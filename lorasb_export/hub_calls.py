@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
-_SAID, _LONGEST = 5, 300  # seconds the Hub may ask to wait: from these on it is said, after those the try ends
+_SAID = 5  # seconds: a wait of so long that the Hub asks for is logged
+_LONGEST = 300  # seconds: for a longer one we give up
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
     403: ("this token may not do that", "Use a token that may, with write access for a push"),

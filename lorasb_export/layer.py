@@ -109,7 +109,10 @@ def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _gradient_of_R(v: torch.Tensor, u: torch.Tensor, R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Σ over tokens of vᵀ·u, gathered by row where R is a stack: by a product, which adds in one order everywhere."""
+    """Σ over tokens of vᵀ·u; where R is a stack, for each adapter over its rows.
+
+    By a matrix product, which unlike `index_add` adds in the same order every time.
+    """
     if rows is None:
         return v.reshape(-1, v.shape[-1]).T @ u.reshape(-1, u.shape[-1])
     chosen = rows == torch.arange(len(R), device=rows.device).view(-1, 1)  # (k, n)
@@ -235,7 +238,7 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train_head(model: nn.Module) -> Live:
-    """A sequence classifier's `head_parameters`, made trainable, and fp32 where they were not: as R is, and why."""
+    """A sequence classifier's `head_parameters`, made trainable, and cast to fp32 where narrower, as R is."""
     places = {
         name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in head_parameters(model)
     }

@@ -12,8 +12,8 @@ from .errors import SettingsError
 from .fetch import parse_hub_id
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-# What the types of a chat message's parts begin with (`text`, `image_url`): vLLM hands a request for the base that has
-# such a part to the adapter of that name.
+# First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
+# adapter, and would answer a request for the base with it.
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
 
 

@@ -66,7 +66,7 @@ def cannot_write(target: Path, fix: str | None = None) -> Iterator[None]:
 def _is_about(error: OSError, target: Path) -> bool:
     """Whether its file is, or lies in, `target`, its hidden siblings `.NAME.…` or a folder above it.
 
-    Where a file that is open fails the system names none: then the kind of error decides.
+    An error of a file that is already open carries no name; then only errors of the disk itself count.
     """
     if not isinstance(error.filename, str):
         return error.errno in _OF_A_DISK
@@ -159,7 +159,7 @@ def _temporary(target: Path) -> Path:
 def _left_by_the_dead(target: Path) -> list[Path]:
     """The hidden siblings `.NAME.tmp-PID…` of `target` whose process is gone.
 
-    One of this process's own number that is older than the process is another's: in a container all have number 1.
+    One with our own PID that is older than this process was left by another: in containers every program has PID 1.
     """
     prefix = f".{target.name}.tmp-"
     found = [(path, path.name.removeprefix(prefix).partition("-")[0]) for path in target.parent.glob(f"{prefix}*")]

@@ -183,7 +183,7 @@ class Project:
         return word if word is not None and Path(word).is_dir() else self.find_adapter(word)
 
     def task_source(self, name: str) -> str:
-        """The data of a task: a path, relative to the project no more; or what may be a Hub dataset id.
+        """The data of a task: an absolute path, or what may be a Hub dataset id.
 
         Raises:
             SettingsError: the project has no such task.

@@ -147,7 +147,7 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
         network = base.load(task_type, dtype=settings.dtype)
     targets = _targets(network, settings)
     ref = base.ref(targets)
-    # Another base, other directions: the basis's hash stands for the base wherever adapters are put together.
+    # Drawn anew for every base: code that combines adapters takes an equal hash of the basis for an equal base.
     drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
     modules = random_factors(targets, settings.rank, drawn_by, network.dtype, settings.directions)
     used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}

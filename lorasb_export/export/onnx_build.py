@@ -34,14 +34,8 @@ _GENAI_ARCHITECTURES = {
     *("GemmaForCausalLM", "Gemma2ForCausalLM"),
 }
 _HEAD_STEP = 16  # of the head size in GroupQueryAttention, which the builder's graphs use
-_BOTH = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-)  # with a head size, window or targets the builder lacks
+# Families that the builder knows, exported by torch where it cannot handle their head size, window or targets.
+_BOTH = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 _TORCH_TYPES = {
     CAUSAL_LM: {*_BOTH, "gemma3_text", "gpt2", "gpt_neox", "phi", "phi3", "stablelm", "starcoder2", "cohere", "olmo2"},
     SEQ_CLS: {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"},

@@ -82,8 +82,8 @@ class Buffers(threading.local):
     def take(self, name: str, entries: int, dtype: torch.dtype, start: int = 0) -> torch.Tensor:
         """(entries,) of any content, until the same thread asks for this name again.
 
-        It lies in its page of memory as the byte `start` of a file lies in its own, unless that is no place for a
-        `dtype`.
+        Its address has the same offset within a page as byte `start` has within the file, as O_DIRECT demands, unless
+        that would misalign `dtype`.
         """
         offset = start % PAGE if start % dtype.itemsize == 0 else 0
         end = offset + entries * dtype.itemsize

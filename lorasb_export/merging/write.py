@@ -30,7 +30,7 @@ from .plan import MergePlan, PlannedTensor, worker_count
 from .retained import Retained
 
 PIECE = 8 * sums.BLOCK  # entries that are read and written at a time; 4 took 9 % longer, 16 5 % less
-MEASURED = 8  # one block in so many says what bf16 retains: the sums of 64,000 entries and more are sharp enough
+MEASURED = 8  # only every 8th block tells what bf16 retains: sums over 64,000 entries and more are precise enough
 _COPY_BYTES = 4 << 20
 _WAITING = 12  # pieces that keep the factors of their modules in memory
 

@@ -128,7 +128,7 @@ def _check_options(
 
 
 def _embed(adapter: Adapter, files: Files) -> Seen:
-    """Put the adapter's basis among the files; returns which files it is, where it is not in the adapter's folder."""
+    """Put the adapter's basis among the files; returns the basis's own files, none if they lie in its folder."""
     adapter.load_basis()
     if adapter.basis_source is None:
         return {}

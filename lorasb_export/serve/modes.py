@@ -76,7 +76,7 @@ class Folded:
         return _lora_flags(self.adapters, self.slots, paths)
 
     def environment(self, folder: str | Path) -> dict[str, str]:
-        return {BASIS_VARIABLE: ""}  # exported for another vLLM, it would make this one's stock layers ours
+        return {BASIS_VARIABLE: ""}  # a value exported for another server would switch the plugin on
 
     def memory(self, number_bytes: int) -> dict[str, int]:
         """In vLLM's `slots`, in its copies in host memory, and folded on disk."""
@@ -127,7 +127,7 @@ class Shared:
     @property
     def reads_again(self) -> bool:
         """Whether adapters make way for others, and are read anew when they are asked for."""
-        held = max(self.slots, self.max_cpu_loras or 0)  # vLLM loads them at the start, and counts those in slots too
+        held = max(self.slots, self.max_cpu_loras or 0)  # vLLM's host cache also counts those in slots
         return self.updates_from is not None or held < len(self.adapters)
 
     def write(self, folder: Path) -> None:

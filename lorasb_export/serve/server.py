@@ -84,7 +84,7 @@ class RunningServer:
             if self._process.poll() is not None:
                 raise self._failed()
             time.sleep(0.2)
-        self._cause, self._is_up = None, True  # what did not keep it from starting is no cause
+        self._cause, self._is_up = None, True  # exceptions before it was up did not stop it
         self.models = [card["id"] for card in json.loads(self._get("/v1/models"))["data"]]
 
     def wait(self) -> NoReturn:
@@ -136,7 +136,7 @@ class RunningServer:
             text = line.decode(errors="replace")
             self._log.append(text)
             found = _EXCEPTION.match(text.rstrip())
-            # "See … for the root cause" is one only where there is no other, as of an engine that was killed.
+            # A line "See … for the root cause" counts only if no exception came before, as of a killed engine.
             if found and (self._cause is None or (self._is_up and "root cause" not in text)):
                 self._cause = found[1].rstrip(".")
             if self._echo:

@@ -22,7 +22,9 @@ def temporary_folder() -> Iterator[str]:
         folder = Path(name)
         # Both are closed before the folder goes: NFS keeps what is open.
         with _locked(folder), (folder / f"{_LOCK}.new").open("wb") as file:
-            with suppress(OSError):  # a disk without locks: without one by that name, the folder is nobody's to remove
+            with suppress(
+                OSError
+            ):  # on a disk without locks the file keeps its first name, and no later start removes this
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / f"{_LOCK}.new").rename(folder / _LOCK)
             yield name

@@ -54,7 +54,10 @@ def together_folder(folder: Path, tasks: Iterable[str]) -> Path:
 
 
 def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
-    """Raise TrainingError where some of `data`, hashes, have an interrupted run with others: none would be resumed."""
+    """Raise TrainingError if a task of one of the hashes `data` is in an interrupted joint run with other tasks.
+
+    `--resume` would not go on with that run.
+    """
     for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
         if data & set(read_json(marker)["data_sha256"]):
             other = folder / marker.relative_to(folder).parts[0]

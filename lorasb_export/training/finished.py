@@ -16,9 +16,9 @@ from ..storage import read_json
 def differences(
     out: Path, base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, settings: FitSettings
 ) -> list[str]:
-    """What the adapter in `out` was trained with that is not what a run of these inputs would take.
+    """How the training of the adapter in `out` differs from what these inputs ask for.
 
-    Nothing is known of one of the user's own loop, so nothing differs.
+    An adapter of a user's own loop records no settings, so no difference is found.
 
     Raises:
         ArtifactError: the adapter, or its record, is damaged.

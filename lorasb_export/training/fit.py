@@ -95,7 +95,7 @@ def fit_together(
 
     Every step takes `batch_size` rows of every task through one forward pass. Each task's loss is averaged over its
     own rows and each has its own optimizer state, gradient clip and schedule: its R is that of `fit` alone, unless
-    the base has dropout, which falls otherwise.
+    the base has dropout, whose masks then differ.
 
     Args and errors: as for `fit`; also SettingsError for classification, where each task trains a head of its own.
     """

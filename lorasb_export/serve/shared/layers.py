@@ -71,7 +71,7 @@ class SharedBasisLayer:
         self.parts = sum(factor is not None for factor in factors)
         spans = self._spans([f.shape[0] if f else None for f in factors]) if self.n_slices > 1 else []
         is_blocks = any(factor is not None and factor.block for factor in factors)
-        # Of a block, what is cut in their place are the numbers of W's columns and rows.
+        # Of blocks, the numbers of W's columns and rows are cut as A and B would be.
         A: Any = [f and (torch.arange(f.shape[1])[None] if is_blocks else f.A) for f in factors]
         B: Any = [f and (torch.arange(f.shape[0])[:, None] if is_blocks else f.B) for f in factors]
         if spans:

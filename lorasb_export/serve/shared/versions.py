@@ -13,7 +13,7 @@ SECONDS = 3600  # longer than any request runs: the engine may read its version 
 
 
 class Versions:
-    """Folders in `folder`; one that no name has stood for in the last `seconds` is removed."""
+    """Copies in `folder`; one that has not been the current version of any name for `seconds` is removed."""
 
     def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
         self.folder, self.seconds = folder, seconds

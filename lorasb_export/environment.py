@@ -48,8 +48,7 @@ def require_packages(*names: str) -> None:
 
 def hide_before_transformers() -> None:
     """Hide broken packages once transformers is about to be imported; to look for them takes the import of torch."""
-    if not any(isinstance(finder, _BeforeTransformers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _BeforeTransformers())
+    sys.meta_path.insert(0, _BeforeTransformers())
 
 
 class _BeforeTransformers(MetaPathFinder):

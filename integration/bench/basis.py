@@ -25,10 +25,9 @@ from integration.evidence.cells import (
 )
 from lorasb_export.settings import DRAWN
 
-from .quality import SEEDS
+from .quality import SEEDS, TASKS
 from .quality import arguments as arguments
 
-TASKS = (*CLASSIFYING, *GENERATING)
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"rank": 64, "optimizer": "muon"},
     {"rank": 64},

@@ -28,8 +28,8 @@ format: install-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install-test  ## docs/reference/cli.md from --help
-	$(BIN)/python docs/make_cli_page.py
+docs: install-test  ## docs/reference: cli.md from --help, python.md from docstrings
+	$(BIN)/python docs/make_reference.py
 
 examples: install-test  ## docs/examples/: cards as a push publishes them
 	$(BIN)/python -m docs.make_card_examples

@@ -223,6 +223,6 @@ def test_serve_refuses_a_path_as_a_name(project: Path) -> None:
     assert (done.returncode, done.stderr.startswith("Error: ")) == (1, True)
 
 
-def test_the_reference_page_is_what_help_prints() -> None:
-    done = subprocess.run([sys.executable, "docs/make_cli_page.py", "--check"], capture_output=True, text=True)
+def test_the_reference_pages_are_what_help_and_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, "docs/make_reference.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,8 @@ class CalibrationSettings:
         directions: what B and A span: `gradient`, the first step of full fine-tuning (the paper); `random`; or
             `block`, r rows and r columns of the weight, side by side, at a random place. For the last two no data is
             read, and of the settings below `targets`, `dtype` and `seed` alone matter.
-        samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32.
+        samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32; of more than 32
+            tasks at least the task's share of 1024.
         targets: `all-linear` (every Linear but the heads), `mlp-output` (the last layer of every MLP, `down_proj` in
             most models), comma-separated module name endings, or a regular expression that whole names match.
         reduction: `sign` (the paper) or `raw` (the gradient sum itself).
@@ -47,8 +48,8 @@ class CalibrationSettings:
         max_length: rows are cut after this many tokens.
         gradient_checkpointing: recompute activations in the backward pass, where the model's class can: less memory,
             a quarter more time.
-        capture: also measure how much of each task's gradient the basis of a mixture holds; a second pass over the
-            rows. Of a single task it is known anyway.
+        capture: also measure how much of each task's gradient the basis of a mixture of up to 32 tasks holds; a
+            second pass over the rows. Of a single task it is known anyway, of others `fit` measures it.
         dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
         seed: draws the rows and the random start of the SVD. The global RNG is left alone.
     """

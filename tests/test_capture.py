@@ -99,3 +99,14 @@ def test_a_resumed_run_measures_another_basis_anew(
 def test_little_is_near_random() -> None:
     assert is_little({"basis": 0.12, "own": 0.5, "random": 0.1})
     assert not is_little({"basis": 0.3, "own": 0.5, "random": 0.1})
+
+
+def test_a_basis_of_very_many_tasks_takes_few_rows_of_each_and_leaves_the_measuring_to_fit(
+    llama: Path, sums: Path
+) -> None:
+    """Otherwise thousands of tasks would take as many SVDs, and a config of hundreds of megabytes."""
+    base, task = BaseModel.resolve(llama), load_task("sums", sums)
+    many = {f"t{k}": task for k in range(128)}
+    basis = calibrate(base, many, CalibrationSettings(rank=4))
+    rows = {of_task["rows"] for of_task in basis.calibration["data"]}
+    assert (rows, basis.calibration["capture"]["tasks"], recorded(basis, task)) == ({1024 // 128}, {}, None)

@@ -44,6 +44,11 @@ from .subspace import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# A few dozen rows in all make as good a basis as thousands (docs/benchmarks.md), and a measurement of a task costs as
+# much as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
+_ROWS_OF_MANY = 1024
+_MOST_MEASURED = 32  # tasks; of others `fit` measures it
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +63,7 @@ def calibrate(
     """Calibrate one basis for `model` over one task or a mixture of tasks.
 
     Its `calibration` records, under `capture`, how much of the gradient it was made from the basis holds, overall
-    and by module, and how much of each task's (see `capture.capture`).
+    and by module, and how much of each task's (see `capture.capture`), of up to 32 tasks.
 
     With `directions` random or block it is made without data: `data` and `weights` are not read, and nothing is
     recorded of gradients.
@@ -93,9 +98,11 @@ def calibrate(
     require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()
-    rows = {task.name: draw(task, tokenizer, labels, settings) for task in tasks}
+    least = min(32, math.ceil(_ROWS_OF_MANY / len(tasks)))
+    rows = {task.name: draw(task, tokenizer, labels, settings, least=least) for task in tasks}
     every_row = [row for of_task in rows.values() for row in of_task]
-    logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), ", ".join(rows))
+    of = ", ".join(rows) if len(rows) <= _MOST_MEASURED else f"{len(rows)} tasks"
+    logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
@@ -105,7 +112,7 @@ def calibrate(
     if len(tasks) == 1:  # the basis is the task's own
         own = {name: of_module | {"own": of_module["basis"]} for name, of_module in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
-    elif settings.capture:
+    elif settings.capture and len(tasks) <= _MOST_MEASURED:
         logger.info("Measuring how much of each task's gradient it holds")
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)

@@ -28,13 +28,21 @@ if TYPE_CHECKING:
 
 
 def draw(
-    task: TaskData, tokenizer: PreTrainedTokenizerBase, labels: Sequence[Any], settings: CalibrationSettings
+    task: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[Any],
+    settings: CalibrationSettings,
+    *,
+    least: int = 32,
 ) -> list[Encoded]:
-    """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`."""
+    """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
+
+    Where `settings` leaves their number open, 0.1 % of the rows as in the paper, but not less than `least`.
+    """
     rows = list(task.rows("train"))
     wanted = settings.samples
     if wanted is None:
-        wanted = max(32, round(len(rows) / 1000))
+        wanted = max(least, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
     drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
     return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=f"{task.name}: train row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import TracebackType
 
 
 class LoraSBError(Exception):
@@ -67,6 +68,34 @@ class ServerError(LoraSBError, RuntimeError):
     """
 
     silent = False
+
+
+class Problems:
+    """Collects errors of this package from `with` blocks, so that a user reads all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[LoraSBError] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, LoraSBError):
+            self.found.append(error)
+            return True
+        return False
+
+    def raise_all(self, outcome: str) -> None:
+        """Raise the one error found, or one of the first's kind that lists all.
+
+        Args:
+            outcome: what came of it, such as `nothing was written`.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
+            raise type(self.found[0])(f"{len(self.found)} problems, {outcome}:{lines}")
 
 
 class Terminated(KeyboardInterrupt):

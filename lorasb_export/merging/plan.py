@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from ..adapter import Adapter
 from ..base import SEQ_CLS, BaseModel, side_files
 from ..basis import Basis
-from ..errors import ArtifactError, LoraSBError, SettingsError
+from ..errors import ArtifactError, Problems, SettingsError
 from ..format import TORCH_DTYPES, read_tensor
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..storage import DTYPE_BYTES, TensorInfo
@@ -138,30 +137,6 @@ def worker_count() -> int:
     return min(2 * torch.get_num_threads(), _MAX_WORKERS)
 
 
-class Problems:
-    """Collects errors of this package from `with` blocks, so that a user reads all of them at once."""
-
-    def __init__(self) -> None:
-        self.found: list[LoraSBError] = []
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, LoraSBError):
-            self.found.append(error)
-            return True
-        return False
-
-    def raise_all(self) -> None:
-        """Raise the one error found, or one of the first's kind that lists all."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
-            raise type(self.found[0])(f"{len(self.found)} problems, nothing was written:{lines}")
-
-
 def plan_merge(
     adapter: str | Path | Adapter | Weights,
     out: Path,
@@ -199,16 +174,16 @@ def plan_merge(
         for one, _ in weighted:
             refuse_own_input(out, one.folder, one.basis_source)
     if model is None:
-        problems.raise_all()
+        problems.raise_all("nothing was written")
     assert model is not None
     for one in loaded:
         _check_modules(one, model, problems)
-    problems.raise_all()
+    problems.raise_all("nothing was written")
     with problems:
         loaded = tuple(replace(a, basis=a.basis or Basis.open(a.basis_source or a.folder or "")) for a in loaded)
         for one in loaded:
             _check_shapes(one, model, one.load_basis().shapes, problems)
-    problems.raise_all()
+    problems.raise_all("nothing was written")
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
     plan = MergePlan(loaded, model, shards, dtype, side_files(model.folder), combined)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Dtype, Run, base_elsewhere
+from .verb import Dtype, Run, base_elsewhere, comma_list
 
 
 def run(
@@ -23,7 +23,7 @@ def run(
     dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
-    chosen = None if adapters is None else [name for word in adapters.split(",") if (name := word.strip())]
+    chosen = None if adapters is None else comma_list(adapters)
     if onnx is not None:
         if model is not None or dtype != "auto":
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Run, base_elsewhere, human_bytes
+from .verb import Run, base_elsewhere, comma_list, human_bytes
 
 
 def run(
@@ -47,18 +47,13 @@ def run(
 
     project = run.project
     folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
-    if adapters is not None:
-        words = [word.strip() for word in adapters.split(",")]
-        for word in words if adapters_dir is None else ():
-            project.refuse_unfitted(word)
-    else:
-        words = adapters_in(folder)
+    words = adapters_in(folder) if adapters is None else comma_list(adapters)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:
         if adapters_dir is None:
             raise project.lacks("no adapter to serve", "Run lorasb fit, or give --model alone for a merged folder")
         raise SettingsError("no adapter in that folder", where=adapters_dir, fix="Check the path")
-    named = {} if alone else resolve_adapters(words, folder)
+    named = {} if alone else resolve_adapters(words, folder, project.tasks if adapters_dir is None else ())
     from lorasb_export.serve import serve  # only now: it brings torch
     from lorasb_export.serve.launcher import api_key
     from lorasb_export.serve.plan import make_plan

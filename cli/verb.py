@@ -224,6 +224,11 @@ def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | No
     return None
 
 
+def comma_list(words: str) -> list[str]:
+    """What stands between commas; a comma too many stands for nothing."""
+    return [word for part in words.split(",") if (word := part.strip())]
+
+
 def parse_pairs(words: list[str] | None) -> dict[str, str]:
     """`name=path` options as a dict. Raises typer.BadParameter."""
     pairs = {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from .errors import SettingsError
-from .fetch import parse_hub_id
+from .errors import Problems, SettingsError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
@@ -38,82 +37,74 @@ def name_of(source: Path | str) -> str:
     return source.partition("@")[0].rpartition("/")[2]
 
 
-def resolve_adapters(names: Sequence[str], adapters_dir: Path) -> dict[str, Path | str]:
+def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> Path | str:
+    """The folder or Hub id that a word means: an adapter in `adapters_dir` by its name, else a folder, else a Hub id.
+
+    A word with a `/` that is neither is given back: who reads it says so.
+
+    Args:
+        tasks: names that `lorasb fit` can make an adapter for.
+
+    Raises:
+        SettingsError: a word that can only be a name, and is that of none.
+    """
+    path = Path(os.path.expanduser(word))
+    if word != path.name or word.startswith("."):
+        return path if path.is_dir() else word
+    for folder in (adapters_dir / word, path):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise _unknown(word, adapters_dir, tasks)
+
+
+def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsError:
+    """The error that no adapter is called `name`, with the nearest that there is, or all."""
+    if name in tasks:
+        return SettingsError(f"task {name} has no adapter yet", where=adapters_dir, fix=f"Run: lorasb fit {name}")
+    present = [name for name in adapters_in(adapters_dir) if not check_name(name)]
+    what, path = f"no adapter {name!r}", f"./{name} for a folder elsewhere"
+    if not present:
+        fix = f"Run lorasb fit in the project's folder, or write {path}"
+        return SettingsError(f"{what}, nor any other", where=adapters_dir, fix=fix)
+    known = difflib.get_close_matches(name, present, 1) or present
+    return SettingsError(what, where=adapters_dir, fix=f"Write {', '.join(known)} or {path}")
+
+
+def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection[str] = ()) -> dict[str, Path | str]:
     """Served name → adapter folder, or Hub id, in the order given.
 
     Args:
-        names: each a name under `adapters_dir`, the path of a folder, a Hub id, or `name=` before a path or Hub id.
-        adapters_dir: the project's adapters, one folder each.
+        words: as for `find_adapter`, each alone or with `name=` before it.
 
     Raises:
-        SettingsError: nothing given, or any entry is unknown, badly named, given twice, or a link out of
-            `adapters_dir`; all of them are reported at once.
+        SettingsError: any is unknown, badly named, given twice, or a link out of `adapters_dir`; all of them are
+            reported at once.
     """
-    if not names:
-        raise SettingsError("no adapter to serve", fix="Name at least one, or give --model alone for a merged folder")
     found: dict[str, Path | str] = {}
-    problems = []
-    for entry in names:
-        try:
-            name, source = _resolve(entry, adapters_dir)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if problem := check_name(name):
-            problems.append(f"{problem} (write NAME={entry})" if "=" not in entry else problem)
-        elif name in found:
-            problems.append(f"{name!r} is given twice (write OTHER_NAME={entry.partition('=')[2] or source})")
-        else:
+    problems = Problems()
+    for entry in words:
+        with problems:
+            *given, word = entry.split("=", 1)
+            source = find_adapter(word, adapters_dir, tasks)
+            if "/" not in word and source == adapters_dir / word:
+                _refuse_links_out(adapters_dir / word, adapters_dir)
+            name = given[0] if given else name_of(source)
+            if problem := check_name(name):
+                raise SettingsError(problem, fix=None if given else f"Write NAME={entry}")
+            if name in found:
+                raise SettingsError(f"{name!r} is given twice", fix=f"Write OTHER_NAME={word}")
             found[name] = source
-    if problems:
-        raise SettingsError("; ".join(problems), where="--adapters", fix="Correct these entries")
+    problems.raise_all("nothing is served")
     return found
 
 
-def _resolve(entry: str, adapters_dir: Path) -> tuple[str, Path | str]:
-    """(served name, source) of one entry; ValueError says what is wrong with it."""
-    name, equals, value = entry.partition("=")
-    if equals:
-        if not value:
-            raise ValueError(f"{entry!r} has nothing after '='")
-        return name, _folder_or_hub_id(value)
-    if "/" in entry:
-        source = _folder_or_hub_id(entry)
-        return name_of(source), source
-    if problem := check_name(entry):
-        raise ValueError(problem)
-    return entry, _project_adapter(entry, adapters_dir)
-
-
-def _folder_or_hub_id(value: str) -> Path | str:
-    path = Path(os.path.expanduser(value))
-    if path.is_dir():
-        if not (path / "adapter_config.json").is_file():
-            raise ValueError(f"{value!r} is a folder without adapter_config.json")
-        return path
-    if parse_hub_id(value):
-        return value
-    raise ValueError(f"{value!r} is neither a folder nor a Hub id")
-
-
-def _project_adapter(name: str, adapters_dir: Path) -> Path:
-    path, root = adapters_dir / name, adapters_dir.resolve()
-    for item in (path, *path.glob("*")):
+def _refuse_links_out(folder: Path, adapters_dir: Path) -> None:
+    root = adapters_dir.resolve()
+    for item in (folder, *folder.glob("*")):
         if not item.resolve().is_relative_to(root):
-            raise ValueError(f"{item} is a link that leads out of {adapters_dir} (give its path instead)")
-    if (path / "adapter_config.json").is_file():
-        return path
-    raise ValueError(no_adapter(name, adapters_dir))
+            raise SettingsError(f"{item} is a link that leads out of {adapters_dir}", fix="Give its path instead")
 
 
 def adapters_in(folder: Path) -> list[str]:
     """Names of the adapters in `folder`, sorted, without hidden ones: those are being written."""
     return sorted(path.parent.name for path in folder.glob("[!.]*/adapter_config.json"))
-
-
-def no_adapter(name: str, adapters_dir: Path) -> str:
-    """What to say where `adapters_dir` has no adapter `name`: the nearest that it has, or all."""
-    present = [name for name in adapters_in(adapters_dir) if not check_name(name)]
-    near = difflib.get_close_matches(name, present, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(present) or 'none'}"
-    return f"no adapter {name!r} in {adapters_dir} ({hint}; write ./{name} for a folder of that name)"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SettingsError
 from .fetch import may_be_dataset, parse_hub_id
-from .names import adapters_in, check_name, no_adapter
+from .names import adapters_in, check_name, find_adapter
 from .settings import CalibrationSettings, FitSettings
 
 if TYPE_CHECKING:
@@ -117,11 +117,6 @@ class Project:
         """Names of the adapters there are, sorted."""
         return adapters_in(self.folder / "adapters")
 
-    def has_adapter(self, name: str) -> bool:
-        """Whether it is one of `adapter_names`, without listing them all."""
-        is_name = name == Path(name).name and not name.startswith(".")
-        return is_name and (self.adapter_folder(name) / "adapter_config.json").is_file()
-
     def tasks_to_fit(self, words: Sequence[str] | None, data: str | None) -> list[str]:
         """The tasks named, or all of the project.
 
@@ -148,12 +143,12 @@ class Project:
         return {name: self.tasks[name].weight for name in names if name in self.tasks}
 
     def find_adapter(self, word: str | None) -> str:
-        """The folder or Hub id behind a word: an adapter of this project by name, else the word itself.
+        """The folder or Hub id behind a word: `names.find_adapter` among the adapters of this project.
 
         None is the adapter of the project's first task that has one; of several it is said which.
 
         Raises:
-            SettingsError: None, and the project has no adapter; or a word that can only be a name, and is that of none.
+            SettingsError: None, and the project has no adapter; or see `names.find_adapter`.
         """
         if word is None:
             names = self.adapter_names()
@@ -163,20 +158,7 @@ class Project:
             word = ordered[0]
             if len(names) > 1:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
-        if self.has_adapter(word):
-            return str(self.adapter_folder(word))
-        if "/" not in word and not Path(word).exists():
-            self.refuse_unfitted(word)
-            if not self.adapter_names():
-                fix = f"Run lorasb fit first; for a folder elsewhere write ./{word}"
-                raise self.lacks(f"no adapter {word!r}, nor any other", fix)
-            raise SettingsError(no_adapter(word, self.folder / "adapters"), fix="Correct the name")
-        return word
-
-    def refuse_unfitted(self, word: str) -> None:
-        """Raise SettingsError where `word` is a task of this project without an adapter."""
-        if word in self.tasks and not self.has_adapter(word):
-            raise SettingsError(f"task {word} has no adapter yet", where=self.folder, fix=f"Run: lorasb fit {word}")
+        return str(find_adapter(word, self.folder / "adapters", self.tasks))
 
     def find_folder(self, word: str | None) -> str:
         """As `find_adapter`, but any existing folder of that name comes first."""

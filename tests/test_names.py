@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError
 from lorasb_export.names import check_name, check_served_name, resolve_adapters
@@ -26,7 +28,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def resolve(*names: str) -> dict[str, Path | str]:
-    return resolve_adapters(names, Path("adapters"))
+    return resolve_adapters(names, Path("adapters"), ["billing", "later"])
 
 
 def test_project_names_folders_and_hub_ids_in_the_order_given(project: Path) -> None:
@@ -44,6 +46,21 @@ def test_project_names_folders_and_hub_ids_in_the_order_given(project: Path) -> 
 
 def test_an_existing_folder_goes_before_a_hub_id(project: Path) -> None:
     assert resolve("runs/7", "b=runs/8") == {"7": Path("runs/7"), "b": "runs/8"}
+
+
+def test_a_name_is_looked_up_in_the_project_then_here(project: Path) -> None:
+    for path in ("billing", "here"):
+        folder(project / path)
+    (project / "later").mkdir()  # of the task's data, say
+    assert resolve("b=billing", "here") == {"b": Path("adapters/billing"), "here": Path("here")}
+
+
+@pytest.mark.parametrize("word", ["./adapters", "./runs/8", "/etc/passwd", "a=../../x", ".."])
+def test_a_path_of_no_adapter_is_refused_when_it_is_read(project: Path, word: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "--adapters", f"billing, {word},", "--dry-run"])
+    assert "2 of 2 adapters cannot be served" in done.stderr
+    message = "file not found" if word in ("./adapters", "..") else "neither a folder nor a Hub id"
+    assert message in done.stderr.splitlines()[2]
 
 
 def test_a_linked_folder_is_served_by_the_name_of_the_link(project: Path) -> None:
@@ -71,18 +88,13 @@ def test_a_task_may_have_a_name_that_is_not_served() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("biling", "no adapter 'biling' in adapters (did you mean billing?; write ./biling"),
-        ("zzz", "there are: billing, shipping"),
-        ("..", "'..' cannot be served as a name"),
-        ("./adapters", "without adapter_config.json"),
+        ("biling", "no adapter 'biling' (adapters). Write billing or ./biling for a folder elsewhere"),
+        ("b=zzz", "no adapter 'zzz' (adapters). Write billing, shipping or ./zzz for a folder elsewhere"),
+        ("later", "task later has no adapter yet (adapters). Run: lorasb fit later"),
         ("a b=runs/7", "'a b' cannot be served as a name"),
-        ("a=", "nothing after '='"),
         ("=runs/7", "'' cannot be served as a name"),
-        ("./runs/8", "'./runs/8' is neither a folder nor a Hub id"),
-        ("/etc/passwd", "neither a folder nor a Hub id"),
-        ("a=../../x", "neither a folder nor a Hub id"),
-        ("me/a..b", "neither a folder nor a Hub id"),
-        ("a=billing", "neither a folder nor a Hub id"),
+        ("a=", "no adapter ''"),
+        ("me/a..b", "'a..b' cannot be served as a name"),
     ],
 )
 def test_a_wrong_entry_says_why(project: Path, entry: str, message: str) -> None:
@@ -93,7 +105,7 @@ def test_a_wrong_entry_says_why(project: Path, entry: str, message: str) -> None
 
 def test_a_folder_whose_name_cannot_be_served_needs_a_name(project: Path) -> None:
     folder(project / "runs" / "my task")
-    with pytest.raises(SettingsError, match=r"write NAME=\./runs/my task"):
+    with pytest.raises(SettingsError, match=r"Write NAME=\./runs/my task"):
         resolve("./runs/my task")
     assert resolve("mine=./runs/my task") == {"mine": Path("runs/my task")}
 
@@ -124,7 +136,6 @@ def test_a_linked_file_inside_an_adapter_is_refused_too(project: Path) -> None:
 
 def test_all_problems_are_reported_at_once(project: Path) -> None:
     with pytest.raises(SettingsError) as caught:
-        resolve("biling", "..", "shipping", "a=")
-    assert all(part in str(caught.value) for part in ("'biling'", "'..'", "nothing after"))
-    with pytest.raises(SettingsError, match="no adapter to serve"):
-        resolve()
+        resolve("biling", "later", "shipping", "a b=billing")
+    assert "3 problems, nothing is served" in str(caught.value)
+    assert all(f"\n  {part}" in str(caught.value) for part in ("1. no adapter 'biling'", "2. task later", "3. 'a b'"))

@@ -13,6 +13,7 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
+from lorasb_export import names
 from lorasb_export.data import load_task
 from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.new_project import write_project
@@ -144,9 +145,9 @@ def test_an_adapter_is_found_without_listing_thousands(tmp_path: Path, monkeypat
     (tmp_path / "adapters" / ".b").mkdir()
     (tmp_path / "adapters" / ".b" / "adapter_config.json").touch()
     monkeypatch.chdir(tmp_path / "adapters")
-    monkeypatch.delattr(Project, "adapter_names")
+    monkeypatch.delattr(names, "adapters_in")
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
-    assert [project.find_adapter(word) for word in ("./a", ".b")] == ["./a", ".b"]  # paths, not names
+    assert [project.find_adapter(word) for word in ("./a", ".b")] == ["a", ".b"]  # paths, not names
 
 
 @pytest.mark.parametrize(
@@ -167,24 +168,28 @@ def unfitted(folder: Path) -> Project:
     return project
 
 
-WRONG_NAMES = {"ab": "no adapter 'ab' in", "z": "there are: a; write ./z", "b": "task b has no adapter yet"}
+WRONG_NAMES = {"ab": "no adapter 'ab' (", "z": "Write a or ./z", "b": "task b has no adapter yet"}
 
 
 @pytest.mark.parametrize("name", WRONG_NAMES)
 def test_a_name_without_an_adapter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = unfitted(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError) as error:
-        project.find_adapter(name)
-    assert WRONG_NAMES[name] in str(error.value)
+    for words in (["merge", name], ["serve", "--adapters", f"x={name}"]):
+        assert WRONG_NAMES[name] in CliRunner().invoke(app, words).stderr
     (tmp_path / name).mkdir()
+    (tmp_path / name / "adapter_config.json").touch()
     assert project.find_adapter(name) == name
-    assert ("lorasb fit b" in CliRunner().invoke(app, ["serve", "--adapters", name]).stderr) == (name == "b")
 
 
-def test_a_name_in_a_project_without_adapters(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"no adapter 'a', nor any other .*Run lorasb fit first; .* write \./a"):
-        load(tmp_path, "").find_adapter("a")
+@pytest.mark.parametrize("words", ["merge a", "evaluate a", "generate hi --adapters a", "serve --adapters a"])
+@pytest.mark.parametrize("file", ["lorasb.toml", "none"])
+def test_a_name_where_no_adapter_is(words: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).touch()
+    error = CliRunner().invoke(app, words.split()).stderr
+    advice = "Run lorasb fit in the project's folder, or write ./a for a folder elsewhere"
+    assert error == f"Error: no adapter 'a', nor any other ({tmp_path}/adapters). {advice}\n"
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def running_server(
 def _named(adapters: Adapters) -> Mapping[str, str | Path]:
     if isinstance(adapters, Mapping):
         return adapters
-    return resolve_adapters(adapters, Path("adapters")) if adapters else {}
+    return resolve_adapters(adapters, Path("adapters"))
 
 
 def api_key(file: str | Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,7 @@ def run(
     from lorasb_export.calibration.calibrate import calibrate
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
+    from lorasb_export.lock import only_writer
     from lorasb_export.output import refuse_existing
     from lorasb_export.project_basis import is_shared, refuse_to_strand
     from lorasb_export.settings import DRAWN, CalibrationSettings
@@ -82,7 +84,6 @@ def run(
     settings = CalibrationSettings(**{**project.calibration, **flags})
     target = Path(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
-    refuse_existing(target, overwrite)
     sources = parse_pairs(data)
     if not sources and settings.directions not in DRAWN:
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
@@ -90,11 +91,15 @@ def run(
             raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
     weights = {**project.weights(sources), **_numbers(weight)}
     distributed.start()
-    base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
-    basis = calibrate(base, sources, settings, weights=weights)
-    if distributed.is_main():
-        basis.save(target, overwrite=overwrite)
-    distributed.wait()
+    with ExitStack() as lock:
+        if distributed.is_main():
+            lock.enter_context(only_writer(target))
+            refuse_existing(target, overwrite)
+        base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
+        basis = calibrate(base, sources, settings, weights=weights)
+        if distributed.is_main():
+            basis.save(target, overwrite=overwrite)
+        distributed.wait()
     distributed.stop()
     result: dict[str, Any] = {
         "basis": str(target),

@@ -13,6 +13,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.lock import only_writer
 from lorasb_export.project_basis import made_once
 from lorasb_export.settings import CalibrationSettings
 
@@ -47,6 +48,13 @@ def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:
     assert done.exit_code == 0
     assert "fit will refuse this basis: rank 2, not 4, says [basis] in" in done.stderr
     assert Basis.load("basis").rank == 2
+
+
+def test_a_second_calibrate_into_the_same_folder_leaves_the_first_alone(project: Path) -> None:
+    with only_writer(project / "other"):
+        done = lorasb("calibrate", "--out", "other", "--overwrite")
+    assert (done.exit_code, "another process is writing this target" in done.stderr) == (1, True)
+    assert not (project / "other").exists()
 
 
 def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:

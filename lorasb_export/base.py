@@ -272,8 +272,8 @@ class BaseModel:
         model.to(device)  # type: ignore[arg-type]
         return model
 
-    def load_empty(self, task_type: str, *, num_labels: int | None = None) -> PreTrainedModel:
-        """As `load`, but with parameters that take no memory, in fp32; its buffers are as the model makes them.
+    def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:
+        """As `load`, but with parameters that take no memory; its buffers are as the model makes them.
 
         Raises:
             BaseModelError: whatever transformers raises on a config.json that contradicts itself.
@@ -282,12 +282,16 @@ class BaseModel:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+        from .format import TORCH_DTYPES
+
         loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+        stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
         with as_base_model_error(self.folder), init_empty_weights():
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             if num_labels is not None:
                 config.num_labels = num_labels
-            model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
+            wanted = (config.dtype or next(stored)) if dtype == "auto" else getattr(torch, dtype)
+            model: PreTrainedModel = loader.from_config(config, dtype=wanted)
         model.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(model, task_type)
         return model

@@ -13,9 +13,11 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.base import BaseModel
 from lorasb_export.lock import only_writer
 from lorasb_export.project_basis import made_once
 from lorasb_export.settings import CalibrationSettings
+from lorasb_export.storage import read_json, write_json
 
 
 @pytest.fixture
@@ -102,3 +104,17 @@ def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monke
         second = threads.submit(made_once, folder, never)
         assert first.result().sha256 == second.result().sha256
     assert [path.name for path in tmp_path.iterdir()] == ["basis"]
+
+
+@pytest.mark.parametrize(("said", "dtype"), [("float32", "auto"), (None, "auto"), (None, "float16")])
+def test_a_random_basis_is_made_from_the_shapes_of_the_weights_alone(
+    said: str | None, dtype: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the dtype that they would be loaded in."""
+    BaseModel.resolve(llama).load(dtype="bfloat16").save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"dtype": said})
+    base, settings = BaseModel.resolve(tmp_path), CalibrationSettings(rank=4, directions="random", dtype=dtype)
+    network = base.load(dtype=dtype)
+    monkeypatch.delattr(BaseModel, "load")
+    assert calibrate(base, {}, settings).sha256 == calibrate(base, {}, settings, network=network).sha256

@@ -146,12 +146,9 @@ def calibrate(
 
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
     task_type = CAUSAL_LM if base.generates else SEQ_CLS
-    if network is not None:
-        remove(network)
-    elif settings.directions == BLOCK:  # of which the shapes of the weights are enough
-        network = base.load_empty(task_type)
-    else:
-        network = base.load(task_type, dtype=settings.dtype)
+    if network is None:  # the shapes of the weights are enough
+        network = base.load_empty(task_type, dtype=settings.dtype)
+    remove(network)
     targets = _targets(network, settings)
     ref = base.ref(targets)
     # Drawn anew for every base: code that combines adapters takes an equal hash of the basis for an equal base.

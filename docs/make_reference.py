@@ -78,7 +78,7 @@ def python_page() -> str:
 
 def _errors() -> Iterator[str]:
     for node in ast.parse((LIBRARY / "errors.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and node.bases:  # what is without is no error
             bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
             says = (ast.get_docstring(node) or "").splitlines()[0]
             yield f"| `{node.name}` | {bases} | {says} |"

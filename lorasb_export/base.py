@@ -290,7 +290,7 @@ class BaseModel:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             if num_labels is not None:
                 config.num_labels = num_labels
-            wanted = (config.dtype or next(stored)) if dtype == "auto" else getattr(torch, dtype)
+            wanted = (config.dtype or next(stored, torch.float32)) if dtype == "auto" else getattr(torch, dtype)
             model: PreTrainedModel = loader.from_config(config, dtype=wanted)
         model.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(model, task_type)

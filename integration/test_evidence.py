@@ -11,6 +11,7 @@ import pytest
 
 from integration.bench import quality
 from integration.bench.report import best_rates, comparable, with_tables
+from integration.bench.tradeoff import family
 from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
@@ -120,3 +121,8 @@ def test_captures_are_those_of_the_bases_that_are_trained_in() -> None:
 def test_methods_are_cells() -> None:
     for fields in quality.METHODS.values():
         assert cell("e2e", **fields).key != cell("mawps", **fields).key
+
+
+def test_every_method_has_its_place_in_the_picture() -> None:
+    assert family("down: LoRA r=8") == family("DoRA r=8")
+    assert len({family(name) for name in quality.METHODS if name != "base"}) == 5

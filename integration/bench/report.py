@@ -1,4 +1,4 @@
-"""docs/results/*.jsonl → docs/results/README.md, its plot, and the tables of quality in docs/benchmarks.md.
+"""docs/results/*.jsonl → docs/results/README.md, plots, and the tables of quality in docs/benchmarks.md.
 
 The best rate is that of least valid loss at seed 0.
 """
@@ -19,6 +19,7 @@ from lorasb_export.metrics import pearson
 from lorasb_export.settings import DRAWN
 
 from .quality import METHODS, summary
+from .tradeoff import plot
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,6 +60,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
     benchmarks = RESULTS.parent / "benchmarks.md"
     benchmarks.write_text(with_tables(benchmarks.read_text(), {"metrics": _metrics(found), "losses": _losses(found)}))
+    plot(found, RESULTS / "trained-loss.png")
     print(page.read_text())
     return {"name": "report", "cells": len(best), "captures": len(captures)}
 

@@ -11,7 +11,7 @@ from lorasb_export import environment
 from lorasb_export.serve.launcher import _claim_port
 from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.shared import BASIS_VARIABLE
-from tests.test_manifests import read
+from tests.manifests import read
 
 KEY = "only-for-this-run"
 

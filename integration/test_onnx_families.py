@@ -28,8 +28,8 @@ from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.export.onnx_verify import require_equal
 from lorasb_export.settings import BLOCK, RANDOM
 from tests.conftest import write_splits
+from tests.families import CONFIGS, SIZES
 from tests.random_adapter import save_adapter, write_in
-from tests.test_merge_families import CONFIGS, SIZES
 from tests.tiny import VOCABULARY, save_tokenizer
 
 TOKENS = 16

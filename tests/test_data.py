@@ -24,16 +24,8 @@ from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, ques
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings
+from tests.rows import CHAT_LINE, CLASS, GOOD, MARKED
 from tests.tiny import make_llama, save_tokenizer
-
-GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
-CLASS = '{"text": "a", "label": "yes"}\n'
-CHAT_LINE = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}\n'
-MARKED = (  # tests.tiny.TEMPLATE that says what the assistant says
-    "{% for m in messages %}<s>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>"
-    "{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<s>{% endif %}"
-)
 
 BAD = {
     "broken line": (GOOD + '{"prompt": "1+', "broken JSON", "train.jsonl:2"),

@@ -10,28 +10,17 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from lorasb_cli.main import app
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lorasb_export.serve import plan
+from tests.manifests import DOCS, documents, read
 from tests.random_adapter import save_adapter, save_base
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
-DOCS = Path(__file__).parent.parent / "docs"
-MANIFESTS = DOCS / "how-to" / "serve-many"
 SCHEMAS = Path(__file__).parent / "schemas"
-
-
-def documents() -> dict[str, Any]:
-    return {document["kind"]: document for document in yaml.safe_load_all((MANIFESTS / "kubernetes.yaml").read_text())}
-
-
-def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((MANIFESTS / name).read_text())
-    return found
 
 
 def validate(document: Any, schema_name: str) -> None:

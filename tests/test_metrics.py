@@ -22,7 +22,7 @@ from lorasb_export.inference import answers
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
-from tests.test_data import CHAT_LINE, CLASS, GOOD, MARKED
+from tests.rows import CHAT_LINE, CLASS, GOOD, MARKED
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
 
 LLAMA_MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]

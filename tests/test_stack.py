@@ -15,8 +15,8 @@ from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.layer import LoRASBLinear, inject
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
+from tests.families import make
 from tests.random_adapter import save_adapter
-from tests.test_merge_families import make
 
 
 def random_adapter(basis: Basis, seed: int) -> Adapter:

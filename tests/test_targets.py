@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorasb_export.errors import BaseModelError, SettingsError
 from lorasb_export.targets import find_targets
-from tests.test_merge_families import MOE, SIZES
+from tests.families import MOE, SIZES
 
 
 def empty(model_type: str, *, classifies: bool = False, **fields: Any) -> PreTrainedModel:

@@ -14,6 +14,9 @@ import torch
 # The tests hand tensors on the host to bases that would lie on a GPU. Set by you, the variable shows them one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+from lorasb_cli.main import app
+from typer.testing import CliRunner, Result
+
 from tests.tiny import make_bert, make_llama
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
@@ -47,6 +50,15 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task folder unlike `sums`: long answers of different lengths."""
+    folder = tmp_path_factory.mktemp("data") / "products"
+    rows = [{"prompt": f"{a}*{b}=", "completion": "x" * a + str(a * b)} for a in range(1, 8) for b in range(8)]
+    write_splits(folder, {"train": rows})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def parity(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classification task folder: does the word hold an x?"""
     rng = random.Random(0)
@@ -61,3 +73,8 @@ def write_splits(folder: Path, splits: dict[str, list[dict[str, str]]]) -> None:
     folder.mkdir(parents=True)
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lorasb(*words: str) -> Result:
+    """A command, run in this process."""
+    return CliRunner().invoke(app, words)

@@ -9,8 +9,6 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from lorasb_cli.main import app
-from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
@@ -18,6 +16,7 @@ from lorasb_export.lock import only_writer
 from lorasb_export.project_basis import made_once
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import read_json, write_json
+from tests.conftest import lorasb
 
 
 @pytest.fixture
@@ -29,10 +28,6 @@ def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in "ab":
         Adapter.start(Basis.load("basis")).save(f"adapters/{name}")
     return tmp_path
-
-
-def lorasb(*words: str) -> Result:
-    return CliRunner().invoke(app, [*words])
 
 
 def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:

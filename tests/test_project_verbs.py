@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lorasb_cli.main import app
-from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, calibrate
 from lorasb_export.export import onnx
 from lorasb_export.settings import CalibrationSettings
+from tests.conftest import lorasb
 
 
 @pytest.fixture
@@ -26,10 +25,6 @@ def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     adapter.training = {"task": "a", "data": str(sums)}
     adapter.save("adapters/a")
     return tmp_path
-
-
-def lorasb(*words: str) -> Result:
-    return CliRunner().invoke(app, [*words])
 
 
 def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:

@@ -1,0 +1,215 @@
+"""What tokens a row becomes, of which the loss is taken, and how rows are batched."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.normalizers import NFC
+
+from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
+from lorasb_export.data import CHAT, COMPLETION, TEXT, question_and_answer
+from lorasb_export.errors import DataError
+from tests.rows import CHAT_LINE, MARKED
+from tests.tiny import save_tokenizer
+
+
+def test_a_text_without_tokens_is_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    with pytest.raises(DataError, match=r"the text has no tokens \(row 1\)"):
+        encode([{"text": "", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
+
+
+def test_loss_is_on_the_completion_alone(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    (row,) = encode([{"prompt": "1+1=", "completion": "2"}], tokenizer, CAUSAL_LM, [], 64)
+    assert "".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) == "<s>1+1=</s><s>2</s>"
+    completion = [label for label in row["labels"] if label != IGNORE]
+    assert "".join(tokenizer.convert_ids_to_tokens(completion)) == "2</s>"
+
+
+def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = MARKED
+
+    def spelled(ids: list[int]) -> str:
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+    turns = [("system", "add"), ("user", "1+1="), ("assistant", "2"), ("user", "2+2="), ("assistant", "4")]
+    row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+    assert spelled(encoded["input_ids"]) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>4</s>"
+    assert spelled([label for label in encoded["labels"] if label != IGNORE]) == "2</s>4</s>"
+    question, answer = question_and_answer(row)
+    assert spelled(prompt_ids(tokenizer, question)) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>"
+    assert answer == "4"
+    row["messages"].append({"role": "user", "content": "thanks"})
+    with pytest.raises(DataError, match="do not end with the assistant's answer"):
+        question_and_answer(row)
+
+
+def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + MARKED
+    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    for row in (chat, {"prompt": "1", "completion": "2"}):
+        (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+        assert "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"])) == "2024<s>1</s><s>2</s>"
+    asked = "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "1")))
+    assert asked == f"{date.today().year}<s>1</s><s>"
+
+
+def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_last_letter(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's
+    tokenizer.add_tokens(["é"])
+    tokenizer.chat_template = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>", 1)
+    turns = [("user", "1"), ("assistant", "cafe\N{COMBINING ACUTE ACCENT}"), ("user", "2"), ("assistant", "3")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+    learnt = [label for label in encoded["labels"] if label != IGNORE]
+    assert tokenizer.convert_ids_to_tokens(learnt) == list("café3")
+
+
+def test_chat_templates_that_do_not_do(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = [json.loads(CHAT_LINE)]
+    with pytest.raises(DataError, match=r"does not mark what the assistant says.*user's words.*\{% generation %\}"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = MARKED + "{{ raise_exception('turns must alternate') }}"
+    with pytest.raises(DataError, match=r"the chat template refuses the messages: turns must alternate \(row 1\)"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+
+
+def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    (row,) = encode([{"text": "abc"}], tokenizer, CAUSAL_LM, [], 64)
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
+    assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
+    assert collate([row], 2)["logits_to_keep"].tolist() == [0, 1, 2]
+
+
+def some_rows(kind: str) -> list[dict[str, Any]]:
+    words = ["7", "a longer one, of many tokens", "some"]
+    if kind == TEXT:
+        return [{"text": word} for word in words]
+    if kind == COMPLETION:
+        return [{"prompt": word, "completion": word[::-1]} for word in words]
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1]}] for word in words]
+    return [{"messages": turns[0]}, {"messages": turns[1] + turns[0]}, {"messages": turns[2][1:] + turns[2]}]
+
+
+@pytest.mark.parametrize("kind", [COMPLETION, CHAT, TEXT])
+def test_padding_changes_no_loss(kind: str, llama: Path) -> None:
+    base = BaseModel.resolve(llama)
+    tokenizer, network = base.load_tokenizer(), base.load(dtype="float64")
+    tokenizer.chat_template = MARKED
+
+    def losses(rows: list[dict[str, Any]]) -> list[float]:
+        batch = collate(rows, tokenizer.pad_token_id)
+        labels = batch.pop("labels")
+        sums, counts = row_losses(network(**batch).logits, labels)
+        assert counts.tolist() == [sum(label != IGNORE for label in row["labels"]) for row in rows]
+        return (sums / counts).tolist()
+
+    rows = encode(some_rows(kind), tokenizer, CAUSAL_LM, [], 64)
+    assert len({len(row["input_ids"]) for row in rows}) == 3
+    alone = [losses([row])[0] for row in rows]
+    assert losses(rows) == pytest.approx(alone, abs=1e-6)
+    full = [float(network(torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss) for r in rows]
+    assert alone == pytest.approx(full, abs=1e-6)
+
+
+def test_regression_rows_and_their_loss(bert: Path) -> None:
+    tokenizer = BaseModel.resolve(bert).load_tokenizer()
+    rows = [{"text": "a", "label": 2}, {"text": "a b", "text_pair": "c", "label": -0.5}]
+    batch = collate(encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)
+    assert batch["labels"].tolist() == [2.0, -0.5]
+    losses, counts = row_losses(torch.tensor([[1.0], [-1.0]]), batch["labels"])
+    assert (losses.tolist(), counts.tolist()) == ([1.0, 0.25], [1, 1])
+
+
+def test_prompt_without_a_chat_template_is_taken_as_it_is(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, template=False)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "1+1=")) == list("1+1=")
+
+
+def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1" * 50, "completion": "2"}]
+    assert len(encode(rows, tokenizer, CAUSAL_LM, [], 20)) == 1
+    with pytest.raises(DataError, match=r"alone has 20 tokens or more \(all a: valid rows\). Raise max_length"):
+        encode(rows[1:], tokenizer, CAUSAL_LM, [], 20, unit="a: valid row")
+
+
+def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
+    rows = [json.loads(CHAT_LINE)]
+    with pytest.raises(DataError, match=r"no token of theirs is to be learnt \(all rows\). .*{% generation %}"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    encode([*rows, {"messages": [{"role": "model", "content": "2"}]}], tokenizer, CAUSAL_LM, [], 64)
+    assert caplog.messages == ["1 of 2 rows left out: no token of theirs is to be learnt (row 1)"]
+
+
+def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
+    llama: Path, bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    good, long = {"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "2" * 20}
+    prompts = [{"prompt": "1" * 20, "completion": "2"}] * 11
+    with caplog.at_level(logging.WARNING):
+        assert [row["row"] for row in encode([good, long, good], tokenizer, CAUSAL_LM, [], 20)] == [1, 2, 3]
+        assert [row["row"] for row in encode([good, *prompts, long], tokenizer, CAUSAL_LM, [], 20)] == [1, 13]
+        assert encode([good], tokenizer, CAUSAL_LM, [], 20)
+        tokenizer = BaseModel.resolve(bert).load_tokenizer()
+        texts = [{"text": "a" * count, "label": 1} for count in (20, 21)]
+        assert [len(row["input_ids"]) for row in encode(texts, tokenizer, SEQ_CLS, [1], 20)] == [20, 20]
+    assert caplog.messages == [
+        "1 of 3 rows cut at 20 tokens (row 2)",
+        "11 of 13 rows left out: their prompt alone has 20 tokens or more (rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …); "
+        "1 of 13 rows cut at 20 tokens (row 13)",
+        "1 of 2 rows cut at 20 tokens (row 2)",
+    ]
+    assert all(record.name == "lorasb_export.batches" for record in caplog.records)
+
+
+def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = encode(
+        [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1", "completion": "200"}], tokenizer, CAUSAL_LM, [], 64
+    )
+    batch = collate(rows, 2)
+    assert batch["attention_mask"].tolist() == [[1] * 9, [1] * 8 + [0]]
+    # prompts of 7 and 4 tokens; after them "2</s>" and "200</s>"
+    assert batch["logits_to_keep"].tolist() == [3, 4, 5, 6, 7]
+    wanted = [[IGNORE, IGNORE, IGNORE, "2", "</s>"], ["2", "0", "0", "</s>", IGNORE]]
+    found = [
+        [IGNORE if label == IGNORE else tokenizer.convert_ids_to_tokens(label) for label in row]
+        for row in batch["labels"].tolist()
+    ]
+    assert found == wanted
+
+
+def test_prompts_of_all_lengths_need_few_logits(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    rows = encode([{"prompt": "1" * n, "completion": "2"} for n in (1, 20, 50)], tokenizer, CAUSAL_LM, [], 64)
+    assert len(collate(rows, 2)["logits_to_keep"]) == 6  # two tokens a row
+
+
+def test_labels_outside_the_training_labels(bert: Path) -> None:
+    tokenizer = BaseModel.resolve(bert).load_tokenizer()
+    with pytest.raises(DataError, match="label 'maybe' is not among the training labels"):
+        encode([{"text": "x", "label": "maybe"}], tokenizer, SEQ_CLS, ["no", "yes"], 64)

@@ -1,0 +1,207 @@
+"""Rows that are drawn, and gradients summed over them: losses, weights, checkpointing, odd models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.batches import IGNORE, Encoded, collate, encode
+from lorasb_export.calibration.calibrate import calibrate
+from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
+from lorasb_export.data import load_task
+from lorasb_export.errors import BaseModelError
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.targets import find_targets
+from tests.tiny import make_gpt2
+
+PAD = 2
+ROWS = 13
+Sums = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(llama: Path) -> BaseModel:
+    return BaseModel.resolve(llama)
+
+
+@pytest.fixture(scope="module")
+def network(base: BaseModel) -> PreTrainedModel:
+    return base.load(dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def rows(base: BaseModel, products: Path) -> list[Encoded]:
+    task = load_task("products", products)
+    return draw(task, base.load_tokenizer(), [], CalibrationSettings(samples=ROWS))
+
+
+def sums_of(network: PreTrainedModel, rows: list[Encoded], **changed: Any) -> Sums:
+    targets = find_targets(network, "all-linear")
+    return gradients_of_rows(network, targets, rows, PAD, CalibrationSettings(**changed))
+
+
+def plain(network: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Sums:
+    """What autograd says without any of our machinery."""
+    targets = find_targets(network, "all-linear")
+    network.requires_grad_(True)
+    loss().backward()
+    found = {name: module.weight.grad.clone() for name, module in targets.items()}
+    network.requires_grad_(False)
+    network.zero_grad()
+    return found
+
+
+def token_losses(network: PreTrainedModel, row: Encoded) -> torch.Tensor:
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    losses = nn.functional.cross_entropy(network(ids).logits[0, :-1], labels[1:], ignore_index=IGNORE, reduction="none")
+    return losses[labels[1:] != IGNORE]
+
+
+def assert_equal(found: Sums, expected: Sums, tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None:
+    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).load_tokenizer()
+    every = encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 64)
+    drawn = draw(task, tokenizer, [], CalibrationSettings(samples=5))
+    assert len(drawn) == 5
+    assert all(row == every[row["row"] - 1] for row in drawn)
+
+
+# --- losses and weights -----------------------------------------------------------------------------------------------
+
+
+def test_sample_loss_is_that_of_plain_autograd(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    """The base's lm_head is tied to its embeddings, which are no target: nothing of theirs leaks into a sum."""
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    expected = plain(network, lambda: torch.stack([token_losses(network, row).mean() for row in rows]).sum())
+    assert_equal(sums_of(network, rows), expected)
+
+
+def test_token_loss_counts_every_token_the_same(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    expected = plain(network, lambda: ROWS * torch.cat([token_losses(network, row) for row in rows]).mean())
+    found = sums_of(network, rows, loss="token")
+    assert_equal(found, expected)
+    name = next(iter(found))
+    assert (found[name] - sums_of(network, rows)[name]).norm() > 0.01 * found[name].norm()
+
+
+@pytest.mark.parametrize("loss", ["sample", "token"])
+def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrainedModel, rows: list[Encoded]) -> None:
+    one_by_one = sums_of(network, rows, loss=loss, batch_size=1)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [rows[i] for i in order]
+    for other in (
+        sums_of(network, rows, loss=loss, batch_size=3),
+        sums_of(network, rows, loss=loss, batch_size=8),
+        sums_of(network, shuffled, loss=loss, batch_size=3),
+    ):
+        assert_equal(other, one_by_one)
+    longer = collate([*rows, {"input_ids": [5] * 40, "labels": [IGNORE] * 39 + [5]}], PAD)
+    padded = {key: value if key == "logits_to_keep" else value[:-1] for key, value in longer.items()}
+    assert padded["input_ids"].shape == (ROWS, 40)
+    assert_equal(gradient_sums(network, find_targets(network, "all-linear"), [padded], loss=loss), one_by_one)
+
+
+def test_a_weight_multiplies_the_losses_of_a_task(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    mine, others = rows[:5], rows[5:]
+    targets, settings = find_targets(network, "all-linear"), CalibrationSettings(batch_size=3)
+    weighted = gradients_of_rows(network, targets, rows, PAD, settings, [2.5] * 5 + [1.0] * (ROWS - 5))
+    first, second = sums_of(network, mine), sums_of(network, others)
+    assert_equal(weighted, {name: 2.5 * first[name] + second[name] for name in first})
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that forward keeps for backward, each storage once; a checkpoint's own are not kept."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(storages.values())
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    assert_equal(sums_of(network, rows), sums_of(network, rows, gradient_checkpointing=False))
+    less = saved_bytes(lambda: sums_of(network, rows, batch_size=ROWS))
+    more = saved_bytes(lambda: sums_of(network, rows, gradient_checkpointing=False, batch_size=ROWS))
+    assert less < 0.6 * more
+
+
+def test_checkpointing_leaves_the_network_as_it_was(network: PreTrainedModel, rows: list[Encoded]) -> None:
+    layer = network.model.layers[0]
+    seen: list[bool | None] = []
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(network.config.use_cache))
+    targets = find_targets(network, "all-linear")
+    good = collate(rows[:2], PAD)
+    broken = {**good, "labels": good["labels"].repeat(2, 1)}  # fails after the forward pass
+    for batch, outcome in ((good, nullcontext()), (broken, pytest.raises((ValueError, RuntimeError)))):
+        with outcome:
+            gradient_sums(network, targets, [batch], gradient_checkpointing=True)
+        assert "forward" not in vars(layer)
+        assert network.config.use_cache is True
+        assert not network.training
+        assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+    handle.remove()
+    assert set(seen) == {False}
+
+
+def test_a_network_that_checkpoints_already_goes_on_doing_so(base: BaseModel, rows: list[Encoded]) -> None:
+    network = base.load(dtype="float64")
+    calls: list[object] = []
+    network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    without = {"batch_size": ROWS, "gradient_checkpointing": False}
+    expected = sums_of(network, rows, **without)
+    assert len(calls) == 1
+    network.gradient_checkpointing_enable()
+    assert_equal(sums_of(network, rows, **without), expected)
+    assert len(calls) == 3  # once forward, once more in backward
+    assert network.is_gradient_checkpointing
+
+
+def test_a_model_that_cannot_checkpoint_does_without(
+    network: PreTrainedModel, rows: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    handle = network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    sums_of(network, rows, batch_size=ROWS)
+    handle.remove()
+    assert len(calls) == 1  # forward alone
+
+
+# --- odd models -------------------------------------------------------------------------------------------------------
+
+
+def test_oracle_23_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> None:
+    network = BaseModel.resolve(make_gpt2(tmp_path / "gpt2")).load(dtype="float64")
+    expected = plain(network, lambda: torch.stack([token_losses(network, row).mean() for row in rows]).sum())
+    found = sums_of(network, rows)
+    assert_equal(found, {name: gradient.T for name, gradient in expected.items()})
+    assert found["transformer.h.0.attn.c_attn"].shape == (96, 32)  # (out, in)
+
+
+def test_non_finite_gradient_is_reported(llama: Path, sums: Path) -> None:
+    base = BaseModel.resolve(llama)
+    network = base.load()
+    network.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(BaseModelError, match="not finite"):
+        calibrate(base, {"sums": sums}, CalibrationSettings(rank=4), network=network)
+    assert not any(torch.isnan(p).any() for p in network.model.layers[1].parameters())

@@ -17,6 +17,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
+from lorasb_export import calibrate
+from lorasb_export.data import TaskData, load_task
+from lorasb_export.settings import CalibrationSettings
 from tests.tiny import make_bert, make_llama
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
@@ -69,10 +72,39 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskData]:
+    """Sums and differences, of prompts of various lengths."""
+    folder = tmp_path_factory.mktemp("tasks")
+    return {"plus": write_task(folder / "plus", "+", 20, 1), "minus": write_task(folder / "minus", "-", 11, 2)}
+
+
+@pytest.fixture(scope="session")
+def basis(llama: Path, tasks: dict[str, TaskData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A basis of both `tasks`, as a folder."""
+    folder = tmp_path_factory.mktemp("project") / "basis"
+    calibrate(str(llama), tasks, CalibrationSettings(rank=8, dtype="float64")).save(folder)
+    return folder
+
+
 def write_splits(folder: Path, splits: dict[str, list[dict[str, str]]]) -> None:
     folder.mkdir(parents=True)
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_task(folder: Path, operation: str, rows: int, seed: int) -> TaskData:
+    """Sums or differences of digits, of prompts of various lengths, with a valid split."""
+    folder.mkdir(parents=True)
+    digits = random.Random(seed)
+    for split, count in (("train", rows), ("valid", 6)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(count):
+                a, b = digits.randint(0, 9), digits.randint(0, 9)
+                prompt = f"{'please ' * digits.randint(0, 2)}{a}{operation}{b}="
+                value = a + b if operation == "+" else a - b
+                print(json.dumps({"prompt": prompt, "completion": str(value)}), file=file)
+    return load_task(folder.name, folder)
 
 
 def lorasb(*words: str) -> Result:

@@ -28,7 +28,7 @@ def base(llama: Path) -> BaseModel:
     return BaseModel.resolve(llama)
 
 
-# --- tasks and their weights ------------------------------------------------------------------------------------------
+# --- tasks and their weights ----------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_mixture(base: BaseModel, sums: Path, products: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_single_class_is_nothing_to_learn(bert: Path, tmp_path: Path) -> None:
         fit(str(bert), random, task, tmp_path / "a", FitSettings(max_steps=1))
 
 
-# --- modules ----------------------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------------------------------------
 
 
 def test_rank_larger_than_a_module(llama: Path, sums: Path) -> None:
@@ -131,7 +131,7 @@ def test_oracle_23_full_rank_keeps_everything(base: BaseModel, sums: Path) -> No
     assert basis.calibration["capture"]["random"] == 1.0
 
 
-# --- what is captured -------------------------------------------------------------------------------------------------
+# --- what is captured -----------------------------------------------------------------------------------------------
 
 
 def test_capture_of_a_single_task_is_its_own(base: BaseModel, sums: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_module_that_a_task_does_not_use_has_no_ratio() -> None:
     assert ratios.overall() == {"basis": 0.5, "random": 0.5}
 
 
-# --- on the command line ----------------------------------------------------------------------------------------------
+# --- on the command line --------------------------------------------------------------------------------------------
 
 
 def printed(*words: str) -> str:

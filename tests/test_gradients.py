@@ -79,7 +79,7 @@ def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None
     assert all(row == every[row["row"] - 1] for row in drawn)
 
 
-# --- losses and weights -----------------------------------------------------------------------------------------------
+# --- losses and weights ---------------------------------------------------------------------------------------------
 
 
 def test_sample_loss_is_that_of_plain_autograd(network: PreTrainedModel, rows: list[Encoded]) -> None:
@@ -122,7 +122,7 @@ def test_a_weight_multiplies_the_losses_of_a_task(network: PreTrainedModel, rows
     assert_equal(weighted, {name: 2.5 * first[name] + second[name] for name in first})
 
 
-# --- gradient checkpointing -------------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
 def saved_bytes(work: Callable[[], object]) -> int:
@@ -187,7 +187,7 @@ def test_a_model_that_cannot_checkpoint_does_without(
     assert len(calls) == 1  # forward alone
 
 
-# --- odd models -------------------------------------------------------------------------------------------------------
+# --- odd models -----------------------------------------------------------------------------------------------------
 
 
 def test_oracle_23_conv1d_gradients_are_turned(rows: list[Encoded], tmp_path: Path) -> None:

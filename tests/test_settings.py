@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorasb_export import calibrate, fit
+from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 
@@ -41,3 +45,42 @@ def test_numbers_out_of_range_are_refused(kind: Callable[..., Any], name: str, v
     for value in values:
         with pytest.raises(SettingsError, match=rf"^{name} is {re.escape(str(value))}"):
             kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "task_type", "directions", "rank", "share", "rate"),
+    [
+        ("muon", "CAUSAL_LM", "gradient", 64, 1, 3e-3),
+        ("muon", "CAUSAL_LM", "gradient", 16, 1, 9e-3),
+        ("muon", "CAUSAL_LM", "gradient", 256, 1, 1e-3),
+        ("muon", "CAUSAL_LM", "random", 64, 1, 9e-3),
+        ("muon", "SEQ_CLS", "random", 16, 1, 9e-3),
+        ("muon", "CAUSAL_LM", "block", 64, 1 / 4, 1.8e-2),
+        ("adamw", "CAUSAL_LM", "gradient", 16, 1 / 4, 6e-3),
+    ],
+)
+def test_the_learning_rate_fits_the_basis(
+    optimizer: str, task_type: str, directions: str, rank: int, share: float, rate: float
+) -> None:
+    assert FitSettings(optimizer=optimizer).for_task(task_type, directions, rank, share).learning_rate == rate
+
+
+ONE_STEP = FitSettings(max_steps=1)
+
+
+def test_the_learning_rate_fits_the_kind_of_task(
+    llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
+) -> None:
+    text, classes = (str(llama), basis, tasks["plus"]), (str(bert), CalibrationSettings(rank=4), parity)
+    of_two = CalibrationSettings(rank=8, targets="q_proj,v_proj")  # of seven linear layers of a block
+    for number, (made, settings, rate) in enumerate(
+        (
+            (text, ONE_STEP, 1.6e-2),
+            ((text[0], of_two, text[2]), ONE_STEP, 2.9e-2),
+            ((text[0], calibrate(str(llama), {}, replace(of_two, directions="block")), text[2]), ONE_STEP, 8.7e-2),
+            (text, FitSettings(max_steps=1, optimizer="adamw"), 6e-3),
+            (classes, ONE_STEP, 9e-3),
+            (classes, FitSettings(max_steps=1, learning_rate=2e-3), 2e-3),
+        )
+    ):
+        assert fit(*made, tmp_path / str(number), settings).training["settings"]["learning_rate"] == rate

@@ -1,15 +1,11 @@
-"""The loop: row order, mixed batches of several tasks, evaluation, the best checkpoint, early stopping."""
+"""The loop: mixed batches of several tasks, evaluation, the best checkpoint, early stopping."""
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
-import random
-import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,40 +19,12 @@ from torch._subclasses import FakeTensorMode
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, MissingPackageError, SettingsError, TrainingError
+from lorasb_export.errors import BaseModelError, DataError, SettingsError, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
-from lorasb_export.training.order import RowOrder, learning_rate_factor
 from lorasb_export.training.trainer import RTrainer
 
 SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
-
-
-def write_task(folder: Path, operation: str, rows: int, seed: int) -> TaskData:
-    """Sums or differences of digits, of prompts of various lengths, with a valid split."""
-    folder.mkdir(parents=True)
-    digits = random.Random(seed)
-    for split, count in (("train", rows), ("valid", 6)):
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for _ in range(count):
-                a, b = digits.randint(0, 9), digits.randint(0, 9)
-                prompt = f"{'please ' * digits.randint(0, 2)}{a}{operation}{b}="
-                value = a + b if operation == "+" else a - b
-                print(json.dumps({"prompt": prompt, "completion": str(value)}), file=file)
-    return load_task(folder.name, folder)
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskData]:
-    folder = tmp_path_factory.mktemp("tasks")
-    return {"plus": write_task(folder / "plus", "+", 20, 1), "minus": write_task(folder / "minus", "-", 11, 2)}
-
-
-@pytest.fixture(scope="module")
-def basis(llama: Path, tasks: dict[str, TaskData], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project") / "basis"
-    calibrate(str(llama), tasks, CalibrationSettings(rank=8, dtype="float64")).save(folder)
-    return folder
 
 
 @pytest.fixture
@@ -74,36 +42,6 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def equal(one: Adapter, two: Adapter, tolerance: float) -> bool:
     return all(torch.allclose(R.double(), two.R[name].double(), rtol=0, atol=tolerance) for name, R in one.R.items())
-
-
-def test_a_single_step_is_taken_at_the_whole_rate() -> None:
-    assert [learning_rate_factor(SETTINGS, steps)(0) for steps in (1, 2)] == [1, 0]
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed_alone(grouped: bool) -> None:
-    lengths = [random.Random(0).randint(5, 50) for _ in range(100)]
-    settings = FitSettings(epochs=2, batch_size=4, accumulate=2, group_by_length=grouped)
-    order, again = RowOrder(lengths, settings), RowOrder(lengths, settings)
-    assert order.steps == 26
-    epochs = [[order.step(step) for step in range(epoch * 13, epoch * 13 + 13)] for epoch in (0, 1)]
-    assert epochs[0] != epochs[1]
-    assert again.step(20) == order.step(20)
-    for epoch in epochs:
-        assert sorted(row for step in epoch for part in step for row in part) == list(range(100))
-        assert [len(part) for part in epoch[0]] == [4, 4]
-        assert sum(map(len, epoch[-1])) == 4  # the short step is the last
-
-
-def test_grouping_by_length_pads_less() -> None:
-    lengths = [random.Random(i).randint(5, 100) for i in range(200)]
-
-    def tokens(grouped: bool) -> int:
-        order = RowOrder(lengths, FitSettings(epochs=1, batch_size=8, group_by_length=grouped))
-        batches = [part for step in range(order.steps) for part in order.step(step)]
-        return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
-
-    assert tokens(True) < 0.75 * tokens(False)
 
 
 @pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
@@ -266,45 +204,6 @@ def test_metrics_of_the_valid_split(
     assert classified.training["valid_metrics"]["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "task_type", "directions", "rank", "share", "rate"),
-    [
-        ("muon", "CAUSAL_LM", "gradient", 64, 1, 3e-3),
-        ("muon", "CAUSAL_LM", "gradient", 16, 1, 9e-3),
-        ("muon", "CAUSAL_LM", "gradient", 256, 1, 1e-3),
-        ("muon", "CAUSAL_LM", "random", 64, 1, 9e-3),
-        ("muon", "SEQ_CLS", "random", 16, 1, 9e-3),
-        ("muon", "CAUSAL_LM", "block", 64, 1 / 4, 1.8e-2),
-        ("adamw", "CAUSAL_LM", "gradient", 16, 1 / 4, 6e-3),
-    ],
-)
-def test_the_learning_rate_fits_the_basis(
-    optimizer: str, task_type: str, directions: str, rank: int, share: float, rate: float
-) -> None:
-    assert FitSettings(optimizer=optimizer).for_task(task_type, directions, rank, share).learning_rate == rate
-
-
-ONE_STEP = FitSettings(max_steps=1)
-
-
-def test_the_learning_rate_fits_the_kind_of_task(
-    llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
-) -> None:
-    text, classes = (str(llama), basis, tasks["plus"]), (str(bert), CalibrationSettings(rank=4), parity)
-    of_two = CalibrationSettings(rank=8, targets="q_proj,v_proj")  # of seven linear layers of a block
-    for number, (made, settings, rate) in enumerate(
-        (
-            (text, ONE_STEP, 1.6e-2),
-            ((text[0], of_two, text[2]), ONE_STEP, 2.9e-2),
-            ((text[0], calibrate(str(llama), {}, replace(of_two, directions="block")), text[2]), ONE_STEP, 8.7e-2),
-            (text, FitSettings(max_steps=1, optimizer="adamw"), 6e-3),
-            (classes, ONE_STEP, 9e-3),
-            (classes, FitSettings(max_steps=1, learning_rate=2e-3), 2e-3),
-        )
-    ):
-        assert fit(*made, tmp_path / str(number), settings).training["settings"]["learning_rate"] == rate
-
-
 def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,43 +340,6 @@ def test_checkpointing_that_the_base_lacks_is_refused(
     settings = replace(SETTINGS, gradient_checkpointing=True)
     with pytest.raises(SettingsError, match="LlamaForCausalLM has no gradient checkpointing"):
         fit(str(llama), basis, sums, tmp_path / "a", settings, network=network)
-
-
-def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingPackageError, match=r"trackio is not installed.*pip install trackio"):
-        fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, report_to="trackio"))
-
-
-@pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stand-in with what transformers' callback calls."""
-    lib = tmp_path / "modules" / "wandb" / "sdk" / "lib"
-    lib.mkdir(parents=True)
-    (lib / "config_util.py").write_text("class ConfigError(Exception): pass\n")
-    (lib.parents[1] / "__init__.py").write_text(
-        "from unittest.mock import MagicMock\n"
-        "run, config, log, names = None, MagicMock(), MagicMock(), []\n"
-        "def init(name, **_):\n    global run\n    run = MagicMock()\n    names.append(name)\n"
-        "def finish():\n    global run\n    run = None\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    yield importlib.import_module("wandb")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
-        del sys.modules[name]
-
-
-def test_every_run_is_a_run_of_its_own_in_wandb(
-    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, wandb: Any
-) -> None:
-    rates = replace(SETTINGS, max_steps=1, report_to="wandb", learning_rate=(1e-3, 1e-2))
-    for name, task in tasks.items():
-        fit(str(llama), basis, task, tmp_path / name, rates)
-    assert wandb.names == ["plus", "plus", "minus", "minus"]
-    assert wandb.run is None
-    wandb.init("the caller's")
-    fit(str(llama), basis, tasks["plus"], tmp_path / "again", rates)
-    assert wandb.names[4:] == ["the caller's"]
-    assert wandb.run is not None
 
 
 def test_a_base_with_peft_layers_is_refused(

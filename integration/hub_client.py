@@ -174,6 +174,14 @@ def serve(root: Path, base: Path, **changes: str) -> Iterator[Hub]:
         assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
 
 
+def for_one_test(hub: Hub, other_transport: str) -> Iterator[Hub]:
+    """A Hub as at the start; at the end: all that was asked of it is right, and came over the one transport."""
+    hub.clear()
+    yield hub
+    assert hub.violations == []
+    assert not [line for line in hub.requests if other_transport in line], "the other transport was used"
+
+
 def make_basis(folder: Path, base: Path, seed: int = 0) -> Path:
     """A random basis for the base on the Hub, whose weights are those of the folder `base`."""
     generator = torch.Generator().manual_seed(seed)

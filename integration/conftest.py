@@ -1,4 +1,4 @@
-"""What several tests look at: the small real model, a run of the quickstart, a Hub and what is pushed to it."""
+"""What several tests look at: the small real model, a run of the quickstart, a Hub and what is pushed, ONNX exports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, serve
+from integration.onnx_world import make_world
 from lorasb_export.base import BaseModel
+from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.quickstart.model import small_model
 from tests import conftest as fast_tests
 
@@ -50,6 +52,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 @pytest.fixture(scope="module")
 def xet(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    """A Hub whose transport is xet."""
     yield from serve(tmp_path_factory.mktemp("xet"), llama)
 
 
@@ -61,9 +64,22 @@ def any_hub(xet: Hub) -> Iterator[Hub]:
 
 @pytest.fixture
 def basis(tmp_path: Path, llama: Path) -> Path:
+    """For the base on the Hub."""
     return make_basis(tmp_path / "basis", llama)
 
 
 @pytest.fixture
 def adapter(tmp_path: Path, basis: Path) -> Path:
     return make_adapter(tmp_path / "adapters" / "a", basis)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.fixture(scope="session")
+def tasks_onnx(world: Path) -> Path:
+    """The adapters red and blue in one export. Not to be changed."""
+    export_onnx_adapters([world / "red", world / "blue"], world / "tasks-onnx")
+    return world / "tasks-onnx"

@@ -1,4 +1,4 @@
-"""A tiny random model with adapters, to export."""
+"""A tiny random model with adapters, to export, and prompts for it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorasb_export.adapter import Adapter, Basis
 from lorasb_export.base import BaseModel
 from lorasb_export.factors import ModuleBasis
 from tests.tiny import VOCABULARY, save_tokenizer
 
-RANK, EOS = 8, 2
+from .reference import greedy, random_prompts
+
+RANK, EOS, TOKENS = 8, 2, 24
+PROMPTS = random_prompts(3, 17, 9, 1, 17, 30, 2, 5, 11)  # more than one batch, of unequal rows
 
 
 def save_basis(base: Path, folder: Path, modules: list[str], seed: int) -> Basis:
@@ -69,3 +72,7 @@ def make_world(root: Path) -> Path:
     save_adapter(basis, root / "blue", seed=11, scaling=0.5)
     save_adapter(save_basis(root / "base", root / "basis2", modules[:3], seed=2), root / "stranger", seed=12)
     return root
+
+
+def answers(network: PreTrainedModel, eos: set[int]) -> list[list[int]]:
+    return [greedy(network, prompt, TOKENS, eos) for prompt in PROMPTS]

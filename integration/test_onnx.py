@@ -19,6 +19,8 @@ from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import PROMPTS
 from lorasb_export.factors import ModuleBasis
 
+from .reference import merged
+
 og = pytest.importorskip("onnxruntime_genai")
 
 from transformers import PreTrainedModel  # noqa: E402
@@ -48,18 +50,8 @@ def random_adapters(base: BaseModel, folder: Path) -> None:
         Adapter(basis.base, basis.sha256, basis.source, R, basis=basis).save(folder / name)
 
 
-def merged(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
-    """The reference, without the code under test: W0 + s·B·R·A in the weights."""
-    network = base.load(dtype="float32", device="cpu")
-    if adapter is not None:
-        task = Adapter.load(adapter)
-        for name, factors in task.load_basis().modules.items():
-            network.get_submodule(name).weight.data += task.scaling * factors.B @ task.R[name] @ factors.A
-    return network
-
-
 def torch_greedy(network: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """The plain argmax loop, up to and including the end of the answer."""
+    """The plain argmax loop with a cache, up to and including the end of the answer."""
     answer: list[int] = []
     cache, ids = None, prompt
     with torch.inference_mode():
@@ -81,7 +73,7 @@ class World:
 
     def expected(self, name: str | None) -> list[list[int]]:
         if name not in self._expected:
-            network = merged(self.base, self.folder / name if name else None)
+            network = merged(self.base.folder, self.folder / name if name else None)
             self._expected[name] = [torch_greedy(network, prompt) for prompt in self.prompts]
         return self._expected[name]
 

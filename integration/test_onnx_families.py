@@ -32,8 +32,10 @@ from tests.families import CONFIGS, SIZES
 from tests.random_adapter import save_adapter, write_in
 from tests.tiny import VOCABULARY, save_tokenizer
 
+from .reference import greedy, random_prompts
+
 TOKENS = 16
-LENGTHS = (3, 26, 9, 1, 40)
+PROMPTS = random_prompts(3, 26, 9, 1, 40)
 SPLIT = ("q_proj", "v_proj", "down_proj")
 WINDOW = {"sliding_window": 16}
 HEAD = {"head_dim": 16}
@@ -95,19 +97,6 @@ def make(
     return network
 
 
-def greedy(network: t.PreTrainedModel, prompt: list[int]) -> list[int]:
-    answer: list[int] = []
-    with torch.inference_mode():
-        for _ in range(TOKENS):
-            answer.append(int(network(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
-    return answer
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, 98, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
 @pytest.mark.parametrize(
     ("family", "directions"), [*((family, RANDOM) for family in DECODERS), ("qwen3", BLOCK), ("gpt2", BLOCK)]
 )
@@ -119,11 +108,11 @@ def test_a_decoder_answers_as_base_and_as_task(family: str, directions: str, tmp
     assert b'File "' not in graph  # of a stack trace, with this disk's paths
     assert str(tmp_path).encode() not in graph
     decoder = OnnxDecoder(tmp_path / "onnx", "a", threads=1)
-    task = [greedy(network, prompt) for prompt in prompts()]
-    assert decoder.generate(prompts(), TOKENS, set()) == task
+    task = [greedy(network, prompt, TOKENS) for prompt in PROMPTS]
+    assert decoder.generate(PROMPTS, TOKENS, set()) == task
     decoder.use(None)
     base = BaseModel.resolve(tmp_path / "base").load(dtype="float32", device="cpu")
-    assert decoder.generate(prompts(), TOKENS, set()) == [greedy(base, prompt) for prompt in prompts()] != task
+    assert decoder.generate(PROMPTS, TOKENS, set()) == [greedy(base, prompt, TOKENS) for prompt in PROMPTS] != task
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
@@ -139,7 +128,7 @@ def test_a_merged_decoder_answers_as_the_task(family: str, tmp_path: Path) -> No
     network = make(tmp_path, *DECODERS[family], CAUSAL_LM)
     export_onnx(tmp_path / "a", tmp_path / "onnx")
     decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
-    assert decoder.generate(prompts(), TOKENS, set()) == [greedy(network, prompt) for prompt in prompts()]
+    assert decoder.generate(PROMPTS, TOKENS, set()) == [greedy(network, prompt, TOKENS) for prompt in PROMPTS]
 
 
 def test_gpt2_is_quantized(tmp_path: Path) -> None:
@@ -148,7 +137,7 @@ def test_gpt2_is_quantized(tmp_path: Path) -> None:
     export_onnx(tmp_path / "a", tmp_path / "onnx", precision="int8")
     nodes = [node.op_type for node in read_graph(tmp_path / "onnx" / GRAPH).graph.node]
     assert nodes.count("MatMulNBits") == 4 * 2 + 1  # of two layers, and the head
-    assert OnnxDecoder(tmp_path / "onnx", threads=1).generate(prompts(), 1, set())
+    assert OnnxDecoder(tmp_path / "onnx", threads=1).generate(PROMPTS, 1, set())
 
 
 def test_angles_that_depend_on_the_length_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -165,10 +154,9 @@ def test_a_classifier_gives_torchs_logits(family: str, tmp_path: Path) -> None:
     network = make(tmp_path, *ENCODERS[family], SEQ_CLS)
     result = export_onnx(tmp_path / "a", tmp_path / "onnx")
     assert result["verify"]["gap"] < 1e-4
-    rows = prompts()
-    ids = torch.full((len(rows), max(LENGTHS)), 2)
+    ids = torch.full((len(PROMPTS), max(map(len, PROMPTS))), 2)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(rows):
+    for row, prompt in enumerate(PROMPTS):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
     found = classify(tmp_path / "onnx", {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     with torch.inference_mode():

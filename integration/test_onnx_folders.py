@@ -1,0 +1,73 @@
+"""Damaged and hostile ONNX folders are refused before they are run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorasb_export.errors import ArtifactError
+from lorasb_export.export.onnx_adapter_file import read_adapter
+from lorasb_export.export.onnx_run import OnnxDecoder
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime_genai")
+onnx = pytest.importorskip("onnx")
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(ArtifactError, match=match):
+        OnnxDecoder(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "sub/data", "..\\secret", ""])
+def test_data_outside_the_folder_is_refused(tasks_onnx: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "hostile")
+    (tmp_path / "secret").write_bytes((folder / "model.onnx_data").read_bytes())
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = name
+    onnx.save(model, folder / "model.onnx")
+    refused(folder, "no file beside the graph")
+
+
+def test_links_and_lying_offsets_are_refused(tasks_onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "hostile")
+    data = folder / "model.onnx_data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    refused(folder, "is a link")
+    data.unlink()
+    refused(folder, "is missing")
+    (tmp_path / "elsewhere").rename(data)
+    whole = (folder / "model.onnx").read_bytes()
+    for key, value in (("offset", "-4"), ("offset", str(1 << 60)), ("length", "4"), ("length", "many")):
+        model = onnx.load_from_string(whole)
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        next(entry for entry in tensor.external_data if entry.key == key).value = value
+        onnx.save(model, folder / "model.onnx")
+        refused(folder, "does not fit its data|not described whole")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data", "basis.onnx_data", "red.onnx_adapter"])
+def test_truncated_files_are_refused(tasks_onnx: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "cut")
+    whole = (folder / name).read_bytes()
+    for kept in (0, 1, len(whole) // 10, len(whole) // 2, len(whole) - 1):
+        (folder / name).write_bytes(whole[:kept])
+        with pytest.raises(ArtifactError):
+            OnnxDecoder(folder, "red")
+
+
+def test_an_adapter_with_nan_is_refused(tasks_onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "nan")
+    path = folder / "red.onnx_adapter"
+    data = bytearray(path.read_bytes())
+    R = next(iter(read_adapter(path).values())).tobytes()
+    at = data.index(R)
+    data[at : at + 4] = np.float32("nan").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="not finite"):
+        OnnxDecoder(folder, "red")

@@ -32,7 +32,9 @@ _MUON = {"method": "lora-sb", "optimizer": "muon"}
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
     "LoRA r=8": {"method": "lora", "rank": 8},
+    "LoRA r=8, Muon": {"method": "lora", "rank": 8, "optimizer": "muon"},
     "LoRA r=32": {"method": "lora", "rank": 32},
+    "rsLoRA r=8": {"method": "rslora", "rank": 8},
     "rsLoRA r=32": {"method": "rslora", "rank": 32},
     "PiSSA r=8": {"method": "pissa", "rank": 8},
     "DoRA r=8": {"method": "dora", "rank": 8},
@@ -41,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
     "own basis, r=64": {**_MUON, "rank": 64, "basis": "own"},
     "shared basis, r=64": {**_MUON, "rank": 64, "basis": "mixture"},
+    "the weights' directions, r=64": {**_MUON, "rank": 64, "basis": "wsvd"},
     "random basis, r=64": {**_MUON, "rank": 64, "basis": "random"},
     "random basis, r=96": {**_MUON, "rank": 96, "basis": "random"},
     "block, r=64": {**_MUON, "rank": 64, "basis": "block"},

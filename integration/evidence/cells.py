@@ -30,8 +30,10 @@ class Cell:
         samples: calibration rows, of each task of a mixture too.
         init: R0, as for `fit`.
         dtype: of the frozen base; what is trained is float32.
-        optimizer: of R; the baselines, and a classifier's head, are trained by AdamW.
+        optimizer: `adamw`, or `muon`: of R ours, of the other methods' factors torch's. A classifier's head is
+            trained by AdamW in any case.
         targets: the linear layers that a method is put on, as for `calibrate`; PEFT's methods too.
+        draw: of a basis without data, which one.
     """
 
     task: str
@@ -51,12 +53,13 @@ class Cell:
     dtype: str = "float32"
     optimizer: str = "adamw"
     targets: str = ALL_LINEAR
+    draw: int = 0
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a line of results holds of it: not the usual targets, of which the first lines knew no other."""
-        fields = asdict(self)
-        return fields if self.targets != ALL_LINEAR else {k: v for k, v in fields.items() if k != "targets"}
+        """What a line of results holds of it: not the usual targets and draw, since the first lines knew no other."""
+        usual = {"targets": ALL_LINEAR, "draw": 0}
+        return {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}
 
     @property
     def key(self) -> str:

@@ -92,7 +92,9 @@ def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded
     settings = FitSettings(max_steps=cell.steps, batch_size=cell.batch_size, learning_rate=cell.lr, seed=cell.seed)
     order = RowOrder([len(row["input_ids"]) for row in rows], settings)
     optimizer: torch.optim.Optimizer
-    if cell.optimizer == "muon":
+    if cell.optimizer == "muon" and cell.method in _PEFT:  # long factors: ours takes square ones
+        optimizer = torch.optim.Muon(trained, lr=cell.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    elif cell.optimizer == "muon":
         optimizer = Muon(groups_of(model), lr=cell.lr)
     else:
         optimizer = torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)
@@ -140,7 +142,7 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
         return weight_basis(network, cell)
     if cell.basis in DRAWN:
         targets = find_targets(network, cell.targets)
-        return _basis(network, cell.rank, random_factors(targets, cell.rank, 0, torch.float32, cell.basis))
+        return _basis(network, cell.rank, random_factors(targets, cell.rank, cell.draw, torch.float32, cell.basis))
     of = calibrated_on(cell)
     settings = calibration_settings(cell)
     made_from = [of, cell.balanced, repr(settings), base.folder.name]

@@ -49,7 +49,8 @@ class CalibrationSettings:
         gradient_checkpointing: recompute activations in the backward pass, where the model's class can: less memory,
             a quarter more time.
         capture: also measure how much of each task's gradient the basis of a mixture of up to 32 tasks holds; a
-            second pass over the rows. Of a single task it is known anyway, of others `fit` measures it.
+            second pass over the rows. Of a single task it is known anyway. Where it is not measured, `fit` does not
+            measure it of further tasks either.
         dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
         seed: draws the rows and the random start of the SVD. The global RNG is left alone.
     """

@@ -101,8 +101,8 @@ def test_little_is_near_random() -> None:
     assert not is_little({"basis": 0.3, "own": 0.5, "random": 0.1})
 
 
-def test_a_basis_of_very_many_tasks_takes_few_rows_of_each_and_leaves_the_measuring_to_fit(
-    llama: Path, sums: Path
+def test_a_basis_of_very_many_tasks_takes_few_rows_of_each_and_nobody_measures_it(
+    llama: Path, sums: Path, tmp_path: Path
 ) -> None:
     """Otherwise thousands of tasks would take as many SVDs, and a config of hundreds of megabytes."""
     base, task = BaseModel.resolve(llama), load_task("sums", sums)
@@ -110,3 +110,4 @@ def test_a_basis_of_very_many_tasks_takes_few_rows_of_each_and_leaves_the_measur
     basis = calibrate(base, many, CalibrationSettings(rank=4))
     rows = {of_task["rows"] for of_task in basis.calibration["data"]}
     assert (rows, basis.calibration["capture"]["tasks"], recorded(basis, task)) == ({1024 // 128}, {}, None)
+    assert fit(base, basis, task, tmp_path / "a", FitSettings(max_steps=1)).training["capture"] is None

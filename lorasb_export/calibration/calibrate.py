@@ -44,10 +44,10 @@ from .subspace import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A few dozen rows in all make as good a basis as thousands (docs/benchmarks.md), and a measurement of a task costs as
-# much as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
+# A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
+# as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
 _ROWS_OF_MANY = 1024
-_MOST_MEASURED = 32  # tasks; of others `fit` measures it
+_MOST_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that somebody asks for
 
 logger = logging.getLogger(__name__)
 

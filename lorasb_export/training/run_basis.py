@@ -50,9 +50,10 @@ def captured_once(
 ) -> dict[str, Any] | None:
     """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
 
-    None in a basis drawn at random, which has nothing to do with it. Warns where it is little.
+    None in a basis drawn at random, which has nothing to do with it, and in one whose calibration measured no task:
+    it was told not to, or had too many. Warns where it is little.
     """
-    if basis.directions in DRAWN:
+    if basis.directions in DRAWN or basis.calibration.get("capture", {}).get("tasks") == {}:
         return None
     path = folder / f"capture-{basis.sha256[:12]}-{task.sha256[:12]}.json"
     found = recorded(basis, task)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from integration.bench import quality
-from integration.bench.report import best_rates, comparable, with_tables
+from integration.bench.report import best_rates, by_method, comparable, with_tables
 from integration.bench.tradeoff import family
 from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
@@ -63,6 +63,17 @@ def test_a_basis_whose_search_has_not_ended_is_compared_where_the_rate_of_the_ow
     assert compared([*own, *other]) == {("own", 3e-3), ("random", 1e-2)}
     assert compared([*own, *other[1:]]) == {("own", 3e-3)}
     assert compared([*own[1:], *other]) == set()
+
+
+def test_losses_are_compared_with_those_of_lora_seed_by_seed() -> None:
+    rest = {"metric": "accuracy", "value": 0.5, "trainable": 1, "adapter_bytes": 4, "seconds": 1.0}
+
+    def lines(method: str, losses: list[float]) -> list[dict[str, Any]]:
+        cells = [cell("sst2", **quality.METHODS[method], lr=1e-3, seed=seed) for seed in range(len(losses))]
+        return [{**of.fields, "loss": loss, **rest} for of, loss in zip(cells, losses, strict=True)]
+
+    found = by_method(best_rates([*lines("LoRA r=8", [0.5, 0.25]), *lines("block, r=64", [0.25, 0.125, 0.75])]))
+    assert found["block, r=64", "sst2"]["less_lora"] == [-0.25, -0.125]
 
 
 def test_a_table_takes_the_place_of_the_old_one() -> None:

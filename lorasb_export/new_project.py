@@ -50,7 +50,7 @@ def write_project(
     Args:
         tasks: name → data.
         basis, fit: what to set in these sections. When None, the default epochs, and a larger R on fewer layers for
-            text, R on all of them where the rows have labels: what did best of each in docs/benchmarks.md.
+            text, R on all of them where the rows have labels: see docs/benchmarks.md.
 
     Raises:
         OutputError: the file exists and `overwrite` is false.

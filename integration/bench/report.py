@@ -27,6 +27,20 @@ import matplotlib.pyplot as plt
 TASKS = (*GENERATING, *CLASSIFYING)
 COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+# README's table: the tasks that tell methods apart, and what a reader chooses between.
+CHOSEN_TASKS = ("banking77", "e2e", "sst2", "cola")
+CHOSEN = {
+    "PEFT's LoRA, r = 8": "LoRA r=8",
+    "PEFT's rsLoRA, r = 32": "rsLoRA r=32",
+    "as published: own basis, r = 64, AdamW": "as published: own basis, r=64, AdamW",
+    "own basis, r = 64": "own basis, r=64",
+    "a basis made from five tasks, r = 64": "shared basis, r=64",
+    "one random basis for all tasks, r = 64": "random basis, r=64",
+    "**what `init` sets for text**: r = 128 on `down_proj`, a basis made from five tasks": "down: shared basis, r=128",
+    "the same, own basis": "down: own basis, r=128",
+    "the same, one random basis for all tasks": "down: random basis, r=128",
+    "a block of r = 256 on `down_proj`": "down: block, r=256",
+}
 Line = dict[str, Any]
 Identity = tuple[tuple[str, Any], ...]  # what a cell is, apart from rate and seed
 _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adapter_bytes", "seconds", "device")
@@ -48,7 +62,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     runs = list(Results(RUNS).lines().values())
     best = best_rates(runs)
     captures = {_identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
-    found = _by_method(best)
+    found = by_method(best)
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
         "[benchmarks](../benchmarks.md#quality) says what they mean, and has the metrics.",
@@ -58,8 +72,11 @@ def run(*, quick: bool) -> dict[str, Any]:
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
-    benchmarks = RESULTS.parent / "benchmarks.md"
-    benchmarks.write_text(with_tables(benchmarks.read_text(), {"metrics": _metrics(found), "losses": _losses(found)}))
+    for place, tables in {
+        RESULTS.parent / "benchmarks.md": {"metrics": _metrics(found), "losses": _losses(found)},
+        RESULTS.parents[1] / "README.md": {"chosen": _methods_table(found, _metric, CHOSEN, CHOSEN_TASKS)},
+    }.items():
+        place.write_text(with_tables(place.read_text(), tables))
     plot(found, RESULTS / "trained-loss.png")
     print(page.read_text())
     return {"name": "report", "cells": len(best), "captures": len(captures)}
@@ -101,27 +118,37 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _by_method(best: Mapping[Identity, Best]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(method, task) → what its seeds came to."""
+def by_method(best: Mapping[Identity, Best]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(method, task) → what its seeds came to, and its loss less that of LoRA r = 8 with the same seeds."""
     found = {}
     for task, (name, fields) in itertools.product(TASKS, METHODS.items()):
         if there := best.get(_identity(cell(task, **fields).fields)):
             found[name, task] = _summary(there)
+    for (_, task), of in found.items():
+        of_lora = found.get(("LoRA r=8", task), {"losses": {}})["losses"]
+        of["less_lora"] = [loss - of_lora[seed] for seed, loss in of["losses"].items() if seed in of_lora]
     return found
 
 
 def _summary(best: Best) -> dict[str, Any]:
-    return summary(best.lines) | {"seeds": len(best.lines), "closed": best.closed}
+    losses = {line["seed"]: line["loss"] for line in best.lines}
+    return summary(best.lines) | {"seeds": len(best.lines), "closed": best.closed, "losses": losses}
 
 
-def _methods_table(found: Mapping[tuple[str, str], dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
-    tasks = [task for task in TASKS if any(of == task for _, of in found)]
+def _methods_table(
+    found: Mapping[tuple[str, str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+    methods: Mapping[str, str] | None = None,
+    tasks: Sequence[str] = TASKS,
+) -> str:
+    """A row for each method that was run; `methods` are those to show, by what they are called there."""
+    tasks = [task for task in tasks if any(of == task for _, of in found)]
     metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
     rows = []
-    for name in METHODS:
+    for label, name in (methods or dict(zip(METHODS, METHODS, strict=True))).items():
         of_tasks = [found.get((name, task)) for task in tasks]
         if any(of_tasks):
-            rows.append([name, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
+            rows.append([label, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
     return _table(["", "trained", *(f"{task}, {metrics[task].replace('_', ' ')}" for task in tasks)], rows)
 
 
@@ -133,7 +160,7 @@ def _trained(name: str, found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
         for task in tasks
         if (of := found.get((name, task))) and ("LoRA r=8", task) in found
     }
-    return ", ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in ratios.values()))
+    return ", ".join(dict.fromkeys(f"{ratio:.2g}" for ratio in ratios.values()))
 
 
 def _metrics(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
@@ -141,7 +168,7 @@ def _metrics(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
 
 
 def _losses(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    return _methods_table(found, lambda of: f"{of['loss']:.3f}")
+    return _methods_table(found, _loss)
 
 
 def _metric(of: dict[str, Any]) -> str:
@@ -149,6 +176,15 @@ def _metric(of: dict[str, Any]) -> str:
     spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
     few = f" ({of['seeds']})" if of["seeds"] < 3 and of["steps"] else ""
     return f"{100 * of['mean']:.1f}{spread}{few}" + " *" * (not of["closed"])
+
+
+def _loss(of: dict[str, Any]) -> str:
+    """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `_metric`."""
+    differences, text = of["less_lora"], f"{of['loss']:.3f}"
+    if of["steps"] and any(differences):
+        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+        text += f" ({statistics.mean(differences):+.3f}{'' if error is None else f' ± {error:.3f}'})"
+    return text + " *" * (not of["closed"])
 
 
 def _costs(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:

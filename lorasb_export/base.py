@@ -68,6 +68,10 @@ class BaseModel:
     folder: Path
     config: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"<BaseModel {self.name_or_path}{revision}: {self.config['model_type']}>"
+
     @classmethod
     def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> BaseModel:
         """Find a folder or a Hub id (`owner/name` or `owner/name@revision`).

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class TaskData:
     task_type: str
     splits: Mapping[str, Sequence[Row]]
     sha256: str
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
+        return f"<TaskData {self.name}: {self.kind} rows, {rows}, of {self.source}>"
 
     @property
     def kind(self) -> str:
@@ -108,7 +112,47 @@ def load_task(name: str, source: str | Path) -> TaskData:
                 raise DataError(f"{split}.jsonl is empty", where=path, fix="Remove it or add rows")
     else:
         placed = _rows_from_hub(str(source))
-    if not placed["train"]:
+    return _checked(name, str(path.absolute()) if path.exists() else str(source), placed)
+
+
+def task_of(name: str, splits: Mapping[str, Iterable[Row]], *, source: str = "memory") -> TaskData:
+    """A task of rows that are in memory, checked as `load_task` checks those of a file.
+
+    Args:
+        name: what errors, cards and `fit_together` call it.
+        splits: `train`, and `valid` and `test` where there are any → the rows, each a dict.
+        source: what cards say the rows are from.
+
+    Raises:
+        DataError: as for `load_task`, with split and number of the row.
+    """
+    placed = {}
+    for split, rows in splits.items():
+        if split not in SPLITS:
+            raise DataError(f"a split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
+        placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
+        for place, row in placed[split]:
+            _refuse_unwritable(row, place)
+    return _checked(name, source, placed)
+
+
+def _refuse_unwritable(row: object, place: str) -> None:
+    """Raise DataError for what no line of a file could be."""
+    if not isinstance(row, dict):
+        raise DataError(f"the row is of type {type(row).__name__}", where=place, fix="Give a dict")
+    try:
+        _written(row)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"not to be written as JSON: {error}", where=place, fix="Mend the row") from None
+
+
+def _written(rows: object) -> bytes:
+    return json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def _checked(name: str, source: str, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> TaskData:
+    """The task of rows that come with their places, which errors name."""
+    if not placed.get("train"):
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
     kind = kind_of(placed["train"][0][1], placed["train"][0][0])
     for place, row in (placed_row for rows in placed.values() for placed_row in rows):
@@ -118,9 +162,8 @@ def load_task(name: str, source: str | Path) -> TaskData:
             )
         _check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
-    digest = hashlib.sha256(json.dumps(splits, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
-    where = str(path.absolute()) if path.exists() else str(source)
-    task = TaskData(name, where, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
+    digest = hashlib.sha256(_written(splits)).hexdigest()
+    task = TaskData(name, source, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
     if kind == LABELLED:
         _check_labels(task, placed)
     return task

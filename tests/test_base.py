@@ -77,6 +77,10 @@ def test_a_config_that_says_that_it_is_not_quantized(tmp_path: Path) -> None:
     assert BaseModel.resolve(tmp_path).config["model_type"] == "llama"
 
 
+def test_a_base_says_in_a_line_what_it_is(bert: Path) -> None:
+    assert repr(BaseModel.resolve(bert)) == f"<BaseModel {bert}: bert>"
+
+
 def test_an_encoder_is_not_asked_to_generate(bert: Path, sums: Path) -> None:
     with pytest.raises(BaseModelError, match="BertModel does not generate text"):
         calibrate(str(bert), {"sums": sums})

@@ -7,6 +7,7 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -14,7 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task
+from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project import Project
 from tests.rows import CHAT_LINE, CLASS, GOOD
@@ -208,3 +209,27 @@ def test_a_single_file_is_the_training_split(tmp_path: Path) -> None:
     assert (task.task_type, len(task.splits["train"]), list(task.splits)) == (CAUSAL_LM, 1, ["train"])
     with pytest.raises(DataError, match="no valid rows"):
         task.rows("valid")
+
+
+def test_rows_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(CLASS + CLASS.replace("yes", "no"))
+    (tmp_path / "valid.jsonl").write_text(CLASS)
+    of_files = load_task("t", tmp_path)
+    task = task_of("t", {"valid": of_files.rows("valid"), "train": iter(of_files.rows("train"))})
+    assert (task.splits, task.sha256, task.task_type) == (of_files.splits, of_files.sha256, SEQ_CLS)
+    assert repr(of_files) == f"<TaskData t: text/label rows, 2 train, 1 valid, of {tmp_path}>"
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": [json.loads(GOOD), {"prompt": "?"}]}, r"lacks field 'completion' \(task t, train row 2\)"),
+        ({"train": [json.loads(GOOD)], "valid": ["1+1=2"]}, r"of type str \(task t, valid row 1\)\. Give a dict"),
+        ({"train": [{"text": "cut \ud83d"}]}, r"not to be written as JSON: .*surrogates.* \(task t, train row 1\)"),
+        ({"train": [], "valid": [json.loads(GOOD)]}, "no training rows"),
+        ({"training": [json.loads(GOOD)]}, r"a split 'training' \(task t\)\. Use train, valid, test"),
+    ],
+)
+def test_bad_rows_in_memory_are_named(splits: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        task_of("t", splits)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lorasb_export
+
 
 @pytest.mark.parametrize(("before", "works"), [("import lorasb_export; ", True), ("", False)])
 def test_after_this_package_transformers_does_not_see_a_broken_one(before: str, works: bool, tmp_path: Path) -> None:
@@ -25,3 +27,16 @@ def test_after_this_package_transformers_does_not_see_a_broken_one(before: str, 
 
 def test_to_import_this_package_is_cheap() -> None:
     subprocess.run([sys.executable, "-c", "import lorasb_export, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_the_names_at_the_top() -> None:
+    assert dir(lorasb_export) == sorted(lorasb_export.__all__)
+    assert all(callable(getattr(lorasb_export, name)) for name in lorasb_export.__all__)
+
+
+def test_modules_of_a_package_that_is_called_as_its_function() -> None:
+    import lorasb_export.export.peft as peft
+    import lorasb_export.serve.launcher as launcher
+
+    assert lorasb_export.export.peft is peft
+    assert lorasb_export.serve is launcher.serve

@@ -74,3 +74,7 @@ def export(
     task = next(iter(data.values()), None) if data else None
     options: dict[str, Any] = {"precision": precision, "verify": verify, "data": task, "max_drop": max_drop}
     return export_onnx(paths[0], out, base=base, overwrite=overwrite, **options)
+
+
+# `lorasb_export.export` is the function; `import lorasb_export.export.peft as peft` looks for the module in it.
+export.__dict__ = globals()

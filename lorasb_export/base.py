@@ -45,7 +45,7 @@ class BaseRef:
     revision: str | None
     fingerprint: str
 
-    def resolve(self, elsewhere: str | Path | None = None) -> BaseModel:
+    def resolve(self, elsewhere: AnyBase | None = None) -> BaseModel:
         """The base this names, or the one at `elsewhere` in its place; not yet compared with the fingerprint.
 
         Raises:
@@ -73,12 +73,14 @@ class BaseModel:
         return f"<BaseModel {self.name_or_path}{revision}: {self.config['model_type']}>"
 
     @classmethod
-    def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> BaseModel:
-        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`).
+    def resolve(cls, name_or_path: AnyBase, revision: str | None = None) -> BaseModel:
+        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`); one that was found is given back.
 
         Raises:
             BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
         """
+        if isinstance(name_or_path, BaseModel):
+            return name_or_path
         name = str(name_or_path)
         path = Path(os.path.expanduser(name))
         if path.is_file():
@@ -329,6 +331,9 @@ class BaseModel:
         if self.config.get("type_vocab_size", 0) < 2:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         return tokenizer
+
+
+AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,11 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]], *, source: str = "me
         for place, row in placed[split]:
             _refuse_unwritable(row, place)
     return _checked(name, source, placed)
+
+
+def load_tasks(data: Mapping[str, str | Path | TaskData]) -> list[TaskData]:
+    """The task of every name: read, or a loaded one under that name."""
+    return [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
 
 
 def _refuse_unwritable(row: object, place: str) -> None:

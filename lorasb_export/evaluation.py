@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from .adapter import Adapter
 from .bars import no_bar
-from .base import CAUSAL_LM
+from .base import CAUSAL_LM, AnyBase
 from .batches import Encoded, collate, encode, row_losses
-from .data import CHAT, COMPLETION, LABELLED, TEXT, Row, TaskData, question_and_answer
+from .data import CHAT, COMPLETION, LABELLED, TEXT, Row, TaskData, load_task, question_and_answer
 from .errors import DataError, SettingsError
 from .format import sealed
 from .inference import answers, max_answer_tokens
 from .layer import remove
 from .metrics import exact_match, of_predictions
+from .names import name_of
 from .output import replaced_file
 from .publishing import card
 from .settings import FitSettings
@@ -37,10 +38,10 @@ _METRICS = {
 
 
 def evaluate(
-    adapter: Adapter,
-    task: TaskData,
+    adapter: str | Path | Adapter,
+    task: str | Path | TaskData,
     *,
-    base: str | None = None,
+    base: AnyBase | None = None,
     split: str | None = None,
     limit: int | None = None,
     dtype: str = "auto",
@@ -68,6 +69,8 @@ def evaluate(
             none that the base can answer (`question_ids`).
         SettingsError: the metric does not fit the data.
     """
+    adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    task = task if isinstance(task, TaskData) else load_task(name_of(Path(task)), task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
     asked = [question_and_answer(row) for row in rows] if metric == "exact_match" else []
     model = adapter.base.resolve(base)

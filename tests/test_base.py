@@ -78,7 +78,9 @@ def test_a_config_that_says_that_it_is_not_quantized(tmp_path: Path) -> None:
 
 
 def test_a_base_says_in_a_line_what_it_is(bert: Path) -> None:
-    assert repr(BaseModel.resolve(bert)) == f"<BaseModel {bert}: bert>"
+    base = BaseModel.resolve(bert)
+    assert BaseModel.resolve(base) is base
+    assert repr(base) == f"<BaseModel {bert}: bert>"
 
 
 def test_an_encoder_is_not_asked_to_generate(bert: Path, sums: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,10 @@ def test_a_linear_combination_is_exact(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(exact.float(), after[f"{name}.weight"])
     found = read_json(tmp_path / "model" / "lorasb.json")["adapters"]
     assert [(one["name"], one["weight"]) for one in found] == [("a", 0.6), ("b", -0.4)]
+    unsaved = [replace(adapter, folder=None, basis_source=None, basis=first.basis) for adapter in (first, second)]
+    merge([(unsaved[0], 0.6), (unsaved[1], -0.4)], tmp_path / "again", base=BaseModel.resolve(llama))
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "model" / "model.safetensors").read_bytes()
 
 
 def test_what_is_combined_is_read_once_and_not_overwritten(

@@ -183,6 +183,8 @@ def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
     found = evaluate(adapter, task, split="train")
     assert (found["metric"], found["base"], found["rows"]) == ("accuracy", None, 3)
     assert found["adapter"] in (1 / 3, 2 / 3)  # the first two rows are one text
+    adapter.save(tmp_path / "b")
+    assert evaluate(tmp_path / "b", tmp_path / "d", split="train", base=bert) == found | {"task": "d"}
     assert -1 <= evaluate(adapter, task, split="train", metric="mcc")["adapter"] <= 1
     for metric in ("pearson", "f1"):
         with pytest.raises(SettingsError, match=f"metric '{metric}' does not fit text/label rows. Use accuracy or mcc"):

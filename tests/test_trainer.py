@@ -63,7 +63,7 @@ def test_tasks_together_end_as_each_alone(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     settings = replace(SETTINGS, accumulate=accumulate, optimizer=optimizer)
-    together = fit_together(str(llama), basis, list(tasks.values()), tmp_path / "together", settings)
+    together = fit_together(llama, basis, tasks, tmp_path / "together", settings)
     for adapter, (name, task) in zip(together, tasks.items(), strict=True):
         alone = fit(str(llama), basis, task, tmp_path / name, settings)
         assert equal(adapter, alone, 1e-6)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ..bars import no_bar
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..base import CAUSAL_LM, SEQ_CLS, AnyBase, BaseModel
 from ..basis import Basis
-from ..data import TaskData, load_task, refuse_single_class
+from ..data import TaskData, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..layer import remove, weight_of
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: str | BaseModel,
+    model: AnyBase,
     data: Mapping[str, str | Path | TaskData],
     settings: CalibrationSettings | None = None,
     *,
@@ -80,13 +80,13 @@ def calibrate(
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
     settings = settings or CalibrationSettings()
-    base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+    base = BaseModel.resolve(model)
     base.refuse_merged()
     if settings.directions in DRAWN:
         return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
-    tasks = [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
+    tasks = load_tasks(data)
     labels = _common_labels(tasks)
     task_type = tasks[0].task_type
     if network is None:

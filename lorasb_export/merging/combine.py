@@ -46,7 +46,7 @@ def _of_one_basis(group: Weighted) -> Adapter:
             raise ArtifactError("its modules are not those of its basis", where=adapter.folder, fix="Fetch it again")
     R = {name: torch.stack([w * a.scaling * a.R[name].double() for a, w in group]).sum(dim=0) for name in first.R}
     source = first.basis_source or str(first.folder)
-    return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type)
+    return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type, basis=first.basis)
 
 
 def provenance(weighted: Weighted) -> list[dict[str, Any]]:

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ..adapter import Adapter, published_training
 from ..bars import no_bar
-from ..base import SEQ_CLS
+from ..base import SEQ_CLS, AnyBase
 from ..errors import SettingsError
 from ..output import free_bytes
 from ..provenance import command
 from ..publishing import card
 from ..storage import write_json
 from . import retained
-from .combine import Weights
+from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder
 from .plan import MergePlan, plan_merge
 from .retained import Retained
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 def merge(
-    adapter: str | Path | Adapter | Weights,
+    adapter: str | Path | Adapter | Weights | Weighted,
     out: str | Path,
     *,
-    base: str | Path | None = None,
+    base: AnyBase | None = None,
     dtype: str = "auto",
     max_shard_size: str | int = "5GB",
     verify: bool = False,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base import SEQ_CLS, BaseModel, side_files
+from ..base import SEQ_CLS, AnyBase, BaseModel, side_files
 from ..basis import Basis
 from ..errors import ArtifactError, Problems, SettingsError
 from ..format import TORCH_DTYPES, read_tensor
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..storage import DTYPE_BYTES, TensorInfo
 from . import retained
-from .combine import Weights, combine, provenance
+from .combine import Weighted, Weights, combine, provenance
 from .folder import bytes_of_an_earlier_try
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -138,10 +138,10 @@ def worker_count() -> int:
 
 
 def plan_merge(
-    adapter: str | Path | Adapter | Weights,
+    adapter: str | Path | Adapter | Weights | Weighted,
     out: Path,
     *,
-    base: str | Path | None,
+    base: AnyBase | None,
     dtype: str,
     max_shard_size: str | int,
     overwrite: bool,
@@ -164,12 +164,13 @@ def plan_merge(
     with problems:
         limit = parse_size(max_shard_size)
     with problems:
-        if isinstance(adapter, Mapping):
-            weighted = [(Adapter.load(source), weight) for source, weight in adapter.items()]
-            loaded, combined = combine(weighted), provenance(weighted)
-        else:
+        if isinstance(adapter, str | Path | Adapter):
             weighted = [(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), 1.0)]
             loaded = (weighted[0][0],)
+        else:
+            pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
+            weighted = [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
+            loaded, combined = combine(weighted), provenance(weighted)
         model = loaded[0].base.resolve(base)
         for one, _ in weighted:
             refuse_own_input(out, one.folder, one.basis_source)

@@ -7,17 +7,17 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..base import CAUSAL_LM, SEQ_CLS, AnyBase, BaseModel
 from ..basis import Basis
 from ..calibration.capture import overview
-from ..data import TaskData, load_task, refuse_single_class
+from ..data import TaskData, load_task, load_tasks, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError, TrainingError
 from ..evaluation import fitting_metric
 from ..lock import only_writer
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    model: str | BaseModel,
+    model: AnyBase,
     basis: str | Path | Basis | CalibrationSettings,
     data: str | Path | TaskData,
     out: str | Path,
@@ -81,9 +81,9 @@ def fit(
 
 
 def fit_together(
-    model: str | BaseModel,
+    model: AnyBase,
     basis: str | Path | Basis,
-    tasks: Sequence[TaskData],
+    tasks: Sequence[TaskData] | Mapping[str, str | Path | TaskData],
     folder: str | Path,
     settings: FitSettings | None = None,
     *,
@@ -99,6 +99,7 @@ def fit_together(
 
     Args and errors: as for `fit`; also SettingsError for classification, where each task trains a head of its own.
     """
+    tasks = load_tasks(tasks) if isinstance(tasks, Mapping) else tasks
     if any(task.task_type != CAUSAL_LM for task in tasks):
         raise SettingsError(
             "classifiers do not train together: each has its own head", fix="Fit them one after another"
@@ -119,7 +120,7 @@ class _Run:
 
     def __init__(
         self,
-        model: str | BaseModel,
+        model: AnyBase,
         basis: str | Path | Basis | CalibrationSettings,
         tasks: Sequence[TaskData],
         outs: Sequence[Path],
@@ -131,7 +132,7 @@ class _Run:
         self.tasks, self.outs, self.folder = tasks, outs, folder
         self._started = time.monotonic()
         require_fitting(tasks, settings)
-        self.base = model if isinstance(model, BaseModel) else BaseModel.resolve(model)
+        self.base = BaseModel.resolve(model)
         self.base.refuse_merged()
         if network is not None:
             refuse_spread(network)

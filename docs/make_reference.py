@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import lorasb_export
+
 REFERENCE = Path(__file__).parent / "reference"
 LIBRARY = Path(__file__).parents[1] / "lorasb_export"
 
@@ -34,13 +36,24 @@ SHOWN: dict[str, Sequence[str]] = {
     "export/__init__.py": ["export"],
     "publishing/hub.py": ["push"],
     "serve/launcher.py": ["serve", "running_server"],
+    "serve/server.py": ["RunningServer: wait"],
     "basis.py": ["Basis: load open save"],
     "adapter.py": ["Adapter: attach inject load load_basis save delta"],
     "layer.py": ["remove"],
     "stack.py": ["Stack: __init__ use detach"],
+    "base.py": ["BaseModel: resolve load load_tokenizer verify"],
+    "inference.py": ["answers"],
+    "inspection.py": ["inspect_folder"],
     "settings.py": ["CalibrationSettings", "FitSettings"],
-    "data.py": ["load_task"],
+    "data.py": ["load_task", "task_of", "TaskData: labels rows held_out"],
     "training/muon.py": ["Muon: __init__", "groups_of"],
+}
+# Module → what its signatures call other types.
+TYPES = {
+    "base.py": ["AnyBase"],
+    "data.py": ["Row", "Prompt"],
+    "merging/combine.py": ["Weights", "Weighted"],
+    "serve/launcher.py": ["Adapters"],
 }
 Shown = ast.FunctionDef | ast.ClassDef
 
@@ -67,13 +80,26 @@ def python_page() -> str:
     for path, names in SHOWN.items():
         source = (LIBRARY / path).read_text(encoding="utf-8")
         found = {node.name: node for node in ast.parse(source).body if isinstance(node, Shown)}
-        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for entry in names:
             name, _, methods = entry.partition(":")
+            home = "lorasb_export" if name in lorasb_export.__all__ else _module(path)
             lines = "\n".join(_lines(source.splitlines(), found[name], methods.split()))
-            parts.append(f"## {name}\n\nIn `lorasb_export.{module}`.\n\n```python\n{lines}\n```\n")
+            parts.append(f"## {name}\n\n```python\nfrom {home} import {name}\n\n\n{lines}\n```\n")
+    parts += ["## Types\n\n```python", *_types(), "```\n"]
     parts += ["## Errors\n\nIn `lorasb_export.errors`.\n\n| | is also a | |\n|---|---|---|", *_errors(), ""]
     return "\n".join(parts)
+
+
+def _module(path: str) -> str:
+    return "lorasb_export." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _types() -> Iterator[str]:
+    for path, names in TYPES.items():
+        yield f"# {_module(path)}"
+        for line in (LIBRARY / path).read_text(encoding="utf-8").splitlines():
+            if line.partition(" = ")[0] in names:
+                yield line
 
 
 def _errors() -> Iterator[str]:

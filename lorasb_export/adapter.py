@@ -43,12 +43,14 @@ class Adapter:
         basis_sha256: hash of the basis its R belong to.
         basis_source: where that basis is: an absolute folder or a Hub id@revision; None when it lies in the
             adapter's own folder, or was never saved (then `save` puts it there).
-        R: module → (r, r) fp32. While training these are the live parameters of the model.
+        R: module → (r, r) fp32. Of `attach` these are the live parameters of the model; of `fit` and `load`, plain
+            tensors on the CPU.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; JSON. Keys of your own may hold anything. Those that the card shows
             are as `fit` and `evaluate` write them: `task` and `data` text, `labels` a list, `settings` by name,
             `evaluation` {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
+        basis: its basis, where it is loaded (`load_basis`). Set it on many adapters, and they hold one.
         hub_source: of one from the Hub, `owner/name@commit`.
     """
 
@@ -73,7 +75,8 @@ class Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
 
         All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
-        those of the model's config.
+        those of the model's config. Of the model only names and shapes are compared with the basis: whether its
+        weights are those of the base, `BaseModel.verify` says.
 
         Args:
             scaling: s.
@@ -108,7 +111,10 @@ class Adapter:
         return cls(basis.base, basis.sha256, basis.source, R0, scaling, basis=basis)
 
     def inject(self, model: torch.nn.Module) -> None:
-        """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one."""
+        """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one.
+
+        They are copies. To train it on, `attach` a fresh one of its basis and scaling and copy its R into that.
+        """
         from . import layer
 
         layer.inject(model, self.load_basis().modules, self.R, self.scaling)
@@ -197,6 +203,7 @@ class Adapter:
         In a process group the first process writes. Where FSDP2 shards the model, all must call this: R is gathered.
 
         Args:
+            overwrite: replace the folder, where this package wrote it.
             embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
                 for a basis of blocks, which takes less room than R.
 

@@ -61,7 +61,13 @@ class _ModulesOnDisk(Mapping[str, ModuleBasis]):
 
 @dataclass(frozen=True)
 class Basis:
-    """One frozen pair (B, A) per target module of one base model, shared by any number of adapters."""
+    """One frozen pair (B, A) per target module of one base model, shared by any number of adapters.
+
+    Attributes:
+        modules: full module name → its `B` (out, r), `A` (r, in), `S` (r,), and the `shape` of its weight.
+        calibration: how it was made, JSON; see `calibrate`.
+        sha256: of its tensors, by which adapters know it.
+    """
 
     base: BaseRef
     rank: int

@@ -92,6 +92,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
     """Read a task from a folder of train/valid/test.jsonl, one .jsonl file, or a Hub dataset id.
 
     `validation.jsonl` is taken for `valid.jsonl`; other .jsonl files of the folder are left alone, with a warning.
+    `name` is what errors, cards and `fit_together` call the task.
 
     Raises:
         DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty

@@ -45,7 +45,7 @@ class DataError(LoraSBError, ValueError):
 
 
 class SettingsError(LoraSBError, ValueError):
-    """A setting, in `lorasb.toml` or on the command line, is unknown or out of range."""
+    """A setting, in `lorasb.toml`, on the command line or in a call, is unknown or out of range."""
 
 
 class OutputError(LoraSBError, OSError):

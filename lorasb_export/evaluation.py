@@ -48,12 +48,14 @@ def evaluate(
     metric: str | None = None,
     networks: dict[str, PreTrainedModel] | None = None,
 ) -> dict[str, Any]:
-    """A metric on held-out rows, for the base and for the adapter.
+    """A metric on held-out rows, for the base and for the adapter. The adapter's folder and card stay as they are.
 
     Args:
+        adapter: a folder, a Hub id, or a loaded Adapter.
+        task: folder, file, Hub dataset id, or loaded task.
         base: the base model, where it is not where the adapter says.
         split: `valid`, `test` or `train`; the task's held-out split when None.
-        limit: only the first so many rows.
+        limit: only the first so many rows, at least 1.
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
             `pearson`. The first of these when None.
@@ -61,13 +63,14 @@ def evaluate(
             without adapters.
 
     Returns:
-        `task`, `split`, `rows` (those that count), `metric`, and its value for `adapter` and for `base`: None where
-        the adapter brings the head, which the base lacks.
+        `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
+        `base`: None where the adapter brings the head, which the base lacks.
 
     Raises:
-        DataError: the split is empty, or of another task type than the adapter; an answer is missing, or a prompt is
-            none that the base can answer (`question_ids`).
+        DataError: the split is empty, or of another task type than the adapter; an answer is missing; or the base
+            cannot answer a prompt: it is empty, too long for it, or refused by the chat template.
         SettingsError: the metric does not fit the data.
+        BaseModelError, ArtifactError: the base is missing or another one; the adapter or its basis is bad.
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     task = task if isinstance(task, TaskData) else load_task(name_of(Path(task)), task)

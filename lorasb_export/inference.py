@@ -101,7 +101,17 @@ def answers(
     batch_size: int = 16,
     unit: str = "prompt",
 ) -> list[str]:
-    """Greedy answers to prompts; args and errors as of `question_ids`."""
+    """Greedy answers to prompts, asked as in training, in the order given.
+
+    Args:
+        prompts: texts, or the turns of chats.
+        max_tokens: of an answer, at most.
+        batch_size: prompts at once; it does not change the answers beyond rounding.
+        unit: what errors call a prompt; its number, from 1, follows.
+
+    Raises:
+        DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
+    """
     questions = question_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
     return answers_to_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
 

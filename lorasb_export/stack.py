@@ -22,7 +22,8 @@ class Stack:
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Attach `adapters`, all of one basis and one scaling; any adapter on `model` is taken off first.
 
-        While attached, each adapter's `R` are views of the stack: training it trains them, `save` works as ever.
+        While attached, each adapter's `R` are views of the stack: training it trains them, `save` works as ever. For
+        another set of adapters make another Stack.
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.

@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import lorasb_export
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "lorasb_export").rglob("*.py") if path.parent.name != "child_site")
 
@@ -27,6 +29,16 @@ def test_the_library_knows_no_command_line() -> None:
     assert not [
         path for path in MODULES if "import lorasb_cli" in path.read_text() or "from lorasb_cli" in path.read_text()
     ]
+
+
+def test_what_the_page_on_python_imports_is_there_and_nothing_is_left_out() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    lines = set(re.findall(r"^from lorasb_export.*", page, flags=re.MULTILINE))
+    assert len(lines) > 20
+    for line in lines:
+        exec(line)
+    shown = set(re.findall(r"^(?:## |\| `)(\w+)", page, flags=re.MULTILINE))
+    assert set(lorasb_export.__all__) <= shown
 
 
 def _prose(page: Path) -> str:

@@ -62,8 +62,9 @@ def calibrate(
 ) -> Basis:
     """Calibrate one basis for `model` over one task or a mixture of tasks.
 
-    Its `calibration` records, under `capture`, how much of the gradient it was made from the basis holds, overall
-    and by module, and how much of each task's (see `capture.capture`), of up to 32 tasks.
+    Its `calibration["capture"]` says how much of the gradient it was made from it holds: `basis`; `random`, what a
+    basis drawn at random would; both by module in `modules`; and in `tasks`, of up to 32, task name → the same of the
+    task's own gradient, with `own`, what a basis made for it alone would hold.
 
     With `directions` random or block it is made without data: `data` and `weights` are not read, and nothing is
     recorded of gradients.
@@ -72,7 +73,8 @@ def calibrate(
         model: folder, Hub id, or a resolved BaseModel.
         data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
         weights: task name → what the losses of its rows are multiplied by; 1 where it is not named.
-        network: the loaded base, where the caller already has it; an adapter on it is taken off.
+        network: the loaded base, where the caller already has it; an adapter on it is taken off, and its mode and flags
+            are left as they were.
 
     Raises:
         DataError: no rows, mixed task types.

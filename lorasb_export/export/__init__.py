@@ -37,12 +37,24 @@ def export(
         precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
         routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
         verify: compare an ONNX graph with the adapter in torch.
-        data: an adapter's name → its task, on whose held-out rows an ONNX graph is compared too.
-        max_drop: points of its metric that the graph may lose there.
+        data: an adapter's name (the last part of its path) → its task, on whose held-out rows an ONNX graph is
+            compared too.
+        max_drop: points of 100 of its metric that the graph may lose there.
+
+    Of all these `peft` reads `base` and `overwrite`.
+
+    Returns:
+        of `peft` the `folder`, its `rank`, the number of `modules` and the `bytes` of the weights; of a graph what its
+        `lorasb.json` records, `out` and `bytes`.
 
     Raises:
-        SettingsError: an unknown format, or several adapters for a format that takes one.
-        LoraSBError: see the format's own function.
+        SettingsError: an unknown format or precision; several adapters for a format that takes one.
+        ArtifactError: an adapter or its basis is bad, they do not share one, or `verify` failed.
+        DataError: `data` is of another task type than its adapter.
+        BaseModelError: another base, or one of an architecture that is not exported.
+        MissingPackageError: a package of the extra is not installed.
+        OutputError: `out` exists, holds what it is made from, or the disk is too full.
+        ServerError: the exporter failed.
     """
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if format not in FORMATS:

@@ -13,7 +13,7 @@ from ..adapter import Adapter
 from ..errors import ArtifactError, SettingsError
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
-Weighted = Sequence[tuple[Adapter, float]]
+Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters
 
 
 def combine(weighted: Weighted) -> tuple[Adapter, ...]:

@@ -50,8 +50,8 @@ def merge(
     few megabytes per thread. Killed, the same call again goes on after the last finished shard.
 
     Args:
-        adapter: a folder, a Hub id, or several with their weights: the sum of wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that
-            share a basis cost no more than one.
+        adapter: a folder, a Hub id, a loaded Adapter; or several, each with its weight, any finite number: the sum of
+            wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that share a basis cost no more than one.
         base: the base model, where it is not where the adapter says.
         dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         max_shard_size: bytes, or a number with KB, MB or GB.
@@ -60,7 +60,11 @@ def merge(
         report: a .json file to write with what every module retains of its update; a .png plot goes beside it.
 
     Returns:
-        what was done; `retained` says how much of the update the stored dtype kept (`lorasb_export.merging.retained`).
+        `base`, `adapter` (None of several), `out`, `dtype`, `stored` (the dtypes of what was added to), `modules`,
+        `tensors`, `shards`, `bytes`.
+        Of what was done also `shards_reused` (of an interrupted merge), `seconds`, `verify` and `report` where asked
+        for, and `retained`: how much of the update the stored dtype kept, as `cosine`, `relative_error` and the
+        `worst` module. Of a plan `expected_retained`, `peak_memory_bytes` and `free_bytes`.
 
     Raises:
         BaseModelError: another base, an already merged or a quantized one, a missing module.

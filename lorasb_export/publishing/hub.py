@@ -51,6 +51,7 @@ def push(
     changed. What the repository already holds is not sent again, and where that is everything there is no commit.
 
     Args:
+        folder: of a basis, an adapter, a merged model or an export.
         repo: `owner/name`; made if missing.
         public: make it public. Without this, an existing public repository is refused.
         revision: commit to this branch; made if missing.

@@ -23,7 +23,7 @@ from .temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
-Adapters = Mapping[str, str | Path] | Sequence[str]
+Adapters = Mapping[str, str | Path] | Sequence[str]  # served name → folder or Hub id; or words
 
 
 def serve(
@@ -42,17 +42,18 @@ def serve(
 ) -> int:
     """Serve a base model with `adapters`, or the merged model `model` alone, until interrupted.
 
-    Call it from the main thread: it stops at SIGINT and SIGTERM. The server's log goes to stderr.
+    Call it from the main thread (in another, `running_server`): it stops at SIGINT and SIGTERM. The server's log goes
+    to stderr.
 
     Args:
-        adapters: served name → adapter folder or Hub id; or words as `resolve_adapters` reads them, with names
-            looked up in `adapters/`.
+        adapters: served name → adapter folder or Hub id; or a list of words as `--adapters` takes them, each
+            with `name=` before it if it shall have another: a name in `adapters/`, a folder's path, a Hub id.
         model: the base, where the adapters do not find it themselves; without adapters, any model folder or Hub id.
         mode: `shared`: B and A once, one R per adapter, with a vLLM this was tested with; `folded`: each adapter as an
             ordinary LoRA; `auto`: shared where it can be, or folded, with a warning that says why.
         port: 0 takes any free one.
         dtype: as vLLM's `--dtype`.
-        extra: further vLLM flags; they win over the ones chosen here.
+        extra: further vLLM flags, as `["--max-model-len", "4096"]`; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
         on_start: called once when nothing was refused, before the server is started.
@@ -93,10 +94,16 @@ def running_server(
     echo: bool = False,
     on_start: Callable[[], None] | None = None,
 ) -> Iterator[RunningServer]:
-    """A server in the background, ready when the block starts and gone when it ends. Arguments and errors as `serve`.
+    """A server in the background, ready when the block starts and gone when it ends; in any thread.
+
+    Args and errors: as for `serve`.
 
     Args:
         echo: copy the server's log to stderr.
+        on_start: called once when nothing was refused, before the server is started.
+
+    Yields:
+        a RunningServer: ask at its `url` + "/v1".
     """
     port = _claim_port(host, port)
     environment.require_packages("vllm")

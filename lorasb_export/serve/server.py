@@ -31,6 +31,7 @@ class RunningServer:
     Attributes:
         url: where it answers, without `/v1`.
         models: the names it serves, the base first.
+        pid: of the process.
     """
 
     def __init__(

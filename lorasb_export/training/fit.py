@@ -58,13 +58,21 @@ def fit(
     While it runs, checkpoints lie in the hidden sibling `.NAME.run`; it is removed once `out` is in place.
 
     Args:
+        model: folder, Hub id, or a resolved BaseModel.
         basis: a basis folder, a Hub id, or a loaded Basis; or the settings to calibrate the task's own basis with,
             which then lies in the adapter.
-        data: folder, file, Hub dataset id, or loaded task.
+        data: folder, file, Hub dataset id, or loaded task. Its name is that of the folder `out`, or the loaded
+            task's own.
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
             from the beginning where there is none. An adapter that they made is kept.
-        network: the loaded base, where the caller already has it; its adapters are replaced, a classifier's head is
-            as it was.
+        network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
+            compared with `model`. It ends with the new adapter in place of its own, in eval mode; a classifier's head
+            is as it was. `remove` takes the adapter off.
+
+    Returns:
+        the adapter that was written, with `folder`, R on the CPU, and in `training` what the run found: `steps`,
+        `best_step`, `train_loss`, `valid_loss`, `valid_metrics`, `settings` with the learning rate it took, `capture`,
+        `rows` and more. One that `resume` found finished is loaded.
 
     Raises:
         OutputError: another process is writing `out`; it exists, or an interrupted run does, and neither `resume` nor
@@ -98,6 +106,12 @@ def fit_together(
     the base has dropout, whose masks then differ.
 
     Args and errors: as for `fit`; also SettingsError for classification, where each task trains a head of its own.
+
+    Args:
+        tasks: loaded tasks of different names, or task name → folder, file, Hub dataset id or loaded task.
+
+    Returns:
+        the adapters in the order of `tasks`.
     """
     tasks = load_tasks(tasks) if isinstance(tasks, Mapping) else tasks
     if any(task.task_type != CAUSAL_LM for task in tasks):

@@ -22,6 +22,8 @@ class Muon(torch.optim.AdamW):
     their gradients, and by a root mean square of lr, so that a rate means what it means to AdamW. AdamW moves every
     *entry* of R equally far, and what an entry is depends on which orthonormal B and A span the subspaces; Muon's path
     does not. Momentum and Nesterov's look ahead as in Jordan et al. (2024), who introduced Muon for hidden matrices.
+
+    After a step the gradients of R are None: clip them, or log their norms, before it.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float = 0.0) -> None:

@@ -6,6 +6,7 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -74,7 +75,7 @@ class Basis:
     modules: Mapping[str, Factors]
     calibration: Mapping[str, Any]
     created_with: Mapping[str, str] = field(default_factory=versions)
-    source: str | None = None  # where it was loaded from: an absolute folder, or Hub id@revision
+    source: str | None = None  # where it lies, loaded from or saved to: an absolute folder, or Hub id@revision
 
     def __repr__(self) -> str:
         of = f"rank {self.rank} for {len(self.modules)} modules of {self.base.name_or_path}"
@@ -133,10 +134,14 @@ class Basis:
         return sealed(content)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the basis folder, whole or not at all. Raises OutputError when it exists."""
+        """Write the basis folder, whole or not at all. Adapters trained in it from now on name that folder.
+
+        Raises OutputError when it exists.
+        """
         with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
+        object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen
 
     def write_into(self, folder: Path) -> None:
         """Write `basis.safetensors` and `basis_config.json` into an existing folder."""

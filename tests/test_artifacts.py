@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def test_embedded_adapter_stands_alone(folders: tuple[Path, Path], tmp_path: Pat
     moved = tmp_path / "moved"
     (tmp_path / "alone").rename(moved)
     assert Adapter.load(moved).load_basis().sha256 == adapter.basis_sha256
+
+
+def test_adapters_name_the_folder_that_a_basis_was_saved_to(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis = replace(Basis.load(folders[0]), source=None)  # as `calibrate` makes it
+    Adapter.start(basis).save(tmp_path / "before")
+    assert (tmp_path / "before" / "basis.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    basis.save("basis")
+    Adapter.start(basis).save("after")
+    assert not (tmp_path / "after" / "basis.safetensors").exists()
+    assert Adapter.load("after").basis_source == basis.source == str(tmp_path / "basis")
 
 
 @pytest.fixture(scope="module")

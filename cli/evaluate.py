@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,7 +36,8 @@ def run(
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     folders = {word: run.project.find_adapter(word) for word in words}
-    from lorasb_export.adapter import Adapter  # only now: it brings torch
+    from lorasb_export.adapter import Adapter, load_basis_once  # only now: it brings torch
+    from lorasb_export.base import CAUSAL_LM
     from lorasb_export.data import load_task
     from lorasb_export.evaluation import evaluate, record_evaluation, to_score
 
@@ -57,14 +59,19 @@ def run(
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     results: dict[str, Any] = {}
-    networks: dict[str, Any] = {}
+    networks: dict[Path, Any] = {}  # by the base's folder, and bases by their hash: adapters share them
+    bases: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
     for word, (name, source) in ready.items():
         loaded, task = Adapter.load(folders[word]), load_task(name, source)
-        base_model = base_elsewhere(run, model, folders[word])
-        result = evaluate(
-            loaded, task, base=base_model, split=split, limit=limit, dtype=dtype, metric=metric, networks=networks
-        )
+        where = loaded.base.resolve(base_elsewhere(run, model, folders[word]))
+        where.verify(loaded.base, loaded.R)
+        network = None
+        if task.task_type == CAUSAL_LM:  # of classifiers each has its own number of outputs
+            network = networks[where.folder] = networks.get(where.folder) or where.load(dtype=dtype)
+        load_basis_once(loaded, bases)
+        options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
+        result = evaluate(loaded, task, base=str(where.folder), network=network, **options)
         whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
         if whole and loaded.folder is not None and loaded.hub_source is None:
             try:

@@ -17,7 +17,7 @@ from .data import CHAT, COMPLETION, LABELLED, TEXT, Row, TaskData, load_task, qu
 from .errors import DataError, SettingsError
 from .format import sealed
 from .inference import answers, max_answer_tokens
-from .layer import remove
+from .layer import head_parameters, load_head, remove
 from .metrics import exact_match, of_predictions
 from .names import name_of
 from .output import replaced_file
@@ -46,7 +46,7 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "auto",
     metric: str | None = None,
-    networks: dict[str, PreTrainedModel] | None = None,
+    network: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """A metric on held-out rows, for the base and for the adapter. The adapter's folder and card stay as they are.
 
@@ -59,8 +59,8 @@ def evaluate(
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
             `pearson`. The first of these when None.
-        networks: for many adapters of one base, a cache of loaded causal models by fingerprint: read, filled, and left
-            without adapters.
+        network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
+            a classifier's head is as it was.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
@@ -83,11 +83,9 @@ def evaluate(
     if metric != "exact_match":
         length = trained_length(adapter)
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
-    networks = {} if networks is None or task.task_type != CAUSAL_LM else networks
-    network = networks.get(adapter.base.fingerprint)
     if network is None:
         network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
-        networks[adapter.base.fingerprint] = network
+    remove(network)  # what is on it must not count as the base
 
     def score() -> float:
         if metric == "exact_match":
@@ -103,11 +101,13 @@ def evaluate(
 
     result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
     before = score() if task.task_type == CAUSAL_LM else None
+    head = {name: p.detach().clone() for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
     try:
         return result | {"base": before, "adapter": score()}
     finally:
         remove(network)
+        load_head(network, head)
 
 
 def to_score(

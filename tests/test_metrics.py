@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from lorasb_export import Adapter, evaluation, fit, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
@@ -19,6 +19,7 @@ from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation import evaluate, row_scores
 from lorasb_export.inference import answers
+from lorasb_export.layer import LoRASBLinear
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
@@ -169,10 +170,29 @@ def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> 
     task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
     with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
         evaluate(generates, task, split="train")
-    networks: dict[str, PreTrainedModel] = {}
-    found = [evaluate(generates, task, split="train", metric="loss", networks=networks) for _ in range(2)]
-    assert found[0] == found[1]  # on one loaded base, which is left as it was
-    assert (found[0]["rows"], len(networks)) == (2, 1)
+    assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
+
+
+def test_an_adapter_on_a_given_network_is_not_taken_for_the_base(
+    chatty: Path, generates: Adapter, tmp_path: Path
+) -> None:
+    task = task_of(GOOD, tmp_path / "data")
+    expected = evaluate(generates, task, split="train", metric="loss")
+    network = BaseModel.resolve(chatty).load()
+    for _ in range(2):
+        generates.inject(network)  # as `fit` leaves its own there
+        assert evaluate(generates, task, split="train", metric="loss", network=network) == expected
+    assert not any(isinstance(module, LoRASBLinear) for module in network.modules())
+
+
+def test_a_given_classifier_keeps_its_head(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2, seed=7)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    task = task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data")
+    found = evaluate(adapter, task, split="train", network=network)
+    assert found == evaluate(adapter, task, split="train")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:

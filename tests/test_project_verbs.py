@@ -7,10 +7,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from lorasb_export import Adapter, calibrate
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.base import BaseModel
 from lorasb_export.export import onnx
 from lorasb_export.settings import CalibrationSettings
 from tests.conftest import lorasb
@@ -34,6 +36,23 @@ def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:
     assert [file.read_bytes() for file in files] == before
     assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
     assert Adapter.load("adapters/a").training["evaluation"]["test"]["loss"]["rows"] == 24
+
+
+def test_adapters_are_scored_on_one_base_and_share_their_basis(
+    project: Path, llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Adapter.load("adapters/a").load_basis().save("basis")
+    other = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random", targets="q_proj"))
+    for name, basis in (("a", Basis.load("basis")), ("b", Basis.load("basis")), ("c", other)):
+        adapter = Adapter.start(basis)
+        adapter.training = {"task": name, "data": str(sums)}
+        adapter.save(f"adapters/{name}", overwrite=True)
+    base, read = Mock(wraps=BaseModel.load), Mock(wraps=Basis.load)
+    monkeypatch.setattr(BaseModel, "load", lambda *words, **named: base(*words, **named))
+    monkeypatch.setattr(Basis, "load", read)
+    done = lorasb("evaluate", "--metric", "loss", "--limit", "1", "--data", str(sums), "--json")
+    assert list(json.loads(done.stdout)["evaluation"]) == ["a", "b", "c"]
+    assert (base.call_count, read.call_count) == (1, 2)
 
 
 def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> None:

@@ -10,7 +10,9 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.base import BaseModel
-from lorasb_export.export import onnx_adapters
+from lorasb_export.data import TaskData
+from lorasb_export.errors import SettingsError
+from lorasb_export.export import export, onnx, onnx_adapters
 from lorasb_export.export.onnx_record import write_record
 from tests.random_adapter import save_adapter
 
@@ -37,6 +39,18 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
         assert set(calls[-1].get("data", {})) == tested
     done = CliRunner().invoke(app, [*command, "--precision", "int4"])
     assert (done.exit_code, len(calls)) == (2, 2)
+
+
+def test_a_graph_is_compared_on_the_task_of_its_adapter(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "minus", ["model.layers.0.mlp.up_proj"])
+    monkeypatch.setattr(onnx, "export_onnx", lambda *_, data, **__: {"data": data})
+    options: dict[str, Any] = {"format": "onnx", "data": tasks}
+    assert export(tmp_path / "minus", tmp_path / "out", **options)["data"] is tasks["minus"]
+    (tmp_path / "minus").rename(tmp_path / "times")
+    with pytest.raises(SettingsError, match=r"data is of plus, minus, the adapter is times. Give its task under its"):
+        export(tmp_path / "times", tmp_path / "out", **options)
 
 
 def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def export(
         `lorasb.json` records, `out` and `bytes`.
 
     Raises:
-        SettingsError: an unknown format or precision; several adapters for a format that takes one.
+        SettingsError: an unknown format or precision; several adapters for a format that takes one;
+            `data` lacks the adapter's name.
         ArtifactError: an adapter or its basis is bad, they do not share one, or `verify` failed.
         DataError: `data` is of another task type than its adapter.
         BaseModelError: another base, or one of an architecture that is not exported.
@@ -83,9 +84,19 @@ def export(
         return export_peft(paths[0], out, base=base, overwrite=overwrite)
     from .onnx import export_onnx
 
-    task = next(iter(data.values()), None) if data else None
+    task = _task_of(paths[0], data) if data else None
     options: dict[str, Any] = {"precision": precision, "verify": verify, "data": task, "max_drop": max_drop}
     return export_onnx(paths[0], out, base=base, overwrite=overwrite, **options)
+
+
+def _task_of(source: str | Path, data: Mapping[str, TaskData]) -> TaskData:
+    """The adapter's own of several tasks. Raises SettingsError where none has its name."""
+    from ..adapter import Adapter
+
+    name = Adapter.load(source).name or ""
+    if name not in data:
+        raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
+    return data[name]
 
 
 # `lorasb_export.export` is the function; `import lorasb_export.export.peft as peft` looks for the module in it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -64,7 +63,7 @@ def run(
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.lock import only_writer
-    from lorasb_export.output import refuse_existing
+    from lorasb_export.output import expanded, refuse_existing
     from lorasb_export.project_basis import is_shared, refuse_to_strand
     from lorasb_export.settings import DRAWN, CalibrationSettings
 
@@ -82,7 +81,7 @@ def run(
         seed=seed,
     )
     settings = CalibrationSettings(**{**project.calibration, **flags})
-    target = Path(out) if out else project.path(project.basis_path)
+    target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
     sources = parse_pairs(data)
     if not sources and settings.directions not in DRAWN:

@@ -65,9 +65,10 @@ def run(
         result = export(folders, target, format=format, base=base, **options)
     else:
         from lorasb_export.export.onnx_adapters import add_onnx_adapters, exported_record
+        from lorasb_export.output import expanded
 
         target, verb = into, "Added to"
-        if verify and (exported_record(Path(into))["precision"] != "fp32" or data is not None):
+        if verify and (exported_record(expanded(into))["precision"] != "fp32" or data is not None):
             options["data"] = _tasks(run, folders, data)
         result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]

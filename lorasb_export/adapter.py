@@ -25,7 +25,7 @@ from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
-from .output import atomic_folder
+from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
 from .storage import TensorInfo, read_header, read_json, write_json
@@ -211,10 +211,11 @@ class Adapter:
             OutputError: the folder exists.
             ArtifactError: `training` has a key that the card shows in another shape.
         """
+        folder = expanded(folder)
         R, head = _gathered(self.R), _gathered(self.head)
         if distributed.is_main():
-            with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
-                replace(self, R=R, head=head).write_into(temporary, Path(folder), embed=embed)
+            with atomic_folder(folder, overwrite=overwrite) as temporary:
+                replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""

@@ -30,7 +30,7 @@ from .format import (
     read_tensor,
     sealed,
 )
-from .output import atomic_folder
+from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
 from .settings import GRADIENT
@@ -138,7 +138,8 @@ class Basis:
 
         Raises OutputError when it exists.
         """
-        with atomic_folder(Path(folder), overwrite=overwrite) as temporary:
+        folder = expanded(folder)
+        with atomic_folder(folder, overwrite=overwrite) as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
         object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen

@@ -20,6 +20,11 @@ _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, e
 _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading `~` as the home folder, as inputs are read: no shell does that in a call or `--out=~/x`."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.

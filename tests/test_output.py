@@ -13,9 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasb_export import output
+from lorasb_export import Adapter, calibrate, export, fit, merge, output
+from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
 from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training.fit import fit_together
 
 FULL = """
 import resource, sys, torch
@@ -41,6 +44,27 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder_of_what_is_written_too(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
+    basis.save("~/basis")
+    Adapter.start(basis).save("~/a")
+    assert Adapter.load("~/a").basis_source == str(home / "basis")
+    settings = FitSettings(max_steps=1)
+    fit(str(llama), "~/basis", tasks["plus"], "~/b", settings)
+    fit_together(str(llama), "~/basis", list(tasks.values()), "~/together", settings)
+    merge("~/a", "~/model", report="~/report.json")
+    export("~/a", "~/peft", format="peft")
+    assert {"basis", "a", "b", "together", "model", "report.json", "peft"} <= {path.name for path in home.iterdir()}
+    assert list(here.iterdir()) == []
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:

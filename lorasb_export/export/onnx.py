@@ -14,7 +14,7 @@ from ..environment import require_packages
 from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
-from ..output import atomic_folder, refuse_own_input, require_room
+from ..output import atomic_folder, expanded, refuse_own_input, require_room
 from ..provenance import command, versions
 from ..publishing import card
 from ..storage import DTYPE_BYTES, folder_bytes
@@ -64,13 +64,13 @@ def export_onnx(
         SettingsError: unknown precision.
     """
     check_request(precision, PROVIDERS)
-    task = Adapter.load(adapter)
-    refuse_own_input(Path(out), task.folder, task.basis_source)
+    out, task = expanded(out), Adapter.load(adapter)
+    refuse_own_input(out, task.folder, task.basis_source)
     if data is not None:
         require_same_kind(task, data)
     model = task.base.resolve(base)
     exporter = exporter_for(model, task.task_type)
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 4 if DTYPES[precision] == "float32" else 2

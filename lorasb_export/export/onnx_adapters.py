@@ -23,7 +23,7 @@ from ..evaluation import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
 from ..names import check_name
-from ..output import atomic_folder, cannot_write, put_back, refuse_own_input, require_room
+from ..output import atomic_folder, cannot_write, expanded, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
@@ -68,12 +68,12 @@ def export_onnx_adapters(
         and what `export_onnx` raises.
     """
     check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
-    tasks = _load(adapters, data)
+    out, tasks = expanded(out), _load(adapters, data)
     first = next(iter(tasks.values()))
     basis = first.load_basis()
     for task in tasks.values():
         check_same_basis(task, basis)
-        refuse_own_input(Path(out), task.folder, task.basis_source)
+        refuse_own_input(out, task.folder, task.basis_source)
         if task.task_type != CAUSAL_LM:
             raise BaseModelError(
                 f"the adapter's task is {task.task_type}: every classifier has a head of its own",
@@ -84,7 +84,7 @@ def export_onnx_adapters(
     model.verify(basis.base, basis.modules)
     exporter = exporter_for(model, CAUSAL_LM, basis.modules)
     dtype = _dtype(precision)
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         require_room(folder, int(parameters(model) * BYTES[precision]))
@@ -132,7 +132,7 @@ def add_onnx_adapters(
         DataError: `data` is of another task type than its adapter.
         SettingsError: a name that is taken.
     """
-    folder = Path(into)
+    folder = expanded(into)
     exported_record(folder)  # what is no such folder is refused before a lock lies beside it
     with only_writer(folder, wait=True):
         before = exported_record(folder)

@@ -9,7 +9,7 @@ import torch
 
 from ..adapter import Adapter, published_training
 from ..format import save_tensors
-from ..output import atomic_folder, refuse_existing, refuse_own_input
+from ..output import atomic_folder, expanded, refuse_existing, refuse_own_input
 from ..provenance import command
 from ..publishing import card
 from ..publishing.card_sections import Facts
@@ -37,11 +37,12 @@ def export_peft(
         BaseModelError: the base is not the one the adapter was trained on, or is needed and missing.
         OutputError: `out` exists and `overwrite` is false, holds the adapter or its basis, or cannot be written.
     """
-    refuse_existing(Path(out), overwrite)
+    out = expanded(out)
+    refuse_existing(out, overwrite)
     source = Adapter.load(adapter)
-    refuse_own_input(Path(out), source.folder, source.basis_source)
+    refuse_own_input(out, source.folder, source.basis_source)
     transposed = _stores_transposed(source, base)
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **source.provenance(), "command": command()}
         record["training"] = published_training(source, folder)

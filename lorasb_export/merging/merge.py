@@ -16,7 +16,7 @@ from ..adapter import Adapter, published_training
 from ..bars import no_bar
 from ..base import SEQ_CLS, AnyBase
 from ..errors import SettingsError
-from ..output import free_bytes
+from ..output import expanded, free_bytes
 from ..provenance import command
 from ..publishing import card
 from ..storage import write_json
@@ -73,10 +73,11 @@ def merge(
         LoraSBError: several problems at once, listed; of the first one's kind.
     """
     started = time.monotonic()
-    out = Path(out)
-    if report is not None and Path(report).suffix != ".json":
+    out = expanded(out)
+    report = None if report is None else expanded(report)
+    if report is not None and report.suffix != ".json":
         raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
-    if report is not None and not Path(report).absolute().parent.is_dir():
+    if report is not None and not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     result = plan.summary() | {"out": str(out)}
@@ -95,7 +96,7 @@ def merge(
         if verify:
             result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
     if report is not None:
-        retained.write_report(modules, Path(report))
+        retained.write_report(modules, report)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
 

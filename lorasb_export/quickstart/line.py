@@ -28,7 +28,7 @@ from ..layer import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..new_project import OF_TEXT, write_project
-from ..output import atomic_folder
+from ..output import atomic_folder, expanded
 from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push
@@ -118,7 +118,7 @@ def quickstart(
         MissingPackageError: PEFT is not installed, which the comparison needs.
     """
     require_packages("peft")
-    out = Path(out).absolute()
+    out = expanded(out).absolute()
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")
     base = BaseModel.resolve(small_model())

@@ -22,7 +22,7 @@ from ..errors import DataError, MissingPackageError, SettingsError, TrainingErro
 from ..evaluation import fitting_metric
 from ..lock import only_writer
 from ..network import refuse_spread, require_positions
-from ..output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
+from ..output import atomic_folder, cannot_write, expanded, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import (
     RESUME,
@@ -82,7 +82,7 @@ def fit(
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.abspath(expanded(out)))
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
     run = _Run(model, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network)
     return run.train(resume=resume, overwrite=overwrite)[0]
@@ -118,7 +118,7 @@ def fit_together(
         raise SettingsError(
             "classifiers do not train together: each has its own head", fix="Fit them one after another"
         )
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(expanded(folder)))
     ordered = sorted(tasks, key=lambda task: task.name)  # the same run in whatever order they are named
     outs = [folder / task.name for task in ordered]
     working = together_folder(folder, [task.name for task in tasks])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..data import load_task
 from ..errors import SettingsError
-from ..output import refuse_existing
+from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
 from .fit import fit, fit_together, require_fitting
@@ -48,7 +47,7 @@ def fit_tasks(
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
     distributed.start()
-    targets = {name: Path(out) if out else project.adapter_folder(name) for name in names}
+    targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
     if not resume:
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)

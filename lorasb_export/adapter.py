@@ -34,7 +34,7 @@ EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses
 
 
-@dataclass
+@dataclass(eq=False)  # tensors have no one answer to ==
 class Adapter:
     """One task: an r×r matrix R per module of a basis, and for classification the trained head.
 
@@ -198,7 +198,7 @@ class Adapter:
         return serialize(tensors, {"format": "pt"})
 
     def save(self, folder: str | Path, *, overwrite: bool = False, embed: bool = False) -> None:
-        """Write the adapter folder, whole or not at all.
+        """Write the adapter folder, whole or not at all; `folder` and `name` are those of what was written then.
 
         In a process group the first process writes. Where FSDP2 shards the model, all must call this: R is gathered.
 
@@ -216,6 +216,7 @@ class Adapter:
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite) as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
+        self.folder, self.hub_source = Path(os.path.abspath(folder)), None
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""

@@ -60,7 +60,7 @@ class _ModulesOnDisk(Mapping[str, ModuleBasis]):
         return tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class Basis:
     """One frozen pair (B, A) per target module of one base model, shared by any number of adapters.
 

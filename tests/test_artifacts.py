@@ -129,6 +129,26 @@ def test_embedded_adapter_stands_alone(folders: tuple[Path, Path], tmp_path: Pat
     assert Adapter.load(moved).load_basis().sha256 == adapter.basis_sha256
 
 
+def test_an_adapter_is_where_and_what_it_was_saved_as(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter.start(Basis.load(folders[0]))
+    assert adapter.name is None
+    adapter.save("mine")
+    assert (adapter.name, adapter.folder) == ("mine", tmp_path / "mine")
+    adapter.hub_source = "me/theirs@0123"
+    adapter.save("copy")
+    assert (adapter.name, adapter.provenance()) == ("copy", Adapter.load("copy").provenance())
+
+
+def test_an_adapter_or_a_basis_is_a_key(folders: tuple[Path, Path]) -> None:
+    for load, folder in ((Basis.load, folders[0]), (Adapter.load, folders[1])):
+        one, two = load(folder), load(folder)
+        assert {one: 0.5, two: 0.25}[one] == 0.5
+        assert two in [one, two]
+
+
 def test_adapters_name_the_folder_that_a_basis_was_saved_to(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from .inference import answers, max_answer_tokens
 from .layer import head_parameters, load_head, remove
 from .metrics import exact_match, of_predictions
 from .names import name_of
+from .network import require_dtype, require_outputs
 from .output import replaced_file
 from .publishing import card
 from .settings import FitSettings
@@ -85,6 +86,9 @@ def evaluate(
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
     if network is None:
         network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+    else:
+        require_dtype(network, dtype)
+        require_outputs(network, adapter.num_labels)
     remove(network)  # what is on it must not count as the base
 
     def score() -> float:

@@ -70,6 +70,24 @@ def refuse_spread(model: PreTrainedModel) -> None:
         raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
 
 
+def require_dtype(model: PreTrainedModel, dtype: str) -> None:
+    """Raise SettingsError where a loaded model is not of the `dtype` that settings ask for, and records would name."""
+    loaded = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", loaded):
+        fix = "Leave dtype at auto, or load the network in that one"
+        raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
+
+
+def require_outputs(model: PreTrainedModel, num_labels: int | None) -> None:
+    """Raise SettingsError where a loaded model has another head than rows ask for: None is that of text."""
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    outputs = model.config.num_labels if classifies else None
+    if outputs != num_labels:
+        theirs, ours = (f"a classifier (outputs: {n})" if n else "a model of text" for n in (outputs, num_labels))
+        fix = "Load it for this task, or leave it out"
+        raise SettingsError(f"the network that was given is {theirs}, the rows need {ours}", fix=fix)
+
+
 def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 

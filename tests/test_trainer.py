@@ -302,6 +302,30 @@ def test_a_network_on_several_devices_is_refused(
         calibrate(str(llama), tasks, CalibrationSettings(rank=4, samples=2), network=network)
 
 
+def test_a_network_that_the_settings_or_the_rows_do_not_fit_is_refused(
+    llama: Path, bert: Path, basis: Path, tasks: dict[str, TaskData], parity: Path, tmp_path: Path
+) -> None:
+    text, classes = BaseModel.resolve(llama).load(), BaseModel.resolve(bert).load("SEQ_CLS", num_labels=3)
+    drawn, out = CalibrationSettings(rank=2, directions="random", dtype="bfloat16"), tmp_path / "a"
+    for call in (
+        lambda: fit(str(llama), basis, tasks["plus"], out, FitSettings(dtype="bfloat16"), network=text),
+        lambda: fit_together(str(llama), basis, [*tasks.values()], out, FitSettings(dtype="bfloat16"), network=text),
+        lambda: calibrate(str(llama), {}, drawn, network=text),
+    ):
+        with pytest.raises(SettingsError, match=r"dtype is bfloat16, the network that was given is float32. Leave"):
+            call()
+    gradient = CalibrationSettings(rank=2)
+    for other in (
+        lambda: fit(str(bert), gradient, parity, out, network=classes),
+        lambda: calibrate(str(bert), {"parity": parity}, gradient, network=classes),
+    ):
+        with pytest.raises(SettingsError, match=r"given is a classifier \(outputs: 3\), the rows need a .*: 2\)"):
+            other()
+    with pytest.raises(SettingsError, match=r"the network that was given is a model of text, the rows need a class"):
+        fit(str(bert), gradient, parity, out, network=text)
+    fit(str(llama), basis, tasks["plus"], out, FitSettings(max_steps=1, dtype="float32"), network=text)
+
+
 def test_the_callers_classifier_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
     """Or a second `fit` on the same network would start from the head of the first."""
     network = BaseModel.resolve(bert).load("SEQ_CLS", num_labels=2)

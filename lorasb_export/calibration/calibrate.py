@@ -23,7 +23,7 @@ from ..data import TaskData, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..layer import remove, weight_of
-from ..network import refuse_spread, require_positions
+from ..network import refuse_spread, require_dtype, require_outputs, require_positions
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import find_targets
@@ -84,6 +84,8 @@ def calibrate(
     settings = settings or CalibrationSettings()
     base = BaseModel.resolve(model)
     base.refuse_merged()
+    if network is not None:
+        require_dtype(network, settings.dtype)
     if settings.directions in DRAWN:
         return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
@@ -91,9 +93,10 @@ def calibrate(
     tasks = load_tasks(data)
     labels = _common_labels(tasks)
     task_type = tasks[0].task_type
+    classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
     if network is None:
-        classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
+    require_outputs(network, classes)
     remove(network)  # the gradient is wanted at W0
     targets = _targets(network, settings)
     refuse_spread(network)

@@ -21,7 +21,7 @@ from ..data import TaskData, load_task, load_tasks, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError, TrainingError
 from ..evaluation import fitting_metric
 from ..lock import only_writer
-from ..network import refuse_spread, require_positions
+from ..network import refuse_spread, require_dtype, require_outputs, require_positions
 from ..output import atomic_folder, cannot_write, expanded, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import (
@@ -150,6 +150,8 @@ class _Run:
         self.base.refuse_merged()
         if network is not None:
             refuse_spread(network)
+            require_dtype(network, settings.dtype)
+            require_outputs(network, tasks[0].num_labels)
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(basis.base, basis.modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -287,6 +289,18 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert network.config.use_cache == cached
     assert not network.training
     assert not network.is_gradient_checkpointing
+
+
+def test_what_is_drawn_after_a_fit_is_as_without_it(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    def states() -> tuple[object, ...]:
+        of_numpy = np.random.get_state(legacy=False)["state"]
+        return random.getstate(), of_numpy["key"].tolist(), of_numpy["pos"], torch.get_rng_state().tolist()
+
+    before = states()
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1))
+    assert states() == before
 
 
 def test_a_network_on_several_devices_is_refused(

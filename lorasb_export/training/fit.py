@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from .. import distributed
 from ..adapter import Adapter
@@ -188,7 +192,7 @@ class _Run:
                 raise SettingsError(
                     f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
                 )
-            with _left_as_found(network):
+            with _left_as_found(network), _random_state_kept(network.device):
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
 
     def _finished(self, overwrite: bool) -> bool:
@@ -294,3 +298,15 @@ def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
             network.config.use_cache = caches
         if network.is_gradient_checkpointing and not checkpoints:
             network.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """The Trainer seeds python, numpy and torch, and so whatever the caller draws after it."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)

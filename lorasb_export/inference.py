@@ -16,6 +16,7 @@ from .basis import Basis
 from .batches import prompt_ids
 from .data import Prompt, Row, question_and_answer
 from .errors import ArtifactError, DataError
+from .layer import refuse_rows
 from .network import positions
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def answers(
 
     Raises:
         DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
+        SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all.
     """
+    refuse_rows(network)
     questions = question_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
     return answers_to_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
 

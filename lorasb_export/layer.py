@@ -225,10 +225,21 @@ def inject(
 
 
 def remove(model: nn.Module) -> None:
-    """Take every adapter off `model`; the base is left bit for bit as it was, and frozen."""
+    """Take every adapter off `model`: its modules are the base's own again, bit for bit, and stay frozen.
+
+    A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRASBLinear):
             _replace(model, name, module.base)
+
+
+def refuse_rows(model: nn.Module) -> None:
+    """Raise SettingsError where the adapters of a `Stack` were chosen row by row, for rows of another order."""
+    routes = (module.route for module in model.modules() if isinstance(module, LoRASBLinear))
+    if any(route is not None and route.rows is not None and len(route.rows) > 1 for route in routes):
+        fix = "Choose one for all of them, and ask for each adapter's answers apart"
+        raise SettingsError("prompts are sorted by length, and an adapter was chosen for each row", fix=fix)
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

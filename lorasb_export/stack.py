@@ -62,9 +62,11 @@ class Stack:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
 
         Raises:
-            SettingsError: no adapter of that name is attached.
+            SettingsError: no adapter of that name is attached, or none is named.
         """
         chosen = [choice] if choice is None or isinstance(choice, str) else choice
+        if not chosen:
+            raise SettingsError("no adapter was chosen", fix="Name one for every row, or one for each row")
         for name in chosen:
             if name is not None and name not in self.names:
                 raise SettingsError(f"no adapter {name!r} is attached", fix=f"Choose from {', '.join(self.names)}")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.inference import answers
 from lorasb_export.layer import LoRASBLinear, inject
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
@@ -117,6 +118,19 @@ def test_the_gradient_of_a_stack_is_each_adapters_own(llama: Path, adapters: dic
     for k, name in enumerate(adapters):
         for module, gradient in alone[name].items():
             assert torch.allclose(model.get_submodule(module).R.grad[k], gradient, atol=1e-12)
+
+
+def test_answers_are_of_one_adapter(llama: Path, adapters: dict[str, Adapter]) -> None:
+    base = BaseModel.resolve(llama)
+    network, prompts = base.load(dtype="float64"), ["a longer prompt", "short"]
+    stack = Stack(network, adapters)
+    stack.use("b")
+    assert len(answers(network, base.load_tokenizer(), prompts, max_tokens=2)) == 2
+    stack.use(["a", "b"])
+    with pytest.raises(SettingsError, match=r"an adapter was chosen for each row. Choose one for all of them"):
+        answers(network, base.load_tokenizer(), prompts, max_tokens=2)
+    with pytest.raises(SettingsError, match=r"no adapter was chosen. Name one"):
+        stack.use([])
 
 
 def test_a_trained_stack_saves_adapter_by_adapter(llama: Path, adapters: dict[str, Adapter], tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def to_score(
     Args and errors: as for `evaluate`.
     """
     require_same_kind(adapter, task)
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit is {limit}", fix="Give at least 1, or leave it out for all rows")
     metric = fitting_metric(task, metric)
     split = split or task.held_out()
     rows = task.rows(split)[:limit]

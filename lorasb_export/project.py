@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, check_name, find_adapter
-from .settings import CalibrationSettings, FitSettings
+from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -227,8 +227,8 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     """Every unknown key and every value of a wrong type."""
     found = _check_table("", content, _TOP_KEYS, {"model": (str,), "revision": (str,)})
     for section, keys, types in (
-        ("basis", _BASIS_KEYS, _types(CalibrationSettings) | {"path": (str,)}),
-        ("fit", _FIT_KEYS, _types(FitSettings)),
+        ("basis", _BASIS_KEYS, types_of(CalibrationSettings) | {"path": (str,)}),
+        ("fit", _FIT_KEYS, types_of(FitSettings)),
         ("hub", _HUB_KEYS, {"repo": (str,), "public": (bool,)}),
     ):
         found += _check_table(section, content.get(section, {}), keys, types)
@@ -255,17 +255,7 @@ def _check_table(section: str, table: Any, keys: tuple[str, ...], types: Mapping
     problems = [f"{place}unknown key {key!r}{_hint(key, keys)}" for key in table if key not in keys]
     for key, value in table.items():
         allowed = types.get(key)
-        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
+        if allowed and not is_one_of(value, allowed):
             right = " or ".join(kind.__name__ for kind in allowed)
             problems.append(f"{place}{key} = {value!r} has the wrong type: it takes {right}")
     return problems
-
-
-def _types(settings: type) -> dict[str, tuple[type, ...]]:
-    """The types a TOML value of each setting may have, from the type of its default."""
-    allowed: dict[str, tuple[type, ...]] = {}
-    for setting in fields(settings):
-        names = str(setting.type).split(" | ")
-        types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple[float, ...]": (list,)}
-        allowed[setting.name] = tuple(t for name in names if name != "None" for t in types[name])
-    return allowed

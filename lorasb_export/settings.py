@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from .errors import SettingsError
 
@@ -39,7 +39,8 @@ class CalibrationSettings:
         samples: rows of each task: a count, or a fraction below 1. None is 0.1 %, and at least 32; of more than 32
             tasks at least the task's share of 1024.
         targets: `all-linear` (every Linear but the heads), `mlp-output` (the last layer of every MLP, `down_proj` in
-            most models), comma-separated module name endings, or a regular expression that whole names match.
+            most models), module name endings, comma-separated or a list, or a regular expression that whole names
+            match.
         reduction: `sign` (the paper) or `raw` (the gradient sum itself).
         loss: `sample`: every row counts the same; `token`: every token with a label does.
         eta: η, the size of the simulated first step. It scales R0 alone, never B or A. The paper gives no value;
@@ -70,6 +71,8 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, list | tuple):  # as PEFT takes them
+            object.__setattr__(self, "targets", ",".join(self.targets))
         _check(self, positive=("rank", "eta", "batch_size", "max_length"))
         if self.samples is not None and (self.samples <= 0 or (self.samples > 1 and self.samples != int(self.samples))):
             raise SettingsError(f"samples is {self.samples}", fix="Give a count, or a fraction above 0 and below 1")
@@ -173,7 +176,27 @@ class FitSettings:
         return replace(self, learning_rate=float(f"{3 * rate if directions in DRAWN else rate:.1e}"))
 
 
+def types_of(settings: type) -> dict[str, tuple[type, ...]]:
+    """The types that a value of each setting may have besides None, from those it is declared with."""
+    known = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple[float, ...]": (list, tuple)}
+    allowed: dict[str, tuple[type, ...]] = {}
+    for setting in fields(settings):
+        names = str(setting.type).split(" | ")
+        allowed[setting.name] = tuple(kind for name in names if name != "None" for kind in known[name])
+    return allowed
+
+
+def is_one_of(value: object, allowed: tuple[type, ...]) -> bool:
+    """Whether `value` is of an `allowed` type; True and False are no numbers."""
+    return isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+
+
 def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:
+    for setting in fields(settings):
+        value, types = getattr(settings, setting.name), types_of(type(settings))[setting.name]
+        if not (is_one_of(value, types) or (value is None and setting.default is None)):
+            right = " or ".join(kind.__name__ for kind in types)
+            raise SettingsError(f"{setting.name} is {value!r}, which has the wrong type", fix=f"Give {right}")
     for name, allowed in _CHOICES.items():
         if getattr(settings, name, allowed[0]) not in allowed:
             raise SettingsError(f"{name} is {getattr(settings, name)!r}", fix=f"Use {', '.join(allowed)}")

@@ -218,6 +218,11 @@ def test_refusals_write_nothing(llama: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_no_adapter_is_nothing_to_merge(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no adapter to merge. Name at least one"):
+        merge({}, tmp_path / "out")
+
+
 def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> None:
     adapter = adapter_for(llama, tmp_path / "a")
     merge(adapter, tmp_path / "model")

@@ -107,6 +107,8 @@ def test_metrics_of_generated_text(kind: str, generates: Adapter, tmp_path: Path
     assert abs(loss["base"] - loss["adapter"]) > 1e-3
     with pytest.raises(SettingsError, match=f"metric 'mcc' does not fit {kind} rows. Use .*loss"):
         evaluate(generates, task, split="train", metric="mcc")
+    with pytest.raises(SettingsError, match=r"limit is 0. Give at least 1"):
+        evaluate(generates, task, split="train", limit=0)
 
 
 def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, tmp_path: Path) -> None:

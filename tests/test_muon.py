@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from lorasb_export.errors import SettingsError
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.training.muon import Muon, groups_of, orthogonalized
@@ -29,6 +30,11 @@ def test_of_tiny_entries_no_overflow_comes(size: float) -> None:
     """A momentum without new gradients halves every fourteen steps, and its squares underflow long before it does."""
     torch.manual_seed(0)
     assert orthogonalized(size * torch.randn(2, 64, 64)).abs().max() < 1.3
+
+
+def test_a_model_without_an_adapter_has_no_R_to_train() -> None:
+    with pytest.raises(SettingsError, match=r"no adapter is on the model. .*Adapter\.attach"):
+        groups_of(torch.nn.Linear(2, 2))
 
 
 def test_without_a_gradient_nothing_moves() -> None:

@@ -84,6 +84,14 @@ def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.Mo
         (tmp_path / "adapters" / "a").rename(folder / "a")
 
 
+def test_adapters_may_be_paths_but_not_one_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert dry_run([Path("a"), folder / "b"])["models"] == ["base", "a", "b"]
+    for alone in ("adapters/a", Path("a")):
+        with pytest.raises(SettingsError, match=r"adapters is '.*a'. Give a list of them, or name → folder"):
+            dry_run(alone)
+
+
 def test_a_model_folder_is_served_alone_without_lora(folder: Path) -> None:
     described = dry_run((), model=str(folder / "base"))
     assert described["models"] == ["base"]

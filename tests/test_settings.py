@@ -48,6 +48,29 @@ def test_numbers_out_of_range_are_refused(kind: Callable[..., Any], name: str, v
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "value", "right"),
+    [
+        (CalibrationSettings, "rank", 4.5, "int"),
+        (CalibrationSettings, "rank", None, "int"),
+        (CalibrationSettings, "samples", True, "int or float"),
+        (FitSettings, "batch_size", "8", "int"),
+        (FitSettings, "max_steps", 2.5, "int"),
+        (FitSettings, "learning_rate", "1e-3", "int or float or list or tuple"),
+    ],
+)
+def test_values_of_another_type_are_refused(kind: Callable[..., Any], name: str, value: object, right: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} is {value!r}, which has the wrong type. Give .*{right}$"):
+        kind(**{name: value})
+
+
+def test_a_list_of_targets_is_one_of_endings() -> None:
+    targets: Any = ["q_proj", "v_proj"]
+    assert CalibrationSettings(targets=targets).targets == "q_proj,v_proj"
+    with pytest.raises(SettingsError, match=r"^targets is 4, which"):
+        CalibrationSettings(targets=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("optimizer", "task_type", "directions", "rank", "share", "rate"),
     [
         ("muon", "CAUSAL_LM", "gradient", 64, 1, 3e-3),

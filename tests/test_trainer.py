@@ -121,6 +121,11 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
     assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
 
 
+def test_no_task_is_nothing_to_train(llama: Path, basis: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no task to fit. Give at least one"):
+        fit_together(str(llama), basis, [], tmp_path)
+
+
 def test_classifiers_do_not_train_together(bert: Path, parity: Path, basis: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="each has its own head"):
         fit_together(str(bert), basis, [load_task("a", parity), load_task("b", parity)], tmp_path)

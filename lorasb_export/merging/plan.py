@@ -169,6 +169,8 @@ def plan_merge(
             loaded = (weighted[0][0],)
         else:
             pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
+            if not pairs:
+                raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
             weighted = [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
             loaded, combined = combine(weighted), provenance(weighted)
         model = loaded[0].base.resolve(base)

@@ -17,13 +17,14 @@ from typing import Any
 from .. import environment
 from ..errors import OutputError, SettingsError
 from ..names import resolve_adapters
+from ..output import expanded
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
-Adapters = Mapping[str, str | Path] | Sequence[str]  # served name → folder or Hub id; or words
+Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
 
 def serve(
@@ -134,7 +135,10 @@ def running_server(
 def _named(adapters: Adapters) -> Mapping[str, str | Path]:
     if isinstance(adapters, Mapping):
         return adapters
-    return resolve_adapters(adapters, Path("adapters"))
+    if isinstance(adapters, str | Path):
+        raise SettingsError(f"adapters is {str(adapters)!r}", fix="Give a list of them, or name → folder")
+    words = [os.path.join(".", expanded(word)) if isinstance(word, Path) else word for word in adapters]
+    return resolve_adapters(words, Path("adapters"))
 
 
 def api_key(file: str | Path | None) -> str:

@@ -117,6 +117,8 @@ def fit_together(
     Returns:
         the adapters in the order of `tasks`.
     """
+    if not tasks:
+        raise SettingsError("no task to fit", fix="Give at least one")
     tasks = load_tasks(tasks) if isinstance(tasks, Mapping) else tasks
     if any(task.task_type != CAUSAL_LM for task in tasks):
         raise SettingsError(

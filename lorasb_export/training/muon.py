@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SettingsError
 from ..layer import LoRASBLinear
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al., "Muon" (2024): the steepest quintic at 0 that stays near 1
@@ -75,8 +76,13 @@ def _by_device(parameters: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor
 
 
 def groups_of(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The groups of a model with an adapter attached: every R, and all else that is trained."""
+    """The groups of a model with an adapter attached: every R, and all else that is trained.
+
+    Raises SettingsError where none is: all else would be the base itself.
+    """
     R = [module.R for module in model.modules() if isinstance(module, LoRASBLinear)]
+    if not R:
+        raise SettingsError("no adapter is on the model", fix="Put one there: Adapter.attach(model, basis)")
     known = {id(p) for p in R}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     return [{"params": R, "orthogonal": True}, {"params": others, "orthogonal": False}]

@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 
 from .base import BaseRef
 from .factors import Factors, ModuleBasis
-from .fetch import BASIS_FILES, resolve_folder
+from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import (
     FORMAT_VERSION,
     basis_tensors,
@@ -134,15 +134,16 @@ class Basis:
         return sealed(content)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the basis folder, whole or not at all. Adapters trained in it from now on name that folder.
+        """Write the basis folder, whole or not at all. Raises OutputError when it exists.
 
-        Raises OutputError when it exists.
+        Adapters trained in it from now on name that folder, unless it is from the Hub, where all can find it.
         """
         folder = expanded(folder)
         with atomic_folder(folder, overwrite=overwrite) as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
-        object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen
+        if not parse_hub_id(self.source or ""):
+            object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen
 
     def write_into(self, folder: Path) -> None:
         """Write `basis.safetensors` and `basis_config.json` into an existing folder."""

@@ -160,6 +160,9 @@ def test_adapters_name_the_folder_that_a_basis_was_saved_to(
     Adapter.start(basis).save("after")
     assert not (tmp_path / "after" / "basis.safetensors").exists()
     assert Adapter.load("after").basis_source == basis.source == str(tmp_path / "basis")
+    of_hub = replace(basis, source="me/basis@main")
+    of_hub.save("copy")
+    assert of_hub.source == "me/basis@main"
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_calibrate_takes_the_revision_of_the_file(
     monkeypatch.setattr(BaseModel, "resolve", asking)
     done = CliRunner().invoke(app, ["calibrate"])
     assert done.exit_code == 0, done.output
-    assert asked == [(str(llama), "v1.0")]
+    assert asked[0] == (str(llama), "v1.0")
     assert Basis.load(tmp_path / "p" / "basis").rank == 4
 
 

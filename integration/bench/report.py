@@ -192,7 +192,9 @@ def _costs(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     runs = _methods_table(found, lambda of: f"{of['steps']} steps, {of['seconds']:.0f} s" if of["steps"] else "")
     rates = _methods_table(found, lambda of: f"{of['lr']:.0e}" + " *" * (not of["closed"]) if of["steps"] else "")
     return (
-        f"## Quality: what it takes\n\nParameters that are trained, and bytes of an adapter in fp32:\n\n{sizes}\n\n"
+        "## Quality: what it takes\n\nParameters that are trained, and their bytes in fp32. A basis of a task's own "
+        "lies in its adapter besides: of SmolLM2-135M B and A take 78 MB at r = 64 on all linear layers, and 32 MB at "
+        f"r = 128 on `down_proj`.\n\n{sizes}\n\n"
         f"Steps, and seconds of training (of one core, where the device is a CPU):\n\n{runs}\n\n"
         f"Best learning rate of a grid in steps of three (* at an end of those tried, the search not ended):\n\n{rates}"
     )

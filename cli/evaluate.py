@@ -65,13 +65,15 @@ def run(
     for word, (name, source) in ready.items():
         loaded, task = Adapter.load(folders[word]), load_task(name, source)
         where = loaded.base.resolve(base_elsewhere(run, model, folders[word]))
-        where.verify(loaded.base, loaded.R)
         network = None
         if task.task_type == CAUSAL_LM:  # of classifiers each has its own number of outputs
-            network = networks[where.folder] = networks.get(where.folder) or where.load(dtype=dtype)
+            if where.folder not in networks:
+                where.verify(loaded.base, loaded.R)  # before all of it is read
+                networks[where.folder] = where.load(dtype=dtype)
+            network = networks[where.folder]
         load_basis_once(loaded, bases)
         options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
-        result = evaluate(loaded, task, base=str(where.folder), network=network, **options)
+        result = evaluate(loaded, task, base=where, network=network, **options)
         whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
         if whole and loaded.folder is not None and loaded.hub_source is None:
             try:

@@ -102,6 +102,14 @@ def test_quick_run_and_its_cache(tmp_path: Path) -> None:
 
 
 @needs_data
+def test_muon_trains_the_factors_of_lora_and_adamw_a_head(tmp_path: Path) -> None:
+    """torch's Muon takes matrices alone, and a classifier's head has a bias."""
+    of = cell("sst2", method="lora", rank=8, optimizer="muon", steps=20, valid_rows=64, test_rows=16, lr=1e-2)
+    run = Runner(Results(tmp_path / "r.jsonl"), Budget(None))
+    assert run(of)["loss"] < run(replace(of, method="base", rank=0, lr=0.0, steps=0))["loss"]
+
+
+@needs_data
 def test_captures_are_those_of_the_bases_that_are_trained_in() -> None:
     """One at a time, by the basis that a run would load; all at once, from shared sums and a higher rank's basis."""
     fields = [

@@ -25,6 +25,7 @@ from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
+from .network import classifies
 from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
@@ -92,7 +93,7 @@ class Adapter:
 
         adapter = cls.start(basis, scaling=scaling, init=init)
         adapter.R = layer.inject(model, basis.modules, adapter.R, scaling)
-        if type(model).__name__.endswith("ForSequenceClassification"):
+        if classifies(model):
             config: Any = model.config
             adapter.task_type, adapter.head = SEQ_CLS, layer.train_head(model)
             names = [config.id2label[i] for i in range(config.num_labels)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
@@ -78,10 +79,14 @@ def require_dtype(model: PreTrainedModel, dtype: str) -> None:
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
 
 
+def classifies(model: Module) -> bool:
+    """Whether it is a sequence classifier of transformers, which has a head to train."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
 def require_outputs(model: PreTrainedModel, num_labels: int | None) -> None:
     """Raise SettingsError where a loaded model has another head than rows ask for: None is that of text."""
-    classifies = type(model).__name__.endswith("ForSequenceClassification")
-    outputs = model.config.num_labels if classifies else None
+    outputs = model.config.num_labels if classifies(model) else None
     if outputs != num_labels:
         theirs, ours = (f"a classifier (outputs: {n})" if n else "a model of text" for n in (outputs, num_labels))
         fix = "Load it for this task, or leave it out"

@@ -13,7 +13,7 @@ from .adapter import EMBEDDED
 from .base import BaseModel
 from .basis import Basis
 from .calibration.calibrate import calibrate
-from .data import TaskData, load_task
+from .data import TaskData
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config
 from .lock import only_writer
@@ -60,7 +60,7 @@ def load_or_make(
 
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
-        sharing = {name: tasks.get(name) or load_task(name, project.task_source(name)) for name in names}
+        sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
     folder = project.path(project.basis_path)

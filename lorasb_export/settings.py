@@ -192,8 +192,9 @@ def is_one_of(value: object, allowed: tuple[type, ...]) -> bool:
 
 
 def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[str]) -> None:
+    allowed_types = types_of(type(settings))
     for setting in fields(settings):
-        value, types = getattr(settings, setting.name), types_of(type(settings))[setting.name]
+        value, types = getattr(settings, setting.name), allowed_types[setting.name]
         if not (is_one_of(value, types) or (value is None and setting.default is None)):
             right = " or ".join(kind.__name__ for kind in types)
             raise SettingsError(f"{setting.name} is {value!r}, which has the wrong type", fix=f"Give {right}")

@@ -34,7 +34,7 @@ CHOSEN = {
     "PEFT's rsLoRA, r = 32": "rsLoRA r=32",
     "as published: own basis, r = 64, AdamW": "as published: own basis, r=64, AdamW",
     "own basis, r = 64": "own basis, r=64",
-    "a basis made from five tasks, r = 64": "shared basis, r=64",
+    "a basis made from all tasks, r = 64": "shared basis, r=64",
     "one random basis for all tasks, r = 64": "random basis, r=64",
     "**what `init` sets for text**: r = 128 on `down_proj`, a basis made from five tasks": "down: shared basis, r=128",
     "the same, own basis": "down: own basis, r=128",
@@ -72,11 +72,10 @@ def run(*, quick: bool) -> dict[str, Any]:
     ]
     page = RESULTS / "README.md"
     page.write_text("\n\n".join(section for section in sections if section) + "\n")
-    for place, tables in {
-        RESULTS.parent / "benchmarks.md": {"metrics": _metrics(found), "losses": _losses(found)},
-        RESULTS.parents[1] / "README.md": {"chosen": _methods_table(found, _metric, CHOSEN, CHOSEN_TASKS)},
-    }.items():
-        place.write_text(with_tables(place.read_text(), tables))
+    of_quality = {"metrics": _methods_table(found, _metric), "losses": _methods_table(found, _loss)}
+    of_readme = {"chosen": _methods_table(found, _settled, CHOSEN, CHOSEN_TASKS)}
+    for path, tables in ((RESULTS.parent / "benchmarks.md", of_quality), (RESULTS.parents[1] / "README.md", of_readme)):
+        path.write_text(with_tables(path.read_text(), tables))
     plot(found, RESULTS / "trained-loss.png")
     print(page.read_text())
     return {"name": "report", "cells": len(best), "captures": len(captures)}
@@ -145,7 +144,7 @@ def _methods_table(
     tasks = [task for task in tasks if any(of == task for _, of in found)]
     metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
     rows = []
-    for label, name in (methods or dict(zip(METHODS, METHODS, strict=True))).items():
+    for label, name in (methods or {name: name for name in METHODS}).items():
         of_tasks = [found.get((name, task)) for task in tasks]
         if any(of_tasks):
             rows.append([label, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
@@ -163,19 +162,16 @@ def _trained(name: str, found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(f"{ratio:.2g}" for ratio in ratios.values()))
 
 
-def _metrics(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    return _methods_table(found, _metric)
-
-
-def _losses(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    return _methods_table(found, _loss)
-
-
 def _metric(of: dict[str, Any]) -> str:
     """Mean ± sd in percent; the number of seeds where it is not three; * where the search for a rate has not ended."""
     spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
     few = f" ({of['seeds']})" if of["seeds"] < 3 and of["steps"] else ""
     return f"{100 * of['mean']:.1f}{spread}{few}" + " *" * (not of["closed"])
+
+
+def _settled(of: dict[str, Any]) -> str:
+    """As `_metric`; nothing where the search for a rate has not ended."""
+    return _metric(of) if of["closed"] else ""
 
 
 def _loss(of: dict[str, Any]) -> str:

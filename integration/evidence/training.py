@@ -91,14 +91,9 @@ def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded
     """Without weight decay, with warm-up and linear decay, clipping at 1: as `fit` does by default."""
     settings = FitSettings(max_steps=cell.steps, batch_size=cell.batch_size, learning_rate=cell.lr, seed=cell.seed)
     order = RowOrder([len(row["input_ids"]) for row in rows], settings)
-    optimizer: torch.optim.Optimizer
-    if cell.optimizer == "muon" and cell.method in _PEFT:  # long factors: ours takes square ones
-        optimizer = torch.optim.Muon(trained, lr=cell.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    elif cell.optimizer == "muon":
-        optimizer = Muon(groups_of(model), lr=cell.lr)
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(settings, cell.steps))
+    optimizers = _optimizers(model, trained, cell)
+    factor = learning_rate_factor(settings, cell.steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     device = default_device()
     model.train()
     for step in range(cell.steps):
@@ -109,9 +104,21 @@ def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded
         losses, counts = row_losses(model(**inputs).logits, labels)
         (losses.sum() / counts.sum()).backward()
         clip_grad_norm_(trained, settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def _optimizers(model: Any, trained: list[torch.nn.Parameter], cell: Cell) -> list[torch.optim.Optimizer]:
+    if cell.optimizer == "adamw":
+        return [torch.optim.AdamW(trained, lr=cell.lr, weight_decay=0.0)]
+    if cell.method not in _PEFT:
+        return [Muon(groups_of(model), lr=cell.lr)]
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name and p.ndim == 2}  # long, not square
+    others = [p for name, p in model.named_parameters() if p.requires_grad and name not in factors]
+    muon = torch.optim.Muon(list(factors.values()), lr=cell.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, *([torch.optim.AdamW(others, lr=cell.lr, weight_decay=0.0)] if others else [])]
 
 
 def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Cell) -> Any:

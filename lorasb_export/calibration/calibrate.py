@@ -28,7 +28,7 @@ from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import find_targets
 from .capture import capture_of_rows, record
-from .gradients import draw, gradients_of_rows
+from .gradients import LEAST, draw, gradients_of_rows
 from .random_basis import random_factors
 from .subspace import (
     EXACT_UP_TO,
@@ -103,7 +103,7 @@ def calibrate(
     require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()
-    least = min(32, math.ceil(_ROWS_OF_MANY / len(tasks)))
+    least = min(LEAST, math.ceil(_ROWS_OF_MANY / len(tasks)))
     rows = {task.name: draw(task, tokenizer, labels, settings, least=least) for task in tasks}
     every_row = [row for of_task in rows.values() for row in of_task]
     of = ", ".join(rows) if len(rows) <= _MOST_MEASURED else f"{len(rows)} tasks"

@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LEAST = 32  # rows of a task, where nobody says how many
+
+
 def draw(
     task: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[Any],
     settings: CalibrationSettings,
     *,
-    least: int = 32,
+    least: int = LEAST,
 ) -> list[Encoded]:
     """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
 

@@ -51,7 +51,7 @@ SHOWN: dict[str, Sequence[str]] = {
 # Module → what its signatures call other types.
 TYPES = {
     "base.py": ["AnyBase"],
-    "data.py": ["Row", "Prompt"],
+    "rows.py": ["Row", "Prompt"],
     "merging/combine.py": ["Weights", "Weighted"],
     "serve/launcher.py": ["Adapters"],
 }

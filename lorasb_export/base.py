@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BaseModelError, SettingsError
-from .fetch import is_blob, parse_hub_id, snapshot
+from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
 from .settings import DTYPES
+from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
 
@@ -28,11 +29,6 @@ CAUSAL_LM = "CAUSAL_LM"
 SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
-# Beside the weights: settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
-TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")
-# What licences want to come along wherever the model goes.
-LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
-_MADE_ANEW = ("lorasb.json", ".index.json")
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
 _OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
 
@@ -358,29 +354,3 @@ def _merged_with(provenance: Mapping[str, Any]) -> str:
     """Names and hashes of the adapters in a merged folder."""
     adapters = provenance.get("adapters") or [provenance["adapter"]]
     return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)
-
-
-def side_files(folder: Path) -> list[Path]:
-    """What every model folder that is made from the one in `folder` takes along.
-
-    Raises:
-        BaseModelError: one is a link to another file elsewhere.
-    """
-    patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
-    for path in kept:
-        _refuse_foreign_link(path, folder)
-    return kept
-
-
-def _refuse_foreign_link(path: Path, folder: Path) -> None:
-    """Raise BaseModelError where `path` of a base's `folder`, about to be copied, links to some other file outside it.
-
-    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.
-    """
-    target = path.resolve()
-    if target.is_relative_to(folder.resolve()) or is_blob(target) or target.name == path.name:
-        return
-    fix = "Replace it by the file itself, or remove it"
-    raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

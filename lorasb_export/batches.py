@@ -19,8 +19,8 @@ from tokenizers.normalizers import NFC
 from torch.nn.functional import cross_entropy
 
 from .base import SEQ_CLS
-from .data import CHAT, TEXT, Prompt, Row, kind_of
 from .errors import BaseModelError, DataError
+from .rows import CHAT, TEXT, Prompt, Row, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

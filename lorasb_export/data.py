@@ -1,41 +1,27 @@
-"""Task data: rows from JSONL files or the Hub, checked one by one.
+"""Task data: rows of one kind, from JSONL files, the Hub or memory.
 
-For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; for
-a sequence classifier {"text"[, "text_pair"], "label"}, whose label is a class, or a number to predict when any of the
-task's labels has a decimal point. All rows of a task are of one kind.
+A label is a class, or a number to predict when any of the task's labels has a decimal point.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .base import CAUSAL_LM, SEQ_CLS
-from .errors import DataError, LoraSBError, first_line
+from .errors import DataError, first_line
 from .fetch import may_be_dataset
-from .storage import MAX_JSON_BYTES, parse_json
+from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
-_FIELDS = {
-    COMPLETION: ("prompt", "completion"),
-    CHAT: ("messages",),
-    TEXT: ("text",),
-    LABELLED: ("text", "label"),
-}
-
-Row = dict[str, Any]
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
 @dataclass(frozen=True)
@@ -133,27 +119,13 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]], *, source: str = "me
             raise DataError(f"a split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
-            _refuse_unwritable(row, place)
+            refuse_unwritable(row, place)
     return _checked(name, source, placed)
 
 
 def load_tasks(data: Mapping[str, str | Path | TaskData]) -> list[TaskData]:
     """The task of every name: read, or a loaded one under that name."""
     return [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
-
-
-def _refuse_unwritable(row: object, place: str) -> None:
-    """Raise DataError for what no line of a file could be."""
-    if not isinstance(row, dict):
-        raise DataError(f"the row is of type {type(row).__name__}", where=place, fix="Give a dict")
-    try:
-        _written(row)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"not to be written as JSON: {error}", where=place, fix="Mend the row") from None
-
-
-def _written(rows: object) -> bytes:
-    return json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str).encode()
 
 
 def _checked(name: str, source: str, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> TaskData:
@@ -166,9 +138,9 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[tuple[str, Ro
             raise DataError(
                 f"a {kind_of(row)} row among {kind} rows", where=place, fix="Give each kind of row a task of its own"
             )
-        _check_row(row, kind, place)
+        check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
-    digest = hashlib.sha256(_written(splits)).hexdigest()
+    digest = hashlib.sha256(as_json(splits)).hexdigest()
     task = TaskData(name, source, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
     if kind == LABELLED:
         _check_labels(task, placed)
@@ -186,33 +158,6 @@ def _files(folder: Path) -> dict[str, Path]:
     if other:
         logger.warning("%s in %s not read: a task's files are %s", ", ".join(other), folder, ", ".join(splits))
     return {split: found[split] for split in SPLITS if split in found}
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
-                if line.strip():
-                    yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
-    except OSError as error:
-        if isinstance(error, LoraSBError):
-            raise
-        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a JSONL file") from None
-
-
-def _parse_row(line: bytes, place: str) -> Row:
-    if len(line) > MAX_JSON_BYTES:
-        raise DataError(f"a line of more than {MAX_JSON_BYTES} bytes", where=place, fix="One JSON object a line")
-    try:
-        row = parse_json(line)
-        if b"\\u" in line:  # half of a surrogate pair, as a text cut by JavaScript may end in, can only be escaped
-            json.dumps(row, ensure_ascii=False).encode()
-        return row
-    except ValueError as error:
-        raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
 def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
@@ -240,65 +185,6 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
             logger.warning("the %s split of %s is not read: its labels are all -1", names[split], name)
             del placed[split]
     return placed
-
-
-def kind_of(row: Row, where: object = None) -> str:
-    """COMPLETION, CHAT, TEXT or LABELLED, by the fields `row` has. Raises DataError when it is none of them."""
-    if "messages" in row:
-        return CHAT
-    if "prompt" in row:
-        return COMPLETION
-    if "text" in row:
-        return LABELLED if "label" in row else TEXT
-    raise DataError(
-        "the row has neither 'prompt' nor 'text' nor 'messages'",
-        where=where,
-        fix='Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}',
-    )
-
-
-def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
-    """What a row asks the model, and the answer it gives: its completion, or the last turn of its messages.
-
-    Raises:
-        DataError: messages that do not end with the assistant's turn after another.
-    """
-    if kind_of(row) == COMPLETION:
-        return row["prompt"], row["completion"]
-    *before, last = row["messages"]
-    if not before or last["role"] != "assistant":
-        raise DataError("the messages do not end with the assistant's answer", where=where, fix="Use the metric loss")
-    return before, last["content"]
-
-
-def _check_row(row: Row, kind: str, where: str) -> None:
-    for field in _FIELDS[kind]:
-        if field not in row:
-            raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
-    if kind == CHAT:
-        if row.get("tools"):  # prompts are asked without, here and by a server
-            fix = "Describe them in a system message, and leave the key out"
-            raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
-        return _check_messages(row["messages"], where)
-    for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
-        if not isinstance(row[field], str):
-            raise DataError(f"{field!r} is not a string", where=where)
-    if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
-        raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
-    return None
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list):
-        raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
-    for number, turn in enumerate(messages, 1):
-        for field in ("role", "content"):
-            if not isinstance(turn, dict) or field not in turn:
-                raise DataError(f"message {number} has no {field!r}", where=where, fix="Every message needs it")
-            if not isinstance(turn[field], str):
-                raise DataError(f"{field!r} of message {number} is not a string", where=where)
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
-        raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 
 
 def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .bars import no_bar
 from .base import CAUSAL_LM, AnyBase
 from .batches import Encoded, collate, encode, row_losses
-from .data import CHAT, COMPLETION, LABELLED, TEXT, Row, TaskData, load_task, question_and_answer
+from .data import TaskData, load_task
 from .errors import DataError, SettingsError
 from .format import sealed
 from .inference import answers, max_answer_tokens
@@ -23,6 +23,7 @@ from .names import name_of
 from .network import require_dtype, require_outputs
 from .output import replaced_file
 from .publishing import card
+from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .storage import read_json, write_json
 

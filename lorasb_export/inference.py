@@ -14,10 +14,10 @@ from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
 from .batches import prompt_ids
-from .data import Prompt, Row, question_and_answer
 from .errors import ArtifactError, DataError
 from .layer import refuse_rows
 from .network import positions
+from .rows import Prompt, Row, question_and_answer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

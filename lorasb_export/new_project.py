@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .data import LABELLED, kind_of, read_rows
 from .errors import DataError, OutputError
 from .output import cannot_write, replaced_file
 from .project import FILE_NAME, refuse_bad_names
+from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 
 _TEMPLATE = """\

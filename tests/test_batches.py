@@ -14,8 +14,8 @@ from tokenizers.normalizers import NFC
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
-from lorasb_export.data import CHAT, COMPLETION, TEXT, question_and_answer
 from lorasb_export.errors import DataError
+from lorasb_export.rows import CHAT, COMPLETION, TEXT, question_and_answer
 from tests.rows import CHAT_LINE, MARKED
 from tests.tiny import save_tokenizer
 

@@ -15,9 +15,10 @@ from datasets import Dataset, DatasetDict
 
 from lorasb_export import calibrate
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import CHAT, COMPLETION, LABELLED, TEXT, load_task, task_of
+from lorasb_export.data import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project import Project
+from lorasb_export.rows import CHAT, COMPLETION, LABELLED, TEXT
 from tests.rows import CHAT_LINE, CLASS, GOOD
 
 BAD = {

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, side_files
+from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
 from ..output import disk_error_in
+from ..side_files import side_files
 from ..storage import read_json, write_json
 from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data

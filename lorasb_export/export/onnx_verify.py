@@ -13,12 +13,13 @@ from ..adapter import Adapter, load_basis_once
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, default_device
 from ..basis import Basis
 from ..batches import collate, encode, prompt_ids
-from ..data import TEXT, TaskData, question_and_answer
+from ..data import TaskData
 from ..errors import ArtifactError
 from ..evaluation import fitting_metric, trained_length
 from ..inference import answers, max_answer_tokens
 from ..layer import remove
 from ..metrics import exact_match, of_predictions
+from ..rows import TEXT, question_and_answer
 from ..streamed import streamed_model
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base import SEQ_CLS, AnyBase, BaseModel, side_files
+from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..basis import Basis
 from ..errors import ArtifactError, Problems, SettingsError
 from ..format import TORCH_DTYPES, read_tensor
 from ..output import refuse_existing, refuse_own_input, require_room
+from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
 from . import retained
 from .combine import Weighted, Weights, combine, provenance

@@ -10,11 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..base import LICENCES, TEXTS, BaseModel
+from ..base import BaseModel
 from ..errors import ArtifactError
 from ..fetch import ADAPTER_FILES, BASIS_FILES
 from ..format import sealed
 from ..kind import artifact_kind
+from ..side_files import LICENCES, TEXTS
 from ..storage import read_json, to_json
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another

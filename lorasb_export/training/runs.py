@@ -17,11 +17,12 @@ from ..adapter import Adapter
 from ..base import BaseModel
 from ..basis import Basis
 from ..batches import Encoded, encode
-from ..data import TaskData, question_and_answer
+from ..data import TaskData
 from ..errors import TrainingError
 from ..inference import max_answer_tokens, question_ids
 from ..layer import load_head
 from ..metrics import better
+from ..rows import question_and_answer
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json

@@ -1,0 +1,127 @@
+"""One row of a task: its kind by its fields, read from JSON lines, checked.
+
+For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; for
+a sequence classifier {"text"[, "text_pair"], "label"}.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, LoraSBError
+from .storage import MAX_JSON_BYTES, parse_json
+
+COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
+_FIELDS = {
+    COMPLETION: ("prompt", "completion"),
+    CHAT: ("messages",),
+    TEXT: ("text",),
+    LABELLED: ("text", "label"),
+}
+
+Row = dict[str, Any]
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
+                if line.strip():
+                    yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
+    except OSError as error:
+        if isinstance(error, LoraSBError):
+            raise
+        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a JSONL file") from None
+
+
+def _parse_row(line: bytes, place: str) -> Row:
+    if len(line) > MAX_JSON_BYTES:
+        raise DataError(f"a line of more than {MAX_JSON_BYTES} bytes", where=place, fix="One JSON object a line")
+    try:
+        row = parse_json(line)
+        if b"\\u" in line:  # half of a surrogate pair, as a text cut by JavaScript may end in, can only be escaped
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except ValueError as error:
+        raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
+
+
+def kind_of(row: Row, where: object = None) -> str:
+    """COMPLETION, CHAT, TEXT or LABELLED, by the fields `row` has. Raises DataError when it is none of them."""
+    if "messages" in row:
+        return CHAT
+    if "prompt" in row:
+        return COMPLETION
+    if "text" in row:
+        return LABELLED if "label" in row else TEXT
+    raise DataError(
+        "the row has neither 'prompt' nor 'text' nor 'messages'",
+        where=where,
+        fix='Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}',
+    )
+
+
+def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
+    """What a row asks the model, and the answer it gives: its completion, or the last turn of its messages.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another.
+    """
+    if kind_of(row) == COMPLETION:
+        return row["prompt"], row["completion"]
+    *before, last = row["messages"]
+    if not before or last["role"] != "assistant":
+        raise DataError("the messages do not end with the assistant's answer", where=where, fix="Use the metric loss")
+    return before, last["content"]
+
+
+def check_row(row: Row, kind: str, where: str) -> None:
+    for field in _FIELDS[kind]:
+        if field not in row:
+            raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
+    if kind == CHAT:
+        if row.get("tools"):  # prompts are asked without, here and by a server
+            fix = "Describe them in a system message, and leave the key out"
+            raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
+        return _check_messages(row["messages"], where)
+    for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
+        if not isinstance(row[field], str):
+            raise DataError(f"{field!r} is not a string", where=where)
+    if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
+        raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
+    return None
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list):
+        raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
+    for number, turn in enumerate(messages, 1):
+        for field in ("role", "content"):
+            if not isinstance(turn, dict) or field not in turn:
+                raise DataError(f"message {number} has no {field!r}", where=where, fix="Every message needs it")
+            if not isinstance(turn[field], str):
+                raise DataError(f"{field!r} of message {number} is not a string", where=where)
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
+
+
+def refuse_unwritable(row: object, place: str) -> None:
+    """Raise DataError for what no line of a file could be."""
+    if not isinstance(row, dict):
+        raise DataError(f"the row is of type {type(row).__name__}", where=place, fix="Give a dict")
+    try:
+        as_json(row)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"not to be written as JSON: {error}", where=place, fix="Mend the row") from None
+
+
+def as_json(rows: object) -> bytes:
+    return json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str).encode()

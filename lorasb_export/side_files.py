@@ -1,0 +1,40 @@
+"""What lies beside a base's weights, and goes wherever a model made from it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import BaseModelError
+from .fetch import is_blob
+
+# Settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
+TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")
+# What licences want to come along wherever the model goes.
+LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
+_MADE_ANEW = ("lorasb.json", ".index.json")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What every model folder that is made from the one in `folder` takes along.
+
+    Raises:
+        BaseModelError: one is a link to another file elsewhere.
+    """
+    patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
+    for path in kept:
+        _refuse_foreign_link(path, folder)
+    return kept
+
+
+def _refuse_foreign_link(path: Path, folder: Path) -> None:
+    """Raise BaseModelError where `path` of a base's `folder`, about to be copied, links to some other file outside it.
+
+    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.
+    """
+    target = path.resolve()
+    if target.is_relative_to(folder.resolve()) or is_blob(target) or target.name == path.name:
+        return
+    fix = "Replace it by the file itself, or remove it"
+    raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from integration.bench import quality
-from integration.bench.report import best_rates, by_method, comparable, with_tables
+from integration.bench.basis_tables import comparable
+from integration.bench.method_tables import by_method, longer
+from integration.bench.report import with_tables
 from integration.bench.tradeoff import family
+from integration.evidence.best import best_rates
 from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
@@ -74,6 +77,16 @@ def test_losses_are_compared_with_those_of_lora_seed_by_seed() -> None:
 
     found = by_method(best_rates([*lines("LoRA r=8", [0.5, 0.25]), *lines("block, r=64", [0.25, 0.125, 0.75])]))
     assert found["block, r=64", "sst2"]["less_lora"] == [-0.25, -0.125]
+
+
+def test_longer_runs_have_a_table_of_their_own() -> None:
+    rest = {"metric": "exact_match", "value": 0.5, "trainable": 1, "adapter_bytes": 4, "seconds": 1.0}
+    cells = [cell("banking77", **quality.METHODS["LoRA r=8"], lr=lr, steps=600) for lr in (1e-3, 3e-3, 1e-2)]
+    lines = [{**of.fields, "loss": abs(of.lr - 3e-3), **rest} for of in cells]
+    best = best_rates([*lines, {**lines[0], "steps": 120, "lr": 1e-1}])
+    assert longer(by_method(best, steps=600)).splitlines()[2:] == [
+        "| LoRA r=8 | 1 | 50.0 (1) | 0.000 | 1e-03, **3e-03**, 1e-02 |"
+    ]
 
 
 def test_a_table_takes_the_place_of_the_old_one() -> None:

@@ -7,12 +7,12 @@ may be filled over many sittings: `--minutes` ends one. `python -m integration.b
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from integration.evidence.best import summary
 from integration.evidence.cells import (
     CLASSIFYING,
     DOWN,
@@ -98,16 +98,3 @@ def _fill(
             spread = f"{found['mean']:.4f} ± {found['sd']:.4f}"
             print(f"{task:10} {method:38} {found['metric']:11} {spread}  lr {found['lr']:.0e}")
     return {"name": "quality", "complete": complete, "runs": len(results.lines()), "table": table}
-
-
-def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over the seeds of one tuned method on one task."""
-    values = [line["value"] for line in lines]
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    same = {key: lines[0][key] for key in ("metric", "lr", "trainable", "adapter_bytes", "steps")}
-    return same | {
-        "mean": round(statistics.mean(values), 6),
-        "sd": round(sd, 4),
-        "loss": round(statistics.mean(line["loss"] for line in lines), 4),
-        "seconds": round(statistics.mean(line["seconds"] for line in lines), 1),
-    }

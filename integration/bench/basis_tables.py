@@ -1,0 +1,120 @@
+"""Tables of bases: capture before training and metric after; does the one predict the other?"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from integration.evidence.best import Best, Identity, Line, changed
+from integration.evidence.cells import RESULTS, Cell
+from lorasb_export.metrics import pearson
+from lorasb_export.settings import DRAWN
+
+from .method_tables import TASKS, metric, table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
+
+def _column(line: Line) -> str:
+    """The origin of a basis, in words."""
+    if line["basis"] in COLUMNS:
+        return line["basis"] + (", balanced" if line["balanced"] else "")
+    return "another task"
+
+
+def basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> Iterable[str]:
+    """For each rank, reduction and number of samples: capture, and the metric after training by each optimizer."""
+    variants = sorted({(line["rank"], line["reduction"], line["samples"]) for line in captures.values()})
+    for rank, reduction, samples in variants:
+        of_variant = {
+            identity: line
+            for identity, line in captures.items()
+            if (line["rank"], line["reduction"], line["samples"]) == (rank, reduction, samples)
+        }
+        there = {_column(line) for line in of_variant.values()}
+        names = [name for name in COLUMNS if name in there]
+
+        def rows(show: Callable[[Identity], str], of_variant: Any = of_variant, names: Any = names) -> str:
+            found = {(line["task"], _column(line)): show(identity) for identity, line in of_variant.items()}
+            shown = [task for task in TASKS if any(found.get((task, name), "-") != "-" for name in names)]
+            lines = [[task, *(found.get((task, name), "-") for name in names)] for task in shown]
+            return table(["", *names], lines) if lines else ""
+
+        capture = rows(lambda identity: f"{captures[identity]['capture']:.0%}")
+        section = (
+            f"## Bases of rank {rank}, {reduction}, {samples} samples\n\n"
+            f"Capture ratio of a valid gradient, before training:\n\n{capture}"
+        )
+        for optimizer, name in OPTIMIZERS.items():
+            cells = {identity: changed(identity, optimizer=optimizer) for identity in of_variant}
+            shown = {identity: _shown(best, of) for identity, of in cells.items()}
+            if metric := rows(shown.__getitem__):
+                section += (
+                    f"\n\nTest metric in percent (and loss on valid rows), after training by {name} "
+                    f"(* at the best rate tried, its search not ended):\n\n{metric}"
+                )
+        yield section
+
+
+def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None:
+    """A basis beside the task's own: at its best rate, or, where the search has not ended, if the own's was tried."""
+    own, found = best.get(changed(identity, basis="own", balanced=False)), best.get(identity)
+    own_was_tried = own and found and own.closed and own.lines[0]["lr"] in found.rates
+    return found if found and (found.closed or own_was_tried) else None
+
+
+def _shown(best: Mapping[Identity, Best], identity: Identity) -> str:
+    if (found := comparable(best, identity)) is None:
+        return "-"
+    of = found.summary
+    return f"{metric(of)} ({of['loss']:.3f})"
+
+
+def prediction(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> str:
+    """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
+    points: Mapping[str, dict[str, tuple[list[float], list[float]]]]
+    points = defaultdict(lambda: defaultdict(lambda: ([], [])))
+    for identity in best:
+        own_identity = changed(identity, basis="own", balanced=False)
+        of, own_capture = (captures.get(changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
+        found, own = comparable(best, identity), comparable(best, own_identity)
+        if identity == own_identity or of is None or own_capture is None or found is None or own is None:
+            continue
+        seeds = {line["seed"] for line in found.lines} & {line["seed"] for line in own.lines}
+        of_basis, of_own = (statistics.mean(x["loss"] for x in b.lines if x["seed"] in seeds) for b in (found, own))
+        x, y = points[f"{OPTIMIZERS[dict(identity)['optimizer']]}, r = {of['rank']}"][of["task"]]
+        x.append(of["capture"] - own_capture["capture"])
+        y.append(of_basis - of_own)
+    points = {kind: tasks for kind, tasks in points.items() if sum(len(x) for x, _ in tasks.values()) > 2}
+    if not points:
+        return ""
+    figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
+    said = []
+    for axes, (kind, of_tasks) in zip(all_axes[0], sorted(points.items()), strict=True):
+        for task, (xs, ys) in of_tasks.items():
+            axes.scatter(xs, ys, label=task)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set_title(kind)
+        axes.set_xlabel("capture ratio, less the own basis's")
+        axes.set_ylabel("valid loss, less the own basis's")
+        axes.legend()
+        x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
+        said.append(f"{kind}: {len(x)} pairs of {', '.join(of_tasks)}, Pearson's correlation {pearson(x, y):.2f}.")
+    path: Path = RESULTS / "capture-loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return (
+        "## Does the capture ratio predict the loss?\n\n"
+        "Every basis against the task's own at the same rank, reduction, samples and seeds. "
+        f"{' '.join(said)}\n\n![loss against capture]({path.name})"
+    )

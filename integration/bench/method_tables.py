@@ -1,0 +1,121 @@
+"""Tables with a row for each method: scores, losses, costs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from integration.evidence.best import Best, Identity, identity
+from integration.evidence.cells import CLASSIFYING, GENERATING, cell
+
+from .quality import METHODS
+
+TASKS = (*GENERATING, *CLASSIFYING)
+# README's table: the tasks that tell methods apart, and what a reader chooses between.
+CHOSEN_TASKS = ("banking77", "e2e", "sst2", "cola")
+CHOSEN = {
+    "PEFT's LoRA, r = 8": "LoRA r=8",
+    "PEFT's rsLoRA, r = 32": "rsLoRA r=32",
+    "as published: own basis, r = 64, AdamW": "as published: own basis, r=64, AdamW",
+    "own basis, r = 64": "own basis, r=64",
+    "a basis made from all tasks, r = 64": "shared basis, r=64",
+    "one random basis for all tasks, r = 64": "random basis, r=64",
+    "**what `init` sets for text**: r = 128 on `down_proj`, a basis made from five tasks": "down: shared basis, r=128",
+    "the same, own basis": "down: own basis, r=128",
+    "the same, one random basis for all tasks": "down: random basis, r=128",
+    "a block of r = 256 on `down_proj`": "down: block, r=256",
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_method(best: Mapping[Identity, Best], **other: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    """(method, task) → what its seeds came to, and its loss less that of LoRA r = 8 with the same seeds.
+
+    Args:
+        other: fields that are not those of the full tables.
+    """
+    found = {}
+    for task, (name, fields) in itertools.product(TASKS, METHODS.items()):
+        if there := best.get(identity(cell(task, **{**fields, **other}).fields)):
+            found[name, task] = there.summary
+    for (_, task), of in found.items():
+        of_lora = found.get(("LoRA r=8", task), {"losses": {}})["losses"]
+        of["less_lora"] = [loss - of_lora[seed] for seed, loss in of["losses"].items() if seed in of_lora]
+    return found
+
+
+def methods_table(
+    found: Mapping[tuple[str, str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+    methods: Mapping[str, str] | None = None,
+    tasks: Sequence[str] = TASKS,
+) -> str:
+    """A row for each method that was run; `methods` are those to show, by what they are called there."""
+    tasks = [task for task in tasks if any(of == task for _, of in found)]
+    metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
+    rows = []
+    for label, name in (methods or {name: name for name in METHODS}).items():
+        of_tasks = [found.get((name, task)) for task in tasks]
+        if any(of_tasks):
+            rows.append([label, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
+    return table(["", "trained", *(f"{task}, {metrics[task].replace('_', ' ')}" for task in tasks)], rows)
+
+
+def _trained(name: str, found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """The parameters that are trained, of those of LoRA r = 8 on the same task: on text, and on the encoder."""
+    ratios = {
+        kind: of["trainable"] / found["LoRA r=8", task]["trainable"]
+        for kind, tasks in (("text", GENERATING), ("encoder", CLASSIFYING))
+        for task in tasks
+        if (of := found.get((name, task))) and ("LoRA r=8", task) in found
+    }
+    return ", ".join(dict.fromkeys(f"{ratio:.2g}" for ratio in ratios.values()))
+
+
+def metric(of: dict[str, Any]) -> str:
+    """Mean ± sd in percent; the number of seeds where it is not three; * where the search for a rate has not ended."""
+    spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
+    few = f" ({of['seeds']})" if of["seeds"] < 3 and of["steps"] else ""
+    return f"{100 * of['mean']:.1f}{spread}{few}" + " *" * (not of["closed"])
+
+
+def settled(of: dict[str, Any]) -> str:
+    """As `metric`; nothing where the search for a rate has not ended."""
+    return metric(of) if of["closed"] else ""
+
+
+def loss(of: dict[str, Any]) -> str:
+    """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `metric`."""
+    differences, text = of["less_lora"], f"{of['loss']:.3f}"
+    if of["steps"] and any(differences):
+        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+        text += f" ({statistics.mean(differences):+.3f}{'' if error is None else f' ± {error:.3f}'})"
+    return text + " *" * (not of["closed"])
+
+
+def longer(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """Score, loss and rates of each method on the one task that it was trained longer on."""
+    rows = []
+    for (name, _), of in found.items():
+        rates = (f"**{rate:.0e}**" if rate == of["lr"] else f"{rate:.0e}" for rate in of["rates"])
+        rows.append([name, _trained(name, found), metric(of), loss(of), ", ".join(rates)])
+    return table(["", "trained", "exact match", "loss on valid rows", "rates tried"], rows)
+
+
+def costs(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    sizes = methods_table(found, lambda of: f"{of['trainable'] / 1e6:.2f} M, {of['adapter_bytes'] / 1e6:.2f} MB")
+    runs = methods_table(found, lambda of: f"{of['steps']} steps, {of['seconds']:.0f} s" if of["steps"] else "")
+    rates = methods_table(found, lambda of: f"{of['lr']:.0e}" + " *" * (not of["closed"]) if of["steps"] else "")
+    return (
+        "## Quality: what it takes\n\nParameters that are trained, and their bytes in fp32. A basis of a task's own "
+        "lies in its adapter besides: of SmolLM2-135M B and A take 78 MB at r = 64 on all linear layers, and 32 MB at "
+        f"r = 128 on `down_proj`.\n\n{sizes}\n\n"
+        f"Steps, and seconds of training (of one core, where the device is a CPU):\n\n{runs}\n\n"
+        f"Best learning rate of a grid in steps of three (* at an end of those tried, the search not ended):\n\n{rates}"
+    )

@@ -97,6 +97,14 @@ def test_token_loss_counts_every_token_the_same(network: PreTrainedModel, rows: 
     assert (found[name] - sums_of(network, rows)[name]).norm() > 0.01 * found[name].norm()
 
 
+def test_sums_in_float16_are_those_of_float32(base: BaseModel) -> None:
+    """A row's mean over so many labels would be lost in it."""
+    text = "a sentence of so many words " * 70
+    long = encode([{"text": text}], base.load_tokenizer(), CAUSAL_LM, [], 2000)
+    expected = sums_of(base.load(dtype="float32"), long)
+    assert_equal(sums_of(base.load(dtype="float16"), long), expected, 0.005)
+
+
 @pytest.mark.parametrize("loss", ["sample", "token"])
 def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrainedModel, rows: list[Encoded]) -> None:
     one_by_one = sums_of(network, rows, loss=loss, batch_size=1)

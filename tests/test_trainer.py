@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import weakref
@@ -20,11 +21,12 @@ from torch._subclasses import FakeTensorMode
 
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.data import TaskData, load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
+from lorasb_export.training.validation import Validation
 
 SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
 
@@ -147,6 +149,29 @@ def test_the_best_evaluated_R_is_kept(llama: Path, basis: Path, tasks: dict[str,
     shorter = replace(settings, max_steps=12, patience=None, evaluate_every=2)
     assert not equal(best, last, 1e-3)
     assert equal(fit(str(llama), basis, tasks["plus"], tmp_path / "again", shorter), best, 0)
+
+
+def test_a_resumed_run_that_comes_to_no_better_R_keeps_the_best_of_its_checkpoint(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a better evaluation that no checkpoint knows of; on a GPU the second way there may end elsewhere."""
+    settings = replace(SETTINGS, max_steps=6, evaluate_every=2, checkpoint_every=3)
+    inputs = (str(llama), basis, tasks["plus"])
+    step, losses = RTrainer.training_step, itertools.count(1000.0)
+
+    def stopping(self: RTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise InterruptedError
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(InterruptedError):
+            fit(*inputs, tmp_path / "a", settings)
+    monkeypatch.setattr(Validation, "run", lambda *_: {"loss": next(losses)})
+    resumed = fit(*inputs, tmp_path / "a", settings, resume=True)
+    assert resumed.training["best_step"] == 2
+    assert equal(resumed, fit(*inputs, tmp_path / "b", settings), 0)
 
 
 def test_patience_ends_the_run_early_and_a_finished_run_is_not_trained_again(
@@ -423,3 +448,21 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
     moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     R = load_file(checkpoint / "adapter-0.safetensors")
     assert sum(of[state].numel() for of in moments.values()) == sum(t.numel() for t in R.values())
+
+
+def test_a_base_in_float16_gives_R_the_gradient_of_float32(
+    llama: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mean over so many labels float16 would hold little: each one's share is near its least number."""
+    task = task_of("long", {"train": [{"text": "a sentence of so many words " * 18} for _ in range(32)]})
+    found: list[torch.Tensor] = []
+
+    def keep(self: RTrainer, model: object) -> torch.Tensor:
+        found.append(torch.cat([p.grad.flatten() for p in self._parameters[0]]))
+        return found[-1].norm()
+
+    monkeypatch.setattr(RTrainer, "_clip_grad_norm", keep)
+    for dtype in ("float32", "float16"):
+        fit(llama, basis, task, tmp_path / dtype, FitSettings(max_steps=1, batch_size=32, dtype=dtype))
+    expected, of_half = found
+    assert (of_half - expected).norm() < 0.005 * expected.norm()

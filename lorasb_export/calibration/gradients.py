@@ -102,13 +102,14 @@ def gradient_sums(
         BaseModelError: a gradient is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
+    longest = 1.0  # labels of a row in the batch: by so much its gradients are too large, lest float16 lose them
     counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
 
     def keep(name: str) -> Callable[[torch.Tensor], None]:
         def hook(weight: torch.Tensor) -> None:
             assert weight.grad is not None
             gradient = weight.grad.to("cpu", torch.promote_types(weight.dtype, torch.float32))
-            sums[name] = sums[name].add_(gradient) if name in sums else gradient
+            sums[name] = sums[name].add_(gradient, alpha=1 / longest) if name in sums else gradient.div_(longest)
             weight.grad = None
 
         return hook
@@ -121,7 +122,10 @@ def gradient_sums(
             labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
             losses, counts = row_losses(model(**tensors).logits, labels)
             counted += torch.tensor([len(counts), int(counts.sum())])
-            (factors * (losses / counts if loss == "sample" else losses)).sum().backward()
+            if loss == "sample":
+                longest = float(counts.max())
+                losses = losses * (longest / counts)
+            (factors * losses).sum().backward()
 
     rows, tokens = _over_processes(counted, model.device).tolist()
     for name, module in targets.items():

@@ -1,8 +1,9 @@
 """The loop: a transformers Trainer over the R of one task, or of several tasks in mixed batches.
 
-Its dataset is the list of optimizer steps. A step's rows, and the weight of each in the loss, are known beforehand
+Its dataset is the list of optimizer steps. A step's rows, and how many labels each task has in it, are known beforehand
 (`order.RowOrder`), so that every task's loss is the mean over its own labels whatever the split of a step into
-forward passes, tasks and processes.
+forward passes, tasks and processes. What goes back through the base is the sum: it becomes the mean in R's gradient,
+which is float32, since a mean over thousands of labels would vanish in a float16 base.
 """
 
 from __future__ import annotations
@@ -103,13 +104,13 @@ class RTrainer(Trainer):
         batches = []
         for number in range(max((len(part) for part in parts.values()), default=0)):
             under_way = [k for k in active if number < len(parts[k])]
-            rows = [(k, i, world / labels[k]) for k in under_way for i in parts[k][number]]
+            rows = [(k, i, 1.0) for k in under_way for i in parts[k][number]]
             share = rows[rank::world] or [(*rows[0][:2], 0.0)]  # gradients are averaged: all must take part
             batch = collate([self.runs[k].rows[i] for k, i, _ in share], self._pad_id)
             batch["weights"] = torch.tensor([weight for *_, weight in share], dtype=self._dtype)
             batch["tasks"] = torch.tensor([k for k, *_ in share])
             batches.append(batch)
-        return {"step": step, "active": active, "batches": batches}
+        return {"step": step, "batches": batches, "to_means": {k: world / labels[k] for k in active}}
 
     def _active(self, step: int) -> list[int]:
         """Tasks that train in `step`: neither at their end nor stopped early."""
@@ -135,12 +136,14 @@ class RTrainer(Trainer):
         if self.stack:
             gradients = torch.stack([layer.grad for layer in self.stack.layers], dim=1)  # type: ignore[misc]
             for k, (parameter,) in enumerate(self._parameters):  # without a gradient a task is left alone
-                parameter.grad = gradients[k] if k in inputs["active"] else None
+                parameter.grad = gradients[k] if k in inputs["to_means"] else None
+        for k, factor in inputs["to_means"].items():
+            torch._foreach_mul_([p.grad for p in self._parameters[k] if p.grad is not None], factor)
+            losses[k].mul_(factor)
+            self._steps[k] += 1
         step = torch.full_like(self._bad_step, inputs["step"])
         self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
         self._losses += losses
-        for k in inputs["active"]:
-            self._steps[k] += 1
         return losses.sum()
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -231,18 +234,25 @@ class RTrainer(Trainer):
             raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         if self.history(k).last_is_best() and distributed.is_main():
-            with replaced_file(self._best_file(k)) as path:
+            with replaced_file(self._best_file(k, self.state.global_step)) as path:
                 save_tensors(run.adapter.tensors(), path)  # in the dtype they are trained in
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
         step = self.history(k).best_step()
         if step is not None:
-            load_tensors(self.runs[k].adapter, self._best_file(k))
+            load_tensors(self.runs[k].adapter, self._best_file(k, step))
         return step
 
-    def _best_file(self, k: int) -> Path:
-        return Path(str(self.args.output_dir)) / f"best-{k}.safetensors"
+    def _best_file(self, k: int, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"best-{k}-{step}.safetensors"
+
+    def _remove_surpassed(self) -> None:
+        """The best R of the last checkpoint must stay until the next one: a resumed run may not come to better ones."""
+        steps = {k: self.history(k).best_step() for k in range(len(self.runs))}
+        kept = {self._best_file(k, step) for k, step in steps.items() if step is not None}
+        for path in set(Path(str(self.args.output_dir)).glob("best-*.safetensors")) - kept:
+            path.unlink()
 
     # Checkpoints
 
@@ -266,6 +276,7 @@ class RTrainer(Trainer):
                 fsync(path)
             with replaced_file(folder / COMPLETE) as path:
                 write_json(path, {**self.identity, "finished": not self._active(self.state.global_step)})
+            self._remove_surpassed()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for k, run in enumerate(self.runs):

@@ -80,7 +80,8 @@ def run(
         dtype=dtype,
         seed=seed,
     )
-    settings = CalibrationSettings(**{**project.calibration, **flags})
+    as_trained = {key: project.fit[key] for key in ("max_length",) if key in project.fit}
+    settings = CalibrationSettings(**{**as_trained, **project.calibration, **flags})
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
     sources = parse_pairs(data)

@@ -15,6 +15,7 @@ REPORTED = (
     "best_step",
     "rows",
     "rows_left_out",
+    "rows_cut",
     "train_loss",
     "valid_loss",
     "valid_metrics",
@@ -153,6 +154,7 @@ def run(
         split = "train" if summary["valid_loss"] is None else "valid"
         rows, left_out = adapter.training["rows"], adapter.training["rows_left_out"]
         of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
+        of_rows += f", {cut} of {rows} cut at max_length" if (cut := adapter.training.get("rows_cut")) else ""
         lines.append(
             f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
         )

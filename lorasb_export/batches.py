@@ -73,7 +73,7 @@ def encode(
     max_length: int,
     unit: str = "row",
 ) -> list[Encoded]:
-    """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
+    """Rows as `input_ids` (t,), `labels`, `cut`, and `row`, the row's number: in `rows` from 1, or its key there.
 
     For SEQ_CLS also `token_type_ids` (t,), which tell a text from its pair, where the tokenizer makes them.
     `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
@@ -107,7 +107,7 @@ def encode(
                 continue
         if is_cut:
             cut.append(number)
-        encoded.append({**found, "row": number})
+        encoded.append({**found, "row": number, "cut": is_cut})
     left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
     if not encoded:
         enclose = "The chat template must enclose what the assistant says in {% generation %}"

@@ -96,6 +96,7 @@ def test_training_is_shown_and_paths_are_cut() -> None:
     assert "| train loss | 0.125 |" in text
     assert "\nSettings: `epochs` 3.\n" in text
     assert "| mine | 1200 | 3 | not stated | dddddddddddd |" in text
+    assert "| mine | 1200 | 3 | 7 | not stated |" in adapter(training=training | {"rows_cut": 7})
     assert "somebody" not in text
     assert "\n\n![Loss while training](training.png)\n" in text
     assert "| test | accuracy | 64 | 0.5 | 0.9375 |" in text

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_together_a_line_names_the_task_of_its_valid_loss(
     assert [re.fullmatch(pattern, line)[1] for line in log.messages[-2:]] == ["a", "b"]  # type: ignore[index]
 
 
-def test_the_result_counts_rows_left_out(
+def test_the_result_counts_rows_left_out_and_cut(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why, a warning says: not all of them are too long."""
@@ -179,7 +180,24 @@ def test_the_result_counts_rows_left_out(
     monkeypatch.chdir(tmp_path / "p")
     with (tmp_path / "p" / "data" / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "1" * 600, "completion": "2"}) + "\n")
-    assert ", 1 of 65 rows left out, " in CliRunner().invoke(app, ["fit"], catch_exceptions=False).stdout
+        file.write(json.dumps({"prompt": "1", "completion": "2" * 600}) + "\n")
+    said = CliRunner().invoke(app, ["fit"], catch_exceptions=False).stdout
+    assert ", 1 of 66 rows left out, 1 of 65 cut at max_length, " in said
+
+
+def test_rows_are_as_long_in_calibration_as_in_training(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless [basis] says otherwise; whichever of the two verbs makes the basis."""
+    found = project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n[fit]\nmax_steps = 1\nmax_length = 9\n")
+    monkeypatch.chdir(tmp_path / "p")
+    for verb in ("calibrate", "fit"):
+        shutil.rmtree(tmp_path / "p" / "basis", ignore_errors=True)
+        CliRunner().invoke(app, [verb], catch_exceptions=False)
+        assert Basis.load(tmp_path / "p" / "basis").calibration["max_length"] == 9
+    found = replace(found, calibration={"rank": 4, "max_length": 11})
+    own = fit_tasks(found, ["a"], SETTINGS, basis="own", overwrite=True)["a"].load_basis()
+    assert own.calibration["max_length"] == 11
 
 
 def test_the_first_process_alone_warns(

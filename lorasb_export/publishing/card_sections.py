@@ -15,7 +15,17 @@ _OF_ADAPTERS = ("lorasb", "peft")  # libraries
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
-_ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "evaluation", "plot", "trainable_parameters"}
+_ELSEWHERE = {
+    "task",
+    "data",
+    "data_sha256",
+    "rows",
+    "rows_left_out",
+    "rows_cut",
+    "evaluation",
+    "plot",
+    "trainable_parameters",
+}
 _ELSEWHERE |= {"lora_parameters", "labels", "regression", "capture", "energy", "settings", "learning_rates"}
 
 
@@ -136,6 +146,7 @@ def data_of_training(training: Mapping[str, Any], facts: Facts) -> str:
         "data": training["data"],
         "rows": training.get("rows"),
         "left out": training.get("rows_left_out"),
+        **({"cut": training["rows_cut"]} if training.get("rows_cut") else {}),
         "licence": facts.data_licences.get(training["data"], "not stated"),
         "sha256": str(training.get("data_sha256"))[:12],
     }

@@ -54,7 +54,8 @@ def fit_tasks(
     tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
     require_fitting(list(tasks.values()), settings)
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
-    calibration = CalibrationSettings(**{"dtype": settings.dtype, **project.calibration})
+    as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
+    calibration = CalibrationSettings(**{**as_trained, **project.calibration})
     sources = {name: basis or project_basis.find(project, name) for name in tasks}
     if together and (len(tasks) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(

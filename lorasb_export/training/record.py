@@ -36,6 +36,7 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
         "data_sha256": run.task.sha256,
         "rows": len(run.rows),
         "rows_left_out": len(run.task.splits["train"]) - len(run.rows),
+        "rows_cut": sum(row["cut"] for row in run.rows),
         "labels": run.task.labels,
         "regression": run.task.regression,
         "steps": steps,

@@ -233,7 +233,8 @@ class BaseModel:
 
         Args:
             dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`.
-            num_labels: size of a new classification head (SEQ_CLS), drawn with `seed`; the global RNG is untouched.
+            num_labels: outputs of the classification head (SEQ_CLS); where the checkpoint has none, or one of another
+                size, it is drawn with `seed`; the global RNG is untouched.
 
         Raises:
             BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
@@ -257,7 +258,7 @@ class BaseModel:
         if task_type == SEQ_CLS:
             loader = AutoModelForSequenceClassification
             if num_labels is not None:
-                options["num_labels"] = num_labels
+                options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
         with torch.random.fork_rng(devices=[]), as_base_model_error(self.folder):
@@ -266,7 +267,8 @@ class BaseModel:
             model, found = loader.from_pretrained(
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
-        refuse_made_up(model, found["missing_keys"], self.folder)
+        unlike = {name for name, *_ in found.get("mismatched_keys", ())}
+        refuse_made_up(model, {*found["missing_keys"], *unlike}, self.folder)
         self._prepare(model, task_type)
         device = torch.device(device or default_device())
         if device.type != "cpu":

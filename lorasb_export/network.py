@@ -104,4 +104,5 @@ def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path)
         if name.startswith(prefix):
             pooler = ".pooler." in name
             fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else "Fetch the base again"
-            raise BaseModelError(f"the checkpoint lacks {name}", where=folder, fix=fix)
+            what = f"the checkpoint lacks {name}, or has it in another shape"
+            raise BaseModelError(what, where=folder, fix=fix)

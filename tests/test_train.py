@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 from lorasb_cli.main import app
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export import Adapter, Basis, calibrate, fit, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
@@ -250,6 +252,17 @@ def test_classification_trains_and_keeps_its_head(
     loaded = Adapter.load(tmp_path / "a")
     assert set(loaded.head) == {"classifier.weight", "classifier.bias"}
     assert evaluate(loaded, load_task("parity", parity), split="train")["adapter"] > 0.9
+
+
+def test_a_base_that_classifies_otherwise_gets_another_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """As one does that was trained for another task; and whatever is made of the adapter has the new head."""
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(base)
+    adapter = fit(base, CalibrationSettings(rank=4), parity, tmp_path / "a", FitSettings(max_steps=2))
+    assert adapter.head["classifier.weight"].shape[0] == 2
+    merge(adapter, tmp_path / "merged", verify=True)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config.num_labels == 2
 
 
 def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
@@ -28,6 +29,7 @@ from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import require_equal, verify_folder
 from lorasb_export.kind import artifact_kind
+from lorasb_export.storage import read_json, write_json
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 from .onnx_world import EOS, PROMPTS, TOKENS, answers, save_adapter, save_basis
@@ -85,6 +87,16 @@ def test_merged_batch_of_unequal_prompts_decodes_as_torch(world: Path, red_onnx:
     assert stopped == answers(network, eos)
     assert stopped[1][-1] in eos
     assert len({len(answer) for answer in stopped}) > 1  # rows end at different steps
+
+
+def test_an_answer_ends_where_tokenizer_or_generation_config_says(red_onnx: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(red_onnx, tmp_path / "copy")
+    of_tokenizer = AutoTokenizer.from_pretrained(copy).eos_token_id
+    for named, ends in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
+        write_json(copy / "generation_config.json", {"eos_token_id": named})
+        assert OnnxDecoder(copy, threads=1).eos_ids == {of_tokenizer, *ends}
+    (copy / "generation_config.json").unlink()
+    assert OnnxDecoder(copy, threads=1).eos_ids == {of_tokenizer, read_json(copy / "config.json")["eos_token_id"]}
 
 
 def test_one_graph_is_the_base_and_every_task(world: Path, tasks_onnx: Path) -> None:

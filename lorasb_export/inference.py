@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,22 +24,33 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None) -> set[int]:
+    """The tokens that end an answer, as vLLM has it: the tokenizer's end of sequence, and those that are `named`.
+
+    Args:
+        named: `eos_token_id` of the model's generation_config.json; of its config.json where there is none.
+    """
+    others = [named] if named is None or isinstance(named, int) else named
+    return {token for token in (tokenizer.eos_token_id, *others) if token is not None}
+
+
 def generate_ids(
     network: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    eos_id: int,
+    ends: Collection[int],
     pad_id: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """Greedy continuations of token-id prompts, up to and without `eos_id`, in the order given.
+    """Greedy continuations of token-id prompts, up to and without the first of `ends`, in the order given.
 
     The likeliest token and nothing else: penalties in the base's generation_config.json, made for chats, are left out.
     """
     from transformers import GenerationConfig
 
-    greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=pad_id)
+    eos = sorted(ends) or None
+    greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
@@ -49,7 +61,7 @@ def generate_ids(
         with torch.inference_mode(), _generation_config(network, greedy):
             output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
         for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            answers[i] = row[: row.index(eos_id)] if eos_id in row else row
+            answers[i] = list(takewhile(lambda token: token not in ends, row))
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -134,7 +146,7 @@ def answers_to_ids(
         network,
         questions,
         max_tokens=max_tokens,
-        eos_id=tokenizer.eos_token_id,
+        ends=end_ids(tokenizer, network.generation_config.eos_token_id),
         pad_id=tokenizer.pad_token_id,
         batch_size=batch_size,
     )

@@ -139,6 +139,21 @@ def test_answers_are_greedy_whatever_the_base_says_about_chats(chatty: Path) -> 
     assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) != plain[0]
 
 
+def test_answers_end_where_tokenizer_or_generation_config_says(chatty: Path) -> None:
+    """Of Gemma and Phi-3 the end of a turn is not the tokenizer's end of sequence, and stands in the latter alone."""
+    base = BaseModel.resolve(chatty)
+    network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
+    whole = answers(network, tokenizer, ["ab"], max_tokens=16)[0].split()  # this tokenizer writes its tokens so
+    end, before = whole[2], " ".join(whole[:2])
+    assert end not in before
+    token = tokenizer.convert_tokens_to_ids(end)
+    for named in (token, [tokenizer.eos_token_id, token]):
+        network.generation_config.eos_token_id = named
+        assert answers(network, tokenizer, ["ab", "1+1"], max_tokens=16)[0] == before
+    network.generation_config.eos_token_id, tokenizer.eos_token = None, end
+    assert answers(network, tokenizer, ["ab"], max_tokens=16) == [before]
+
+
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:
     base = BaseModel.resolve(chatty)
     network, tokenizer = base.load(), base.load_tokenizer()

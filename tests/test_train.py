@@ -27,6 +27,7 @@ from lorasb_export.lock import only_writer
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.muon import Muon, groups_of
 from lorasb_export.training.trainer import RTrainer
+from tests.rows import CHAT_LINE, MARKED
 
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
 
@@ -166,6 +167,26 @@ def test_the_verb_keeps_an_adapter_of_ones_own_loop(
     words = ["fit", "a", "--model", str(llama), "--data", str(sums), "--basis", str(basis), "--resume"]
     done = CliRunner().invoke(app, words)
     assert (done.exit_code, "a: left as it is, for it does not say how" in done.stdout) == (0, True)
+
+
+def test_chats_whose_answers_will_not_end_are_told(
+    llama: Path, basis: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those on Qwen's base models: `<|im_end|>` ends a turn, and no end that is looked for is it."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    (tmp_path / "chats.jsonl").write_text(CHAT_LINE)
+
+    def told(name: str) -> list[str]:
+        caplog.clear()
+        fit(str(base), basis, tmp_path / "chats.jsonl", tmp_path / name, replace(SETTINGS, max_steps=1))
+        return [message for message in caplog.messages if "will not end" in message]
+
+    (base / "chat_template.jinja").write_text(MARKED.replace("</s>{% end", "~{% end"))
+    (message,) = told("a")
+    assert "the last that they are taught is ['2', '~'], and they end with ['</s>'] alone. Let {% gen" in message
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, 97]}))
+    assert not told("b")
 
 
 def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .onnx_build import GENAI, GRAPH
 from .onnx_graph import read_graph
 from .onnx_record import read_record
 from .onnx_swap import IDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ROWS = 8  # prompts decoded together,
 _PREFILL_TOKENS = 2048  # as long as their prompts fit in this many tokens: the graph returns logits for each of them
@@ -60,7 +64,6 @@ class OnnxDecoder:
         threads: onnxruntime's threads; None takes all cores.
 
     Attributes:
-        eos_ids: the tokens that end an answer.
         ids: adapter → its number, in a routed folder, whose rows may use different ones.
 
     Raises:
@@ -71,9 +74,6 @@ class OnnxDecoder:
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(folder)
         record, config = read_record(self.folder), read_json(self.folder / "config.json")
-        generation = self.folder / "generation_config.json"
-        eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
-        self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self._context = int(config.get("max_position_embeddings") or config["n_positions"])
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
@@ -88,6 +88,15 @@ class OnnxDecoder:
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith("past_")}
         self._loaded: dict[tuple[Path, int | None], Any] = {}  # kept: RunOptions does not keep an adapter alive
         self.use(adapter)
+
+    @cached_property
+    def eos_ids(self) -> set[int]:
+        """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""
+        from ..inference import end_ids
+
+        generation = self.folder / "generation_config.json"
+        config = read_json(generation if generation.is_file() else self.folder / "config.json")
+        return end_ids(_tokenizer(self.folder), config.get("eos_token_id"))
 
     def use(self, adapter: str | Path | None) -> None:
         """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
@@ -209,15 +218,9 @@ def answers(
     if record["kind"] == "onnx" and adapters is not None:
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
 
-    from transformers import AutoTokenizer
-
     from ..batches import prompt_ids
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of a dozen types
-        what = f"transformers cannot load the tokenizer: {first_line(error):.300}"
-        raise ArtifactError(what, where=folder, fix="Export it again") from error
+    tokenizer = _tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt)
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":
@@ -230,6 +233,17 @@ def answers(
         answer = decoder.generate([ids], max_tokens, decoder.eos_ids)[0]
         found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
     return found
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a dozen types
+        what = f"transformers cannot load the tokenizer: {first_line(error):.300}"
+        raise ArtifactError(what, where=folder, fix="Export it again") from error
+    return tokenizer
 
 
 def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -19,14 +19,15 @@ from ..basis import Basis
 from ..batches import Encoded, encode
 from ..data import TaskData
 from ..errors import TrainingError
-from ..inference import max_answer_tokens, question_ids
+from ..inference import end_ids, max_answer_tokens, question_ids
 from ..layer import load_head
 from ..metrics import better
-from ..rows import question_and_answer
+from ..rows import CHAT, question_and_answer
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
 from .callbacks import Progress, checkpoint_at_sigterm, run_of_its_own
+from .chats import warn_of_endless
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
@@ -187,7 +188,12 @@ class TrainingRuns:
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:
         """The training rows of every task, and how it is validated."""
-        return [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
+        encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
+        for task, (rows, _) in zip(self.tasks, encoded, strict=True):
+            if task.kind == CHAT:
+                ends = end_ids(self._tokenizer, self.network.generation_config.eos_token_id)
+                warn_of_endless(rows, self._tokenizer, ends, self.settings.max_length, task.name)
+        return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
         length, unit = self.settings.max_length, f"{task.name}: {split} row"

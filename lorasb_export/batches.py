@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from .base import SEQ_CLS
 from .errors import BaseModelError, DataError
-from .rows import CHAT, TEXT, Prompt, Row, kind_of
+from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,30 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
         if tokenizer.chat_template is None:
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
-    text = _templated(tokenizer, prompt, where, tokenize=False, add_generation_prompt=True, **context)
+    return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list[int] | None:
+    """What a row's own tokens, uncut, say after its question: the answer, its end, and what a template writes besides.
+
+    None where they do not begin with the question's: a chat template may open thoughts in the question alone.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
+    """
+    question, _ = question_and_answer(row, where)
+    asked = prompt_ids(tokenizer, question, where, **_DATED)
+    if kind_of(row) == CHAT:
+        ids = _chat_ids(tokenizer, row["messages"], where, **_DATED)
+    else:
+        ids, _ = _tokens(row, tokenizer, where)
+    return ids[len(asked) :] if ids[: len(asked)] == asked else None
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
+) -> list[int]:
+    text = _templated(tokenizer, turns, where, tokenize=False, **options)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

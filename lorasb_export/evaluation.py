@@ -16,7 +16,7 @@ from .batches import Encoded, collate, encode, row_losses
 from .data import TaskData, load_task
 from .errors import DataError, SettingsError
 from .format import sealed
-from .inference import answers, max_answer_tokens
+from .inference import answers, end_ids, expected_answers, max_answer_tokens
 from .layer import head_parameters, load_head, remove
 from .metrics import exact_match, of_predictions
 from .names import name_of
@@ -77,34 +77,34 @@ def evaluate(
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     task = task if isinstance(task, TaskData) else load_task(name_of(Path(task)), task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
-    asked = [question_and_answer(row) for row in rows] if metric == "exact_match" else []
     model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     tokenizer = model.load_tokenizer()
-    encoded = []
+    encoded, expected, unit = [], [], f"{split} row"
     if metric != "exact_match":
-        length = trained_length(adapter)
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit=f"{split} row")
+        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
     if network is None:
         network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)
     remove(network)  # what is on it must not count as the base
+    if metric == "exact_match":
+        ends = end_ids(tokenizer, network.generation_config.eos_token_id)
+        expected = expected_answers(tokenizer, rows, ends, unit=unit)
 
     def score() -> float:
         if metric == "exact_match":
-            limit_tokens = max_answer_tokens(tokenizer, rows)
-            questions = [question for question, _ in asked]
-            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=f"{split} row")
-            return exact_match(found, [answer for _, answer in asked])
+            questions, limit_tokens = [question_and_answer(row)[0] for row in rows], max_answer_tokens(tokenizer, rows)
+            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=unit)
+            return exact_match(found, expected)
         scores = row_scores(network, encoded, tokenizer.pad_token_id)
         if metric == "loss":
             return mean_loss(scores)
-        predicted, expected = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-        return of_predictions(predicted, expected, regression=task.regression)[metric]
+        predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
+        return of_predictions(predicted, labels, regression=task.regression)[metric]
 
-    result = {"task": task.name, "split": split, "rows": len(asked or encoded), "metric": metric}
+    result = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
     before = score() if task.task_type == CAUSAL_LM else None
     head = {name: p.detach().clone() for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)

@@ -14,7 +14,7 @@ from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
-from .batches import prompt_ids
+from .batches import answer_ids, prompt_ids
 from .errors import ArtifactError, DataError
 from .layer import refuse_rows
 from .network import positions
@@ -61,8 +61,12 @@ def generate_ids(
         with torch.inference_mode(), _generation_config(network, greedy):
             output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
         for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            answers[i] = list(takewhile(lambda token: token not in ends, row))
+            answers[i] = _ended(row, ends)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _ended(answer: Sequence[int], ends: Collection[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in ends, answer))
 
 
 @contextmanager
@@ -151,6 +155,28 @@ def answers_to_ids(
         batch_size=batch_size,
     )
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def expected_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], ends: Collection[int], *, unit: str
+) -> list[str]:
+    """What a model that says exactly what `rows` train is read to say: what its answers are compared with.
+
+    Not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer normalize it. It is the
+    row's text where the answer is learnt after something else than the question.
+
+    Args:
+        ends: the tokens that end an answer (`end_ids`).
+        unit: what errors call a row; its number, from 1, follows.
+    """
+    expected = []
+    for number, row in enumerate(rows, 1):
+        ids = answer_ids(tokenizer, row, f"{unit} {number}")
+        if ids is None:
+            expected.append(question_and_answer(row)[1])
+        else:
+            expected += tokenizer.batch_decode([_ended(ids, ends)], skip_special_tokens=True)
+    return expected
 
 
 def side_by_side(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from tokenizers.normalizers import NFC
 from transformers import GenerationConfig
 
-from lorasb_export import Adapter, evaluation, fit, merge
+from lorasb_export import Adapter, evaluation, fit, inference, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import collate, encode, prompt_ids, row_losses
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation import evaluate, row_scores
-from lorasb_export.inference import answers
+from lorasb_export.inference import answers, expected_answers
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -152,6 +155,52 @@ def test_answers_end_where_tokenizer_or_generation_config_says(chatty: Path) -> 
         assert answers(network, tokenizer, ["ab", "1+1"], max_tokens=16)[0] == before
     network.generation_config.eos_token_id, tokenizer.eos_token = None, end
     assert answers(network, tokenizer, ["ab"], max_tokens=16) == [before]
+
+
+THINKING = MARKED.replace("{% generation %}", "{% generation %}[] ")  # as Qwen3's, whose thoughts are plain tokens
+OPENED = MARKED.replace(
+    "add_generation_prompt %}<s>", "add_generation_prompt %}<s>["
+)  # when it is asked, and only then
+CHAT = json.loads(CHAT_LINE)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "read"),
+    [
+        (json.loads(GOOD), MARKED, "2"),
+        ({"prompt": "1+1=", "completion": " 2</s>"}, MARKED, "2"),
+        ({"prompt": "the drink", "completion": "cafe\N{COMBINING ACUTE ACCENT}"}, MARKED, "c a f é"),
+        (CHAT, MARKED, "2"),
+        (CHAT, THINKING, "[ ]   2"),
+        (CHAT, THINKING.replace("{% endgeneration", "~{% endgeneration"), "[ ]   2"),  # `~` after the end
+        (CHAT, OPENED, "2"),
+    ],
+)
+def test_an_answer_is_right_that_says_what_was_trained(
+    row: dict[str, Any], template: str, read: str, chatty: Path
+) -> None:
+    tokenizer = BaseModel.resolve(chatty).load_tokenizer()  # writes a blank between tokens
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    tokenizer.add_tokens(["é"])
+    tokenizer.chat_template = template
+    (expected,) = expected_answers(tokenizer, [row], {tokenizer.eos_token_id}, unit="row")
+    assert expected.strip() == read
+
+
+def test_evaluate_and_fit_compare_with_what_was_trained(
+    chatty: Path, generates: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(chatty, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(THINKING)
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    perfect = tokenizer("[] 2", add_special_tokens=False).input_ids
+    monkeypatch.setattr(inference, "generate_ids", lambda _, prompts, **options: [perfect] * len(prompts))
+    task = task_of(CHAT_LINE, tmp_path / "data")
+    assert evaluate(generates, task, base=base, split="train")["adapter"] == 1
+    task = replace(task, splits={"train": [CHAT], "valid": [CHAT]})
+    settings = FitSettings(max_steps=1, metric="exact_match")
+    adapter = fit(str(base), CalibrationSettings(rank=2), task, tmp_path / "a", settings)
+    assert adapter.training["valid_metrics"] == {"exact_match": 1}
 
 
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:

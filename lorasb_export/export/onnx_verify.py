@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ..batches import collate, encode, prompt_ids
 from ..data import TaskData
 from ..errors import ArtifactError
 from ..evaluation import fitting_metric, trained_length
-from ..inference import answers, max_answer_tokens
+from ..inference import answers, expected_answers, max_answer_tokens
 from ..layer import remove
 from ..metrics import exact_match, of_predictions
 from ..rows import TEXT, question_and_answer
@@ -63,12 +63,13 @@ def verify_folder(
     """
     tokenizer = reference.load_tokenizer()
     encoded = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
-    held_out = {name: _HeldOut(task, tokenizer) for name, task in (data or {}).items() if task.kind != TEXT}
     decoder = OnnxDecoder(out)
+    ends = decoder.eos_ids
+    held_out = {name: _HeldOut(task, tokenizer, ends) for name, task in (data or {}).items() if task.kind != TEXT}
     answered = {}
     for name in tasks:
         decoder.use(name or None)
-        answered[name] = decoder.generate(encoded, _TOKENS, decoder.eos_ids)
+        answered[name] = decoder.generate(encoded, _TOKENS, ends)
         if name in held_out:
             held_out[name].ask(decoder)
     del decoder  # before torch loads the same weights
@@ -141,25 +142,24 @@ def verify_classifier(
 class _HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
-    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-        rows = list(task.rows(task.held_out()))[:_METRIC_ROWS]
-        self._asked = [question_and_answer(row) for row in rows]
+    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+        split = task.held_out()
+        rows = list(task.rows(split))[:_METRIC_ROWS]
+        self._questions = [question_and_answer(row)[0] for row in rows]
+        self._expected = expected_answers(tokenizer, rows, ends, unit=f"{split} row")
         self._tokenizer, self._limit = tokenizer, max_answer_tokens(tokenizer, rows)
 
     def ask(self, decoder: OnnxDecoder) -> None:
-        ids = [prompt_ids(self._tokenizer, question) for question, _ in self._asked]
+        ids = [prompt_ids(self._tokenizer, question) for question in self._questions]
         found = decoder.generate(ids, self._limit, decoder.eos_ids)
-        self._in_onnx = self._score(self._tokenizer.batch_decode(found, skip_special_tokens=True))
+        self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 
     def compare(self, network: PreTrainedModel) -> dict[str, Any]:
-        questions = [question for question, _ in self._asked]
-        in_torch = self._score(answers(network, self._tokenizer, questions, max_tokens=self._limit))
+        given = answers(network, self._tokenizer, self._questions, max_tokens=self._limit)
+        in_torch = exact_match(given, self._expected)
         drop = round(100 * (in_torch - self._in_onnx), 2)
         found = {"torch": in_torch, "onnx": self._in_onnx, "drop": drop}
-        return {"metric": "exact_match", "rows": len(self._asked), **found}
-
-    def _score(self, found: Sequence[str]) -> float:
-        return exact_match(found, [answer for _, answer in self._asked])
+        return {"metric": "exact_match", "rows": len(self._expected), **found}
 
 
 def _in_torch(model: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:

@@ -19,7 +19,7 @@ from ..basis import Basis
 from ..batches import Encoded, encode
 from ..data import TaskData
 from ..errors import TrainingError
-from ..inference import end_ids, max_answer_tokens, question_ids
+from ..inference import end_ids, expected_answers, max_answer_tokens, question_ids
 from ..layer import load_head
 from ..metrics import better
 from ..rows import CHAT, question_and_answer
@@ -185,14 +185,17 @@ class TrainingRuns:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return self.base.load_tokenizer()
 
+    @property
+    def _ends(self) -> set[int]:
+        return end_ids(self._tokenizer, self.network.generation_config.eos_token_id)
+
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:
         """The training rows of every task, and how it is validated."""
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
             if task.kind == CHAT:
-                ends = end_ids(self._tokenizer, self.network.generation_config.eos_token_id)
-                warn_of_endless(rows, self._tokenizer, ends, self.settings.max_length, task.name)
+                warn_of_endless(rows, self._tokenizer, self._ends, self.settings.max_length, task.name)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
@@ -207,8 +210,8 @@ class TrainingRuns:
         if self.settings.metric != "exact_match":
             return Validation(encoded, self._tokenizer)
         unit = f"{task.name}: valid row"
-        asked = [question_and_answer(row, f"{unit} {number}") for number, row in enumerate(rows, 1)]
-        questions, expected = zip(*asked, strict=True)
+        questions = [question_and_answer(row, f"{unit} {number}")[0] for number, row in enumerate(rows, 1)]
         limit = max_answer_tokens(self._tokenizer, rows)
         ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
+        expected = expected_answers(self._tokenizer, rows, self._ends, unit=unit)
         return Validation(encoded, self._tokenizer, list(zip(ids, expected, strict=True)), limit)

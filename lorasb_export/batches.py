@@ -31,7 +31,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
 # Some templates put today's date before every prompt. Rows get Llama 3's own default instead, so that a run trains on
 # the same tokens whenever it is started or resumed.
-_DATED = {"strftime_now": date(2024, 7, 26).strftime}
+DATED = {"strftime_now": date(2024, 7, 26).strftime}
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
@@ -63,9 +63,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
         DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
     """
     question, _ = question_and_answer(row, where)
-    asked = prompt_ids(tokenizer, question, where, **_DATED)
+    asked = prompt_ids(tokenizer, question, where, **DATED)
     if kind_of(row) == CHAT:
-        ids = _chat_ids(tokenizer, row["messages"], where, **_DATED)
+        ids = _chat_ids(tokenizer, row["messages"], where, **DATED)
     else:
         ids, _ = _tokens(row, tokenizer, where)
     return ids[len(asked) :] if ids[: len(asked)] == asked else None
@@ -185,7 +185,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     if kind == TEXT:
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"], where, **_DATED)
+    prompt = prompt_ids(tokenizer, row["prompt"], where, **DATED)
     completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
@@ -201,7 +201,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    marked = {"return_dict": True, "return_assistant_tokens_mask": True, **_DATED}
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True, **DATED}
     turns = row["messages"]
     merges_characters = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.normalizer, NFC)
     if merges_characters:  # the end of a turn is looked for by its characters

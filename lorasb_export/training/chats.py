@@ -6,41 +6,78 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ..batches import IGNORE, Encoded
+from ..batches import DATED, IGNORE, Encoded, prompt_ids
+from ..data import TaskData
+from ..errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+_COMPARED = 256  # chats: to write their questions takes half as long as to encode them, or more
+_SHOWN = 8  # tokens of an ending
 
 
-def warn_of_endless(
-    encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, ends: Collection[int], max_length: int, name: str
+def warn_of_chats(
+    task: TaskData,
+    encoded: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int],
+    max_length: int,
 ) -> None:
-    """Warn where the last answer of a chat teaches none of the tokens that end one.
-
-    The chat template decides on that, so one row tells it of all: the first that was not cut at `max_length`.
+    """Warn where answers to a task's chats would not end, or are asked for after something else than they are learnt.
 
     Args:
-        name: what the warning calls the task.
+        encoded: of the training rows; those that were cut at `max_length` are passed over.
+        ends: the tokens that end an answer.
     """
-    labels = next((row["labels"] for row in encoded if len(row["input_ids"]) < max_length), None)
-    if labels is None:
-        return
-    start, stop = last_run(labels)
+    whole = [row for row in encoded if len(row["input_ids"]) < max_length]
+    if whole:
+        _warn_of_endless(task.name, whole[0]["labels"], tokenizer, ends)
+        _warn_of_other_contexts(task, whole[:_COMPARED], tokenizer)
+
+
+def _warn_of_endless(name: str, labels: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+    """Which token ends an answer is the chat template's choice, so one row tells it of all."""
+    start, stop = _last_run(labels)
     answer = labels[start:stop]
     if any(token in ends for token in answer):
         return
-    ending, known = tokenizer.convert_ids_to_tokens(answer[-2:]), tokenizer.convert_ids_to_tokens(sorted(ends))
     logger.warning(
         "%s: answers will not end: the last that they are taught is %s, and they end with %s alone. Let "
         "{%% generation %%} enclose the end of the turn, and name its token in eos_token_id of the base's "
         "generation_config.json",
-        *(name, ending, known),
+        *(name, _shown(answer, tokenizer), _shown(sorted(ends), tokenizer)),
     )
 
 
-def last_run(labels: Sequence[int]) -> tuple[int, int]:
+def _warn_of_other_contexts(task: TaskData, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, endings = task.rows("train"), []
+    for row in encoded:
+        *before, last = rows[row["row"] - 1]["messages"]
+        if not before or last["role"] != "assistant":
+            continue
+        try:
+            asked = prompt_ids(tokenizer, before, **DATED)
+        except DataError:  # as it stands nobody can ask it
+            continue
+        ids, (start, stop) = row["input_ids"], _last_run(row["labels"])
+        if ids[: len(asked)] != asked or not start <= len(asked) < stop:
+            endings.append((ids[:start], asked))
+    if endings:
+        learnt, question = (_shown(ending, tokenizer) for ending in endings[0])
+        logger.warning(
+            "%s: the last answer of %d of %d chats is learnt after %s and asked for after %s. Let the chat template "
+            "write the same in both, or {%% generation %%} enclose all that it writes after the question",
+            *(task.name, len(endings), len(encoded), learnt, question),
+        )
+
+
+def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode([[i] for i in ids[-_SHOWN:]])  # one by one: the same text may be other tokens
+
+
+def _last_run(labels: Sequence[int]) -> tuple[int, int]:
     """Where what is learnt last begins and ends."""
     stop = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
     start = stop - 1

@@ -27,7 +27,7 @@ from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
 from .callbacks import Progress, checkpoint_at_sigterm, run_of_its_own
-from .chats import warn_of_endless
+from .chats import warn_of_chats
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
@@ -195,7 +195,7 @@ class TrainingRuns:
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
             if task.kind == CHAT:
-                warn_of_endless(rows, self._tokenizer, self._ends, self.settings.max_length, task.name)
+                warn_of_chats(task, rows, self._tokenizer, self._ends, self.settings.max_length)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:

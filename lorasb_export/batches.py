@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from typing import TYPE_CHECKING, Any
-from unicodedata import normalize
 
 import torch
 from jinja2 import TemplateError
-from tokenizers.normalizers import NFC
 from torch.nn.functional import cross_entropy
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .base import SEQ_CLS
 from .errors import BaseModelError, DataError
@@ -74,16 +75,16 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
 def _chat_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
 ) -> list[int]:
-    text = _templated(tokenizer, turns, where, tokenize=False, **options)
+    with _refusals(where):
+        text: Any = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)  # type: ignore[arg-type]
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
-) -> Any:
-    """The chat template on `turns`; many insist on turns that alternate, or on no system message."""
+@contextmanager
+def _refusals(where: object) -> Iterator[None]:
+    """What a chat template refuses, as a DataError: many insist on turns that alternate, or on no system message."""
     try:
-        return tokenizer.apply_chat_template(list(turns), **options)  # type: ignore[arg-type]
+        yield
     except TemplateError as error:
         raise DataError(f"the chat template refuses the messages: {error}", where=where) from None
 
@@ -201,14 +202,20 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    marked = {"return_dict": True, "return_assistant_tokens_mask": True, **DATED}
-    turns = row["messages"]
-    merges_characters = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.normalizer, NFC)
-    if merges_characters:  # the end of a turn is looked for by its characters
-        turns = [{**turn, "content": normalize("NFC", turn["content"])} for turn in turns]
-    found = _templated(tokenizer, turns, where, **marked)
-    ids = found["input_ids"]
-    return ids, [i if said else IGNORE for i, said in zip(ids, found["assistant_masks"], strict=True)]
+    told: Any = {**tokenizer.special_tokens_map, **DATED, "chat_template": tokenizer.get_chat_template()}
+    with _refusals(where):
+        rendered: Any = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **told)
+    (text,), (spans,) = rendered
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = tokens["input_ids"], tokens["offset_mapping"]
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    labels = [IGNORE] * len(ids)
+    # By the tokens that overlap what is marked: its last character may have none of its own, and transformers' mask,
+    # which looks for that one, then goes on to the end of the chat.
+    for start, end in spans:
+        said = slice(bisect_right(ends, start), bisect_left(starts, end))
+        labels[said] = ids[said]
+    return ids, labels
 
 
 def _named(numbers: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers.normalizers import NFC
+from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
@@ -65,16 +65,27 @@ def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
     assert asked == f"{date.today().year}<s>1</s><s>"
 
 
-def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_last_letter(llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "normalizer", "learnt"),
+    [
+        ("cafe\N{COMBINING ACUTE ACCENT}", NFC(), "café"),  # as Qwen's
+        ("cafe\N{COMBINING ACUTE ACCENT}", Sequence([NFKC()]), "café"),
+        ("ok\N{SNOWMAN}", None, "ok"),  # which is no token here
+        ("\N{SNOWMAN}ok", None, "ok"),
+    ],
+)
+def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_letters(
+    said: str, normalizer: Normalizer | None, learnt: str, llama: Path
+) -> None:
     tokenizer = BaseModel.resolve(llama).load_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = NFC()  # as Qwen's
+    tokenizer.backend_tokenizer.normalizer = normalizer
     tokenizer.add_tokens(["é"])
     tokenizer.chat_template = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>", 1)
-    turns = [("user", "1"), ("assistant", "cafe\N{COMBINING ACUTE ACCENT}"), ("user", "2"), ("assistant", "3")]
+    turns = [("user", "1"), ("assistant", said), ("user", "2"), ("assistant", "3"), ("user", "4")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
-    learnt = [label for label in encoded["labels"] if label != IGNORE]
-    assert tokenizer.convert_ids_to_tokens(learnt) == list("café3")
+    ids = [label for label in encoded["labels"] if label != IGNORE]
+    assert tokenizer.convert_ids_to_tokens(ids) == [*learnt, "3"]
 
 
 def test_chat_templates_that_do_not_do(llama: Path) -> None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
 # Some templates put today's date before every prompt. Rows get Llama 3's own default instead, so that a run trains on
 # the same tokens whenever it is started or resumed.
 DATED = {"strftime_now": date(2024, 7, 26).strftime}
@@ -187,8 +188,22 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
         return ids, ids
     prompt = prompt_ids(tokenizer, row["prompt"], where, **DATED)
-    completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    completion = [*_continuation(tokenizer, row["completion"]), tokenizer.eos_token_id]
     return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that goes on after another.
+
+    SentencePiece-like tokenizers put a space before a text of its own, so there it is read after a line break. With a
+    chat template it keeps the space, with which models like Llama 2 begin their answers.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if tokenizer.chat_template is None and "".join(tokenizer.convert_ids_to_tokens(ids[:1])).startswith(_SPACE):
+        line, both = (tokenizer(t, add_special_tokens=False).input_ids for t in ("\n", "\n" + text))
+        if both[: len(line)] == line:
+            return both[len(line) :]
+    return ids
 
 
 def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
+from tokenizers import Tokenizer, models
+from tokenizers.normalizers import NFC, NFKC, Normalizer, Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.batches import IGNORE, collate, encode, prompt_ids, row_losses
 from lorasb_export.errors import DataError
 from lorasb_export.rows import CHAT, COMPLETION, TEXT, question_and_answer
 from tests.rows import CHAT_LINE, MARKED
-from tests.tiny import save_tokenizer
+from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 
 def test_a_text_without_tokens_is_refused(llama: Path) -> None:
@@ -107,6 +110,26 @@ def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
     assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
     assert collate([row], 2)["logits_to_keep"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prepend", ["first", "always", "never", "normalizer"])
+def test_a_completion_goes_on_without_a_space_that_it_does_not_have(prepend: str) -> None:
+    """Llama 2, TinyLlama and Mistral put one before every text of its own; with a template that is as they answer."""
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*VOCABULARY, "\n", "▁"])}, merges=[]))
+    if prepend == "normalizer":
+        backend.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = Metaspace(prepend_scheme=prepend)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=TEMPLATE)
+
+    def learnt(completion: str) -> str:
+        (row,) = encode([{"prompt": "f(", "completion": completion}], tokenizer, CAUSAL_LM, [], 64)
+        return "".join(tokenizer.convert_ids_to_tokens([label for label in row["labels"] if label != IGNORE]))
+
+    assert learnt("x):") == ("x):</s>" if prepend == "never" else "▁x):</s>")
+    tokenizer.chat_template = None
+    assert learnt("x):") == "x):</s>"
+    assert learnt(" x):") == "▁x):</s>"
 
 
 def some_rows(kind: str) -> list[dict[str, Any]]:

@@ -51,9 +51,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
     """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
-            return tokenizer(prompt).input_ids
+            return _text_ids(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
     return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text with what the tokenizer puts around one, less a beginning that the text has already."""
+    ids: list[int] = tokenizer(text).input_ids
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list[int] | None:
@@ -185,11 +191,16 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
         fix = "Name one in tokenizer_config.json, as eos_token"
         raise BaseModelError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path, fix=fix)
     if kind == TEXT:
-        ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
+        ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
         return ids, ids
     prompt = prompt_ids(tokenizer, row["prompt"], where, **DATED)
-    completion = [*_continuation(tokenizer, row["completion"]), tokenizer.eos_token_id]
+    completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
     return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """With the end of sequence, unless the row brings it, or the tokenizer adds it."""
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
@@ -110,6 +111,25 @@ def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
     assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
     assert collate([row], 2)["logits_to_keep"].tolist() == [0, 1, 2]
+
+
+def test_a_beginning_and_an_end_that_a_row_brings_are_not_written_twice(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer.chat_template = None
+
+    def spelled(row: dict[str, str]) -> str:
+        (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
+        return "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"]))
+
+    special = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    assert spelled({"text": "ab"}) == spelled({"text": "<s>ab"}) == "<s>ab</s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    for text in ("ab", "<s>ab", "ab</s>", "<s>ab</s>"):
+        assert spelled({"text": text}) == "<s>ab</s>"
+    for row in ({"prompt": "a", "completion": "b"}, {"prompt": "<s>a", "completion": "b</s>"}):
+        assert spelled(row) == "<s>ab</s>"
+    assert tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "<s>a")) == ["<s>", "a"]
 
 
 @pytest.mark.parametrize("prepend", ["first", "always", "never", "normalizer"])

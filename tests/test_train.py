@@ -19,17 +19,14 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit, merge
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import encode
-from lorasb_export.data import load_task, task_of
+from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.evaluation import evaluate
 from lorasb_export.lock import only_writer
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.training.chats import warn_of_chats
 from lorasb_export.training.muon import Muon, groups_of
 from lorasb_export.training.trainer import RTrainer
-from tests.rows import CHAT_LINE, MARKED
 
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
 
@@ -169,55 +166,6 @@ def test_the_verb_keeps_an_adapter_of_ones_own_loop(
     words = ["fit", "a", "--model", str(llama), "--data", str(sums), "--basis", str(basis), "--resume"]
     done = CliRunner().invoke(app, words)
     assert (done.exit_code, "a: left as it is, for it does not say how" in done.stdout) == (0, True)
-
-
-def test_chats_whose_answers_will_not_end_are_told(
-    llama: Path, basis: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As those on Qwen's base models: `<|im_end|>` ends a turn, and no end that is looked for is it."""
-    base = shutil.copytree(llama, tmp_path / "base")
-    (tmp_path / "chats.jsonl").write_text(CHAT_LINE)
-
-    def told(name: str) -> list[str]:
-        caplog.clear()
-        fit(str(base), basis, tmp_path / "chats.jsonl", tmp_path / name, replace(SETTINGS, max_steps=1))
-        return [message for message in caplog.messages if "will not end" in message]
-
-    (base / "chat_template.jinja").write_text(MARKED.replace("</s>{% end", "~{% end"))
-    (message,) = told("a")
-    assert "the last that they are taught is ['2', '~'], and they end with ['</s>'] alone. Let {% gen" in message
-    config = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, 97]}))
-    assert not told("b")
-
-
-@pytest.mark.parametrize(
-    ("written", "asked", "endings"),
-    [
-        ("{% generation %}{{ m['content'] }}", "<s>", None),
-        ("{% generation %}[]{{ m['content'] }}", "<s>", None),
-        ("{% generation %}[]{{ m['content'] }}", "<s>[", None),  # as Qwen2.5's, whose marks enclose the line's end
-        ("[]{% generation %}{{ m['content'] }}", "<s>", ("<s> [ ]", "<s>")),  # Qwen3's own, marked round the content
-        ("{% generation %}{{ m['content'] }}", "<s>[", ("<s>", "<s> [")),  # DeepSeek-R1's: it is to think when asked
-        ("{% generation %}{{ m['content'] }}", "{{ raise_exception('no') }}", None),
-    ],
-)
-def test_chats_that_are_asked_after_something_else_are_told(
-    written: str, asked: str, endings: tuple[str, str] | None, llama: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
-    template = MARKED.replace("{% generation %}{{ m['content'] }}", written)
-    tokenizer.chat_template = template.replace("prompt %}<s>", f"prompt %}}{asked}")
-    chat = json.loads(CHAT_LINE)
-    ends_with_user = {"messages": [*chat["messages"], {"role": "user", "content": "2"}]}
-    cut = json.loads(CHAT_LINE.replace('"2"', f'"{"2" * 99}"'))
-    task = task_of("t", {"train": [chat, ends_with_user, chat, cut]})
-    warn_of_chats(task, encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 40), tokenizer, {2}, 40)
-    told = [message for message in caplog.messages if "asked for after" in message]
-    assert len(told) == (endings is not None)
-    if endings is not None:
-        learnt, when_asked = (["<s>", *"1+1=", "</s>", *ending.split()][-8:] for ending in endings)
-        assert f"2 of 3 chats is learnt after {learnt} and asked for after {when_asked}. Let the chat" in told[0]
 
 
 def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:

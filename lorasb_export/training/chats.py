@@ -23,15 +23,14 @@ def warn_of_chats(
     encoded: Sequence[Encoded],
     tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
-    max_length: int,
 ) -> None:
     """Warn where answers to a task's chats would not end, or are asked for after something else than they are learnt.
 
     Args:
-        encoded: of the training rows; those that were cut at `max_length` are passed over.
+        encoded: of the training rows; those that were cut are passed over.
         ends: the tokens that end an answer.
     """
-    whole = [row for row in encoded if len(row["input_ids"]) < max_length]
+    whole = [row for row in encoded if not row["cut"]]
     if whole:
         _warn_of_endless(task.name, whole[0]["labels"], tokenizer, ends)
         _warn_of_other_contexts(task, whole[:_COMPARED], tokenizer)

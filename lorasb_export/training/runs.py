@@ -195,7 +195,7 @@ class TrainingRuns:
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
             if task.kind == CHAT:
-                warn_of_chats(task, rows, self._tokenizer, self._ends, self.settings.max_length)
+                warn_of_chats(task, rows, self._tokenizer, self._ends)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:

@@ -102,14 +102,14 @@ def gradient_sums(
         BaseModelError: a gradient is not finite.
     """
     sums: dict[str, torch.Tensor] = {}
-    longest = 1.0  # labels of a row in the batch: by so much its gradients are too large, lest float16 lose them
+    scale = 1  # of the losses of a batch, lest float16 lose the gradients of means; a power of two changes no digit
     counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
 
     def keep(name: str) -> Callable[[torch.Tensor], None]:
         def hook(weight: torch.Tensor) -> None:
             assert weight.grad is not None
             gradient = weight.grad.to("cpu", torch.promote_types(weight.dtype, torch.float32))
-            sums[name] = sums[name].add_(gradient, alpha=1 / longest) if name in sums else gradient.div_(longest)
+            sums[name] = sums[name].add_(gradient, alpha=1 / scale) if name in sums else gradient.div_(scale)
             weight.grad = None
 
         return hook
@@ -123,8 +123,8 @@ def gradient_sums(
             losses, counts = row_losses(model(**tensors).logits, labels)
             counted += torch.tensor([len(counts), int(counts.sum())])
             if loss == "sample":
-                longest = float(counts.max())
-                losses = losses * (longest / counts)
+                scale = 1 << (int(counts.max()) - 1).bit_length()
+                losses = losses / counts * scale
             (factors * losses).sum().backward()
 
     rows, tokens = _over_processes(counted, model.device).tolist()

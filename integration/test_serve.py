@@ -28,7 +28,8 @@ from openai import AuthenticationError, NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export import environment
-from lorasb_export.serve import guard
+from lorasb_export.serve.plan import DRAIN_SECONDS
+from lorasb_export.serve.server import SECONDS
 
 pytest.importorskip("vllm")
 
@@ -175,12 +176,16 @@ def test_the_key_from_the_environment_is_asked_for_and_on_no_command_line(child:
         assert "only-for-this-test" not in " ".join(process.cmdline())
 
 
-def test_sigint_ends_it_with_130_and_leaves_nothing(child: Child) -> None:
+def test_sigterm_lets_a_stream_finish_ends_it_with_143_and_leaves_nothing(child: Child) -> None:
+    options: Any = {"model": "one", "max_tokens": 3 * TOKENS, "stream": True, "extra_body": {"ignore_eos": True}}
+    stream: Any = child.client().completions.create(prompt=PROMPTS[0], **options)
+    assert next(stream).choices[0].finish_reason is None
     processes = psutil.Process(child.process.pid).children(recursive=True)
     assert child.ready["pid"] in {process.pid for process in processes}
     assert left_in(child.temporary) != {"log"}
-    child.process.send_signal(signal.SIGINT)
-    assert child.process.wait(60) == 130
+    child.process.terminate()
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert child.process.wait(60) == 143
     assert not psutil.wait_procs(processes, timeout=5)[1]
     assert left_in(child.temporary) == {"log"}
 
@@ -201,16 +206,16 @@ def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -
     processes = wait_for_child(process, "vllm.entrypoints", tmp_path / "log")
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(processes, timeout=guard.SECONDS + 10)[1]
+    assert not psutil.wait_procs(processes, timeout=DRAIN_SECONDS + SECONDS + 10)[1]
 
 
-@pytest.mark.parametrize("word", ["guard.py", "vllm.entrypoints"])
-def test_sigterm_while_it_starts_ends_it_with_143_and_leaves_nothing(
-    adapters: dict[str, Path], tmp_path: Path, word: str
+@pytest.mark.parametrize(("word", "number"), [("guard.py", signal.SIGTERM), ("vllm.entrypoints", signal.SIGINT)])
+def test_a_signal_while_it_starts_ends_it_and_leaves_nothing(
+    adapters: dict[str, Path], tmp_path: Path, word: str, number: signal.Signals
 ) -> None:
     process = start(adapters, tmp_path)
     processes = wait_for_child(process, word, tmp_path / "log")
-    process.terminate()
-    assert process.wait(60) == 143, (tmp_path / "log").read_text()[-5000:]
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number, (tmp_path / "log").read_text()[-5000:]
     assert not psutil.wait_procs(processes, timeout=5)[1]
     assert left_in(tmp_path) == {"log"}

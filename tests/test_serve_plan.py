@@ -25,7 +25,7 @@ from lorasb_export.serve import plan
 from lorasb_export.serve.shared.loading import load_R, version_name
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
-from tests.serving import MODULES, SIZES, dry_run, install, make_served
+from tests.serving import DEFAULTS, MODULES, SIZES, dry_run, install, make_served
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_dry_run_gives_the_exact_command(folder: Path) -> None:
     assert described["command"] == [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder / "base"), "--served-model-name", "base"),
-        *("--host", "127.0.0.1", "--port", "8123", "--dtype", "float32"),
+        *("--host", "127.0.0.1", "--port", "8123", "--dtype", "float32", "--shutdown-timeout", "20"),
         *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"),
         *("--lora-target-modules", "down_proj", "q_proj"),
         *("--lora-modules", "a=TEMPORARY/a", "b=TEMPORARY/b"),
@@ -57,6 +57,14 @@ def test_dry_run_gives_the_exact_command(folder: Path) -> None:
     ]
     assert described["models"] == ["base", "a", "b"]
     json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("extra", "seconds"), [([], 20), (["--shutdown-timeout", "90"], 90), (["--shutdown_timeout=0"], 0)]
+)
+def test_running_requests_get_the_time_that_vllm_is_told(folder: Path, extra: list[str], seconds: int) -> None:
+    options: dict[str, Any] = {**DEFAULTS, "model": str(folder / "base"), "extra": extra, "has_key": False}
+    assert plan.make_plan({}, **options).drain == seconds
 
 
 def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
@@ -117,6 +125,7 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),
         ({"extra": ["--config", "flags.yaml"]}, r"not read here \(--config\)\. Give the flags in it after --"),
         ({"extra": ["--api-ke", "s3cret"]}, "--api-ke may be short for --api-key"),
+        ({"extra": ["--shutdown", "9"]}, "--shutdown may be short for --shutdown-timeout"),
         ({"extra": ["--por=9000"]}, "--por may be short for --port"),
         ({"extra": ["--api-server-count", "2"]}, "ignores it"),
         ({"extra": ["-asc=2"]}, r"ignores it.*\(--api-server-count\)"),

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lorasb_export.errors import ArtifactError, MissingPackageError, OutputError, ServerError, SettingsError
 from lorasb_export.serve import launcher, plan
+from lorasb_export.serve import server as server_module
 from lorasb_export.serve.launcher import running_server, serve
 from lorasb_export.serve.server import RunningServer
 from lorasb_export.serve.temporary import temporary_folder
@@ -37,6 +38,27 @@ server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
 server.handle_request()  # is it up
 server.handle_request()  # its models
 print(sys.argv[2])
+"""
+ENDS_SLOWLY = """
+import http.server, os, signal, sys, threading, time
+class Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "base"}]}')
+    def log_message(self, *words): pass
+def end(number, frame):
+    print("asked", flush=True)
+    if sys.argv[2] == "idle":
+        print("[shutdown] Process manager: send sigterm to process EngineCore", flush=True)
+        print("[shutdown] EngineCore: request processing complete; starting resource teardown", flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(60)
+    time.sleep(2)
+    open(sys.argv[3], "w").write("answered")
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_forever()
 """
 KILLED = "core.EngineDeadError: See stack trace (above) for the root cause."
 FAILS = """
@@ -64,6 +86,13 @@ def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def busy_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> None:
@@ -169,12 +198,11 @@ def test_a_start_that_fails_names_its_cause() -> None:
         (KILLED, KILLED[:-1]),
     ],
 )
-def test_a_server_that_ends_though_nobody_stopped_it_has_failed(log: str, cause: str) -> None:
+def test_a_server_that_ends_though_nobody_stopped_it_has_failed(log: str, cause: str, free_port: int) -> None:
     """When its engine dies, vLLM's front end closes as if it had been asked to."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", ANSWERS_TWICE, str(port), log]
-    server = RunningServer(command, os.environ, f"http://127.0.0.1:{port}", echo=False, advice="Start otherwise. ")
+    command = [sys.executable, "-c", ANSWERS_TWICE, str(free_port), log]
+    url = f"http://127.0.0.1:{free_port}"
+    server = RunningServer(command, os.environ, url, echo=False, advice="Start otherwise. ")
     try:
         server.start()
         with pytest.raises(ServerError) as caught:
@@ -184,6 +212,36 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(log: str, cause:
         assert str(caught.value).endswith(lines)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("seconds", [0, 10])
+@pytest.mark.parametrize("by", ["us", "the guard"])
+def test_a_running_request_gets_its_time(
+    seconds: int, by: str, free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard ends the server of a `lorasb serve` that was killed."""
+    monkeypatch.setattr(server_module, "SECONDS", 0)
+    answer = tmp_path / "answer"
+    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "busy", str(answer)]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False, drain=seconds)
+    server.start()
+    if by == "the guard":
+        assert server._guard is not None
+        assert server._guard.stdin is not None
+        server._guard.stdin.close()
+        server._guard.wait()
+    server.stop()
+    assert answer.exists() == (seconds > 0)
+
+
+def test_a_server_with_nothing_to_do_is_not_waited_for(free_port: int, tmp_path: Path) -> None:
+    """vLLM would take 13 s."""
+    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "idle", str(tmp_path / "answer")]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False, drain=20)
+    server.start()
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 5
 
 
 def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

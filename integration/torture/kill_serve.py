@@ -16,12 +16,13 @@ import psutil
 from integration.torture.tally import Tally
 from integration.torture.tiny_server import CONTEXT, Tokens, post, tiny_world, wrong_answer
 from lorasb_export import environment
-from lorasb_export.serve import guard
+from lorasb_export.serve.plan import DRAIN_SECONDS
+from lorasb_export.serve.server import SECONDS
 from lorasb_export.storage import sha256_file
 
 _ADAPTERS, _SERVED = 8, 4
 _KEY = "only-for-this-run"
-_GONE = guard.SECONDS + 10.0  # seconds that a server may take to follow
+_GONE = DRAIN_SECONDS + SECONDS + 10.0  # seconds that a server may take to follow
 
 
 def kill_serve(root: Path, tally: Tally, random: Random, n: int) -> None:

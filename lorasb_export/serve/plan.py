@@ -47,7 +47,9 @@ _READ_FLAGS = {
     "--fully-sharded-loras",
     "--max-cpu-loras",
     "--max-loras",
+    "--shutdown-timeout",
 }
+DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ServePlan:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.base.folder), "--served-model-name", _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
+        command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
         return [*command, *self.mode.flags(folder), *self.extra]
 
     def environment(self, folder: str | Path) -> dict[str, str]:
@@ -82,6 +85,12 @@ class ServePlan:
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
             wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
         return self.mode.environment(folder) | {name: v for name, v in wanted.items() if name not in os.environ}
+
+    @property
+    def drain(self) -> int:
+        """For how many seconds vLLM lets running requests finish when it is asked to end."""
+        given = _number(self.extra, "--shutdown-timeout")
+        return DRAIN_SECONDS if given is None else given
 
     @property
     def is_float32(self) -> bool:

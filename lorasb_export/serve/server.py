@@ -21,7 +21,10 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ..errors import ServerError
 from . import guard
 
+SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
 _LOG_LINES = 20
+# What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
+_ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
 _EXCEPTION = re.compile(r"(?:[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")  # behind vLLM's stamp
 
 
@@ -35,12 +38,23 @@ class RunningServer:
     """
 
     def __init__(
-        self, command: Sequence[str], variables: Mapping[str, str], url: str, *, echo: bool, advice: str = ""
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        url: str,
+        *,
+        echo: bool,
+        advice: str = "",
+        drain: int = 0,
     ) -> None:
-        """`advice` is what else to try, a sentence for the error of a server that did not start."""
+        """`advice` is what else to try, a sentence for the error of a server that did not start.
+
+        `drain` is for how many seconds the command lets running requests finish.
+        """
         self.url = url
         self.models: list[str] = []
-        self._advice = advice
+        self._advice, self._drain = advice, drain
+        self._asked = self._drained = 0  # engines that were asked to end, and those with nothing left to do
         self._is_up = False
         self._cause: str | None = None  # the first exception of a start; of a server that is up, the latest
         self._command, self._variables, self._echo = command, variables, echo
@@ -63,7 +77,7 @@ class RunningServer:
         with _signals_held():
             # Sessions of their own: the terminal's Ctrl-C reaches only us, and we stop the server with its children.
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__],
+                [sys.executable, "-I", "-S", guard.__file__, str(self._drain + SECONDS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -97,7 +111,7 @@ class RunningServer:
         raise self._failed()
 
     def stop(self) -> None:
-        """Ask the server to stop, then kill what is left of it; an interrupt meanwhile kills at once."""
+        """Let running requests finish, then kill what is left of the server; an interrupt meanwhile kills at once."""
         try:
             if self._process is not None:
                 self._stop(self._process)
@@ -107,14 +121,24 @@ class RunningServer:
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         try:
-            process.terminate()
+            if self._is_up:
+                process.terminate()  # the front end alone: workers would drop what runs
+                self._wait_for_requests(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # vLLM takes 10 s longer to end its workers itself
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(guard.SECONDS)
+                process.wait(SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self._reader.join()
+
+    def _wait_for_requests(self, process: subprocess.Popen[bytes]) -> None:
+        end, idle = time.monotonic() + self._drain, 0
+        while process.poll() is None and time.monotonic() < end and idle < 10:  # for a second: the last words are sent
+            time.sleep(0.1)
+            idle = idle + 1 if 0 < self._asked == self._drained else 0
 
     def _answers(self, path: str) -> bool:
         try:
@@ -136,6 +160,8 @@ class RunningServer:
         for line in stream:
             text = line.decode(errors="replace")
             self._log.append(text)
+            self._asked += _ASKED in text
+            self._drained += _DRAINED in text
             found = _EXCEPTION.match(text.rstrip())
             # A line "See … for the root cause" counts only if no exception came before, as of a killed engine.
             if found and (self._cause is None or (self._is_up and "root cause" not in text)):

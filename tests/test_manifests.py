@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lorasb_export.serve import plan
+from lorasb_export.serve.server import SECONDS
 from tests.manifests import DOCS, documents, read
 from tests.random_adapter import save_adapter, save_base
 
@@ -57,6 +58,25 @@ def test_its_options_are_those_of_serve() -> None:
     page = (DOCS / "reference" / "cli.md").read_text().split("serve", 1)[1]
     for argument in arguments[: arguments.index("--")]:
         assert argument.partition("=")[0] in page
+
+
+def test_a_pod_that_ends_has_time_for_what_runs_and_makes_room_for_the_next() -> None:
+    spec = documents()["Deployment"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    word, before = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert word == "sleep"
+    drain = plan._number(container["args"], "--shutdown-timeout")
+    assert int(before) + (drain or 0) + SECONDS < pod["terminationGracePeriodSeconds"]
+    assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def test_a_namespace_of_the_restricted_level_admits_it() -> None:
+    pod = documents()["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def test_it_serves_the_adapters_of_a_project_on_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

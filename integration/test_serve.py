@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -174,6 +176,26 @@ def test_the_key_from_the_environment_is_asked_for_and_on_no_command_line(child:
         ask(child.client("another"), "one", "chat", "Hello")
     for process in psutil.Process(child.process.pid).children(recursive=True):
         assert "only-for-this-test" not in " ".join(process.cmdline())
+
+
+def test_without_the_key_nothing_answers_but_health_and_metrics(child: Child) -> None:
+    """Whatever paths this vLLM has, and vLLM's own check knows few of them."""
+
+    def status(method: str, path: str, key: str = "") -> int:
+        request = Request(child.ready["url"] + path, b"{}", {"Authorization": f"Bearer {key}"}, method=method.upper())
+        try:
+            with urlopen(request, timeout=60) as response:
+                found: int = response.status
+        except HTTPError as error:
+            return error.code
+        return found
+
+    request = Request(child.ready["url"] + "/openapi.json", headers={"Authorization": "Bearer only-for-this-test"})
+    with urlopen(request, timeout=60) as response:
+        paths = {(method, path) for path, methods in json.load(response)["paths"].items() for method in methods}
+    assert ("post", "/invocations") in paths
+    assert {path for method, path in paths if status(method, path) != 401} == {"/health", "/metrics"}
+    assert status("post", "/invocations", "only-for-this-test") == 400  # it is asked, and the request is empty
 
 
 def test_sigterm_lets_a_stream_finish_ends_it_with_143_and_leaves_nothing(child: Child) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -41,6 +42,10 @@ def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def value_of(command: list[str], flag: str) -> str:
     return command[command.index(flag) + 1]
+
+
+def middlewares_of(command: list[str]) -> list[str]:
+    return [word for flag, word in pairwise(command) if flag == "--middleware"]
 
 
 def test_dry_run_gives_the_exact_command(folder: Path) -> None:
@@ -160,6 +165,14 @@ def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkey
     monkeypatch.setenv("LORASB_SHARED_BASIS", str(folder / "a"))
     assert dry_run({"b": folder / "b"}, mode="folded")["environment"]["LORASB_SHARED_BASIS"] == ""
     assert dry_run((), model=str(folder / "base"))["environment"]["LORASB_SHARED_BASIS"] == ""
+
+
+def test_the_key_is_asked_for_in_every_mode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert middlewares_of(dry_run({"a": folder / "a"}, mode="folded")["command"]) == []
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    for options in ({"adapters": {"a": folder / "a"}, "mode": "folded"}, {"adapters": (), "model": folder / "base"}):
+        assert middlewares_of(dry_run(**options)["command"]) == ["lorasb_export.serve.key.AsksForKey"]  # type: ignore[arg-type]
 
 
 def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
@@ -283,7 +296,8 @@ def test_updates_need_a_key_and_a_shared_basis(
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     described = dry_run(siblings, updates_from=folder)
     assert value_of(described["command"], "--max-loras") == str(2 + 32)
-    assert value_of(described["command"], "--middleware").endswith("Updates")
+    middlewares = ["lorasb_export.serve.shared.updates.Updates", "lorasb_export.serve.key.AsksForKey"]  # asked first
+    assert middlewares_of(described["command"]) == middlewares
     assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
     monkeypatch.delenv("VLLM_API_KEY")
     (folder / "key").write_text("s3cret\n")

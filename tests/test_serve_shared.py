@@ -182,6 +182,21 @@ def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path
     assert (new / "adapter.safetensors").is_file()
 
 
+def answered(app: Any, scope: dict[str, Any], body: bytes = b"") -> int:
+    """The status of what `app` answers."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    status: int = sent[0]["status"]
+    return status
+
+
 @pytest.mark.parametrize(
     ("authorization", "body", "status"),
     [
@@ -201,24 +216,46 @@ def test_a_bad_request_for_an_update_is_answered(
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
+    from lorasb_export.serve.key import AsksForKey
     from lorasb_export.serve.shared.updates import LOAD, Updates
 
     variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    sent: list[Any] = []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": LOAD, "headers": [(b"authorization", authorization.encode())]}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD}
+    scope["headers"] = [(b"authorization", authorization.encode())]
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=None))
-    asyncio.run(Updates(Response(status_code=401))(scope, receive, send))  # vLLM's, which refuses who has no key
-    assert sent[0]["status"] == status
+    assert answered(AsksForKey(Updates(Response())), scope, body) == status
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "path", "status"),
+    [
+        ("http", "GET", "/health", 200),
+        ("http", "GET", "/metrics", 200),
+        ("http", "OPTIONS", "/v1/completions", 200),
+        ("http", "POST", "/v1/completions", 401),
+        ("http", "POST", "/invocations", 401),
+        ("http", "POST", "/health", 401),
+        ("http", "GET", "/health/", 401),
+        ("http", "GET", "/", 401),
+        ("websocket", None, "/health", 401),
+    ],
+)
+def test_what_is_open_without_the_key(
+    kind: str, method: str | None, path: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serve.key import AsksForKey
+
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    scope: dict[str, Any] = {"type": kind, "method": method, "path": path, "headers": []}
+    assert answered(AsksForKey(Response()), scope) == status
+    scope["headers"] = [(b"authorization", b"Bearer s3cret")]
+    assert answered(AsksForKey(Response()), scope) == 200
 
 
 def test_the_plugin_is_inert_without_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
 
+_ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _MODES = ("auto", "shared", "folded")
 _SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
 # Given by this package, or they would put the server where it is not looked for.
@@ -63,6 +64,7 @@ class ServePlan:
     port: int
     dtype: str
     extra: Sequence[str]
+    has_key: bool
 
     def command(self, folder: str | Path) -> list[str]:
         """vLLM's command line for the adapters written to `folder`; of a flag given twice vLLM takes the last.
@@ -74,7 +76,10 @@ class ServePlan:
         command += ["--model", str(self.base.folder), "--served-model-name", _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
-        return [*command, *self.mode.flags(folder), *self.extra]
+        command += self.mode.flags(folder)
+        if self.has_key:
+            command += ["--middleware", _ASKS_FOR_KEY]  # behind the mode's own, and so asked before it
+        return [*command, *self.extra]
 
     def environment(self, folder: str | Path) -> dict[str, str]:
         """Variables for the server: the mode's, and some where the user has not set them."""
@@ -159,7 +164,7 @@ def make_plan(
     if _base_name(base) in loaded:
         raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
     chosen = _choose_mode(mode, loaded, extra, updates_from)
-    plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra)
+    plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_dtype(plan)
     _check_length(plan)
     return plan

@@ -116,7 +116,17 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"}
-    assert dry_run((), model=str(folder / "base"))["environment"] == {"LORASB_SHARED_BASIS": "", **expected}
+    ours = {"LORASB_SHARED_BASIS": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
+    assert dry_run((), model=str(folder / "base"))["environment"] == ours | expected
+
+
+def test_vllms_switch_for_loading_any_path_stays_off(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "true")
+    described = dry_run({"a": folder / "a"}, mode="folded")
+    assert described["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING has no effect here: give --allow-updates" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from .temporary import PREFIX
 logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
+_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _MODES = ("auto", "shared", "folded")
 _SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
 # Given by this package, or they would put the server where it is not looked for.
@@ -82,14 +83,15 @@ class ServePlan:
         return [*command, *self.extra]
 
     def environment(self, folder: str | Path) -> dict[str, str]:
-        """Variables for the server: the mode's, and some where the user has not set them."""
+        """Variables for the server: the mode's, one of vLLM's, and some where the user has not set them."""
         wanted = {"VLLM_NO_USAGE_STATS": "1"}  # a server tells nobody that it runs unless its owner says so
         if runs_on_cpu():
             # GiB. vLLM would take nine tenths of the machine, or refuse to start when they are not free; and with
             # a fixed size it skips a warm-up of the model.
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
             wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
-        return self.mode.environment(folder) | {name: v for name, v in wanted.items() if name not in os.environ}
+        wanted = {name: value for name, value in wanted.items() if name not in os.environ}
+        return self.mode.environment(folder) | {_UPDATING: "0"} | wanted  # with it vLLM loads any path for clients
 
     @property
     def drain(self) -> int:
@@ -167,6 +169,8 @@ def make_plan(
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_dtype(plan)
     _check_length(plan)
+    if os.environ.get(_UPDATING, "0") != "0":
+        logger.warning("%s has no effect here: give --allow-updates", _UPDATING)
     return plan
 
 

@@ -160,6 +160,11 @@ def test_mixed_requests_get_the_answers_of_the_merged_weights(
     assert answers == expected
 
 
+def test_a_metric_has_one_line_and_not_one_for_every_mixture_of_adapters(child: Child) -> None:
+    with urlopen(f"{child.ready['url']}/metrics", timeout=60) as response:
+        assert response.read().decode().count("vllm:lora_requests_info{") == 1
+
+
 def test_the_adapters_change_the_answers(expected: dict[tuple[str, str, str], str], smollm2: Path) -> None:
     for endpoint in ("chat", "completions"):
         for prompt in PROMPTS:

@@ -116,7 +116,7 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"}
-    ours = {"LORASB_SHARED_BASIS": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
+    ours = {"LORASB_SHARED_BASIS": "", "LORASB_FOLDED": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
     assert dry_run((), model=str(folder / "base"))["environment"] == ours | expected
 
 

@@ -12,7 +12,7 @@ from ..adapter import Adapter
 from ..errors import ArtifactError, OutputError
 from ..export.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
-from .shared import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
+from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
@@ -76,7 +76,8 @@ class Folded:
         return _lora_flags(self.adapters, self.slots, paths)
 
     def environment(self, folder: str | Path) -> dict[str, str]:
-        return {BASIS_VARIABLE: ""}  # a value exported for another server would switch the plugin on
+        # A value exported for another server would switch the plugin on.
+        return {BASIS_VARIABLE: "", FOLDED_VARIABLE: "1"}
 
     def memory(self, number_bytes: int) -> dict[str, int]:
         """In vLLM's `slots`, in its copies in host memory, and folded on disk."""

@@ -2,7 +2,8 @@
 
 It does nothing unless `BASIS_VARIABLE` names a basis folder; `lorasb serve --mode shared` sets it. Then `plugin` puts
 `manager` in the place of vLLM's LoRA manager. Its layers (`layers`) read R from one stack, by the slot of each token
-(`routes`); `loading` reads adapter folders; `updates` loads and unloads them for clients.
+(`routes`); `loading` reads adapter folders; `updates` loads and unloads them for clients. In a folded server it does
+nothing but keep a metric small (`gauge`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 BASIS_VARIABLE = "LORASB_SHARED_BASIS"
+FOLDED_VARIABLE = "LORASB_FOLDED"  # set: of the plugin only the metrics are wanted
 UPDATES_VARIABLE = "LORASB_UPDATES_FROM"  # the folder clients may load adapters from
 VERSIONS_VARIABLE = "LORASB_VERSIONS"  # where copies of what they load are kept
 TESTED_VERSIONS = ("0.32.0",)

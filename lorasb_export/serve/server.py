@@ -25,6 +25,7 @@ SECONDS = 20  # for a server to end when it has answered all requests (vLLM take
 _LOG_LINES = 20
 # What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
 _ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
+_RECENT = 60.0  # seconds between an exception and the end that it is the cause of
 _EXCEPTION = re.compile(r"(?:[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")  # behind vLLM's stamp
 
 
@@ -57,6 +58,7 @@ class RunningServer:
         self._asked = self._drained = 0  # engines that were asked to end, and those with nothing left to do
         self._is_up = False
         self._cause: str | None = None  # the first exception of a start; of a server that is up, the latest
+        self._cause_at = 0.0
         self._command, self._variables, self._echo = command, variables, echo
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -163,16 +165,24 @@ class RunningServer:
             self._asked += _ASKED in text
             self._drained += _DRAINED in text
             found = _EXCEPTION.match(text.rstrip())
+            if found:
+                self._forget_an_old_cause()
             # A line "See … for the root cause" counts only if no exception came before, as of a killed engine.
             if found and (self._cause is None or (self._is_up and "root cause" not in text)):
-                self._cause = found[1].rstrip(".")
+                self._cause, self._cause_at = found[1].rstrip("."), time.monotonic()
             if self._echo:
                 with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the reading
                     sys.stderr.write(text)
                     sys.stderr.flush()
 
+    def _forget_an_old_cause(self) -> None:
+        """A request may have raised it, days ago."""
+        if self._is_up and time.monotonic() - self._cause_at > _RECENT:
+            self._cause = None
+
     def _failed(self) -> ServerError:
         self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
+        self._forget_an_old_cause()
         lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
         what = f"the vLLM server ended with exit code {self._started.returncode}"
         what = what if self._cause is None else f"{what}: {self._cause}"

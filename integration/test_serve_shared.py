@@ -234,7 +234,7 @@ def test_no_adapter_has_the_name_of_a_part_of_a_chat() -> None:
         ({"lora_name": "x", "lora_path": "empty"}, "has no adapter.safetensors"),
         ({"lora_name": "x", "lora_path": "fifo"}, "has no adapter.safetensors"),
         ({"lora_name": "x", "lora_path": "large"}, "larger than any adapter"),
-        ({"lora_name": "x", "lora_path": "swapped"}, "not the file its config names"),
+        ({"lora_name": "x", "lora_path": "swapped"}, "not the tensors that the config names"),
         ({"lora_name": "x", "lora_path": "foreign"}, "another basis"),
         ({"lora_name": "x", "lora_path": "edited"}, "not as it was written"),
         ({"lora_name": "SmolLM2-135M-Instruct", "lora_path": "two"}, "the name of the base"),

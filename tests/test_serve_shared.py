@@ -135,8 +135,20 @@ def test_a_foreign_config_is_refused(adapter: Adapter, change: dict[str, object]
         load(adapter)
 
 
-@pytest.mark.parametrize("damage", ["nan", "minus infinity", "shape", "dtype", "missing", "truncated"])
-def test_damaged_tensors_are_refused(adapter: Adapter, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("nan", "non-finite"),
+        ("minus infinity", "non-finite"),
+        ("shape", "not F32"),
+        ("dtype", "not F32"),
+        ("missing", "not one R for each module"),
+        ("truncated", "truncated"),
+        ("one bit", "not the tensors that the config names"),
+        ("another version's", "not the tensors that the config names"),
+    ],
+)
+def test_damaged_tensors_are_refused(adapter: Adapter, damage: str, message: str) -> None:
     assert adapter.folder is not None
     path = adapter.folder / "adapter.safetensors"
     tensors = load_file(path)
@@ -151,10 +163,16 @@ def test_damaged_tensors_are_refused(adapter: Adapter, damage: str) -> None:
         tensors[key] = tensors[key].half()
     elif damage == "missing":
         del tensors[key]
+    elif damage == "another version's":
+        tensors[key] += 1
     save_file(tensors, path)
+    content = bytearray(path.read_bytes())
     if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ArtifactError):
+        del content[-5:]
+    elif damage == "one bit":
+        content[-2] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
         load(adapter)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -44,12 +45,15 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     infos = list(header.values())  # in the order of the file, without gaps: `read_header` refuses those
     memory = bytearray(infos[-1].end - infos[0].start)
     with path.open("rb") as file:
-        file.seek(infos[0].start)
+        digest = hashlib.sha256(file.read(infos[0].start))
         read = file.readinto(memory)
     block = torch.frombuffer(memory, dtype=torch.float32).view(-1, *shape)
     low, high = torch.aminmax(block)  # NaN if there is one; and a tenth of the time of `isfinite`
     if read != len(memory) or not (math.isfinite(low * config["scaling"]) and math.isfinite(high * config["scaling"])):
         raise ArtifactError("truncated, or with non-finite values", where=path, fix="Train or fetch it again")
+    digest.update(memory)
+    if digest.hexdigest() != config["sha256"]:
+        raise ArtifactError("not the tensors that the config names (sha256)", where=path, fix="Train or fetch it again")
     return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))
 
 
@@ -67,6 +71,6 @@ def copy_adapter(source: Path, target: Path) -> None:
 def version_name(name: str, folder: Path) -> str:
     """`name` with the content of `folder`: vLLM's prefix cache goes by name and path, so a version needs its own.
 
-    The config's digest stands for both files, since the config holds that of the tensors; check both before.
+    The config's digest stands for both files, since the config holds that of the tensors, which `load_R` compares.
     """
     return f"{name}-{read_json(folder / 'adapter_config.json')['config_sha256'][:16]}"

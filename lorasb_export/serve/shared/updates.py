@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, SettingsError
 from ...names import check_name, check_served_name
-from ...storage import parse_json, read_json, sha256_file
+from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R
 from .versions import Versions
@@ -98,13 +98,7 @@ class Updates:
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
-            _check_digest(copy)
             return self.versions.keep(name, copy)
-
-
-def _check_digest(folder: Path) -> None:
-    if sha256_file(folder / "adapter.safetensors") != read_json(folder / "adapter_config.json")["sha256"]:
-        raise ArtifactError("adapter.safetensors is not the file its config names (sha256)")
 
 
 async def _read(request: Request) -> dict[str, str]:

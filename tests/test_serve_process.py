@@ -34,7 +34,7 @@ class Models(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"data": [{"id": "base"}]}')
+        self.wfile.write(b'{"data": [{"id": "base", "root": "the/model"}]}')
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
 server.handle_request()  # is it up
 server.handle_request()  # its models
@@ -48,7 +48,7 @@ class Models(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"data": [{"id": "base"}]}')
+        self.wfile.write(b'{"data": [{"id": "base", "root": "the/model"}]}')
     def log_message(self, *words): pass
 def end(number, frame):
     print("asked", flush=True)
@@ -208,7 +208,7 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(
 ) -> None:
     """When its engine dies, vLLM's front end closes as if it had been asked to."""
     monkeypatch.setattr(server_module, "_RECENT", 2)
-    command = [sys.executable, "-c", ANSWERS_TWICE, str(free_port), log]
+    command = [sys.executable, "-c", ANSWERS_TWICE, str(free_port), log, "the/model"]
     url = f"http://127.0.0.1:{free_port}"
     server = RunningServer(command, os.environ, url, echo=False, advice="Start otherwise. ")
     try:
@@ -222,6 +222,21 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(
         server.stop()
 
 
+def test_another_server_that_started_on_the_port_is_not_taken_for_ours(free_port: int) -> None:
+    """vLLM listens late, so that two may take a port for free."""
+    url = f"http://127.0.0.1:{free_port}"
+    first = RunningServer([sys.executable, "-c", ENDS_SLOWLY, str(free_port), "the/model"], os.environ, url, echo=False)
+    waits = [sys.executable, "-c", "import time; time.sleep(60)", "another/model"]
+    second = RunningServer(waits, os.environ, url, echo=False)
+    try:
+        first.start()
+        with pytest.raises(OutputError, match="another server, with other models, answers there"):
+            second.start()
+    finally:
+        second.stop()
+        first.stop()
+
+
 @pytest.mark.parametrize("seconds", [0, 10])
 @pytest.mark.parametrize("by", ["us", "the guard"])
 def test_a_running_request_gets_its_time(
@@ -230,7 +245,7 @@ def test_a_running_request_gets_its_time(
     """The guard ends the server of a `lorasb serve` that was killed."""
     monkeypatch.setattr(server_module, "SECONDS", 0)
     answer = tmp_path / "answer"
-    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "busy", str(answer)]
+    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "busy", str(answer), "the/model"]
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False, drain=seconds)
     server.start()
     if by == "the guard":
@@ -242,9 +257,9 @@ def test_a_running_request_gets_its_time(
     assert answer.exists() == (seconds > 0)
 
 
-def test_a_server_with_nothing_to_do_is_not_waited_for(free_port: int, tmp_path: Path) -> None:
+def test_a_server_with_nothing_to_do_is_not_waited_for(free_port: int) -> None:
     """vLLM would take 13 s."""
-    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "idle", str(tmp_path / "answer")]
+    command = [sys.executable, "-c", ENDS_SLOWLY, str(free_port), "idle", "", "the/model"]
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False, drain=20)
     server.start()
     began = time.monotonic()

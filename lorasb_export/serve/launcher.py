@@ -65,7 +65,7 @@ def serve(
 
     Raises:
         SettingsError, ArtifactError, BaseModelError: an adapter cannot be served, or not with this base.
-        OutputError: the port is taken, or the disk is full.
+        OutputError: the port is taken, by another start too, or the disk is full.
         MissingPackageError: vLLM is not installed.
         ServerError: the server ended by itself; why, if its log says so, and its last lines are in the message.
     """

@@ -18,7 +18,7 @@ from http.client import HTTPException
 from typing import NoReturn
 from urllib.request import ProxyHandler, Request, build_opener
 
-from ..errors import ServerError
+from ..errors import OutputError, ServerError
 from . import guard
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
@@ -75,7 +75,12 @@ class RunningServer:
         return self._process
 
     def start(self) -> None:
-        """Start the process and wait until it answers. Raises ServerError when it ends before."""
+        """Start the process and wait until it answers.
+
+        Raises:
+            ServerError: it ended before.
+            OutputError: another server answers in its place.
+        """
         with _signals_held():
             # Sessions of their own: the terminal's Ctrl-C reaches only us, and we stop the server with its children.
             self._guard = subprocess.Popen(
@@ -102,7 +107,14 @@ class RunningServer:
                 raise self._failed()
             time.sleep(0.2)
         self._cause, self._is_up = None, True  # exceptions before it was up did not stop it
-        self.models = [card["id"] for card in json.loads(self._get("/v1/models"))["data"]]
+        cards = json.loads(self._get("/v1/models"))["data"]
+        words = set(self._command)
+        # vLLM holds its port for a long time before it listens on it, and so may another.
+        if any(card["root"] not in words and f"{card['id']}={card['root']}" not in words for card in cards):
+            self._is_up = False
+            fix = "Stop it, or give another --port"
+            raise OutputError("another server, with other models, answers there", where=self.url, fix=fix)
+        self.models = [card["id"] for card in cards]
 
     def wait(self) -> NoReturn:
         """Wait until the server ends by itself, and raise ServerError: nobody has stopped it, so it failed.

@@ -11,6 +11,8 @@ import typer
 
 from .verb import Run, base_elsewhere, comma_list, human_bytes
 
+_NAMED = 20  # models that are named in the line that says what is served
+
 
 def run(
     run: Run,
@@ -63,7 +65,7 @@ def run(
     options |= {"extra": flags or [], "updates_from": folder if allow_updates else None}
 
     def ready(server: dict[str, Any]) -> None:
-        run.result(server, f"Serving {', '.join(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")
+        run.result(server, f"Serving {_models(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")
 
     if dry_run:
         plan = make_plan(named, **options, has_key=bool(api_key(api_key_file))).describe()
@@ -71,6 +73,10 @@ def run(
         return
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
     raise typer.Exit(serve(named, **options, api_key_file=api_key_file, on_start=starting, on_ready=ready))
+
+
+def _models(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1:,} adapters"
 
 
 def _command_line(plan: dict[str, Any]) -> str:

@@ -194,6 +194,35 @@ def test_a_start_that_fails_names_its_cause() -> None:
     assert time.monotonic() - began < 20, "the time goes as the square of a line's length"
 
 
+def test_the_error_of_a_start_with_thousands_of_names_is_no_megabyte() -> None:
+    server = RunningServer(
+        [sys.executable, "-c", "print('x' * 2_000_000)"], os.environ, "http://127.0.0.1:1", echo=False
+    )
+    try:
+        with pytest.raises(ServerError) as caught:
+            server.start()
+    finally:
+        server.stop()
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("count", "line"), [(2, "Serving base, a1, a2 on"), (10_001, "Serving base and 10,001 adapters on")]
+)
+def test_of_many_models_the_number_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, count: int, line: str
+) -> None:
+    models = ["base", *(f"a{number}" for number in range(1, count + 1))]
+
+    def serve(*arguments: Any, on_ready: Any, **options: Any) -> int:
+        on_ready({"url": "http://127.0.0.1:8000", "models": models, "pid": 1})
+        return 0
+
+    monkeypatch.setattr("lorasb_export.serve.serve", serve)
+    done = CliRunner().invoke(app, ["serve", "--adapters-dir", str(folder), "--adapters", "a"])
+    assert line in done.output
+
+
 @pytest.mark.parametrize(
     ("log", "cause"),
     [

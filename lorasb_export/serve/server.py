@@ -22,7 +22,7 @@ from ..errors import OutputError, ServerError
 from . import guard
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
-_LOG_LINES = 20
+_LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
 # What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
 _ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
 _RECENT = 60.0  # seconds between an exception and the end that it is the cause of
@@ -173,7 +173,7 @@ class RunningServer:
         assert stream is not None
         for line in stream:
             text = line.decode(errors="replace")
-            self._log.append(text)
+            self._log.append(text[:_LOG_WIDTH])
             self._asked += _ASKED in text
             self._drained += _DRAINED in text
             found = _EXCEPTION.match(text.rstrip())

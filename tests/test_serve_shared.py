@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -245,6 +249,28 @@ def test_a_bad_request_for_an_update_is_answered(
     scope["headers"] = [(b"authorization", authorization.encode())]
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=None))
     assert answered(AsksForKey(Updates(Response())), scope, body) == status
+
+
+@pytest.mark.parametrize(("path", "status"), [("loop", 400), ("a", 507)])
+def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serve.shared.updates import LOAD, Updates
+
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "versions").mkdir()
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(shutil, "copyfile", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    models = SimpleNamespace(is_base_model=lambda name: False)
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD, "headers": []}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+    body = json.dumps({"lora_name": "x", "lora_path": path}).encode()
+    assert answered(Updates(Response()), scope, body) == status
 
 
 @pytest.mark.parametrize(

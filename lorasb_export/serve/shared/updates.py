@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ...basis import Basis
-from ...errors import ArtifactError, LoraSBError, SettingsError
+from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
 from ...names import check_name, check_served_name
 from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
@@ -49,6 +49,8 @@ class Updates:
             body = await _read(Request(scope, receive))
             async with self.one_at_a_time:
                 status, message = await update(models, body)
+        except OutputError as error:  # the disk is full, of which the client is innocent
+            status, message = 507, str(error)
         except LoraSBError as error:
             status, message = 400, str(error)
         await JSONResponse({"message": message}, status)(scope, receive, send)
@@ -84,7 +86,11 @@ class Updates:
             raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder")
         folder = self.source / path
         for item in (folder, *(folder / file for file in FILES)):
-            if not item.resolve().is_relative_to(self.source):
+            try:
+                real = item.resolve()
+            except (OSError, RuntimeError):  # a link to itself
+                raise ArtifactError(f"{path!r} leads nowhere") from None
+            if not real.is_relative_to(self.source):
                 raise SettingsError(f"{path!r} leads out of the adapters' folder")
             if not (item.is_dir() if item == folder else item.is_file()):
                 raise ArtifactError(f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}")

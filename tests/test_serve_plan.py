@@ -318,6 +318,7 @@ def test_updates_need_a_key_and_a_shared_basis(
         dry_run(siblings, updates_from=folder, mode="folded")
     with pytest.raises(SettingsError, match="of 2 bases"):
         dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
+    assert dry_run(siblings, updates_from=folder, extra=["-dp", "1"])["mode"] == "shared"
     for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):
         with pytest.raises(SettingsError, match="beside --data-parallel-size"):
             dry_run(siblings, updates_from=folder, extra=several)

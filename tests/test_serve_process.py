@@ -296,6 +296,17 @@ def test_a_server_with_nothing_to_do_is_not_waited_for(free_port: int) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_the_compilers_cache_lies_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies in it is run, and a name in the folder of temporary files can be guessed."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = {"TMPDIR": "/tmp/short", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / ".cache" / "lorasb" / "torchinductor")}
+    assert launcher._keep_inside("/tmp/short") == places
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    assert launcher._keep_inside("/tmp/short")["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/short/torchinductor"
+
+
 def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of whatever host or container: numbers of processes mean nothing there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,9 +161,18 @@ def _keep_inside(folder: str) -> dict[str, str]:
     """Variables that make vLLM put what it never removes (sockets, a rendezvous file) into `folder`, to go with it."""
     if len(folder) > 64:  # a socket's path has room for about 100 characters, and vLLM appends 37
         return {}
-    # The compiler's cache is worth a minute at the next start, and has to stay where it was.
-    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)}
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or _compiler_cache(folder)
+    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": cache}
+
+
+def _compiler_cache(folder: str) -> str:
+    """Where it outlasts the server, being worth a minute at the next start: at home, since what lies in it is run."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorasb" / "torchinductor"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a user without a home
+        return os.path.join(folder, "torchinductor")
+    return str(cache)
 
 
 def _claim_port(host: str, port: int) -> int:

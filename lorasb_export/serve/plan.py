@@ -176,9 +176,9 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
-        if "--data-parallel-size" in _flags(extra):
+        if _flags(extra).get("--data-parallel-size", "1") != "1":
             fix = "Run several servers behind a load balancer, and send each of them the updates"
-            raise SettingsError("--allow-updates beside --data-parallel-size: only one front end would know", fix=fix)
+            raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
         if mode == "folded" or not adapters:
             fix = "Leave --allow-updates out"

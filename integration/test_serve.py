@@ -64,12 +64,22 @@ class Child:
 
 @pytest.fixture(scope="module")
 def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two random adapters of all linear layers, large enough to change every answer."""
+    """Two random adapters of all linear layers, large enough to change every answer.
+
+    Of a base that penalizes repetition, as Qwen's instruct models do; what answers are compared with does not.
+    """
     folder = tmp_path_factory.mktemp("adapters")
+    base = folder / smollm2.name
+    base.mkdir()
+    for path in smollm2.iterdir():
+        (base / path.name).symlink_to(path)
+    (base / "generation_config.json").unlink()
+    own = json.loads((smollm2 / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(own | {"repetition_penalty": 1.7}))
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     modules = [name for name, module in model.named_modules() if name.endswith("_proj")]
     for seed, name in enumerate(("one", "two")):
-        save_adapter(smollm2, model, folder / name, modules, rank=64, relative_size=0.15, seed=seed)
+        save_adapter(base, model, folder / name, modules, rank=64, relative_size=0.15, seed=seed)
     return {name: folder / name for name in ("one", "two")}
 
 

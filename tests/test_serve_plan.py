@@ -72,6 +72,18 @@ def test_running_requests_get_the_time_that_vllm_is_told(folder: Path, extra: li
     assert plan.make_plan({}, **options).drain == seconds
 
 
+def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """vLLM would apply it to every request that names none; a flag of the user's comes later, and wins."""
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    own = read_json(base / "generation_config.json")
+    for penalty, given in ((1.0, False), (1.1, True)):
+        write_json(base / "generation_config.json", {**own, "repetition_penalty": penalty})
+        command = dry_run({}, model=str(base), extra=["--seed", "1"])["command"]
+        assert ("--override-generation-config" in command) == given
+    assert value_of(command, "--override-generation-config") == '{"repetition_penalty": 1.0}'
+
+
 def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
     widths = (32 + 32) + (48 + 32)
     adapters = {"a": folder / "a", "b": folder / "b"}

@@ -16,6 +16,7 @@ from ..base import SEQ_CLS, BaseModel, BaseRef
 from ..basis import Basis
 from ..errors import LoraSBError, SettingsError
 from ..names import check_served_name
+from ..storage import read_json
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable
 from .temporary import PREFIX
@@ -77,6 +78,8 @@ class ServePlan:
         command += ["--model", str(self.base.folder), "--served-model-name", _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
+        if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
+            command += ["--override-generation-config", '{"repetition_penalty": 1.0}']
         command += self.mode.flags(folder)
         if self.has_key:
             command += ["--middleware", _ASKS_FOR_KEY]  # behind the mode's own, and so asked before it
@@ -239,6 +242,12 @@ def _number(extra: Sequence[str], flag: str) -> int | None:
     """The value the user gives vLLM by `flag`, or None; what is no number vLLM itself refuses."""
     value = _flags(extra).get(flag, "")
     return int(value) if value.isdecimal() else None
+
+
+def _penalizes_repetition(base: BaseModel) -> bool:
+    """Whether vLLM would, in requests that name no penalty: the base's generation_config.json has one."""
+    path = base.folder / "generation_config.json"
+    return path.is_file() and read_json(path).get("repetition_penalty", 1.0) != 1.0
 
 
 def _base_name(base: BaseModel) -> str:

@@ -163,6 +163,8 @@ def test_a_classifier_gives_torchs_logits(family: str, tmp_path: Path) -> None:
         expected = network(ids, attention_mask=mask).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected - expected[0]).max() > 1e-2
+    with pytest.raises(DataError, match=r"the batch has no attention_mask, which the graph reads"):
+        classify(tmp_path / "onnx", {"input_ids": ids.numpy()})
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("classes", "int8"), ("numbers", "fp32")])

@@ -109,7 +109,8 @@ class BaseModel:
             raise BaseModelError(
                 "no model.safetensors, nor an index of its parts, in the base model's folder",
                 where=self.folder,
-                fix="Convert it once: AutoModel.from_pretrained(folder).save_pretrained(new_folder)",
+                fix=f"Convert it once: AutoModel{'ForCausalLM' if self.generates else ''}.from_pretrained(folder)"
+                ".save_pretrained(new_folder), and copy the tokenizer's files there",
             )
         found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
         if weight_map is not None and set(found) != set(weight_map):
@@ -176,7 +177,7 @@ class BaseModel:
             "label2id": {name: i for i, name in enumerate(names)},
             "pad_token_id": self.load_tokenizer().pad_token_id,
         }
-        return entries if labels else entries | {"problem_type": "regression"}
+        return entries | {"problem_type": "single_label_classification" if labels else "regression"}
 
     def fingerprint(self, modules: Iterable[str]) -> str:
         """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""

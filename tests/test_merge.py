@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, Set
 from lorasb_export.layer import head_parameters
 from lorasb_export.merging.plan import parse_size
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter
 from tests.tiny import make_bert, make_gpt2, make_llama, write_index
 
@@ -170,6 +172,34 @@ def test_other_dtype(llama: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(SettingsError, match="dtype is 'int8'"):
         merge(adapter, tmp_path / "other", dtype="int8")
+
+
+def test_a_buffer_that_float16_cannot_hold_is_bounded_and_a_weight_refused(llama: Path, tmp_path: Path) -> None:
+    """GPT-Neo's and GPT-J's checkpoints hold a mask of -1e9 that nobody reads."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "model.masked_bias": torch.tensor([-1e9])}, base / "model.safetensors", {"format": "pt"})
+    adapter = adapter_for(base, tmp_path / "a")
+    merge(adapter, tmp_path / "model", dtype="float16")
+    stored = load_file(tmp_path / "model" / "model.safetensors")["model.masked_bias"]
+    assert float(stored) == torch.finfo(torch.float16).min
+    save_file({**tensors, "model.odd.weight": torch.tensor([-1e9])}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"model\.odd\.weight does not fit float16"):
+        merge(adapter, tmp_path / "other", dtype="float16")
+
+
+def test_code_that_stays_on_the_hub_is_named_there(llama: Path, tmp_path: Path) -> None:
+    """A base of the Hub is fetched without it, and whoever trusts remote code would look for it in the folder."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    named = {"AutoConfig": "odd.OddConfig", "AutoModel": "other/repo--odd.Odd"}
+    write_json(base / "config.json", read_json(base / "config.json") | {"auto_map": named})
+    adapter = adapter_for(base, tmp_path / "a")
+    merge(adapter, tmp_path / "here")
+    assert read_json(tmp_path / "here" / "config.json")["auto_map"] == named
+    of_hub = replace(BaseModel.resolve(base), name_or_path="owner/odd")
+    merge(adapter, tmp_path / "there", base=of_hub)
+    wanted = {**named, "AutoConfig": "owner/odd--odd.OddConfig"}
+    assert read_json(tmp_path / "there" / "config.json")["auto_map"] == wanted
 
 
 def test_gpt2_stores_its_weights_transposed(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ def build(
     if exporter == GENAI:
         command = ["onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision]
         command += ["-e", PROVIDERS[precision], "-c", str(scratch / "cache")]
-        # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window.
-        command += ["--extra_options", f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false"]
+        # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window; without the
+        # third, early versions run code that lies beside a model.
+        options = [f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false", "hf_remote=false"]
+        command += ["--extra_options", *options]
     else:
         command = ["lorasb_export.export.onnx_torch", str(model), str(out), task_type]
         command.append(DTYPES[precision])

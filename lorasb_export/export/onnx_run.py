@@ -253,7 +253,11 @@ def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]]) -> np.ndarray
 
 def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """`classify` in a session that is open."""
-    logits: np.ndarray[Any, Any] = session.run(None, {item.name: batch[item.name] for item in session.get_inputs()})[0]
+    names = [item.name for item in session.get_inputs()]
+    if absent := [name for name in names if name not in batch]:
+        fix = "Take what the tokenizer of the folder returns"
+        raise DataError(f"the batch has no {', '.join(absent)}, which the graph reads", fix=fix)
+    logits: np.ndarray[Any, Any] = session.run(None, {name: batch[name] for name in names})[0]
     return logits
 
 

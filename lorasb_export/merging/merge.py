@@ -16,10 +16,11 @@ from ..adapter import Adapter, published_training
 from ..bars import no_bar
 from ..base import SEQ_CLS, AnyBase
 from ..errors import SettingsError
+from ..fetch import parse_hub_id
 from ..output import expanded, free_bytes
 from ..provenance import command
 from ..publishing import card
-from ..storage import write_json
+from ..storage import read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder
@@ -152,18 +153,35 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     _write_config(plan, folder)
+    if plan.adapters[0].task_type == SEQ_CLS:
+        _name_padding(plan, folder)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
-    """config.json anew where the dtype or the task changes it."""
-    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS:
+    """config.json anew where the dtype or the task changes it, or where it names code that stays on the Hub."""
+    named = plan.base.config.get("auto_map", {})
+    away = (
+        {key: code for key, code in named.items() if "--" not in str(code)}
+        if parse_hub_id(plan.base.name_or_path)
+        else {}
+    )
+    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS and not away:
         return
     config: dict[str, Any] = dict(plan.base.config)
+    if away:  # as transformers itself writes where the code of a model is
+        config["auto_map"] = named | {key: f"{plan.base.name_or_path}--{code}" for key, code in away.items()}
     if plan.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
     if plan.adapters[0].task_type == SEQ_CLS:
         config |= plan.base.classifier_config(plan.adapters[0].labels)
     write_json(folder / "config.json", config)
+
+
+def _name_padding(plan: MergePlan, folder: Path) -> None:
+    """A classifier's config has the id of the pad token; without its name the tokenizer makes no batches."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and "pad_token" not in (config := read_json(path)):
+        write_json(path, config | {"pad_token": plan.base.load_tokenizer().pad_token})

@@ -189,7 +189,8 @@ def plan_merge(
             _check_shapes(one, model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
     shards = tuple(_split(_tensors(loaded, model, dtype), limit))
-    plan = MergePlan(loaded, model, shards, dtype, side_files(model.folder), combined)
+    beside = [path for path in side_files(model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)]
+    plan = MergePlan(loaded, model, shards, dtype, beside, combined)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 
@@ -236,12 +237,13 @@ def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> lis
     by_key = {model.weight_key(name): name for adapter in adapters for name in adapter.R}
     adapter = adapters[0]  # the only one that may have a head
     prefix = _body_prefix(model, adapter)
+    body = f"{next(iter(adapter.R)).partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
     tensors = []
     for name, source in model.tensors.items():
         info = source[1]
         stored = _NAMES[dtype] if dtype != "auto" and info.dtype in TORCH_DTYPES else info.dtype
         renamed = name if name.startswith(prefix) else prefix + name
-        if renamed not in adapter.head:
+        if renamed not in adapter.head and renamed.startswith(body):  # vLLM refuses the heads of pretraining
             tensors.append(PlannedTensor(renamed, stored, info.shape, source, by_key.get(name)))
     of_body = model.tensors[next(iter(by_key))][1].dtype
     stored = of_body if dtype == "auto" else _NAMES[dtype]
@@ -254,6 +256,11 @@ def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
     if adapter.task_type == SEQ_CLS and model.weight_key(name) != f"{name}.weight":
         return name.partition(".")[0] + "."
     return ""
+
+
+def _embeds(name: str) -> bool:
+    """Whether a file says how sentence-transformers embeds; a classifier does not, yet vLLM takes a limit from it."""
+    return name == "modules.json" or "sentence_" in name
 
 
 def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:

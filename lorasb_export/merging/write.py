@@ -32,6 +32,7 @@ from .retained import Retained
 PIECE = 8 * sums.BLOCK  # entries that are read and written at a time; 4 took 9 % longer, 16 5 % less
 MEASURED = 8  # only every 8th block tells what bf16 retains: sums over 64,000 entries and more are precise enough
 _COPY_BYTES = 4 << 20
+_FLOAT16 = torch.finfo(torch.float16)
 _WAITING = 12  # pieces that keep the factors of their modules in memory
 
 Done = tuple[Retained | None, int]  # of one piece: the error of rounding where it was touched, and bytes written
@@ -185,6 +186,8 @@ class _Job:
         start, stored = self._place(first, count)
         stored.copy_(weights)
         if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
+            if not self.tensor.name.endswith((".weight", ".bias")):  # a buffer, as GPT-Neo's mask of -1e9
+                return None, self.out.write(start, stored.clamp_(_FLOAT16.min, _FLOAT16.max))
             raise ArtifactError(f"tensor {self.tensor.name} does not fit float16", fix="Merge with --dtype float32")
         return None, self.out.write(start, stored)
 

@@ -1,0 +1,64 @@
+"""Merged classifiers, as those meet them who have never heard of the adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertForPreTraining, pipeline
+
+from lorasb_export import fit, merge
+from lorasb_export.data import TaskData, task_of
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.storage import read_header, read_json, write_json
+from tests.tiny import make_bert, make_gpt2
+
+
+@pytest.fixture(scope="module")
+def moods() -> TaskData:
+    return task_of(
+        "moods", {"train": [{"text": word, "label": label} for word, label in zip("abc", "xyz", strict=True)]}
+    )
+
+
+def merged(base: Path, task: TaskData, folder: Path) -> Path:
+    adapter = fit(base, CalibrationSettings(rank=4, directions="random"), task, folder / "a", FitSettings(max_steps=1))
+    merge(adapter, folder / "merged", verify=True)
+    return folder / "merged"
+
+
+@pytest.mark.parametrize("of_the_base", ["regression", "multi_label_classification", None])
+def test_scores_are_probabilities_whatever_the_base_was_for(
+    of_the_base: str | None, bert: Path, moods: TaskData, tmp_path: Path
+) -> None:
+    base = shutil.copytree(bert, tmp_path / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"problem_type": of_the_base})
+    classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), top_k=None)
+    (found,) = classify(["ab"])
+    assert sum(of_class["score"] for of_class in found) == pytest.approx(1)
+
+
+def test_the_heads_that_the_base_was_trained_with_stay_behind(moods: TaskData, tmp_path: Path) -> None:
+    """transformers passes over them, vLLM refuses a classifier that has them."""
+    folder = merged(make_bert(tmp_path / "base", kind=BertForPreTraining), moods, tmp_path)
+    assert any(name.startswith("cls.") for name in read_header(tmp_path / "base" / "model.safetensors")[0])
+    bodies = {name.partition(".")[0] for name in read_header(folder / "model.safetensors")[0]}
+    assert bodies == {"bert", "classifier"}
+
+
+def test_a_tokenizer_without_a_pad_token_gets_the_one_that_was_padded_with(moods: TaskData, tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "base")
+    config = read_json(base / "tokenizer_config.json")
+    write_json(base / "tokenizer_config.json", {key: value for key, value in config.items() if key != "pad_token"})
+    assert AutoTokenizer.from_pretrained(base).pad_token is None
+    classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), batch_size=2)
+    assert len(classify(["a", "bca"])) == 2
+
+
+def test_how_sentences_were_embedded_is_no_concern_of_a_classifier(bert: Path, moods: TaskData, tmp_path: Path) -> None:
+    base = shutil.copytree(bert, tmp_path / "base")
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    for name in names:
+        write_json(base / name, {"max_seq_length": 8})
+    assert not {path.name for path in merged(base, moods, tmp_path).iterdir()} & set(names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +147,31 @@ def test_a_file_that_the_system_does_not_take_is_our_error(what: str, tmp_path: 
     child = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "x"), what], capture_output=True, text=True)
     assert f"OutputError: cannot write: File too large ({tmp_path / 'x'})" in child.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_syncs_files_but_no_folders_keeps_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9p, which WSL mounts the disks of Windows by, answers so."""
+
+    def not_of(refused: Callable[[int], bool]) -> None:
+        def fsync(handle: int) -> None:
+            if refused(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+            (temporary / "lorasb.json").write_text("{}")
+
+    not_of(stat.S_ISREG)
+    with pytest.raises(OSError, match="Invalid argument"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    not_of(stat.S_ISDIR)
+    write()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]
 
 
 def test_errors_of_other_files_are_not_called_errors_of_the_output(tmp_path: Path) -> None:

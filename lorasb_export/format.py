@@ -183,8 +183,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file. Raises OSError when the disk does not take it."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+        path.chmod(mode)  # safetensors makes it readable for its owner alone
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))  # all it says of the system's error
         if number is None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lorasb_export import Adapter, calibrate, export, fit, merge, output
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
+from lorasb_export.format import save_tensors
 from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
@@ -187,6 +189,16 @@ def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path: Pa
     for name in ("new", "old"):
         with replaced_file(tmp_path / name) as temporary:
             temporary.write_text(name)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    """A server under another user reads them too."""
+    (tmp_path / "usual").touch()
+    (tmp_path / "old").touch(mode=0o640)
+    for name in ("new", "old"):
+        save_tensors({"R": torch.zeros(2)}, tmp_path / name)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
 

@@ -337,6 +337,48 @@ def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter:
     assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
 
 
+def test_a_project_with_another_basis_on_a_branch_or_in_a_pull_request(
+    any_hub: Hub, adapter: Path, basis: Path
+) -> None:
+    project, on_main = basis.parent, {}
+    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
+    words = ["push", "--config", project / "lorasb.toml"]
+
+    def pushed(*more: str) -> list[tuple[str, bool]]:
+        results = any_hub.lorasb(*words, *more)["pushed"]
+        return [(result.get("basis", "-"), result.get("changed", result["sent"] > 0)) for result in results]
+
+    def refs() -> dict[str, dict[str, str]]:
+        return {name: dict(repo.refs) for name, repo in any_hub.repos.items() if name.startswith("me/")}
+
+    for seed in (0, 7):
+        if seed:
+            any_hub.lorasb(*words)
+            shutil.rmtree(basis)
+            shutil.rmtree(adapter)
+            make_adapter(adapter, make_basis(basis, any_hub.base, seed=seed))
+        on_main = refs()
+        for more in ((), ("--dry-run",)):
+            said = any_hub.lorasb_fails(*words, "--create-pr", *more)
+            assert "a pull request cannot bring a new basis" in said
+            assert refs() == on_main
+        for more in ((), ("--revision", "exp")):
+            assert pushed("--dry-run", *more) == [("-", True), ("me/basis-lorasb", True)]
+        assert refs() == on_main
+
+    assert pushed("--revision", "exp")[1][0] == f"me/basis-lorasb@{refs()['me/basis-lorasb']['exp']}"
+    assert {name: found["main"] for name, found in refs().items()} == {n: found["main"] for n, found in on_main.items()}
+    (basis / "README.md").write_text("Ours.\n")
+    assert [changed for _, changed in pushed("--revision", "exp")] == [True, False]
+    make_adapter(project / "adapters" / "b", basis, seed=5)
+    alone = any_hub.lorasb(*words, "b", "--revision", "exp")  # its basis is not on main
+    assert alone["basis"] == f"me/basis-lorasb@{refs()['me/basis-lorasb']['exp']}"
+
+    any_hub.lorasb(*words, basis)
+    assert [changed for _, changed in pushed("--create-pr")] == [False, True, True]
+    assert set(refs()["me/a-lorasb"]) == {"main", "exp", "refs/pr/1"}
+
+
 def test_one_more_task_costs_its_r(hub: Hub, adapter: Path, basis: Path) -> None:
     """All bytes of all requests; `bench push` counts the same at the size of a real task."""
     hub.push(basis, "me/basis")

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def push(
     message: str | None = None,
     basis_repo: str | None = None,
     with_basis: bool = False,
+    basis_to_come: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Make a repository on the Hub equal to one of our folders, with its card, in one commit.
@@ -57,8 +59,10 @@ def push(
         revision: commit to this branch; made if missing.
         create_pr: open a pull request against the main branch instead.
         message: of the commit.
-        basis_repo: `owner/name[@revision]` that holds this adapter's basis.
+        basis_repo: `owner/name[@revision]` that holds this adapter's basis. Without a revision: the branch that the
+            adapter goes to, if there is one of that name, else main.
         with_basis: upload the adapter's basis inside the adapter's repository.
+        basis_to_come: in a dry run do not look for that basis: it is pushed before the adapter.
         dry_run: only plan. Reads the Hub where it can be reached, writes nothing.
 
     Returns:
@@ -94,7 +98,7 @@ def push(
             basis = EMBEDDED
             seen |= _embed(adapter, files)
         else:
-            basis = _name_basis(adapter, source, repository, head, public, dry_run)
+            basis = _name_basis(adapter, source, repository, head, public, basis_to_come, dry_run)
             for name in BASIS_FILES:
                 files.pop(name, None)
         config = read_json(folder / "adapter_config.json")
@@ -142,7 +146,9 @@ def _embed(adapter: Adapter, files: Files) -> Seen:
     return seen
 
 
-def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Head, public: bool, dry_run: bool) -> str:
+def _name_basis(
+    adapter: Adapter, source: str, repository: Repository, head: Head, public: bool, to_come: bool, dry_run: bool
+) -> str:
     """`owner/name@commit` of the adapter's basis; the one published before, as long as it holds the same basis.
 
     A dry run takes a basis whose repository is not there as one that is still to be pushed.
@@ -156,10 +162,10 @@ def _name_basis(adapter: Adapter, source: str, repository: Repository, head: Hea
     if revision is None and published.get("sha256") == adapter.basis_sha256:
         repo, _, commit = str(published.get("source")).partition("@")
         revision = commit if repo == name else None
-    if not head.reached:
+    if not head.reached or (dry_run and to_come and revision is None):
         return source
     try:
-        return _pin(name, revision, adapter.basis_sha256, public, dry_run) or source
+        return _pin(name, revision, repository.revision, adapter.basis_sha256, public, dry_run) or source
     except ServerError as error:
         if not (dry_run and error.silent):
             raise
@@ -175,17 +181,17 @@ def _published_basis(config: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _pin(name: str, revision: str | None, sha256: str, public: bool, dry_run: bool) -> str | None:
+def _pin(name: str, revision: str | None, branch: str | None, sha256: str, public: bool, dry_run: bool) -> str | None:
     """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is public.
 
     None where a dry run finds none.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     with hub_errors(name, ServerError, "the adapter's basis: "):
         try:
-            path = Path(patiently(lambda: hf_hub_download(name, "basis_config.json", revision=revision)))
+            path = _basis_config(name, revision, branch)
         except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
             if not dry_run or isinstance(error, GatedRepoError):
                 raise
@@ -198,6 +204,20 @@ def _pin(name: str, revision: str | None, sha256: str, public: bool, dry_run: bo
         what = f"the basis there is {str(found)[:12]}, the adapter was trained in {sha256[:12]}"
         raise ArtifactError(what, where=name, fix="Push the adapter's own basis first")
     return f"{name}@{path.parent.name}"
+
+
+def _basis_config(name: str, revision: str | None, branch: str | None) -> Path:
+    """At that revision; without one on `branch`, if there is such, else on main."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def get(at: str | None) -> Path:
+        return Path(patiently(lambda: hf_hub_download(name, "basis_config.json", revision=at)))
+
+    if revision is None and branch is not None:
+        with suppress(RevisionNotFoundError):
+            return get(branch)
+    return get(revision)
 
 
 def _look(repository: Repository, dry_run: bool) -> tuple[Head, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
 from ..errors import SettingsError
+from ..fetch import BASIS_FILES
 from ..kind import artifact_kind
 from ..project import Project
 from .hub import push
@@ -31,7 +33,7 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
         what `push` returns, of the basis first.
 
     Raises:
-        SettingsError: there is no adapter, or `repo` names a single repository.
+        SettingsError: there is no adapter, `repo` names a single repository, or a pull request would bring a new basis.
         and what `push` raises.
     """
     names = project.adapter_names()
@@ -43,10 +45,21 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
     if BASIS in names:
         raise SettingsError("an adapter is called `basis`", where=project.folder, fix="Rename its task")
     adapters = [project.adapter_folder(name) for name in names]
-    folders = list(adapters)
-    if not with_basis and any(_uses_shared_basis(project, folder) for folder in adapters):
-        folders.insert(0, project.path(project.basis_path))
-    return [push_folder(project, folder, repo, with_basis=with_basis, **options) for folder in folders]
+    if with_basis or not any(_uses_shared_basis(project, folder) for folder in adapters):
+        return [push_folder(project, folder, repo, with_basis=with_basis, **options) for folder in adapters]
+    basis = project.path(project.basis_path)
+    if options.get("create_pr") and _would_change(push_folder(project, basis, repo, **{**options, "dry_run": True})):
+        what = "a pull request cannot bring a new basis: until it is merged no adapter can name it"
+        fix = "Push that folder alone first; or push everything to a branch, with --revision"
+        raise SettingsError(what, where=basis, fix=fix)
+    pushed = push_folder(project, basis, repo, **options)
+    to_come = _would_change(pushed)
+    return [pushed, *(push_folder(project, folder, repo, basis_to_come=to_come, **options) for folder in adapters)]
+
+
+def _would_change(plan: Mapping[str, Any]) -> bool:
+    """Whether this is a dry run that found another basis on the Hub, or none; the cards may differ."""
+    return plan.get("reached", False) and any(f["path"] in BASIS_FILES and f["change"] != "same" for f in plan["files"])
 
 
 def push_folder(

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lorasb_export.errors import ArtifactError, OutputError
 from lorasb_export.fetch import is_hub_id
-from lorasb_export.publishing import card
+from lorasb_export.publishing import card, licence
 from lorasb_export.publishing.card_sections import Facts
 from lorasb_export.publishing.readme import BEGIN, END, front_matter, merge, update
 
@@ -149,6 +149,23 @@ def test_licences_of_base_and_data() -> None:
     assert "| cc-by-4.0 |" in text
     assert "| command | lorasb fit |" in text
     assert "licence of the base model is not known" not in text
+
+
+def test_the_link_to_a_licence_leads_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's repository has no LICENSE; a merged model brings the base's."""
+    path = tmp_path / "README.md"
+    monkeypatch.setattr(licence, "_card_on_the_hub", lambda *_: path)
+
+    def link(source: str, **options: Any) -> str | None:
+        return licence.licence(source, **options).get("license_link")
+
+    path.write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    assert link("owner/base") == "https://huggingface.co/owner/base/blob/main/LICENSE"
+    assert link("owner/base", revision="abc") == "https://huggingface.co/owner/base/blob/abc/LICENSE"
+    assert link(str(tmp_path)) is None
+    assert link("owner/base", beside=["LICENSE"]) == link(str(tmp_path), beside=["LICENSE"]) == "LICENSE"
+    path.write_text("---\nlicense: other\nlicense_link: https://example.org/terms\n---\n")
+    assert link("owner/base") == link(str(tmp_path)) == "https://example.org/terms"
 
 
 def test_a_merged_model_says_what_it_kept() -> None:

@@ -239,18 +239,19 @@ def _readme(files: Files, kind: str, repo: str, folder: Path, theirs: str, reach
     made = read_json(folder / "lorasb.json") if "lorasb.json" in files else {}
     if kind == "adapter":
         made = {"adapter sha256": sha256_file(folder / "adapter.safetensors"), **made}
-    facts = _facts(config, made) if reached else Facts(made=made)
+    facts = _facts(config, made, files) if reached else Facts(made=made)
     return readme.merge(mine, theirs, make(config, repo, facts), where="README.md")
 
 
-def _facts(config: Mapping[str, Any], made: Mapping[str, Any]) -> Facts:
+def _facts(config: Mapping[str, Any], made: Mapping[str, Any], files: Files) -> Facts:
     """The licences of the base and of the data."""
     base = card.base_of(config)
+    name, revision = base.get("name_or_path"), base.get("revision")
     training = config.get("training") or made.get("training") or {}
     sources = {training.get("data"), *(s.get("source") for s in config.get("calibration", {}).get("data", []))}
     licences = {s: licence(s, dataset=True).get("license") for s in sources if s}
     return Facts(
-        licence=licence(base["name_or_path"], revision=base.get("revision")) if base.get("name_or_path") else {},
+        licence=licence(name, revision=revision, beside=files) if name else {},
         data_licences={source: found for source, found in licences.items() if found},
         made=made,
     )

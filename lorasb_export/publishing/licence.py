@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
@@ -12,8 +13,15 @@ from ..hub_calls import hub_errors, patiently
 from .readme import LICENCE_KEYS, front_matter
 
 
-def licence(source: str, *, revision: str | None = None, dataset: bool = False) -> Mapping[str, str]:
+def licence(
+    source: str, *, revision: str | None = None, dataset: bool = False, beside: Collection[str] = ()
+) -> Mapping[str, str]:
     """`license`, `license_name` and `license_link` of the card of a folder or Hub id; empty where none says it.
+
+    A link to a file that the source alone has leads to it on the Hub; of a folder it is left out.
+
+    Args:
+        beside: the files that will lie beside the card which takes this over.
 
     Raises:
         ServerError: the Hub fails or cannot be reached.
@@ -28,7 +36,14 @@ def licence(source: str, *, revision: str | None = None, dataset: bool = False) 
         keys = front_matter(path.read_text(encoding="utf-8"), path)
     except (ArtifactError, UnicodeDecodeError):
         return {}
-    return {key: str(keys[key]) for key in LICENCE_KEYS if keys.get(key)}
+    found = {key: str(keys[key]) for key in LICENCE_KEYS if keys.get(key)}
+    link = found.get("license_link", "")
+    if link and link not in beside and not urlsplit(link).scheme:
+        del found["license_link"]
+        if not folder.is_dir():
+            name = f"datasets/{source}" if dataset else source
+            found["license_link"] = f"https://huggingface.co/{name}/blob/{revision or 'main'}/{link}"
+    return found
 
 
 def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:

@@ -181,12 +181,15 @@ def test_a_merged_model_says_what_it_kept() -> None:
 
 
 def test_a_classifier_names_its_class_and_labels() -> None:
-    text = adapter(task_type="SEQ_CLS", training={"labels": ["no", "yes"]})
+    text = adapter(task_type="SEQ_CLS", training={"labels": ["no", 'so "so"', 2]})
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "import AutoModelForSequenceClassification as AutoModel" in text
-    assert 'from_pretrained("owner/base", revision="abc", num_labels=2)' in text
+    assert 'from_pretrained("owner/base", revision="abc", id2label={0: "no", 1: "so \\"so\\"", 2: "2"})' in text
     assert "lorasb serve" not in text  # which refuses classifiers
     assert "lorasb serve" in adapter()
+    made = Facts(made={"training": {"labels": ["no", "yes"]}})
+    text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
+    assert 'revision="abc", id2label={0: "no", 1: "yes"}), ' in text
     made = Facts(made={"training": {"regression": True}})
     text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
     assert 'from_pretrained(AutoModel.from_pretrained("owner/base", revision="abc", num_labels=1), ' in text

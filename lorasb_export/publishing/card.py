@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 from lorasb_export import Adapter
 from transformers import {_model_class(task_type)} as AutoModel
 
-model = AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})
+model = AutoModel.from_pretrained({source_of(base)}{_outputs(training)})
 Adapter.load("{name}").inject(model)
 ```
 
@@ -125,7 +126,7 @@ def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHIN
     """The card of a PEFT export from its adapter_config.json; `name` is what a reader loads it by."""
     base, task_type = base_of(config), config.get("task_type")
     training = facts.made.get("training", {})
-    loaded = f"AutoModel.from_pretrained({source_of(base)}{_num_labels(training)})"
+    loaded = f"AutoModel.from_pretrained({source_of(base)}{_outputs(training)})"
     body = f"""# {_task(training)}: a LoRA for {base_link(base)}
 
 A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` and `s·B·R`.
@@ -142,10 +143,13 @@ model = PeftModel.from_pretrained({loaded}, "{name}")
     return _card(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
 
 
-def _num_labels(training: Mapping[str, Any]) -> str:
-    """The argument with which a classifier's base gets a head of the right size."""
-    outputs = 1 if training.get("regression") else len(training.get("labels") or [])
-    return f", num_labels={outputs}" if outputs else ""
+def _outputs(training: Mapping[str, Any]) -> str:
+    """The argument with which a classifier's base gets a head of the right size, and its classes their names."""
+    if training.get("regression"):
+        return ", num_labels=1"
+    names = (json.dumps(str(label), ensure_ascii=False) for label in training.get("labels") or [])
+    named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
+    return f", id2label={{{named}}}" if named else ""
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from integration.bench import quality
 from integration.bench.basis_tables import comparable
-from integration.bench.method_tables import by_method, longer
+from integration.bench.method_tables import by_method, longer, sharing
 from integration.bench.report import with_tables
 from integration.bench.tradeoff import family
 from integration.evidence.best import best_rates
@@ -77,6 +77,24 @@ def test_losses_are_compared_with_those_of_lora_seed_by_seed() -> None:
 
     found = by_method(best_rates([*lines("LoRA r=8", [0.5, 0.25]), *lines("block, r=64", [0.25, 0.125, 0.75])]))
     assert found["block, r=64", "sst2"]["less_lora"] == [-0.25, -0.125]
+
+
+def test_sharing_is_compared_seed_by_seed_where_both_searches_have_ended() -> None:
+    rest = {"metric": "accuracy", "trainable": 1, "adapter_bytes": 4, "seconds": 1.0}
+
+    def lines(task: str, basis: str, values: dict[int, float], rates: tuple[float, ...]) -> list[dict[str, Any]]:
+        fields = quality.METHODS[f"{basis} basis, r=64"]
+        cells = [cell(task, **fields, lr=rate) for rate in rates if rate != 1e-2]
+        cells += [cell(task, **fields, lr=1e-2, seed=seed) for seed in values]
+        return [{**of.fields, "value": values[of.seed], "loss": abs(of.lr - 1e-2), **rest} for of in cells]
+
+    closed = (3e-3, 1e-2, 3e-2)
+    runs = [*lines("sst2", "own", {0: 0.5, 1: 0.25}, closed), *lines("sst2", "shared", {0: 0.75, 1: 0.25}, closed)]
+    runs += lines("sst2", "random", {0: 0.5}, closed[:2])
+    assert sharing(by_method(best_rates(runs))).splitlines()[2:] == [
+        "| all linear layers, r = 64: sst2, accuracy | +12.5 ± 12.5 | +0.000 ± 0.000 |  |  |",
+        "| **mean** | **+12.5** |  |  |  |",
+    ]
 
 
 def test_longer_runs_have_a_table_of_their_own() -> None:

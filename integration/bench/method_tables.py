@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ CHOSEN = {
     "a block of r = 256 on `down_proj`": "down: block, r=256",
 }
 
+# What one basis for all tasks may be; and where.
+SHARED = {"made from all tasks": "shared", "random": "random"}
+PLACES = {"all linear layers, r = 64": "{} basis, r=64", "`down_proj`, r = 128": "down: {} basis, r=128"}
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -46,7 +51,7 @@ def by_method(best: Mapping[Identity, Best], **other: Any) -> dict[tuple[str, st
             found[name, task] = there.summary
     for (_, task), of in found.items():
         of_lora = found.get(("LoRA r=8", task), {"losses": {}})["losses"]
-        of["less_lora"] = [loss - of_lora[seed] for seed, loss in of["losses"].items() if seed in of_lora]
+        of["less_lora"] = _differences(of["losses"], of_lora)
     return found
 
 
@@ -94,9 +99,42 @@ def loss(of: dict[str, Any]) -> str:
     """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `metric`."""
     differences, text = of["less_lora"], f"{of['loss']:.3f}"
     if of["steps"] and any(differences):
-        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-        text += f" ({statistics.mean(differences):+.3f}{'' if error is None else f' ± {error:.3f}'})"
+        text += f" ({_mean(differences, 3)})"
     return text + " *" * (not of["closed"])
+
+
+def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """What one basis for all tasks costs each of them: its results less those in the task's own, seed by seed."""
+    rows = []
+    for label, kind in PLACES.items():
+        scores: dict[str, list[float]] = defaultdict(list)
+        for task in TASKS:
+            own, cells = found.get((kind.format("own"), task)), []
+            for basis in SHARED.values():
+                of = found.get((kind.format(basis), task))
+                if not (own and of and own["closed"] and of["closed"]):
+                    cells += ["", ""]
+                    continue
+                score = [100 * difference for difference in _differences(of["values"], own["values"])]
+                scores[basis].append(statistics.mean(score))
+                cells += [_mean(score, 1), _mean(_differences(of["losses"], own["losses"]), 3)]
+            if own and any(cells):
+                rows.append([f"{label}: {task}, {own['metric'].replace('_', ' ')}", *cells])
+        if not scores:
+            continue
+        means = (f"**{statistics.mean(scores[b]):+.1f}**" if scores[b] else "" for b in SHARED.values())
+        rows.append(["**mean**", *itertools.chain.from_iterable((mean, "") for mean in means)])
+    return table(["", *itertools.chain.from_iterable((f"{name}: points", "loss") for name in SHARED)], rows)
+
+
+def _differences(of: Mapping[int, float], less: Mapping[int, float]) -> list[float]:
+    return [of[seed] - less[seed] for seed in of if seed in less]
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard error, with its sign."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.{digits}f}{error}"
 
 
 def longer(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from integration.evidence.best import best_rates, identity
 from integration.evidence.cells import RESULTS, RUNS, Results
 
 from .basis_tables import basis_tables, prediction
-from .method_tables import CHOSEN, CHOSEN_TASKS, by_method, costs, longer, loss, methods_table, metric, settled
+from .method_tables import CHOSEN, CHOSEN_TASKS, by_method, costs, longer, loss, methods_table, metric, settled, sharing
 from .tradeoff import plot
 
 
@@ -30,6 +30,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     of_quality = {
         "metrics": methods_table(found, metric),
         "losses": methods_table(found, loss),
+        "sharing": sharing(found),
         "longer": longer(by_method(best, steps=600)),
     }
     of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS)}

@@ -62,4 +62,5 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
         "seconds": round(statistics.mean(line["seconds"] for line in lines), 1),
         "seeds": len(lines),
         "losses": {line["seed"]: line["loss"] for line in lines},
+        "values": {line["seed"]: line["value"] for line in lines},
     }

@@ -80,8 +80,8 @@ def run(
         dtype=dtype,
         seed=seed,
     )
-    as_trained = {key: project.fit[key] for key in ("max_length",) if key in project.fit}
-    settings = CalibrationSettings(**{**as_trained, **project.calibration, **flags})
+    length = project.fit.get("max_length", CalibrationSettings.max_length)
+    settings = CalibrationSettings(**{"max_length": length, **project.calibration, **flags})
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
     sources = parse_pairs(data)

@@ -61,11 +61,11 @@ def generate_ids(
         with torch.inference_mode(), _generation_config(network, greedy):
             output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
         for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            answers[i] = _ended(row, ends)
+            answers[i] = _before_end(row, ends)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _ended(answer: Sequence[int], ends: Collection[int]) -> list[int]:
+def _before_end(answer: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(takewhile(lambda token: token not in ends, answer))
 
 
@@ -175,7 +175,7 @@ def expected_answers(
         if ids is None:
             expected.append(question_and_answer(row)[1])
         else:
-            expected += tokenizer.batch_decode([_ended(ids, ends)], skip_special_tokens=True)
+            expected += tokenizer.batch_decode([_before_end(ids, ends)], skip_special_tokens=True)
     return expected
 
 

@@ -28,21 +28,7 @@ from lorasb_export.serve.temporary import temporary_folder
 from tests.serving import dry_run, install, make_served
 
 PAUSE = "a pause"
-ANSWERS_TWICE = """
-import http.server, sys, time
-class Models(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"data": [{"id": "base", "root": "the/model"}]}')
-server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
-server.handle_request()  # is it up
-server.handle_request()  # its models
-for line in sys.argv[2].split("\\n"):
-    print(line, flush=True)
-    time.sleep(2.5 * (line == "a pause"))
-"""
-ENDS_SLOWLY = """
+MODELS = """
 import http.server, os, signal, sys, threading, time
 class Models(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -50,6 +36,16 @@ class Models(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b'{"data": [{"id": "base", "root": "the/model"}]}')
     def log_message(self, *words): pass
+"""
+ANSWERS_TWICE = f"""{MODELS}
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
+server.handle_request()  # is it up
+server.handle_request()  # its models
+for line in sys.argv[2].split("\\n"):
+    print(line, flush=True)
+    time.sleep(2.5 * (line == "a pause"))
+"""
+ENDS_SLOWLY = f"""{MODELS}
 def end(number, frame):
     print("asked", flush=True)
     if sys.argv[2] == "idle":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..adapter import Adapter, published_training
 from ..bars import no_bar
-from ..base import SEQ_CLS, AnyBase
+from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..errors import SettingsError
 from ..fetch import parse_hub_id
 from ..output import expanded, free_bytes
@@ -161,23 +161,26 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
     """config.json anew where the dtype or the task changes it, or where it names code that stays on the Hub."""
-    named = plan.base.config.get("auto_map", {})
-    away = (
-        {key: code for key, code in named.items() if "--" not in str(code)}
-        if parse_hub_id(plan.base.name_or_path)
-        else {}
-    )
+    away = _code_on_the_hub(plan.base)
     if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS and not away:
         return
     config: dict[str, Any] = dict(plan.base.config)
-    if away:  # as transformers itself writes where the code of a model is
-        config["auto_map"] = named | {key: f"{plan.base.name_or_path}--{code}" for key, code in away.items()}
+    if away:
+        config["auto_map"] = config["auto_map"] | away
     if plan.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
     if plan.adapters[0].task_type == SEQ_CLS:
         config |= plan.base.classifier_config(plan.adapters[0].labels)
     write_json(folder / "config.json", config)
+
+
+def _code_on_the_hub(base: BaseModel) -> dict[str, str]:
+    """The entries of `auto_map` whose code is not fetched, with its repository, as transformers itself writes them."""
+    if parse_hub_id(base.name_or_path) is None:
+        return {}
+    named = base.config.get("auto_map") or {}
+    return {key: f"{base.name_or_path}--{code}" for key, code in named.items() if "--" not in str(code)}
 
 
 def _name_padding(plan: MergePlan, folder: Path) -> None:

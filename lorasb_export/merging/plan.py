@@ -236,8 +236,10 @@ def _check_shapes(
 def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> list[PlannedTensor]:
     by_key = {model.weight_key(name): name for adapter in adapters for name in adapter.R}
     adapter = adapters[0]  # the only one that may have a head
-    prefix = _body_prefix(model, adapter)
-    body = f"{next(iter(adapter.R)).partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
+    name = next(iter(adapter.R))
+    body = f"{name.partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
+    # What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it.
+    prefix = "" if model.weight_key(name) == f"{name}.weight" else body
     tensors = []
     for name, source in model.tensors.items():
         info = source[1]
@@ -248,14 +250,6 @@ def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> lis
     of_body = model.tensors[next(iter(by_key))][1].dtype
     stored = of_body if dtype == "auto" else _NAMES[dtype]
     return tensors + [PlannedTensor(name, stored, tuple(tensor.shape), None) for name, tensor in adapter.head.items()]
-
-
-def _body_prefix(model: BaseModel, adapter: Adapter) -> str:
-    """What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it."""
-    name = next(iter(adapter.R))
-    if adapter.task_type == SEQ_CLS and model.weight_key(name) != f"{name}.weight":
-        return name.partition(".")[0] + "."
-    return ""
 
 
 def _embeds(name: str) -> bool:

@@ -30,7 +30,8 @@ def _refuse(option: typer.CallbackParam, value: str | None) -> None:
     if value is not None:
         name = option.name
         raise typer.BadParameter(
-            f"{name} belongs to the basis: lorasb calibrate --{name} {value}, or {name} in [basis] of lorasb.toml"
+            f"{name} belongs to the basis: set it in [basis] of lorasb.toml, and fit makes the basis with it; "
+            f"without a project file: lorasb calibrate --{name} {value}"
         )
 
 

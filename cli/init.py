@@ -25,7 +25,9 @@ def run(
 
     tasks = parse_pairs(task) or {"a": "data/a"}
     path = write_project(run.config, model, tasks, overwrite=overwrite)
-    for data in tasks.values():
-        if not (path.parent / os.path.expanduser(data)).exists():
-            run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
+    missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
+    for data in missing:
+        run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
+    if len(missing) == len(tasks):
+        run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
     run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")

@@ -57,6 +57,8 @@ def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "data").mkdir()
     done = CliRunner().invoke(app, ["init", "--task", "a=data", "--task", "b=data/missing"])
     assert done.stderr == "data/missing is not there yet: put train.jsonl into it, unless it is a dataset on the Hub\n"
+    unknown = CliRunner().invoke(app, ["init", "--task", "b=data/missing", "--overwrite"])
+    assert "If the rows have labels, write rank = 64" in unknown.stderr
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

@@ -33,7 +33,7 @@ def test_a_choice_that_is_none_is_wrong_usage(words: str) -> None:
 
 def test_fit_says_where_the_rank_is_set() -> None:
     done = CliRunner().invoke(app, ["fit", "--rank", "16"])
-    assert (done.exit_code, "rank belongs to the basis: lorasb calibrate --rank 16, or" in done.stderr) == (2, True)
+    assert (done.exit_code, "rank belongs to the basis: set it in [basis] of lorasb.toml" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("words", ["merge --dtype foo", "merge --no-such-option", "calibrate --data nameless", "merg"])

@@ -168,10 +168,11 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
 
 def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
     targets = find_targets(network, settings.targets)
-    for name, module in targets.items():
-        shape = tuple(weight_of(module).shape)
-        if settings.rank > min(shape):
-            raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {shape}", fix="Lower the rank")
+    shapes = {name: tuple(weight_of(module).shape) for name, module in targets.items()}
+    name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
+    if settings.rank > min(smallest):
+        fix = f"Set rank in [basis] of lorasb.toml, or --rank of calibrate, to {min(smallest)} or less"
+        raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {smallest}", fix=fix)
     return targets
 
 

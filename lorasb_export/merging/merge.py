@@ -54,7 +54,7 @@ def merge(
         adapter: a folder, a Hub id, a loaded Adapter; or several, each with its weight, any finite number: the sum of
             wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that share a basis cost no more than one.
         base: the base model, where it is not where the adapter says.
-        dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (as stored), `float32`, `bfloat16`, `float16` or `float64`.
         max_shard_size: bytes, or a number with KB, MB or GB.
         verify: compare the logits of base + adapter with those of the merged folder; fails above a tolerance.
         dry_run: return the plan; write nothing.

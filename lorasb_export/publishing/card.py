@@ -70,6 +70,8 @@ a layer.
 
 ## How to use it
 
+With the Python package `lorasb`:
+
 ```python
 from lorasb_export import Adapter, Basis
 from transformers import {model_class}
@@ -105,6 +107,8 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 {basis_shown(config["basis"])}.
 
 ## How to load it
+
+With the Python package `lorasb`:
 
 ```python
 from lorasb_export import Adapter

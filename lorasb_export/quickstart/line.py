@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -255,6 +257,7 @@ def _report(result: Mapping[str, Any], out: Path, *, push_bytes: int) -> str:
         f"Seconds: {steps}",
         "",
         f"Everything is in {out}. Look around there:",
+        *([] if shutil.which("lorasb") else [f"  . {Path(sys.prefix) / 'bin' / 'activate'}"]),
         f"  cd {out}",
         *(f"  {command}" for command in NEXT),
         f"  {PUSH}   # private; {push_bytes / 1e6:.0f} MB",

@@ -30,7 +30,7 @@ def run(
     ] = None,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
-    from lorasb_export.errors import DataError, SettingsError
+    from lorasb_export.errors import OF_ONE_ITEM, DataError, LoraSBError, SettingsError
 
     words = adapter or run.project.adapter_names()
     if not words:
@@ -59,6 +59,7 @@ def run(
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     results: dict[str, Any] = {}
+    failed: dict[str, LoraSBError] = {}
     networks: dict[Path, Any] = {}  # by the base's folder, and bases by their hash: adapters share them
     bases: dict[str, Any] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
@@ -71,9 +72,16 @@ def run(
                 where.verify(loaded.base, loaded.R)  # before all of it is read
                 networks[where.folder] = where.load(dtype=dtype)
             network = networks[where.folder]
-        load_basis_once(loaded, bases)
         options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
-        result = evaluate(loaded, task, base=where, network=network, **options)
+        try:
+            load_basis_once(loaded, bases)
+            result = evaluate(loaded, task, base=where, network=network, **options)
+        except OF_ONE_ITEM as error:
+            if len(ready) == 1:
+                raise
+            failed[word] = error.alone()
+            run.say(f"{word} is left out: {error}")
+            continue
         whole = data is None and limit is None and result["split"] != "train"  # not a figure of other or fewer rows
         if whole and loaded.folder is not None and loaded.hub_source is None:
             try:
@@ -85,4 +93,4 @@ def run(
         base = "-" if result["base"] is None else format(result["base"], digits)
         scores = f"{base:>6} {result['adapter']:>8{digits}}"
         lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {scores}")
-    run.result({"evaluation": results}, "\n".join(lines))
+    run.result({"evaluation": results}, "\n".join(lines) if results else "", failed)

@@ -129,6 +129,7 @@ def run(
     names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.calibration.capture import words
+    from lorasb_export.errors import LoraSBError
     from lorasb_export.training.fit_tasks import fit_tasks
 
     fitted = fit_tasks(
@@ -143,10 +144,13 @@ def run(
         resume=resume,
         overwrite=overwrite,
     )
-    distributed.stop()
     adapters: dict[str, Any] = {}
+    failed: dict[str, LoraSBError] = {}
     lines = []
-    for name, adapter in fitted.items():
+    for name, adapter in fitted:
+        if isinstance(adapter, LoraSBError):
+            failed[name] = adapter
+            continue
         summary = {key: adapter.training.get(key) for key in REPORTED}
         adapters[name] = {"folder": str(adapter.folder), **summary}
         if summary["steps"] is None:
@@ -164,7 +168,8 @@ def run(
         if summary["capture"] and summary["energy"]:
             lines.append(f"  {words(summary['capture'])}")
             lines.append(f"  and keeps {percentages(summary['energy'])} of its first step's energy")
-    run.result({"adapters": adapters}, "\n".join(lines))
+    distributed.stop()
+    run.result({"adapters": adapters}, "\n".join(lines), failed)
 
 
 def _rates(words: str) -> float | tuple[float, ...]:

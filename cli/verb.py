@@ -19,6 +19,7 @@ import typer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lorasb_export.errors import LoraSBError
     from lorasb_export.project import Project
 
 JSON_HELP = "Print one JSON object on stdout, last."
@@ -56,10 +57,20 @@ class Run:
         if not self.quiet and _is_main_process():
             typer.echo(message, err=True)
 
-    def result(self, value: dict[str, Any], text: str) -> None:
-        """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does."""
-        if _is_main_process():
+    def result(self, value: dict[str, Any], text: str, failed: Mapping[str, LoraSBError] | None = None) -> None:
+        """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does.
+
+        Args:
+            failed: of several things to do those that failed, by name: told in one error, and the exit code is 1.
+        """
+        if failed:
+            value = value | {"failed": {name: _parts(error, str(error)) for name, error in failed.items()}}
+        if _is_main_process() and (self.json or text):
             _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
+        if failed:
+            lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
+            typer.echo(f"Error: not all was done, {len(failed)} failed:{lines}", err=True)
+            raise typer.Exit(1)
 
 
 def _print(text: str) -> None:
@@ -168,8 +179,12 @@ def _fail(run: Run, error: Exception) -> None:
 
 def print_error(error: BaseException, message: str) -> None:
     """What --json prints of an error."""
+    _print(json.dumps({"error": _parts(error, message)}))
+
+
+def _parts(error: BaseException, message: str) -> dict[str, Any]:
     parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
-    _print(json.dumps({"error": {"type": type(error).__name__, "message": message, **parts}}))
+    return {"type": type(error).__name__, "message": message, **parts}
 
 
 def _in_our_words(error: OSError) -> Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Self
 
 
 class LoraSBError(Exception):
@@ -25,6 +26,10 @@ class LoraSBError(Exception):
         place = f" ({self.where})" if self.where else ""
         advice = f". {self.fix}" if self.fix else ""
         return f"{self.what}{place}{advice}"
+
+    def alone(self) -> Self:
+        """The same error without its traceback, which holds all that was in memory then."""
+        return type(self)(self.what, where=self.where, fix=self.fix)
 
 
 def first_line(error: BaseException) -> str:
@@ -68,6 +73,10 @@ class ServerError(LoraSBError, RuntimeError):
     """
 
     silent = False
+
+
+# Of several tasks or adapters that one command takes in turn, these end the one at hand and not the others.
+OF_ONE_ITEM = (DataError, ArtifactError, TrainingError)
 
 
 class Problems:

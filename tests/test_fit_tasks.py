@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -36,6 +37,10 @@ def project(folder: Path, base: Path, sums: Path, more: str) -> Project:
     return Project.load(folder / "lorasb.toml")
 
 
+def fit_all(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return dict(fit_tasks(*arguments, **options))
+
+
 def test_the_basis_of_a_task_lies_beside_the_file(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +51,7 @@ def test_the_basis_of_a_task_lies_beside_the_file(
     calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4)).save(tmp_path / "p" / "mine")
     found = Project.load(tmp_path / "p" / "lorasb.toml")
     monkeypatch.chdir(tmp_path)
-    adapter = fit_tasks(found, ["a"], SETTINGS)["a"]
+    adapter = fit_all(found, ["a"], SETTINGS)["a"]
     assert adapter.basis_source == str(tmp_path / "p" / "mine")
 
 
@@ -64,21 +69,21 @@ def test_a_basis_is_calibrated_in_the_dtype_of_its_section(
     monkeypatch.setattr(BaseModel, "load", watched)
     base = make_llama(tmp_path / "base", dtype=torch.bfloat16)
     found = project(tmp_path / "p", base, sums, '[basis]\nrank = 4\ndtype = "float32"\n')
-    adapter = fit_tasks(found, ["a"], SETTINGS, basis=source)["a"]
+    adapter = fit_all(found, ["a"], SETTINGS, basis=source)["a"]
     assert {module.B.dtype for module in adapter.load_basis().modules.values()} == {torch.float32}
     assert dtypes == ["float32", "auto"]
 
 
 def test_a_task_that_joins_others_is_named_before_any_is_trained(llama: Path, sums: Path, tmp_path: Path) -> None:
     found = project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n")
-    kept = fit_tasks(found, ["a"], SETTINGS)["a"]
+    kept = fit_all(found, ["a"], SETTINGS)["a"]
     with (tmp_path / "p" / "lorasb.toml").open("a") as file:
         file.write('[tasks.b]\ndata = "data"\n')
     found = Project.load(tmp_path / "p" / "lorasb.toml")
     with pytest.raises(OutputError, match=r"the target exists.*Name the tasks that are left, or pass --resume"):
-        fit_tasks(found, ["b", "a"], SETTINGS)
+        fit_all(found, ["b", "a"], SETTINGS)
     assert found.adapter_names() == ["a"]
-    assert fit_tasks(found, ["b", "a"], SETTINGS, resume=True)["a"].sha256 == kept.sha256
+    assert fit_all(found, ["b", "a"], SETTINGS, resume=True)["a"].sha256 == kept.sha256
     assert found.adapter_names() == ["a", "b"]
 
 
@@ -88,7 +93,7 @@ def test_a_task_that_the_settings_do_not_suit_is_named_before_any_is_trained(
     found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data/train.jsonl"\n')
     for asked in ({"patience": 1}, {"learning_rate": (1e-3, 1e-2)}, {"metric": "exact_match"}):
         with pytest.raises(DataError, match="task b has no valid rows"):
-            fit_tasks(found, ["a", "b"], FitSettings(**asked))
+            fit_all(found, ["a", "b"], FitSettings(**asked))
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]  # nor is there a basis
 
 
@@ -100,8 +105,39 @@ def test_a_task_whose_basis_is_of_another_base_is_named_before_any_is_trained(
     tasks = f'[basis]\nrank = 4\n[tasks.b]\ndata = "data"\nbasis = "{tmp_path / "p_basis"}"\n'
     found = project(tmp_path / "p", llama, sums, tasks)
     with pytest.raises(BaseModelError, match=r"not those the artifact was made for"):
-        fit_tasks(found, ["a", "b"], SETTINGS)
+        fit_all(found, ["a", "b"], SETTINGS)
     assert not found.adapter_names()
+
+
+def test_a_task_that_cannot_be_trained_leaves_the_others_their_turn(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is its turn: all its rows are too long. The same command with --resume goes on past what is done."""
+    tasks = '[basis]\nrank = 4\ndirections = "random"\n[fit]\nmax_steps = 1\n[tasks.long]\ndata = "long.jsonl"\n'
+    project(tmp_path / "p", llama, sums, tasks)
+    monkeypatch.chdir(tmp_path / "p")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1" * 600, "completion": "2"}))
+    for words in (["fit", "--json"], ["fit", "--json", "--resume"]):
+        done = CliRunner().invoke(app, words)
+        printed = json.loads(done.stdout)
+        assert (done.exit_code, list(printed["adapters"]), list(printed["failed"])) == (1, ["a"], ["long"])
+        assert printed["failed"]["long"]["type"] == "DataError"
+        assert "1 failed:\n  1. long: there is no row to learn from" in done.stderr
+    alone = CliRunner().invoke(app, ["fit", "long", "--json"])
+    assert (alone.exit_code, list(json.loads(alone.stdout))) == (1, ["error"])
+
+
+def test_a_full_disk_ends_the_tasks_that_are_left(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(found.adapter_folder("b")))
+
+    monkeypatch.setattr("lorasb_export.training.fit.write_record", full)
+    with pytest.raises(OutputError, match="No space left"):
+        fit_all(found, ["b", "a"], SETTINGS)
 
 
 def test_calibrate_takes_the_revision_of_the_file(
@@ -196,7 +232,7 @@ def test_rows_are_as_long_in_calibration_as_in_training(
         CliRunner().invoke(app, [verb], catch_exceptions=False)
         assert Basis.load(tmp_path / "p" / "basis").calibration["max_length"] == 9
     found = replace(found, calibration={"rank": 4, "max_length": 11})
-    own = fit_tasks(found, ["a"], SETTINGS, basis="own", overwrite=True)["a"].load_basis()
+    own = fit_all(found, ["a"], SETTINGS, basis="own", overwrite=True)["a"].load_basis()
     assert own.calibration["max_length"] == 11
 
 

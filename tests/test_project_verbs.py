@@ -122,6 +122,18 @@ def test_a_task_that_cannot_be_scored_is_named_before_any_is(
         assert (done.exit_code, error in done.stderr) == (1, True), done.stderr
 
 
+def test_an_adapter_that_cannot_be_scored_leaves_the_others_their_turn(project: Path) -> None:
+    """Once it is its turn: its row is too long."""
+    shutil.copytree("adapters/a", "adapters/b")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1" * 600, "completion": "2"}))
+    with (project / "lorasb.toml").open("a") as file:
+        file.write('[tasks.b]\ndata = "long.jsonl"\n')
+    done = lorasb("evaluate", "b", "a", "--split", "train", "--metric", "loss", "--json")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed["evaluation"]), list(printed["failed"])) == (1, ["a"], ["b"])
+    assert "1 failed:\n  1. b: " in done.stderr
+
+
 def test_a_base_that_has_moved_is_the_projects(
     project: Path, llama: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..data import load_task
-from ..errors import SettingsError
+from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
 from .fit import fit, fit_together, require_fitting
+
+logger = logging.getLogger(__name__)
 
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
 
@@ -29,7 +32,7 @@ def fit_tasks(
     together: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-) -> dict[str, Adapter]:
+) -> Iterator[tuple[str, Adapter | LoraSBError]]:
     """Train the named tasks. The project's shared basis is calibrated first if there is none.
 
     Args:
@@ -37,6 +40,11 @@ def fit_tasks(
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
         together: in mixed batches (`fit_together`) instead of one after another.
         resume: go on with interrupted tasks, keep finished ones.
+
+    Yields:
+        each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
+        loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
+        same. The error of a single task, of tasks together and of one of several processes is raised.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
@@ -82,11 +90,18 @@ def fit_tasks(
         fitted = fit_together(
             base, found, list(tasks.values()), folder, settings, resume=resume, overwrite=overwrite, network=network
         )
-        return dict(zip(tasks, fitted, strict=True))
-    adapters = {}
+        yield from zip(tasks, fitted, strict=True)
+        return
     for name, task in tasks.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
-        adapters[name] = fit(
-            base, task_basis, task, targets[name], settings, resume=resume, overwrite=overwrite, network=network
-        )
-    return adapters
+        outcome: Adapter | LoraSBError
+        try:
+            outcome = fit(
+                base, task_basis, task, targets[name], settings, resume=resume, overwrite=overwrite, network=network
+            )
+        except OF_ONE_ITEM as error:
+            if len(tasks) == 1 or distributed.world() > 1:  # the other processes know nothing of it
+                raise
+            logger.warning("%s is left out: %s", name, error)
+            outcome = error.alone()
+        yield name, outcome

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _files(folder: Path) -> dict[str, Path]:
         raise DataError("both valid.jsonl and validation.jsonl", where=folder, fix="Keep one of them")
     other = [path.name for path in present if path.name not in splits]
     if other:
-        logger.warning("%s in %s not read: a task's files are %s", ", ".join(other), folder, ", ".join(splits))
+        _warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {', '.join(splits)}")
     return {split: found[split] for split in SPLITS if split in found}
 
 
@@ -182,9 +183,15 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     }
     for split in ("valid", "test"):  # those of a competition hide their labels, as -1
         if placed.get(split) and all(row.get("label") == -1 for _, row in placed[split]):
-            logger.warning("the %s split of %s is not read: its labels are all -1", names[split], name)
+            _warn_once(f"the {names[split]} split of {name} is not read: its labels are all -1")
             del placed[split]
     return placed
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A task is read again when it is its turn."""
+    logger.warning("%s", message)
 
 
 def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,6 @@ from .adapter import EMBEDDED
 from .base import BaseModel
 from .basis import Basis
 from .calibration.calibrate import calibrate
-from .data import TaskData
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config
 from .lock import only_writer
@@ -42,13 +41,13 @@ def load_or_make(
     project: Project,
     source: str,
     base: BaseModel,
-    tasks: dict[str, TaskData],
+    tasks: Mapping[str, str],
     calibration: CalibrationSettings,
     network: PreTrainedModel | None,
 ) -> Basis:
     """The basis at `source`; where that is the project's shared one and not there yet, it is made.
 
-    It is calibrated over all tasks that share it in the project's file; over `tasks` where the file has none.
+    It is calibrated over all tasks that share it in the project's file; over `tasks`, name → data, where it has none.
 
     Raises:
         SettingsError: the shared one is not as the project's file has it.

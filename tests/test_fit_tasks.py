@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import logging
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
+from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, OutputError
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -125,6 +128,26 @@ def test_a_task_that_cannot_be_trained_leaves_the_others_their_turn(
         assert "1 failed:\n  1. long: there is no row to learn from" in done.stderr
     alone = CliRunner().invoke(app, ["fit", "long", "--json"])
     assert (alone.exit_code, list(json.loads(alone.stdout))) == (1, ["error"])
+
+
+def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "".join(f'[tasks.{name}]\ndata = "data"\n' for name in "bcd")
+    found = project(tmp_path / "p", llama, sums, f'[basis]\nrank = 4\ndirections = "random"\n{tasks}')
+    read: list[weakref.ref[TaskData]] = []
+    made: list[weakref.ref[Any]] = []
+
+    def reading(name: str, source: str) -> TaskData:
+        task = load_task(name, source)
+        read.append(weakref.ref(task))
+        return task
+
+    monkeypatch.setattr("lorasb_export.training.fit_tasks.load_task", reading)
+    for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
+        made.append(weakref.ref(adapter))
+        gc.collect()  # a trainer lies in a cycle
+        assert [sum(one() is not None for one in of) for of in (read, made)] == [0, 1]
 
 
 def test_a_full_disk_ends_the_tasks_that_are_left(

@@ -35,6 +35,9 @@ def fit_tasks(
 ) -> Iterator[tuple[str, Adapter | LoraSBError]]:
     """Train the named tasks. The project's shared basis is calibrated first if there is none.
 
+    The rows of all tasks are checked before anything is made, and read again for the training of each: all of them, or
+    all R, may be more than memory holds. Nothing is done before the first task is asked for.
+
     Args:
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
@@ -59,24 +62,24 @@ def fit_tasks(
     if not resume:
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
-    tasks = {name: load_task(name, data or project.task_source(name)) for name in names}
-    require_fitting(list(tasks.values()), settings)
+    rows = {name: data or project.task_source(name) for name in names}
+    generates = {_task_type(name, source, settings) for name, source in rows.items()} == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
-    sources = {name: basis or project_basis.find(project, name) for name in tasks}
-    if together and (len(tasks) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
+    sources = {name: basis or project_basis.find(project, name) for name in rows}
+    if together and (len(rows) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
-    generates, same = all(t.task_type == CAUSAL_LM for t in tasks.values()), calibration.dtype == settings.dtype
+    same = calibration.dtype == settings.dtype
     network = base.load(dtype=settings.dtype) if generates and same else None
     shared = {
         source: project_basis.load_or_make(
             project,
             source,
             base,
-            {name: task for name, task in tasks.items() if sources[name] == source},
+            {name: path for name, path in rows.items() if sources[name] == source},
             calibration,
             network,
         )
@@ -87,21 +90,34 @@ def fit_tasks(
     if together:
         (found,) = shared.values()
         folder = targets[names[0]].parent
-        fitted = fit_together(
-            base, found, list(tasks.values()), folder, settings, resume=resume, overwrite=overwrite, network=network
-        )
-        yield from zip(tasks, fitted, strict=True)
+        tasks = [load_task(name, source) for name, source in rows.items()]
+        fitted = fit_together(base, found, tasks, folder, settings, resume=resume, overwrite=overwrite, network=network)
+        yield from zip(rows, fitted, strict=True)
         return
-    for name, task in tasks.items():
+    for name, source in rows.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         outcome: Adapter | LoraSBError
         try:
             outcome = fit(
-                base, task_basis, task, targets[name], settings, resume=resume, overwrite=overwrite, network=network
+                base,
+                task_basis,
+                load_task(name, source),
+                targets[name],
+                settings,
+                resume=resume,
+                overwrite=overwrite,
+                network=network,
             )
         except OF_ONE_ITEM as error:
-            if len(tasks) == 1 or distributed.world() > 1:  # the other processes know nothing of it
+            if len(rows) == 1 or distributed.world() > 1:  # the other processes know nothing of it
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone()
         yield name, outcome
+
+
+def _task_type(name: str, source: str, settings: FitSettings) -> str:
+    """Of a task that is read for no more than to be checked."""
+    task = load_task(name, source)
+    require_fitting([task], settings)
+    return task.task_type

@@ -178,8 +178,9 @@ def _fail(run: Run, error: Exception) -> None:
 
 
 def print_error(error: BaseException, message: str) -> None:
-    """What --json prints of an error."""
-    _print(json.dumps({"error": _parts(error, message)}))
+    """What --json prints of an error. Under torchrun only the first process does; on stderr each tells of its own."""
+    if _is_main_process():
+        _print(json.dumps({"error": _parts(error, message)}))
 
 
 def _parts(error: BaseException, message: str) -> dict[str, Any]:

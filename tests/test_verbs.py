@@ -49,6 +49,17 @@ def test_wrong_usage_with_json(
     assert words.split()[-1] in error["message"]
 
 
+@pytest.mark.parametrize(("rank", "objects"), [("0", 1), ("1", 0)])
+def test_one_process_of_several_prints_the_error_as_json(
+    rank: str, objects: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", rank)
+    done = CliRunner().invoke(app, ["fit", "--json"])
+    assert (done.exit_code, len(done.stdout.splitlines())) == (1, objects)
+    assert done.stderr.startswith("Error: no task to fit")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), MemoryError(), None])
 def test_out_of_memory_says_what_takes_less(error: Exception | None, capsys: pytest.CaptureFixture[str]) -> None:
     def verb(run: Run, batch_size: int = 8, dtype: str = "auto") -> None:

@@ -163,6 +163,19 @@ def test_a_full_disk_ends_the_tasks_that_are_left(
         fit_all(found, ["b", "a"], SETTINGS)
 
 
+def test_layers_are_counted_in_the_network_that_the_tasks_share(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the rate; an empty model for each task took longer than all else of a finished one."""
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\ntargets = "q_proj"\n[tasks.b]\ndata = "data"\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseModel, "load_empty", lambda *_, **__: pytest.fail("made"))
+        fitted = fit_all(found, ["a", "b"], SETTINGS)
+    alone = fit(str(llama), tmp_path / "p" / "basis", sums, tmp_path / "alone", SETTINGS)
+    rates = [adapter.training["settings"]["learning_rate"] for adapter in (alone, *fitted.values())]
+    assert len(set(rates)) == 1
+
+
 def test_calibrate_takes_the_revision_of_the_file(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

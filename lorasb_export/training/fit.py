@@ -165,7 +165,7 @@ class _Run:
                 refuse_own_input(out, basis.source)
         self._network, self._basis = network, basis
         if settings.learning_rate is None:
-            share = share_of_layers(self.base, basis, tasks[0]) if settings.optimizer == "muon" else 1.0
+            share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0
             settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
         self.settings = settings
 

@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def share_of_layers(base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData) -> float:
-    """Of the base's linear layers those that are in the basis, as a share."""
+def share_of_layers(
+    base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, network: PreTrainedModel | None
+) -> float:
+    """Of the base's linear layers those that are in the basis, as a share.
+
+    They are counted in `network`, the loaded base, where there is one; an adapter that is on it changes no count.
+    """
+    if network is not None and isinstance(basis, Basis):
+        return len(basis.modules) / len(linear_layers(network))
     model = base.load_empty(task.task_type, num_labels=task.num_labels)
     chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
     return len(chosen) / len(linear_layers(model))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.capture import capture, overview, recorded
+from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, rounded
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.data import TaskData, load_task, load_tasks
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -53,6 +56,23 @@ def test_a_task_is_called_as_in_the_mixture(base: BaseModel, sums: Path) -> None
     task = load_task("sums", sums)
     basis = calibrate(base, {"a": task, "b": task}, CalibrationSettings(rank=4, samples=4, capture=False))
     assert [(source["name"], source["rows"]) for source in basis.calibration["data"]] == [("a", 4), ("b", 4)]
+
+
+def test_rows_of_one_task_at_a_time_are_in_memory(base: BaseModel, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[weakref.ref[TaskData]] = []
+
+    def reading(data: dict[str, Path]) -> list[TaskData]:
+        tasks = load_tasks(data)
+        read.extend(map(weakref.ref, tasks))
+        return tasks
+
+    def drawing(*arguments: Any, **options: Any) -> Any:
+        assert sum(task() is not None for task in read) == 1
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr("lorasb_export.calibration.calibrate.load_tasks", reading)
+    monkeypatch.setattr("lorasb_export.calibration.calibrate.draw", drawing)
+    calibrate(base, dict.fromkeys("abc", sums), CalibrationSettings(rank=4, samples=2, capture=False))
 
 
 def test_tasks_of_different_kinds_are_refused(base: BaseModel, sums: Path, parity: Path) -> None:

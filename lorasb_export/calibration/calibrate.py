@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +90,7 @@ def calibrate(
         return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
-    tasks = load_tasks(data)
-    labels = _common_labels(tasks)
-    task_type = tasks[0].task_type
+    task_type, labels = _common_kind(_one_by_one(data))
     classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
     if network is None:
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
@@ -103,8 +101,11 @@ def calibrate(
     require_positions(network, settings.max_length)
 
     tokenizer = base.load_tokenizer()
-    least = min(LEAST, math.ceil(_ROWS_OF_MANY / len(tasks)))
-    rows = {task.name: draw(task, tokenizer, labels, settings, least=least) for task in tasks}
+    least = min(LEAST, math.ceil(_ROWS_OF_MANY / len(data)))
+    rows, tasks = {}, []
+    for task in _one_by_one(data):
+        rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
+        tasks.append(replace(task, splits={}))
     every_row = [row for of_task in rows.values() for row in of_task]
     of = ", ".join(rows) if len(rows) <= _MOST_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)
@@ -184,29 +185,37 @@ def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> No
             raise SettingsError(f"the weight of task {name} is {weight}, must be positive")
 
 
-def _common_labels(tasks: Sequence[TaskData]) -> list[Any]:
-    """The classes of all tasks together, sorted; none for text generation and regression.
+def _one_by_one(data: Mapping[str, str | Path | TaskData]) -> Iterator[TaskData]:
+    """Read the tasks anew, each when it is asked for: the rows of all of them may be more than memory holds."""
+    for name, task in data.items():
+        yield from load_tasks({name: task})
+
+
+def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:
+    """Task type, and the classes of all tasks together, sorted; none for text generation and regression.
 
     Raises:
         DataError: there is no task, or they are of different kinds.
     """
-    if not tasks:
+    first: TaskData | None = None
+    labels: set[Any] = set()
+    for task in tasks:
+        first = first or task
+        if (task.task_type, bool(task.labels)) != (first.task_type, bool(first.labels)):
+            name, own = task.name, f"basis_{task.name}"
+            raise DataError(
+                "the tasks mix text generation, classification or regression",
+                where=f"{first.name} and {name}",
+                fix=f"Calibrate one basis for each kind: lorasb calibrate --data {name}={task.source} --out {own}, "
+                f'then [tasks.{name}] basis = "{own}" in lorasb.toml',
+            )
+        labels.update(task.labels)
+    if first is None:
         raise DataError("no data to calibrate on", fix="Name at least one task")
-    kinds = [(task.task_type, bool(task.labels)) for task in tasks]
-    other = next((task for task, kind in zip(tasks, kinds, strict=True) if kind != kinds[0]), None)
-    if other is not None:
-        own = f"basis_{other.name}"
-        raise DataError(
-            "the tasks mix text generation, classification or regression",
-            where=f"{tasks[0].name} and {other.name}",
-            fix=f"Calibrate one basis for each kind: lorasb calibrate --data {other.name}={other.source} --out {own}, "
-            f'then [tasks.{other.name}] basis = "{own}" in lorasb.toml',
-        )
-    labels = {label for task in tasks for label in task.labels}
     if len({type(label) for label in labels}) > 1:
         raise DataError("the labels of some tasks are names, of others numbers", fix="Use one kind")
     refuse_single_class(sorted(labels))
-    return sorted(labels)
+    return first.task_type, sorted(labels)
 
 
 def _decompose(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LoraSBError, OutputError
@@ -16,6 +18,10 @@ from .kind import PEFT_TYPE
 
 _OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
 _STARTED = time.time()  # of this process, or a little later
+_TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
+# Of a process elsewhere nobody here can tell whether it lives. No write takes a week, and what is never removed piles
+# up: a container that is killed and started again is a new place each time.
+_SURELY_DEAD = 7 * 24 * 3600  # seconds
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
 
@@ -29,8 +35,8 @@ def expanded(path: str | Path) -> Path:
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
-    A process killed inside the block leaves a hidden `.NAME.tmp-PID-…` beside an untouched target; the next call for
-    the same target removes it.
+    A process killed inside the block leaves a hidden `.NAME.tmp-PLACE-PID-…` beside an untouched target; the next call
+    for the same target removes it, in another place (`_place`) only when it is old.
 
     Raises:
         OutputError: the target exists and `overwrite` is false, or the disk does not take it.
@@ -158,26 +164,34 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def _temporary(target: Path) -> Path:
-    return target.parent / f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    return target.parent / f".{target.name}.tmp-{_place()}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _place() -> str:
+    """Eight characters for where our process ids mean something: this machine since it started, this container."""
+    place = os.uname().nodename
+    with suppress(OSError):  # not on Linux
+        place += Path("/proc/sys/kernel/random/boot_id").read_text()
+        place += str(os.stat("/proc/self/ns/pid").st_ino)
+    return hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
 
 
 def _left_by_the_dead(target: Path) -> list[Path]:
-    """The hidden siblings `.NAME.tmp-PID…` of `target` whose process is gone.
-
-    One with our own PID that is older than this process was left by another: in containers every program has PID 1.
-    """
+    """The hidden siblings `.NAME.tmp-PLACE-PID-…` of `target` whose process is gone."""
     prefix = f".{target.name}.tmp-"
-    found = [(path, path.name.removeprefix(prefix).partition("-")[0]) for path in target.parent.glob(f"{prefix}*")]
-    return [path for path, pid in found if pid.isdigit() and _is_dead(int(pid), path)]
+    found = [(path, _TEMPORARY.fullmatch(path.name.removeprefix(prefix))) for path in target.parent.glob(f"{prefix}*")]
+    return [path for path, made in found if made and _is_dead(made[1], int(made[2]), path)]
 
 
-def _is_dead(pid: int, temporary: Path) -> bool:
-    if pid != os.getpid():
+def _is_dead(place: str, pid: int, temporary: Path) -> bool:
+    """One with our own PID that is older than this process was left by another, which had that number before."""
+    if place == _place() and pid != os.getpid():
         return not process_is_alive(pid)
     try:
-        return temporary.stat().st_ctime < _STARTED
-    except FileNotFoundError:  # another thread of ours is done with it
+        changed = temporary.stat().st_ctime
+    except FileNotFoundError:  # another process, or thread of ours, is done with it
         return False
+    return changed < (_STARTED if place == _place() else time.time() - _SURELY_DEAD)
 
 
 def fsync(path: Path) -> None:

@@ -204,23 +204,38 @@ def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".x.tmp-999999999-0123").touch()
-    (tmp_path / ".x.tmp-of-mine").touch()  # somebody else's
-    (tmp_path / f".x.tmp-{os.getpid()}-4567").touch()  # another thread's
+    ours = f".x.tmp-{output._place()}-{os.getpid()}-4567"  # another thread's
+    for name in (f".x.tmp-{output._place()}-999999999-0123", ".x.tmp-of-mine", ours):  # the second is somebody else's
+        (tmp_path / name).touch()
     with replaced_file(tmp_path / "x") as temporary:
         temporary.write_text("x")
-    assert {path.name for path in tmp_path.iterdir()} == {"x", f".x.tmp-{os.getpid()}-4567", ".x.tmp-of-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ours, ".x.tmp-of-mine"}
 
 
 def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container the program is process 1 every time."""
-    left = tmp_path / f".x.tmp-{os.getpid()}-89ab"
+    left = tmp_path / f".x.tmp-{output._place()}-{os.getpid()}-89ab"
     left.mkdir()
     monkeypatch.setattr(output, "_STARTED", time.time() + 1)
     with atomic_folder(tmp_path / "x") as temporary:
         assert temporary != left
         (temporary / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 999999999])
+def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
+    pid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody here knows its processes; in a container the program is process 1 every time."""
+    elsewhere = tmp_path / f".x.tmp-{'0' * 8}-{pid}-89ab"
+    elsewhere.mkdir()
+    now = time.time()
+    monkeypatch.setattr(output, "_STARTED", now + 1)
+    for left in (True, False):
+        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+            (temporary / "lorasb.json").touch()
+        assert elsewhere.exists() == left
+        monkeypatch.setattr("time.time", lambda: now + 8 * 24 * 3600)
 
 
 def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with cannot_write(target):
         prepare_target(target, overwrite)
         for stale in _left_by_the_dead(target):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
         temporary = _temporary(target)
         temporary.mkdir()
         try:
@@ -149,7 +149,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
     start, may read at any moment is written through this.
     """
     for stale in _left_by_the_dead(path):
-        stale.unlink(missing_ok=True)
+        with suppress(OSError):  # as in `atomic_folder`
+            stale.unlink()
     temporary = _temporary(path)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -189,7 +190,7 @@ def _is_dead(place: str, pid: int, temporary: Path) -> bool:
         return not process_is_alive(pid)
     try:
         changed = temporary.stat().st_ctime
-    except FileNotFoundError:  # another process, or thread of ours, is done with it
+    except OSError:  # another process, or thread of ours, is done with it
         return False
     return changed < (_STARTED if place == _place() else time.time() - _SURELY_DEAD)
 

@@ -222,6 +222,23 @@ def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, whose run was killed."""
+    names = {f".{name}.tmp-{output._place()}-999999999-0123" for name in ("folder", "file")}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+
+    def refuse(path: object, **_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with atomic_folder(tmp_path / "folder") as folder, replaced_file(tmp_path / "file") as file:
+        (folder / "lorasb.json").touch()
+        file.touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", *names}
+
+
 @pytest.mark.parametrize("pid", [os.getpid(), 999999999])
 def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
     pid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

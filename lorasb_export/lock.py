@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -15,6 +16,8 @@ from .output import cannot_write
 
 logger = logging.getLogger(__name__)
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre without -o flock, NFS without lockd, others
+
 
 @contextmanager
 def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
@@ -24,7 +27,8 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
         wait: until another process that holds it lets go.
 
     Raises:
-        OutputError: another process holds it and `wait` is false, or the parent cannot be written.
+        OutputError: another process holds it and `wait` is false, the parent cannot be written, or its disk has no
+            locks.
     """
     target = Path(os.path.realpath(target))  # a link to a folder is no second folder
     with cannot_write(target):
@@ -43,7 +47,7 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 file.close()
@@ -51,10 +55,20 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
                     "another process is writing this target", where=target, fix="Wait for it, or choose another path"
                 ) from None
             logger.warning("another process is writing %s: waiting for it", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _flock(file, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except FileNotFoundError:
             pass
         file.close()  # its holder removed it just now: this is a lock on nothing
+
+
+def _flock(file: IO[bytes], how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        fix = "Mount it with locks (Lustre: -o flock; NFS: version 4, or lockd on both sides), or write to another disk"
+        raise OutputError(f"this disk has no file locks: {error.strerror}", where=file.name, fix=fix) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -20,6 +21,7 @@ from lorasb_export import Adapter, calibrate, export, fit, merge, output
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
 from lorasb_export.format import save_tensors
+from lorasb_export.lock import only_writer
 from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
@@ -283,3 +285,18 @@ def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> N
     with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
         (temporary / "lorasb.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without -o flock, NFS without lockd."""
+
+    def refuse(file: object, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="this disk has no file locks") as error, only_writer(tmp_path / "x"):
+        pass
+    assert error.value.where == str(tmp_path / ".x.lock")
+    assert os.strerror(code) in error.value.what
+    assert "-o flock" in str(error.value.fix)

@@ -17,6 +17,7 @@ from .output import cannot_write
 logger = logging.getLogger(__name__)
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre without -o flock, NFS without lockd, others
+_OF_ANOTHER = "It is another user's: when no run of theirs writes there any more, remove it"
 
 
 @contextmanager
@@ -27,8 +28,8 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
         wait: until another process that holds it lets go.
 
     Raises:
-        OutputError: another process holds it and `wait` is false, the parent cannot be written, or its disk has no
-            locks.
+        OutputError: another process holds it and `wait` is false, the parent cannot be written, its disk has no locks,
+            or the lock file is another user's and out of reach.
     """
     target = Path(os.path.realpath(target))  # a link to a folder is no second folder
     with cannot_write(target):
@@ -45,9 +46,9 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
     while True:
-        file = path.open("ab")
+        file = os.fdopen(_open(path), "rb")
         try:
-            _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 file.close()
@@ -55,7 +56,7 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
                     "another process is writing this target", where=target, fix="Wait for it, or choose another path"
                 ) from None
             logger.warning("another process is writing %s: waiting for it", target)
-            _flock(file, fcntl.LOCK_EX)
+            _flock(file, path, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -64,11 +65,30 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
         file.close()  # its holder removed it just now: this is a lock on nothing
 
 
-def _flock(file: IO[bytes], how: int) -> None:
+def _open(path: Path) -> int:
+    """Open a lock file, made if it is not there; to write, which a lock needs over NFS, where that is allowed."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not os.access(path.parent, os.W_OK):
+            raise
+        try:
+            return os.open(path, os.O_RDONLY)
+        except PermissionError as error:
+            raise OutputError(f"cannot open the lock file: {error.strerror}", where=path, fix=_OF_ANOTHER) from None
+    # Whoever shares the folder may lock it, whatever our umask: it is empty. To strangers of a /tmp reading is enough.
+    with suppress(OSError):  # it is another user's, who has done so
+        os.fchmod(handle, path.parent.stat().st_mode & 0o664)
+    return handle
+
+
+def _flock(file: IO[bytes], path: Path, how: int) -> None:
     try:
         fcntl.flock(file, how)
     except OSError as error:
+        if error.errno == errno.EBADF:  # over NFS, opened to read alone
+            raise OutputError("may not write the lock file", where=path, fix=_OF_ANOTHER) from None
         if error.errno not in _NO_LOCKS:
             raise
         fix = "Mount it with locks (Lustre: -o flock; NFS: version 4, or lockd on both sides), or write to another disk"
-        raise OutputError(f"this disk has no file locks: {error.strerror}", where=file.name, fix=fix) from None
+        raise OutputError(f"this disk has no file locks: {error.strerror}", where=path, fix=fix) from None

@@ -300,3 +300,38 @@ def test_a_disk_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: p
     assert error.value.where == str(tmp_path / ".x.lock")
     assert os.strerror(code) in error.value.what
     assert "-o flock" in str(error.value.fix)
+
+
+def test_who_shares_a_folder_may_lock_in_it(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        for folder, lock in ((0o2770, 0o660), (0o755, 0o644), (0o700, 0o600), (0o1777, 0o664)):
+            tmp_path.chmod(folder)
+            with only_writer(tmp_path / "x"):
+                assert stat.S_IMODE((tmp_path / ".x.lock").stat().st_mode) == lock
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_lock_file_that_another_user_left(readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, really_open = tmp_path / ".x.lock", os.open
+    left.touch()
+
+    def as_a_stranger(path: Path, flags: int, *mode: int) -> int:
+        if path == left and (flags & os.O_RDWR or not readable):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", as_a_stranger)
+    if readable:
+        with (
+            only_writer(tmp_path / "x"),
+            pytest.raises(OutputError, match="another process"),
+            only_writer(tmp_path / "x"),
+        ):
+            pass
+    else:
+        with pytest.raises(OutputError, match="cannot open the lock file") as error, only_writer(tmp_path / "x"):
+            pass
+        assert (error.value.where, "remove it" in str(error.value.fix)) == (str(left), True)

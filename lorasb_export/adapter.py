@@ -226,8 +226,7 @@ class Adapter:
             self.load_basis().write_into(temporary)
             source = EMBEDDED
         elif os.path.isabs(source):
-            source = os.path.relpath(source, os.path.abspath(target))
-            source = source if source.startswith(".") else f"./{source}"  # the leading dot marks it as a path
+            source = _relative(source, target)
         (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
         config = self.config(source)
         check_training(config["training"], "Adapter.training")
@@ -313,7 +312,22 @@ def _basis_source(named: str, folder: Path, hub_source: str | None) -> str | Non
     if hub_source is not None and parse_hub_id(named) is None:
         fix = "Ask its owner to push it again, with its basis"
         raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
-    return os.path.normpath(folder / named) if named.startswith(".") else named
+    if not named.startswith("."):
+        return named
+    found = os.path.normpath(os.path.join(os.path.realpath(folder), named))
+    return found if os.path.isdir(found) else os.path.normpath(folder / named)  # once they were true by links alone
+
+
+def _relative(source: str, target: Path) -> str:
+    """The path from an adapter's folder to its basis, true from where that folder really lies.
+
+    It is the one between the two as they are written, which outlives a move of both, unless a link lies between them:
+    `adapters` may lead to another disk.
+    """
+    real, named = os.path.realpath(target), os.path.relpath(source, os.path.abspath(target))
+    if os.path.realpath(os.path.join(real, named)) != os.path.realpath(source):
+        named = os.path.relpath(source, real)
+    return named if named.startswith(".") else f"./{named}"  # the leading dot marks it as a path
 
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:

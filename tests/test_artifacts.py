@@ -210,6 +210,34 @@ def test_basis_inside_the_adapter_folder_is_found(
     assert Adapter.load(tmp_path / "a").load_basis().sha256 == adapter.basis_sha256
 
 
+def test_adapters_behind_a_link_find_their_basis_from_both_sides(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """`adapters` leads to another disk; then all of it moves."""
+    copy(folders[0], tmp_path / "all" / "project" / "basis")
+    (tmp_path / "all" / "scratch" / "me" / "runs").mkdir(parents=True)
+    (tmp_path / "all" / "project" / "adapters").symlink_to("../scratch/me/runs")
+    adapter = replace(Adapter.load(folders[1]), basis_source=str(tmp_path / "all" / "project" / "basis"))
+    adapter.save(tmp_path / "all" / "project" / "adapters" / "a")
+    adapter.save(tmp_path / "all" / "project" / "adapters" / "old")
+    real = tmp_path / "all" / "scratch" / "me" / "runs"
+    edit(real / "old", "adapter_config.json", lambda c: c["basis"].update(source="../../basis"))  # of the first ones
+    (tmp_path / "all").rename(tmp_path / "moved")
+    for folder in ("project/adapters/a", "scratch/me/runs/a", "project/adapters/old"):
+        assert Adapter.load(tmp_path / "moved" / folder).load_basis().sha256 == adapter.basis_sha256
+
+
+def test_a_project_reached_through_links_may_move(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    project, link = tmp_path / "disk" / "project", tmp_path / "link"
+    copy(folders[0], tmp_path / "shared" / "basis")
+    project.mkdir(parents=True)
+    (project / "basis").symlink_to(tmp_path / "shared" / "basis")
+    link.symlink_to(project)
+    adapter = replace(Adapter.load(folders[1]), basis_source=str(link / "basis"))
+    adapter.save(link / "adapters" / "a")
+    assert Adapter.load(link / "adapters" / "a").basis_source == str(project / "basis")
+    project.rename(tmp_path / "moved")
+    assert Adapter.load(tmp_path / "moved" / "adapters" / "a").basis_source == str(tmp_path / "moved" / "basis")
+
+
 def test_the_picture_of_the_curve_goes_where_the_adapter_is_published(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -23,7 +23,11 @@ _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporar
 # up: a container that is killed and started again is a new place each time.
 _SURELY_DEAD = 7 * 24 * 3600  # seconds
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
-_FIXES = {errno.ENOSPC: "Free some space there, then start again", errno.EIO: "Check that disk, then start again"}
+_FIXES = {
+    errno.ENOSPC: "Free some space there, then start again",
+    errno.EIO: "Check that disk, then start again",
+    errno.EMFILE: "Allow this process more of them (ulimit -n), then start again",  # a lock for each task of many
+}
 
 
 def expanded(path: str | Path) -> Path:

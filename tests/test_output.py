@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,3 +337,21 @@ def test_a_lock_file_that_another_user_left(readable: bool, tmp_path: Path, monk
         with pytest.raises(OutputError, match="cannot open the lock file") as error, only_writer(tmp_path / "x"):
             pass
         assert (error.value.where, "remove it" in str(error.value.fix)) == (str(left), True)
+
+
+def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:
+    """Of `fit --together` with a thousand tasks."""
+
+    def lock_many() -> None:
+        with ExitStack() as locks:
+            for number in range(128):
+                locks.enter_context(only_writer(tmp_path / str(number)))
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"Too many open files .*ulimit -n"):
+            lock_many()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert list(tmp_path.iterdir()) == []

@@ -51,6 +51,45 @@ torch.save([sums_of(Path.cwd(), rows) for rows in (13, 1)], f"sums-{distributed.
 sys.argv = ["lorasb", "calibrate", "--json"]
 main()
 """
+RESUME = """
+import os
+from pathlib import Path
+from lorasb_export import Adapter, distributed, fit
+from lorasb_export.errors import SettingsError
+from lorasb_export.settings import FitSettings
+from lorasb_export.training import runs
+
+distributed.start()
+settings = FitSettings(max_steps=4, checkpoint_every=2, learning_rate=1e-3)
+train = runs.RTrainer.train
+def stopping(self, **options):
+    self.args.max_steps = 2
+    train(self, **options)
+    raise InterruptedError
+runs.RTrainer.train = stopping
+try:
+    fit("llama", "basis", "data", "a", settings)
+except InterruptedError:
+    pass
+runs.RTrainer.train = train
+if not distributed.is_main():  # its view of a network's disk is old
+    runs.last_complete = lambda folder: None
+fit("llama", "basis", "data", "a", settings, resume=True)
+assert Adapter.load("a").training["steps"] == 4
+if not distributed.is_main():
+    os.mkdir("elsewhere")
+distributed.wait()
+distributed._SEEN_WITHIN = 0
+try:
+    fit("llama", "basis", "data", "b" if distributed.is_main() else "elsewhere/b", settings)
+except SettingsError as error:
+    Path(f"error-{distributed.rank()}").write_text(str(error))
+try:
+    fit("llama", "basis", "data", "a", settings)
+except OSError as error:
+    Path(f"exists-{distributed.rank()}").write_text(str(error))
+distributed.stop()
+"""
 
 
 def torchrun(script: str, folder: Path) -> str:
@@ -58,7 +97,7 @@ def torchrun(script: str, folder: Path) -> str:
     (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -74,10 +113,25 @@ def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
 def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be waiting for another run that calibrates the same basis."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    state = Mock()
+    state, group = Mock(), Mock()
     monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr("torch.distributed.new_group", group)
+    monkeypatch.setattr(distributed, "_hosts", None)
     distributed.start()
-    assert state.call_args.kwargs["timeout"] > timedelta(hours=12)
+    assert group.call_args.kwargs["timeout"] > timedelta(hours=12)
+    assert state.call_args == ((), {})  # what they compute together is not waited for so long
+
+
+def test_the_first_process_decides_where_to_resume_and_all_must_see_its_disk(tmp_path: Path) -> None:
+    """A process that sees no checkpoint would begin anew, while the other one goes on; both would wait for ever."""
+    make_llama(tmp_path / "llama")
+    rows = [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(8)]
+    write_splits(tmp_path / "data", {"train": rows})
+    calibrate(str(tmp_path / "llama"), {}, CalibrationSettings(rank=2, directions="random")).save(tmp_path / "basis")
+    torchrun(RESUME, tmp_path)
+    for rank in (0, 1):
+        assert "number 1 does not see what number 0 writes" in (tmp_path / f"error-{rank}").read_text()
+        assert str(tmp_path / "a") in (tmp_path / f"exists-{rank}").read_text()
 
 
 def test_calibrate_in_two_processes(tmp_path: Path) -> None:

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-# The first process may wait for another run's lock, or write, while the others wait for it; nccl gives them 10 minutes.
-# One that dies is not waited for: torchrun ends them all.
+from .errors import LoraSBError, SettingsError
+
+T = TypeVar("T")
+
+# What the first process does alone, while the others wait for it: it may wait for another run's lock, or write much.
+# Those that compute together get the backend's own patience, 10 minutes with nccl, 30 with gloo.
 _PATIENCE = timedelta(days=1)
+_SEEN_WITHIN = 90  # seconds: for up to a minute NFS remembers of a file that it was not there
+_hosts: dist.ProcessGroup | None = None  # in which they wait so long, without their GPUs
 
 
 def start() -> None:
     """Join the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs), once."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    global _hosts
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _hosts is None:
         from accelerate import PartialState
 
-        PartialState(timeout=_PATIENCE)  # also selects this process's GPU
+        PartialState()  # also selects this process's GPU
+        _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def stop() -> None:
     """Leave it, when all is done: a process that ends as a member may be aborted by a thread of its group."""
+    global _hosts
     if dist.is_initialized():
         dist.destroy_process_group()
+        _hosts = None
 
 
 def world() -> int:
@@ -43,7 +57,51 @@ def is_main() -> bool:
 def wait() -> None:
     """Until every process is here."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(_hosts)
+
+
+def decided(decide: Callable[[], T]) -> T:
+    """What the first process finds or does, or the error that it meets, on every process.
+
+    Each by its own look at the disk might see something else, and then wait for what the others never do.
+    """
+    if world() == 1:
+        return decide()
+    told: list[Any] = [None, None]
+    if is_main():
+        try:
+            told[0] = decide()
+        except (LoraSBError, OSError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told, group=_hosts)
+    if told[1] is not None:
+        raise told[1]
+    found: T = told[0]
+    return found
+
+
+def require_same_disk(folder: Path) -> None:
+    """Raise SettingsError unless every process sees in `folder` what the first one writes there."""
+    if world() == 1:
+        return
+
+    def write() -> str:
+        name = f".seen-by-all-{uuid.uuid4().hex[:12]}"
+        (folder / name).touch()
+        return name
+
+    path, end = folder / decided(write), time.monotonic() + _SEEN_WITHIN
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    blind = gather([] if path.exists() else [str(rank())])
+    if is_main():
+        path.unlink()
+    if blind:
+        raise SettingsError(
+            f"of the {world()} processes number {', '.join(blind)} does not see what number 0 writes",
+            where=folder,
+            fix="Put the project on a disk that all nodes share",
+        )
 
 
 def gather(mine: list[Any]) -> list[Any]:

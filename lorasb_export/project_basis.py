@@ -83,10 +83,14 @@ def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
         return any(folder.iterdir()) if folder.is_dir() else folder.exists()
 
     with ExitStack() as lock:
-        if distributed.is_main() and not found():
-            lock.enter_context(only_writer(folder, wait=True))
-        is_there = distributed.gather([found()])[0]  # as the first process sees it, which has the lock
-        if not is_there:
+
+        def is_there() -> bool:
+            if not found():
+                lock.enter_context(only_writer(folder, wait=True))
+            return found()
+
+        if not distributed.decided(is_there):
+            distributed.require_same_disk(folder.parent)
             basis = make()
             if distributed.is_main():
                 basis.save(folder)

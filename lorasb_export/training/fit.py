@@ -171,19 +171,10 @@ class _Run:
 
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter]:
         with ExitStack() as locks:
-            if distributed.is_main():
-                for out in sorted(self.outs):
-                    locks.enter_context(only_writer(out))
-            interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
-            if resume and not interrupted and self._finished(overwrite):
+            if distributed.decided(lambda: self._open(locks, resume, overwrite)):
                 return [Adapter.load(out) for out in self.outs]
             locks.enter_context(cannot_write(self.folder, RESUME))
-            if not resume:
-                for out in self.outs:
-                    refuse_existing(out, overwrite)
-            if distributed.is_main():
-                open_folder(self.folder, self.settings, resume, overwrite)
-            distributed.wait()
+            distributed.require_same_disk(self.folder)
             basis = self._basis
             if isinstance(basis, CalibrationSettings) and basis.dtype != self.settings.dtype:
                 # Before the network is loaded, as it takes a base of its own: two at once might not fit.
@@ -196,6 +187,20 @@ class _Run:
                 )
             with _left_as_found(network), _random_state_kept(network.device):
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
+
+    def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
+        """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
+        for out in sorted(self.outs):
+            locks.enter_context(only_writer(out))
+        interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
+        if resume and not interrupted and self._finished(overwrite):
+            return True
+        if not resume:
+            for out in self.outs:
+                refuse_existing(out, overwrite)
+        with cannot_write(self.folder, RESUME):
+            open_folder(self.folder, self.settings, resume, overwrite)
+        return False
 
     def _finished(self, overwrite: bool) -> bool:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""

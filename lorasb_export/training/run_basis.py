@@ -64,9 +64,9 @@ def captured_once(
         return None
     path = folder / f"capture-{basis.sha256[:12]}-{task.sha256[:12]}.json"
     found = recorded(basis, task)
-    if found is None and path.exists():
-        found = read_json(path)
-    elif found is None:
+    if found is None:
+        found = distributed.decided(lambda: read_json(path) if path.exists() else None)
+    if found is None:
         logger.info("%s: measuring how much of its gradient the basis holds", task.name)
         found = capture(base, network, basis, task)
         distributed.wait()

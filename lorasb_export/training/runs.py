@@ -77,8 +77,9 @@ class TrainingRuns:
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
-        for rate in settings.rates:
-            checkpoint = last_complete(self._folder(rate))
+        folders = {rate: self._folder(rate) for rate in settings.rates}
+        self._begun = distributed.decided(lambda: {rate: last_complete(at) for rate, at in folders.items()})
+        for rate, checkpoint in self._begun.items():
             if checkpoint is not None:
                 check_identity(checkpoint, self._identity(rate))
 
@@ -132,7 +133,7 @@ class TrainingRuns:
     def _at_rate(self, rate: float) -> list[Outcome]:
         """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""
         settings, folder = self._at(rate), self._folder(rate)
-        checkpoint, identity = last_complete(folder), self._identity(rate)
+        checkpoint, identity = self._begun[rate], self._identity(rate)
         trainer = self._trainer(settings, folder, identity)
         if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
             trainer.restore_finished(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +178,22 @@ def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis:
     (checkpoint / "complete.json").unlink()
     fit(str(llama), basis, sums, out, SETTINGS, resume=True)  # starts from the beginning
     assert Adapter.load(out).training["steps"] == 12
+
+
+def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
+    llama: Path, sums: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's, where the run began, may be ahead. What a kill left half written is not counted."""
+    out = basis.parent / "clocks" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    run = out.parent / ".a.run"
+    (run / "checkpoint-11").mkdir()
+    for path in run.glob("checkpoint-*"):
+        os.utime(path, (time.time() + 3600,) * 2)
+    at_the_end = SimpleNamespace(rmtree=lambda *_, **__: None)
+    monkeypatch.setattr("lorasb_export.training.fit.shutil", at_the_end)
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -28,7 +28,6 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
-        save_total_limit=2,  # the newest may be incomplete when the process is killed
         seed=settings.seed,
         report_to="none" if settings.report_to == "tensorboard" else settings.report_to,  # a callback does that
         ddp_find_unused_parameters=False,

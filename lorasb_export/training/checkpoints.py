@@ -67,8 +67,19 @@ def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
 
 def last_complete(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
+    return next(reversed(_complete(folder)), None)
+
+
+def remove_old(folder: Path) -> None:
+    """Leave the two newest complete checkpoints."""
+    for path in set(folder.glob("checkpoint-*")) - set(_complete(folder)[-2:]):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """In the order of their steps: by the clocks of machines that share a disk they might be in another."""
     done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return sorted(done, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
 from .arguments import trainer_arguments
-from .checkpoints import COMPLETE, RESUME, load_tensors
+from .checkpoints import COMPLETE, RESUME, load_tensors, remove_old
 from .history import History
 from .muon import Muon
 from .order import learning_rate_factor
@@ -276,6 +276,7 @@ class RTrainer(Trainer):
                 fsync(path)
             with replaced_file(folder / COMPLETE) as path:
                 write_json(path, {**self.identity, "finished": not self._active(self.state.global_step)})
+            remove_old(folder.parent)
             self._remove_surpassed()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

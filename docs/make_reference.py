@@ -22,7 +22,7 @@ CLI = """# Command line
 
 Generated from `--help` by `make docs`; do not edit. Every verb prints its result on stdout and everything else on
 stderr, and exits with 0 (done), 1 (an expected failure, explained in one line), 2 (wrong usage), 130 or 143
-(interrupted by Ctrl-C or SIGTERM), or 141 (nobody reads its output any longer).
+(interrupted by Ctrl-C or SIGTERM; `torchrun` itself then exits with 1), or 141 (nobody reads its output any longer).
 Paths written in `lorasb.toml` are relative to that file, paths on the command line to the working folder.
 """
 

@@ -90,16 +90,40 @@ except OSError as error:
     Path(f"exists-{distributed.rank()}").write_text(str(error))
 distributed.stop()
 """
+STOPPED = """
+import os, signal, sys
+from lorasb_cli.main import main
+from lorasb_export import distributed
+from lorasb_export.training.trainer import RTrainer
+
+step = RTrainer.training_step
+def stopping(self, *arguments):
+    if self.state.global_step == 5 and distributed.rank() == 1:
+        os.kill(os.getppid(), signal.SIGTERM)
+    return step(self, *arguments)
+RTrainer.training_step = stopping
+sys.argv = "lorasb fit a --model llama --data data --basis basis --out a --max-steps 100000".split()
+main()
+"""
 
 
-def torchrun(script: str, folder: Path) -> str:
-    """What two processes of `script` print in `folder`."""
+def torchrun(script: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two processes of `script` in `folder`."""
     (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder with a base, a task and a basis."""
+    make_llama(tmp_path / "llama")
+    write_splits(tmp_path / "data", {"train": [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(8)]})
+    calibrate(str(tmp_path / "llama"), {}, CalibrationSettings(rank=2, directions="random")).save(tmp_path / "basis")
+    return tmp_path
 
 
 def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
@@ -122,16 +146,19 @@ def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: py
     assert state.call_args == ((), {})  # what they compute together is not waited for so long
 
 
-def test_the_first_process_decides_where_to_resume_and_all_must_see_its_disk(tmp_path: Path) -> None:
+def test_the_first_process_decides_where_to_resume_and_all_must_see_its_disk(small: Path) -> None:
     """A process that sees no checkpoint would begin anew, while the other one goes on; both would wait for ever."""
-    make_llama(tmp_path / "llama")
-    rows = [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(8)]
-    write_splits(tmp_path / "data", {"train": rows})
-    calibrate(str(tmp_path / "llama"), {}, CalibrationSettings(rank=2, directions="random")).save(tmp_path / "basis")
-    torchrun(RESUME, tmp_path)
+    torchrun(RESUME, small)
     for rank in (0, 1):
-        assert "number 1 does not see what number 0 writes" in (tmp_path / f"error-{rank}").read_text()
-        assert str(tmp_path / "a") in (tmp_path / f"exists-{rank}").read_text()
+        assert "number 1 does not see what number 0 writes" in (small / f"error-{rank}").read_text()
+        assert str(small / "a") in (small / f"exists-{rank}").read_text()
+
+
+def test_sigterm_to_torchrun_stops_all_after_the_same_step_with_a_checkpoint(small: Path) -> None:
+    done = torchrun(STOPPED, small, code=1)  # torchrun's own
+    assert done.stderr.count("Interrupted. ") == 1
+    (marker,) = small.glob(".a.run/checkpoint-*/complete.json")
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < {path.name for path in marker.parent.iterdir()}
 
 
 def test_calibrate_in_two_processes(tmp_path: Path) -> None:
@@ -140,7 +167,7 @@ def test_calibrate_in_two_processes(tmp_path: Path) -> None:
     rows = [{"prompt": f"{a}+{b}=", "completion": "x" * a + str(a + b)} for a in range(1, 6) for b in range(5)]
     write_splits(tmp_path / "data", {"train": rows})
     (tmp_path / "lorasb.toml").write_text(PROJECT)
-    printed = json.loads(torchrun(CALIBRATE, tmp_path))  # one object, from one of them
+    printed = json.loads(torchrun(CALIBRATE, tmp_path).stdout)  # one object, from one of them
 
     saved = [torch.load(tmp_path / f"sums-{rank}.pt") for rank in (0, 1)]
     for number, expected in enumerate(sums_of(tmp_path, rows) for rows in (13, 1)):

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from .errors import LoraSBError, SettingsError
@@ -58,6 +59,15 @@ def wait() -> None:
     """Until every process is here."""
     if world() > 1:
         dist.barrier(_hosts)
+
+
+def anywhere(mine: bool) -> bool:
+    """Whether `mine` is true on any process. No GPU is waited for."""
+    if world() == 1:
+        return mine
+    found = torch.tensor(int(mine))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_hosts)
+    return bool(found)
 
 
 def decided(decide: Callable[[], T]) -> T:

@@ -26,10 +26,9 @@ _SILENCE = 30  # seconds
 def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
     """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
 
-    Not with several processes: the signal reaches them at different steps, and those ahead would wait for ever.
-    They die of it, and the run is resumed from its last checkpoint.
+    Several processes end after the same step, though the signal may reach them at different ones, or one of them alone.
     """
-    if distributed.world() > 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     callback = _StopWhenAsked()
@@ -66,6 +65,7 @@ class _StopWhenAsked(TrainerCallback):
     asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.asked = distributed.anywhere(self.asked)
         if self.asked:
             control.should_save = control.should_log = control.should_training_stop = True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
+import signal
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task, task_of
-from lorasb_export.errors import BaseModelError, DataError, SettingsError, TrainingError
+from lorasb_export.errors import BaseModelError, DataError, SettingsError, Terminated, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
@@ -204,6 +206,38 @@ def test_killed_after_an_early_stop_the_run_only_writes(
     stopped = counted_forwards["steps"]
     adapter = fit(*inputs, resume=True)
     assert counted_forwards["steps"] == stopped == adapter.training["steps"]
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+@pytest.mark.parametrize("which", ["first", "of-the-last-step", "that-ends-patience"])
+def test_sigterm_in_a_validation_does_not_wait_for_its_end(
+    which: str, metric: str, llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """It is made again when the run is resumed, which ends as the undisturbed one."""
+    settings = replace(SETTINGS, max_steps=4, evaluate_every=2, metric=metric, checkpoint_every=100)
+    if which == "that-ends-patience":
+        settings = replace(settings, max_steps=40, patience=1, learning_rate=2.0, schedule="constant_with_warmup")
+    whole = fit(str(llama), basis, tasks["plus"], tmp_path / "whole", settings)
+    assert whole.training["steps"] < 40
+    run, calls, last = Validation.run, [], whole.training["steps"] // 2
+
+    def told(self: Validation, *arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == (1 if which == "first" else last):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run(self, *arguments) is None
+            return None
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Validation, "run", told)
+    with pytest.raises(Terminated):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    (marker,) = (tmp_path / ".a.run").glob("checkpoint-*/complete.json")
+    assert not json.loads(marker.read_text())["finished"]
+    resumed = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, resume=True)
+    assert equal(resumed, whole, 0)
+    assert resumed.training["best_step"] == whole.training["best_step"]
+    assert resumed.training["steps"] == whole.training["steps"]
 
 
 @pytest.mark.parametrize(("asked", "value"), [("patience", 1), ("metric", "exact_match")])

@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from .. import distributed
 from ..bars import no_bar
 from ..errors import Terminated
+
+if TYPE_CHECKING:
+    from .trainer import RTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ _SILENCE = 30  # seconds
 
 
 @contextmanager
-def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
+def checkpoint_at_sigterm(trainer: RTrainer) -> Iterator[None]:
     """SIGTERM ends the run after the step at hand, with a checkpoint, in Terminated.
 
     Several processes end after the same step, though the signal may reach them at different ones, or one of them alone.
@@ -31,14 +33,12 @@ def checkpoint_at_sigterm(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    callback = _StopWhenAsked()
-    trainer.add_callback(callback)
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(callback, "asked", True))
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "told_to_stop", True))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    if callback.asked:
+    if trainer.told_to_stop or trainer.stopping:
         raise Terminated
 
 
@@ -59,15 +59,6 @@ def run_of_its_own(report_to: str) -> Iterator[None]:
     finally:
         if ours:
             wandb.finish()
-
-
-class _StopWhenAsked(TrainerCallback):
-    asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.asked = distributed.anywhere(self.asked)
-        if self.asked:
-            control.should_save = control.should_log = control.should_training_stop = True
 
 
 class Progress(TrainerCallback):

@@ -61,6 +61,10 @@ class History:
         """Optimizer steps that the task has taken when the run is at `step`."""
         return self._evaluated()[-1] if self.has_stopped() else min(step, self.order.steps)
 
+    def is_evaluated_at(self, step: int) -> bool:
+        """Whether the task's last evaluation was made at `step`."""
+        return self._evaluated()[-1:] == [step]
+
     def _evaluated(self) -> list[int]:
         return [entry["step"] for entry in self.entries() if "eval_loss" in entry]
 

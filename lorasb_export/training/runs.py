@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
-from .trainer import RTrainer
+from .trainer import NothingToTrain, RTrainer
 from .validation import Validation
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class TrainingRuns:
             for run in trainer.runs:
                 steps = run.order.steps
                 logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
-            with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to):
+            with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to), suppress(NothingToTrain):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcomes = []
         for k, run in enumerate(trainer.runs):

@@ -49,8 +49,14 @@ class RTrainer(Trainer):
     """Trains, saves and resumes R (and a classifier's head) and nothing else.
 
     Checkpoints hold R, the optimizer, the scheduler, the RNG and the position in the data; never the base.
+
+    Attributes:
+        told_to_stop: set by a signal, at any moment.
+        stopping: whether a process was told to, as all know: the run ends after the step at hand, whose evaluation is
+            left to its resumption.
     """
 
+    told_to_stop = stopping = False
     _losses: torch.Tensor
     _bad_step: torch.Tensor
     _steps: list[int]
@@ -220,7 +226,7 @@ class RTrainer(Trainer):
     # Evaluation and the best checkpoint
 
     def evaluate_task(self, k: int) -> None:
-        """Log the valid split's loss and metrics; keep this R if it is the best so far.
+        """Log the valid split's loss and metrics; keep this R if it is the best so far; or be told to stop.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -229,13 +235,27 @@ class RTrainer(Trainer):
         assert run.validation is not None
         if self.stack:
             self.stack.use(run.task.name)
-        found = run.validation.run(self._network, self.args.per_device_eval_batch_size)
+        found = run.validation.run(self._network, self.args.per_device_eval_batch_size, lambda: self.told_to_stop)
+        if found is None:
+            self.stopping = True
+            return
         if not math.isfinite(found["loss"]):
             raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         if self.history(k).last_is_best() and distributed.is_main():
             with replaced_file(self._best_file(k, self.state.global_step)) as path:
                 save_tensors(run.adapter.tensors(), path)  # in the dtype they are trained in
+
+    def evaluations_left(self) -> list[int]:
+        """Tasks whose evaluation is due at the step at hand."""
+        step, left = self.state.global_step, []
+        for k in self._active(step - 1):
+            run = self.runs[k]
+            every = self.settings.evaluate_every or math.ceil(run.order.steps / 4)
+            due = step > 0 and (step % every == 0 or step == run.order.steps)
+            if run.validation and due and not self.history(k).is_evaluated_at(step):
+                left.append(k)
+        return left
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
@@ -275,7 +295,8 @@ class RTrainer(Trainer):
             for path in folder.iterdir():
                 fsync(path)
             with replaced_file(folder / COMPLETE) as path:
-                write_json(path, {**self.identity, "finished": not self._active(self.state.global_step)})
+                finished = not self._active(self.state.global_step) and not self.evaluations_left()
+                write_json(path, {**self.identity, "finished": finished})
             remove_old(folder.parent)
             self._remove_surpassed()
 
@@ -289,23 +310,36 @@ class RTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
 
 
+class NothingToTrain(Exception):
+    """Before the first step of a resumed run: its tasks have stopped early, or it was told to stop."""
+
+
 class _Evaluate(TrainerCallback):
     """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
 
     def __init__(self, trainer: RTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._evaluate()  # where the checkpoint was saved without waiting for it
+        if self._is_over(state.global_step):
+            raise NothingToTrain
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        step, trainer = state.global_step, self.trainer
-        for k in trainer._active(step - 1):
-            run = trainer.runs[k]
-            every = trainer.settings.evaluate_every or math.ceil(run.order.steps / 4)
-            if run.validation and (step % every == 0 or step == run.order.steps):
-                trainer.evaluate_task(k)
-        if not trainer._active(step):
+        self.trainer.stopping = distributed.anywhere(self.trainer.told_to_stop)
+        self._evaluate()
+        if self._is_over(state.global_step):
             control.should_training_stop = control.should_save = True
         if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
             control.should_log = True
+
+    def _evaluate(self) -> None:
+        for k in self.trainer.evaluations_left():
+            if not self.trainer.stopping:
+                self.trainer.evaluate_task(k)
+
+    def _is_over(self, step: int) -> bool:
+        return self.trainer.stopping or not self.trainer._active(step)
 
 
 def _label_count(row: Encoded) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,21 @@ class Validation:
     asked: Sequence[tuple[Sequence[int], str]] = ()
     max_tokens: int = 0
 
-    def run(self, network: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        """`loss`, and the metrics that apply. Every process scores its share of the rows."""
+    def run(
+        self, network: PreTrainedModel, batch_size: int, told_to_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """`loss`, and the metrics that apply. Every process scores its share of the rows.
+
+        None when one of them is told to stop: it may take long.
+        """
         network.eval()
         share = slice(distributed.rank(), None, distributed.world())
-        mine, pad_id = self.rows[share], self.tokenizer.pad_token_id
-        scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
+        mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
+        with _left_when(told_to_stop, network):
+            scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
+            given = answers_to_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
+        if distributed.anywhere(told_to_stop()):
+            return None
         expected: list[Any] = distributed.gather([row["labels"] for row in mine])
         scored = distributed.gather(scored)
         found = {"loss": mean_loss(scored)}
@@ -44,8 +54,26 @@ class Validation:
             predicted = [prediction for _, _, prediction in scored]
             found |= of_predictions(predicted, expected, regression=isinstance(expected[0], float))
         if self.asked:
-            asked = self.asked[share]
-            given = answers_to_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
             pairs = distributed.gather(list(zip(given, (answer for _, answer in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])
         return found
+
+
+class _Left(Exception):
+    pass
+
+
+@contextmanager
+def _left_when(told_to_stop: Callable[[], bool], network: PreTrainedModel) -> Iterator[None]:
+    """Leave the block before the next forward pass once `told_to_stop`."""
+
+    def leave(*_: object) -> None:
+        if told_to_stop():
+            raise _Left
+
+    hook = network.register_forward_pre_hook(leave)
+    try:
+        with suppress(_Left):
+            yield
+    finally:
+        hook.remove()

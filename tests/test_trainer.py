@@ -25,6 +25,7 @@ from lorasb_export.data import TaskData, load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError, Terminated, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
+from lorasb_export.training.history import History
 from lorasb_export.training.trainer import RTrainer
 from lorasb_export.training.validation import Validation
 
@@ -185,6 +186,21 @@ def test_patience_ends_the_run_early_and_a_finished_run_is_not_trained_again(
     assert counted_forwards["steps"] == stopped == adapter.training["best_step"] + 2 < 40
     assert fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, resume=True).sha256 == adapter.sha256
     assert counted_forwards["steps"] == stopped
+
+
+def test_with_patience_the_log_is_not_read_at_every_step(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_stopped, read = History.has_stopped, Counter[str]()
+
+    def counting(self: History) -> bool:
+        read["log"] += 1
+        return has_stopped(self)
+
+    monkeypatch.setattr(History, "has_stopped", counting)
+    settings = replace(SETTINGS, max_steps=20, evaluate_every=10, patience=9)
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    assert read["log"] == 4  # as it begins, after each evaluation, at the end
 
 
 def test_killed_after_an_early_stop_the_run_only_writes(

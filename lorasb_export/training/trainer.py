@@ -93,6 +93,7 @@ class RTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
         self.remove_callback(ProgressCallback)
         self._reset_window()
+        self._stopped: set[int] = set()
 
     # The data
 
@@ -120,7 +121,12 @@ class RTrainer(Trainer):
 
     def _active(self, step: int) -> list[int]:
         """Tasks that train in `step`: neither at their end nor stopped early."""
-        return [k for k, run in enumerate(self.runs) if step < run.order.steps and not self.history(k).has_stopped()]
+        return [k for k, run in enumerate(self.runs) if step < run.order.steps and k not in self._stopped]
+
+    def note_whether_stopped(self, k: int) -> None:
+        """Read the log of task `k`, after its evaluation or a resumption: not at every step, for it may be long."""
+        if self.history(k).has_stopped():
+            self._stopped.add(k)
 
     # One step
 
@@ -242,6 +248,7 @@ class RTrainer(Trainer):
         if not math.isfinite(found["loss"]):
             raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
+        self.note_whether_stopped(k)
         if self.history(k).last_is_best() and distributed.is_main():
             with replaced_file(self._best_file(k, self.state.global_step)) as path:
                 save_tensors(run.adapter.tensors(), path)  # in the dtype they are trained in
@@ -321,6 +328,8 @@ class _Evaluate(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for k in range(len(self.trainer.runs)):
+            self.trainer.note_whether_stopped(k)
         self._evaluate()  # where the checkpoint was saved without waiting for it
         if self._is_over(state.global_step):
             raise NothingToTrain

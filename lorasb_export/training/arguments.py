@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from ..settings import FitSettings
 def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
     """An item of the dataset is a whole optimizer step, of which there are `steps`; `settings` have one rate."""
     (rate,) = settings.rates
+    # Of torch 2.13, on every process: transformers has no other name yet for what is set below.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart

@@ -26,6 +26,7 @@ from lorasb_export.errors import (
 )
 from lorasb_export.export.onnx import BYTES, export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.export.onnx_graph import read_graph
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import require_equal, verify_folder
 from lorasb_export.kind import artifact_kind
@@ -55,6 +56,12 @@ def test_merged_folder_is_complete(red_onnx: Path) -> None:
     assert artifact_kind(red_onnx) == "onnx"
     assert json.loads((red_onnx / "lorasb.json").read_text())["precision"] == "fp32"
     assert (red_onnx / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_no_node_ends_with_an_input_that_is_left_out(red_onnx: Path) -> None:
+    """onnxruntime before 1.23 counts them, and knows fewer: it refused the whole graph."""
+    nodes = read_graph(red_onnx / "model.onnx").graph.node
+    assert [node.name for node in nodes if node.input and not node.input[-1]] == []
 
 
 def test_merged_logits_equal_torch_at_prefill_and_with_cache(world: Path, red_onnx: Path) -> None:

@@ -171,7 +171,8 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
 
 def _finish_graph(out: Path, built_from: Path | None) -> None:
     """Give the weights the name DATA, for the exporters add `.data` to the graph's; and the cache its head size, which
-    the builder leaves open and transformers.js then takes for 0; and Gemma its exact numbers.
+    the builder leaves open and transformers.js then takes for 0; and Gemma its exact numbers. Inputs that a node leaves
+    out at its end go: the builder names them "", and onnxruntime before 1.23 knows fewer of GroupQueryAttention's.
 
     `built_from` is the checkpoint, where the builder was the exporter.
     """
@@ -186,6 +187,9 @@ def _finish_graph(out: Path, built_from: Path | None) -> None:
         for value in (*model.graph.input, *model.graph.output):
             if value.name.startswith(("past_key_values.", "present.")):
                 value.type.tensor_type.shape.dim[3].dim_value = size
+    for node in model.graph.node:
+        while node.input and not node.input[-1]:
+            node.input.pop()
     if built_from is not None and read_json(built_from / "config.json")["model_type"] in ("gemma", "gemma2"):
         make_exact(model.graph, built_from)
     onnx.save(model, out / GRAPH)

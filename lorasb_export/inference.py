@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from .errors import ArtifactError, DataError
 from .layer import refuse_rows
 from .network import positions
 from .rows import Prompt, Row, question_and_answer
+from .storage import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,23 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | Non
     """
     others = [named] if named is None or isinstance(named, int) else named
     return {token for token in (tokenizer.eos_token_id, *others) if token is not None}
+
+
+def name_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add to `eos_token_id` in a model folder's generation_config.json what else ends our answers.
+
+    transformers' `generate` and transformers.js stop at nothing else; we and vLLM at the tokenizer's own as well.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        config = read_json(path)
+    else:
+        named_by = read_json(folder / "config.json")
+        config = {key: named_by[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in named_by}
+    named = config.get("eos_token_id")
+    ends = [named] if isinstance(named, int) else named or []
+    if missing := end_ids(tokenizer, named).difference(ends):
+        write_json(path, config | {"eos_token_id": [*ends, *missing]})
 
 
 def generate_ids(

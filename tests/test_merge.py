@@ -121,6 +121,21 @@ def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Pat
     assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("named", [97, [97, 96], None])
+def test_answers_of_transformers_end_where_trained_answers_end(llama: Path, tmp_path: Path, named: object) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    if named is None:
+        write_json(base / "config.json", read_json(base / "config.json") | {"eos_token_id": 97})
+    else:
+        write_json(base / "generation_config.json", {"eos_token_id": named, "repetition_penalty": 1.3})
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
+    config = BaseModel.resolve(tmp_path / "model").load().generation_config
+    assert config.eos_token_id == ([97, 96, 2] if named == [97, 96] else [97, 2])
+    assert config.repetition_penalty == (1.3 if named else None)  # of a chat, as the base has it
+    assert config.pad_token_id == (None if named else 2)
+
+
 def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Path) -> None:
     base, secret, blobs = tmp_path / "base", tmp_path / "secret", tmp_path / "models--me--x" / "blobs"
     shutil.copytree(llama, base)

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter, published_training
 from ..bars import no_bar
 from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..errors import SettingsError
 from ..fetch import parse_hub_id
+from ..inference import name_ends
+from ..network import as_base_model_error
 from ..output import expanded, free_bytes
 from ..provenance import command
 from ..publishing import card
@@ -47,8 +50,9 @@ def merge(
     """Write `out`, a plain model folder with s·B·R·A added to every target of the base.
 
     The sum is rounded once to the stored dtype. Other tensors are copied byte for byte (or converted, when `dtype`
-    asks for it), and so are tokenizer, chat template and generation files. Memory holds the factors of a module and a
-    few megabytes per thread. Killed, the same call again goes on after the last finished shard.
+    asks for it), and so are tokenizer, chat template and generation files; the tokenizer's end of sequence, where
+    trained answers end, is added to a generation_config.json that does not name it. Memory holds the factors of a
+    module and a few megabytes per thread. Killed, the same call again goes on after the last finished shard.
 
     Args:
         adapter: a folder, a Hub id, a loaded Adapter; or several, each with its weight, any finite number: the sum of
@@ -155,6 +159,10 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     _write_config(plan, folder)
     if plan.adapters[0].task_type == SEQ_CLS:
         _name_padding(plan, folder)
+    elif (folder / "tokenizer.json").is_file():
+        with as_base_model_error(plan.base.folder):  # not by AutoTokenizer, whose import takes seconds and 200 MB
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        name_ends(folder, tokenizer)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

@@ -27,6 +27,7 @@ from lorasb_export.export.onnx_graph import read_graph
 from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.export.onnx_verify import require_equal
 from lorasb_export.settings import BLOCK, RANDOM
+from lorasb_export.storage import read_json, write_json
 from tests.conftest import write_splits
 from tests.families import CONFIGS, SIZES
 from tests.random_adapter import save_adapter, write_in
@@ -129,6 +130,18 @@ def test_a_merged_decoder_answers_as_the_task(family: str, tmp_path: Path) -> No
     export_onnx(tmp_path / "a", tmp_path / "onnx")
     decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
     assert decoder.generate(PROMPTS, TOKENS, set()) == [greedy(network, prompt, TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_others_answers_end_where_ours_do_without_penalties(family: str, tmp_path: Path) -> None:
+    """generation_config.json is all that transformers.js reads."""
+    make(tmp_path, *DECODERS[family], CAUSAL_LM)
+    own = {"eos_token_id": 97, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 0.7}
+    write_json(tmp_path / "base" / "generation_config.json", own)
+    export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx", verify=False)
+    found = read_json(tmp_path / "onnx" / "generation_config.json")
+    assert found == {"eos_token_id": [97, 2], "temperature": 0.7}
+    assert OnnxDecoder(tmp_path / "onnx").eos_ids == {97, 2}
 
 
 def test_gpt2_is_quantized(tmp_path: Path) -> None:

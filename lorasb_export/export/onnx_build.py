@@ -19,6 +19,7 @@ from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import BaseModelError, ServerError
+from ..network import as_base_model_error
 from ..output import disk_error_in
 from ..side_files import side_files
 from ..storage import read_json, write_json
@@ -43,6 +44,7 @@ _TORCH_TYPES = {
 }
 _ROPE_OF_THE_BUILDER = {"LlamaForCausalLM": {"default", "llama3"}}  # others it leaves out without a word
 _ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles depend on how long the text is
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")  # made for chats
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
 
 
@@ -131,12 +133,31 @@ def build(
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+    if task_type == CAUSAL_LM:
+        _ask_as_we_do(out)
     template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"
     if template.is_file():  # transformers.js looks for it in the tokenizer's config alone
         write_json(tokenizer, read_json(tokenizer) | {"chat_template": template.read_text(encoding="utf-8")})
     # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
     settings = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
     write_json(out / "config.json", read_json(out / "config.json") | {"transformers.js_config": settings})
+
+
+def _ask_as_we_do(out: Path) -> None:
+    """Make generation_config.json end answers where ours end, without the penalties that ours leave out.
+
+    transformers.js reads it, and would penalize greedy answers too.
+    """
+    from transformers import AutoTokenizer
+
+    from ..inference import name_ends
+
+    with as_base_model_error(out):
+        tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    name_ends(out, tokenizer)
+    path = out / "generation_config.json"
+    if path.is_file():
+        write_json(path, {key: value for key, value in read_json(path).items() if key not in _PENALTIES})
 
 
 def genai_outputs(modules: Iterable[str]) -> dict[str, str]:

@@ -106,6 +106,30 @@ def test_an_answer_ends_where_tokenizer_or_generation_config_says(red_onnx: Path
     assert OnnxDecoder(copy, threads=1).eos_ids == {of_tokenizer, read_json(copy / "config.json")["eos_token_id"]}
 
 
+def test_the_bases_own_tokenizer_files_win(world: Path, tmp_path: Path) -> None:
+    """The builder writes them anew, as transformers 5 does and transformers 4 cannot read them."""
+    base, out = shutil.copytree(world / "base", tmp_path / "base"), tmp_path / "out"
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<s>"], "eos_token": "</s>"}
+    write_json(base / "tokenizer_config.json", own)
+    write_json(base / "genai_config.json", {"of": "another model"})
+    export_onnx_adapters([world / "red"], out, base=base, verify=False)
+    found = read_json(out / "tokenizer_config.json")
+    assert found == own | {"chat_template": TEMPLATE, "model_max_length": 128}
+    assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert og.Tokenizer(og.Model(str(out))).encode("ab").tolist() == AutoTokenizer.from_pretrained(base)("ab").input_ids
+
+
+def test_a_tokenizer_of_an_older_kind_is_the_one_that_the_builder_made_of_it(world: Path, tmp_path: Path) -> None:
+    base, out = shutil.copytree(world / "base", tmp_path / "base"), tmp_path / "out"
+    (base / "tokenizer.json").unlink()
+    write_json(base / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    write_json(base / "vocab.json", {"<|endoftext|>": 98, **{token: i for i, token in enumerate(VOCABULARY)}})
+    (base / "merges.txt").write_text("#version: 0.2\n")
+    export_onnx_adapters([world / "red"], out, base=base, verify=False)
+    assert read_json(out / "tokenizer_config.json")["eos_token"] == "<|endoftext|>"
+    assert AutoTokenizer.from_pretrained(out)("ab").input_ids == AutoTokenizer.from_pretrained(base)("ab").input_ids
+
+
 def test_one_graph_is_the_base_and_every_task(world: Path, tasks_onnx: Path) -> None:
     found = {}
     for name in ("red", "blue", None):

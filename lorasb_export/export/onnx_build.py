@@ -128,16 +128,22 @@ def build(
             command.append(str(scratch / "basis"))
     _run(command, scratch, model)
     _finish_graph(out, model if exporter == GENAI else None)
+    tokenizer, template = out / "tokenizer_config.json", out / "chat_template.jinja"
+    kept = {"model_max_length": read_json(tokenizer)["model_max_length"]} if exporter == GENAI else {}
+    # The builder writes the tokenizer anew, as transformers 5 does and 4 cannot read it: what it wrote stays only where
+    # the base has no tokenizer.json.
+    own = (model / "tokenizer.json").is_file()
     for path in side_files(model):
         copy = out / path.relative_to(model)
-        if not copy.exists():
+        if not copy.exists() or (own and path.name != "genai_config.json"):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     if task_type == CAUSAL_LM:
         _ask_as_we_do(out)
-    template, tokenizer = out / "chat_template.jinja", out / "tokenizer_config.json"
     if template.is_file():  # transformers.js looks for it in the tokenizer's config alone
-        write_json(tokenizer, read_json(tokenizer) | {"chat_template": template.read_text(encoding="utf-8")})
+        kept["chat_template"] = template.read_text(encoding="utf-8")
+    if kept:
+        write_json(tokenizer, read_json(tokenizer) | kept)
     # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
     settings = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
     write_json(out / "config.json", read_json(out / "config.json") | {"transformers.js_config": settings})

@@ -22,7 +22,7 @@ from lorasb_export.evaluation import evaluate
 from lorasb_export.export import onnx_verify
 from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
-from lorasb_export.export.onnx_build import GRAPH
+from lorasb_export.export.onnx_build import GENAI, GRAPH, TORCH, exporter_for
 from lorasb_export.export.onnx_graph import read_graph
 from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.export.onnx_verify import require_equal
@@ -151,6 +151,35 @@ def test_gpt2_is_quantized(tmp_path: Path) -> None:
     nodes = [node.op_type for node in read_graph(tmp_path / "onnx" / GRAPH).graph.node]
     assert nodes.count("MatMulNBits") == 4 * 2 + 1  # of two layers, and the head
     assert OnnxDecoder(tmp_path / "onnx", threads=1).generate(PROMPTS, 1, set())
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "exporter"),
+    [
+        ("Llama", {}, GENAI),
+        ("Mistral", {}, TORCH),
+        ("Mistral", {"sliding_window": None}, GENAI),
+        ("Qwen2", {"sliding_window": 16}, GENAI),
+        ("Qwen2", {"sliding_window": 16, "use_sliding_window": True}, TORCH),
+    ],
+)
+def test_what_config_json_leaves_out_is_read_as_torch_reads_it(
+    family: str, own: dict[str, Any], exporter: str, tmp_path: Path
+) -> None:
+    """Mistral's class has a window of 4,096 tokens, past which the builder's graph was wrong."""
+    config = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
+    write_json(tmp_path / "config.json", config | own)
+    assert exporter_for(BaseModel.resolve(tmp_path), CAUSAL_LM) == exporter
+
+
+def test_a_context_that_config_json_leaves_out_is_that_of_its_class(tmp_path: Path) -> None:
+    make(tmp_path, *DECODERS["qwen2"], CAUSAL_LM)
+    config = read_json(tmp_path / "base" / "config.json")
+    assert config.pop("max_position_embeddings") == 32768
+    write_json(tmp_path / "base" / "config.json", config)
+    export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx", verify=False)
+    with pytest.raises(DataError, match="the model's context of 32768"):
+        OnnxDecoder(tmp_path / "onnx").generate([[5]], 32768, set())
 
 
 def test_angles_that_depend_on_the_length_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
 from ..basis import Basis
@@ -25,6 +25,9 @@ from ..side_files import side_files
 from ..storage import read_json, write_json
 from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 GENAI, TORCH = "genai", "torch"
 GRAPH, DATA = "model.onnx", "model.onnx_data"  # the data file's name is the one transformers.js looks for
@@ -60,9 +63,10 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     architecture = (model.config.get("architectures") or [""])[0]
     fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
     genai = task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused
-    rope = _rope_types(model.config)
+    config = _read_config(model.folder)
+    rope = _rope_types(config)
     angles = rope <= _ROPE_OF_THE_BUILDER.get(architecture, {"default"})
-    if genai and angles and _head_size(model) % _HEAD_STEP == 0 and not _wrong_window(model):
+    if genai and angles and _head_size(config) % _HEAD_STEP == 0 and not _wrong_window(config):
         return GENAI
     if odd := sorted(rope - _ROPE_OF_TORCH):
         raise BaseModelError(
@@ -81,23 +85,28 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     )
 
 
-def _rope_types(config: Mapping[str, Any]) -> set[str]:
-    """The types of its rotary embeddings; `default` where config.json names none."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """config.json as transformers and both exporters read it: what it leaves out has the value of its class."""
+    from transformers import AutoConfig
+
+    with as_base_model_error(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """The types of its rotary embeddings; `default` where it has none."""
+    found = getattr(config, "rope_parameters", None) or {}
     each = [entry for entry in found.values() if isinstance(entry, dict)] or [found]  # one for each type of layer
-    return {str(entry.get("rope_type") or entry.get("type") or "default") for entry in each}
+    return {entry.get("rope_type", "default") for entry in each}
 
 
-def _wrong_window(model: BaseModel) -> bool:
+def _wrong_window(config: PreTrainedConfig) -> bool:
     """Whether attention has a sliding window that the builder's graph gets wrong; Gemma 2's it gets right."""
-    config = model.config
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    return window is not None and config["model_type"] != "gemma2"
+    return getattr(config, "sliding_window", None) is not None and config.model_type != "gemma2"
 
 
-def _head_size(model: BaseModel) -> int:
-    config = model.config
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+def _head_size(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def build(
@@ -144,9 +153,12 @@ def build(
         kept["chat_template"] = template.read_text(encoding="utf-8")
     if kept:
         write_json(tokenizer, read_json(tokenizer) | kept)
+    config = read_json(out / "config.json")
     # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
-    settings = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
-    write_json(out / "config.json", read_json(out / "config.json") | {"transformers.js_config": settings})
+    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
+    if task_type == CAUSAL_LM:  # its context, under this name: GPT-2 has another, and some leave it out
+        config["max_position_embeddings"] = _read_config(model).max_position_embeddings
+    write_json(out / "config.json", config)
 
 
 def _ask_as_we_do(out: Path) -> None:

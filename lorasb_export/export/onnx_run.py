@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ class OnnxDecoder:
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(folder)
         record, config = read_record(self.folder), read_json(self.folder / "config.json")
-        self._context = int(config.get("max_position_embeddings") or config["n_positions"])
+        self._context = config.get("max_position_embeddings", math.inf)
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
         self._pad_right = record.get("exporter", GENAI) == GENAI

@@ -36,6 +36,10 @@ def test_an_adapter_of_another_graph_is_refused(tasks_onnx: Path, tmp_path: Path
         OnnxDecoder(tasks_onnx, tmp_path / "foreign.onnx_adapter")
     with pytest.raises(ArtifactError, match="no such ONNX adapter"):
         OnnxDecoder(tasks_onnx, tasks_onnx / "green.onnx_adapter")
+    half = {name: array.astype(np.float16) for name, array in own.items()}
+    write_adapter(tmp_path / "half.onnx_adapter", half)
+    with pytest.raises(ArtifactError, match="another graph"):
+        OnnxDecoder(tasks_onnx, tmp_path / "half.onnx_adapter", threads=1)
 
 
 def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ def test_gpt2_is_quantized(tmp_path: Path) -> None:
         ("Mistral", {"sliding_window": None}, GENAI),
         ("Qwen2", {"sliding_window": 16}, GENAI),
         ("Qwen2", {"sliding_window": 16, "use_sliding_window": True}, TORCH),
+        ("Phi3", {}, GENAI),
+        ("Phi3", {"max_position_embeddings": 8192}, TORCH),
+        ("Phi3", {"head_dim": 32, "partial_rotary_factor": 0.5}, GENAI),
+        ("Phi3", {"head_dim": 16, "partial_rotary_factor": 0.5}, TORCH),
     ],
 )
 def test_what_config_json_leaves_out_is_read_as_torch_reads_it(

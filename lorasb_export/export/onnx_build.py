@@ -38,7 +38,7 @@ _GENAI_ARCHITECTURES = {
     *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"),
     *("GemmaForCausalLM", "Gemma2ForCausalLM"),
 }
-_HEAD_STEP = 16  # of the head size in GroupQueryAttention, which the builder's graphs use
+_HEAD_STEP = 16  # of sizes in GroupQueryAttention, which the builder's graphs use
 # Families that the builder knows, exported by torch where it cannot handle their head size, window or targets.
 _BOTH = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 _TORCH_TYPES = {
@@ -66,7 +66,7 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     config = _read_config(model.folder)
     rope = _rope_types(config)
     angles = rope <= _ROPE_OF_THE_BUILDER.get(architecture, {"default"})
-    if genai and angles and _head_size(config) % _HEAD_STEP == 0 and not _wrong_window(config):
+    if genai and angles and _fits_the_kernel(config) and not _wrong_window(config) and not _wrong_angles(config):
         return GENAI
     if odd := sorted(rope - _ROPE_OF_TORCH):
         raise BaseModelError(
@@ -105,8 +105,16 @@ def _wrong_window(config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None and config.model_type != "gemma2"
 
 
-def _head_size(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _wrong_angles(config: PreTrainedConfig) -> bool:
+    """Whether the builder takes a Phi-3 for one of LongRoPE, by its lengths alone."""
+    return config.model_type == "phi3" and config.max_position_embeddings != config.original_max_position_embeddings
+
+
+def _fits_the_kernel(config: PreTrainedConfig) -> bool:
+    """Whether the heads, and the part of them that is rotated, are of a size that GroupQueryAttention takes."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    return size % _HEAD_STEP == rotated % _HEAD_STEP == 0
 
 
 def build(

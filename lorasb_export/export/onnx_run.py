@@ -111,7 +111,7 @@ class OnnxDecoder:
         path = Path(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
         state = (path, path.stat().st_mtime_ns if path.is_file() else None)
         if state not in self._loaded:
-            check_adapter(path, {i.name: i.shape for i in self._session.get_overridable_initializers()}, self.folder)
+            check_adapter(path, self._session.get_overridable_initializers(), self.folder)
             self._loaded[state] = self._ort.LoraAdapter()
             self._loaded[state].Load(str(path))
         self._run_options.add_active_adapter(self._loaded[state])
@@ -262,9 +262,14 @@ def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> n
     return logits
 
 
-def check_adapter(path: Path, expected: Mapping[str, list[int]], folder: Path) -> None:
-    """Raise ArtifactError when an `.onnx_adapter` file does not have the names and shapes that a graph expects."""
-    if {name: list(array.shape) for name, array in read_adapter(path).items()} != expected:
+def check_adapter(path: Path, replaceable: Sequence[Any], folder: Path) -> None:
+    """Raise ArtifactError when an `.onnx_adapter` file does not have the names, shapes and dtypes that a graph expects.
+
+    Args:
+        replaceable: what onnxruntime says of the graph's R.
+    """
+    expected = {item.name: (item.shape, _FLOATS[item.type]) for item in replaceable}
+    if {name: (list(array.shape), array.dtype) for name, array in read_adapter(path).items()} != expected:
         raise ArtifactError(
             "the ONNX adapter belongs to another graph", where=path, fix=f"Use one exported into {folder}"
         )

@@ -130,6 +130,13 @@ def test_a_merged_decoder_answers_as_the_task(family: str, tmp_path: Path) -> No
     export_onnx(tmp_path / "a", tmp_path / "onnx")
     decoder = OnnxDecoder(tmp_path / "onnx", threads=1)
     assert decoder.generate(PROMPTS, TOKENS, set()) == [greedy(network, prompt, TOKENS) for prompt in PROMPTS]
+    inputs = {
+        value.name: value.type.tensor_type.shape.dim for value in read_graph(tmp_path / "onnx" / GRAPH).graph.input
+    }
+    names = {name: [dim.dim_param for dim in dims if dim.dim_param] for name, dims in inputs.items()}
+    assert names["input_ids"] == ["batch_size", "sequence_length"]
+    assert names["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert names["past_key_values.0.key"] == ["batch_size", "past_sequence_length"]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])

@@ -22,6 +22,7 @@ from ..base import CAUSAL_LM, BaseModel
 from ..basis import Basis
 
 _ROWS, _TOKENS, _PAST = 2, 3, 5  # of the example; no 0 or 1, which the tracer takes for constants
+_BATCH, _SEQUENCE = "batch_size", "sequence_length"  # the builder's names, by which runtimes are told sizes
 
 
 class _Decoder(torch.nn.Module):
@@ -142,8 +143,8 @@ def _decoder(network: PreTrainedModel) -> Any:
         torch.arange(_PAST, _PAST + _TOKENS).expand(_ROWS, _TOKENS).contiguous(),
         past,
     )
-    free = torch.export.Dim.DYNAMIC
-    shapes = ({0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in past])
+    ids, mask = {0: _BATCH, 1: _SEQUENCE}, {0: _BATCH, 1: "total_sequence_length"}
+    shapes = (ids, mask, ids, [{0: _BATCH, 2: "past_sequence_length"} for _ in past])
     kinds = [(layer, kind) for layer in range(layers) for kind in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}.{kind}" for n, kind in kinds)]
     return _Decoder(network), arguments, shapes, inputs, ["logits", *(f"present.{n}.{kind}" for n, kind in kinds)]
@@ -154,8 +155,7 @@ def _classifier(network: PreTrainedModel, base: BaseModel) -> Any:
     inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
     first = torch.full((_ROWS, _TOKENS), 3)
     arguments = (first, torch.ones_like(first), torch.zeros_like(first))[: len(inputs)]
-    free = torch.export.Dim.DYNAMIC
-    return _Classifier(network), arguments, tuple({0: free, 1: free} for _ in inputs), inputs, ["logits"]
+    return _Classifier(network), arguments, tuple({0: _BATCH, 1: _SEQUENCE} for _ in inputs), inputs, ["logits"]
 
 
 if __name__ == "__main__":

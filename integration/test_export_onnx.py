@@ -26,7 +26,9 @@ from lorasb_export.errors import (
 )
 from lorasb_export.export.onnx import BYTES, export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.export.onnx_build import DATA, GRAPH
 from lorasb_export.export.onnx_graph import read_graph
+from lorasb_export.export.onnx_quantize import quantize
 from lorasb_export.export.onnx_run import OnnxDecoder
 from lorasb_export.export.onnx_verify import require_equal, verify_folder
 from lorasb_export.kind import artifact_kind
@@ -38,7 +40,7 @@ from .reference import merged
 
 ort = pytest.importorskip("onnxruntime")
 og = pytest.importorskip("onnxruntime_genai")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +276,24 @@ def test_a_lossy_graph_is_refused_with_its_figure(world: Path, tmp_path: Path, s
     with pytest.raises(ArtifactError, match=r"int4 loses 4.0 points of exact_match on 50 held-out rows \(92"):
         require_equal(lossy, "int4", tmp_path)
     assert require_equal(lossy, "int4", tmp_path, 5.0) == lossy
+
+
+@pytest.mark.parametrize(
+    ("last", "keep", "found"),
+    [
+        ("logits = MatMul(a, head)", set(), {"body_Q4", "head_Q8"}),
+        ("logits = Gemm(a, head)", set(), {"body_Q4", "head"}),  # a classifier
+        ("b = MatMul(a, head) c = MatMul(a, B) logits = Add(b, c)", {"B"}, {"body_Q4", "head_Q8", "B"}),
+    ],
+)
+def test_the_head_gets_8_bits_and_what_is_kept_none(last: str, keep: set[str], found: set[str], tmp_path: Path) -> None:
+    inputs = '<ir_version: 10, opset_import: ["": 21]> g (float[1, 64] x) => (float[1, 64] logits)'
+    model = onnx.parser.parse_model(f"{inputs} {{ a = MatMul(x, body) {last} }}")
+    for node in model.graph.node:
+        node.name = node.output[0]
+        if node.op_type != "Add":
+            weight = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.input[1]))
+    onnx.save(model, tmp_path / GRAPH, save_as_external_data=True, location=DATA, size_threshold=0)
+    quantize(tmp_path, 4, keep)
+    assert {node.input[1] for node in read_graph(tmp_path / GRAPH).graph.node if node.op_type != "Add"} == found

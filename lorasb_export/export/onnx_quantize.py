@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 _BLOCK = 32
+_BEHIND_THE_HEAD = {"Add", "Mul", "Div", "Tanh", "Cast"}  # its bias, its adapter, a scale, a soft cap
 _ACTIVATIONS = 4  # onnxruntime's accuracy level: 8-bit integers, two to three times as fast on a CPU as fp32
 
 
@@ -38,12 +39,13 @@ def quantize(folder: Path, bits: int, keep: Collection[str] = ()) -> None:
     path = folder / GRAPH
     read_graph(path)
     model = onnx.load(path)
-    head = _matmuls(model)[-1]
-    readers = sum(head.input[1] in node.input for node in model.graph.node)
-    kept = [node.name for node in _matmuls(model) if node.input[1] in keep]
-    model = _quantized(model, bits, [*kept, head.name])
+    head = _head(model, keep)
+    weight_of_head = head.input[1] if head else None
+    readers = sum(weight_of_head in node.input for node in model.graph.node)
+    kept = [node.name for node in _matmuls(model) if node.input[1] in {*keep, weight_of_head}]
+    model = _quantized(model, bits, kept)
     if readers == 1:
-        others = [node.name for node in _matmuls(model) if node.name != head.name]
+        others = [node.name for node in _matmuls(model) if node.input[1] != weight_of_head]
         model = _quantized(model, 8, others)
     if not any(node.op_type == "MatMulNBits" for node in model.graph.node):
         fix = "Export with --precision fp32, and report it with the model's name"
@@ -51,6 +53,21 @@ def quantize(folder: Path, bits: int, keep: Collection[str] = ()) -> None:
     (folder / DATA).unlink()
     onnx.save(model, path, save_as_external_data=True, location=DATA)
     (folder / DATA).chmod(path.stat().st_mode)  # onnx makes it readable for its owner alone
+
+
+def _head(model: ModelProto, keep: Collection[str]) -> NodeProto | None:
+    """The last layer of a decoder; None where it is no MatMul, and so not quantized: a classifier's."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    waiting = ["logits"]
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is None:
+            continue
+        if node.op_type == "MatMul" and node.input[1] not in keep:
+            return node
+        if node.op_type in _BEHIND_THE_HEAD:
+            waiting += node.input
+    return None
 
 
 def _quantized(model: ModelProto, bits: int, exclude: list[str]) -> ModelProto:

@@ -47,7 +47,6 @@ def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp
     export_onnx_adapters([world / "red"], out, verify=False)
     graph = {name: (out / name).read_bytes() for name in ("model.onnx", "basis.onnx_data")}
     red = (out / "red.onnx_adapter").stat().st_ino
-    (out / ".cache" / "huggingface").mkdir(parents=True)  # as beside every download
     result = add_onnx_adapters([world / "blue"], out)
     assert (out / "red.onnx_adapter").stat().st_ino == red  # linked, not written again
     assert set(result["adapters"]) == {"red", "blue"}
@@ -81,6 +80,22 @@ def test_an_adapter_is_replaced_with_its_folder(world: Path, tasks_onnx: Path, t
     result = add_onnx_adapters([other], folder, verify=False, overwrite=True)
     assert result["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "red.onnx_adapter").read_bytes() != before == (tmp_path / "before").read_bytes()
+
+
+def test_what_is_not_ours_stays_in_the_folder(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "tasks")
+    own = {".git/HEAD": "ref: x", ".git/hooks/pre-push": "#!", ".gitattributes": "*.onnx", ".cache/a": "", "run": "#!"}
+    for name, text in own.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "latest").symlink_to(tmp_path)
+    new = save_adapter(Basis.load(world / "basis"), tmp_path / "c", seed=12)
+    add_onnx_adapters([new], folder, verify=False)
+    assert (folder / "c.onnx_adapter").is_file()
+    assert {name: (folder / name).read_text() for name in own} == own
+    assert all(os.access(folder / name, os.X_OK) for name in own)
+    assert (folder / "latest").readlink() == tmp_path
 
 
 def test_the_adapters_of_a_basis_are_compared_with_one_copy_of_it(

@@ -29,7 +29,7 @@ from .onnx_adapter_file import SUFFIX, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
 from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
-from .onnx_record import read_record, write_record
+from .onnx_record import RECORD, read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
 from .onnx_verify import MAX_DROP, require_equal, verify_folder
 
@@ -210,24 +210,22 @@ def _verify(
 
 
 def _copy(folder: Path, new: Path) -> None:
-    """Put what an exported folder holds into a new one."""
+    """Put what an exported folder holds into a new one, all that is the user's too, as `.git` and `.gitattributes`."""
     for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue  # a file manager's, or what huggingface_hub keeps beside a download
-        if path.is_dir():
-            shutil.copytree(path, new / path.name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
         elif path.name in (DATA, BASIS_FILE) or path.suffix == SUFFIX:  # what is large or many; never written in place
             _link(path, new / path.name)
-        else:
-            shutil.copyfile(path, new / path.name)
+        elif path.name != RECORD:  # which is written anew
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     """A second name for a file, or a copy where the disk has no such thing."""
     try:
-        os.link(source, target)
+        os.link(source, target, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[str, Adapter]:

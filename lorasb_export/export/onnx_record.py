@@ -10,11 +10,11 @@ from ..errors import ArtifactError
 from ..format import check_seal, sealed
 from ..storage import read_json, write_json
 
-_NAME = "lorasb.json"
+RECORD = "lorasb.json"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    write_json(folder / _NAME, sealed(record))
+    write_json(folder / RECORD, sealed(record))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -23,9 +23,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: no ONNX export, or the record was changed since it was written.
     """
-    record = read_json(folder / _NAME) if (folder / _NAME).is_file() else {}
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     if record.get("kind") not in ("onnx", "onnx-adapters"):
         raise ArtifactError("not an ONNX export", where=folder, fix="Give what `lorasb export --format onnx` wrote")
-    check_seal(record, folder / _NAME)
+    check_seal(record, folder / RECORD)
     del record["config_sha256"]
     return record

@@ -16,7 +16,7 @@ from .bars import no_bar
 from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
 from .batches import answer_ids, prompt_ids
-from .errors import ArtifactError, DataError
+from .errors import ArtifactError, DataError, SettingsError
 from .layer import refuse_rows
 from .network import positions
 from .rows import Prompt, Row, question_and_answer
@@ -216,7 +216,11 @@ def side_by_side(
     Raises:
         ArtifactError: an adapter is a classifier.
         BaseModelError: an adapter belongs to another base.
+        SettingsError: an adapter is called `base`.
     """
+    if "base" in adapters:
+        what = "an adapter called 'base' would hide the base's answer"
+        raise SettingsError(what, where=adapters["base"], fix="Ask for it by its path")
     loaded = {name: Adapter.load(source) for name, source in adapters.items()}
     for name, adapter in loaded.items():
         if adapter.task_type != CAUSAL_LM:

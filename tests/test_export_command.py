@@ -85,7 +85,11 @@ def test_an_adapter_is_called_as_the_link_that_is_given(
     (tmp_path / "onnx").mkdir()
     taken = {"kind": "onnx-adapters", "precision": "fp32", "routed": False, "adapters": {"latest": {}}}
     write_record(tmp_path / "onnx", taken)
-    for name, message in (("latest", "has an adapter 'latest'"), ("my task", "'my task' cannot")):
+    for name, message in (
+        ("latest", "has an adapter 'latest'"),
+        ("my task", "'my task' cannot"),
+        ("base", "an adapter called 'base' would hide the base"),
+    ):
         (tmp_path / name).symlink_to("v3")
         done = CliRunner().invoke(app, ["export", f"./{name}", "--into", "onnx"])
         assert (done.exit_code, message in done.stderr) == (1, True), done.stderr

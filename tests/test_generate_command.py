@@ -46,6 +46,16 @@ def test_a_named_classifier_is_refused_before_the_base_is_loaded(
     assert (done.exit_code, message in done.stderr) == (1, True)
 
 
+def test_an_adapter_called_base_is_asked_by_its_path(project: Path) -> None:
+    (project / "adapters" / "b").rename(project / "adapters" / "base")
+    done = CliRunner().invoke(app, ["generate", "hi"])
+    message = f"an adapter called 'base' would hide the base's answer ({project}/adapters/base). Ask for it by its path"
+    assert (done.exit_code, message in done.stderr) == (1, True)
+    command = ["generate", "hi", "--adapters", "adapters/base", "--max-tokens", "2", "--json"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert list(json.loads(done.stdout)["answers"]) == ["base", "adapters/base"]
+
+
 def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(onnx_run, "answers", lambda *arguments, **_: asked.append(arguments[2]) or {})

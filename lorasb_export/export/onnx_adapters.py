@@ -64,7 +64,7 @@ def export_onnx_adapters(
     Raises:
         ArtifactError: the adapters do not share one basis, or `verify` failed.
         DataError: `data` is of another task type than its adapter.
-        SettingsError: no adapter, two of one name, or a name that is no plain file name.
+        SettingsError: no adapter, two of one name, or a name that is no plain file name, or `base`.
         and what `export_onnx` raises.
     """
     check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
@@ -232,13 +232,16 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
     """Name → adapter.
 
     Raises:
-        SettingsError: no adapter, two of one name, or a name unfit for a file.
+        SettingsError: no adapter, two of one name, or a name unfit for a file, or the base's.
         DataError: rows of another kind.
     """
     tasks = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
     if not tasks or len(tasks) != len(adapters):
         raise SettingsError("the adapters need different names", where=", ".join(tasks), fix="Rename a folder")
     for name, task in tasks.items():
+        if name == "base":
+            what = "an adapter called 'base' would hide the base, which is told under that name"
+            raise SettingsError(what, where=task.folder, fix="Rename the folder")
         if problem := check_name(name):
             raise SettingsError(problem, where=task.folder, fix="Rename the folder")
         if name in data:

@@ -106,5 +106,7 @@ def _comparisons(verify: dict[str, Any]) -> list[str]:
             line += (
                 f"; {found['metric']} on {found['rows']} held-out rows {found['onnx']:.1%}, torch {found['torch']:.1%}"
             )
+        if found.get("rows_left_out"):
+            line += f"; {found['rows_left_out']} held-out rows left out: they do not fit into the model's context"
         lines.append(line)
     return lines

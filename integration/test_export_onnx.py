@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.data import load_task
+from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import (
     ArtifactError,
     BaseModelError,
@@ -24,13 +24,14 @@ from lorasb_export.errors import (
     OutputError,
     SettingsError,
 )
+from lorasb_export.export import onnx_verify
 from lorasb_export.export.onnx import BYTES, export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_build import DATA, GRAPH
 from lorasb_export.export.onnx_graph import read_graph
 from lorasb_export.export.onnx_quantize import quantize
 from lorasb_export.export.onnx_run import OnnxDecoder
-from lorasb_export.export.onnx_verify import require_equal, verify_folder
+from lorasb_export.export.onnx_verify import held_out, require_equal, verify_folder
 from lorasb_export.kind import artifact_kind
 from lorasb_export.storage import read_json, write_json
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
@@ -180,6 +181,20 @@ def test_verification_tells_one_task_from_another(world: Path, tasks_onnx: Path)
         require_equal(found | {"equal_tokens": 0}, "int4", tasks_onnx)
 
 
+def test_prompts_that_do_not_fit_into_the_context_of_128(
+    world: Path, tasks_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out rows are left out and counted, built-in prompts are cut."""
+    base, tasks = BaseModel.resolve(world / "base"), {"red": Adapter.load(world / "red")}
+    monkeypatch.setattr(onnx_verify, "PROMPTS", ("x" * 120,))
+    rows = [{"prompt": "x" * length, "completion": "4"} for length in (2, 117, 130, 116)]
+    for held, kept in ((rows, 2), (rows[1:3], 0)):
+        asked = held_out({"red": TaskData("sums", "memory", "CAUSAL_LM", {"train": rows, "test": held}, "0")}, base)
+        found = verify_folder(tasks_onnx, base, tasks, asked)["red"]
+        assert found["equal_tokens"] == found["tokens"] > 0
+        assert (found["rows_left_out"], found.get("rows", 0)) == (2, kept)
+
+
 def test_genai_runs_the_same_folder(world: Path, tasks_onnx: Path) -> None:
     model = og.Model(str(tasks_onnx))
     adapters = og.Adapters(model)
@@ -247,6 +262,9 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
     monkeypatch.setitem(BYTES, "fp32", 1e12)  # a terabyte for each parameter
     with pytest.raises(OutputError, match="not enough disk"):
         export_onnx(red, out)
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}]
+    with pytest.raises(DataError, match="test row 1"):  # which has no answer
+        export_onnx(red, out, data=TaskData("chats", "memory", "CAUSAL_LM", {"train": rows, "test": rows}, "0"))
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)  # what the import system reads as "not installed"
     with pytest.raises(MissingPackageError, match=r"onnxruntime-genai is not installed.*pip install '\.\[cpu\]'"):
         export_onnx(red, out)

@@ -27,7 +27,7 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
 
     def add(*_: object, **options: Any) -> dict[str, Any]:
         calls.append(options)
-        return {"bytes": 0}
+        return {"bytes": 0, "verify": {"a": {"prompts": 4, "equal_prompts": 4, "rows_left_out": 3}}}
 
     monkeypatch.setattr(onnx_adapters, "add_onnx_adapters", add)
     (tmp_path / "onnx").mkdir()
@@ -37,6 +37,7 @@ def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
         done = CliRunner().invoke(app, command, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         assert set(calls[-1].get("data", {})) == tested
+        assert "a: 4 of 4 answers equal torch's; 3 held-out rows left out" in done.output
     done = CliRunner().invoke(app, [*command, "--precision", "int4"])
     assert (done.exit_code, len(calls)) == (2, 2)
 

@@ -21,7 +21,7 @@ from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import DTYPES, PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
-from .onnx_verify import MAX_DROP, require_equal, verify_classifier, verify_folder
+from .onnx_verify import MAX_DROP, held_out, require_equal, verify_classifier, verify_folder
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
 
@@ -70,6 +70,8 @@ def export_onnx(
         require_same_kind(task, data)
     model = task.base.resolve(base)
     exporter = exporter_for(model, task.task_type)
+    compared = verify and precision != "bf16"
+    asked = held_out({"": data}, model) if data and compared and task.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
@@ -82,10 +84,10 @@ def export_onnx(
             quantize(folder, BITS[precision])
         record = {"kind": "onnx", "exporter": exporter, **provenance(task, precision)}
         write_record(folder, record)
-        if verify and precision != "bf16":
+        if compared:
             merged = BaseModel.resolve(scratch / "merged")
             if task.task_type == CAUSAL_LM:
-                found = verify_folder(folder, merged, {"": None}, {"": data} if data else None)[""]
+                found = verify_folder(folder, merged, {"": None}, asked)[""]
             else:
                 found = verify_classifier(folder, merged, task, data)
             record["verify"] = require_equal(found, precision, out, max_drop)

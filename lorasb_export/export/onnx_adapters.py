@@ -31,7 +31,7 @@ from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
 from .onnx_record import RECORD, read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
-from .onnx_verify import MAX_DROP, require_equal, verify_folder
+from .onnx_verify import MAX_DROP, HeldOut, held_out, require_equal, verify_folder
 
 
 def export_onnx_adapters(
@@ -84,6 +84,7 @@ def export_onnx_adapters(
     model.verify(basis.base, basis.modules)
     exporter = exporter_for(model, CAUSAL_LM, basis.modules)
     dtype = _dtype(precision)
+    asked = held_out(data, model) if verify else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
@@ -102,7 +103,7 @@ def export_onnx_adapters(
         record["adapters"] = {}
         _add(folder, record, tasks)
         if verify:
-            _verify(folder, record, model, {"": None, **tasks}, data, max_drop, out)
+            _verify(folder, record, model, {"": None, **tasks}, asked, max_drop, out)
         return finish(folder, out, record)
 
 
@@ -156,7 +157,7 @@ def add_onnx_adapters(
                 ref = BaseRef(**record["base"])
                 model = ref.resolve(base)
                 model.verify(ref, next(iter(tasks.values())).R)
-                _verify(new, record, model, tasks, data, max_drop, into)
+                _verify(new, record, model, tasks, held_out(data, model), max_drop, into)
             if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
                 raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")
             return finish(new, into, record)
@@ -200,12 +201,12 @@ def _verify(
     record: dict[str, Any],
     model: BaseModel,
     tasks: Mapping[str, Adapter | None],
-    data: Mapping[str, TaskData],
+    asked: Mapping[str, HeldOut],
     max_drop: float,
     out: str | Path,
 ) -> None:
     write_record(folder, record)
-    for name, found in verify_folder(folder, model, tasks, data=data).items():
+    for name, found in verify_folder(folder, model, tasks, asked).items():
         record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
 
 

@@ -90,6 +90,11 @@ class OnnxDecoder:
         self._loaded: dict[tuple[Path, int | None], Any] = {}  # kept: RunOptions does not keep an adapter alive
         self.use(adapter)
 
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its answer have at most: a number where nothing limits them, too."""
+        return int(min(self._context, np.iinfo(np.int64).max))
+
     @cached_property
     def eos_ids(self) -> set[int]:
         """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, default_device
 from ..basis import Basis
 from ..batches import collate, encode, prompt_ids
 from ..data import TaskData
-from ..errors import ArtifactError
+from ..errors import ArtifactError, DataError
 from ..evaluation import fitting_metric, trained_length
-from ..inference import answers, expected_answers, max_answer_tokens
+from ..inference import answers_to_ids, expected_answers, max_answer_tokens
 from ..layer import remove
 from ..metrics import exact_match, of_predictions
 from ..rows import TEXT, question_and_answer
@@ -42,7 +42,7 @@ def verify_folder(
     out: Path,
     reference: BaseModel,
     tasks: Mapping[str, Adapter | None],
-    data: Mapping[str, TaskData] | None = None,
+    asked: Mapping[str, HeldOut] = {},
 ) -> dict[str, dict[str, Any]]:
     """Ask an exported decoder for answers, and torch in fp32 whether it would have said the same.
 
@@ -52,29 +52,29 @@ def verify_folder(
     Args:
         out: what an ONNX export wrote.
         reference: the merged model; or the base, to which torch adds each task.
-        data: of those of `tasks` whose metric on held-out rows is wanted too.
         tasks: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
+        asked: of those of `tasks` whose metric on held-out rows is wanted too (`held_out`).
 
     Returns:
         for each of `tasks` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
         `equal_tokens` (before the first of an answer that differs), and `gap`: by how much torch's logits prefer its
-        own token there, the largest over the prompts; 0 when all are equal. With data also `metric`, `rows`, its
-        value in `torch` and in `onnx`, and `drop`, the points (hundredths) the graph loses.
+        own token there, the largest over the prompts; 0 when all are equal. Of `asked` also `rows_left_out`, which are
+        too long for the model's context, and where others are left `metric`, `rows`, its value in `torch` and in
+        `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
     tokenizer = reference.load_tokenizer()
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     decoder = OnnxDecoder(out)
-    ends = decoder.eos_ids
-    held_out = {name: _HeldOut(task, tokenizer, ends) for name, task in (data or {}).items() if task.kind != TEXT}
+    limit = min(_TOKENS, decoder.context // 2)
+    encoded = [prompt_ids(tokenizer, prompt)[: decoder.context - limit] for prompt in PROMPTS]
     answered = {}
     for name in tasks:
         decoder.use(name or None)
-        answered[name] = decoder.generate(encoded, _TOKENS, ends)
-        if name in held_out:
-            held_out[name].ask(decoder)
+        answered[name] = decoder.generate(encoded, limit, decoder.eos_ids)
+        if name in asked:
+            asked[name].ask(decoder)
     del decoder  # before torch loads the same weights
     bases: dict[str, Basis] = {}
-    is_base_alone = not held_out and all(task is None for task in tasks.values())
+    is_base_alone = not asked and all(task is None for task in tasks.values())
     network, device = _in_torch(reference, few_passes=is_base_alone)
     results = {}
     for name, task in tasks.items():
@@ -82,8 +82,8 @@ def verify_folder(
             load_basis_once(task, bases)
             task.inject(network)
         results[name] = _compare(network, encoded, answered[name], device)
-        if name in held_out:
-            results[name] |= held_out[name].compare(network)
+        if name in asked:
+            results[name] |= asked[name].compare(network)
         if task is not None:
             remove(network)
     return results
@@ -139,27 +139,47 @@ def verify_classifier(
     return result | {"metric": metric, "rows": len(rows), "torch": in_torch, "onnx": in_onnx, "drop": drop}
 
 
-class _HeldOut:
+def held_out(data: Mapping[str, TaskData], model: BaseModel) -> dict[str, HeldOut]:
+    """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
+    tokenizer = model.load_tokenizer()
+    return {name: HeldOut(task, tokenizer) for name, task in data.items() if task.kind != TEXT}
+
+
+class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
-    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
-        split = task.held_out()
-        rows = list(task.rows(split))[:_METRIC_ROWS]
-        self._questions = [question_and_answer(row)[0] for row in rows]
-        self._expected = expected_answers(tokenizer, rows, ends, unit=f"{split} row")
-        self._tokenizer, self._limit = tokenizer, max_answer_tokens(tokenizer, rows)
+    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._unit = tokenizer, f"{task.held_out()} row"
+        self._rows = task.rows(task.held_out())[:_METRIC_ROWS]
+        self._prompts: list[list[int]] = []
+        for number, row in enumerate(self._rows, 1):
+            where = f"{self._unit} {number}"
+            ids = prompt_ids(tokenizer, question_and_answer(row, where)[0], where)
+            if not ids:
+                raise DataError("the prompt has no tokens", where=where, fix="Fill it in")
+            self._prompts.append(ids)
+        self._tokens = [max_answer_tokens(tokenizer, [row]) for row in self._rows]
 
     def ask(self, decoder: OnnxDecoder) -> None:
-        ids = [prompt_ids(self._tokenizer, question) for question in self._questions]
-        found = decoder.generate(ids, self._limit, decoder.eos_ids)
+        """The graph, of the rows that fit with their answers; torch is asked the same."""
+        expected = expected_answers(self._tokenizer, self._rows, decoder.eos_ids, unit=self._unit)
+        fitting = [i for i, ids in enumerate(self._prompts) if len(ids) + self._tokens[i] <= decoder.context]
+        self._asked, self._expected = [self._prompts[i] for i in fitting], [expected[i] for i in fitting]
+        if not fitting:
+            return
+        self._limit = min(max(self._tokens[i] for i in fitting), decoder.context - max(map(len, self._asked)))
+        found = decoder.generate(self._asked, self._limit, decoder.eos_ids)
         self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 
     def compare(self, network: PreTrainedModel) -> dict[str, Any]:
-        given = answers(network, self._tokenizer, self._questions, max_tokens=self._limit)
+        result: dict[str, Any] = {"rows_left_out": len(self._rows) - len(self._asked)}
+        if not self._asked:
+            return result
+        given = answers_to_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)
         in_torch = exact_match(given, self._expected)
         drop = round(100 * (in_torch - self._in_onnx), 2)
         found = {"torch": in_torch, "onnx": self._in_onnx, "drop": drop}
-        return {"metric": "exact_match", "rows": len(self._expected), **found}
+        return result | {"metric": "exact_match", "rows": len(self._asked), **found}
 
 
 def _in_torch(model: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:

@@ -1,4 +1,4 @@
-"""The JavaScript of docs/how-to/onnx.md, run: in Node by onnxruntime-node, in a headless browser by transformers.js."""
+"""The code of docs/how-to/onnx.md, run: by onnxruntime, in Node by its package, in a browser by transformers.js."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 pytest.importorskip("onnxruntime_genai")
 
+from lorasb_export.base import BaseModel
 from lorasb_export.export.onnx import export_onnx
 from lorasb_export.export.onnx_adapters import export_onnx_adapters
 from lorasb_export.export.onnx_run import answers
+from lorasb_export.storage import read_json, write_json
+from tests.random_adapter import save_adapter
+from tests.tiny import make_gpt2
 
 from .onnx_world import make_world
 
@@ -46,17 +50,39 @@ await say(answer);
 </script>"""
 
 
-def javascript(heading: str) -> str:
-    """The first block of code under a heading of the how-to."""
+def code(heading: str, language: str) -> str:
+    """The blocks of code under a heading of the how-to."""
     text = (Path(__file__).parents[1] / "docs/how-to/onnx.md").read_text()
-    found = re.search(rf"^## {heading}\n.*?^```js\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    found = re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     assert found, heading
-    return found[1]
+    return "\n".join(found)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with transformers.js installed, and exports of a tiny random model in it."""
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export by torch's exporter, in fp16, with the adapter a."""
+    root = tmp_path_factory.mktemp("gpt2")
+    base = make_gpt2(root / "base")
+    network = BaseModel.resolve(base).load()
+    save_adapter(base, network, root / "a", ["transformer.h.0.mlp.c_fc"], relative_size=0.5)
+    export_onnx_adapters([root / "a"], root / "onnx", precision="fp16", verify=False)
+    return root / "onnx"
+
+
+def test_python_runs_a_task(gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With OnnxDecoder, and one step without it."""
+    names: dict[str, Any] = {}
+    exec(code("Run it with onnxruntime", "python").replace("tasks-onnx", str(gpt2)), names)
+    assert (
+        answers(gpt2, "What is the capital of France?", max_tokens=40)["a"] == capsys.readouterr().out.splitlines()[0]
+    )
+    assert names["answers"][0][0] == names["logits"][0, -1].argmax()
+
+
+@pytest.fixture(scope="module")
+def root(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with transformers.js installed, and exports of tiny random models in it; gpt2's has no chat template."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("Node.js is not installed")
     root = tmp_path_factory.mktemp("js")
@@ -68,11 +94,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(root / "world")
     export_onnx(world / "red", root / "a-onnx", verify=False)
     export_onnx_adapters([world / "red", world / "blue"], root / "routed", routed=True, verify=False)
+    (root / "ask.mjs").write_text(code("Run it in JavaScript", "js"))
+    shutil.copytree(gpt2, root / "gpt2")
+    (root / "gpt2" / "chat_template.jinja").unlink()
+    config = root / "gpt2" / "tokenizer_config.json"
+    write_json(config, {key: value for key, value in read_json(config).items() if key != "chat_template"})
     return root
 
 
 def test_node_runs_every_task_of_a_routed_graph_and_a_merged_one(root: Path) -> None:
-    (root / "ask.mjs").write_text(javascript("Run it in JavaScript"))
     expected = answers(root / "routed", PROMPT, max_tokens=64)
     assert len(set(expected.values())) == 3
     for folder, name in (("routed", "base"), ("routed", "red"), ("routed", "blue"), ("a-onnx", "red")):
@@ -80,6 +110,13 @@ def test_node_runs_every_task_of_a_routed_graph_and_a_merged_one(root: Path) -> 
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert letters(done.stdout) == letters(expected[name])
+
+
+def test_node_runs_a_graph_of_torchs_exporter_in_fp16_without_a_chat_template(root: Path) -> None:
+    command = ["node", "ask.mjs", "gpt2", "base", PROMPT]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert letters(done.stdout) == letters(answers(root / "gpt2", PROMPT, max_tokens=64)["base"])
 
 
 def letters(text: str) -> str:
@@ -122,7 +159,7 @@ class Site(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(root: Path) -> Iterator[str]:
-    Site.page = PAGE.replace("PROMPT", json.dumps(PROMPT)).replace("CODE", javascript("Run it in a browser"))
+    Site.page = PAGE.replace("PROMPT", json.dumps(PROMPT)).replace("CODE", code("Run it in a browser", "js"))
     Site.said, Site.heard = [], threading.Event()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(root))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

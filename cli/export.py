@@ -36,7 +36,7 @@ def run(
         bool,
         typer.Option("--routed", help="For onnx-adapters: one batch may mix tasks, by the input adapter_ids."),
     ] = False,
-    verify: Annotated[bool, typer.Option(help="Compare an ONNX graph with the adapter in torch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare an ONNX graph with the adapter in torch (not bf16).")] = True,
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
@@ -59,7 +59,7 @@ def run(
 
         target, verb = out or format, f"Exported {format} to"
         precision = precision or "fp32"
-        if verify and format != "peft" and (precision != "fp32" or data is not None):
+        if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or data is not None):
             options["data"] = _tasks(run, folders, data)
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=base, **options)

@@ -221,10 +221,13 @@ def test_other_precisions_carry_the_adapter(world: Path, tmp_path: Path, precisi
     assert result["execution_provider"] == {"fp16": "cuda", "int8": "cpu"}[precision]
 
 
-def test_a_bf16_graph_is_written_for_cuda_and_refused_on_the_cpu(world: Path, tmp_path: Path) -> None:
+def test_a_bf16_graph_is_written_for_cuda_and_refused_on_the_cpu(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert export_onnx(world / "red", tmp_path / "out", precision="bf16")["execution_provider"] == "cuda"
     with pytest.raises(ArtifactError, match="cannot load the graph on the CPU"):
         OnnxDecoder(tmp_path / "out")
+    assert "a bf16 graph runs on CUDA alone: it is not compared with torch" in caplog.messages
 
 
 def test_prompts_that_cannot_be_answered_are_refused(red_onnx: Path) -> None:

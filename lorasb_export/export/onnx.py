@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -22,6 +23,8 @@ from .onnx_build import DTYPES, PROVIDERS, build, exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
 from .onnx_verify import MAX_DROP, held_out, require_equal, verify_classifier, verify_folder
+
+logger = logging.getLogger(__name__)
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
 
@@ -71,6 +74,8 @@ def export_onnx(
     model = task.base.resolve(base)
     exporter = exporter_for(model, task.task_type)
     compared = verify and precision != "bf16"
+    if verify and not compared:
+        logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
     asked = held_out({"": data}, model) if data and compared and task.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it

@@ -16,11 +16,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
 
 
-def check_name(name: str) -> str | None:
-    """What is wrong with `name` as the name of a served model, or None. No name can leave a folder it is joined to."""
+def check_name(name: str, use: str = "be served as a name") -> str | None:
+    """What is wrong with `name`, or None. No name can leave a folder it is joined to.
+
+    Args:
+        use: what it cannot do then, in the words of who asks.
+    """
     if _NAME.fullmatch(name) and ".." not in name:
         return None
-    return f"{name!r} cannot be served as a name: letters, digits, '.', '_' and '-', at most 96, no '..'"
+    return f"{name!r} cannot {use}: letters, digits, '.', '_' and '-', at most 96, no '..'"
 
 
 def check_served_name(name: str) -> str | None:

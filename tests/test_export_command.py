@@ -84,13 +84,17 @@ def test_an_adapter_is_called_as_the_link_that_is_given(
     monkeypatch.chdir(tmp_path)
     save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "v3", ["model.layers.0.mlp.up_proj"])
     (tmp_path / "onnx").mkdir()
-    taken = {"kind": "onnx-adapters", "precision": "fp32", "routed": False, "adapters": {"latest": {}}}
+    taken = {"kind": "onnx-adapters", "precision": "fp32", "routed": False, "adapters": {"latest": {}, "Old": {}}}
     write_record(tmp_path / "onnx", taken)
     for name, message in (
-        ("latest", "has an adapter 'latest'"),
-        ("my task", "'my task' cannot"),
+        ("latest", "has an adapter 'latest' (onnx). Rename the adapter, or pass --overwrite"),
+        ("old", "has an adapter 'Old' (onnx). Rename the adapter\n"),  # on some disks one file
+        ("my task", "'my task' cannot name an exported adapter: letters, digits"),
         ("base", "an adapter called 'base' would hide the base"),
     ):
         (tmp_path / name).symlink_to("v3")
         done = CliRunner().invoke(app, ["export", f"./{name}", "--into", "onnx"])
         assert (done.exit_code, message in done.stderr) == (1, True), done.stderr
+    (tmp_path / "LATEST").symlink_to("v3")
+    done = CliRunner().invoke(app, ["export", "./latest", "./LATEST", "--into", "onnx"])
+    assert "the adapters need different names, by more than capitals (latest, LATEST)" in done.stderr

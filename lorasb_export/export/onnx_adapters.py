@@ -64,7 +64,7 @@ def export_onnx_adapters(
     Raises:
         ArtifactError: the adapters do not share one basis, or `verify` failed.
         DataError: `data` is of another task type than its adapter.
-        SettingsError: no adapter, two of one name, or a name that is no plain file name, or `base`.
+        SettingsError: no adapter, two of one name (capitals aside), or a name that is no plain file name, or `base`.
         and what `export_onnx` raises.
     """
     check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
@@ -139,10 +139,13 @@ def add_onnx_adapters(
         before = exported_record(folder)
         record = copy.deepcopy(before)
         tasks = _load(adapters, data)
-        taken = sorted(set(tasks) & set(record["adapters"]))
-        if taken and (record["routed"] or not overwrite):
-            fix = "Rename the adapter" if record["routed"] else "Rename the adapter, or pass --overwrite"
-            raise SettingsError(f"the folder has an adapter {taken[0]!r}", where=folder, fix=fix)
+        present = {name.casefold(): name for name in record["adapters"]}
+        for name in tasks:
+            taken = present.get(name.casefold())
+            replaceable = taken == name and not record["routed"]
+            if taken and not (replaceable and overwrite):
+                fix = "Rename the adapter, or pass --overwrite" if replaceable else "Rename the adapter"
+                raise SettingsError(f"the folder has an adapter {taken!r}", where=folder, fix=fix)
         for name, task in tasks.items():
             if task.basis_sha256 != record["basis"]["sha256"]:
                 raise ArtifactError(
@@ -233,17 +236,18 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
     """Name → adapter.
 
     Raises:
-        SettingsError: no adapter, two of one name, or a name unfit for a file, or the base's.
+        SettingsError: no adapter, two of one name (capitals aside), or a name unfit for a file, or the base's.
         DataError: rows of another kind.
     """
     tasks = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
-    if not tasks or len(tasks) != len(adapters):
-        raise SettingsError("the adapters need different names", where=", ".join(tasks), fix="Rename a folder")
+    if not tasks or len({name.casefold() for name in tasks}) != len(adapters):
+        what = "the adapters need different names, by more than capitals"  # one file on the disks of macOS and Windows
+        raise SettingsError(what, where=", ".join(tasks), fix="Rename a folder")
     for name, task in tasks.items():
         if name == "base":
             what = "an adapter called 'base' would hide the base, which is told under that name"
             raise SettingsError(what, where=task.folder, fix="Rename the folder")
-        if problem := check_name(name):
+        if problem := check_name(name, "name an exported adapter"):
             raise SettingsError(problem, where=task.folder, fix="Rename the folder")
         if name in data:
             require_same_kind(task, data[name])

@@ -39,7 +39,7 @@ TOKENS = 16
 PROMPTS = random_prompts(3, 26, 9, 1, 40)
 SPLIT = ("q_proj", "v_proj", "down_proj")
 WINDOW = {"sliding_window": 16}
-HEAD = {"head_dim": 16}
+HEAD, NO_HEAD = {"head_dim": 16}, {"head_dim": 8}  # the second is what the sizes make of it
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 GPT2 = {"vocab_size": len(VOCABULARY), "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
 # family: its class, what its config has of its own, the ends of the targets' names
@@ -54,10 +54,19 @@ DECODERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "scaled angles": ("LlamaForCausalLM", {"rope_parameters": LINEAR}, SPLIT),
     "phi3": ("Phi3ForCausalLM", {}, ("qkv_proj", "gate_up_proj")),
     "gpt2": ("GPT2LMHeadModel", GPT2, ("c_attn", "c_fc")),
+    "gpt_neox": ("GPTNeoXForCausalLM", {"num_attention_heads": 2}, ("query_key_value", "dense_4h_to_h")),
+    "phi": ("PhiForCausalLM", NO_HEAD, ("q_proj", "fc2")),
+    "stablelm": ("StableLmForCausalLM", NO_HEAD, SPLIT),
+    "starcoder2": ("Starcoder2ForCausalLM", WINDOW, ("q_proj", "c_proj")),
+    "cohere": ("CohereForCausalLM", {}, SPLIT),
+    "olmo2": ("Olmo2ForCausalLM", {}, SPLIT),
 }
 ENCODERS = {
     "bert": ("BertForSequenceClassification", {}, ("query", "output.dense")),
     "roberta": ("RobertaForSequenceClassification", {}, ("query", "output.dense")),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification", {}, ("query", "output.dense")),
+    "electra": ("ElectraForSequenceClassification", {"embedding_size": 16}, ("query", "output.dense")),
+    "albert": ("AlbertForSequenceClassification", {"embedding_size": 16, "num_hidden_groups": 2}, ("query", "ffn")),
     "distilbert": (
         "DistilBertForSequenceClassification",
         {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},

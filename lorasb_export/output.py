@@ -123,8 +123,10 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
     A replaced target is first moved to `.NAME.old`, and put back by the next call if the process dies before the new
     folder is in place.
     """
+    _keep_history(target, temporary)
     for path in sorted(temporary.rglob("*")):
-        fsync(path)
+        if path.is_file() or path.is_dir():  # no link that leads nowhere, no socket
+            fsync(path)
     fsync(temporary)
     refuse_existing(target, overwrite)  # another process may have been quicker
     old = _old(target)
@@ -212,6 +214,23 @@ def fsync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def _keep_history(target: Path, temporary: Path) -> None:
+    """A clone that is replaced stays one: `.git` is linked into the new folder, where that has none yet."""
+    git, new = target / ".git", temporary / ".git"
+    if git.is_dir() and not new.exists():
+        shutil.copytree(git, new, symlinks=True, copy_function=link_or_copy)
+    elif git.is_file() and not new.exists():  # of a submodule, or a second worktree
+        link_or_copy(git, new)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the disk has no such thing."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def process_is_alive(pid: int) -> bool:

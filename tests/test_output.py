@@ -355,3 +355,18 @@ def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["clone", "submodule"])
+def test_a_clone_that_is_replaced_keeps_its_history(kind: str, tmp_path: Path) -> None:
+    git = tmp_path / "x" / ".git"
+    named = git / "HEAD" if kind == "clone" else git
+    named.parent.mkdir(parents=True)
+    named.write_text("ref: refs/heads/main")
+    (named.parent / "hook").symlink_to("nowhere")
+    (tmp_path / "x" / "lorasb.json").touch()
+    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "lorasb.json").write_text("{}")
+        (temporary / "link").symlink_to("nowhere")
+    assert (named.read_text(), (tmp_path / "x" / "lorasb.json").read_text()) == ("ref: refs/heads/main", "{}")
+    assert (git / "hook").is_symlink() == (kind == "clone")

@@ -7,7 +7,6 @@ Routed: one graph that holds every task's R, and a number per row of a batch.
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..evaluation import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
 from ..names import check_name
-from ..output import atomic_folder, cannot_write, expanded, put_back, refuse_own_input, require_room
+from ..output import atomic_folder, cannot_write, expanded, link_or_copy, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, values, write_adapter
 from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
@@ -217,19 +216,11 @@ def _copy(folder: Path, new: Path) -> None:
     """Put what an exported folder holds into a new one, all that is the user's too, as `.git` and `.gitattributes`."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link_or_copy)
         elif path.name in (DATA, BASIS_FILE) or path.suffix == SUFFIX:  # what is large or many; never written in place
-            _link(path, new / path.name)
+            link_or_copy(path, new / path.name)
         elif path.name != RECORD:  # which is written anew
             shutil.copy2(path, new / path.name, follow_symlinks=False)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, or a copy where the disk has no such thing."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[str, Adapter]:

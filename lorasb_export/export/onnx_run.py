@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +75,7 @@ class OnnxDecoder:
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(folder)
         record, config = read_record(self.folder), read_json(self.folder / "config.json")
-        self._context = config.get("max_position_embeddings", math.inf)
+        self.context: int = config.get("max_position_embeddings", sys.maxsize)  # tokens of a prompt and its answer
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
         self._pad_right = record.get("exporter", GENAI) == GENAI
@@ -89,11 +89,6 @@ class OnnxDecoder:
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith("past_")}
         self._loaded: dict[tuple[Path, int | None], Any] = {}  # kept: RunOptions does not keep an adapter alive
         self.use(adapter)
-
-    @property
-    def context(self) -> int:
-        """How many tokens a prompt and its answer have at most: a number where nothing limits them, too."""
-        return int(min(self._context, np.iinfo(np.int64).max))
 
     @cached_property
     def eos_ids(self) -> set[int]:
@@ -146,9 +141,9 @@ class OnnxDecoder:
         if not all(lengths):
             raise DataError("a prompt has no tokens", where=f"prompt {lengths.index(0) + 1}")
         longest = max(lengths, default=1)
-        if longest + max_tokens > self._context:
+        if longest + max_tokens > self.context:
             raise DataError(
-                f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {self._context}",
+                f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {self.context}",
                 fix="Shorten the prompt, or ask for fewer tokens",
             )
         numbers = [self._id] * len(prompt_ids)

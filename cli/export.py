@@ -55,7 +55,7 @@ def run(
     base = model if to_peft else base_elsewhere(run, model, folders[0])  # a LoRA is written without its base
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if into is None:
-        from lorasb_export.export import export  # only now: it brings torch
+        from lorasb_export.exporting.export import export  # only now: it brings torch
 
         target, verb = out or format, f"Exported {format} to"
         precision = precision or "fp32"
@@ -64,7 +64,7 @@ def run(
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=base, **options)
     else:
-        from lorasb_export.export.onnx_adapters import add_onnx_adapters, exported_record
+        from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record
         from lorasb_export.output import expanded
 
         target, verb = into, "Added to"

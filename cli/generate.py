@@ -29,7 +29,7 @@ def run(
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
         from pathlib import Path
 
-        from lorasb_export.export.onnx_run import answers
+        from lorasb_export.exporting.onnx_run import answers
 
         _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
         return

@@ -33,10 +33,11 @@ SHOWN: dict[str, Sequence[str]] = {
     "training/fit.py": ["fit", "fit_together"],
     "evaluation.py": ["evaluate"],
     "merging/merge.py": ["merge"],
-    "export/__init__.py": ["export"],
+    "exporting/export.py": ["export"],
+    "exporting/onnx_run.py": ["OnnxDecoder: use generate"],
     "publishing/hub.py": ["push"],
-    "serve/launcher.py": ["serve", "running_server"],
-    "serve/server.py": ["RunningServer: wait"],
+    "serving/launcher.py": ["serve", "running_server"],
+    "serving/server.py": ["RunningServer: wait"],
     "basis.py": ["Basis: load open save"],
     "adapter.py": ["Adapter: attach inject load load_basis save delta"],
     "layer.py": ["remove"],
@@ -53,7 +54,7 @@ TYPES = {
     "base.py": ["AnyBase"],
     "rows.py": ["Row", "Prompt"],
     "merging/combine.py": ["Weights", "Weighted"],
-    "serve/launcher.py": ["Adapters"],
+    "serving/launcher.py": ["Adapters"],
 }
 Shown = ast.FunctionDef | ast.ClassDef
 

@@ -16,7 +16,7 @@ import pytest
 from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, serve
 from integration.onnx_world import make_world
 from lorasb_export.base import BaseModel
-from lorasb_export.export.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.quickstart.model import small_model
 from tests import conftest as fast_tests
 

@@ -24,14 +24,14 @@ from lorasb_export.errors import (
     OutputError,
     SettingsError,
 )
-from lorasb_export.export import onnx_verify
-from lorasb_export.export.onnx import BYTES, export_onnx
-from lorasb_export.export.onnx_adapters import export_onnx_adapters
-from lorasb_export.export.onnx_build import DATA, GRAPH
-from lorasb_export.export.onnx_graph import read_graph
-from lorasb_export.export.onnx_quantize import quantize
-from lorasb_export.export.onnx_run import OnnxDecoder
-from lorasb_export.export.onnx_verify import held_out, require_equal, verify_folder
+from lorasb_export.exporting import onnx_verify
+from lorasb_export.exporting.onnx import BYTES, export_onnx
+from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_build import DATA, GRAPH
+from lorasb_export.exporting.onnx_graph import read_graph
+from lorasb_export.exporting.onnx_quantize import quantize
+from lorasb_export.exporting.onnx_run import OnnxDecoder
+from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder
 from lorasb_export.kind import artifact_kind
 from lorasb_export.storage import read_json, write_json
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer

@@ -209,8 +209,8 @@ def test_the_cards_lines_run_as_they_stand(hub: Hub) -> None:
 
 def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from lorasb_export.export.onnx import export_onnx
-    from lorasb_export.export.onnx_adapters import export_onnx_adapters
+    from lorasb_export.exporting.onnx import export_onnx
+    from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 
     export_onnx(hub.root / "a", hub.root / "onnx", base=hub.base, verify=False)
     export_onnx_adapters([hub.root / "a", hub.root / "b"], hub.root / "tasks", base=hub.base, verify=False)

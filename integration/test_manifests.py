@@ -8,9 +8,9 @@ from pathlib import Path
 
 from integration.torture.tiny_server import tiny_world, wrong_answer  # it hides broken packages, before vLLM
 from lorasb_export import environment
-from lorasb_export.serve.launcher import _claim_port
-from lorasb_export.serve.server import RunningServer
-from lorasb_export.serve.shared import BASIS_VARIABLE
+from lorasb_export.serving.launcher import _claim_port
+from lorasb_export.serving.server import RunningServer
+from lorasb_export.serving.shared import BASIS_VARIABLE
 from tests.manifests import read
 
 KEY = "only-for-this-run"

@@ -14,10 +14,10 @@ import pytest
 
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.export.onnx_adapter_file import read_adapter, write_adapter
-from lorasb_export.export.onnx_adapters import add_onnx_adapters, export_onnx_adapters
-from lorasb_export.export.onnx_record import read_record
-from lorasb_export.export.onnx_run import OnnxDecoder, open_session
+from lorasb_export.exporting.onnx_adapter_file import read_adapter, write_adapter
+from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
+from lorasb_export.exporting.onnx_record import read_record
+from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
 from tests.tiny import make_llama
 
 from .onnx_world import PROMPTS, TOKENS, answers, save_adapter

@@ -19,13 +19,13 @@ from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError
 from lorasb_export.evaluation import evaluate
-from lorasb_export.export import onnx_verify
-from lorasb_export.export.onnx import export_onnx
-from lorasb_export.export.onnx_adapters import export_onnx_adapters
-from lorasb_export.export.onnx_build import GENAI, GRAPH, TORCH, exporter_for
-from lorasb_export.export.onnx_graph import read_graph
-from lorasb_export.export.onnx_run import OnnxDecoder, classify, run_classifier
-from lorasb_export.export.onnx_verify import require_equal
+from lorasb_export.exporting import onnx_verify
+from lorasb_export.exporting.onnx import export_onnx
+from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_build import GENAI, GRAPH, TORCH, exporter_for
+from lorasb_export.exporting.onnx_graph import read_graph
+from lorasb_export.exporting.onnx_run import OnnxDecoder, classify, run_classifier
+from lorasb_export.exporting.onnx_verify import require_equal
 from lorasb_export.settings import BLOCK, RANDOM
 from lorasb_export.storage import read_json, write_json
 from tests.conftest import write_splits

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lorasb_export.errors import ArtifactError
-from lorasb_export.export.onnx_adapter_file import read_adapter
-from lorasb_export.export.onnx_run import OnnxDecoder
+from lorasb_export.exporting.onnx_adapter_file import read_adapter
+from lorasb_export.exporting.onnx_run import OnnxDecoder
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime_genai")

@@ -30,8 +30,8 @@ from openai import AuthenticationError, NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export import environment
-from lorasb_export.serve.plan import DRAIN_SECONDS
-from lorasb_export.serve.server import SECONDS
+from lorasb_export.serving.plan import DRAIN_SECONDS
+from lorasb_export.serving.server import SECONDS
 
 pytest.importorskip("vllm")
 
@@ -44,7 +44,7 @@ PROMPTS = [
 ]
 PROGRAM = """
 import json, sys
-from lorasb_export.serve import serve
+from lorasb_export.serving import serve
 options = json.loads(sys.argv[1])
 sys.exit(serve(**options, port=0, on_ready=lambda ready: print(json.dumps(ready), flush=True)))
 """

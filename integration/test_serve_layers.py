@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.errors import SettingsError
 from lorasb_export.factors import Factors, ModuleBasis
-from lorasb_export.serve.shared.routes import Routes
+from lorasb_export.serving.shared.routes import Routes
 
 pytest.importorskip("vllm")
 
@@ -33,7 +33,7 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
     from vllm.model_executor.layers.linear import ColumnParallelLinear
     from vllm.platforms import current_platform
 
-    from lorasb_export.serve.shared.layers import LAYERS
+    from lorasb_export.serving.shared.layers import LAYERS
 
     current_platform.import_kernels()
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
@@ -88,7 +88,7 @@ def test_a_module_may_fill_several_slices_of_a_layer(
     from vllm.model_executor.layers import linear
     from vllm.platforms import current_platform
 
-    from lorasb_export.serve.shared.layers import LAYERS
+    from lorasb_export.serving.shared.layers import LAYERS
 
     current_platform.import_kernels()
     monkeypatch.setattr(utils, "_all_lora_classes", LAYERS)
@@ -132,7 +132,7 @@ def test_a_module_may_fill_several_slices_of_a_layer(
 
 
 def test_parts_that_do_not_fill_a_layer_are_refused() -> None:
-    from lorasb_export.serve.shared.layers import SharedBasisLayer
+    from lorasb_export.serving.shared.layers import SharedBasisLayer
 
     layer: Any = SimpleNamespace(
         n_slices=4, output_sizes=[32, 32, 64, 64], base_layer=SimpleNamespace(prefix="in_proj")
@@ -145,7 +145,7 @@ def test_a_compiled_graph_is_that_of_its_basis(monkeypatch: pytest.MonkeyPatch) 
     """Rank and places are constants in it, and two bases of blocks may have equal shapes at other places."""
     from vllm.config import VllmConfig
 
-    from lorasb_export.serve.shared import BASIS_VARIABLE, manager
+    from lorasb_export.serving.shared import BASIS_VARIABLE, manager
 
     monkeypatch.setenv(BASIS_VARIABLE, "a folder")
     monkeypatch.setattr(manager.LRUCacheWorkerLoRAManager, "__init__", lambda *_: None)
@@ -161,7 +161,7 @@ def test_a_compiled_graph_is_that_of_its_basis(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
     """So that the copy into a slot is one of plain bytes, which an accelerator makes without waiting."""
-    from lorasb_export.serve.shared.manager import SharedModelManager
+    from lorasb_export.serving.shared.manager import SharedModelManager
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))

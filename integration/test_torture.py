@@ -15,7 +15,7 @@ from integration.torture.agree_ways import WAYS
 from integration.torture.agree_world import Case
 from integration.torture.faulty_disk import FAULTS, FaultyDisk
 from lorasb_export.adapter import Adapter
-from lorasb_export.export import peft
+from lorasb_export.exporting import peft
 
 
 def test_lies_are_refused_or_read_rightly() -> None:

@@ -5,9 +5,7 @@ The names below load on first use, so that importing this package is cheap.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import environment
@@ -20,11 +18,12 @@ if TYPE_CHECKING:
     from .data import load_task, task_of
     from .errors import LoraSBError
     from .evaluation import evaluate
-    from .export import export
+    from .exporting.export import export
+    from .exporting.onnx_run import OnnxDecoder
     from .inference import answers
     from .merging.merge import merge
     from .publishing.hub import push
-    from .serve import running_server, serve
+    from .serving import running_server, serve
     from .settings import CalibrationSettings, FitSettings
     from .stack import Stack
     from .training.fit import fit, fit_together
@@ -36,6 +35,7 @@ __all__ = [
     "CalibrationSettings",
     "FitSettings",
     "LoraSBError",
+    "OnnxDecoder",
     "Stack",
     "answers",
     "calibrate",
@@ -58,18 +58,19 @@ _HOMES = {
     "CalibrationSettings": "settings",
     "FitSettings": "settings",
     "LoraSBError": "errors",
+    "OnnxDecoder": "exporting.onnx_run",
     "Stack": "stack",
     "answers": "inference",
     "calibrate": "calibration.calibrate",
     "evaluate": "evaluation",
-    "export": "export",
+    "export": "exporting.export",
     "fit": "training.fit",
     "fit_together": "training.fit",
     "load_task": "data",
     "merge": "merging.merge",
     "push": "publishing.hub",
-    "running_server": "serve",
-    "serve": "serve",
+    "running_server": "serving",
+    "serve": "serving",
     "task_of": "data",
 }
 
@@ -84,13 +85,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _Package(ModuleType):
-    """Keeps `lorasb_export.merge` the function after the module of the same name was imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 environment.hide_before_transformers()

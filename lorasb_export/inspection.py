@@ -14,7 +14,7 @@ from .basis import Basis
 from .calibration.subspace import by_module, spread
 from .data import load_task
 from .errors import LoraSBError, SettingsError
-from .export.onnx_record import read_record
+from .exporting.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .publishing import checksums

@@ -11,8 +11,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.base import SEQ_CLS
-from lorasb_export.serve import launcher, plan, shared
-from lorasb_export.serve.launcher import api_key
+from lorasb_export.serving import launcher, plan, shared
+from lorasb_export.serving.launcher import api_key
 from tests.random_adapter import save_adapter, save_base
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]

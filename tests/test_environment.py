@@ -32,11 +32,3 @@ def test_to_import_this_package_is_cheap() -> None:
 def test_the_names_at_the_top() -> None:
     assert dir(lorasb_export) == sorted(lorasb_export.__all__)
     assert all(callable(getattr(lorasb_export, name)) for name in lorasb_export.__all__)
-
-
-def test_modules_of_a_package_that_is_called_as_its_function() -> None:
-    import lorasb_export.export.peft as peft
-    import lorasb_export.serve.launcher as launcher
-
-    assert lorasb_export.export.peft is peft
-    assert lorasb_export.serve is launcher.serve

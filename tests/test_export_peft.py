@@ -16,7 +16,7 @@ from lorasb_export import environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import SEQ_CLS
 from lorasb_export.errors import BaseModelError, OutputError
-from lorasb_export.export.peft import export_peft
+from lorasb_export.exporting.peft import export_peft
 from lorasb_export.storage import read_json
 from tests.random_adapter import save_adapter, save_base, write_in
 

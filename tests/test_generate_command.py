@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.export import onnx_run
-from lorasb_export.export.onnx_record import write_record
+from lorasb_export.exporting import onnx_run
+from lorasb_export.exporting.onnx_record import write_record
 from tests.random_adapter import save_adapter
 
 

@@ -23,7 +23,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
-from lorasb_export.export.onnx_record import write_record
+from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.fetch import BASIS_FILES, resolve_folder
 from lorasb_export.format import sealed

@@ -14,8 +14,8 @@ from lorasb_cli.main import app
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lorasb_export.serve import plan
-from lorasb_export.serve.server import SECONDS
+from lorasb_export.serving import plan
+from lorasb_export.serving.server import SECONDS
 from tests.manifests import DOCS, documents, read
 from tests.random_adapter import save_adapter, save_base
 

@@ -13,7 +13,7 @@ import pytest
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
-from lorasb_export.export import onnx
+from lorasb_export.exporting import onnx
 from lorasb_export.settings import CalibrationSettings
 from tests.conftest import lorasb
 

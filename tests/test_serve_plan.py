@@ -22,8 +22,8 @@ from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.quickstart import line
-from lorasb_export.serve import plan
-from lorasb_export.serve.shared.loading import load_R, version_name
+from lorasb_export.serving import plan
+from lorasb_export.serving.shared.loading import load_R, version_name
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
 from tests.serving import DEFAULTS, MODULES, SIZES, dry_run, install, make_served
@@ -194,7 +194,7 @@ def test_the_key_is_asked_for_in_every_mode(folder: Path, monkeypatch: pytest.Mo
     assert middlewares_of(dry_run({"a": folder / "a"}, mode="folded")["command"]) == []
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     for options in ({"adapters": {"a": folder / "a"}, "mode": "folded"}, {"adapters": (), "model": folder / "base"}):
-        assert middlewares_of(dry_run(**options)["command"]) == ["lorasb_export.serve.key.AsksForKey"]  # type: ignore[arg-type]
+        assert middlewares_of(dry_run(**options)["command"]) == ["lorasb_export.serving.key.AsksForKey"]  # type: ignore[arg-type]
 
 
 def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
@@ -318,7 +318,10 @@ def test_updates_need_a_key_and_a_shared_basis(
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     described = dry_run(siblings, updates_from=folder)
     assert value_of(described["command"], "--max-loras") == str(2 + 32)
-    middlewares = ["lorasb_export.serve.shared.updates.Updates", "lorasb_export.serve.key.AsksForKey"]  # asked first
+    middlewares = [
+        "lorasb_export.serving.shared.updates.Updates",
+        "lorasb_export.serving.key.AsksForKey",
+    ]  # asked first
     assert middlewares_of(described["command"]) == middlewares
     assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
     monkeypatch.delenv("VLLM_API_KEY")

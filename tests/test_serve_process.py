@@ -20,11 +20,11 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.errors import ArtifactError, MissingPackageError, OutputError, ServerError, SettingsError
-from lorasb_export.serve import launcher, plan
-from lorasb_export.serve import server as server_module
-from lorasb_export.serve.launcher import running_server, serve
-from lorasb_export.serve.server import RunningServer
-from lorasb_export.serve.temporary import temporary_folder
+from lorasb_export.serving import launcher, plan
+from lorasb_export.serving import server as server_module
+from lorasb_export.serving.launcher import running_server, serve
+from lorasb_export.serving.server import RunningServer
+from lorasb_export.serving.temporary import temporary_folder
 from tests.serving import dry_run, install, make_served
 
 PAUSE = "a pause"
@@ -214,7 +214,7 @@ def test_of_many_models_the_number_is_told(
         on_ready({"url": "http://127.0.0.1:8000", "models": models, "pid": 1})
         return 0
 
-    monkeypatch.setattr("lorasb_export.serve.serve", serve)
+    monkeypatch.setattr("lorasb_export.serving.serve", serve)
     done = CliRunner().invoke(app, ["serve", "--adapters-dir", str(folder), "--adapters", "a"])
     assert line in done.output
 

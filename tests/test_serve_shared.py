@@ -25,11 +25,11 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError
 from lorasb_export.format import sealed
-from lorasb_export.serve import shared
-from lorasb_export.serve.shared import plugin
-from lorasb_export.serve.shared.loading import copy_adapter, load_R
-from lorasb_export.serve.shared.routes import Block, Routes
-from lorasb_export.serve.shared.versions import Versions
+from lorasb_export.serving import shared
+from lorasb_export.serving.shared import plugin
+from lorasb_export.serving.shared.loading import copy_adapter, load_R
+from lorasb_export.serving.shared.routes import Block, Routes
+from lorasb_export.serving.shared.versions import Versions
 from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base
 
@@ -238,8 +238,8 @@ def test_a_bad_request_for_an_update_is_answered(
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
-    from lorasb_export.serve.key import AsksForKey
-    from lorasb_export.serve.shared.updates import LOAD, Updates
+    from lorasb_export.serving.key import AsksForKey
+    from lorasb_export.serving.shared.updates import LOAD, Updates
 
     variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
     for name, folder in variables.items():
@@ -258,7 +258,7 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
-    from lorasb_export.serve.shared.updates import LOAD, Updates
+    from lorasb_export.serving.shared.updates import LOAD, Updates
 
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "versions").mkdir()
@@ -293,7 +293,7 @@ def test_what_is_open_without_the_key(
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
-    from lorasb_export.serve.key import AsksForKey
+    from lorasb_export.serving.key import AsksForKey
 
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     scope: dict[str, Any] = {"type": kind, "method": method, "path": path, "headers": []}
@@ -314,7 +314,7 @@ def test_of_a_folded_server_only_the_metrics_are_mended(
     version: str, mended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("prometheus_client")
-    from lorasb_export.serve.shared.gauge import LatestGauge
+    from lorasb_export.serving.shared.gauge import LatestGauge
 
     monkeypatch.setenv(shared.BASIS_VARIABLE, "")
     monkeypatch.setenv(shared.FOLDED_VARIABLE, "1")

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from docs.make_lock import BOM, LOCK, components
-from lorasb_export.serve.shared import TESTED_VERSIONS
+from lorasb_export.serving.shared import TESTED_VERSIONS
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,8 +26,8 @@ from lorasb_export.base import BaseModel
 from lorasb_export.batches import prompt_ids
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.export import export
-from lorasb_export.export.onnx_run import OnnxDecoder
+from lorasb_export.exporting.export import export
+from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings

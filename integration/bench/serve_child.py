@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
-from lorasb_export.export.peft import write_folded
-from lorasb_export.serve.shared import BASIS_VARIABLE
+from lorasb_export.exporting.peft import write_folded
+from lorasb_export.serving.shared import BASIS_VARIABLE
 from lorasb_export.settings import ALL_LINEAR, RANDOM
 from lorasb_export.targets import find_targets
 from tests.random_adapter import save_adapter

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-_EXPORTERS = ("onnxruntime_genai.models.builder", "lorasb_export.export.onnx_torch")
+_EXPORTERS = ("onnxruntime_genai.models.builder", "lorasb_export.exporting.onnx_torch")
 _run_program = subprocess.run
 
 

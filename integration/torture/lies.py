@@ -30,9 +30,9 @@ from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.data import load_task
 from lorasb_export.errors import LoraSBError
-from lorasb_export.export.onnx_adapter_file import read_adapter
-from lorasb_export.export.onnx_adapters import export_onnx_adapters
-from lorasb_export.export.onnx_run import OnnxDecoder
+from lorasb_export.exporting.onnx_adapter_file import read_adapter
+from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.format import sealed
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project

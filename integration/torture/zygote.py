@@ -56,7 +56,7 @@ def _serve() -> None:
     from lorasb_cli.main import main
 
     from lorasb_export import calibrate, fit, merge, push  # noqa: F401
-    from lorasb_export.export import onnx, peft  # noqa: F401
+    from lorasb_export.exporting import onnx, peft  # noqa: F401
 
     assert transformers.LlamaForCausalLM  # loaded
     fork_exporters()

@@ -216,7 +216,7 @@ def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) 
     if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):
         adapter = f', "{tasks[0]}"' if tasks else ""
         decoder = f"decoder = OnnxDecoder(folder{adapter})  # decoder.generate(prompt_ids, 40, decoder.eos_ids)\n"
-        return f"{fetch}from lorasb_export.export.onnx_run import OnnxDecoder\n\n{folder}{decoder}"
+        return f"{fetch}from lorasb_export import OnnxDecoder\n\n{folder}{decoder}"
     load = ""
     if tasks:
         load = f"""adapters = og.Adapters(model)

@@ -22,9 +22,9 @@ from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
 from ..environment import require_packages
 from ..evaluation import record_evaluation
-from ..export.onnx import export_onnx
-from ..export.onnx_run import OnnxDecoder
-from ..export.peft import export_peft
+from ..exporting.onnx import export_onnx
+from ..exporting.onnx_run import OnnxDecoder
+from ..exporting.peft import export_peft
 from ..inference import answers, max_answer_tokens
 from ..layer import remove
 from ..merging.merge import merge
@@ -34,8 +34,8 @@ from ..output import atomic_folder, expanded
 from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push
-from ..serve import running_server
-from ..serve.shared import runs_on_cpu
+from ..serving import running_server
+from ..serving.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import write_json
 from ..training.fit import fit

@@ -97,7 +97,3 @@ def _task_of(source: str | Path, data: Mapping[str, TaskData]) -> TaskData:
     if name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
     return data[name]
-
-
-# `lorasb_export.export` is the function; `import lorasb_export.export.peft as peft` looks for the module in it.
-export.__dict__ = globals()

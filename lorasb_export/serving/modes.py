@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..adapter import Adapter
 from ..errors import ArtifactError, OutputError
-from ..export.peft import write_folded
+from ..exporting.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
 from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name

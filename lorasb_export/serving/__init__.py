@@ -9,6 +9,3 @@ from .launcher import running_server, serve
 from .server import RunningServer
 
 __all__ = ["RunningServer", "running_server", "serve"]
-
-# `lorasb_export.serve` is the function; `import lorasb_export.serve.plan as plan` looks for the module in it.
-serve.__dict__ = globals()

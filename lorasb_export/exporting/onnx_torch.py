@@ -1,6 +1,6 @@
 """A transformers folder as an ONNX graph by `torch.onnx.export`, in standard operators only. Run as a child process.
 
-    python -m lorasb_export.export.onnx_torch MODEL OUT TASK_TYPE DTYPE [BASIS]
+    python -m lorasb_export.exporting.onnx_torch MODEL OUT TASK_TYPE DTYPE [BASIS]
 
 Inputs and outputs are named as transformers.js and optimum expect them. With BASIS every target also computes
 ((x·Aᵀ)·Rᵀ)·Bᵀ, from the initializers `<module>.A`, `.R` (a placeholder) and `.B`.

@@ -137,7 +137,7 @@ def build(
         options = [f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false", "hf_remote=false"]
         command += ["--extra_options", *options]
     else:
-        command = ["lorasb_export.export.onnx_torch", str(model), str(out), task_type]
+        command = ["lorasb_export.exporting.onnx_torch", str(model), str(out), task_type]
         command.append(DTYPES[precision])
         if basis is not None:
             (scratch / "basis").mkdir()

@@ -34,7 +34,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "evaluation.py": ["evaluate"],
     "merging/merge.py": ["merge"],
     "exporting/export.py": ["export"],
-    "exporting/onnx_run.py": ["OnnxDecoder: use generate"],
+    "exporting/onnx_run.py": ["OnnxDecoder: __init__ use generate"],
     "publishing/hub.py": ["push"],
     "serving/launcher.py": ["serve", "running_server"],
     "serving/server.py": ["RunningServer: wait"],

@@ -66,6 +66,8 @@ class OnnxDecoder:
 
     Attributes:
         ids: adapter → its number, in a routed folder, whose rows may use different ones.
+        context: how many tokens a prompt and its answer may have.
+        eos_ids: the tokens that end an answer.
 
     Raises:
         ArtifactError: a file is missing, damaged or of another graph, or the graph does not run on the CPU.
@@ -75,7 +77,7 @@ class OnnxDecoder:
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(folder)
         record, config = read_record(self.folder), read_json(self.folder / "config.json")
-        self.context: int = config.get("max_position_embeddings", sys.maxsize)  # tokens of a prompt and its answer
+        self.context: int = config.get("max_position_embeddings", sys.maxsize)
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
         self._pad_right = record.get("exporter", GENAI) == GENAI

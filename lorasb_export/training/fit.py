@@ -224,7 +224,7 @@ class _Run:
         if isinstance(basis, CalibrationSettings):
             basis = own_basis(self.base, self.tasks[0], basis, self.folder, network)
         names = [task.name for task in self.tasks]
-        events = self.outs[0].parent / "runs" / "+".join(names)
+        events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
         runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
         captured = [captured_once(self.base, network, basis, task, self.folder) for task in self.tasks]
         outcomes = runs.best()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from . import distributed
+from . import basis_source, distributed
 from .base import CAUSAL_LM, SEQ_CLS, BaseRef
 from .basis import Basis
 from .errors import ArtifactError
@@ -31,7 +31,6 @@ from .provenance import versions
 from .publishing import card
 from .storage import TensorInfo, read_header, read_json, write_json
 
-EMBEDDED = "embedded"
 CURVE = "training.png"  # the picture of an adapter's losses
 
 
@@ -224,9 +223,9 @@ class Adapter:
         source = self.basis_source
         if embed or source is None or (self.basis is not None and self.basis.is_blocks):
             self.load_basis().write_into(temporary)
-            source = EMBEDDED
+            source = basis_source.EMBEDDED
         elif os.path.isabs(source):
-            source = _relative(source, target)
+            source = basis_source.relative(source, target)
         (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
         config = self.config(source)
         check_training(config["training"], "Adapter.training")
@@ -253,13 +252,13 @@ class Adapter:
         header, _ = read_header(path)
         head = _head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])
-        basis_source = _basis_source(config["basis"]["source"], folder, hub_source)
-        if basis_source is None and hub_source is not None:
+        source_of_basis = basis_source.found(config["basis"]["source"], folder, hub_source)
+        if source_of_basis is None and hub_source is not None:
             resolve_folder(hub_source, BASIS_FILES)
         return cls(
             BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
             config["basis"]["sha256"],
-            basis_source,
+            source_of_basis,
             {name: tensors[f"{name}.R"] for name in modules},
             config["scaling"],
             config["task_type"],
@@ -303,31 +302,6 @@ def _head_shapes(header: Mapping[str, TensorInfo], modules: Sequence[str], where
             fix = "Train or fetch it again: a head lies outside the model's body"
             raise ArtifactError(f"{name} {shape} is no tensor of a classifier's head", where=where, fix=fix)
     return head
-
-
-def _basis_source(named: str, folder: Path, hub_source: str | None) -> str | None:
-    """`Adapter.basis_source`, given what the config names. Raises ArtifactError where nobody else could find it."""
-    if named == EMBEDDED:
-        return None
-    if hub_source is not None and parse_hub_id(named) is None:
-        fix = "Ask its owner to push it again, with its basis"
-        raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
-    if not named.startswith("."):
-        return named
-    found = os.path.normpath(os.path.join(os.path.realpath(folder), named))
-    return found if os.path.isdir(found) else os.path.normpath(folder / named)  # once they were true by links alone
-
-
-def _relative(source: str, target: Path) -> str:
-    """The path from an adapter's folder to its basis, true from where that folder really lies.
-
-    It is the one between the two as they are written, which outlives a move of both, unless a link lies between them:
-    `adapters` may lead to another disk.
-    """
-    real, named = os.path.realpath(target), os.path.relpath(source, os.path.abspath(target))
-    if os.path.realpath(os.path.join(real, named)) != os.path.realpath(source):
-        named = os.path.relpath(source, real)
-    return named if named.startswith(".") else f"./{named}"  # the leading dot marks it as a path
 
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:

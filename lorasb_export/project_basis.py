@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import distributed
-from .adapter import EMBEDDED
 from .base import BaseModel
 from .basis import Basis
+from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config

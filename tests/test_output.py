@@ -243,7 +243,7 @@ def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", *names}
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 999999999])
+@pytest.mark.parametrize("pid", [os.getpid(), 999999999], ids=["of-our-number", "of-another"])
 def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
     pid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..adapter import EMBEDDED, Adapter
+from ..adapter import Adapter
 from ..basis import Basis
+from ..basis_source import EMBEDDED
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from ..hub_calls import hub_errors, patiently

@@ -1,4 +1,4 @@
-"""What happens around the training loop: a bar, a checkpoint when SIGTERM comes, the end of a reporter's run."""
+"""What happens around the training loop: evaluations, a bar, a checkpoint at SIGTERM, the end of a reporter's run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from .. import distributed
 from ..bars import no_bar
 from ..errors import Terminated
 
@@ -59,6 +60,40 @@ def run_of_its_own(report_to: str) -> Iterator[None]:
     finally:
         if ours:
             wandb.finish()
+
+
+class NothingToTrain(Exception):
+    """Before the first step of a resumed run: its tasks have stopped early, or it was told to stop."""
+
+
+class Evaluations(TrainerCallback):
+    """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
+
+    def __init__(self, trainer: RTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for k in range(len(self.trainer.runs)):
+            self.trainer.note_whether_stopped(k)
+        self._evaluate()  # where the checkpoint was saved without waiting for it
+        if self._is_over(state.global_step):
+            raise NothingToTrain
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.stopping = distributed.anywhere(self.trainer.told_to_stop)
+        self._evaluate()
+        if self._is_over(state.global_step):
+            control.should_training_stop = control.should_save = True
+        if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
+            control.should_log = True
+
+    def _evaluate(self) -> None:
+        for k in self.trainer.evaluations_left():
+            if not self.trainer.stopping:
+                self.trainer.evaluate_task(k)
+
+    def _is_over(self, step: int) -> bool:
+        return self.trainer.stopping or not self.trainer.active(step)
 
 
 class Progress(TrainerCallback):

@@ -27,13 +27,13 @@ from ..rows import CHAT, question_and_answer
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
-from .callbacks import Progress, checkpoint_at_sigterm, run_of_its_own
+from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own
 from .chats import warn_of_chats
 from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
-from .trainer import NothingToTrain, RTrainer
+from .trainer import RTrainer
 from .validation import Validation
 
 if TYPE_CHECKING:

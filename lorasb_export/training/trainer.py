@@ -33,6 +33,7 @@ from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
 from .arguments import trainer_arguments
+from .callbacks import Evaluations
 from .checkpoints import COMPLETE, RESUME, load_tensors, remove_old
 from .history import History
 from .muon import Muon
@@ -88,7 +89,7 @@ class RTrainer(Trainer):
             model=network,
             args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
             train_dataset=range(steps),
-            callbacks=[*callbacks, _Evaluate(self)],
+            callbacks=[*callbacks, Evaluations(self)],
         )
         self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
         self.remove_callback(ProgressCallback)
@@ -104,7 +105,7 @@ class RTrainer(Trainer):
     def _batches(self, steps: list[int]) -> dict[str, Any]:
         """The forward passes of one optimizer step, as this process's share of their rows."""
         (step,) = steps
-        active = self._active(step)
+        active = self.active(step)
         parts = {k: self.runs[k].order.step(step) for k in active}
         labels = {k: sum(self._counts[k][i] for part in parts[k] for i in part) for k in active}
         world, rank = distributed.world(), distributed.rank()
@@ -119,7 +120,7 @@ class RTrainer(Trainer):
             batches.append(batch)
         return {"step": step, "batches": batches, "to_means": {k: world / labels[k] for k in active}}
 
-    def _active(self, step: int) -> list[int]:
+    def active(self, step: int) -> list[int]:
         """Tasks that train in `step`: neither at their end nor stopped early."""
         return [k for k, run in enumerate(self.runs) if step < run.order.steps and k not in self._stopped]
 
@@ -256,7 +257,7 @@ class RTrainer(Trainer):
     def evaluations_left(self) -> list[int]:
         """Tasks whose evaluation is due at the step at hand."""
         step, left = self.state.global_step, []
-        for k in self._active(step - 1):
+        for k in self.active(step - 1):
             run = self.runs[k]
             every = self.settings.evaluate_every or math.ceil(run.order.steps / 4)
             due = step > 0 and (step % every == 0 or step == run.order.steps)
@@ -302,7 +303,7 @@ class RTrainer(Trainer):
             for path in folder.iterdir():
                 fsync(path)
             with replaced_file(folder / COMPLETE) as path:
-                finished = not self._active(self.state.global_step) and not self.evaluations_left()
+                finished = not self.active(self.state.global_step) and not self.evaluations_left()
                 write_json(path, {**self.identity, "finished": finished})
             remove_old(folder.parent)
             self._remove_surpassed()
@@ -315,40 +316,6 @@ class RTrainer(Trainer):
         """Take R and the log from the last checkpoint of a run that has nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
-
-
-class NothingToTrain(Exception):
-    """Before the first step of a resumed run: its tasks have stopped early, or it was told to stop."""
-
-
-class _Evaluate(TrainerCallback):
-    """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
-
-    def __init__(self, trainer: RTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for k in range(len(self.trainer.runs)):
-            self.trainer.note_whether_stopped(k)
-        self._evaluate()  # where the checkpoint was saved without waiting for it
-        if self._is_over(state.global_step):
-            raise NothingToTrain
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.stopping = distributed.anywhere(self.trainer.told_to_stop)
-        self._evaluate()
-        if self._is_over(state.global_step):
-            control.should_training_stop = control.should_save = True
-        if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
-            control.should_log = True
-
-    def _evaluate(self) -> None:
-        for k in self.trainer.evaluations_left():
-            if not self.trainer.stopping:
-                self.trainer.evaluate_task(k)
-
-    def _is_over(self, step: int) -> bool:
-        return self.trainer.stopping or not self.trainer._active(step)
 
 
 def _label_count(row: Encoded) -> int:

@@ -1,0 +1,36 @@
+"""`basis.source` in an adapter's config: where its basis is (docs/reference/files.md)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ArtifactError
+from .fetch import parse_hub_id
+
+EMBEDDED = "embedded"
+
+
+def found(named: str, folder: Path, hub_source: str | None) -> str | None:
+    """`Adapter.basis_source`, given what the config names. Raises ArtifactError where nobody else could find it."""
+    if named == EMBEDDED:
+        return None
+    if hub_source is not None and parse_hub_id(named) is None:
+        fix = "Ask its owner to push it again, with its basis"
+        raise ArtifactError("its basis is a folder on somebody else's disk", where=hub_source, fix=fix)
+    if not named.startswith("."):
+        return named
+    there = os.path.normpath(os.path.join(os.path.realpath(folder), named))
+    return there if os.path.isdir(there) else os.path.normpath(folder / named)  # once they were true by links alone
+
+
+def relative(source: str, target: Path) -> str:
+    """The path from an adapter's folder to its basis, true from where that folder really lies.
+
+    It is the one between the two as they are written, which outlives a move of both, unless a link lies between them:
+    `adapters` may lead to another disk.
+    """
+    real, named = os.path.realpath(target), os.path.relpath(source, os.path.abspath(target))
+    if os.path.realpath(os.path.join(real, named)) != os.path.realpath(source):
+        named = os.path.relpath(source, real)
+    return named if named.startswith(".") else f"./{named}"  # the leading dot marks it as a path

@@ -56,8 +56,7 @@ def run(
             raise project.lacks("no adapter to serve", "Run lorasb fit, or give --model alone for a merged folder")
         raise SettingsError("no adapter in that folder", where=adapters_dir, fix="Check the path")
     named = {} if alone else resolve_adapters(words, folder, project.tasks if adapters_dir is None else ())
-    from lorasb_export.serving import serve  # only now: it brings torch
-    from lorasb_export.serving.launcher import api_key
+    from lorasb_export.serving.launcher import api_key, serve  # only now: it brings torch
     from lorasb_export.serving.plan import make_plan
 
     base = base_elsewhere(run, model, next(iter(named.values()))) if named else model

@@ -44,7 +44,7 @@ PROMPTS = [
 ]
 PROGRAM = """
 import json, sys
-from lorasb_export.serving import serve
+from lorasb_export.serving.launcher import serve
 options = json.loads(sys.argv[1])
 sys.exit(serve(**options, port=0, on_ready=lambda ready: print(json.dumps(ready), flush=True)))
 """

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasb_export.adapter import Adapter
 from lorasb_export.format import sealed
 from lorasb_export.names import PARTS_OF_CHATS
-from lorasb_export.serving import RunningServer, running_server
+from lorasb_export.serving.launcher import RunningServer, running_server
 from lorasb_export.storage import read_json, write_json
 
 pytest.importorskip("vllm")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .inference import answers
     from .merging.merge import merge
     from .publishing.hub import push
-    from .serving import running_server, serve
+    from .serving.launcher import running_server, serve
     from .settings import CalibrationSettings, FitSettings
     from .stack import Stack
     from .training.fit import fit, fit_together
@@ -69,8 +69,8 @@ _HOMES = {
     "load_task": "data",
     "merge": "merging.merge",
     "push": "publishing.hub",
-    "running_server": "serving",
-    "serve": "serving",
+    "running_server": "serving.launcher",
+    "serve": "serving.launcher",
     "task_of": "data",
 }
 

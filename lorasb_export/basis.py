@@ -88,7 +88,7 @@ class Basis:
         return directions
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
-        """In what this basis was calibrated otherwise than `settings`, names and values of `CalibrationSettings`.
+        """How this basis's calibration differs from `settings`, names and values of `CalibrationSettings`.
 
         Only what it records, and what the result depends on, is compared: not `samples`, of which it knows the rows.
         """

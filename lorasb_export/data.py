@@ -41,7 +41,7 @@ class TaskData:
 
     @property
     def kind(self) -> str:
-        """Of which kind the rows are: COMPLETION, CHAT, TEXT or LABELLED."""
+        """The kind of its rows: COMPLETION, CHAT, TEXT or LABELLED."""
         return kind_of(self.splits["train"][0])
 
     @property
@@ -103,13 +103,12 @@ def load_task(name: str, source: str | Path) -> TaskData:
     return _checked(name, str(path.absolute()) if path.exists() else str(source), placed)
 
 
-def task_of(name: str, splits: Mapping[str, Iterable[Row]], *, source: str = "memory") -> TaskData:
+def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
     """A task of rows that are in memory, checked as `load_task` checks those of a file.
 
     Args:
         name: what errors, cards and `fit_together` call it.
         splits: `train`, and `valid` and `test` where there are any → the rows, each a dict.
-        source: what cards say the rows are from.
 
     Raises:
         DataError: as for `load_task`, with split and number of the row.
@@ -121,7 +120,7 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]], *, source: str = "me
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
             refuse_unwritable(row, place)
-    return _checked(name, source, placed)
+    return _checked(name, "memory", placed)
 
 
 def load_tasks(data: Mapping[str, str | Path | TaskData]) -> list[TaskData]:

@@ -54,7 +54,7 @@ class SettingsError(LoraSBError, ValueError):
 
 
 class OutputError(LoraSBError, OSError):
-    """The target exists, the disk is full, or a port is taken: nothing was written."""
+    """The target exists, the disk is full, or a port is taken; what was there is kept."""
 
 
 class TrainingError(LoraSBError, RuntimeError):
@@ -75,7 +75,7 @@ class ServerError(LoraSBError, RuntimeError):
     silent = False
 
 
-# Of several tasks or adapters that one command takes in turn, these end the one at hand and not the others.
+# Where one command takes several tasks or adapters in turn, these errors end the current one alone.
 OF_ONE_ITEM = (DataError, ArtifactError, TrainingError)
 
 

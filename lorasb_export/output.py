@@ -193,7 +193,7 @@ def _left_by_the_dead(target: Path) -> list[Path]:
 def _is_dead(place: str, pid: int, temporary: Path) -> bool:
     """One with our own PID that is older than this process was left by another, which had that number before."""
     if place == _place() and pid != os.getpid():
-        return not process_is_alive(pid)
+        return not _is_alive(pid)
     try:
         changed = temporary.stat().st_ctime
     except OSError:  # another process, or thread of ours, is done with it
@@ -233,13 +233,13 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def process_is_alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # another user's
+        pass
     return True
 
 

@@ -91,13 +91,13 @@ def check_row(row: Row, kind: str, where: str) -> None:
         if row.get("tools"):  # prompts are asked without, here and by a server
             fix = "Describe them in a system message, and leave the key out"
             raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
-        return _check_messages(row["messages"], where)
+        _check_messages(row["messages"], where)
+        return
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
             raise DataError(f"{field!r} is not a string", where=where)
     if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
         raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
-    return None
 
 
 def _check_messages(messages: Any, where: str) -> None:

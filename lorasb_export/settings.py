@@ -162,8 +162,8 @@ class FitSettings:
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
     def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
-        """These, which name no learning rate, with one: that of the tuned runs of docs/benchmarks.md, or a step of
-        their grid below.
+        """These settings with a learning rate, where they name none: the best of the tuned runs of docs/benchmarks.md,
+        or a step of their grid below it.
 
         Args:
             share: of the linear layers, those in the basis. A step of Muon is equally long in each of them, so that

@@ -85,11 +85,6 @@ def test_tasks_of_different_kinds_are_refused(base: BaseModel, sums: Path, parit
         calibrate(base, {"a": parity, "n": numbered})
 
 
-def test_mixed_kinds_are_refused(llama: Path, sums: Path, parity: Path) -> None:
-    with pytest.raises(DataError, match="the tasks mix text generation"):
-        calibrate(str(llama), {"sums": sums, "parity": parity})
-
-
 def test_a_single_class_is_nothing_to_learn(bert: Path, tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "yes"}, {"text": "b", "label": "yes"}]
     write_splits(tmp_path / "data", {"train": rows})

@@ -214,7 +214,7 @@ def test_of_many_models_the_number_is_told(
         on_ready({"url": "http://127.0.0.1:8000", "models": models, "pid": 1})
         return 0
 
-    monkeypatch.setattr("lorasb_export.serving.serve", serve)
+    monkeypatch.setattr("lorasb_export.serving.launcher.serve", serve)
     done = CliRunner().invoke(app, ["serve", "--adapters-dir", str(folder), "--adapters", "a"])
     assert line in done.output
 

@@ -16,7 +16,7 @@ import torch
 from lorasb_export import export, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.exporting.onnx_run import OnnxDecoder
-from lorasb_export.serving import running_server
+from lorasb_export.serving.launcher import running_server
 from tests.tiny import VOCABULARY
 
 Answers = Iterator[tuple[str, torch.Tensor]]

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.quickstart.model import small_model
-from lorasb_export.serving import running_server
+from lorasb_export.serving.launcher import running_server
 
 RANK, TOKENS, CONTEXT, VOCABULARY = 16, 8, 128, 4096
 PROMPTS = tuple(

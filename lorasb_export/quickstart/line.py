@@ -34,7 +34,7 @@ from ..output import atomic_folder, expanded
 from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push
-from ..serving import running_server
+from ..serving.launcher import running_server
 from ..serving.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import write_json

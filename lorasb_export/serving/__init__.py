@@ -1,11 +1,4 @@
 """An OpenAI-compatible server, by vLLM, for a base model and any number of adapters.
 
-`plan` checks what is to be served and writes the command line, `server` runs it.
+Nothing is imported here: every process of every vLLM in this environment loads the plugin in `shared`.
 """
-
-from __future__ import annotations
-
-from .launcher import running_server, serve
-from .server import RunningServer
-
-__all__ = ["RunningServer", "running_server", "serve"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 from ..adapter import Adapter
 from ..errors import ArtifactError, OutputError
@@ -21,25 +21,6 @@ _ROOM = 32  # slots for adapters that come while the server runs; beyond that th
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class Mode(Protocol):
-    """What a server needs to know of its adapters."""
-
-    @property
-    def name(self) -> str: ...
-
-    def write(self, folder: Path) -> None:
-        """Put into `folder` what the server will read. Raises OutputError when the disk is full."""
-
-    def flags(self, folder: str | Path) -> list[str]:
-        """vLLM's flags for the adapters in `folder`."""
-
-    def environment(self, folder: str | Path) -> dict[str, str]:
-        """Variables the server needs, whatever the user has set."""
-
-    def memory(self, number_bytes: int) -> dict[str, int]:
-        """Bytes the adapters take, with numbers of so many bytes."""
-
-
 @dataclass(frozen=True)
 class Folded:
     """Each adapter as an ordinary LoRA: A, and s·B·R. Stock vLLM, any mixture of bases and ranks.
@@ -49,7 +30,7 @@ class Folded:
 
     adapters: Mapping[str, Adapter]
     max_loras: int | None = None
-    name: str = "folded"
+    name: ClassVar[str] = "folded"
 
     @property
     def slots(self) -> int:
@@ -110,7 +91,7 @@ class Shared:
     updates_from: Path | None = None
     max_loras: int | None = None
     max_cpu_loras: int | None = None
-    name: str = "shared"
+    name: ClassVar[str] = "shared"
 
     @property
     def slots(self) -> int:
@@ -175,6 +156,9 @@ class Shared:
     @cached_property  # asked once: the folders may be replaced
     def _versions(self) -> dict[str, str]:
         return {name: version_name(name, a.folder) for name, a in self.adapters.items() if a.folder is not None}
+
+
+Mode = Folded | Shared  # how a server holds its adapters
 
 
 def _max_rank(adapters: Mapping[str, Adapter]) -> int:

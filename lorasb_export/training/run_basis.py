@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def share_of_layers(
     base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, network: PreTrainedModel | None
 ) -> float:
-    """Of the base's linear layers those that are in the basis, as a share.
+    """The share of the base's linear layers that the basis covers.
 
     They are counted in `network`, the loaded base, where there is one; an adapter that is on it changes no count.
     """

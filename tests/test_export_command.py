@@ -9,10 +9,11 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
+from lorasb_export import export
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
-from lorasb_export.exporting import export, onnx, onnx_adapters
+from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record
 from tests.random_adapter import save_adapter
 

@@ -62,13 +62,13 @@ def fit_tasks(
     if not resume:
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
-    rows = {name: data or project.task_source(name) for name in names}
-    generates = {_task_type(name, source, settings) for name, source in rows.items()} == {CAUSAL_LM}
+    places = {name: data or project.task_source(name) for name in names}
+    generates = {_task_type(name, source, settings) for name, source in places.items()} == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
-    sources = {name: basis or project_basis.find(project, name) for name in rows}
-    if together and (len(rows) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
+    sources = {name: basis or project_basis.find(project, name) for name in places}
+    if together and (len(places) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
@@ -79,7 +79,7 @@ def fit_tasks(
             project,
             source,
             base,
-            {name: path for name, path in rows.items() if sources[name] == source},
+            {name: path for name, path in places.items() if sources[name] == source},
             calibration,
             network,
         )
@@ -90,11 +90,11 @@ def fit_tasks(
     if together:
         (found,) = shared.values()
         folder = targets[names[0]].parent
-        tasks = [load_task(name, source) for name, source in rows.items()]
+        tasks = [load_task(name, source) for name, source in places.items()]
         fitted = fit_together(base, found, tasks, folder, settings, resume=resume, overwrite=overwrite, network=network)
-        yield from zip(rows, fitted, strict=True)
+        yield from zip(places, fitted, strict=True)
         return
-    for name, source in rows.items():
+    for name, source in places.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         outcome: Adapter | LoraSBError
         try:
@@ -109,7 +109,7 @@ def fit_tasks(
                 network=network,
             )
         except OF_ONE_ITEM as error:
-            if len(rows) == 1 or distributed.world() > 1:  # the other processes know nothing of it
+            if len(places) == 1 or distributed.world() > 1:  # the other processes know nothing of it
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone()
@@ -117,7 +117,7 @@ def fit_tasks(
 
 
 def _task_type(name: str, source: str, settings: FitSettings) -> str:
-    """Of a task that is read for no more than to be checked."""
+    """Read a task to check it; only its type is kept."""
     task = load_task(name, source)
     require_fitting([task], settings)
     return task.task_type

@@ -165,7 +165,7 @@ def _memory_error(error: Exception, options: Iterable[str]) -> Exception:
     ways = [way for option, way in _SAVE_MEMORY.items() if option in options]
     said = str(error).strip().partition("\n")[0]
     what = f"out of memory ({said})" if said else "out of memory"
-    return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else None)
+    return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else "Free some, or use a larger machine")
 
 
 def _fail(run: Run, error: Exception) -> None:
@@ -191,7 +191,7 @@ def _parts(error: BaseException, message: str) -> dict[str, Any]:
 def _in_our_words(error: OSError) -> Exception:
     from lorasb_export.errors import LoraSBError
 
-    fix = "Check that it is there and can be read" if error.filename else None
+    fix = "Check that it is there and can be read" if error.filename else "df -h and ulimit -a may say why"
     return LoraSBError(error.strerror or str(error), where=error.filename, fix=fix)
 
 

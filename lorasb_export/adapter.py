@@ -243,10 +243,11 @@ class Adapter:
         hub_source = None if found_at == str(folder) else found_at
         where, config = folder / "adapter_config.json", read_adapter_config(folder)
         if not math.isfinite(config["scaling"]):
-            raise ArtifactError(f"scaling is {config['scaling']}", where=where)
+            raise ArtifactError(f"scaling is {config['scaling']}", where=where, fix="Train or fetch it again")
         rank, modules = config["r"], config["target_modules"]
         if rank < 1 or not modules or not all(isinstance(name, str) for name in modules):
-            raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where)
+            fix = "Train or fetch it again"
+            raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=fix)
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
@@ -277,7 +278,7 @@ class Adapter:
         if self.basis is None:
             source = self.basis_source or self.folder
             if source is None:
-                raise ArtifactError("the adapter names no basis")
+                raise ArtifactError("the adapter names no basis", fix="Give it one: adapter.basis = Basis.load(folder)")
             self.basis = Basis.load(source)
         check_same_basis(self, self.basis)
         return self.basis

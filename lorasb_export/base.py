@@ -342,7 +342,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BaseModelError("the index has no weight_map", where=index, fix="Fetch it again")
     for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise BaseModelError(f"the index names {name!r:.60}, no safetensors file beside it", where=index)
+            what = f"the index names {name!r:.60}, no safetensors file beside it"
+            raise BaseModelError(what, where=index, fix="Fetch it again")
     return weight_map
 
 

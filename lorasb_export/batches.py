@@ -93,7 +93,8 @@ def _refusals(where: object) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise DataError(f"the chat template refuses the messages: {error}", where=where) from None
+        fix = "Write the messages as the base's template takes them"
+        raise DataError(f"the chat template refuses the messages: {error}", where=where, fix=fix) from None
 
 
 def encode(
@@ -178,7 +179,8 @@ def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
         return float(row["label"])
     if row["label"] not in labels:
         known = ", ".join(map(repr, labels[:10])) + ", …" * (len(labels) > 10)
-        raise DataError(f"label {row['label']!r} is not among the training labels {known}", where=where)
+        what = f"label {row['label']!r} is not among the training labels {known}"
+        raise DataError(what, where=where, fix="Train on rows with it, or remove the row")
     return labels.index(row["label"])
 
 

@@ -206,7 +206,7 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
     for place, row in rows:
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, str | int | float):
-            raise DataError(f"label {label!r} is neither a name nor a number", where=place)
+            raise DataError(f"label {label!r} is neither a name nor a number", where=place, fix="Write one of both")
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

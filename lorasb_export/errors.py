@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class LoraSBError(Exception):
@@ -13,10 +14,10 @@ class LoraSBError(Exception):
     Args:
         what: what is wrong, one clause.
         where: the file, key, module or row it was found in.
-        fix: what the reader should do next, one sentence.
+        fix: what the reader should do next, one sentence; "" where `what` lists errors with theirs.
     """
 
-    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+    def __init__(self, what: str, *, where: object = None, fix: str) -> None:
         super().__init__(what)
         self.what = what
         self.where = None if where is None else str(where)
@@ -26,6 +27,10 @@ class LoraSBError(Exception):
         place = f" ({self.where})" if self.where else ""
         advice = f". {self.fix}" if self.fix else ""
         return f"{self.what}{place}{advice}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is pickled as a call of its class with `args`, which has no keywords."""
+        return partial(type(self), self.what, where=self.where, fix=self.fix), (), vars(self)
 
     def alone(self) -> Self:
         """The same error without its traceback, which holds all that was in memory then."""
@@ -104,7 +109,7 @@ class Problems:
             raise self.found[0]
         if self.found:
             lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
-            raise type(self.found[0])(f"{len(self.found)} problems, {outcome}:{lines}")
+            raise type(self.found[0])(f"{len(self.found)} problems, {outcome}:{lines}", fix="")
 
 
 class Terminated(KeyboardInterrupt):

@@ -138,7 +138,7 @@ def require_same_kind(adapter: Adapter, task: TaskData) -> None:
     """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
     if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
         ours, theirs = (f"{t.task_type}{' (regression)' if t.regression else ''}" for t in (task, adapter))
-        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source)
+        raise DataError(f"the data is {ours}, the adapter {theirs}", where=task.source, fix="Give data of its kind")
 
 
 def trained_length(adapter: Adapter) -> int:

@@ -138,9 +138,9 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
         raise ArtifactError("the basis has no module", where=where, fix=_HINT)
     for name, shape in config["target_modules"].items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
-            raise ArtifactError(f"target module {name} has no shape [out, in]", where=folder)
+            raise ArtifactError(f"target module {name} has no shape [out, in]", where=where, fix=_HINT)
         if not 0 < rank <= min(shape):
-            raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=folder)
+            raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=where, fix=_HINT)
     return config, {name: (rows, columns) for name, (rows, columns) in config["target_modules"].items()}
 
 
@@ -232,6 +232,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) ->
                 f"tensor {name} is {header[name].dtype} {list(header[name].shape)}, "
                 f"expected {'/'.join(sorted(only))} {shape}",
                 where=path,
+                fix=_HINT,
             )
     if sha256_file(path) != digest:
         raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")

@@ -45,7 +45,7 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
     if on_disk:
         found["bytes"] = folder_bytes(folder)
     if data is not None and kind != "basis":
-        raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder)
+        raise SettingsError(f"--data is for a basis, this is a folder of kind {kind}", where=folder, fix="Leave it out")
     if verify and on_disk and kind in ("basis", "adapter") and not (folder / SUMS).is_file():
         found["verified"] = {"against": f"{kind}_config.json"}  # never pushed; to load it is to compare it with that
     elif verify:

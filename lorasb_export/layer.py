@@ -206,15 +206,16 @@ def inject(
     """
     remove(model)
     refuse_peft(model)
-    found = dict(model.named_modules())
+    found, fix = dict(model.named_modules()), "Use the base model of this basis"
     for name, module in factors.items():
         if name not in found:
-            raise ArtifactError(f"the model has no module {name}", fix="Use the base model of this basis")
+            raise ArtifactError(f"the model has no module {name}", fix=fix)
         if not isinstance(found[name], LINEAR_TYPES):
-            raise BaseModelError(f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D")
+            what = f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D"
+            raise BaseModelError(what, fix=fix)
         shape = tuple(weight_of(found[name]).shape)
         if shape != module.shape:
-            raise ArtifactError(f"module {name} is {shape}, the basis was made for another shape")
+            raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
     model.requires_grad_(False)
     layers = {}
     for name, module in factors.items():
@@ -274,7 +275,8 @@ def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:
     parameters = head_parameters(model) if head else {}
     for name, tensor in head.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ArtifactError(f"the model has no head parameter {name} of shape {list(tensor.shape)}")
+            what = f"the model has no head parameter {name} of shape {list(tensor.shape)}"
+            raise ArtifactError(what, fix="Load the base with the adapter's number of labels")
         parameters[name].data.copy_(tensor)
 
 

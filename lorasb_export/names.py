@@ -30,7 +30,7 @@ def check_name(name: str, use: str = "be served as a name") -> str | None:
 def check_served_name(name: str) -> str | None:
     """What is wrong with `name` as that of an adapter in vLLM, or None. A task or a folder may be called so."""
     if name in PARTS_OF_CHATS:
-        return f"{name!r} cannot be served as a name: vLLM would answer chats with the base by it. Serve it by another"
+        return f"{name!r} cannot be served as a name: vLLM would answer chats with the base by it"
     return check_name(name)
 
 
@@ -94,7 +94,7 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
                 _refuse_links_out(adapters_dir / word, adapters_dir)
             name = given[0] if given else name_of(source)
             if problem := check_name(name):
-                raise SettingsError(problem, fix=None if given else f"Write NAME={entry}")
+                raise SettingsError(problem, fix=f"Write NAME={word}")
             if name in found:
                 raise SettingsError(f"{name!r} is given twice", fix=f"Write OTHER_NAME={word}")
             found[name] = source

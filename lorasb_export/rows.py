@@ -95,7 +95,7 @@ def check_row(row: Row, kind: str, where: str) -> None:
         return
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
-            raise DataError(f"{field!r} is not a string", where=where)
+            raise DataError(f"{field!r} is not a string", where=where, fix="Put it in quotes")
     if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
         raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
 
@@ -108,7 +108,8 @@ def _check_messages(messages: Any, where: str) -> None:
             if not isinstance(turn, dict) or field not in turn:
                 raise DataError(f"message {number} has no {field!r}", where=where, fix="Every message needs it")
             if not isinstance(turn[field], str):
-                raise DataError(f"{field!r} of message {number} is not a string", where=where)
+                what = f"{field!r} of message {number} is not a string"
+                raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 

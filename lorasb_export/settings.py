@@ -140,19 +140,19 @@ class FitSettings:
         _check(self, positive=("epochs", "batch_size", "accumulate", "scaling", "max_length"))
         for name in ("weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be 0 or more")
+                raise SettingsError(f"{name} is {getattr(self, name)}", fix="Give 0 or more")
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup is {self.warmup}", fix="Give a share of the steps, 0 or more and below 1")
         if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
             object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
         for rate in self.rates:
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < _FLOAT32_MAX:
-                raise SettingsError(f"learning_rate is {rate!r}, must be a positive number of float32")
+                raise SettingsError(f"learning_rate is {rate!r}", fix="Give a positive number of float32")
         if self.learning_rate is not None and len(set(self.rates)) < max(1, len(self.rates)):
             raise SettingsError("learning_rate names none, or one twice", fix="Give one rate, or several, each once")
         for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}, must be at least 1")
+                raise SettingsError(f"{name} is {getattr(self, name)}", fix="Give at least 1")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -203,9 +203,9 @@ def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[st
             raise SettingsError(f"{name} is {getattr(settings, name)!r}", fix=f"Use {', '.join(allowed)}")
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f"{name} is {value}, must be a finite number")
+            raise SettingsError(f"{name} is {value}", fix="Give a finite number")
     for name in positive:
         if getattr(settings, name) <= 0:
-            raise SettingsError(f"{name} is {getattr(settings, name)}, must be positive")
+            raise SettingsError(f"{name} is {getattr(settings, name)}", fix="Give a positive number")
     if not 0 <= settings.seed < 2**32:  # what numpy takes
-        raise SettingsError(f"seed is {settings.seed}, must be 0 or more and below {2**32}")
+        raise SettingsError(f"seed is {settings.seed}", fix=f"Give 0 or more, below {2**32}")

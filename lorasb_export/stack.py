@@ -30,12 +30,13 @@ class Stack:
         """
         first = next(iter(adapters.values()), None)
         if first is None:
-            raise ArtifactError("no adapter to attach")
+            raise ArtifactError("no adapter to attach", fix="Give at least one")
         basis = first.load_basis()
         for name, adapter in adapters.items():
             check_same_basis(adapter, basis)
             if adapter.scaling != first.scaling:
-                raise ArtifactError(f"adapter {name} has scaling {adapter.scaling}, another {first.scaling}")
+                what = f"adapter {name} has scaling {adapter.scaling}, another {first.scaling}"
+                raise ArtifactError(what, fix="Attach those of one scaling")
             if adapter.head:
                 raise ArtifactError(
                     f"adapter {name} has a classification head of its own", fix="Attach classifiers one at a time"

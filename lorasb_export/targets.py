@@ -46,7 +46,8 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
         try:
             expression = re.compile(targets)
         except re.error as error:
-            raise SettingsError(f"targets {targets!r} is not a regular expression: {error}") from None
+            what = f"targets {targets!r} is not a regular expression: {error}"
+            raise SettingsError(what, fix=known) from None
         chosen = {name: module for name, module in linear.items() if expression.fullmatch(name)}
     elif targets.strip(" ,") == ALL_LINEAR:
         chosen = linear

@@ -182,7 +182,7 @@ def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> No
         if name not in names:
             raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {', '.join(names)}")
         if not 0 < weight < math.inf:
-            raise SettingsError(f"the weight of task {name} is {weight}, must be positive")
+            raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
 
 
 def _one_by_one(data: Mapping[str, str | Path | TaskData]) -> Iterator[TaskData]:

@@ -141,7 +141,7 @@ class OnnxDecoder:
         """
         lengths = [len(prompt) for prompt in prompt_ids]
         if not all(lengths):
-            raise DataError("a prompt has no tokens", where=f"prompt {lengths.index(0) + 1}")
+            raise DataError("the prompt has no tokens", where=f"prompt {lengths.index(0) + 1}", fix="Leave it out")
         longest = max(lengths, default=1)
         if longest + max_tokens > self.context:
             raise DataError(

@@ -33,7 +33,8 @@ def combine(weighted: Weighted) -> tuple[Adapter, ...]:
                 "it has a classification head", where=adapter.folder, fix="Merge classifiers one by one"
             )
         if task_type not in (None, adapter.task_type):
-            raise ArtifactError(f"it is for {adapter.task_type}, the first for {task_type}", where=adapter.folder)
+            what = f"it is for {adapter.task_type}, the first for {task_type}"
+            raise ArtifactError(what, where=adapter.folder, fix="Merge adapters of one kind")
         task_type = adapter.task_type
         groups.setdefault(adapter.basis_sha256, []).append((adapter, weight))
     return tuple(_of_one_basis(group) for group in groups.values())

@@ -230,6 +230,7 @@ def _check_shapes(
                 raise ArtifactError(
                     f"tensor {name} is {info.dtype} {list(info.shape)}, the basis was made for {list(shape)}",
                     where=file,
+                    fix="Use the base model of this basis",
                 )
 
 

@@ -147,13 +147,15 @@ def api_key(file: str | Path | None) -> str:
         if not found:
             return ""
     else:
+        where = str(file)
         try:
-            where, found = str(file), Path(file).read_text(encoding="ascii")
+            found = Path(file).read_text(encoding="ascii")
         except (OSError, ValueError) as error:
-            raise SettingsError(f"cannot read the API key: {error}", where=str(file)) from None
+            raise SettingsError(f"cannot read the API key: {error}", where=where, fix="Check the path") from None
     key = found.strip()
     if not (key and key.isascii() and key.isprintable()):
-        raise SettingsError("the API key is not one line of ASCII text", where=where)
+        fix = "Make one, for instance with openssl rand -hex 32"
+        raise SettingsError("the API key is not one line of ASCII text", where=where, fix=fix)
     return key
 
 

@@ -164,7 +164,7 @@ def make_plan(
             loaded[name] = adapter
     if problems:
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
-        raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}")
+        raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}", fix="")
     assert base is not None  # given, or found by the first adapter
     if _base_name(base) in loaded:
         raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
@@ -259,7 +259,7 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
     if not adapters and model is None:
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
     if problem := next(filter(None, map(check_served_name, adapters)), None):
-        raise SettingsError(problem)
+        raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
     if mode not in _MODES:
         raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")
     if extra and not extra[0].startswith("-"):

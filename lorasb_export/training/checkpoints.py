@@ -98,6 +98,6 @@ def load_tensors(adapter: Adapter, path: Path) -> None:
     """Put the saved `adapter.tensors()` back into the live ones. Raises ArtifactError on other names."""
     saved, live = load_file(path), adapter.tensors()
     if set(saved) != set(live):
-        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path)
+        raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path, fix=SAME)
     for name, tensor in live.items():
         tensor.data.copy_(saved[name])

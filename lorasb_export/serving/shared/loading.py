@@ -16,6 +16,7 @@ from ...format import read_adapter_config
 from ...storage import read_header, read_json
 
 FILES = ("adapter.safetensors", "adapter_config.json")
+_AGAIN = "Train or fetch it again"
 
 
 class LoadedR(NamedTuple):
@@ -38,10 +39,11 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
     header, _ = read_header(path)
     if set(header) != {f"{name}.R" for name in basis.modules}:
-        raise ArtifactError("the tensors are not one R for each module of the basis", where=path)
+        raise ArtifactError("the tensors are not one R for each module of the basis", where=path, fix=_AGAIN)
     for name, info in header.items():
         if info.dtype != "F32" or info.shape != shape:
-            raise ArtifactError(f"tensor {name} is {info.dtype} {list(info.shape)}, not F32 {list(shape)}", where=path)
+            what = f"tensor {name} is {info.dtype} {list(info.shape)}, not F32 {list(shape)}"
+            raise ArtifactError(what, where=path, fix=_AGAIN)
     infos = list(header.values())  # in the order of the file, without gaps: `read_header` refuses those
     memory = bytearray(infos[-1].end - infos[0].start)
     with path.open("rb") as file:
@@ -50,10 +52,10 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     block = torch.frombuffer(memory, dtype=torch.float32).view(-1, *shape)
     low, high = torch.aminmax(block)  # NaN if there is one; and a tenth of the time of `isfinite`
     if read != len(memory) or not (math.isfinite(low * config["scaling"]) and math.isfinite(high * config["scaling"])):
-        raise ArtifactError("truncated, or with non-finite values", where=path, fix="Train or fetch it again")
+        raise ArtifactError("truncated, or with non-finite values", where=path, fix=_AGAIN)
     digest.update(memory)
     if digest.hexdigest() != config["sha256"]:
-        raise ArtifactError("not the tensors that the config names (sha256)", where=path, fix="Train or fetch it again")
+        raise ArtifactError("not the tensors that the config names (sha256)", where=path, fix=_AGAIN)
     return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))
 
 

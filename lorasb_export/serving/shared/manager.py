@@ -59,7 +59,8 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             for layer_name in self.modules
         }
         if modules and not self._has_missing_stages():
-            raise ArtifactError(f"this model has no LoRA layer for {next(iter(modules))}", where=self.basis.source)
+            what = f"this model has no LoRA layer for {next(iter(modules))}"
+            raise ArtifactError(what, where=self.basis.source, fix="Use --mode folded")
         self.stacked = [part[0] for found in parts.values() for part in found if part is not None]
         shape = (self.lora_slots + 1, len(self.stacked), self.basis.rank, self.basis.rank)
         dtype: Any = self.lora_config.lora_dtype  # vLLM has put a torch.dtype for the name given

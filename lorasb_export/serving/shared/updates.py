@@ -24,6 +24,8 @@ from .loading import FILES, copy_adapter, load_R
 from .versions import Versions
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
+_REQUEST = 'Send {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}'
+_FOLDER = "Name a folder in the adapters' folder that holds a whole adapter of this basis, without links out of it"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -60,9 +62,9 @@ class Updates:
 
         name = body["lora_name"]
         if problem := check_served_name(name):
-            raise SettingsError(problem)
+            raise SettingsError(problem, fix="Give another lora_name")
         if models.is_base_model(name):
-            raise SettingsError(f"{name!r} is the name of the base")
+            raise SettingsError(f"{name!r} is the name of the base", fix="Give another lora_name")
         path = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
@@ -83,19 +85,20 @@ class Updates:
 
     def _find(self, path: str) -> Path:
         if check_name(path):
-            raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder")
+            raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder", fix=_FOLDER)
         folder = self.source / path
         for item in (folder, *(folder / file for file in FILES)):
             try:
                 real = item.resolve()
             except (OSError, RuntimeError):  # a link to itself
-                raise ArtifactError(f"{path!r} leads nowhere") from None
+                raise ArtifactError(f"{path!r} leads nowhere", fix=_FOLDER) from None
             if not real.is_relative_to(self.source):
-                raise SettingsError(f"{path!r} leads out of the adapters' folder")
+                raise SettingsError(f"{path!r} leads out of the adapters' folder", fix=_FOLDER)
             if not (item.is_dir() if item == folder else item.is_file()):
-                raise ArtifactError(f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}")
+                what = f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}"
+                raise ArtifactError(what, fix=_FOLDER)
             if item != folder and item.stat().st_size > self.largest:  # before a byte of it is copied
-                raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis")
+                raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis", fix=_FOLDER)
         return folder
 
     def _keep(self, name: str, folder: Path) -> Path:
@@ -111,7 +114,7 @@ async def _read(request: Request) -> dict[str, str]:
     try:
         body = parse_json(await request.body())
     except ValueError as error:
-        raise SettingsError(f"the request is not a JSON object: {error}") from None
+        raise SettingsError(f"the request is not a JSON object: {error}", fix=_REQUEST) from None
     if "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):
-        raise SettingsError('the request is not {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}')
+        raise SettingsError("the request is not the name of an adapter", fix=_REQUEST)
     return body

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -46,9 +45,10 @@ def run(
     """Serve the base and its adapters by name, until Ctrl-C."""
     from lorasb_export.errors import SettingsError
     from lorasb_export.names import adapters_in, resolve_adapters
+    from lorasb_export.output import expanded
 
     project = run.project
-    folder = project.folder / "adapters" if adapters_dir is None else Path(adapters_dir)
+    folder = project.folder / "adapters" if adapters_dir is None else expanded(adapters_dir)
     words = adapters_in(folder) if adapters is None else comma_list(adapters)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import DataError, OutputError
-from .output import cannot_write, replaced_file
+from .output import cannot_write, expanded, replaced_file
 from .project import FILE_NAME, refuse_bad_names
 from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
@@ -56,7 +56,7 @@ def write_project(
         OutputError: the file exists and `overwrite` is false.
         SettingsError: a task's name is not fit for a folder.
     """
-    path = Path(path or FILE_NAME)
+    path = expanded(path or FILE_NAME)
     if path.exists() and not overwrite:
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)

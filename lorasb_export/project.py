@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, check_name, find_adapter
+from .output import expanded
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Project:
             SettingsError: the file named is not there, is not TOML, or has unknown keys or values of a wrong type;
                 all problems at once.
         """
-        path = Path(config) if config else Path(FILE_NAME)
+        path = expanded(config or FILE_NAME)
         if not path.is_file():
             if config:
                 raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")

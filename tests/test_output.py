@@ -24,7 +24,10 @@ from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
 from lorasb_export.format import save_tensors
 from lorasb_export.lock import only_writer
+from lorasb_export.new_project import write_project
 from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
+from lorasb_export.project import Project
+from lorasb_export.serving.launcher import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 
@@ -71,6 +74,10 @@ def test_a_tilde_is_the_home_folder_of_what_is_written_too(
     fit_together(str(llama), "~/basis", list(tasks.values()), "~/together", settings)
     merge("~/a", "~/model", report="~/report.json")
     export("~/a", "~/peft", format="peft")
+    write_project("~/lorasb.toml", str(llama), {"plus": "plus"})
+    assert Project.load("~/lorasb.toml").folder == home
+    (home / "key").write_text("s3cret\n")
+    assert api_key("~/key") == "s3cret"
     assert {"basis", "a", "b", "together", "model", "report.json", "peft"} <= {path.name for path in home.iterdir()}
     assert list(here.iterdir()) == []
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..base import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
+from ..output import expanded
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GENAI, GRAPH
@@ -75,7 +76,7 @@ class OnnxDecoder:
     """
 
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
         record, config = read_record(self.folder), read_json(self.folder / "config.json")
         self.context: int = config.get("max_position_embeddings", sys.maxsize)
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
@@ -110,7 +111,7 @@ class OnnxDecoder:
         if IDS in self._inputs:
             self._id = self._number(str(adapter))
             return
-        path = Path(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
+        path = expanded(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
         state = (path, path.stat().st_mtime_ns if path.is_file() else None)
         if state not in self._loaded:
             check_adapter(path, self._session.get_overridable_initializers(), self.folder)

@@ -112,7 +112,7 @@ def running_server(
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
-    updates = None if updates_from is None else Path(updates_from)
+    updates = None if updates_from is None else expanded(updates_from)
     plan = make_plan(_named(adapters), **options, updates_from=updates, has_key=bool(key))
     with temporary_folder() as folder:
         plan.mode.write(Path(folder))
@@ -149,7 +149,7 @@ def api_key(file: str | Path | None) -> str:
     else:
         where = str(file)
         try:
-            found = Path(file).read_text(encoding="ascii")
+            found = expanded(file).read_text(encoding="ascii")
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the API key: {error}", where=where, fix="Check the path") from None
     key = found.strip()

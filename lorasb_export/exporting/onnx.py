@@ -67,34 +67,34 @@ def export_onnx(
         SettingsError: unknown precision.
     """
     check_request(precision, PROVIDERS)
-    out, task = expanded(out), Adapter.load(adapter)
-    refuse_own_input(out, task.folder, task.basis_source)
+    out, source = expanded(out), Adapter.load(adapter)
+    refuse_own_input(out, source.folder, source.basis_source)
     if data is not None:
-        require_same_kind(task, data)
-    model = task.base.resolve(base)
-    exporter = exporter_for(model, task.task_type)
+        require_same_kind(source, data)
+    model = source.base.resolve(base)
+    exporter = exporter_for(model, source.task_type)
     compared = verify and precision != "bf16"
     if verify and not compared:
         logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
-    asked = held_out({"": data}, model) if data and compared and task.task_type == CAUSAL_LM else {}
+    asked = held_out({"": data}, model) if data and compared and source.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 4 if DTYPES[precision] == "float32" else 2
         require_room(folder, int(parameters(model) * (merged_bytes + BYTES[precision])))
-        merge(task, scratch / "merged", base=base, dtype=DTYPES[precision])
+        merge(source, scratch / "merged", base=base, dtype=DTYPES[precision])
         built = "fp32" if precision in BITS else precision
-        build(exporter, scratch / "merged", folder, built, scratch, task.task_type)
+        build(exporter, scratch / "merged", folder, built, scratch, source.task_type)
         if precision in BITS:
             quantize(folder, BITS[precision])
-        record = {"kind": "onnx", "exporter": exporter, **provenance(task, precision)}
+        record = {"kind": "onnx", "exporter": exporter, **provenance(source, precision)}
         write_record(folder, record)
         if compared:
             merged = BaseModel.resolve(scratch / "merged")
-            if task.task_type == CAUSAL_LM:
+            if source.task_type == CAUSAL_LM:
                 found = verify_folder(folder, merged, {"": None}, asked)[""]
             else:
-                found = verify_classifier(folder, merged, task, data)
+                found = verify_classifier(folder, merged, source, data)
             record["verify"] = require_equal(found, precision, out, max_drop)
         shutil.rmtree(scratch)
         return finish(folder, out, record)
@@ -112,12 +112,12 @@ def parameters(model: BaseModel) -> int:
     return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in model.tensors.values())
 
 
-def provenance(task: Adapter, precision: str) -> dict[str, Any]:
+def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
     """What `lorasb.json` says of every ONNX export."""
     distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
     names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
-    record = {**task.provenance(), "precision": precision, "execution_provider": PROVIDERS[precision]}
-    record |= {"command": command(), "training": published_training(task)}
+    record = {**adapter.provenance(), "precision": precision, "execution_provider": PROVIDERS[precision]}
+    record |= {"command": command(), "training": published_training(adapter)}
     return record | {"versions": versions() | {name: version(name) for name in names}}
 
 

@@ -20,16 +20,16 @@ def parameter(module: str, basis_sha256: str) -> str:
     return f"{module}.R.{basis_sha256[:12]}"
 
 
-def values(task: Adapter, dtype: np.dtype[Any]) -> Arrays:
+def values(adapter: Adapter, dtype: np.dtype[Any]) -> Arrays:
     """Parameter name → s·Rᵀ, (r, r): the graph multiplies from the right, and adapters may differ in s."""
     return {
-        parameter(module, task.basis_sha256): np.ascontiguousarray((task.scaling * R.T).numpy().astype(dtype))
-        for module, R in task.R.items()
+        parameter(module, adapter.basis_sha256): np.ascontiguousarray((adapter.scaling * R.T).numpy().astype(dtype))
+        for module, R in adapter.R.items()
     }
 
 
 def write_adapter(path: Path, arrays: Arrays) -> None:
-    """Write one task's file and read it back.
+    """Write one adapter's file and read it back.
 
     Raises:
         ArtifactError: what was written is not what was meant. (onnxruntime does not keep the arrays alive while it

@@ -67,16 +67,16 @@ def export_onnx_adapters(
         and what `export_onnx` raises.
     """
     check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
-    out, tasks = expanded(out), _load(adapters, data)
-    first = next(iter(tasks.values()))
+    out, loaded = expanded(out), _load(adapters, data)
+    first = next(iter(loaded.values()))
     basis = first.load_basis()
-    for task in tasks.values():
-        check_same_basis(task, basis)
-        refuse_own_input(out, task.folder, task.basis_source)
-        if task.task_type != CAUSAL_LM:
+    for adapter in loaded.values():
+        check_same_basis(adapter, basis)
+        refuse_own_input(out, adapter.folder, adapter.basis_source)
+        if adapter.task_type != CAUSAL_LM:
             raise BaseModelError(
-                f"the adapter's task is {task.task_type}: every classifier has a head of its own",
-                where=task.folder,
+                f"the adapter's task is {adapter.task_type}: every classifier has a head of its own",
+                where=adapter.folder,
                 fix="Export each one merged: --format onnx",
             )
     model = first.base.resolve(base)
@@ -100,9 +100,9 @@ def export_onnx_adapters(
         record = {"kind": "onnx-adapters", "exporter": exporter, **provenance(first, precision), "routed": routed}
         del record["adapter"], record["scaling"], record["training"]  # those of the first; each adapter's are listed
         record["adapters"] = {}
-        _add(folder, record, tasks)
+        _add(folder, record, loaded)
         if verify:
-            _verify(folder, record, model, {"": None, **tasks}, asked, max_drop, out)
+            _verify(folder, record, model, {"": None, **loaded}, asked, max_drop, out)
         return finish(folder, out, record)
 
 
@@ -137,29 +137,29 @@ def add_onnx_adapters(
     with only_writer(folder, wait=True):
         before = exported_record(folder)
         record = copy.deepcopy(before)
-        tasks = _load(adapters, data)
+        loaded = _load(adapters, data)
         present = {name.casefold(): name for name in record["adapters"]}
-        for name in tasks:
+        for name in loaded:
             taken = present.get(name.casefold())
             replaceable = taken == name and not record["routed"]
             if taken and not (replaceable and overwrite):
                 fix = "Rename the adapter, or pass --overwrite" if replaceable else "Rename the adapter"
                 raise SettingsError(f"the folder has an adapter {taken!r}", where=folder, fix=fix)
-        for name, task in tasks.items():
-            if task.basis_sha256 != record["basis"]["sha256"]:
+        for name, adapter in loaded.items():
+            if adapter.basis_sha256 != record["basis"]["sha256"]:
                 raise ArtifactError(
-                    f"adapter {name} belongs to another basis ({task.basis_sha256[:12]})",
+                    f"adapter {name} belongs to another basis ({adapter.basis_sha256[:12]})",
                     where=folder,
                     fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
                 )
         with atomic_folder(folder, overwrite=True) as new:
             _copy(folder, new)
-            _add(new, record, tasks)
+            _add(new, record, loaded)
             if verify:
                 ref = BaseRef(**record["base"])
                 model = ref.resolve(base)
-                model.verify(ref, next(iter(tasks.values())).R)
-                _verify(new, record, model, tasks, held_out(data, model), max_drop, into)
+                model.verify(ref, next(iter(loaded.values())).R)
+                _verify(new, record, model, loaded, held_out(data, model), max_drop, into)
             if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
                 raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")
             return finish(new, into, record)
@@ -178,17 +178,17 @@ def exported_record(folder: Path) -> dict[str, Any]:
     return read_record(folder)
 
 
-def _add(folder: Path, record: dict[str, Any], tasks: Mapping[str, Adapter]) -> None:
-    """Put tasks into a folder, and into what its `lorasb.json` will say."""
+def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) -> None:
+    """Put adapters into a folder, and into what its `lorasb.json` will say."""
     dtype = _dtype(record["precision"])
-    arrays = [values(task, dtype) for task in tasks.values()]
+    arrays = [values(adapter, dtype) for adapter in adapters.values()]
     expected = {tensor.name: list(tensor.dims)[-2:] for tensor in read_graph(folder / GRAPH).graph.initializer}
     if any(expected.get(name) != list(array.shape) for name, array in arrays[0].items()):
         raise ArtifactError("the graph is not the one lorasb.json describes", where=folder, fix="Export it again")
     if record["routed"]:
         add_to_stack(folder / GRAPH, arrays)
-    for (name, task), own in zip(tasks.items(), arrays, strict=True):
-        entry: dict[str, Any] = {"sha256": task.sha256, "scaling": task.scaling}
+    for (name, adapter), own in zip(adapters.items(), arrays, strict=True):
+        entry: dict[str, Any] = {"sha256": adapter.sha256, "scaling": adapter.scaling}
         if record["routed"]:
             entry["id"] = len(record["adapters"]) + 1  # 0 is the base
         else:
@@ -202,13 +202,13 @@ def _verify(
     folder: Path,
     record: dict[str, Any],
     model: BaseModel,
-    tasks: Mapping[str, Adapter | None],
+    adapters: Mapping[str, Adapter | None],
     asked: Mapping[str, HeldOut],
     max_drop: float,
     out: str | Path,
 ) -> None:
     write_record(folder, record)
-    for name, found in verify_folder(folder, model, tasks, asked).items():
+    for name, found in verify_folder(folder, model, adapters, asked).items():
         record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
 
 
@@ -230,19 +230,19 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
         SettingsError: no adapter, two of one name (capitals aside), or a name unfit for a file, or the base's.
         DataError: rows of another kind.
     """
-    tasks = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
-    if not tasks or len({name.casefold() for name in tasks}) != len(adapters):
+    loaded = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
+    if not loaded or len({name.casefold() for name in loaded}) != len(adapters):
         what = "the adapters need different names, by more than capitals"  # one file on the disks of macOS and Windows
-        raise SettingsError(what, where=", ".join(tasks), fix="Rename a folder")
-    for name, task in tasks.items():
+        raise SettingsError(what, where=", ".join(loaded), fix="Rename a folder")
+    for name, adapter in loaded.items():
         if name == "base":
             what = "an adapter called 'base' would hide the base, which is told under that name"
-            raise SettingsError(what, where=task.folder, fix="Rename the folder")
+            raise SettingsError(what, where=adapter.folder, fix="Rename the folder")
         if problem := check_name(name, "name an exported adapter"):
-            raise SettingsError(problem, where=task.folder, fix="Rename the folder")
+            raise SettingsError(problem, where=adapter.folder, fix="Rename the folder")
         if name in data:
-            require_same_kind(task, data[name])
-    return tasks
+            require_same_kind(adapter, data[name])
+    return loaded
 
 
 def _dtype(precision: str) -> np.dtype[Any]:

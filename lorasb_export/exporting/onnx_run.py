@@ -128,12 +128,13 @@ class OnnxDecoder:
         self,
         prompt_ids: Sequence[Sequence[int]],
         max_tokens: int,
-        eos_ids: Collection[int],
+        eos_ids: Collection[int] | None = None,
         adapters: Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Greedy continuations: for each prompt at most `max_tokens` ids, up to and including the first of `eos_ids`.
 
         Args:
+            eos_ids: None for the decoder's own.
             adapters: the adapter of each prompt, None for the base; only in a routed folder.
 
         Raises:
@@ -155,6 +156,7 @@ class OnnxDecoder:
                 fix = "Export it with --routed, or call `use` before each batch"
                 raise SettingsError("this folder has one adapter for a whole batch", where=self.folder, fix=fix)
             numbers = [0 if name is None else self._number(name) for name in adapters]
+        eos_ids = self.eos_ids if eos_ids is None else eos_ids
         rows = max(1, min(_ROWS, _PREFILL_TOKENS // longest))
         answers: list[list[int]] = []
         for start in range(0, len(prompt_ids), rows):
@@ -234,7 +236,7 @@ def answers(
     found = {}
     for name, adapter in names.items():
         decoder.use(adapter)
-        answer = decoder.generate([ids], max_tokens, decoder.eos_ids)[0]
+        answer = decoder.generate([ids], max_tokens)[0]
         found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
     return found
 

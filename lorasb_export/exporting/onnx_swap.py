@@ -110,23 +110,23 @@ def make_swappable(path: Path, basis: Basis) -> None:
     onnx.save(model, path)
 
 
-def add_to_stack(path: Path, tasks: Sequence[Arrays]) -> None:
-    """Make the graph in `path` a routed one, or give a routed one further tasks; the base is number 0.
+def add_to_stack(path: Path, adapters: Sequence[Arrays]) -> None:
+    """Make the graph in `path` a routed one, or give a routed one further adapters; the base is number 0.
 
-    The stack lies in a data file of its own, whose name holds its number of tasks, so that the graph and what it refers
-    to change in one rename: a reader sees the old tasks or the new ones.
+    The stack lies in a data file of its own, whose name holds its number of adapters, so that the graph and what
+    it refers to change in one rename: a reader sees the old adapters or the new ones.
     """
     import onnx
     from onnx.numpy_helper import to_array
 
     model = read_graph(path)
     routed = any(value.name == IDS for value in model.graph.input)
-    present = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in tasks[0]}
+    present = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in adapters[0]}
     before = external_files(model)
     stacks = {}
     for name, tensor in present.items():
         own = to_array(tensor, str(path.parent))
-        stacks[name] = np.concatenate([own if routed else own[None], *(task[name][None] for task in tasks)])
+        stacks[name] = np.concatenate([own if routed else own[None], *(adapter[name][None] for adapter in adapters)])
     file = f"tasks-{len(next(iter(stacks.values()))) - 1}.onnx_data"
     with (path.parent / file).open("wb") as data:
         for name, tensor in present.items():

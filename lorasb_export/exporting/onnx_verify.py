@@ -41,7 +41,7 @@ _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 def verify_folder(
     out: Path,
     reference: BaseModel,
-    tasks: Mapping[str, Adapter | None],
+    adapters: Mapping[str, Adapter | None],
     asked: Mapping[str, HeldOut] = {},
 ) -> dict[str, dict[str, Any]]:
     """Ask an exported decoder for answers, and torch in fp32 whether it would have said the same.
@@ -51,12 +51,12 @@ def verify_folder(
 
     Args:
         out: what an ONNX export wrote.
-        reference: the merged model; or the base, to which torch adds each task.
-        tasks: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
-        asked: of those of `tasks` whose metric on held-out rows is wanted too (`held_out`).
+        reference: the merged model; or the base, to which torch adds each adapter.
+        adapters: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
+        asked: of those of `adapters` whose metric on held-out rows is wanted too (`held_out`).
 
     Returns:
-        for each of `tasks` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
+        for each of `adapters` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
         `equal_tokens` (before the first of an answer that differs), and `gap`: by how much torch's logits prefer its
         own token there, the largest over the prompts; 0 when all are equal. Of `asked` also `rows_left_out`, which are
         too long for the model's context, and where others are left `metric`, `rows`, its value in `torch` and in
@@ -67,24 +67,24 @@ def verify_folder(
     limit = min(_TOKENS, decoder.context // 2)
     encoded = [prompt_ids(tokenizer, prompt)[: decoder.context - limit] for prompt in PROMPTS]
     answered = {}
-    for name in tasks:
+    for name in adapters:
         decoder.use(name or None)
-        answered[name] = decoder.generate(encoded, limit, decoder.eos_ids)
+        answered[name] = decoder.generate(encoded, limit)
         if name in asked:
             asked[name].ask(decoder)
     del decoder  # before torch loads the same weights
     bases: dict[str, Basis] = {}
-    is_base_alone = not asked and all(task is None for task in tasks.values())
+    is_base_alone = not asked and all(adapter is None for adapter in adapters.values())
     network, device = _in_torch(reference, few_passes=is_base_alone)
     results = {}
-    for name, task in tasks.items():
-        if task is not None:
-            load_basis_once(task, bases)
-            task.inject(network)
+    for name, adapter in adapters.items():
+        if adapter is not None:
+            load_basis_once(adapter, bases)
+            adapter.inject(network)
         results[name] = _compare(network, encoded, answered[name], device)
         if name in asked:
             results[name] |= asked[name].compare(network)
-        if task is not None:
+        if adapter is not None:
             remove(network)
     return results
 
@@ -168,7 +168,7 @@ class HeldOut:
         if not fitting:
             return
         self._limit = min(max(self._tokens[i] for i in fitting), decoder.context - max(map(len, self._asked)))
-        found = decoder.generate(self._asked, self._limit, decoder.eos_ids)
+        found = decoder.generate(self._asked, self._limit)
         self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 
     def compare(self, network: PreTrainedModel) -> dict[str, Any]:

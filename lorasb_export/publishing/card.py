@@ -215,7 +215,7 @@ def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) 
         return f'import onnxruntime as ort\n{fetch}\n{folder}session = ort.InferenceSession(folder + "/model.onnx")\n'
     if provenance.get("exporter", "genai") != "genai" or provenance.get("routed"):
         adapter = f', "{tasks[0]}"' if tasks else ""
-        decoder = f"decoder = OnnxDecoder(folder{adapter})  # decoder.generate(prompt_ids, 40, decoder.eos_ids)\n"
+        decoder = f"decoder = OnnxDecoder(folder{adapter})  # decoder.generate(prompt_ids, 40)\n"
         return f"{fetch}from lorasb_export import OnnxDecoder\n\n{folder}{decoder}"
     load = ""
     if tasks:

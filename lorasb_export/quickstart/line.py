@@ -208,7 +208,7 @@ def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     rows = line.tasks[_MERGED].rows("test")
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     decoder = OnnxDecoder(folder)
-    ids = decoder.generate(prompts, max_answer_tokens(tokenizer, rows), decoder.eos_ids)
+    ids = decoder.generate(prompts, max_answer_tokens(tokenizer, rows))
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

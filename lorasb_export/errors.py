@@ -63,7 +63,13 @@ class OutputError(LoraSBError, OSError):
 
 
 class TrainingError(LoraSBError, RuntimeError):
-    """Training cannot start, continue or resume."""
+    """Training cannot start, continue or resume.
+
+    Attributes:
+        task: the name of the task that alone is at fault: its loss or R is not finite.
+    """
+
+    task: str | None = None
 
 
 class MissingPackageError(LoraSBError, ImportError):

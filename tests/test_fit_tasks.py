@@ -244,6 +244,26 @@ def test_together_a_line_names_the_task_of_its_valid_loss(
     assert [re.fullmatch(pattern, line)[1] for line in log.messages[-2:]] == ["a", "b"]  # type: ignore[index]
 
 
+def test_together_one_that_diverges_is_left_out(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """At a rate that no second step outlives: `a` has eight of them, `short` and `brief` one."""
+    found = project(
+        tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.short]\ndata = "s"\n[tasks.brief]\ndata = "s"\n'
+    )
+    (tmp_path / "p" / "s").mkdir()
+    rows = (sums / "train.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "p" / "s" / "train.jsonl").write_text("".join(rows))
+    settings = FitSettings(epochs=1, learning_rate=1e30)
+    fitted = fit_all(found, ["short", "a", "brief"], settings, together=True)
+    assert (fitted["a"].what, list(fitted)) == (
+        "the valid loss of a is not finite after step 2",
+        ["a", "short", "brief"],
+    )
+    assert sorted(path.name for path in (tmp_path / "p" / "adapters").iterdir()) == ["brief", "short"]
+    assert fitted["short"].training["together"] == ["brief", "short"]
+    again = fit_all(found, ["short", "a", "brief"], settings, together=True, resume=True)
+    assert (again["a"].task, again["brief"].sha256) == (None, fitted["brief"].sha256)
+
+
 def test_the_result_counts_rows_left_out_and_cut(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..data import load_task
-from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError
+from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
+from .checkpoints import together_folder
 from .fit import fit, fit_together, require_fitting
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,8 @@ def fit_tasks(
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
         loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
-        same. The error of a single task, of tasks together and of one of several processes is raised.
+        same; of tasks together, the others begin again (a task's rows alone are read before all). The error of a single
+        task and of one of several processes is raised.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
@@ -89,11 +93,22 @@ def fit_tasks(
         network = base.load(dtype=settings.dtype)
     if together:
         (found,) = shared.values()
-        folder = targets[names[0]].parent
-        tasks = [load_task(name, source) for name, source in places.items()]
-        fitted = fit_together(base, found, tasks, folder, settings, resume=resume, overwrite=overwrite, network=network)
-        yield from zip(places, fitted, strict=True)
-        return
+        folder, left = targets[names[0]].parent, list(places)
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
+        while left:
+            tasks = [load_task(name, places[name]) for name in left]
+            try:
+                fitted = fit_together(base, found, tasks, folder, settings, **how)
+            except TrainingError as error:
+                if error.task is None or distributed.world() > 1:
+                    raise
+                logger.warning("%s is left out, others begin again: %s", error.task, error)
+                shutil.rmtree(together_folder(folder, left), ignore_errors=True)  # the same run would end there again
+                left.remove(error.task)
+                yield error.task, error.alone()
+            else:
+                yield from zip(left, fitted, strict=True)
+                return
     for name, source in places.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         outcome: Adapter | LoraSBError

@@ -30,8 +30,10 @@ class TaskRun:
 
     def not_finite(self, what: str, place: str) -> TrainingError:
         """The error of a run that diverges."""
-        return TrainingError(
+        error = TrainingError(
             f"{what} of {self.task.name} is not finite {place}",
             where=self.task.source,
             fix="Lower the learning rate, or use --dtype float32",
         )
+        error.task = self.task.name
+        return error

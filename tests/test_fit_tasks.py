@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, OutputError
+from lorasb_export.errors import BaseModelError, DataError, OutputError, TrainingError
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit_tasks import fit_tasks
@@ -262,6 +262,14 @@ def test_together_one_that_diverges_is_left_out(llama: Path, sums: Path, tmp_pat
     assert fitted["short"].training["together"] == ["brief", "short"]
     again = fit_all(found, ["short", "a", "brief"], settings, together=True, resume=True)
     assert (again["a"].task, again["brief"].sha256) == (None, fitted["brief"].sha256)
+
+
+def test_together_all_that_diverge_are_each_told_once(llama: Path, sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    settings = FitSettings(epochs=1, learning_rate=1e30)
+    outcomes = list(fit_tasks(found, ["a", "b"], settings, together=True))
+    assert [(name, type(error)) for name, error in outcomes] == [("a", TrainingError), ("b", TrainingError)]
+    assert not (tmp_path / "p" / "adapters").exists() or not list((tmp_path / "p" / "adapters").iterdir())
 
 
 def test_the_result_counts_rows_left_out_and_cut(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
-from ..data import load_task
+from ..basis import Basis
+from ..data import TaskData, load_task
 from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
@@ -93,22 +95,10 @@ def fit_tasks(
         network = base.load(dtype=settings.dtype)
     if together:
         (found,) = shared.values()
-        folder, left = targets[names[0]].parent, list(places)
-        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
-        while left:
-            tasks = [load_task(name, places[name]) for name in left]
-            try:
-                fitted = fit_together(base, found, tasks, folder, settings, **how)
-            except TrainingError as error:
-                if error.task is None or distributed.world() > 1:
-                    raise
-                logger.warning("%s is left out, others begin again: %s", error.task, error)
-                shutil.rmtree(together_folder(folder, left), ignore_errors=True)  # the same run would end there again
-                left.remove(error.task)
-                yield error.task, error.alone()
-            else:
-                yield from zip(left, fitted, strict=True)
-                return
+        tasks = {name: load_task(name, source) for name, source in places.items()}
+        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
+        yield from _together(base, found, tasks, targets[names[0]].parent, settings, **options)
+        return
     for name, source in places.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
         outcome: Adapter | LoraSBError
@@ -128,6 +118,27 @@ def fit_tasks(
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone()
+        yield name, outcome
+
+
+def _together(
+    base: BaseModel, basis: Basis, tasks: Mapping[str, TaskData], folder: Path, settings: FitSettings, **options: Any
+) -> Iterator[tuple[str, Adapter | LoraSBError]]:
+    """`fit_together`; after a task whose loss is not finite once more, without it."""
+    left = dict(tasks)
+    while left:
+        try:
+            fitted = fit_together(base, basis, left, folder, settings, **options)
+        except TrainingError as error:
+            if error.task is None or distributed.world() > 1:  # the other processes know nothing of it
+                raise
+            logger.warning("%s is left out, others begin again: %s", error.task, error)
+            name, outcome = error.task, error.alone()
+        else:
+            yield from zip(left, fitted, strict=True)
+            return
+        shutil.rmtree(together_folder(folder, left), ignore_errors=True)  # the same run would end there again
+        del left[name]
         yield name, outcome
 
 

@@ -22,7 +22,7 @@ from .base import CAUSAL_LM, SEQ_CLS, BaseRef
 from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
+from .format import AGAIN, FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
@@ -243,11 +243,10 @@ class Adapter:
         hub_source = None if found_at == str(folder) else found_at
         where, config = folder / "adapter_config.json", read_adapter_config(folder)
         if not math.isfinite(config["scaling"]):
-            raise ArtifactError(f"scaling is {config['scaling']}", where=where, fix="Train or fetch it again")
+            raise ArtifactError(f"scaling is {config['scaling']}", where=where, fix=AGAIN)
         rank, modules = config["r"], config["target_modules"]
         if rank < 1 or not modules or not all(isinstance(name, str) for name in modules):
-            fix = "Train or fetch it again"
-            raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=fix)
+            raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=AGAIN)
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BaseModelError, SettingsError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
+from .output import expanded
 from .settings import DTYPES
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, read_header, read_json
@@ -78,7 +78,7 @@ class BaseModel:
         if isinstance(name_or_path, BaseModel):
             return name_or_path
         name = str(name_or_path)
-        path = Path(os.path.expanduser(name))
+        path = expanded(name)
         if path.is_file():
             raise BaseModelError(
                 "the base model is a file", where=name, fix="Give the folder that holds config.json, or a Hub id"

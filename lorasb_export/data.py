@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 from .base import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
+from .output import expanded
 from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def load_task(name: str, source: str | Path) -> TaskData:
         DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty
             or wrong field, a row of another kind than the first, a label that no training row has.
     """
-    path = Path(os.path.expanduser(source))
+    path = expanded(source)
     if path.suffix.lower() == ".csv":
         fix = 'Make JSON lines of it, one {"prompt": …, "completion": …} or {"text": …, "label": …} for each row'
         raise DataError("CSV is not read", where=path, fix=fix)

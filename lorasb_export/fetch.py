@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, patiently
+from .output import expanded
 from .storage import sha256_file
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
@@ -54,7 +55,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     Raises:
         ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
     """
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(os.path.abspath(expanded(source)))
     if path.is_dir():
         return path, str(path)
     name, commit, folder = snapshot(str(source), files, ArtifactError)
@@ -86,7 +87,7 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     parsed = parse_hub_id(source)
-    if parsed is None or Path(os.path.expanduser(source)).exists():
+    if parsed is None or expanded(source).exists():
         fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
         raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
     name, tagged = parsed

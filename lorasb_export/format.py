@@ -63,6 +63,7 @@ _TRAINING_KEYS: Mapping[str, Any] = {
 _FIGURES = {"base", "adapter", "rows"}
 
 _MOST = 10  # problems told at once
+AGAIN = "Train or fetch it again"
 _HINT = "Written by another version, or edited by hand"
 
 
@@ -257,4 +258,4 @@ def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
     """Raise ArtifactError when `tensor` holds an infinity or a NaN."""
     lowest, highest = tensor.aminmax()  # NaN comes out as both; a tenth of the time of looking at every entry
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        raise ArtifactError(f"tensor {name} has non-finite values", where=where, fix="Train or fetch it again")
+        raise ArtifactError(f"tensor {name} has non-finite values", where=where, fix=AGAIN)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import Problems, SettingsError
+from .output import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
@@ -52,7 +53,7 @@ def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> 
     Raises:
         SettingsError: a word that can only be a name, and is that of none.
     """
-    path = Path(os.path.expanduser(word))
+    path = expanded(word)
     if word != path.name or word.startswith("."):
         return path if path.is_dir() else word
     for folder in (adapters_dir / word, path):

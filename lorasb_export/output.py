@@ -31,7 +31,7 @@ _FIXES = {
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with a leading `~` as the home folder, as inputs are read: no shell does that in a call or `--out=~/x`."""
+    """`path` with a leading `~` as the home folder: no shell does that in a call, or in `--out=~/x`."""
     return Path(os.path.expanduser(path))
 
 

@@ -16,6 +16,7 @@ from ..basis_source import EMBEDDED
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from ..hub_calls import hub_errors, patiently
+from ..output import expanded
 from ..storage import parse_json, read_json, sha256_file, to_json, utf8
 from . import card, outgoing, readme
 from .card_sections import Facts
@@ -80,7 +81,7 @@ def push(
             folder's were both edited: nothing was written.
         ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(folder)))
+    folder = Path(os.path.abspath(expanded(folder)))
     kind = outgoing.kind_of(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)

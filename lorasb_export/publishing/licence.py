@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
 from ..hub_calls import hub_errors, patiently
+from ..output import expanded
 from .readme import LICENCE_KEYS, front_matter
 
 
@@ -26,7 +26,7 @@ def licence(
     Raises:
         ServerError: the Hub fails or cannot be reached.
     """
-    folder = Path(os.path.expanduser(source))
+    folder = expanded(source)
     path = folder / "README.md" if folder.is_dir() else None
     if path is None and is_hub_id(source):
         path = _card_on_the_hub(source, revision, dataset)

@@ -11,6 +11,7 @@ from ..adapter import Adapter
 from ..errors import SettingsError
 from ..fetch import BASIS_FILES
 from ..kind import artifact_kind
+from ..output import expanded
 from ..project import Project
 from .hub import push
 
@@ -75,7 +76,7 @@ def push_folder(
 
     Args and errors: as for `push_project` and `push`.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(folder)))
+    folder = Path(os.path.abspath(expanded(folder)))
     is_basis = folder == project.path(project.basis_path)
     undecided = PLACE in repo and not with_basis and basis_repo is None
     if undecided and _uses_shared_basis(project, folder):

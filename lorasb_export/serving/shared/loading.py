@@ -12,11 +12,10 @@ import torch
 
 from ...basis import Basis
 from ...errors import ArtifactError, OutputError
-from ...format import read_adapter_config
+from ...format import AGAIN, read_adapter_config
 from ...storage import read_header, read_json
 
 FILES = ("adapter.safetensors", "adapter_config.json")
-_AGAIN = "Train or fetch it again"
 
 
 class LoadedR(NamedTuple):
@@ -39,11 +38,11 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
     header, _ = read_header(path)
     if set(header) != {f"{name}.R" for name in basis.modules}:
-        raise ArtifactError("the tensors are not one R for each module of the basis", where=path, fix=_AGAIN)
+        raise ArtifactError("the tensors are not one R for each module of the basis", where=path, fix=AGAIN)
     for name, info in header.items():
         if info.dtype != "F32" or info.shape != shape:
             what = f"tensor {name} is {info.dtype} {list(info.shape)}, not F32 {list(shape)}"
-            raise ArtifactError(what, where=path, fix=_AGAIN)
+            raise ArtifactError(what, where=path, fix=AGAIN)
     infos = list(header.values())  # in the order of the file, without gaps: `read_header` refuses those
     memory = bytearray(infos[-1].end - infos[0].start)
     with path.open("rb") as file:
@@ -52,10 +51,10 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     block = torch.frombuffer(memory, dtype=torch.float32).view(-1, *shape)
     low, high = torch.aminmax(block)  # NaN if there is one; and a tenth of the time of `isfinite`
     if read != len(memory) or not (math.isfinite(low * config["scaling"]) and math.isfinite(high * config["scaling"])):
-        raise ArtifactError("truncated, or with non-finite values", where=path, fix=_AGAIN)
+        raise ArtifactError("truncated, or with non-finite values", where=path, fix=AGAIN)
     digest.update(memory)
     if digest.hexdigest() != config["sha256"]:
-        raise ArtifactError("not the tensors that the config names (sha256)", where=path, fix=_AGAIN)
+        raise ArtifactError("not the tensors that the config names (sha256)", where=path, fix=AGAIN)
     return LoadedR([name.removesuffix(".R") for name in header], block.mul_(config["scaling"]))
 
 

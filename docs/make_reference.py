@@ -40,7 +40,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "serving/server.py": ["RunningServer: wait"],
     "basis.py": ["Basis: load open save"],
     "adapter.py": ["Adapter: attach inject load load_basis save delta"],
-    "layer.py": ["remove"],
+    "inject.py": ["remove"],
     "stack.py": ["Stack: __init__ use detach"],
     "base.py": ["BaseModel: resolve load load_tokenizer verify"],
     "inference.py": ["answers"],

@@ -22,7 +22,8 @@ from lorasb_export.evaluation import evaluate
 from lorasb_export.exporting import onnx_verify
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
-from lorasb_export.exporting.onnx_build import GENAI, GRAPH, TORCH, exporter_for
+from lorasb_export.exporting.onnx_build import GRAPH
+from lorasb_export.exporting.onnx_exporter import GENAI, TORCH, exporter_for
 from lorasb_export.exporting.onnx_graph import read_graph
 from lorasb_export.exporting.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.exporting.onnx_verify import require_equal

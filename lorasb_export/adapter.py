@@ -22,7 +22,7 @@ from .base import CAUSAL_LM, SEQ_CLS, BaseRef
 from .basis import Basis
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
-from .format import AGAIN, FORMAT_VERSION, check_training, load_tensors, read_adapter_config, sealed
+from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
@@ -30,6 +30,7 @@ from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
 from .storage import TensorInfo, read_header, read_json, write_json
+from .tensors import load_tensors
 
 CURVE = "training.png"  # the picture of an adapter's losses
 
@@ -88,13 +89,14 @@ class Adapter:
         Raises:
             ArtifactError: the model lacks a module of the basis, or its shape differs.
         """
-        from . import layer
+        from .head import train_head
+        from .inject import inject
 
         adapter = cls.start(basis, scaling=scaling, init=init)
-        adapter.R = layer.inject(model, basis.modules, adapter.R, scaling)
+        adapter.R = inject(model, basis.modules, adapter.R, scaling)
         if classifies(model):
             config: Any = model.config
-            adapter.task_type, adapter.head = SEQ_CLS, layer.train_head(model)
+            adapter.task_type, adapter.head = SEQ_CLS, train_head(model)
             names = [config.id2label[i] for i in range(config.num_labels)]
             unnamed = names == [f"LABEL_{i}" for i in range(len(names))]  # as transformers does: rows have numbers
             labels = list(range(len(names))) if unnamed else names
@@ -115,11 +117,12 @@ class Adapter:
 
         They are copies. To train it on, `attach` a fresh one of its basis and scaling and copy its R into that.
         """
-        from . import layer
+        from .head import load_head
+        from .inject import inject
 
-        layer.inject(model, self.load_basis().modules, self.R, self.scaling)
+        inject(model, self.load_basis().modules, self.R, self.scaling)
         model.requires_grad_(False)
-        layer.load_head(model, self.head)
+        load_head(model, self.head)
 
     @property
     def labels(self) -> list[Any]:

@@ -287,7 +287,7 @@ class BaseModel:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        from .format import TORCH_DTYPES
+        from .tensors import TORCH_DTYPES
 
         loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)

@@ -17,17 +17,14 @@ import torch
 from safetensors.torch import save as serialize
 
 from .base import BaseRef
-from .factors import Factors, ModuleBasis
+from .errors import ArtifactError
+from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import (
+    EDITED,
     FORMAT_VERSION,
     basis_tensors,
-    block_factors,
-    check_finite,
-    check_tensors,
-    load_tensors,
     read_basis_config,
-    read_tensor,
     sealed,
 )
 from .output import atomic_folder, expanded
@@ -35,6 +32,7 @@ from .provenance import versions
 from .publishing import card
 from .settings import GRADIENT
 from .storage import TensorInfo, read_json, write_json
+from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
 
@@ -184,7 +182,7 @@ class Basis:
             if block is None:
                 modules[name] = ModuleBasis(*(tensors[f"{name}.{part}"] for part in "BAS"))
             else:
-                modules[name] = block_factors(block, name, shape, rank, path)
+                modules[name] = _block_factors(block, name, shape, rank, path)
         return cls._recorded(config, shapes, modules, where)
 
     @classmethod
@@ -199,3 +197,12 @@ class Basis:
         basis = cls(base, config["rank"], modules, config["calibration"], config["created_with"], where)
         basis.__dict__.update(sha256=config["sha256"], shapes=shapes)  # verified: no need to serialize or read again
         return basis
+
+
+def _block_factors(block: torch.Tensor, name: str, shape: tuple[int, int], rank: int, where: Path) -> BlockBasis:
+    """The factors of module `name` from what the file holds of its block. Raises ArtifactError when it has no such."""
+    spans = [slice(*span) for span in block.tolist()]
+    if any(s.start < 0 or s.stop > n or s.stop - s.start != rank for s, n in zip(spans, shape, strict=True)):
+        what = f"tensor {name}.block is {block.tolist()}, no block of {rank} rows and columns of {list(shape)}"
+        raise ArtifactError(what, where=where, fix=EDITED)
+    return BlockBasis(shape, *spans)

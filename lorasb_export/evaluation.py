@@ -16,8 +16,9 @@ from .batches import Encoded, collate, encode, row_losses
 from .data import TaskData, load_task
 from .errors import DataError, SettingsError
 from .format import sealed
+from .head import head_parameters, load_head
 from .inference import answers, end_ids, expected_answers, max_answer_tokens
-from .layer import head_parameters, load_head, remove
+from .inject import remove
 from .metrics import exact_match, of_predictions
 from .names import name_of
 from .network import require_dtype, require_outputs

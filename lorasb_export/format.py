@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from .errors import ArtifactError
-from .factors import BlockBasis
 from .kind import PEFT_TYPE
-from .storage import FLOATS, TensorInfo, read_header, read_json, sha256_file
+from .storage import read_header, read_json
 
 FORMAT_VERSION = 1
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Key → the type, or types, of its value.
 BASE_KEYS = {"name_or_path": str, "revision": (str, NoneType), "fingerprint": str}
 BASIS_KEYS = {
@@ -64,7 +56,7 @@ _FIGURES = {"base", "adapter", "rows"}
 
 _MOST = 10  # problems told at once
 AGAIN = "Train or fetch it again"
-_HINT = "Written by another version, or edited by hand"
+EDITED = "Written by another version, or edited by hand"
 
 
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
@@ -82,7 +74,7 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path
 def check_seal(config: Mapping[str, Any], where: Path) -> None:
     """Refuse a config that is not as `sealed` made it."""
     if config.get("config_sha256") != sealed(config)["config_sha256"]:
-        raise ArtifactError("the config is not as it was written: its config_sha256 differs", where=where, fix=_HINT)
+        raise ArtifactError("the config is not as it was written: its config_sha256 differs", where=where, fix=EDITED)
 
 
 def sealed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +98,7 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
     if len(problems) > _MOST:
         problems[_MOST:] = [f"and {len(problems) - _MOST} more"]
     if problems:
-        raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=_HINT)
+        raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=EDITED)
 
 
 def check_training(training: Mapping[str, Any], where: object) -> None:
@@ -136,12 +128,12 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
     check_keys(config["base_model"], BASE_KEYS, where)
     rank = config["rank"]
     if not config["target_modules"]:
-        raise ArtifactError("the basis has no module", where=where, fix=_HINT)
+        raise ArtifactError("the basis has no module", where=where, fix=EDITED)
     for name, shape in config["target_modules"].items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
-            raise ArtifactError(f"target module {name} has no shape [out, in]", where=where, fix=_HINT)
+            raise ArtifactError(f"target module {name} has no shape [out, in]", where=where, fix=EDITED)
         if not 0 < rank <= min(shape):
-            raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=where, fix=_HINT)
+            raise ArtifactError(f"rank {rank} does not fit module {name} {shape}", where=where, fix=EDITED)
     return config, {name: (rows, columns) for name, (rows, columns) in config["target_modules"].items()}
 
 
@@ -153,15 +145,6 @@ def basis_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, path: Path) 
     for name, (rows, columns) in shapes.items():
         expected |= {f"{name}.B": [rows, rank], f"{name}.A": [rank, columns], f"{name}.S": [rank]}
     return expected
-
-
-def block_factors(block: torch.Tensor, name: str, shape: tuple[int, int], rank: int, where: Path) -> BlockBasis:
-    """The factors of module `name` from what the file holds of its block. Raises ArtifactError when it has no such."""
-    spans = [slice(*span) for span in block.tolist()]
-    if any(s.start < 0 or s.stop > n or s.stop - s.start != rank for s, n in zip(spans, shape, strict=True)):
-        what = f"tensor {name}.block is {block.tolist()}, no block of {rank} rows and columns of {list(shape)}"
-        raise ArtifactError(what, where=where, fix=_HINT)
-    return BlockBasis(shape, *spans)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -180,82 +163,3 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
     check_training(config["training"], where)
     return config
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises OSError when the disk does not take it."""
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
-        path.chmod(mode)  # safetensors makes it readable for its owner alone
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # all it says of the system's error
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-
-
-def load_tensors(
-    path: Path, expected: Mapping[str, list[int]], digest: str, device: str | torch.device = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Tensors of exactly the `expected` names and shapes, finite; refused from the header where possible.
-
-    Args:
-        digest: the sha256 the file must have.
-    """
-    check_tensors(path, expected, digest)
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ArtifactError(f"unreadable safetensors file: {error}", where=path, fix="Fetch it again") from None
-    for name, tensor in tensors.items():
-        check_finite(tensor, name, path)
-    return tensors
-
-
-def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) -> dict[str, TensorInfo]:
-    """The header of `path`, which must hold exactly the `expected` names and shapes.
-
-    The file is read through once for its digest; nothing of it is kept.
-
-    R and S are fp32, places of blocks int64, everything else may be any float.
-
-    Args:
-        digest: the sha256 the file must have.
-    """
-    header, _ = read_header(path)
-    check_keys(header, dict.fromkeys(expected, TensorInfo), path)
-    for name, shape in expected.items():
-        only = {"F32"} if name.endswith((".R", ".S")) else {"I64"} if name.endswith(".block") else FLOATS
-        if list(header[name].shape) != shape or header[name].dtype not in only:
-            raise ArtifactError(
-                f"tensor {name} is {header[name].dtype} {list(header[name].shape)}, "
-                f"expected {'/'.join(sorted(only))} {shape}",
-                where=path,
-                fix=_HINT,
-            )
-    if sha256_file(path) != digest:
-        raise ArtifactError(f"sha256 is not {digest[:12]}… as its config says", where=path, fix="Fetch it again")
-    return header
-
-
-def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
-    """One tensor of a safetensors file, read into memory of its own: mapped pages would count as ours.
-
-    Raises:
-        ArtifactError: the file ends before the tensor does.
-    """
-    buffer = bytearray(info.nbytes)
-    with path.open("rb") as file:
-        file.seek(info.start)
-        if file.readinto(buffer) != len(buffer):
-            raise ArtifactError("the file became shorter while it was read", where=path, fix="Fetch it again")
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
-
-
-def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
-    """Raise ArtifactError when `tensor` holds an infinity or a NaN."""
-    lowest, highest = tensor.aminmax()  # NaN comes out as both; a tenth of the time of looking at every entry
-    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        raise ArtifactError(f"tensor {name} has non-finite values", where=where, fix=AGAIN)

@@ -17,7 +17,7 @@ from .base import CAUSAL_LM, BaseModel
 from .basis import Basis
 from .batches import answer_ids, prompt_ids
 from .errors import ArtifactError, DataError, SettingsError
-from .layer import refuse_rows
+from .inject import refuse_rows
 from .network import positions
 from .rows import Prompt, Row, question_and_answer
 from .storage import read_json, write_json

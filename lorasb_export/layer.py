@@ -5,7 +5,6 @@ Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ArtifactError, BaseModelError, SettingsError
+from .errors import SettingsError
 from .factors import Factors
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
@@ -164,133 +163,3 @@ class LoRASBLinear(nn.Module):
                 x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
             )
         return y
-
-
-class Live(Mapping[str, nn.Parameter]):
-    """name → the parameter that is on the model now: FSDP2 puts another one in the place of the one it shards."""
-
-    def __init__(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
-        """`places`: name → module, and what it calls the parameter."""
-        self._places = places
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        module, leaf = self._places[name]
-        parameter: nn.Parameter = getattr(module, leaf)
-        return parameter
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def inject(
-    model: nn.Module,
-    factors: Mapping[str, Factors],
-    R: Mapping[str, torch.Tensor],
-    scaling: float,
-    route: Route | None = None,
-) -> Live:
-    """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
-
-    Args:
-        R: module name → (r, r), or (k, r, r) with a `route`.
-
-    Returns:
-        module name → its live R parameter.
-
-    Raises:
-        ArtifactError: the model lacks a module, or its shape differs from the basis's.
-        BaseModelError: the model carries PEFT layers, or a module is neither Linear nor Conv1D.
-    """
-    remove(model)
-    refuse_peft(model)
-    found, fix = dict(model.named_modules()), "Use the base model of this basis"
-    for name, module in factors.items():
-        if name not in found:
-            raise ArtifactError(f"the model has no module {name}", fix=fix)
-        if not isinstance(found[name], LINEAR_TYPES):
-            what = f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D"
-            raise BaseModelError(what, fix=fix)
-        shape = tuple(weight_of(found[name]).shape)
-        if shape != module.shape:
-            raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
-    model.requires_grad_(False)
-    layers = {}
-    for name, module in factors.items():
-        wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
-        _replace(model, name, wrapped)
-        layers[name] = wrapped
-    return Live({name: (module, "R") for name, module in layers.items()})
-
-
-def remove(model: nn.Module) -> None:
-    """Take every adapter off `model`: its modules are the base's own again, bit for bit, and stay frozen.
-
-    A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRASBLinear):
-            _replace(model, name, module.base)
-
-
-def refuse_rows(model: nn.Module) -> None:
-    """Raise SettingsError where the adapters of a `Stack` were chosen row by row, for rows of another order."""
-    routes = (module.route for module in model.modules() if isinstance(module, LoRASBLinear))
-    if any(route is not None and route.rows is not None and len(route.rows) > 1 for route in routes):
-        fix = "Choose one for all of them, and ask for each adapter's answers apart"
-        raise SettingsError("prompts are sorted by length, and an adapter was chosen for each row", fix=fix)
-
-
-def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a sequence classifier's head: all that lie outside its body (`base_model_prefix`)."""
-    body = f"{model.base_model_prefix}."
-    return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
-
-
-def train_head(model: nn.Module) -> Live:
-    """A sequence classifier's `head_parameters`, made trainable, and cast to fp32 where narrower, as R is."""
-    places = {
-        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in head_parameters(model)
-    }
-    for module in dict.fromkeys(module for module, _ in places.values()):
-        narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        if narrow:
-            module.register_forward_pre_hook(_widened)
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
-    return Live(places)
-
-
-def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters(recurse=False)).dtype
-    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
-
-
-def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:
-    """Copy a trained head into `model`. Raises ArtifactError when a name or shape does not fit."""
-    parameters = head_parameters(model) if head else {}
-    for name, tensor in head.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            what = f"the model has no head parameter {name} of shape {list(tensor.shape)}"
-            raise ArtifactError(what, fix="Load the base with the adapter's number of labels")
-        parameters[name].data.copy_(tensor)
-
-
-def refuse_peft(model: nn.Module) -> None:
-    """Raise BaseModelError when `model` carries PEFT layers: its weights, or what it computes, are not the base's."""
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
-            raise BaseModelError(
-                "the model already carries PEFT layers",
-                where=name,
-                fix="Merge or unload them first, or load a plain base",
-            )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from . import layer
 from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
+from .inject import inject, remove
+from .layer import Route
 
 
 class Stack:
@@ -43,9 +44,9 @@ class Stack:
                 )
         self.names = list(adapters)
         self._model = model
-        self._route = layer.Route()
+        self._route = Route()
         start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
-        live = layer.inject(model, basis.modules, start, first.scaling, self._route)
+        live = inject(model, basis.modules, start, first.scaling, self._route)
         self.layers: list[torch.Tensor] = [live[name] for name in basis.modules]
         with torch.no_grad():
             self.values = torch.stack(self.layers, dim=1)  # one adapter's R lie together
@@ -80,4 +81,4 @@ class Stack:
 
     def detach(self) -> None:
         """Take the adapters off; the base is left as it was, bit for bit, and frozen. They keep what they learnt."""
-        layer.remove(self._model)
+        remove(self._model)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .base import BaseModel, default_device
-from .format import TORCH_DTYPES, read_tensor
+from .tensors import TORCH_DTYPES, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

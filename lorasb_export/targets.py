@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import BaseModelError, SettingsError
-from .layer import LINEAR_TYPES, refuse_peft, weight_of
+from .inject import refuse_peft
+from .layer import LINEAR_TYPES, weight_of
 from .settings import ALL_LINEAR, MLP_OUTPUT
 
 if TYPE_CHECKING:

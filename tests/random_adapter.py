@@ -11,7 +11,8 @@ from lorasb_export.adapter import Adapter, Basis
 from lorasb_export.base import CAUSAL_LM, BaseModel
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.factors import Factors, ModuleBasis
-from lorasb_export.layer import head_parameters, weight_of
+from lorasb_export.head import head_parameters
+from lorasb_export.layer import weight_of
 from lorasb_export.settings import BLOCK, RANDOM
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.layer import head_parameters
+from lorasb_export.head import head_parameters
 from lorasb_export.merging.plan import parse_size
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.storage import read_json, write_json

@@ -22,7 +22,8 @@ from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.calibration.subspace import reduced, truncated_svd
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.factors import ModuleBasis
-from lorasb_export.layer import LoRASBLinear, Route, _LoRASBFunction, remove
+from lorasb_export.inject import remove
+from lorasb_export.layer import LoRASBLinear, Route, _LoRASBFunction
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from tests.tiny import update_of

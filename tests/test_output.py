@@ -22,19 +22,19 @@ import torch
 from lorasb_export import Adapter, calibrate, export, fit, merge, output
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
-from lorasb_export.format import save_tensors
 from lorasb_export.lock import only_writer
 from lorasb_export.new_project import write_project
 from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
 from lorasb_export.project import Project
 from lorasb_export.serving.launcher import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.tensors import save_tensors
 from lorasb_export.training.fit import fit_together
 
 FULL = """
 import resource, sys, torch
 from pathlib import Path
-from lorasb_export.format import save_tensors
+from lorasb_export.tensors import save_tensors
 from lorasb_export.output import atomic_folder
 tensors = {"R": torch.zeros(1 << 16)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -13,7 +13,8 @@ from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.inference import answers
-from lorasb_export.layer import LoRASBLinear, inject
+from lorasb_export.inject import inject
+from lorasb_export.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
 from tests.families import make

@@ -29,7 +29,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.batches import IGNORE, collate, encode, row_losses
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import load_task
-from lorasb_export.layer import inject, remove
+from lorasb_export.inject import inject, remove
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM

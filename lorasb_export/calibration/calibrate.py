@@ -22,7 +22,8 @@ from ..basis import Basis
 from ..data import TaskData, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
-from ..layer import remove, weight_of
+from ..inject import remove
+from ..layer import weight_of
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings

@@ -13,7 +13,7 @@ from ..basis import Basis
 from ..batches import Encoded
 from ..data import TaskData
 from ..factors import Factors
-from ..layer import remove
+from ..inject import remove
 from ..settings import CalibrationSettings
 from .gradients import draw, gradients_of_rows
 from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd

@@ -19,7 +19,8 @@ from ..output import atomic_folder, expanded, refuse_own_input, require_room
 from ..provenance import command, versions
 from ..publishing import card
 from ..storage import DTYPE_BYTES, folder_bytes
-from .onnx_build import DTYPES, PROVIDERS, build, exporter_for
+from .onnx_build import DTYPES, PROVIDERS, build
+from .onnx_exporter import exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
 from .onnx_verify import MAX_DROP, held_out, require_equal, verify_classifier, verify_folder

@@ -25,7 +25,8 @@ from ..names import check_name
 from ..output import atomic_folder, cannot_write, expanded, link_or_copy, put_back, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, values, write_adapter
-from .onnx_build import DATA, GENAI, GRAPH, PROVIDERS, build, exporter_for, genai_outputs
+from .onnx_build import DATA, GRAPH, PROVIDERS, build
+from .onnx_exporter import GENAI, exporter_for, genai_outputs
 from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
 from .onnx_record import RECORD, read_record, write_record

@@ -16,7 +16,8 @@ from ..errors import ArtifactError, DataError, SettingsError, first_line
 from ..output import expanded
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
-from .onnx_build import GENAI, GRAPH
+from .onnx_build import GRAPH
+from .onnx_exporter import GENAI
 from .onnx_graph import read_graph
 from .onnx_record import read_record
 from .onnx_swap import IDS

@@ -17,7 +17,7 @@ from ..data import TaskData
 from ..errors import ArtifactError, DataError
 from ..evaluation import fitting_metric, trained_length
 from ..inference import answers_to_ids, expected_answers, max_answer_tokens
-from ..layer import remove
+from ..inject import remove
 from ..metrics import exact_match, of_predictions
 from ..rows import TEXT, question_and_answer
 from ..streamed import streamed_model

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, published_training
-from ..format import save_tensors
 from ..output import atomic_folder, expanded, refuse_existing, refuse_own_input
 from ..provenance import command
 from ..publishing import card
 from ..publishing.card_sections import Facts
 from ..storage import write_json
+from ..tensors import save_tensors
 
 _PREFIX = "base_model.model."
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}

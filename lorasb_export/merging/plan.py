@@ -17,10 +17,10 @@ from ..adapter import Adapter
 from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..basis import Basis
 from ..errors import ArtifactError, Problems, SettingsError
-from ..format import TORCH_DTYPES, read_tensor
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
+from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, provenance
 from .folder import bytes_of_an_earlier_try

@@ -59,7 +59,7 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
     if unmerged is None or network is None:
         logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
         unmerged = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
-        from ..layer import load_head  # brings transformers, which the rest of a merge does without
+        from ..head import load_head  # brings transformers, which the rest of a merge does without
 
         load_head(unmerged, adapter.head)
     add_updates(unmerged, adapters)

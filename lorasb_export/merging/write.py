@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..format import TORCH_DTYPES
 from ..storage import TensorInfo
+from ..tensors import TORCH_DTYPES
 from . import sums
 from .direct import PAGE, Buffers, OutputFile
 from .plan import MergePlan, PlannedTensor, worker_count

@@ -26,7 +26,7 @@ from ..exporting.onnx import export_onnx
 from ..exporting.onnx_run import OnnxDecoder
 from ..exporting.peft import export_peft
 from ..inference import answers, max_answer_tokens
-from ..layer import remove
+from ..inject import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..new_project import OF_TEXT, write_project

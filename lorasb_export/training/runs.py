@@ -20,8 +20,8 @@ from ..basis import Basis
 from ..batches import Encoded, encode
 from ..data import TaskData
 from ..errors import TrainingError
+from ..head import load_head
 from ..inference import end_ids, expected_answers, max_answer_tokens, question_ids
-from ..layer import load_head
 from ..metrics import better
 from ..rows import CHAT, question_and_answer
 from ..settings import FitSettings

@@ -27,11 +27,11 @@ from transformers import (
 from .. import distributed
 from ..batches import IGNORE, Encoded, collate, row_losses
 from ..errors import OutputError, first_line
-from ..format import save_tensors
 from ..output import fsync, replaced_file
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
+from ..tensors import save_tensors
 from .arguments import trainer_arguments
 from .callbacks import Evaluations
 from .checkpoints import COMPLETE, RESUME, load_tensors, remove_old

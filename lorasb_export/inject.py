@@ -1,0 +1,105 @@
+"""The layers of an adapter put on a model, and taken off; what it may not carry beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .errors import ArtifactError, BaseModelError, SettingsError
+from .factors import Factors
+from .layer import LINEAR_TYPES, LoRASBLinear, Route, weight_of
+
+
+class Live(Mapping[str, nn.Parameter]):
+    """name → the parameter that is on the model now: FSDP2 puts another one in the place of the one it shards."""
+
+    def __init__(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """`places`: name → module, and what it calls the parameter."""
+        self._places = places
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        module, leaf = self._places[name]
+        parameter: nn.Parameter = getattr(module, leaf)
+        return parameter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def inject(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    R: Mapping[str, torch.Tensor],
+    scaling: float,
+    route: Route | None = None,
+) -> Live:
+    """Wrap each named module of `model`; every parameter but the R is frozen. An adapter already there is replaced.
+
+    Args:
+        R: module name → (r, r), or (k, r, r) with a `route`.
+
+    Returns:
+        module name → its live R parameter.
+
+    Raises:
+        ArtifactError: the model lacks a module, or its shape differs from the basis's.
+        BaseModelError: the model carries PEFT layers, or a module is neither Linear nor Conv1D.
+    """
+    remove(model)
+    refuse_peft(model)
+    found, fix = dict(model.named_modules()), "Use the base model of this basis"
+    for name, module in factors.items():
+        if name not in found:
+            raise ArtifactError(f"the model has no module {name}", fix=fix)
+        if not isinstance(found[name], LINEAR_TYPES):
+            what = f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D"
+            raise BaseModelError(what, fix=fix)
+        shape = tuple(weight_of(found[name]).shape)
+        if shape != module.shape:
+            raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
+    model.requires_grad_(False)
+    layers = {}
+    for name, module in factors.items():
+        wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
+        _replace(model, name, wrapped)
+        layers[name] = wrapped
+    return Live({name: (module, "R") for name, module in layers.items()})
+
+
+def remove(model: nn.Module) -> None:
+    """Take every adapter off `model`: its modules are the base's own again, bit for bit, and stay frozen.
+
+    A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRASBLinear):
+            _replace(model, name, module.base)
+
+
+def refuse_rows(model: nn.Module) -> None:
+    """Raise SettingsError where the adapters of a `Stack` were chosen row by row, for rows of another order."""
+    routes = (module.route for module in model.modules() if isinstance(module, LoRASBLinear))
+    if any(route is not None and route.rows is not None and len(route.rows) > 1 for route in routes):
+        fix = "Choose one for all of them, and ask for each adapter's answers apart"
+        raise SettingsError("prompts are sorted by length, and an adapter was chosen for each row", fix=fix)
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raise BaseModelError when `model` carries PEFT layers: its weights, or what it computes, are not the base's."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise BaseModelError(
+                "the model already carries PEFT layers",
+                where=name,
+                fix="Merge or unload them first, or load a plain base",
+            )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

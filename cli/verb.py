@@ -67,9 +67,10 @@ class Run:
             value = value | {"failed": {name: _parts(error, str(error)) for name, error in failed.items()}}
         if _is_main_process() and (self.json or text):
             _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
-        if failed:
+        if failed and _is_main_process():
             lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
             typer.echo(f"Error: not all was done, {len(failed)} failed:{lines}", err=True)
+        if failed:
             raise typer.Exit(1)
 
 

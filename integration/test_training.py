@@ -62,6 +62,20 @@ for step in range(3):
 adapter.save(sys.argv[1])
 distributed.stop()
 """
+POISON = """
+import torch
+from lorasb_cli.main import main
+from lorasb_export import distributed
+from lorasb_export.training.trainer import RTrainer
+
+step = RTrainer.training_step
+def poisoned(self, *inputs):
+    if self.state.global_step == 1 and distributed.rank() == 1:
+        self.stack.values[0] = torch.nan
+    return step(self, *inputs)
+RTrainer.training_step = poisoned
+main()
+"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORLD = [*TORCHRUN, "-m", "lorasb_cli"]
 ALONE = [sys.executable, "-m", "lorasb_cli"]
@@ -113,6 +127,20 @@ def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None
         assert report["valid_loss"] == pytest.approx(alone["valid_loss"], abs=1e-5)
         assert report["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
     assert not list((project / "adapters").glob(".*"))
+
+
+def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(project: Path) -> None:
+    """It is the rows of one process that tell; both must leave it out at the same step."""
+    (project / "poison.py").write_text(POISON)
+    finish([*ALONE, "fit", "plus"], project)
+    (project / "adapters").rename(project / "alone")
+    child = start([*TORCHRUN, "poison.py", "fit", "--together", "--json"], project)
+    printed, messages = child.communicate(timeout=300)
+    found = json.loads(printed)
+    assert (child.returncode, list(found["adapters"]), list(found["failed"])) == (1, ["plus"], ["minus"]), messages
+    assert "the loss of minus is not finite at step 2, on training rows" in found["failed"]["minus"]["what"]
+    assert messages.count("Error: not all was done, 1 failed") == 1
+    assert differences(project, "plus") < 1e-6
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:

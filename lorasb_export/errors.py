@@ -63,13 +63,7 @@ class OutputError(LoraSBError, OSError):
 
 
 class TrainingError(LoraSBError, RuntimeError):
-    """Training cannot start, continue or resume.
-
-    Attributes:
-        task: the name of the task that alone is at fault: its loss or R is not finite.
-    """
-
-    task: str | None = None
+    """Training cannot start, continue or resume."""
 
 
 class MissingPackageError(LoraSBError, ImportError):

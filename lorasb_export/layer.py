@@ -104,18 +104,22 @@ def _without_autocast(device: str) -> AbstractContextManager[None]:
 
 def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The matrix of every row, (n, r, r): zero for -1; R itself where there is no stack."""
-    return R if rows is None else R[rows.clamp(min=0)] * (rows >= 0).to(R.dtype).view(-1, 1, 1)
+    return R if rows is None else R[rows.clamp(min=0)].masked_fill((rows < 0).view(-1, 1, 1), 0)
 
 
 def _gradient_of_R(v: torch.Tensor, u: torch.Tensor, R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Σ over tokens of vᵀ·u; where R is a stack, for each adapter over its rows.
 
-    By a matrix product, which unlike `index_add` adds in the same order every time.
+    By a matrix product, which unlike `index_add` adds in the same order every time; but 0·NaN is NaN: what is not
+    finite is put into its own adapter's sum by itself, or one that diverges would end all.
     """
     if rows is None:
         return v.reshape(-1, v.shape[-1]).T @ u.reshape(-1, u.shape[-1])
     chosen = rows == torch.arange(len(R), device=rows.device).view(-1, 1)  # (k, n)
-    return (chosen.to(R.dtype) @ (v.mT @ u).flatten(1)).view(R.shape)
+    of_rows = (v.mT @ u).flatten(1)
+    bad = ~of_rows.sum(1).isfinite()
+    sums = chosen.to(R.dtype) @ of_rows.masked_fill_(bad.view(-1, 1), 0)
+    return sums.masked_fill_((chosen & bad).any(1, keepdim=True), torch.nan).view(R.shape)
 
 
 class LoRASBLinear(nn.Module):

@@ -121,6 +121,25 @@ def test_the_gradient_of_a_stack_is_each_adapters_own(llama: Path, adapters: dic
             assert torch.allclose(model.get_submodule(module).R.grad[k], gradient, atol=1e-12)
 
 
+def test_an_adapter_that_is_not_finite_spoils_no_other(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    stack = Stack(model, adapters)
+    stack.use(["a", "b", "c", None])
+    sound = model(IDS).logits
+    sound.square().mean().backward()
+    gradients = [R.grad for R in stack.layers]
+    stack.values[0] = torch.nan  # -1, the base's row, looks at this place of the stack too
+    for R in stack.layers:
+        R.grad = None
+    spoilt = model(IDS).logits
+    spoilt.square().mean().backward()
+    assert spoilt[0].isnan().all()
+    assert torch.equal(spoilt[1:], sound[1:])
+    for R, gradient in zip(stack.layers, gradients, strict=True):
+        assert R.grad[0].isnan().all()
+        assert torch.equal(R.grad[1:], gradient[1:])
+
+
 def test_answers_are_of_one_adapter(llama: Path, adapters: dict[str, Adapter]) -> None:
     base = BaseModel.resolve(llama)
     network, prompts = base.load(dtype="float64"), ["a longer prompt", "short"]

@@ -191,7 +191,7 @@ def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
     for path in run.glob("checkpoint-*"):
         os.utime(path, (time.time() + 3600,) * 2)
     at_the_end = SimpleNamespace(rmtree=lambda *_, **__: None)
-    monkeypatch.setattr("lorasb_export.training.fit.shutil", at_the_end)
+    monkeypatch.setattr("lorasb_export.training.job.shutil", at_the_end)
     fit(str(llama), basis, sums, out, SETTINGS, resume=True)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 

@@ -216,7 +216,7 @@ def test_killed_after_an_early_stop_the_run_only_writes(
     )
     inputs = (str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.training.fit.write_record", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        patch.setattr("lorasb_export.training.job.write_record", lambda *_: (_ for _ in ()).throw(OSError("disk")))
         with pytest.raises(OSError, match="disk"):
             fit(*inputs)
     stopped = counted_forwards["steps"]
@@ -409,7 +409,7 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lorasb_export.training.fit.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("lorasb_export.training.job.shutil.rmtree", lambda *_, **__: None)
     settings = replace(SETTINGS, max_steps=3, dtype="auto", optimizer=optimizer)
     fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     (checkpoint,) = (tmp_path / ".a.run").glob("checkpoint-*")

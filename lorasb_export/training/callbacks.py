@@ -87,6 +87,10 @@ class Evaluations(TrainerCallback):
         if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
             control.should_log = True
 
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.active(state.global_step):  # as the losses since the last log may have told
+            control.should_training_stop = control.should_save = True
+
     def _evaluate(self) -> None:
         for k in self.trainer.evaluations_left():
             if not self.trainer.stopping:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..adapter import Adapter
+from ..data import TaskData
 from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings
 from ..storage import read_json
@@ -47,9 +48,9 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def together_folder(folder: Path, tasks: Iterable[str]) -> Path:
+def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
     """The working folder of `tasks` that train together: theirs alone, since others may be training beside them."""
-    names = json.dumps(sorted(tasks))
+    names = json.dumps(sorted(task.name for task in tasks))
     return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
 
 

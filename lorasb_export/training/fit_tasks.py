@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
-from ..basis import Basis
-from ..data import TaskData, load_task
-from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
+from ..data import load_task
+from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
-from .checkpoints import together_folder
-from .fit import fit, fit_together, require_fitting
+from .fit import fit, train_together
+from .requirements import require_fitting
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +49,8 @@ def fit_tasks(
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
         loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
-        same; of tasks together, the others begin again (a task's rows alone are read before all). The error of a single
-        task and of one of several processes is raised.
+        same; of tasks together, the others train on. The error of a single task is raised; so is, but for a loss that
+        is not finite in tasks together, one of several processes.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
@@ -97,7 +94,8 @@ def fit_tasks(
         (found,) = shared.values()
         tasks = {name: load_task(name, source) for name, source in places.items()}
         options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
-        yield from _together(base, found, tasks, targets[names[0]].parent, settings, **options)
+        outcomes = train_together(base, found, tasks, targets[names[0]].parent, settings, **options)
+        yield from zip(places, outcomes, strict=True)
         return
     for name, source in places.items():
         task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
@@ -118,27 +116,6 @@ def fit_tasks(
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone()
-        yield name, outcome
-
-
-def _together(
-    base: BaseModel, basis: Basis, tasks: Mapping[str, TaskData], folder: Path, settings: FitSettings, **options: Any
-) -> Iterator[tuple[str, Adapter | LoraSBError]]:
-    """`fit_together`; after a task whose loss is not finite once more, without it."""
-    left = dict(tasks)
-    while left:
-        try:
-            fitted = fit_together(base, basis, left, folder, settings, **options)
-        except TrainingError as error:
-            if error.task is None or distributed.world() > 1:  # the other processes know nothing of it
-                raise
-            logger.warning("%s is left out, others begin again: %s", error.task, error)
-            name, outcome = error.task, error.alone()
-        else:
-            yield from zip(left, fitted, strict=True)
-            return
-        shutil.rmtree(together_folder(folder, left), ignore_errors=True)  # the same run would end there again
-        del left[name]
         yield name, outcome
 
 

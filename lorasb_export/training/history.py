@@ -51,6 +51,10 @@ class History:
         """Whether no evaluation before the last was as good."""
         return self._best() == len(self._values()) - 1
 
+    def divergence(self) -> tuple[str, str] | None:
+        """What of the task was not finite, and where; None of one that is sound."""
+        return next((tuple(entry[key]) for entry in self.log if (key := f"{self.prefix}diverged") in entry), None)
+
     def has_stopped(self) -> bool:
         """Whether so many evaluations as `patience` allows have passed without a better one."""
         patience = self.settings.patience

@@ -84,35 +84,31 @@ class TrainingRuns:
             if checkpoint is not None:
                 check_identity(checkpoint, self._identity(rate))
 
-    def best(self) -> list[Outcome]:
-        """Every task as the best of the learning rates has left it.
-
-        Raises:
-            TrainingError: a loss or R is not finite; of several rates, at each.
-        """
+    def best(self) -> list[Outcome | TrainingError]:
+        """Every task as the best of the learning rates has left it; or its error, where none has left it finite."""
         rates = self.settings.rates
-        best: list[Outcome] = []
+        best: list[Outcome | TrainingError] = []
         values: list[dict[str, float | None]] = [dict.fromkeys(map(str, rates)) for _ in self.tasks]
         for rate in rates:
             try:
                 found = self._at_rate(rate)
-            except TrainingError as error:
-                last_hope = rate == rates[-1] and not best
-                if last_hope or distributed.world() > 1:  # the other processes know nothing of it
-                    raise
-                logger.warning("Learning rate %g left out: %s", rate, error.what)
-                continue
             finally:  # for the run at the next rate; and the network may be the caller's
                 load_head(self.network, self._fresh_head)
             for of_task, outcome in zip(values, found, strict=True):
-                of_task[str(rate)] = outcome.value
+                if isinstance(outcome, Outcome):
+                    of_task[str(rate)] = outcome.value
+                elif len(rates) > 1:
+                    logger.warning("Learning rate %g left out: %s", rate, outcome.what)
             best = [self._better(old, new) for old, new in zip(best or found, found, strict=True)]
         for of_task, outcome in zip(values, best, strict=True):
-            outcome.training["learning_rates"] = of_task if len(rates) > 1 else None
+            if isinstance(outcome, Outcome):
+                outcome.training["learning_rates"] = of_task if len(rates) > 1 else None
         return best
 
-    def _better(self, old: Outcome, new: Outcome) -> Outcome:
-        if old.value is None or new.value is None:
+    def _better(self, old: Outcome | TrainingError, new: Outcome | TrainingError) -> Outcome | TrainingError:
+        if isinstance(old, TrainingError):
+            return new
+        if isinstance(new, TrainingError) or old.value is None or new.value is None:
             return old
         return new if better(self.settings.metric, new.value, old.value) else old
 
@@ -131,7 +127,7 @@ class TrainingRuns:
             "base_fingerprint": self.basis.base.fingerprint,
         }
 
-    def _at_rate(self, rate: float) -> list[Outcome]:
+    def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
         """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""
         settings, folder = self._at(rate), self._folder(rate)
         checkpoint, identity = self._begun[rate], self._identity(rate)
@@ -144,12 +140,14 @@ class TrainingRuns:
                 logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
             with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to), suppress(NothingToTrain):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        outcomes = []
+        outcomes: list[Outcome | TrainingError] = []
         for k, run in enumerate(trainer.runs):
             history = trainer.history(k)
             entries, steps = history.entries(), history.steps_done(trainer.state.global_step)
             best = trainer.restore_best(k) if settings.keep == "best" else None
-            run.require_finite_tensors()
+            if k in trainer.diverged or not run.has_finite_tensors():
+                outcomes.append(trainer.diverged.get(k) or run.diverged("R", "at the end"))
+                continue
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
             adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
             adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}

@@ -23,17 +23,11 @@ class TaskRun:
     order: RowOrder
     validation: Validation | None
 
-    def require_finite_tensors(self) -> None:
-        """Raise TrainingError when R or the head is not finite: nothing was computed with what the last step made."""
-        if not all(tensor.isfinite().all() for tensor in self.adapter.tensors().values()):
-            raise self.not_finite("R", "at the end")
+    def has_finite_tensors(self) -> bool:
+        """Whether R and the head are finite: nothing was computed with what the last step made."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.adapter.tensors().values())
 
-    def not_finite(self, what: str, place: str) -> TrainingError:
-        """The error of a run that diverges."""
-        error = TrainingError(
-            f"{what} of {self.task.name} is not finite {place}",
-            where=self.task.source,
-            fix="Lower the learning rate, or use --dtype float32",
-        )
-        error.task = self.task.name
-        return error
+    def diverged(self, what: str, place: str) -> TrainingError:
+        """The error that ends this task."""
+        what = f"{what} of {self.task.name} is not finite {place}"
+        return TrainingError(what, where=self.task.source, fix="Lower the learning rate, or use --dtype float32")

@@ -8,6 +8,7 @@ which is float32, since a mean over thousands of labels would vanish in a float1
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from transformers import (
 
 from .. import distributed
 from ..batches import IGNORE, Encoded, collate, row_losses
-from ..errors import OutputError, first_line
+from ..errors import OutputError, TrainingError, first_line
 from ..output import fsync, replaced_file
 from ..settings import FitSettings
 from ..stack import Stack
@@ -43,7 +44,10 @@ from .task_run import TaskRun
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 _STATE = "trainer_state.json"
+_NEVER = 2**62  # a step
 
 
 class RTrainer(Trainer):
@@ -55,6 +59,7 @@ class RTrainer(Trainer):
         told_to_stop: set by a signal, at any moment.
         stopping: whether a process was told to, as all know: the run ends after the step at hand, whose evaluation is
             left to its resumption.
+        diverged: task → its error. It is left out from then on; no other task's R depends on it.
     """
 
     told_to_stop = stopping = False
@@ -95,6 +100,7 @@ class RTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._reset_window()
         self._stopped: set[int] = set()
+        self.diverged: dict[int, TrainingError] = {}
 
     # The data
 
@@ -121,13 +127,16 @@ class RTrainer(Trainer):
         return {"step": step, "batches": batches, "to_means": {k: world / labels[k] for k in active}}
 
     def active(self, step: int) -> list[int]:
-        """Tasks that train in `step`: neither at their end nor stopped early."""
-        return [k for k, run in enumerate(self.runs) if step < run.order.steps and k not in self._stopped]
+        """Tasks that train in `step`: neither at their end, nor stopped early, nor diverged."""
+        out = self._stopped | self.diverged.keys()
+        return [k for k, run in enumerate(self.runs) if step < run.order.steps and k not in out]
 
     def note_whether_stopped(self, k: int) -> None:
         """Read the log of task `k`, after its evaluation or a resumption: not at every step, for it may be long."""
         if self.history(k).has_stopped():
             self._stopped.add(k)
+        if divergence := self.history(k).divergence():
+            self.diverged[k] = self.runs[k].diverged(*divergence)
 
     # One step
 
@@ -154,10 +163,9 @@ class RTrainer(Trainer):
             torch._foreach_mul_([p.grad for p in self._parameters[k] if p.grad is not None], factor)
             losses[k].mul_(factor)
             self._steps[k] += 1
-        step = torch.full_like(self._bad_step, inputs["step"])
-        self._bad_step = torch.where(losses.isfinite() | (self._bad_step >= 0), self._bad_step, step)
+        self._bad_step = torch.where(losses.isfinite(), self._bad_step, self._bad_step.clamp(max=inputs["step"]))
         self._losses += losses
-        return losses.sum()
+        return losses.nan_to_num(0, 0, 0).sum()  # of no use but to the Trainer, which would log its mean
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Each task's gradient by itself; returns the largest norm. A task that has ended has none."""
@@ -199,15 +207,15 @@ class RTrainer(Trainer):
     # The log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, but with the loss of each task by itself. Raises TrainingError when one is not finite."""
+        """As Trainer's, but with the loss of each task by itself."""
         if "loss" in logs:
-            self.require_finite_losses()
+            self._leave_out_diverged()
             if distributed.world() > 1:
                 torch.distributed.all_reduce(self._losses)
             means = [loss / distributed.world() for loss in self._losses.tolist()]
             logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
             for k, prefix in enumerate(self._prefixes):
-                if self._steps[k]:
+                if self._steps[k] and k not in self.diverged:
                     logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": self._rates[k]}
             self._reset_window()
         super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
@@ -215,16 +223,26 @@ class RTrainer(Trainer):
     def _reset_window(self) -> None:
         """What is gathered between two logs; on the device, so that a step never waits for it."""
         self._losses = torch.zeros(len(self.runs), device=self.args.device)
-        self._bad_step = torch.full((len(self.runs),), -1, device=self.args.device)
+        self._bad_step = torch.full((len(self.runs),), _NEVER, device=self.args.device)
         self._steps = [0] * len(self.runs)
 
-    def require_finite_losses(self) -> None:
-        """Raise TrainingError, with the rows, when a loss since the last log was not finite."""
-        bad = [(step, k) for k, step in enumerate(self._bad_step.tolist()) if step >= 0]
-        for step, k in sorted(bad):  # the first one may have spoilt the others
-            run = self.runs[k]
-            rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
-            raise run.not_finite("the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
+    def _leave_out_diverged(self) -> None:
+        """Take out every task of which a loss since the last log was not finite, on whichever process."""
+        if distributed.world() > 1:
+            torch.distributed.all_reduce(self._bad_step, torch.distributed.ReduceOp.MIN)
+        for k, step in enumerate(self._bad_step.tolist()):
+            if step < _NEVER and k not in self.diverged:  # a task's next step was prepared before it was taken out
+                run = self.runs[k]
+                rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
+                self._leave_out(k, "the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
+
+    def _leave_out(self, k: int, what: str, place: str) -> None:
+        """Task `k` has diverged; the others train on."""
+        entry: dict[str, Any] = {"step": self.state.global_step, f"{self._prefixes[k]}diverged": (what, place)}
+        self.state.log_history.append(entry)
+        self.note_whether_stopped(k)
+        if self.stack:
+            logger.warning("%s; the task is left out", self.diverged[k].what)
 
     def history(self, k: int) -> History:
         """What was logged of task `k`."""
@@ -233,11 +251,7 @@ class RTrainer(Trainer):
     # Evaluation and the best checkpoint
 
     def evaluate_task(self, k: int) -> None:
-        """Log the valid split's loss and metrics; keep this R if it is the best so far; or be told to stop.
-
-        Raises:
-            TrainingError: the loss is not finite.
-        """
+        """Log the valid split's loss and metrics; keep this R if it is the best so far; or be told to stop."""
         run = self.runs[k]
         assert run.validation is not None
         if self.stack:
@@ -247,7 +261,8 @@ class RTrainer(Trainer):
             self.stopping = True
             return
         if not math.isfinite(found["loss"]):
-            raise run.not_finite("the valid loss", f"after step {self.state.global_step}")
+            self._leave_out(k, "the valid loss", f"after step {self.state.global_step}")
+            return
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         self.note_whether_stopped(k)
         if self.history(k).last_is_best() and distributed.is_main():
@@ -291,7 +306,8 @@ class RTrainer(Trainer):
             save_tensors(run.adapter.tensors(), folder / f"adapter-{k}.safetensors")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite_losses()
+        if len(self.diverged) == len(self.runs):
+            return  # the last one with a sound R stays
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -316,6 +332,8 @@ class RTrainer(Trainer):
         """Take R and the log from the last checkpoint of a run that has nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+        for k in range(len(self.runs)):
+            self.note_whether_stopped(k)
 
 
 def _label_count(row: Encoded) -> int:

@@ -1,0 +1,189 @@
+"""One training job: inputs checked, targets locked, R trained, adapter folders written."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .. import distributed
+from ..adapter import Adapter
+from ..base import AnyBase, BaseModel
+from ..basis import Basis
+from ..calibration.capture import overview
+from ..data import TaskData
+from ..errors import SettingsError, TrainingError
+from ..lock import only_writer
+from ..network import refuse_spread, require_dtype, require_outputs, require_positions
+from ..output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
+from ..settings import CalibrationSettings, FitSettings
+from .checkpoints import RESUME, SAME, open_folder
+from .finished import differences
+from .record import write_record
+from .requirements import require_fitting
+from .run_basis import captured_once, own_basis, share_of_layers
+from .runs import TrainingRuns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Job:
+    """One call of `fit` or `fit_together`, from its inputs to the adapter folders; see there for the errors.
+
+    Args:
+        tasks, outs: in the same order; several are trained together.
+        folder: the working folder, for checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: AnyBase,
+        basis: str | Path | Basis | CalibrationSettings,
+        tasks: Sequence[TaskData],
+        outs: Sequence[Path],
+        folder: Path,
+        settings: FitSettings,
+        network: PreTrainedModel | None,
+    ) -> None:
+        distributed.start()
+        self.tasks, self.outs, self.folder = tasks, outs, folder
+        self._started = time.monotonic()
+        require_fitting(tasks, settings)
+        self.base = BaseModel.resolve(model)
+        self.base.refuse_merged()
+        if network is not None:
+            refuse_spread(network)
+            require_dtype(network, settings.dtype)
+            require_outputs(network, tasks[0].num_labels)
+        if not isinstance(basis, CalibrationSettings):
+            basis = basis if isinstance(basis, Basis) else Basis.load(basis)
+            self.base.verify(basis.base, basis.modules)
+            for out in outs:
+                refuse_own_input(out, basis.source)
+        self._network, self._basis = network, basis
+        if settings.learning_rate is None:
+            share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0
+            settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
+        self.settings = settings
+
+    def train(self, *, resume: bool, overwrite: bool) -> list[Adapter | TrainingError]:
+        """Returns every task's adapter, or its error where it has diverged; if all have, the working folder stays."""
+        with ExitStack() as locks:
+            if distributed.decided(lambda: self._open(locks, resume, overwrite)):
+                return [Adapter.load(out) for out in self.outs]
+            locks.enter_context(cannot_write(self.folder, RESUME))
+            distributed.require_same_disk(self.folder)
+            basis = self._basis
+            if isinstance(basis, CalibrationSettings) and basis.dtype != self.settings.dtype:
+                # Before the network is loaded, as it takes a base of its own: two at once might not fit.
+                basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
+            network = self._network or self._load()
+            require_positions(network, self.settings.max_length)
+            if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
+                raise SettingsError(
+                    f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
+                )
+            with _left_as_found(network), _random_state_kept(network.device):
+                return self._train(network, basis, resume=resume, overwrite=overwrite)
+
+    def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
+        """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
+        for out in sorted(self.outs):
+            locks.enter_context(only_writer(out))
+        interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
+        if resume and not interrupted and self._finished(overwrite):
+            return True
+        if not resume:
+            for out in self.outs:
+                refuse_existing(out, overwrite)
+        with cannot_write(self.folder, RESUME):
+            open_folder(self.folder, self.settings, resume, overwrite)
+        return False
+
+    def _finished(self, overwrite: bool) -> bool:
+        """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
+        there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if out.exists()]
+        for task, out in there:
+            differing = differences(out, self.base, self._basis, task, self.settings)
+            if differing and overwrite:
+                return False
+            if differing:
+                replacing = "An interrupted run was to replace it: go on with that by --overwrite --resume"
+                raise TrainingError(
+                    f"the adapter that is there was trained otherwise: {', '.join(differing)}",
+                    where=out,
+                    fix=replacing if self.folder.exists() else SAME,
+                )
+        return len(there) == len(self.outs)
+
+    def _train(
+        self, network: PreTrainedModel, basis: Basis | CalibrationSettings, *, resume: bool, overwrite: bool
+    ) -> list[Adapter | TrainingError]:
+        if isinstance(basis, CalibrationSettings):
+            basis = own_basis(self.base, self.tasks[0], basis, self.folder, network)
+        names = [task.name for task in self.tasks]
+        events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
+        runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
+        captured = [captured_once(self.base, network, basis, task, self.folder) for task in self.tasks]
+        results: list[Adapter | TrainingError] = []
+        for outcome, capture, out in zip(runs.best(), captured, self.outs, strict=True):
+            if isinstance(outcome, TrainingError):
+                results.append(outcome)
+                continue
+            adapter = outcome.run.adapter
+            together = names if len(names) > 1 else None
+            adapter.training = {**outcome.training, "together": together, "capture": capture and overview(capture)}
+            written = resume and not overwrite and out.exists()  # before the interruption
+            if distributed.is_main() and not written:
+                seconds = round(time.monotonic() - self._started, 1)
+                rates = list(self.settings.rates)
+                made = {**outcome.identity, "learning_rates": rates, "capture": capture, "seconds": seconds}
+                with atomic_folder(out, overwrite=overwrite) as folder:
+                    adapter.write_into(folder, out)
+                    write_record(folder, outcome.run, outcome.entries, made)
+            adapter.folder = out
+            results.append(adapter)
+        distributed.wait()
+        if distributed.is_main() and any(isinstance(result, Adapter) for result in results):
+            shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
+        return results
+
+    def _load(self) -> PreTrainedModel:
+        task = self.tasks[0]
+        return self.base.load(
+            task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
+        )
+
+
+@contextmanager
+def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
+    """The Trainer sets these on the model and leaves them; the network may be the caller's, or the next task's."""
+    caches, checkpoints = getattr(network.config, "use_cache", None), network.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        network.eval()
+        if caches is not None:
+            network.config.use_cache = caches
+        if network.is_gradient_checkpointing and not checkpoints:
+            network.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """The Trainer seeds python, numpy and torch, and so whatever the caller draws after it."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)

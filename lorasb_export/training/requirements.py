@@ -1,0 +1,53 @@
+"""What settings ask for and a machine or a task may not have."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from .. import distributed
+from ..base import SEQ_CLS
+from ..data import TaskData, refuse_single_class
+from ..errors import DataError, MissingPackageError, SettingsError
+from ..evaluation import fitting_metric
+from ..settings import FitSettings
+
+
+def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
+    """Raise where `settings` ask for what this machine or one of `tasks` does not have. Loads no model.
+
+    Raises:
+        DataError: every row of a classifier has one label; a task has no valid rows, and they are needed.
+        MissingPackageError: the reporter is not installed.
+        SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes.
+    """
+    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+        raise MissingPackageError(
+            f"{settings.report_to} is not installed",
+            fix=f"pip install {settings.report_to}, or leave report_to out",
+        )
+    if distributed.world() > settings.batch_size:
+        raise SettingsError(
+            f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
+            fix="The processes share a batch: give at least one row for each",
+        )
+    for task in tasks:
+        if task.task_type == SEQ_CLS and not task.regression:
+            refuse_single_class(task.labels, task.source)
+        if task.splits.get("valid"):
+            if settings.metric != "loss":
+                fitting_metric(task, settings.metric)
+        else:
+            _refuse_without_valid_rows(task, settings)
+
+
+def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
+    for asked, what, fix in (
+        (settings.patience is not None, "patience has nothing to count", "leave patience out"),
+        (len(settings.rates) > 1, "learning rates cannot be compared", "give one rate"),
+        (settings.metric != "loss", f"{settings.metric} cannot be measured", "leave metric out"),
+    ):
+        if asked:
+            raise DataError(
+                f"task {task.name} has no valid rows, so {what}", where=task.source, fix=f"Add valid.jsonl, or {fix}"
+            )

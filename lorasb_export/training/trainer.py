@@ -1,7 +1,7 @@
 """The loop: a transformers Trainer over the R of one task, or of several tasks in mixed batches.
 
 Its dataset is the list of optimizer steps. A step's rows, and how many labels each task has in it, are known beforehand
-(`order.RowOrder`), so that every task's loss is the mean over its own labels whatever the split of a step into
+(`mixed.MixedSteps`), so that every task's loss is the mean over its own labels whatever the split of a step into
 forward passes, tasks and processes. What goes back through the base is the sum: it becomes the mean in R's gradient,
 which is float32, since a mean over thousands of labels would vanish in a float16 base.
 """
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .. import distributed
-from ..batches import IGNORE, Encoded, collate, row_losses
+from ..batches import row_losses
 from ..errors import OutputError, TrainingError, first_line
 from ..output import fsync, replaced_file
 from ..settings import FitSettings
@@ -37,6 +37,7 @@ from .arguments import trainer_arguments
 from .callbacks import Evaluations
 from .checkpoints import COMPLETE, RESUME, load_tensors, remove_old
 from .history import History
+from .mixed import MixedSteps
 from .muon import Muon
 from .order import learning_rate_factor
 from .task_run import TaskRun
@@ -81,10 +82,10 @@ class RTrainer(Trainer):
     ) -> None:
         """`stack` holds the adapters of several `runs`, in their order; the one adapter of one run is attached."""
         self.runs, self.stack, self.settings, self.identity = runs, stack, settings, identity
-        self._network, self._pad_id = network, tokenizer.pad_token_id
-        self._dtype = torch.promote_types(network.dtype, torch.float32)
+        self._network = network
+        dtype = torch.promote_types(network.dtype, torch.float32)
+        self._mixed = MixedSteps([(run.rows, run.order) for run in runs], tokenizer.pad_token_id, dtype)
         self._prefixes = [f"{run.task.name}/" if stack else "" for run in runs]
-        self._counts = [[_label_count(row) for row in run.rows] for run in runs]
         if stack:  # one parameter for each task, in the memory that the layers' stacks are views of
             self._parameters = [[torch.nn.Parameter(values)] for values in stack.values]
         else:
@@ -106,25 +107,11 @@ class RTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process builds every step and takes its share of it: nothing is left to a distributed sampler."""
-        return DataLoader(self.train_dataset, batch_size=1, collate_fn=self._batches)  # type: ignore[arg-type]
-
-    def _batches(self, steps: list[int]) -> dict[str, Any]:
-        """The forward passes of one optimizer step, as this process's share of their rows."""
-        (step,) = steps
-        active = self.active(step)
-        parts = {k: self.runs[k].order.step(step) for k in active}
-        labels = {k: sum(self._counts[k][i] for part in parts[k] for i in part) for k in active}
-        world, rank = distributed.world(), distributed.rank()
-        batches = []
-        for number in range(max((len(part) for part in parts.values()), default=0)):
-            under_way = [k for k in active if number < len(parts[k])]
-            rows = [(k, i, 1.0) for k in under_way for i in parts[k][number]]
-            share = rows[rank::world] or [(*rows[0][:2], 0.0)]  # gradients are averaged: all must take part
-            batch = collate([self.runs[k].rows[i] for k, i, _ in share], self._pad_id)
-            batch["weights"] = torch.tensor([weight for *_, weight in share], dtype=self._dtype)
-            batch["tasks"] = torch.tensor([k for k, *_ in share])
-            batches.append(batch)
-        return {"step": step, "batches": batches, "to_means": {k: world / labels[k] for k in active}}
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=1,
+            collate_fn=lambda steps: self._mixed.batches(steps[0], self.active(steps[0])),
+        )
 
     def active(self, step: int) -> list[int]:
         """Tasks that train in `step`: neither at their end, nor stopped early, nor diverged."""
@@ -334,11 +321,6 @@ class RTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
         for k in range(len(self.runs)):
             self.note_whether_stopped(k)
-
-
-def _label_count(row: Encoded) -> int:
-    labels = row["labels"]
-    return sum(label != IGNORE for label in labels) if isinstance(labels, list) else 1
 
 
 def _shown(numbers: Sequence[int]) -> str:

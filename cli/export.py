@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .verb import Run, base_elsewhere, human_bytes
+from .verb import Run, human_bytes
 
 if TYPE_CHECKING:
     from lorasb_export.data import TaskData
@@ -52,7 +52,7 @@ def run(
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
-    base = model if to_peft else base_elsewhere(run, model, folders[0])  # a LoRA is written without its base
+    base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without its base
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
     if into is None:
         from lorasb_export.exporting.export import export  # only now: it brings torch

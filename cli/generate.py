@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .verb import Dtype, Run, base_elsewhere, comma_list
+from .verb import Dtype, Run, comma_list
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
         chosen = [] if model else [name for name in run.project.adapter_names() if _answers(run, name)]
     folders = {name: run.project.find_adapter(name) for name in chosen}
     first = next(iter(folders.values()), None)
-    base = base_elsewhere(run, model, first) if first else model or run.project.require_model()
+    base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()
     from lorasb_export.inference import side_by_side  # only now: it brings torch
 
     revision = None if model else run.project.revision

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run, base_elsewhere, human_bytes
+from .verb import Dtype, Run, human_bytes
 
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 
@@ -44,7 +44,7 @@ def run(
     result = merge(
         chosen,
         out,
-        base=base_elsewhere(run, model, first),
+        base=run.project.base_elsewhere(model, first),
         dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,

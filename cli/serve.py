@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .verb import Run, base_elsewhere, comma_list, human_bytes
+from .verb import Run, comma_list, human_bytes
 
 _NAMED = 20  # models that are named in the line that says what is served
 
@@ -59,7 +59,7 @@ def run(
     from lorasb_export.serving.launcher import api_key, serve  # only now: it brings torch
     from lorasb_export.serving.plan import make_plan
 
-    base = base_elsewhere(run, model, next(iter(named.values()))) if named else model
+    base = run.project.base_elsewhere(model, next(iter(named.values()))) if named else model
     options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
     options |= {"extra": flags or [], "updates_from": folder if allow_updates else None}
 

@@ -10,15 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lorasb_export.errors import LoraSBError
     from lorasb_export.project import Project
 
@@ -212,33 +209,6 @@ def _calm_libraries(run: Run) -> None:
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def base_elsewhere(run: Run, model: str | None, adapter: str | Path) -> str | None:
-    """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where the adapter says.
-
-    If there is no base at that place, the project's is returned; its fingerprint is compared with the adapter's later.
-    If that is not there either, None, so that the error names the base that the adapter asks for.
-    """
-    from lorasb_export.adapter import Adapter
-    from lorasb_export.errors import ArtifactError, BaseModelError
-    from lorasb_export.fetch import parse_hub_id
-
-    project = run.project
-    if model is not None or project.model is None:
-        return model
-    elsewhere = project.require_model()
-    if project.revision and parse_hub_id(elsewhere):
-        elsewhere = f"{elsewhere}@{project.revision}"
-    with suppress(ArtifactError):  # the verb says so, and whatever else is wrong
-        base = Adapter.load(adapter).base
-        if base.name_or_path in (project.model, str(project.path(project.model).resolve())):
-            return None  # nor is it looked for twice
-        for place in (None, elsewhere):
-            with suppress(BaseModelError):
-                base.resolve(place)
-                return place
-    return None
 
 
 def comma_list(words: str) -> list[str]:

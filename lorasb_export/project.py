@@ -8,11 +8,12 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SettingsError
+from .errors import ArtifactError, BaseModelError, SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, check_name, find_adapter
 from .output import expanded
@@ -190,6 +191,29 @@ class Project:
             return name, data or self.task_source(name)
         source = adapter.training.get("data")
         return name, source if source and (os.path.isabs(source) or parse_hub_id(source)) else None
+
+    def base_elsewhere(self, model: str | None, adapter: str | Path) -> str | None:
+        """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where it says.
+
+        If there is no base at that place, the project's is returned; its fingerprint is compared with the adapter's
+        later. If that is not there either, None, so that the error names the base that the adapter asks for.
+        """
+        from .adapter import Adapter  # only now: it brings torch
+
+        if model is not None or self.model is None:
+            return model
+        elsewhere = self.require_model()
+        if self.revision and parse_hub_id(elsewhere):
+            elsewhere = f"{elsewhere}@{self.revision}"
+        with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
+            base = Adapter.load(adapter).base
+            if base.name_or_path in (self.model, str(self.path(self.model).resolve())):
+                return None  # nor is it looked for twice
+            for place in (None, elsewhere):
+                with suppress(BaseModelError):
+                    base.resolve(place)
+                    return place
+        return None
 
     def require_model(self) -> str:
         """The base model. Raises SettingsError when neither file nor flag names one."""

@@ -92,13 +92,15 @@ def test_what_a_push_leaves_of_a_path_is_not_taken_for_data(project: Path, sums:
     assert lorasb("evaluate", "adapters/a", "--metric", "loss", "--data", sums.name).exit_code == 0
 
 
-def test_a_task_without_held_out_rows_leaves_the_others_their_figures(project: Path, sums: Path) -> None:
+def test_a_task_without_held_out_rows_leaves_the_others_their_figures(
+    project: Path, sums: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree("adapters/a", "adapters/b")
     with (project / "lorasb.toml").open("a") as file:
         file.write(f'[tasks.b]\ndata = "{sums}/train.jsonl"\n')
     done = lorasb("evaluate", "--metric", "loss", "--json")
     assert list(json.loads(done.stdout)["evaluation"]) == ["a"]
-    assert f"b is passed over: its task has no held-out rows ({sums}/train.jsonl)" in done.stderr
+    assert f"b is passed over: its task has no held-out rows ({sums}/train.jsonl)" in caplog.text
     shutil.rmtree("adapters/a")
     assert "no adapter has rows to be scored on. Add valid.jsonl" in lorasb("evaluate").stderr
 
@@ -106,7 +108,7 @@ def test_a_task_without_held_out_rows_leaves_the_others_their_figures(project: P
 def test_a_task_that_cannot_be_scored_is_named_before_any_is(
     project: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
     shutil.copytree("adapters/a", "adapters/b")
     (project / "text").mkdir()
     for split in ("train", "valid"):

@@ -1,0 +1,104 @@
+"""The adapters of a project scored one after another: a base is loaded once for all that generate with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapter import Adapter, load_basis_once
+from .base import CAUSAL_LM
+from .data import load_task
+from .errors import OF_ONE_ITEM, DataError, LoraSBError, SettingsError
+from .evaluation import evaluate, record_evaluation, to_score
+from .project import Project
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .basis import Basis
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_adapters(
+    project: Project,
+    adapters: Mapping[str, str],
+    *,
+    all_there_are: bool = False,
+    data: str | None = None,
+    model: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    metric: str | None = None,
+) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+    """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card.
+
+    All of them are looked at before the first network runs.
+
+    Args:
+        adapters: word → folder or Hub id.
+        all_there_are: nobody named these: one whose rows are not known, or that has none held out, is passed over, as a
+            warning says.
+        data: the rows to score on, if not the task's own; no card is changed then.
+        model: the base, if it has moved since training.
+        split, limit, dtype, metric: as for `evaluate`.
+
+    Yields:
+        each word and what `evaluate` gives; or its error, where it alone is at fault: the next one is scored all the
+        same. The error of a single one is raised.
+
+    Raises:
+        SettingsError: an adapter does not say what it was trained on.
+        DataError: none has rows to be scored on; or as for `evaluate`.
+    """
+    ready: dict[str, tuple[str, str]] = {}
+    for word, folder in adapters.items():
+        adapter = Adapter.load(folder)
+        name, source = project.task_of(adapter, data)
+        if source is None and not all_there_are:
+            raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
+        if source is None:
+            logger.warning("%s is passed over: it does not say what it was trained on (--data names its rows)", word)
+            continue
+        task = load_task(name, source)
+        if all_there_are and not data and not task.splits.get(split or task.held_out()):
+            logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
+            continue
+        to_score(adapter, task, split=split, limit=limit, metric=metric)
+        ready[word] = name, source  # read again when it is its turn: all of them may be more than memory holds
+    if not ready:
+        raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
+    networks: dict[Path, PreTrainedModel] = {}  # by the base's folder
+    bases: dict[str, Basis] = {}
+    options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
+    for word, named in ready.items():
+        adapter, task = Adapter.load(adapters[word]), load_task(*named)
+        base = adapter.base.resolve(project.base_elsewhere(model, adapters[word]))
+        if task.task_type == CAUSAL_LM and base.folder not in networks:
+            base.verify(adapter.base, adapter.R)  # before all of it is read
+            networks[base.folder] = base.load(dtype=dtype)
+        network = networks[base.folder] if task.task_type == CAUSAL_LM else None  # classifiers differ in their outputs
+        outcome: dict[str, Any] | LoraSBError
+        try:
+            load_basis_once(adapter, bases)
+            outcome = evaluate(adapter, task, base=base, network=network, **options)
+        except OF_ONE_ITEM as error:
+            if len(ready) == 1:
+                raise
+            logger.warning("%s is left out: %s", word, error)
+            outcome = error.alone()
+        else:
+            if data is None and limit is None and outcome["split"] != "train":
+                _record(word, adapter, outcome)
+        yield word, outcome
+
+
+def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
+    if adapter.folder is not None and adapter.hub_source is None:
+        try:
+            record_evaluation(adapter.folder, result)
+        except OSError as error:
+            logger.warning("The card of %s stays as it was: %s", word, error)

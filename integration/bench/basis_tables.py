@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 
 from integration.evidence.best import Best, Identity, Line, changed
-from integration.evidence.cells import RESULTS, Cell
+from integration.evidence.cells import LEARNT, RESULTS, Cell
 from lorasb_export.metrics import pearson
 from lorasb_export.settings import DRAWN
 
@@ -84,7 +84,7 @@ def prediction(best: Mapping[Identity, Best], captures: Mapping[Identity, Line])
     """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
     points: Mapping[str, dict[str, tuple[list[float], list[float]]]]
     points = defaultdict(lambda: defaultdict(lambda: ([], [])))
-    for identity in best:
+    for identity in (identity for identity in best if dict(identity)["task"] in LEARNT):
         own_identity = changed(identity, basis="own", balanced=False)
         of, own_capture = (captures.get(changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
         found, own = comparable(best, identity), comparable(best, own_identity)

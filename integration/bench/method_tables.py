@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from integration.evidence.best import Best, Identity, identity
-from integration.evidence.cells import CLASSIFYING, GENERATING, cell
+from integration.evidence.cells import CLASSIFYING, GENERATING, LEARNT, cell
 
 from .quality import METHODS
 
@@ -108,7 +108,7 @@ def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     rows = []
     for label, kind in PLACES.items():
         scores: dict[str, list[float]] = defaultdict(list)
-        for task in TASKS:
+        for task in LEARNT:
             own, cells = found.get((kind.format("own"), task)), []
             for basis in SHARED.values():
                 of = found.get((kind.format(basis), task))

@@ -8,6 +8,8 @@ from typing import Any
 
 import matplotlib
 
+from integration.evidence.cells import LEARNT
+
 from .quality import METHODS
 
 matplotlib.use("Agg")
@@ -41,7 +43,7 @@ def plot(found: Mapping[tuple[str, str], Mapping[str, Any]], path: Path) -> None
     """One picture a task. Hollow: fewer than three seeds, or the search for a rate has not ended."""
     of_tasks: dict[str, dict[str, Mapping[str, Any]]] = {}
     for (method, task), of in found.items():
-        if of["steps"] and ("LoRA r=8", task) in found:
+        if of["steps"] and task in LEARNT and ("LoRA r=8", task) in found:
             of_tasks.setdefault(task, {})[method] = of
     of_tasks = {task: methods for task, methods in of_tasks.items() if len(methods) >= _FEW}
     size = (4 * len(of_tasks), 4)

@@ -198,10 +198,10 @@ class Project:
         If there is no base at that place, the project's is returned; its fingerprint is compared with the adapter's
         later. If that is not there either, None, so that the error names the base that the adapter asks for.
         """
-        from .adapter import Adapter  # only now: it brings torch
-
         if model is not None or self.model is None:
             return model
+        from .adapter import Adapter  # only now: it brings torch
+
         elsewhere = self.require_model()
         if self.revision and parse_hub_id(elsewhere):
             elsewhere = f"{elsewhere}@{self.revision}"

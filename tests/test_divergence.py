@@ -14,9 +14,7 @@ from lorasb_export.data import TaskData
 from lorasb_export.errors import TrainingError
 from lorasb_export.settings import FitSettings
 from lorasb_export.training.fit import fit_together
-from lorasb_export.training.fit_tasks import fit_tasks
 from lorasb_export.training.trainer import RTrainer
-from tests.test_fit_tasks import fit_all, project
 
 SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
 Step = Callable[..., torch.Tensor]
@@ -97,28 +95,3 @@ def test_a_rate_is_left_out_for_the_task_that_it_is_too_high_for(
     assert [rate for rate, loss in rates["minus"].items() if loss is None] == ["0.01"]
     assert None not in rates["plus"].values()
     assert {adapter.training["settings"]["learning_rate"] for adapter in fitted} == {1e-2, 1e-3}
-
-
-def test_together_one_that_diverges_is_left_out(llama: Path, sums: Path, tmp_path: Path) -> None:
-    """At a rate that no second step outlives: `a` has eight of them, `short` and `brief` one."""
-    found = project(
-        tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.short]\ndata = "s"\n[tasks.brief]\ndata = "s"\n'
-    )
-    (tmp_path / "p" / "s").mkdir()
-    rows = (sums / "train.jsonl").read_text().splitlines(keepends=True)[:8]
-    (tmp_path / "p" / "s" / "train.jsonl").write_text("".join(rows))
-    settings = FitSettings(epochs=1, learning_rate=1e30)
-    fitted = fit_all(found, ["short", "a", "brief"], settings, together=True)
-    assert fitted["a"].what == "the valid loss of a is not finite after step 2"
-    assert sorted(path.name for path in (tmp_path / "p" / "adapters").iterdir()) == ["brief", "short"]
-    again = fit_all(found, ["short", "a", "brief"], settings, together=True, resume=True)
-    assert isinstance(again["a"], TrainingError)
-    assert again["brief"].sha256 == fitted["brief"].sha256
-
-
-def test_together_all_that_diverge_are_each_told_once(llama: Path, sums: Path, tmp_path: Path) -> None:
-    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
-    settings = FitSettings(epochs=1, learning_rate=1e30)
-    outcomes = list(fit_tasks(found, ["a", "b"], settings, together=True))
-    assert [(name, type(error)) for name, error in outcomes] == [("a", TrainingError), ("b", TrainingError)]
-    assert not [path for path in (tmp_path / "p" / "adapters").iterdir() if not path.name.startswith(".")]

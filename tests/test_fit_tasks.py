@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, OutputError
+from lorasb_export.errors import BaseModelError, DataError, OutputError, TrainingError
 from lorasb_export.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit_tasks import fit_tasks
@@ -242,6 +242,35 @@ def test_together_a_line_names_the_task_of_its_valid_loss(
     CliRunner().invoke(app, ["fit", "--together"], catch_exceptions=False)
     pattern = r"2 tasks: step 1 of 1, valid loss \d\.\d+ of (\w), about 0 s left"
     assert [re.fullmatch(pattern, line)[1] for line in log.messages[-2:]] == ["a", "b"]  # type: ignore[index]
+
+
+def test_together_one_that_diverges_is_left_out(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """At a rate that no second step outlives: `a` has eight of them, `short` and `brief` one."""
+    found = project(
+        tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.short]\ndata = "s"\n[tasks.brief]\ndata = "s"\n'
+    )
+    (tmp_path / "p" / "s").mkdir()
+    rows = (sums / "train.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "p" / "s" / "train.jsonl").write_text("".join(rows))
+    settings = FitSettings(epochs=1, learning_rate=1e30)
+    fitted = fit_all(found, ["short", "a", "brief"], settings, together=True)
+    assert (fitted["a"].what, list(fitted)) == (
+        "the valid loss of a is not finite after step 2",
+        ["short", "a", "brief"],
+    )
+    assert sorted(path.name for path in (tmp_path / "p" / "adapters").iterdir()) == ["brief", "short"]
+    assert fitted["short"].training["together"] == ["a", "brief", "short"]
+    again = fit_all(found, ["short", "a", "brief"], settings, together=True, resume=True)
+    assert isinstance(again["a"], TrainingError)
+    assert again["brief"].sha256 == fitted["brief"].sha256
+
+
+def test_together_all_that_diverge_are_each_told_once(llama: Path, sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    settings = FitSettings(epochs=1, learning_rate=1e30)
+    outcomes = list(fit_tasks(found, ["a", "b"], settings, together=True))
+    assert [(name, type(error)) for name, error in outcomes] == [("a", TrainingError), ("b", TrainingError)]
+    assert not [path for path in (tmp_path / "p" / "adapters").iterdir() if not path.name.startswith(".")]
 
 
 def test_the_result_counts_rows_left_out_and_cut(

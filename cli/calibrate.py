@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run, given, parse_pairs, percentages
+from lorasb_export.choices import Directions, Dtype, LossMean, Reduction
+
+from .verb import Run, given, parse_pairs, percentages
 
 
 def run(
@@ -24,8 +26,8 @@ def run(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of the basis.")] = None,
     directions: Annotated[
-        str | None,
-        typer.Option(help="What B and A span: gradient (as in the paper); random or block need no data."),
+        Directions | None,
+        typer.Option(help="What B and A span: gradient as in the paper; random and block need no data."),
     ] = None,
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
@@ -33,11 +35,9 @@ def run(
         typer.Option(help="Which layers: all-linear, mlp-output, name endings with commas, or a regular expression."),
     ] = None,
     reduction: Annotated[
-        str | None, typer.Option(help="How the gradient is used: sign (as in the paper) or raw.")
+        Reduction | None, typer.Option(help="The gradient's signs, as in the paper, or the gradient itself.")
     ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="What counts the same: sample (every row) or token (every token).")
-    ] = None,
+    loss: Annotated[LossMean | None, typer.Option(help="What counts the same: every row, or every token.")] = None,
     no_gradient_checkpointing: Annotated[
         bool, typer.Option("--no-gradient-checkpointing", help="Use a fifth less time and more memory.")
     ] = False,

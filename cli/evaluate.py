@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run
+from lorasb_export.choices import Dtype, Metric, Split
+
+from .verb import Run
 
 
 def run(
@@ -16,16 +18,16 @@ def run(
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data to score on, if not the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    split: Annotated[
-        Literal["test", "valid", "train"] | None, typer.Option(help="Split to score on; the held-out one by default.")
-    ] = None,
+    split: Annotated[Split | None, typer.Option(help="Split to score on; the held-out one by default.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score only this many rows; the card stays as it was.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
     metric: Annotated[
-        str | None,
-        typer.Option(help="exact_match or loss, accuracy or mcc, pearson: what fits the data; the first by default."),
+        Metric | None,
+        typer.Option(
+            help="exact_match or loss of answers, accuracy or mcc of classes, pearson of numbers; the first by default."
+        ),
     ] = None,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lorasb_export.choices import ExportFormat
+
 from .verb import Run, human_bytes
 
 if TYPE_CHECKING:
@@ -22,9 +24,7 @@ def run(
             help="Names, folders or Hub ids; by default the first task's, for onnx-adapters all.",
         ),
     ] = None,
-    format: Annotated[
-        Literal["peft", "onnx", "onnx-adapters"], typer.Option("--format", help="What to write.")
-    ] = "peft",
+    format: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = "peft",
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run, given, percentages
+from lorasb_export.choices import Dtype, Init, Keep, Metric, Optimizer, Schedule, Tracker
+
+from .verb import Run, given, percentages
 
 REPORTED = (
     "steps",
@@ -54,7 +56,7 @@ def run(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per optimizer step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer of R: muon, or adamw (the paper).")] = None,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="Optimizer of R; the paper's is adamw.")] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option(
@@ -63,11 +65,9 @@ def run(
             help="Peak learning rate. Several, separated by commas: train at each and keep the best.",
         ),
     ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Schedule of the learning rate: linear, cosine or constant_with_warmup.")
-    ] = None,
+    schedule: Annotated[Schedule | None, typer.Option(help="Schedule of the learning rate.")] = None,
     init: Annotated[
-        str | None, typer.Option(help="What R starts as: svd (as in the paper) or zero (start at the base model).")
+        Init | None, typer.Option(help="What R starts as: svd as in the paper, zero to start at the base model.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -82,13 +82,10 @@ def run(
         bool | None, typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.")
     ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the valid split.")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="What the best checkpoint is chosen by: loss, exact_match, accuracy, mcc or pearson."),
-    ] = None,
-    keep: Annotated[str | None, typer.Option(help="Which R to keep: best (on the valid split) or last.")] = None,
+    metric: Annotated[Metric | None, typer.Option(help="What the best checkpoint is chosen by.")] = None,
+    keep: Annotated[Keep | None, typer.Option(help="The R to keep: the best on the valid split, or the last.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
-    report_to: Annotated[str | None, typer.Option(help="Also log to tensorboard, trackio or wandb.")] = None,
+    report_to: Annotated[Tracker | None, typer.Option(help="Log there too.")] = None,
     together: Annotated[
         bool, typer.Option("--together", help="Train all tasks at once, in mixed batches, in one shared basis.")
     ] = False,

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .verb import Dtype, Run, comma_list
+from lorasb_export.choices import Dtype
+
+from .verb import Run, comma_list
 
 
 def run(

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Dtype, Run, human_bytes
+from lorasb_export.choices import Dtype
+
+from .verb import Run, human_bytes
 
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 

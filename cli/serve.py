@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lorasb_export.choices import ServingMode
+
 from .verb import Run, comma_list, human_bytes
 
 _NAMED = 20  # models that are named in the line that says what is served
@@ -25,7 +27,7 @@ def run(
         typer.Option(metavar="DIR", help="Folder of the adapters; without --adapters, all in it are served."),
     ] = None,
     mode: Annotated[
-        Literal["shared", "folded", "auto"],
+        ServingMode,
         typer.Option(help="shared: the basis once, one R per adapter; folded: each a LoRA; auto: shared if it can."),
     ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +24,6 @@ QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
 NOTHING_WRITTEN = "No output was written."
 CONFIG_HELP = "Project file.  [default: lorasb.toml in the working folder]"
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _SHARED = {
     "json": (Annotated[bool, typer.Option("--json", help=JSON_HELP)], False),

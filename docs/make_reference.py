@@ -51,6 +51,18 @@ SHOWN: dict[str, Sequence[str]] = {
 }
 # Module → what its signatures call other types.
 TYPES = {
+    "choices.py": [
+        "Directions",
+        "Reduction",
+        "LossMean",
+        "Dtype",
+        "Optimizer",
+        "Init",
+        "Schedule",
+        "Metric",
+        "Keep",
+        "Tracker",
+    ],
     "base.py": ["AnyBase"],
     "rows.py": ["Row", "Prompt"],
     "merging/combine.py": ["Weights", "Weighted"],

@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BaseModelError, SettingsError
+from .choices import Dtype, require_choice
+from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
 from .output import expanded
-from .settings import DTYPES
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, read_header, read_json
 from .supported import check_supported
@@ -250,8 +250,7 @@ class BaseModel:
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )
 
-        if dtype not in DTYPES:
-            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use {', '.join(DTYPES)}")
+        require_choice("dtype", dtype, Dtype)
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .base import CAUSAL_LM, SEQ_CLS
+from .choices import Split
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
 from .output import expanded
@@ -22,7 +23,7 @@ from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid", "test")
+SPLITS = get_args(Split)
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from types import UnionType
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
+from .choices import (
+    Directions,
+    Dtype,
+    Init,
+    Keep,
+    LossMean,
+    Metric,
+    Optimizer,
+    Reduction,
+    Schedule,
+    Tracker,
+    require_choice,
+)
 from .errors import SettingsError
 
 ALL_LINEAR, MLP_OUTPUT = "all-linear", "mlp-output"
 _FLOAT32_MAX = 3.4e38
-GRADIENT, RANDOM, BLOCK = "gradient", "random", "block"
+GRADIENT: Final = "gradient"
+RANDOM: Final = "random"
+BLOCK: Final = "block"
 DRAWN = (RANDOM, BLOCK)  # without data
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_CHOICES = {
-    "directions": (GRADIENT, *DRAWN),
-    "reduction": ("sign", "raw"),
-    "loss": ("sample", "token"),
-    "dtype": DTYPES,
-    "optimizer": ("adamw", "muon"),
-    "init": ("svd", "zero"),
-    "schedule": ("linear", "cosine", "constant_with_warmup"),
-    "metric": ("loss", "exact_match", "accuracy", "mcc", "pearson"),
-    "keep": ("best", "last"),
-    "report_to": ("none", "tensorboard", "trackio", "wandb"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,17 @@ class CalibrationSettings:
     """
 
     rank: int = 64
-    directions: str = GRADIENT
+    directions: Directions = GRADIENT
     samples: float | None = None
     targets: str = ALL_LINEAR
-    reduction: str = "sign"
-    loss: str = "sample"
+    reduction: Reduction = "sign"
+    loss: LossMean = "sample"
     eta: float = 3e-6
     batch_size: int = 8
     max_length: int = 512
     gradient_checkpointing: bool = True
     capture: bool = True
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,23 +121,23 @@ class FitSettings:
     batch_size: int = 8
     accumulate: int = 1
     group_by_length: bool = False
-    optimizer: str = "muon"
+    optimizer: Optimizer = "muon"
     learning_rate: float | tuple[float, ...] | None = None
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     scaling: float = 1.0
-    init: str = "svd"
+    init: Init = "svd"
     max_length: int = 512
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
-    metric: str = "loss"
-    keep: str = "best"
+    metric: Metric = "loss"
+    keep: Keep = "best"
     patience: int | None = None
     checkpoint_every: int = 50
-    report_to: str = "none"
-    dtype: str = "auto"
+    report_to: Tracker = "none"
+    dtype: Dtype = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -178,12 +182,18 @@ class FitSettings:
 
 def types_of(settings: type) -> dict[str, tuple[type, ...]]:
     """The types that a value of each setting may have besides None, from those it is declared with."""
-    known = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple[float, ...]": (list, tuple)}
+    as_given: dict[Any, tuple[type, ...]] = {float: (int, float), Literal: (str,), tuple: (list, tuple)}
     allowed: dict[str, tuple[type, ...]] = {}
-    for setting in fields(settings):
-        names = str(setting.type).split(" | ")
-        allowed[setting.name] = tuple(kind for name in names if name != "None" for kind in known[name])
+    for name, kinds in _declared(settings).items():
+        given = [as_given.get(get_origin(kind) or kind, (kind,)) for kind in kinds if kind is not type(None)]
+        allowed[name] = tuple(kind for of_kind in given for kind in of_kind)
     return allowed
+
+
+def _declared(settings: type) -> dict[str, tuple[Any, ...]]:
+    """Setting → what is declared of it, a union as its members."""
+    hints = get_type_hints(settings)
+    return {name: get_args(hint) if get_origin(hint) is UnionType else (hint,) for name, hint in hints.items()}
 
 
 def is_one_of(value: object, allowed: tuple[type, ...]) -> bool:
@@ -198,9 +208,9 @@ def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[st
         if not (is_one_of(value, types) or (value is None and setting.default is None)):
             right = " or ".join(kind.__name__ for kind in types)
             raise SettingsError(f"{setting.name} is {value!r}, which has the wrong type", fix=f"Give {right}")
-    for name, allowed in _CHOICES.items():
-        if getattr(settings, name, allowed[0]) not in allowed:
-            raise SettingsError(f"{name} is {getattr(settings, name)!r}", fix=f"Use {', '.join(allowed)}")
+    for name, (choices, *_) in _declared(type(settings)).items():
+        if get_origin(choices) is Literal:
+            require_choice(name, getattr(settings, name), choices)
     for name, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{name} is {value}", fix="Give a finite number")

@@ -145,7 +145,7 @@ def test_vllms_switch_for_loading_any_path_stays_off(
     ("options", "message"),
     [
         ({"mode": "shared", "adapters": {"a": "a", "b": "b"}}, "of 2 bases.*--mode folded"),
-        ({"mode": "fast"}, "unknown mode 'fast'.*auto, shared, folded"),
+        ({"mode": "fast"}, "mode is 'fast'.*shared, folded, auto"),
         ({"extra": ["--port=1"]}, "not a flag to hand to vLLM here.*--port"),
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
         ({"extra": ["billing", "--max-model-len", "64"]}, "not a flag.*--adapters billing"),

@@ -24,7 +24,10 @@ def test_no_verb_is_described_by_half_a_sentence() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["merge --dtype foo", "fit --dtype foo", "export --format gguf", "export --precision int3", "serve --mode fast"],
+    [
+        *("merge --dtype foo", "fit --optimizer sgd", "calibrate --reduction max", "evaluate --metric f1"),
+        *("export --format gguf", "export --precision int3", "serve --mode fast"),
+    ],
 )
 def test_a_choice_that_is_none_is_wrong_usage(words: str) -> None:
     done = CliRunner().invoke(app, words.split())

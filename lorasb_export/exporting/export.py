@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..choices import ExportFormat, require_choice
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
     from ..data import TaskData
-
-FORMATS = ("peft", "onnx", "onnx-adapters")
 
 
 def export(
@@ -58,8 +57,7 @@ def export(
         ServerError: the exporter failed.
     """
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if format not in FORMATS:
-        raise SettingsError(f"format is {format!r}", fix=f"Use {', '.join(FORMATS)}")
+    require_choice("format", format, ExportFormat)
     if format == "onnx-adapters":
         from .onnx_adapters import export_onnx_adapters
 

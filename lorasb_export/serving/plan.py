@@ -14,6 +14,7 @@ from typing import Any
 from ..adapter import Adapter, load_basis_once
 from ..base import SEQ_CLS, BaseModel, BaseRef
 from ..basis import Basis
+from ..choices import ServingMode, require_choice
 from ..errors import LoraSBError, SettingsError
 from ..names import check_served_name
 from ..storage import read_json
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-_MODES = ("auto", "shared", "folded")
 _SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
@@ -260,8 +260,7 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
     if problem := next(filter(None, map(check_served_name, adapters)), None):
         raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
-    if mode not in _MODES:
-        raise SettingsError(f"unknown mode {mode!r}", where="--mode", fix=f"Use one of: {', '.join(_MODES)}")
+    require_choice("mode", mode, ServingMode)
     if extra and not extra[0].startswith("-"):
         fix = f"Name adapters with --adapters {extra[0]}"
         raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)

@@ -1,0 +1,28 @@
+"""What can be chosen between, as types: settings are declared with them, and the command line offers them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from .errors import SettingsError
+
+Directions = Literal["gradient", "random", "block"]
+Reduction = Literal["sign", "raw"]
+LossMean = Literal["sample", "token"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Optimizer = Literal["muon", "adamw"]
+Init = Literal["svd", "zero"]
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+Metric = Literal["loss", "exact_match", "accuracy", "mcc", "pearson"]
+Keep = Literal["best", "last"]
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
+Split = Literal["train", "valid", "test"]
+ExportFormat = Literal["peft", "onnx", "onnx-adapters"]
+ServingMode = Literal["shared", "folded", "auto"]
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """Raise SettingsError where `value` is none of `choices`, one of the types above."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise SettingsError(f"{name} is {value!r}", fix=f"Use {', '.join(allowed)}")

@@ -95,7 +95,7 @@ def run(
         if distributed.is_main():
             lock.enter_context(only_writer(target))
             refuse_existing(target, overwrite)
-        base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
+        base = BaseModel.resolve(model or project.require_model())
         basis = calibrate(base, sources, settings, weights=weights)
         if distributed.is_main():
             basis.save(target, overwrite=overwrite)

@@ -42,8 +42,7 @@ def run(
     base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()
     from lorasb_export.inference import side_by_side  # only now: it brings torch
 
-    revision = None if model else run.project.revision
-    found = side_by_side(prompt, folders, base=base, revision=revision, max_tokens=max_tokens, dtype=dtype)
+    found = side_by_side(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)
 
 

@@ -203,7 +203,6 @@ def side_by_side(
     adapters: Mapping[str, str],
     *,
     base: str | None,
-    revision: str | None,
     max_tokens: int,
     dtype: str,
 ) -> dict[str, str]:
@@ -211,7 +210,7 @@ def side_by_side(
 
     Args:
         adapters: name → adapter folder or Hub id, all of one base.
-        base: the base, where the adapters do not find it; needed when there are none, and then at this `revision`.
+        base: the base, where the adapters do not find it; needed when there are none.
 
     Raises:
         ArtifactError: an adapter is a classifier.
@@ -227,7 +226,7 @@ def side_by_side(
             fix = "Leave it out, and score it with `lorasb evaluate`"
             raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
     first = next(iter(loaded.values()), None)
-    model = BaseModel.resolve(base or "", revision) if first is None else first.base.resolve(base)
+    model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
     bases: dict[str, Basis] = {}
     for adapter in loaded.values():
         model.verify(adapter.base, adapter.R)

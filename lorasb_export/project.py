@@ -202,24 +202,28 @@ class Project:
             return model
         from .adapter import Adapter  # only now: it brings torch
 
-        elsewhere = self.require_model()
-        if self.revision and parse_hub_id(elsewhere):
-            elsewhere = f"{elsewhere}@{self.revision}"
         with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
             base = Adapter.load(adapter).base
             if base.name_or_path in (self.model, str(self.path(self.model).resolve())):
                 return None  # nor is it looked for twice
-            for place in (None, elsewhere):
+            for place in (None, self.require_model()):
                 with suppress(BaseModelError):
                     base.resolve(place)
                     return place
         return None
 
     def require_model(self) -> str:
-        """The base model. Raises SettingsError when neither file nor flag names one."""
+        """The base: an absolute folder, or a Hub id with the project's revision.
+
+        Raises:
+            SettingsError: neither file nor flag names one.
+        """
         if self.model is None:
             raise self.lacks("no base model", 'Set model = "…", or pass --model')
-        return str(self.path(self.model)) if self.path(self.model).exists() else self.model
+        if self.path(self.model).exists():
+            return str(self.path(self.model))
+        on_the_hub = parse_hub_id(self.model)
+        return f"{on_the_hub[0]}@{self.revision}" if on_the_hub and self.revision else self.model
 
     def lacks(self, what: str, fix: str) -> SettingsError:
         """The error that something is not in the project; in a folder that is none, what to do about that."""

@@ -176,26 +176,6 @@ def test_layers_are_counted_in_the_network_that_the_tasks_share(
     assert len(set(rates)) == 1
 
 
-def test_calibrate_takes_the_revision_of_the_file(
-    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `fit` does; a revision means something on the Hub alone, so it is only looked at how it is asked for."""
-    project(tmp_path / "p", llama, sums, 'revision = "v1.0"\n[basis]\nrank = 4\n')
-    monkeypatch.chdir(tmp_path / "p")
-    asked: list[Any] = []
-    resolve = BaseModel.resolve
-
-    def asking(name: str, revision: str | None = None) -> BaseModel:
-        asked.append((name, revision))
-        return resolve(name)
-
-    monkeypatch.setattr(BaseModel, "resolve", asking)
-    done = CliRunner().invoke(app, ["calibrate"])
-    assert done.exit_code == 0, done.output
-    assert asked[0] == (str(llama), "v1.0")
-    assert Basis.load(tmp_path / "p" / "basis").rank == 4
-
-
 def test_a_task_outside_of_a_project_has_the_basis_made_for_it(
     sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,16 @@ def test_what_init_writes_loads(tmp_path: Path) -> None:
         write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
 
 
+@pytest.mark.parametrize(
+    ("model", "asked"), [("me/base", "me/base@v1.0"), ("me/base@other", "me/base@v1.0"), ("models/base", "")]
+)
+def test_the_base_is_asked_for_at_the_revision_of_the_file(model: str, asked: str, tmp_path: Path) -> None:
+    """A revision means something on the Hub alone."""
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    project = load(tmp_path, f'model = "{model}"\nrevision = "v1.0"\n')
+    assert project.require_model() == (asked or str(tmp_path / "models" / "base"))
+
+
 def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> None:
     asked = {"prompt": "a", "completion": "b", "label": 1}  # a column that no row of this kind needs
     for name, row in (("text", asked), ("classes", {"text": "a", "label": "b"})):

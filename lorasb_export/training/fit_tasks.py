@@ -67,7 +67,7 @@ def fit_tasks(
             refuse_existing(target, overwrite, _THERE)
     places = {name: data or project.task_source(name) for name in names}
     generates = {_task_type(name, source, settings) for name, source in places.items()} == {CAUSAL_LM}
-    base = BaseModel.resolve(model or project.require_model(), None if model else project.revision)
+    base = BaseModel.resolve(model or project.require_model())
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
     sources = {name: basis or project_basis.find(project, name) for name in places}

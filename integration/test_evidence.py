@@ -90,10 +90,12 @@ def test_sharing_is_compared_seed_by_seed_where_both_searches_have_ended() -> No
 
     closed = (3e-3, 1e-2, 3e-2)
     runs = [*lines("sst2", "own", {0: 0.5, 1: 0.25}, closed), *lines("sst2", "shared", {0: 0.75, 1: 0.25}, closed)]
-    runs += lines("sst2", "random", {0: 0.5}, closed[:2])
+    runs += [*lines("sst2", "random", {0: 0.5}, closed[:2]), *lines("sst2", "balanced", {0: 0.5}, closed)]
+    runs += [*lines("cola", "own", {0: 0.5}, closed), *lines("cola", "shared", {0: 0.25}, closed)]
     assert sharing(by_method(best_rates(runs))).splitlines()[2:] == [
-        "| all linear layers, r = 64: sst2, accuracy | +12.5 ± 12.5 | +0.000 ± 0.000 |  |  |",
-        "| **mean** | **+12.5** |  |  |  |",
+        "| all linear layers, r = 64: cola, accuracy | -25.0 | +0.000 |  |  |  |  |",
+        "| all linear layers, r = 64: sst2, accuracy | +12.5 ± 12.5 | +0.000 ± 0.000 | +0.0 | +0.000 |  |  |",
+        "| **mean** | **-6.2** |  |  |  |  |  |",
     ]
 
 

@@ -30,7 +30,7 @@ CHOSEN = {
 }
 
 # What one basis for all tasks may be; and where.
-SHARED = {"made from all tasks": "shared", "random": "random"}
+SHARED = {"made from all tasks": "shared", "balanced": "balanced", "random": "random"}
 PLACES = {"all linear layers, r = 64": "{} basis, r=64", "`down_proj`, r = 128": "down: {} basis, r=128"}
 
 
@@ -104,9 +104,13 @@ def loss(of: dict[str, Any]) -> str:
 
 
 def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    """What one basis for all tasks costs each of them: its results less those in the task's own, seed by seed."""
-    rows = []
+    """What one basis for all tasks costs each of them: its results less those in the task's own, seed by seed.
+
+    A mean is of all tasks: of some it would be another than its neighbours.
+    """
+    rows: list[list[str]] = []
     for label, kind in PLACES.items():
+        above = len(rows)
         scores: dict[str, list[float]] = defaultdict(list)
         for task in LEARNT:
             own, cells = found.get((kind.format("own"), task)), []
@@ -122,7 +126,8 @@ def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
                 rows.append([f"{label}: {task}, {own['metric'].replace('_', ' ')}", *cells])
         if not scores:
             continue
-        means = (f"**{statistics.mean(scores[b]):+.1f}**" if scores[b] else "" for b in SHARED.values())
+        whole = {b: of_tasks for b, of_tasks in scores.items() if len(of_tasks) == len(rows) - above}
+        means = (f"**{statistics.mean(whole[b]):+.1f}**" if b in whole else "" for b in SHARED.values())
         rows.append(["**mean**", *itertools.chain.from_iterable((mean, "") for mean in means)])
     return table(["", *itertools.chain.from_iterable((f"{name}: points", "loss") for name in SHARED)], rows)
 

@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
     "own basis, r=64": {**_MUON, "rank": 64, "basis": "own"},
     "shared basis, r=64": {**_MUON, "rank": 64, "basis": "mixture"},
+    "balanced basis, r=64": {**_MUON, "rank": 64, "basis": "mixture", "balanced": True},
     "the weights' directions, r=64": {**_MUON, "rank": 64, "basis": "wsvd"},
     "random basis, r=64": {**_MUON, "rank": 64, "basis": "random"},
     "random basis, r=96": {**_MUON, "rank": 96, "basis": "random"},

@@ -70,8 +70,10 @@ from lorasb_export.training.trainer import RTrainer
 
 step = RTrainer.training_step
 def poisoned(self, *inputs):
-    if self.state.global_step == 1 and distributed.rank() == 1:
-        self.stack.values[0] = torch.nan
+    names = [run.task.name for run in self.runs]
+    if self.state.global_step == 1 and distributed.rank() == 1 and "minus" in names:
+        for parameter in self._parameters[names.index("minus")]:
+            parameter.data.fill_(torch.nan)
     return step(self, *inputs)
 RTrainer.training_step = poisoned
 main()
@@ -129,12 +131,13 @@ def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None
     assert not list((project / "adapters").glob(".*"))
 
 
-def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(project: Path) -> None:
+@pytest.mark.parametrize("how", [["--together"], ["minus", "plus"]], ids=["together", "in-turn"])
+def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(how: list[str], project: Path) -> None:
     """It is the rows of one process that tell; both must leave it out at the same step."""
     (project / "poison.py").write_text(POISON)
     finish([*ALONE, "fit", "plus"], project)
     (project / "adapters").rename(project / "alone")
-    child = start([*TORCHRUN, "poison.py", "fit", "--together", "--json"], project)
+    child = start([*TORCHRUN, "poison.py", "fit", *how, "--json"], project)
     printed, messages = child.communicate(timeout=300)
     found = json.loads(printed)
     assert (child.returncode, list(found["adapters"]), list(found["failed"])) == (1, ["plus"], ["minus"]), messages

@@ -10,7 +10,7 @@ from .. import distributed, project_basis
 from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..data import load_task
-from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError
+from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
@@ -49,8 +49,8 @@ def fit_tasks(
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
         loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
-        same; of tasks together, the others train on. The error of a single task is raised; so is, but for a loss that
-        is not finite in tasks together, one of several processes.
+        same; of tasks together, the others train on. The error of a single task is raised; so is one of several
+        processes that not all of them meet.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
@@ -112,7 +112,8 @@ def fit_tasks(
                 network=network,
             )
         except OF_ONE_ITEM as error:
-            if len(places) == 1 or distributed.world() > 1:  # the other processes know nothing of it
+            met_by_all = distributed.world() == 1 or isinstance(error, TrainingError)
+            if len(places) == 1 or not met_by_all:  # the other processes wait for this one within their training
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone()

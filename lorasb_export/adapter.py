@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,8 @@ from .network import classifies
 from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
-from .storage import TensorInfo, read_header, read_json, write_json
-from .tensors import load_tensors
-
-CURVE = "training.png"  # the picture of an adapter's losses
+from .storage import read_header, read_json, write_json
+from .tensors import head_shapes, load_tensors
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -89,7 +86,7 @@ class Adapter:
         Raises:
             ArtifactError: the model lacks a module of the basis, or its shape differs.
         """
-        from .head import train_head
+        from .head import train_head  # only now: these bring transformers
         from .inject import inject
 
         adapter = cls.start(basis, scaling=scaling, init=init)
@@ -253,7 +250,7 @@ class Adapter:
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
         header, _ = read_header(path)
-        head = _head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
+        head = head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])
         source_of_basis = basis_source.found(config["basis"]["source"], folder, hub_source)
         if source_of_basis is None and hub_source is not None:
@@ -294,31 +291,6 @@ class Adapter:
 
 def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
-
-
-def _head_shapes(header: Mapping[str, TensorInfo], modules: Sequence[str], where: Path) -> dict[str, list[int]]:
-    """What the file of a classifier holds beside R. Raises ArtifactError where it cannot be of a head."""
-    head = {name: list(info.shape) for name, info in header.items() if not name.endswith(".R")}
-    bodies = tuple({f"{name.partition('.')[0]}." for name in modules})
-    for name, shape in head.items():
-        if name.startswith(bodies) or 0 in shape:
-            fix = "Train or fetch it again: a head lies outside the model's body"
-            raise ArtifactError(f"{name} {shape} is no tensor of a classifier's head", where=where, fix=fix)
-    return head
-
-
-def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
-    """What a folder made from `adapter` says about its training.
-
-    Args:
-        folder: takes a copy of the picture of the curve, where the adapter has one; without, it is not spoken of.
-    """
-    training = {key: value for key, value in adapter.training.items() if key != "plot"}
-    # Only under its own name: what a config calls its picture may be any path.
-    if folder is not None and adapter.folder is not None and (adapter.folder / CURVE).is_file():
-        shutil.copyfile(adapter.folder / CURVE, folder / CURVE)
-        training["plot"] = CURVE
-    return training
 
 
 def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:

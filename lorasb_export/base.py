@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import checkpoint_tensors
 from .choices import Dtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up
 from .output import expanded
 from .side_files import LICENCES, TEXTS
-from .storage import FLOATS, TensorInfo, read_header, read_json
+from .storage import FLOATS, TensorInfo, read_json
 from .supported import check_supported
 
 if TYPE_CHECKING:
@@ -97,30 +98,8 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """Checkpoint tensor name → (file, header entry), in file order: of the files that transformers would read.
-
-        Raises:
-            BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
-        """
-        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
-        weight_map = None if whole.is_file() or not index.is_file() else _weight_map(index)
-        files = [whole] if weight_map is None else sorted({self.folder / name for name in weight_map.values()})
-        if weight_map is None and not whole.is_file():
-            raise BaseModelError(
-                "no model.safetensors, nor an index of its parts, in the base model's folder",
-                where=self.folder,
-                fix=f"Convert it once: AutoModel{'ForCausalLM' if self.generates else ''}.from_pretrained(folder)"
-                ".save_pretrained(new_folder), and copy the tokenizer's files there",
-            )
-        found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
-        if weight_map is not None and set(found) != set(weight_map):
-            odd = sorted(set(found) ^ set(weight_map))[0]
-            raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
-        for name, (file, info) in found.items():
-            if name.endswith(".weight") and info.dtype not in FLOATS:
-                fix = "Use a full-precision checkpoint"
-                raise BaseModelError(f"{name} is stored as {info.dtype}, not as a float", where=file, fix=fix)
-        return found
+        """See `checkpoint.checkpoint_tensors`."""
+        return checkpoint_tensors(self.folder, f"AutoModel{'ForCausalLM' if self.generates else ''}")
 
     @property
     def merged_from(self) -> Mapping[str, Any] | None:
@@ -332,18 +311,6 @@ class BaseModel:
 
 
 AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → file of an index. Raises BaseModelError when it is none, or a file lies outside the folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise BaseModelError("the index has no weight_map", where=index, fix="Fetch it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            what = f"the index names {name!r:.60}, no safetensors file beside it"
-            raise BaseModelError(what, where=index, fix="Fetch it again")
-    return weight_map
 
 
 def default_device() -> torch.device:

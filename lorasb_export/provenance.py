@@ -1,12 +1,19 @@
-"""What wrote an artifact: the command line and the versions, to be recorded in it."""
+"""What wrote an artifact, to be recorded in it: the command line, the versions, the training it comes from."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+CURVE = "training.png"  # the picture of an adapter's losses
 
 
 def command() -> str | None:
@@ -30,3 +37,17 @@ def without_folders(word: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of what writes an artifact, for its provenance."""
     return {name: version(name) for name in ("lorasb", "torch", "transformers")}
+
+
+def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
+    """What a folder made from `adapter` says about its training.
+
+    Args:
+        folder: takes a copy of the picture of the curve, where the adapter has one; without, it is not spoken of.
+    """
+    training = {key: value for key, value in adapter.training.items() if key != "plot"}
+    # Only under its own name: what a config calls its picture may be any path.
+    if folder is not None and adapter.folder is not None and (adapter.folder / CURVE).is_file():
+        shutil.copyfile(adapter.folder / CURVE, folder / CURVE)
+        training["plot"] = CURVE
+    return training

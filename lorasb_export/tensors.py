@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -95,3 +95,14 @@ def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
     lowest, highest = tensor.aminmax()  # NaN comes out as both; a tenth of the time of looking at every entry
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise ArtifactError(f"tensor {name} has non-finite values", where=where, fix=AGAIN)
+
+
+def head_shapes(header: Mapping[str, TensorInfo], modules: Sequence[str], where: Path) -> dict[str, list[int]]:
+    """What the file of a classifier holds beside R. Raises ArtifactError where it cannot be of a head."""
+    head = {name: list(info.shape) for name, info in header.items() if not name.endswith(".R")}
+    bodies = tuple({f"{name.partition('.')[0]}." for name in modules})
+    for name, shape in head.items():
+        if name.startswith(bodies) or 0 in shape:
+            fix = "Train or fetch it again: a head lies outside the model's body"
+            raise ArtifactError(f"{name} {shape} is no tensor of a classifier's head", where=where, fix=fix)
+    return head

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.adapter import check_same_basis, published_training
+from lorasb_export.adapter import check_same_basis
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, MissingPackageError, OutputError, ServerError
 from lorasb_export.format import sealed
 from lorasb_export.kind import artifact_kind
+from lorasb_export.provenance import published_training
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import parse_json, read_header, sha256_file
 from tests.tiny import make_llama

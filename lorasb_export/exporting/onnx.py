@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter, published_training
+from ..adapter import Adapter
 from ..base import CAUSAL_LM, BaseModel
 from ..data import TaskData
 from ..environment import require_packages
@@ -16,7 +16,7 @@ from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import atomic_folder, expanded, refuse_own_input, require_room
-from ..provenance import command, versions
+from ..provenance import command, published_training, versions
 from ..publishing import card
 from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import DTYPES, PROVIDERS, build

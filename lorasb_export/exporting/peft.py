@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter, published_training
+from ..adapter import Adapter
 from ..output import atomic_folder, expanded, refuse_existing, refuse_own_input
-from ..provenance import command
+from ..provenance import command, published_training
 from ..publishing import card
 from ..publishing.card_sections import Facts
 from ..storage import write_json

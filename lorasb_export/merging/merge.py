@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..adapter import Adapter, published_training
+from ..adapter import Adapter
 from ..bars import no_bar
 from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..errors import SettingsError
@@ -21,7 +21,7 @@ from ..fetch import parse_hub_id
 from ..inference import name_ends
 from ..network import as_base_model_error
 from ..output import expanded, free_bytes
-from ..provenance import command
+from ..provenance import command, published_training
 from ..publishing import card
 from ..storage import read_json, write_json
 from . import retained

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import CURVE
 from ..calibration.subspace import spread
-from ..provenance import command, versions
+from ..provenance import CURVE, command, versions
 from ..storage import write_json
 from .plot import plot_losses
 

@@ -1,0 +1,50 @@
+"""The tensors of a checkpoint folder: of the files that transformers would read, by their headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import BaseModelError
+from .storage import FLOATS, TensorInfo, read_header, read_json
+
+
+def checkpoint_tensors(folder: Path, model_class: str) -> dict[str, tuple[Path, TensorInfo]]:
+    """Checkpoint tensor name → (file, header entry), in file order; no weights are read.
+
+    Args:
+        model_class: of transformers, which loads such a checkpoint: for the advice where it is no safetensors one.
+
+    Raises:
+        BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    weight_map = None if whole.is_file() or not index.is_file() else _weight_map(index)
+    files = [whole] if weight_map is None else sorted({folder / name for name in weight_map.values()})
+    if weight_map is None and not whole.is_file():
+        raise BaseModelError(
+            "no model.safetensors, nor an index of its parts, in the base model's folder",
+            where=folder,
+            fix=f"Convert it once: {model_class}.from_pretrained(folder).save_pretrained(new_folder), "
+            "and copy the tokenizer's files there",
+        )
+    found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
+    if weight_map is not None and set(found) != set(weight_map):
+        odd = sorted(set(found) ^ set(weight_map))[0]
+        raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
+    for name, (file, info) in found.items():
+        if name.endswith(".weight") and info.dtype not in FLOATS:
+            fix = "Use a full-precision checkpoint"
+            raise BaseModelError(f"{name} is stored as {info.dtype}, not as a float", where=file, fix=fix)
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file of an index. Raises BaseModelError when it is none, or a file lies outside the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BaseModelError("the index has no weight_map", where=index, fix="Fetch it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            what = f"the index names {name!r:.60}, no safetensors file beside it"
+            raise BaseModelError(what, where=index, fix="Fetch it again")
+    return weight_map

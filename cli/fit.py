@@ -165,8 +165,11 @@ def run(
         if summary["capture"] and summary["energy"]:
             lines.append(f"  {words(summary['capture'])}")
             lines.append(f"  and keeps {percentages(summary['energy'])} of its first step's energy")
-    distributed.stop()
-    run.result({"adapters": adapters}, "\n".join(lines), failed)
+    try:
+        run.result({"adapters": adapters}, "\n".join(lines), failed)
+    finally:
+        distributed.wait()  # for the first process to print: torchrun ends it when another one exits with an error
+        distributed.stop()
 
 
 def _rates(words: str) -> float | tuple[float, ...]:

@@ -63,6 +63,7 @@ adapter.save(sys.argv[1])
 distributed.stop()
 """
 POISON = """
+import shutil, time
 import torch
 from lorasb_cli.main import main
 from lorasb_export import distributed
@@ -76,6 +77,12 @@ def poisoned(self, *inputs):
             parameter.data.fill_(torch.nan)
     return step(self, *inputs)
 RTrainer.training_step = poisoned
+remove = shutil.rmtree
+def slow(*paths, **options):  # as a network's disk is; the other process must not end before
+    time.sleep(2)
+    remove(*paths, **options)
+if __name__ == "__main__" and distributed.os.environ["RANK"] == "0":
+    shutil.rmtree = slow
 main()
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -251,12 +251,17 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
     if target.is_mount():
         fix = f"Choose a folder in it, as {target / 'model'}"
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_free(target):
         return
     if not (any((target / name).is_file() for name in _OURS) or _is_our_adapter(target)):
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
+
+
+def is_free(target: Path) -> bool:
+    """Whether nothing is there, or a folder without anything in it, which may be taken."""
+    return not any(target.iterdir()) if target.is_dir() else not target.exists()
 
 
 def _is_our_adapter(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from .calibration.calibrate import calibrate
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config
 from .lock import only_writer
+from .output import is_free
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import sha256_file
@@ -76,18 +77,14 @@ def load_or_make(
 def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
     """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
 
-    Another run that is making it is waited for. An empty folder is none, as it is to `refuse_existing`.
+    Another run that is making it is waited for.
     """
-
-    def found() -> bool:
-        return any(folder.iterdir()) if folder.is_dir() else folder.exists()
-
     with ExitStack() as lock:
 
         def is_there() -> bool:
-            if not found():
+            if is_free(folder):
                 lock.enter_context(only_writer(folder, wait=True))
-            return found()
+            return not is_free(folder)
 
         if not distributed.decided(is_there):
             distributed.require_same_disk(folder.parent)

@@ -29,8 +29,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def poisonous(self: RTrainer, *arguments: object) -> torch.Tensor:
             if self.state.global_step == end:
                 raise KeyboardInterrupt
-            if self.state.global_step == at and self.stack and self.settings.learning_rate == rate:
-                self.stack.values[0] = torch.nan
+            if self.state.global_step == at and self.settings.learning_rate == rate:
+                self._parameters[0][0].data.fill_(torch.nan)
             return step(self, *arguments)
 
         monkeypatch.setattr(RTrainer, "training_step", poisonous)
@@ -84,6 +84,15 @@ def test_one_that_was_left_out_stays_out_of_a_resumed_run(
         fit_together(*inputs, tmp_path / "a", SETTINGS, resume=True)
     one, two = (Adapter.load(tmp_path / name / "plus") for name in ("undisturbed", "a"))
     assert one.sha256 == two.sha256
+
+
+def test_an_evaluation_before_the_next_log_tells_of_the_step_and_the_rows_too(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, poisoned: Callable[..., None]
+) -> None:
+    poisoned(1)
+    settings = replace(SETTINGS, max_steps=100, evaluate_every=4, checkpoint_every=50)  # a log at every tenth step
+    with pytest.raises(TrainingError, match=r"^the loss of plus is not finite at step 2, on training rows \d+"):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
 
 
 def test_a_rate_is_left_out_for_the_task_that_it_is_too_high_for(

@@ -26,7 +26,11 @@ def test_the_callers_network_is_given_back_as_it_was(
     network = BaseModel.resolve(llama).load(dtype="float64")
     cached = network.config.use_cache
     settings = replace(SETTINGS, gradient_checkpointing=True)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, network=network)
+    after = network.state_dict()
+    assert set(after) == set(before)  # without an adapter, as of several rates it would be the last one's
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert network.config.use_cache == cached
     assert not network.training
     assert not network.is_gradient_checkpointing

@@ -122,6 +122,12 @@ def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: 
     assert out.exists()
 
 
+def test_an_empty_folder_is_no_finished_adapter(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "made-before"
+    out.mkdir()
+    assert fit(str(llama), basis, sums, out, SETTINGS, resume=True).sha256 == Adapter.load(out).sha256
+
+
 def test_an_interrupted_replacement_goes_on_and_replaces(llama: Path, sums: Path, basis: Path) -> None:
     """`--overwrite --resume`: the adapter that is there is the old one, not the end of this run."""
     out = basis.parent / "replaced" / "a"

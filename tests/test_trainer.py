@@ -24,8 +24,10 @@ from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError, Terminated, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training import job
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.history import History
+from lorasb_export.training.task_run import TaskRun
 from lorasb_export.training.trainer import RTrainer
 from lorasb_export.training.validation import Validation
 
@@ -124,6 +126,29 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
     assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
 
 
+def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = task_of("first", {"train": list(tasks["plus"].rows("train"))[:6]})
+    out = tmp_path / "out"
+    fit(str(llama), basis, first, out / "first", SETTINGS)
+    write = job.write_record
+
+    def killed(folder: Path, run: TaskRun, *rest: Any) -> None:
+        if run.task.name == "plus":
+            raise KeyboardInterrupt
+        write(folder, run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit_together(str(llama), basis, [first, *tasks.values()], out, SETTINGS, resume=True)
+    assert (out / "minus").exists()
+    fitted = fit_together(str(llama), basis, [first, *tasks.values()], out, SETTINGS, resume=True)
+    undisturbed = fit_together(str(llama), basis, tasks, tmp_path / "undisturbed", SETTINGS)
+    assert {adapter.name: adapter.sha256 for adapter in fitted[1:]} == {a.name: a.sha256 for a in undisturbed}
+
+
 def test_no_task_is_nothing_to_train(llama: Path, basis: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no task to fit. Give at least one"):
         fit_together(str(llama), basis, [], tmp_path)
@@ -143,6 +168,7 @@ def test_the_best_evaluated_R_is_kept(llama: Path, basis: Path, tasks: dict[str,
     log = [json.loads(line) for line in (tmp_path / "best" / "training_log.jsonl").read_text().splitlines()]
     losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     assert sorted(losses) == [2, 4, 6, 8, 10, 12]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 13))  # where it is evaluated too
     assert best.training["best_step"] == min(losses, key=losses.__getitem__) < 12
     assert best.training["valid_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
     last = fit(str(llama), basis, tasks["plus"], tmp_path / "last", replace(settings, keep="last"))

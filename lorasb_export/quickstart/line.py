@@ -150,8 +150,9 @@ def quickstart(
             line.ask("base", name, network, tokenizer)
     for name in tasks:
         with line.step(f"fit_{name}", f"Fitting {name}"):
-            fit(base, out / "basis", tasks[name], folders[name], fitting, network=network)
+            fitted = fit(base, out / "basis", tasks[name], folders[name], fitting, network=network)
         with line.step(f"adapter_{name}", f"Asking the adapter {name}"):
+            fitted.inject(network)
             line.ask("adapter", name, network, tokenizer)
         _record(line, name, folders[name])
     remove(network)

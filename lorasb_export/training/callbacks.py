@@ -81,11 +81,12 @@ class Evaluations(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.stopping = distributed.anywhere(self.trainer.told_to_stop)
+        log_is_due = control.should_log  # which the Trainer forgets when an evaluation is logged
         self._evaluate()
         if self._is_over(state.global_step):
             control.should_training_stop = control.should_save = True
-        if control.should_save:  # a checkpoint does not hold the losses since the last log: there are none
-            control.should_log = True
+        # A checkpoint does not hold the losses since the last log: there are none.
+        control.should_log = log_is_due or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.trainer.active(state.global_step):  # as the losses since the last log may have told

@@ -54,14 +54,21 @@ def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
     return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
 
 
+def runs_together(folder: Path) -> dict[Path, set[str]]:
+    """Working folder → the hashes of its tasks' data, of every interrupted joint run that has a checkpoint."""
+    found = {}
+    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
+        found[folder / marker.relative_to(folder).parts[0]] = set(read_json(marker)["data_sha256"])
+    return found
+
+
 def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
     """Raise TrainingError if a task of one of the hashes `data` is in an interrupted joint run with other tasks.
 
     `--resume` would not go on with that run.
     """
-    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
-        if data & set(read_json(marker)["data_sha256"]):
-            other = folder / marker.relative_to(folder).parts[0]
+    for other, of_other in runs_together(folder).items():
+        if data & of_other:
             fix = "Resume it with the tasks it had, or remove that folder"
             raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
 

@@ -13,9 +13,9 @@ from ..base import CAUSAL_LM, AnyBase
 from ..basis import Basis
 from ..data import TaskData, load_task, load_tasks
 from ..errors import Problems, SettingsError, TrainingError
-from ..output import expanded
+from ..output import expanded, is_free
 from ..settings import CalibrationSettings, FitSettings
-from .checkpoints import refuse_run_of_others, together_folder
+from .checkpoints import refuse_run_of_others, runs_together, together_folder
 from .job import Job
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def fit(
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
             from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
-            compared with `model`. It ends with the new adapter in place of its own, in eval mode; a classifier's head
-            is as it was. `remove` takes the adapter off.
+            compared with `model`. It is given back in eval mode and without an adapter, also one that was on it;
+            `Adapter.inject` puts the new one on. A classifier's head is as it was.
 
     Returns:
         the adapter that was written, with `folder`, R on the CPU, and in `training` what the run found: `steps`,
@@ -142,7 +142,6 @@ def train_together(
 
 
 def _finished_before(folder: Path, tasks: Sequence[TaskData]) -> set[str]:
-    """The tasks whose adapters are there, where no run of all of them is to be gone on with: the others train alone."""
-    if together_folder(folder, tasks).exists():
-        return set()
-    return {task.name for task in tasks if (folder / task.name).exists()}
+    """The tasks whose adapters are there and whose run is over, so that the others train without them."""
+    interrupted = set().union(*runs_together(folder).values())
+    return {task.name for task in tasks if task.sha256 not in interrupted and not is_free(folder / task.name)}

@@ -49,8 +49,9 @@ def fit_tasks(
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
         loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
-        same; of tasks together, the others train on. The error of a single task is raised; so is one of several
-        processes that not all of them meet.
+        same. Of tasks together that is so where the loss or R is not finite; any other error ends all of them. The
+        error of a single task is raised; so is, under torchrun, one that not all processes may meet: of data or of an
+        artifact, which each reads for itself.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.

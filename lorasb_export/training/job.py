@@ -20,9 +20,10 @@ from ..basis import Basis
 from ..calibration.capture import overview
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
+from ..inject import remove
 from ..lock import only_writer
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
-from ..output import atomic_folder, cannot_write, refuse_existing, refuse_own_input
+from ..output import atomic_folder, cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
@@ -110,7 +111,7 @@ class Job:
 
     def _finished(self, overwrite: bool) -> bool:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
-        there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if out.exists()]
+        there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
         for task, out in there:
             differing = differences(out, self.base, self._basis, task, self.settings)
             if differing and overwrite:
@@ -141,7 +142,7 @@ class Job:
             adapter = outcome.run.adapter
             together = names if len(names) > 1 else None
             adapter.training = {**outcome.training, "together": together, "capture": capture and overview(capture)}
-            written = resume and not overwrite and out.exists()  # before the interruption
+            written = resume and not overwrite and not is_free(out)  # before the interruption
             if distributed.is_main() and not written:
                 seconds = round(time.monotonic() - self._started, 1)
                 rates = list(self.settings.rates)
@@ -154,6 +155,7 @@ class Job:
         distributed.wait()
         if distributed.is_main() and any(isinstance(result, Adapter) for result in results):
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
+        distributed.wait()  # before another process exits with the error of a task: torchrun then ends all of them
         return results
 
     def _load(self) -> PreTrainedModel:
@@ -170,6 +172,7 @@ def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        remove(network)
         network.eval()
         if caches is not None:
             network.config.use_cache = caches

@@ -140,6 +140,7 @@ class TrainingRuns:
                 logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
             with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to), suppress(NothingToTrain):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        distributed.wait()  # the first process writes the best R, which all of them read
         outcomes: list[Outcome | TrainingError] = []
         for k, run in enumerate(trainer.runs):
             history = trainer.history(k)

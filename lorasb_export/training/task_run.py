@@ -12,6 +12,8 @@ from ..errors import TrainingError
 from .order import RowOrder
 from .validation import Validation
 
+_SAFER = "Begin again with a lower learning rate, or with --dtype float32; --overwrite, where checkpoints are left"
+
 
 @dataclass
 class TaskRun:
@@ -30,4 +32,4 @@ class TaskRun:
     def diverged(self, what: str, place: str) -> TrainingError:
         """The error that ends this task."""
         what = f"{what} of {self.task.name} is not finite {place}"
-        return TrainingError(what, where=self.task.source, fix="Lower the learning rate, or use --dtype float32")
+        return TrainingError(what, where=self.task.source, fix=_SAFER)

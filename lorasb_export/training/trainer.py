@@ -218,7 +218,7 @@ class RTrainer(Trainer):
         if distributed.world() > 1:
             torch.distributed.all_reduce(self._bad_step, torch.distributed.ReduceOp.MIN)
         for k, step in enumerate(self._bad_step.tolist()):
-            if step < _NEVER and k not in self.diverged:  # a task's next step was prepared before it was taken out
+            if step < _NEVER and k not in self.diverged:
                 run = self.runs[k]
                 rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
                 self._leave_out(k, "the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
@@ -229,7 +229,7 @@ class RTrainer(Trainer):
         self.state.log_history.append(entry)
         self.note_whether_stopped(k)
         if self.stack:
-            logger.warning("%s; the task is left out", self.diverged[k].what)
+            logger.warning("%s; the task is left out of this run", self.diverged[k].what)
 
     def history(self, k: int) -> History:
         """What was logged of task `k`."""
@@ -248,7 +248,9 @@ class RTrainer(Trainer):
             self.stopping = True
             return
         if not math.isfinite(found["loss"]):
-            self._leave_out(k, "the valid loss", f"after step {self.state.global_step}")
+            self._leave_out_diverged()  # of the training loss it is known at which step, and on which rows
+            if k not in self.diverged:
+                self._leave_out(k, "the valid loss", f"after step {self.state.global_step}")
             return
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
         self.note_whether_stopped(k)

@@ -158,7 +158,8 @@ def run(
         of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
         of_rows += f", {cut} of {rows} cut at max_length" if (cut := adapter.training.get("rows_cut")) else ""
         lines.append(
-            f"{name}: {summary['steps']} steps, {split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
+            f"{name}: {summary['steps']} steps at learning rate {adapter.training['settings']['learning_rate']:g}, "
+            f"{split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
         )
         if summary["learning_rates"]:
             lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")

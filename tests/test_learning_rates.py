@@ -143,7 +143,7 @@ def test_the_verb_and_the_project_file_take_several(
         f'model = "{llama}"\n[basis]\npath = "{basis}"\n{section}[tasks.a]\ndata = "{sums}"\n'
     )
     done = CliRunner().invoke(app, ["fit"])
-    assert "a: 2 steps, valid loss " in done.stdout
+    assert "a: 2 steps at learning rate " in done.stdout
     assert "loss by learning rate: 0.001 " in done.stdout
     assert "1 is kept; a higher one may do better" in done.stdout
     done = CliRunner().invoke(app, ["fit", "--lr", "1e-4,1e-2,1e30", "--overwrite"])

@@ -130,7 +130,7 @@ class Progress(TrainerCallback):
                 evaluated, self.losses["valid loss"] = True, f"{value:.4f} of {task}" if task else f"{value:.4f}"
         if losses:
             self.losses["train loss"] = f"{sum(losses) / len(losses):.4f}"
-        self.bar.set_postfix(self.losses)
+        self.bar.set_postfix(sorted(self.losses.items()))
         if evaluated or (losses and time.monotonic() - self.spoke > _SILENCE):
             self._say(state.global_step, state.max_steps)
 
@@ -138,7 +138,7 @@ class Progress(TrainerCallback):
         self.spoke = time.monotonic()
         since, first = self.began
         left = (self.spoke - since) / max(1, step - first) * (steps - step)
-        losses = ", ".join(f"{name} {loss}" for name, loss in self.losses.items())
+        losses = ", ".join(f"{name} {loss}" for name, loss in sorted(self.losses.items()))
         logger.info("%s: step %d of %d, %s, about %.0f s left", self.title, step, steps, losses, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -31,7 +31,7 @@ from .output import atomic_folder, expanded
 from .provenance import versions
 from .publishing import card
 from .settings import GRADIENT
-from .storage import TensorInfo, read_json, write_json
+from .storage import read_json, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
@@ -40,8 +40,9 @@ _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_l
 class _ModulesOnDisk(Mapping[str, ModuleBasis]):
     """module → its factors, read from the file at every access."""
 
-    def __init__(self, path: Path, names: list[str], header: Mapping[str, TensorInfo]) -> None:
-        self.path, self.names, self.header = path, names, header
+    def __init__(self, path: Path, names: list[str], expected: Mapping[str, list[int]], digest: str) -> None:
+        self.path, self.names, self._version = path, names, _version(path)
+        self.header = check_tensors(path, expected, digest)
 
     def __getitem__(self, name: str) -> ModuleBasis:
         return ModuleBasis(*(self._read(f"{name}.{part}") for part in "BAS"))
@@ -55,7 +56,15 @@ class _ModulesOnDisk(Mapping[str, ModuleBasis]):
     def _read(self, name: str) -> torch.Tensor:
         tensor = read_tensor(self.path, self.header[name])
         check_finite(tensor, name, self.path)
+        if _version(self.path) != self._version:
+            raise ArtifactError("the basis was replaced while it was read", where=self.path, fix="Begin again")
         return tensor
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What a file is told apart by from one that takes its place, or that is written into it."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
@@ -144,7 +153,14 @@ class Basis:
             object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen
 
     def write_into(self, folder: Path) -> None:
-        """Write `basis.safetensors` and `basis_config.json` into an existing folder."""
+        """Write `basis.safetensors` and `basis_config.json` into an existing folder.
+
+        Raises:
+            ArtifactError: a loaded basis would be written in other bytes than those that adapters know it by.
+        """
+        if hashlib.sha256(self._bytes).hexdigest() != self.sha256:
+            fix = "Copy its two files by hand: another version of safetensors wrote them"
+            raise ArtifactError("this safetensors lays the basis out otherwise", where=self.source, fix=fix)
         (folder / "basis.safetensors").write_bytes(self._bytes)
         write_json(folder / "basis_config.json", self.config())
 
@@ -161,7 +177,7 @@ class Basis:
         expected = basis_tensors(shapes, config["rank"], path)
         if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
             return replace(cls.load(folder), source=where)
-        modules = _ModulesOnDisk(path, list(shapes), check_tensors(path, expected, config["sha256"]))
+        modules = _ModulesOnDisk(path, list(shapes), expected, config["sha256"])
         return cls._recorded(config, shapes, modules, where)
 
     @classmethod

@@ -80,8 +80,12 @@ def _clean(text: str) -> str:
     return " ".join(_SECRET.sub("***", text).split())
 
 
+def status_of(error: BaseException) -> int:
+    """The HTTP status of the answer that made this error, or that it came from; or 0."""
+    return next(filter(None, map(_status, _chain(error))), 0)
+
+
 def _status(error: BaseException) -> int:
-    """The HTTP status of the answer that made this error, or 0."""
     answer = getattr(error, "response", None)
     if answer is not None:
         return int(answer.status_code)
@@ -102,7 +106,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iterator[None]:
     """Raise what huggingface_hub raises as `kind`: one line, what to do, and never a token."""
     import httpx2
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         yield
@@ -110,10 +114,12 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         raise
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         chain = _chain(error)
-        status = next(filter(None, map(_status, chain)), 0)
+        status = status_of(error)
         what, fix = _clean(str(error)), "Try again"
         if any(isinstance(e, GatedRepoError) for e in chain):
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
+        elif any(isinstance(e, RepositoryNotFoundError) for e in chain):  # by status 401 for who is not logged in
+            what, fix = _ANSWERS[404]
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
             reason = next((text for e in chain if (text := getattr(e, "server_message", None))), "")

@@ -61,7 +61,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             infos = {name: _tensor_info(entry, 8 + length) for name, entry in header.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise bad(f"unreadable safetensors header: {error}") from None
-    infos = dict(sorted(infos.items(), key=lambda item: item[1].start))
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
     position = 8 + length
     for name, info in infos.items():
         if info.dtype not in DTYPE_BYTES or math.prod(info.shape) * DTYPE_BYTES[info.dtype] != info.nbytes:

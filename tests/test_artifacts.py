@@ -467,3 +467,17 @@ def test_errors_survive_pickling() -> None:
         assert (type(again), str(again), again.__dict__) == (kind, "bad (here). Do this", error.__dict__)
     error.silent = True
     assert pickle.loads(pickle.dumps(error)).silent
+
+
+def test_a_tensor_without_numbers_may_be_listed_after_the_one_it_lies_before(tmp_path: Path) -> None:
+    header = {name: {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]} for name, n in (("b", 2), ("a", 0))}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    assert list(read_header(tmp_path / "x.safetensors")[0]) == ["a", "b"]
+
+
+def test_a_basis_is_not_written_under_the_digest_of_other_bytes(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    basis = Basis.load(folders[0])
+    basis.__dict__["sha256"] = "0" * 64  # as of a file that another version of safetensors laid out
+    with pytest.raises(ArtifactError, match="lays the basis out otherwise"):
+        basis.save(tmp_path / "again")

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from lorasb_cli.main import app
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -373,6 +373,13 @@ def test_what_hf_xet_says_is_understood(said: str, expected: str) -> None:
     """It raises Python's own ConnectionError, with the status in words."""
     with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
         raise ConnectionError(said)
+
+
+def test_a_name_that_the_hub_does_not_know_is_not_taken_for_a_bad_token() -> None:
+    """To those who are not logged in it answers 401: the repository might be a private one."""
+    answer = httpx2.Response(401, request=httpx2.Request("GET", "http://hub"))
+    with pytest.raises(LoraSBError, match=r"no such repository .* Check the name"), hub_errors("a/b", LoraSBError):
+        raise RepositoryNotFoundError("not found", response=answer)
 
 
 @pytest.mark.parametrize(

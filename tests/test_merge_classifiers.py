@@ -47,13 +47,26 @@ def test_the_heads_that_the_base_was_trained_with_stay_behind(moods: TaskData, t
     assert bodies == {"bert", "classifier"}
 
 
-def test_a_tokenizer_without_a_pad_token_gets_the_one_that_was_padded_with(moods: TaskData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [{}, {"pad_token": None}], ids=["nothing", "null"])
+def test_a_tokenizer_without_a_pad_token_gets_the_one_that_was_padded_with(
+    said: dict[str, None], moods: TaskData, tmp_path: Path
+) -> None:
     base = make_gpt2(tmp_path / "base")
     config = read_json(base / "tokenizer_config.json")
-    write_json(base / "tokenizer_config.json", {key: value for key, value in config.items() if key != "pad_token"})
+    del config["pad_token"]
+    write_json(base / "tokenizer_config.json", config | said)
     assert AutoTokenizer.from_pretrained(base).pad_token is None
     classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), batch_size=2)
     assert len(classify(["a", "bca"])) == 2
+
+
+def test_a_base_that_counts_the_labels_of_its_own_head(bert: Path, moods: TaskData, tmp_path: Path) -> None:
+    """As configs of old do, beside the names of the labels or without them."""
+    base = shutil.copytree(bert, tmp_path / "base")
+    write_json(base / "config.json", read_json(base / "config.json") | {"num_labels": 2})
+    classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), top_k=None)
+    (found,) = classify(["ab"])
+    assert {of_class["label"] for of_class in found} == {"x", "y", "z"}
 
 
 def test_how_sentences_were_embedded_is_no_concern_of_a_classifier(bert: Path, moods: TaskData, tmp_path: Path) -> None:

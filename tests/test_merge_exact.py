@@ -96,6 +96,21 @@ def test_what_bf16_retains(size: float, cosine: float) -> None:
     assert guess.cosine == pytest.approx(cosine, abs=0.06)
 
 
+def test_where_one_block_in_eight_is_measured_it_stands_for_all() -> None:
+    """Or a module of many blocks would count an eighth of one with a single block."""
+    rows, columns, generator = 3 * sums.BLOCK // 64, 64, torch.Generator().manual_seed(0)
+    weights = torch.randn(rows, columns, generator=generator).bfloat16()
+    B, A = torch.randn(rows, 4, generator=generator), torch.randn(4, columns, generator=generator)
+    parts = [(ModuleBasis(B, A, torch.ones(4)), torch.eye(4), 1e-2)]
+    update = Update.of(parts, transposed=False, source=torch.bfloat16, stored=torch.bfloat16)
+    of_all, of_one = (
+        sums.add(weights, update, *update.in_sum_dtype(), slice(0, rows), torch.empty_like(weights), measure=measure)
+        for measure in (1, 8)
+    )
+    assert of_one.delta == pytest.approx(of_all.delta, rel=0.02)
+    assert of_one.error == pytest.approx(of_all.error, rel=0.02)
+
+
 def test_a_warning_names_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         retained.warn({"cosine": 0.95, "relative_error": 0.3}, "BF16")

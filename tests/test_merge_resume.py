@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasb_export import Adapter, merge
+import lorasb_export.merging.merge
+from lorasb_export import Adapter, Basis, merge
 from lorasb_export.base import SEQ_CLS, BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.lock import only_writer
@@ -87,6 +88,53 @@ def test_finished_shards_are_reused_for_the_same_plan_alone(adapter: Path, tmp_p
         assert folder.finished("model.safetensors") is None
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_killed_while_it_is_put_in_place_the_shards_are_still_there(
+    adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what of the base is not there any more is not in the merged folder either."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("a bad one")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.merging.folder.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(adapter, tmp_path / "model", base=base)
+    (base / "chat_template.jinja").unlink()
+    result = merge(adapter, tmp_path / "model", base=base)
+    assert result["shards_reused"] == result["shards"]
+    assert not [path.name for path in (tmp_path / "model").iterdir() if path.name.startswith((".", "chat_template"))]
+
+
+def test_a_base_that_changes_while_it_is_read_is_refused(
+    adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    write = lorasb_export.merging.merge.write_shard
+
+    def slow(*arguments: Any) -> Any:
+        found = write(*arguments)
+        os.utime(base / "model.safetensors")
+        return found
+
+    monkeypatch.setattr("lorasb_export.merging.merge.write_shard", slow)
+    with pytest.raises(BaseModelError, match="changed while it was read"):
+        merge(adapter, tmp_path / "model", base=base)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_basis_that_is_replaced_while_it_is_read_is_refused(adapter: Path, tmp_path: Path) -> None:
+    basis = Basis.load(adapter)
+    basis.save(tmp_path / "basis")
+    opened = Basis.open(tmp_path / "basis")
+    assert len(opened.modules[MODULES[0]].B)
+    basis.save(tmp_path / "basis", overwrite=True)
+    with pytest.raises(ArtifactError, match="replaced while it was read"):
+        opened.modules[MODULES[0]]
 
 
 def test_a_second_merge_into_the_same_target_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,18 @@ class MergeFolder:
         return any(self.path.glob(".*.safetensors.json"))
 
     def forget_marks(self) -> None:
-        for path in self.path.glob(".*"):
-            path.unlink()
+        """Remove what only a resumed merge needs. What a disk does not let go stays: it is hidden."""
+        for path in (self.path / _IDENTITY, *self.path.glob(".*.safetensors.json")):
+            with suppress(OSError):
+                path.unlink()
+
+    def forget_all_but_shards(self) -> None:
+        """Remove what is written anew in any case: of the base's other files some may be gone by now."""
+        marks = {mark.name for mark in self.path.glob(".*.safetensors.json")}
+        kept = {_IDENTITY, *marks, *(name[1:].removesuffix(".json") for name in marks)}
+        for path in self.path.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
@@ -70,8 +80,8 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         folder = _open(_work_path(target), identity)
         try:
             yield folder
-            folder.forget_marks()
             put_in_place(folder.path, target, overwrite)
+            MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards
         except KeyboardInterrupt:
             if not folder.has_marks():
                 shutil.rmtree(folder.path, ignore_errors=True)
@@ -96,6 +106,7 @@ def _open(work: Path, identity: str) -> MergeFolder:
     if work.is_dir():
         known = work / _IDENTITY
         if known.is_file() and known.read_text() == identity:
+            folder.forget_all_but_shards()
             return folder
         if folder.has_marks():
             logger.info("the base, the adapter or a setting changed: the interrupted merge is not resumed")

@@ -94,6 +94,7 @@ def merge(
         }
     with resumable_folder(out, plan.identity, overwrite=overwrite) as folder:
         modules, reused = _write_shards(plan, folder)
+        plan.refuse_changed()
         result |= {"retained": retained.summary(modules), "shards_reused": reused}
         retained.warn(result["retained"], " and ".join(result["stored"]))
         made = {"command": command(), "retained": result["retained"]}
@@ -179,6 +180,7 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
     if plan.adapters[0].task_type == SEQ_CLS:
+        config.pop("num_labels", None)  # of another head; transformers would believe it rather than the names
         config |= plan.base.classifier_config(plan.adapters[0].labels)
     write_json(folder / "config.json", config)
 
@@ -194,5 +196,5 @@ def _code_on_the_hub(base: BaseModel) -> dict[str, str]:
 def _name_padding(plan: MergePlan, folder: Path) -> None:
     """A classifier's config has the id of the pad token; without its name the tokenizer makes no batches."""
     path = folder / "tokenizer_config.json"
-    if path.is_file() and "pad_token" not in (config := read_json(path)):
+    if path.is_file() and (config := read_json(path)).get("pad_token") is None:
         write_json(path, config | {"pad_token": plan.base.load_tokenizer().pad_token})

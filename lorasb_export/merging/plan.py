@@ -16,7 +16,7 @@ import torch
 from ..adapter import Adapter
 from ..base import SEQ_CLS, AnyBase, BaseModel
 from ..basis import Basis
-from ..errors import ArtifactError, Problems, SettingsError
+from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
@@ -84,6 +84,15 @@ class MergePlan:
 
         A base file counts by name, size and time of change, and its targets by their fingerprint.
         """
+        return self._identify()
+
+    def refuse_changed(self) -> None:
+        """Raise BaseModelError where a file of the base has changed since `identity` was first asked for."""
+        if self._identify() != self.identity:
+            what = "a file of the base changed while it was read"
+            raise BaseModelError(what, where=self.base.folder, fix="Merge again: nothing of it was kept")
+
+    def _identify(self) -> str:
         files = sorted({tensor.source[0] for shard in self.shards for tensor in shard if tensor.source is not None})
         stats = [path.stat() for path in files]
         parts = [

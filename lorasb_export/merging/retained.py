@@ -34,6 +34,9 @@ class Retained:
     def __add__(self, other: Retained) -> Retained:
         return Retained(self.delta + other.delta, self.error + other.error, self.cross + other.cross)
 
+    def __mul__(self, factor: float) -> Retained:
+        return Retained(self.delta * factor, self.error * factor, self.cross * factor)
+
     @property
     def cosine(self) -> float:
         """Between Δ' and Δ; 1 where Δ is zero, 0 where nothing of it survived."""

@@ -86,17 +86,18 @@ def add(
         measure: one block of so many is measured, which is half as much work again for it.
 
     Returns:
-        what the measured blocks retain of the update, not finite when an entry overflowed `out`'s dtype.
+        what is retained of the update, by the measured blocks; not finite when an entry overflowed `out`'s dtype.
     """
     columns = weights.shape[1]
     step = max(1, BLOCK // columns)
-    found, small = Retained(), []
+    found, rows_measured, small = Retained(), 0, []
     for first in range(0, len(weights), step):
         part = slice(first, min(first + step, len(weights)))
         start = rows.start + first
         of_update = left[start : rows.start + part.stop]
         measured = start // step % measure == 0
         found += _add_block(weights[part], of_update, right, out[part], measure=measured)
+        rows_measured += measured * (part.stop - part.start)
         if not update.small:
             continue
         where = _small_entries(out[part], update.small)
@@ -107,7 +108,7 @@ def add(
             small.append(where + first * columns)
     if small:
         _sum_again(weights, update, rows, out, np.concatenate(small))
-    return found
+    return found * (len(weights) / max(1, rows_measured))  # or a large module would count for less than a small one
 
 
 def _add_block(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ArtifactError, OutputError, ServerError
 from ..fetch import git_hash
-from ..hub_calls import hub_errors, patiently, rest, will_pass
+from ..hub_calls import hub_errors, patiently, rest, status_of, will_pass
 from ..storage import utf8
 from .checksums import digest, parse
 from .outgoing import SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
@@ -156,6 +156,8 @@ class Repository:
                     done = self._send(files, changes, head, seen, create_pr, message)
                     return self._result(done.oid, head, changed=True) | ({"url": done.pr_url} if done.pr_url else {})
                 except Exception as error:
+                    if attempt > 1 and status_of(error) == 412:  # an earlier try may have landed after we looked
+                        return self._landed(files, self.read())
                     pause = will_pass(error)
                     if pause is None or create_pr or attempt == _TRIES:  # a second try may open a second request
                         raise

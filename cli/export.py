@@ -78,13 +78,18 @@ def run(
 def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
     """The task of each adapter by the adapter's name, of those whose data is found."""
     from lorasb_export.adapter import Adapter
-    from lorasb_export.data import load_task
+    from lorasb_export.data import load_held_out, load_task
 
     found = {}
     for folder in folders:
         loaded = Adapter.load(folder)
         name, source = run.project.task_of(loaded, data)
-        task = load_task(name, source) if source is not None and (data is not None or Path(source).exists()) else None
+        task = None
+        if data is not None:
+            task = load_held_out(name, data)
+            task.rows(task.held_out())  # or what was asked for would be left out in silence
+        elif source is not None and Path(source).exists():
+            task = load_task(name, source)
         if task is not None and task.splits.get(task.held_out()):
             found[loaded.name or ""] = task
         else:
@@ -107,6 +112,7 @@ def _comparisons(verify: dict[str, Any]) -> list[str]:
                 f"; {found['metric']} on {found['rows']} held-out rows {found['onnx']:.1%}, torch {found['torch']:.1%}"
             )
         if found.get("rows_left_out"):
-            line += f"; {found['rows_left_out']} held-out rows left out: they do not fit into the model's context"
+            reason = "they have no answer, or do not fit into the model's context"
+            line += f"; {found['rows_left_out']} held-out rows left out: {reason}"
         lines.append(line)
     return lines

@@ -80,6 +80,8 @@ def test_an_adapter_is_replaced_with_its_folder(world: Path, tasks_onnx: Path, t
     result = add_onnx_adapters([other], folder, verify=False, overwrite=True)
     assert result["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "red.onnx_adapter").read_bytes() != before == (tmp_path / "before").read_bytes()
+    verified = (read_record(path)["verify"] for path in (tasks_onnx, folder))
+    assert ["red" in of_folder for of_folder in verified] == [True, False]  # which said it of the one before
 
 
 def test_what_is_not_ours_stays_in_the_folder(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:

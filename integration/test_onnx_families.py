@@ -16,6 +16,7 @@ import transformers as t
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.batches import prompt_ids
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError
 from lorasb_export.evaluation import evaluate
@@ -25,7 +26,7 @@ from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_build import GRAPH
 from lorasb_export.exporting.onnx_exporter import GENAI, TORCH, exporter_for
 from lorasb_export.exporting.onnx_graph import read_graph
-from lorasb_export.exporting.onnx_run import OnnxDecoder, classify, run_classifier
+from lorasb_export.exporting.onnx_run import OnnxDecoder, answers, classify, run_classifier
 from lorasb_export.exporting.onnx_verify import require_equal
 from lorasb_export.settings import BLOCK, RANDOM
 from lorasb_export.storage import read_json, write_json
@@ -158,7 +159,13 @@ def test_others_answers_end_where_ours_do_without_penalties(family: str, tmp_pat
     export_onnx_adapters([tmp_path / "a"], tmp_path / "onnx", verify=False)
     found = read_json(tmp_path / "onnx" / "generation_config.json")
     assert found == {"eos_token_id": [97, 2], "temperature": 0.7}
-    assert OnnxDecoder(tmp_path / "onnx").eos_ids == {97, 2}
+    decoder = OnnxDecoder(tmp_path / "onnx")
+    assert decoder.eos_ids == {97, 2}
+    asked = prompt_ids(BaseModel.resolve(tmp_path / "base").load_tokenizer(), "1+1=")
+    said = decoder.generate([asked], 1)[0]
+    assert answers(tmp_path / "onnx", "1+1=", max_tokens=1)["base"]
+    write_json(tmp_path / "onnx" / "generation_config.json", found | {"eos_token_id": [*said, 2]})
+    assert answers(tmp_path / "onnx", "1+1=")["base"] == ""  # nor is an end that is no special token a part of it
 
 
 def test_gpt2_is_quantized(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -286,7 +287,7 @@ class BaseModel:
             model.config.pad_token_id = self.load_tokenizer().pad_token_id
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; a missing pad token is replaced by the end-of-sequence token.
+        """The base's tokenizer; a pad token that is missing, or has no embedding, is replaced by the end of sequence.
 
         It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).
 
@@ -297,7 +298,7 @@ class BaseModel:
 
         with as_base_model_error(self.folder):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        if tokenizer.pad_token is None:
+        if tokenizer.pad_token is None or tokenizer.pad_token_id >= self.config.get("vocab_size", math.inf):
             if tokenizer.eos_token is None:
                 raise BaseModelError(
                     "the tokenizer has neither a pad token nor an end-of-sequence token",

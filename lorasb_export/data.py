@@ -76,6 +76,12 @@ class TaskData:
         return "test" if self.splits.get("test") else "valid"
 
 
+def load_held_out(name: str, source: str | Path) -> TaskData:
+    """As `load_task`, for rows to be scored on: all of a single file are held out."""
+    task = load_task(name, source)
+    return replace(task, splits={**task.splits, "test": task.splits["train"]}) if expanded(source).is_file() else task
+
+
 def load_task(name: str, source: str | Path) -> TaskData:
     """Read a task from a folder of train/valid/test.jsonl, one .jsonl file, or a Hub dataset id.
 

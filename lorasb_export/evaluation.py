@@ -13,15 +13,15 @@ from .adapter import Adapter
 from .bars import no_bar
 from .base import CAUSAL_LM, AnyBase
 from .batches import Encoded, collate, encode, row_losses
-from .data import TaskData, load_task
-from .errors import DataError, SettingsError
+from .data import TaskData, load_held_out
+from .errors import ArtifactError, DataError, SettingsError
 from .format import sealed
 from .head import head_parameters, load_head
 from .inference import answers, end_ids, expected_answers, max_answer_tokens
 from .inject import remove
 from .metrics import exact_match, of_predictions
 from .names import name_of
-from .network import require_dtype, require_outputs
+from .network import evaluating, require_dtype, require_outputs
 from .output import replaced_file
 from .publishing import card
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
@@ -55,7 +55,7 @@ def evaluate(
 
     Args:
         adapter: a folder, a Hub id, or a loaded Adapter.
-        task: folder, file, Hub dataset id, or loaded task.
+        task: folder, file (all of whose rows are held out), Hub dataset id, or loaded task.
         base: the base model, where it is not where the adapter says.
         split: `valid`, `test` or `train`; the task's held-out split when None.
         limit: only the first so many rows, at least 1.
@@ -76,7 +76,7 @@ def evaluate(
         BaseModelError, ArtifactError: the base is missing or another one; the adapter or its basis is bad.
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    task = task if isinstance(task, TaskData) else load_task(name_of(Path(task)), task)
+    task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(task)), task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
     model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
@@ -156,10 +156,18 @@ def fitting_metric(task: TaskData, metric: str | None) -> str:
     return metric or fitting[0]
 
 
-def record_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
-    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric."""
+def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
+    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric.
+
+    Raises:
+        ArtifactError: there is another adapter by now.
+    """
+    folder = adapter.folder
+    assert folder is not None
     path = folder / "adapter_config.json"
     config = read_json(path)
+    if config["sha256"] != adapter.sha256:
+        raise ArtifactError("the adapter was replaced while it was scored", where=folder, fix="Evaluate it again")
     split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
     split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
     with replaced_file(path) as temporary:
@@ -181,7 +189,7 @@ def row_scores(
         batch = collate([encoded[i] for i in places], pad_id)
         labels = batch.pop("labels").to(network.device)
         inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(network):
             logits = network(**inputs).logits
         # Row by row: a loss makes copies of its logits in fp32, and of a batch they could take more than its training.
         of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]

@@ -18,7 +18,7 @@ from .basis import Basis
 from .batches import answer_ids, prompt_ids
 from .errors import ArtifactError, DataError, SettingsError
 from .inject import refuse_rows
-from .network import positions
+from .network import evaluating, positions
 from .rows import Prompt, Row, question_and_answer
 from .storage import read_json, write_json
 
@@ -77,14 +77,15 @@ def generate_ids(
         longest = max(len(prompts[i]) for i in rows)
         ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-        with torch.inference_mode(), _generation_config(network, greedy):
+        with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
             output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
         for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            answers[i] = _before_end(row, ends)
+            answers[i] = before_end(row, ends)
     return [answers[i] for i in range(len(prompts))]
 
 
-def _before_end(answer: Sequence[int], ends: Collection[int]) -> list[int]:
+def before_end(answer: Sequence[int], ends: Collection[int]) -> list[int]:
+    """The tokens before the first of `ends`."""
     return list(takewhile(lambda token: token not in ends, answer))
 
 
@@ -194,7 +195,7 @@ def expected_answers(
         if ids is None:
             expected.append(question_and_answer(row)[1])
         else:
-            expected += tokenizer.batch_decode([_before_end(ids, ends)], skip_special_tokens=True)
+            expected += tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
     return expected
 
 
@@ -241,6 +242,7 @@ def side_by_side(
 
 
 def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> int:
-    """Tokens to allow an answer: those of the longest reference and its end token, and a few more."""
-    expected = [question_and_answer(row)[1] for row in rows]
-    return max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in expected) + 8
+    """Tokens to allow an answer: those of the longest reference, with what a template adds to it, and a few more."""
+    expected = [tokenizer(question_and_answer(row)[1], add_special_tokens=False).input_ids for row in rows]
+    learnt = [answer_ids(tokenizer, row, "a row") or [] for row in rows]
+    return max(map(len, [*expected, *learnt])) + 8

@@ -45,6 +45,17 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
         raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; then in the mode it was in, which a loop of one's own may have left at training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def positions(model: PreTrainedModel) -> float:
     """How many tokens a model's learned positions reach; infinity where it has none."""
     import torch

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, load_basis_once
-from .base import CAUSAL_LM
-from .data import load_task
-from .errors import OF_ONE_ITEM, DataError, LoraSBError, SettingsError
+from .base import CAUSAL_LM, BaseModel, BaseRef
+from .data import load_held_out, load_task
+from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score
 from .project import Project
 
@@ -53,8 +53,11 @@ def evaluate_adapters(
     Raises:
         SettingsError: an adapter does not say what it was trained on.
         DataError: none has rows to be scored on; or as for `evaluate`.
+        BaseModelError: the base of one is missing or another one; none was scored.
     """
-    ready: dict[str, tuple[str, str]] = {}
+    load = load_task if data is None else load_held_out
+    ready: dict[str, tuple[str, str, BaseModel]] = {}
+    found: dict[tuple[BaseRef, str | None], BaseModel] = {}
     for word, folder in adapters.items():
         adapter = Adapter.load(folder)
         name, source = project.task_of(adapter, data)
@@ -63,22 +66,23 @@ def evaluate_adapters(
         if source is None:
             logger.warning("%s is passed over: it does not say what it was trained on (--data names its rows)", word)
             continue
-        task = load_task(name, source)
+        task = load(name, source)
         if all_there_are and not data and not task.splits.get(split or task.held_out()):
             logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
             continue
         to_score(adapter, task, split=split, limit=limit, metric=metric)
-        ready[word] = name, source  # read again when it is its turn: all of them may be more than memory holds
+        place = adapter.base, project.base_elsewhere(model, folder)
+        base = found[place] = found.get(place) or adapter.base.resolve(place[1])
+        base.verify(adapter.base, adapter.R)
+        ready[word] = name, source, base  # the rows are read again in their turn: all may be more than memory holds
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     networks: dict[Path, PreTrainedModel] = {}  # by the base's folder
     bases: dict[str, Basis] = {}
     options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
-    for word, named in ready.items():
-        adapter, task = Adapter.load(adapters[word]), load_task(*named)
-        base = adapter.base.resolve(project.base_elsewhere(model, adapters[word]))
+    for word, (name, source, base) in ready.items():
+        adapter, task = Adapter.load(adapters[word]), load(name, source)
         if task.task_type == CAUSAL_LM and base.folder not in networks:
-            base.verify(adapter.base, adapter.R)  # before all of it is read
             networks[base.folder] = base.load(dtype=dtype)
         network = networks[base.folder] if task.task_type == CAUSAL_LM else None  # classifiers differ in their outputs
         outcome: dict[str, Any] | LoraSBError
@@ -99,6 +103,6 @@ def evaluate_adapters(
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
     if adapter.folder is not None and adapter.hub_source is None:
         try:
-            record_evaluation(adapter.folder, result)
-        except OSError as error:
+            record_evaluation(adapter, result)
+        except (OSError, ArtifactError) as error:
             logger.warning("The card of %s stays as it was: %s", word, error)

@@ -69,6 +69,14 @@ def kind_of(row: Row, where: object = None) -> str:
     )
 
 
+def has_answer(row: Row) -> bool:
+    """Whether it asks something and answers it: other chats can be learnt, but not asked."""
+    if kind_of(row) == COMPLETION:
+        return True
+    turns = row["messages"]
+    return len(turns) > 1 and turns[-1]["role"] == "assistant"
+
+
 def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
     """What a row asks the model, and the answer it gives: its completion, or the last turn of its messages.
 
@@ -78,7 +86,7 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
     if kind_of(row) == COMPLETION:
         return row["prompt"], row["completion"]
     *before, last = row["messages"]
-    if not before or last["role"] != "assistant":
+    if not has_answer(row):
         raise DataError("the messages do not end with the assistant's answer", where=where, fix="Use the metric loss")
     return before, last["content"]
 

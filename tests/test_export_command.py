@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,22 @@ def test_rows_of_another_kind_are_refused(
     write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "precision": "fp32", "adapters": {}})
     done = CliRunner().invoke(app, ["export", "./a", *words.split(), "--data", str(parity)])
     assert (done.exit_code, "the data is SEQ_CLS, the adapter CAUSAL_LM" in done.stderr) == (1, True)
+
+
+def test_data_without_held_out_rows_is_not_passed_over(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a graph would be written without the comparison that was asked for. A file's rows are all held out."""
+    monkeypatch.chdir(tmp_path)
+    save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    monkeypatch.setattr(onnx, "export_onnx", lambda *_, data, **__: {"bytes": len(data.rows("test"))})
+    (tmp_path / "data").mkdir()
+    shutil.copyfile(sums / "train.jsonl", tmp_path / "data" / "train.jsonl")
+    command = ["export", "./a", "--format", "onnx", "--data"]
+    done = CliRunner().invoke(app, [*command, "data"])
+    assert (done.exit_code, "has no valid rows" in done.stderr) == (1, True)
+    done = CliRunner().invoke(app, [*command, "data/train.jsonl", "--json"])
+    assert json.loads(done.stdout)["bytes"] == 64
 
 
 def test_an_adapter_is_called_as_the_link_that_is_given(

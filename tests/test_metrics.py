@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from tokenizers.normalizers import NFC
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from lorasb_export import Adapter, evaluation, fit, inference, merge
 from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
@@ -21,7 +21,8 @@ from lorasb_export.batches import collate, encode, prompt_ids, row_losses
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation import evaluate, row_scores
-from lorasb_export.inference import answers, expected_answers
+from lorasb_export.exporting.onnx_verify import HeldOut
+from lorasb_export.inference import answers, expected_answers, max_answer_tokens
 from lorasb_export.layer import LoRASBLinear
 from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -231,12 +232,15 @@ def test_such_prompts_are_found_before_training(tmp_path: Path) -> None:
         fit(str(base), CalibrationSettings(rank=2), tmp_path / "data", tmp_path / "a", settings)
 
 
-def test_messages_that_end_with_the_user(generates: Adapter, tmp_path: Path) -> None:
+def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_path: Path) -> None:
     turns = [*json.loads(CHAT_LINE)["messages"], {"role": "user", "content": "thanks"}]
     task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
     with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
         evaluate(generates, task, split="train")
     assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
+    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).load_tokenizer())
+    asked.ask(Mock(eos_ids=set(), context=64, generate=lambda prompts, _: [[5]] * len(prompts)))
+    assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 
 
 def test_an_adapter_on_a_given_network_is_not_taken_for_the_base(
@@ -249,6 +253,41 @@ def test_an_adapter_on_a_given_network_is_not_taken_for_the_base(
         generates.inject(network)  # as `fit` leaves its own there
         assert evaluate(generates, task, split="train", metric="loss", network=network) == expected
     assert not any(isinstance(module, LoRASBLinear) for module in network.modules())
+
+
+def test_a_network_that_a_loop_has_left_at_training_is_scored_without_dropout(tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "gpt2")
+    network = BaseModel.resolve(base).load()
+    adapter = save_adapter(base, network, tmp_path / "a", ["transformer.h.0.mlp.c_proj"], relative_size=0.3)
+    task = task_of(GOOD, tmp_path / "data")
+    network.train()
+    given = evaluate(adapter, task, split="train", metric="loss", network=network)
+    assert network.training
+    assert given == evaluate(adapter, task, split="train", metric="loss")
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    assert len({answers(network, tokenizer, ["1+1"] * 8, batch_size=1)[i] for i in range(8)}) == 1
+
+
+def test_the_rows_of_a_single_file_are_held_out(generates: Adapter, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    found = evaluate(generates, tmp_path / "rows.jsonl", metric="loss")
+    assert (found["split"], found["rows"]) == ("test", 1)
+
+
+def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None:
+    tokenizer = BaseModel.resolve(chatty).load_tokenizer()
+    plain = max_answer_tokens(tokenizer, [CHAT])
+    tokenizer.chat_template = THINKING.replace("[]", "[" + "1" * 40 + "]")
+    assert max_answer_tokens(tokenizer, [CHAT]) >= plain + 40
+
+
+def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(base)
+    found = BaseModel.resolve(base).load_tokenizer()
+    assert found.pad_token == found.eos_token
 
 
 def test_a_given_classifier_keeps_its_head(bert: Path, tmp_path: Path) -> None:

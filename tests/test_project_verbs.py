@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export import Adapter, Basis, calibrate, project_evaluation
 from lorasb_export.base import BaseModel
 from lorasb_export.exporting import onnx
 from lorasb_export.settings import CalibrationSettings
@@ -110,6 +110,8 @@ def test_a_task_that_cannot_be_scored_is_named_before_any_is(
 ) -> None:
     monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
     shutil.copytree("adapters/a", "adapters/b")
+    (project / "only-train").mkdir()
+    shutil.copyfile(sums / "train.jsonl", "only-train/train.jsonl")
     (project / "text").mkdir()
     for split in ("train", "valid"):
         (project / "text" / f"{split}.jsonl").write_text('{"text": "2+2=4"}\n')
@@ -118,10 +120,43 @@ def test_a_task_that_cannot_be_scored_is_named_before_any_is(
     for words, error in (
         (("a", "b", "--split", "test"), "task b has no test rows"),
         (("--metric", "exact_match"), "metric 'exact_match' does not fit text rows"),
-        (("--data", f"{sums}/train.jsonl"), "has no valid rows"),
+        (("--data", "only-train"), "has no valid rows"),
     ):
         done = lorasb("evaluate", *words)
         assert (done.exit_code, error in done.stderr) == (1, True), done.stderr
+
+
+def test_a_base_that_is_gone_is_named_before_any_adapter_is_scored(
+    project: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    moved = replace(Adapter.load("adapters/a").base, name_or_path=str(project / "gone"))
+    adapter = replace(Adapter.load("adapters/a"), base=moved)
+    adapter.basis = replace(adapter.load_basis(), base=moved)
+    adapter.save("adapters/b", embed=True)
+    (project / "lorasb.toml").unlink()
+    done = lorasb("evaluate", "a", "b", "--metric", "loss")
+    assert (done.exit_code, "the base model that this was made for is not there" in done.stderr) == (1, True)
+
+
+def test_figures_of_a_replaced_adapter_are_not_those_of_the_new_one(
+    project: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = project_evaluation.evaluate
+
+    def slow(adapter: Adapter, *words: Any, **options: Any) -> dict[str, Any]:
+        found = scored(adapter, *words, **options)
+        for R in adapter.R.values():
+            R += 1
+        adapter.save("adapters/a", overwrite=True)  # as `fit --overwrite` does meanwhile
+        for R in adapter.R.values():
+            R -= 1
+        return found
+
+    monkeypatch.setattr(project_evaluation, "evaluate", slow)
+    assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
+    assert "was replaced while it was scored" in caplog.text
+    assert "evaluation" not in Adapter.load("adapters/a").training
 
 
 def test_an_adapter_that_cannot_be_scored_leaves_the_others_their_turn(project: Path) -> None:

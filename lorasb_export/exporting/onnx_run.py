@@ -226,6 +226,7 @@ def answers(
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
 
     from ..batches import prompt_ids
+    from ..inference import before_end
 
     tokenizer = _tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt)
@@ -237,7 +238,7 @@ def answers(
     found = {}
     for name, adapter in names.items():
         decoder.use(adapter)
-        answer = decoder.generate([ids], max_tokens)[0]
+        answer = before_end(decoder.generate([ids], max_tokens)[0], decoder.eos_ids)
         found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
     return found
 

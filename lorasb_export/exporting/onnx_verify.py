@@ -16,10 +16,10 @@ from ..batches import collate, encode, prompt_ids
 from ..data import TaskData
 from ..errors import ArtifactError, DataError
 from ..evaluation import fitting_metric, trained_length
-from ..inference import answers_to_ids, expected_answers, max_answer_tokens
+from ..inference import answers_to_ids, before_end, expected_answers, max_answer_tokens
 from ..inject import remove
 from ..metrics import exact_match, of_predictions
-from ..rows import TEXT, question_and_answer
+from ..rows import TEXT, has_answer, question_and_answer
 from ..streamed import streamed_model
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 
@@ -150,7 +150,9 @@ class HeldOut:
 
     def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._unit = tokenizer, f"{task.held_out()} row"
-        self._rows = task.rows(task.held_out())[:_METRIC_ROWS]
+        first = task.rows(task.held_out())[:_METRIC_ROWS]
+        self._rows = [row for row in first if has_answer(row)]
+        self._without_answer = len(first) - len(self._rows)
         self._prompts: list[list[int]] = []
         for number, row in enumerate(self._rows, 1):
             where = f"{self._unit} {number}"
@@ -168,11 +170,11 @@ class HeldOut:
         if not fitting:
             return
         self._limit = min(max(self._tokens[i] for i in fitting), decoder.context - max(map(len, self._asked)))
-        found = decoder.generate(self._asked, self._limit)
+        found = [before_end(ids, decoder.eos_ids) for ids in decoder.generate(self._asked, self._limit)]
         self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 
     def compare(self, network: PreTrainedModel) -> dict[str, Any]:
-        result: dict[str, Any] = {"rows_left_out": len(self._rows) - len(self._asked)}
+        result: dict[str, Any] = {"rows_left_out": self._without_answer + len(self._rows) - len(self._asked)}
         if not self._asked:
             return result
         given = answers_to_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapter import Adapter
 from ..base import BaseModel
 from ..batches import prompt_ids
 from ..calibration.calibrate import calibrate
@@ -154,7 +155,7 @@ def quickstart(
         with line.step(f"adapter_{name}", f"Asking the adapter {name}"):
             fitted.inject(network)
             line.ask("adapter", name, network, tokenizer)
-        _record(line, name, folders[name])
+        _record(line, name, fitted)
     remove(network)
     adapter = folders[_MERGED]
     with line.step("merge", f"Merging {_MERGED}"):
@@ -190,13 +191,10 @@ def quickstart(
     return result, _report(result, out, push_bytes=plan["bytes"])
 
 
-def _record(line: _Line, name: str, folder: Path) -> None:
+def _record(line: _Line, name: str, adapter: Adapter) -> None:
     scores = line.scores()[name]
-    rows = len(line.prompts(name))
-    record_evaluation(
-        folder,
-        {"split": "test", "metric": "exact_match", "base": scores["base"], "adapter": scores["adapter"], "rows": rows},
-    )
+    found = {"base": scores["base"], "adapter": scores["adapter"], "rows": len(line.prompts(name))}
+    record_evaluation(adapter, {"split": "test", "metric": "exact_match", **found})
 
 
 def _load_peft(network: PreTrainedModel, folder: Path) -> Any:

@@ -79,7 +79,7 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
     """Served name → adapter folder, or Hub id, in the order given.
 
     Args:
-        words: as for `find_adapter`, each alone or with `name=` before it.
+        words: as for `find_adapter`, each alone or with `name=` before it. A folder of such a name is not parted.
 
     Raises:
         SettingsError: any is unknown, badly named, given twice, or a link out of `adapters_dir`; all of them are
@@ -89,7 +89,7 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
     problems = Problems()
     for entry in words:
         with problems:
-            *given, word = entry.split("=", 1)
+            *given, word = [entry] if (adapters_dir / entry).is_dir() else entry.split("=", 1)
             source = find_adapter(word, adapters_dir, tasks)
             if "/" not in word and source == adapters_dir / word:
                 _refuse_links_out(adapters_dir / word, adapters_dir)

@@ -110,6 +110,14 @@ def test_a_folder_whose_name_cannot_be_served_needs_a_name(project: Path) -> Non
     assert resolve("mine=./runs/my task") == {"mine": Path("runs/my task")}
 
 
+def test_a_folder_with_an_equals_sign_is_not_taken_for_a_name_and_another_folder(project: Path) -> None:
+    """As when all adapters of a folder are served: `v2` would answer with `billing`."""
+    folder(project / "adapters" / "v2=billing")
+    with pytest.raises(SettingsError, match="Write NAME=v2=billing"):
+        resolve("billing", "v2=billing")
+    assert resolve("b=v2=billing")["b"] == Path("adapters/v2=billing")
+
+
 def test_two_entries_of_one_name_are_refused(project: Path) -> None:
     folder(project / "other" / "billing")
     with pytest.raises(SettingsError, match="'billing' is given twice"):

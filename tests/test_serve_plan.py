@@ -155,6 +155,8 @@ def test_vllms_switch_for_loading_any_path_stays_off(
         ({"extra": ["--shutdown", "9"]}, "--shutdown may be short for --shutdown-timeout"),
         ({"extra": ["--por=9000"]}, "--por may be short for --port"),
         ({"extra": ["--api-server-count", "2"]}, "ignores it"),
+        ({"extra": ["--lora-target-modules", "q_proj"]}, "leave out a part of each adapter in silence"),
+        ({"extra": ["--lora-dtype=bfloat16"]}, "Use the option --dtype"),
         ({"extra": ["-asc=2"]}, r"ignores it.*\(--api-server-count\)"),
         ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
@@ -278,6 +280,7 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
         (["--max-loras", "2"], False),
         (["--max-loras", "1", "--max-cpu-loras=2"], False),
         (["--max-loras", "1", "--max-cpu-loras", "1"], True),
+        (["--data-parallel-size", "2"], True),
     ],
 )
 def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -314,6 +316,26 @@ def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.Monk
         with temporary_folder() as ours:
             assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
     assert list(tmp_path.iterdir()) == [starting]
+
+
+def test_what_a_removal_left_that_was_cut_short_goes_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt), temporary_folder() as name:
+        (Path(name) / "copies").mkdir()
+        (Path(name) / "copies" / "adapter.safetensors").touch()
+        patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+    assert (Path(name) / ".lock").exists()
+    assert (Path(name) / "copies" / "adapter.safetensors").exists()
+    with temporary_folder():
+        assert not Path(name).exists()
+
+
+@pytest.mark.parametrize("host", ["", "localhost", "0.0.0.0"])
+def test_a_server_is_asked_at_an_address_not_at_a_name(host: str) -> None:
+    """Of which there may be two, with another server behind one of them."""
+    assert launcher._url(host, 8000) == "http://127.0.0.1:8000"
 
 
 def test_a_folder_in_use_is_locked_for_those_who_clean_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
-from lorasb_export.errors import ArtifactError
+from lorasb_export.errors import ArtifactError, OutputError
 from lorasb_export.format import sealed
 from lorasb_export.serving import shared
 from lorasb_export.serving.shared import plugin
@@ -178,6 +178,15 @@ def test_damaged_tensors_are_refused(adapter: Adapter, damage: str, message: str
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=message):
         load(adapter)
+
+
+def test_an_adapter_that_cannot_be_read_is_no_full_disk(adapter: Adapter, tmp_path: Path) -> None:
+    """As while `fit --overwrite` puts another one in its place."""
+    with pytest.raises(ArtifactError, match="cannot read the adapter: No such file"):
+        copy_adapter(tmp_path / "gone", tmp_path / "copy")
+    assert adapter.folder is not None
+    with pytest.raises(OutputError, match="Set TMPDIR"):
+        copy_adapter(adapter.folder, tmp_path / "nowhere" / "copy")
 
 
 def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def _is_loopback(host: str) -> bool:
 
 def _url(host: str, port: int) -> str:
     """Where this machine reaches a server that listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    # By name it might be reached over IPv6, where another server may listen on that port.
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

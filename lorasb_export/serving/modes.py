@@ -84,13 +84,15 @@ class Shared:
     """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis.
 
     `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`, and
-    `max_cpu_loras` likewise.
+    `max_cpu_loras` likewise. `engines`: of several, one that waits for the others drops its adapters and reads them
+    again.
     """
 
     adapters: Mapping[str, Adapter]
     updates_from: Path | None = None
     max_loras: int | None = None
     max_cpu_loras: int | None = None
+    engines: str = "1"
     name: ClassVar[str] = "shared"
 
     @property
@@ -110,7 +112,7 @@ class Shared:
     def reads_again(self) -> bool:
         """Whether adapters make way for others, and are read anew when they are asked for."""
         held = max(self.slots, self.max_cpu_loras or 0)  # vLLM's host cache also counts those in slots
-        return self.updates_from is not None or held < len(self.adapters)
+        return self.updates_from is not None or self.engines != "1" or held < len(self.adapters)
 
     def write(self, folder: Path) -> None:
         if self.updates_from is not None:

@@ -36,6 +36,8 @@ _REFUSED_FLAGS = {
         "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine",
     ),
     "--api-server-count": ("vLLM ignores it, started as it is here", "Give --data-parallel-size, or leave it out"),
+    "--lora-target-modules": ("vLLM would leave out a part of each adapter in silence", "Each says where it goes"),
+    "--lora-dtype": ("adapters are of the model's dtype", "Use the option --dtype of `lorasb serve`"),
     "--config": ("a file of flags, which is not read here", "Give the flags in it after --"),
     **dict.fromkeys(
         sorted(_OUR_FLAGS),
@@ -179,7 +181,7 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
-        if _flags(extra).get("--data-parallel-size", "1") != "1":
+        if _engines(extra) != "1":
             fix = "Run several servers behind a load balancer, and send each of them the updates"
             raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
@@ -192,7 +194,8 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     if reason is None and mode == "auto" and not runs_on_cpu():
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
-        return Shared(adapters, updates_from, _number(extra, "--max-loras"), _number(extra, "--max-cpu-loras"))
+        loras, in_memory = (_number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
+        return Shared(adapters, updates_from, loras, in_memory, _engines(extra))
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         raise SettingsError(reason, where="--mode shared", fix=fix)
@@ -236,6 +239,10 @@ def _check_length(plan: ServePlan) -> None:
     if size > limit:
         what = f"vLLM's command for {len(plan.names)} adapters is {size:,} bytes, longer than this system's {limit:,}"
         raise SettingsError(what, fix="Serve fewer, under shorter names, with a shorter TMPDIR, or raise `ulimit -s`")
+
+
+def _engines(extra: Sequence[str]) -> str:
+    return _flags(extra).get("--data-parallel-size", "1")
 
 
 def _number(extra: Sequence[str], flag: str) -> int | None:

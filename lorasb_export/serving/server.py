@@ -146,7 +146,7 @@ class RunningServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self._reader.join()
+            self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
 
     def _wait_for_requests(self, process: subprocess.Popen[bytes]) -> None:
         end, idle = time.monotonic() + self._drain, 0
@@ -162,7 +162,9 @@ class RunningServer:
         return True
 
     def _get(self, path: str) -> bytes:
-        headers = {"Authorization": f"Bearer {self._variables.get('VLLM_API_KEY', '')}"}
+        # /health is asked for before it is known who listens there, and needs no key.
+        key = "" if path == "/health" else self._variables.get("VLLM_API_KEY", "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         opener = build_opener(ProxyHandler({}))  # the server is on this machine, whatever http_proxy says
         with opener.open(Request(self.url + path, headers=headers), timeout=10) as response:
             content: bytes = response.read()

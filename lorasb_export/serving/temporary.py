@@ -27,7 +27,20 @@ def temporary_folder() -> Iterator[str]:
             ):  # on a disk without locks the file keeps its first name, and no later start removes this
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / f"{_LOCK}.new").rename(folder / _LOCK)
-            yield name
+            try:
+                yield name
+            finally:
+                _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, by which the next start finds what is left when this is cut short."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -47,4 +60,5 @@ def _remove_what_was_killed() -> None:
         with suppress(OSError):  # its server runs, or it is another user's
             with path.open("r+b") as file:  # to write, which a lock needs over NFS
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _empty(path.parent)
             shutil.rmtree(path.parent, ignore_errors=True)

@@ -59,12 +59,20 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy the files of an adapter into a new folder. Raises OutputError when the disk is full."""
+    """Copy the files of an adapter into a new folder.
+
+    Raises:
+        ArtifactError: they cannot be read.
+        OutputError: they cannot be written, as to a full disk.
+    """
     try:
         target.mkdir()
         for file in FILES:
             shutil.copyfile(source / file, target / file)
     except OSError as error:
+        if error.filename is not None and Path(error.filename).is_relative_to(source):
+            fix = "Check who may read it, and that it is not being replaced"
+            raise ArtifactError(f"cannot read the adapter: {error.strerror}", where=error.filename, fix=fix) from None
         fix = "Set TMPDIR to a larger disk"
         raise OutputError(f"cannot copy the adapter: {error}", where=target, fix=fix) from None
 

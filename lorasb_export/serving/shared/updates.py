@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
 from ...names import check_name, check_served_name
+from ...output import cannot_write
 from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import FILES, copy_adapter, load_R
@@ -87,6 +88,14 @@ class Updates:
         if check_name(path):
             raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder", fix=_FOLDER)
         folder = self.source / path
+        try:
+            self._check(path, folder)
+        except OSError as error:
+            what = f"{path!r} cannot be read: {error.strerror}"
+            raise ArtifactError(what, fix="Check who may read it, and that it is not being replaced") from None
+        return folder
+
+    def _check(self, path: str, folder: Path) -> None:
         for item in (folder, *(folder / file for file in FILES)):
             try:
                 real = item.resolve()
@@ -99,11 +108,13 @@ class Updates:
                 raise ArtifactError(what, fix=_FOLDER)
             if item != folder and item.stat().st_size > self.largest:  # before a byte of it is copied
                 raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis", fix=_FOLDER)
-        return folder
 
     def _keep(self, name: str, folder: Path) -> Path:
         """A checked copy of `folder`, at a path that names its content."""
-        with tempfile.TemporaryDirectory(dir=self.versions.folder.parent) as temporary:
+        with (
+            cannot_write(self.versions.folder.parent, "Set TMPDIR to a larger disk"),
+            tempfile.TemporaryDirectory(dir=self.versions.folder.parent) as temporary,
+        ):
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)

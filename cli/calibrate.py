@@ -98,6 +98,7 @@ def run(
         base = BaseModel.resolve(model or project.require_model())
         basis = calibrate(base, sources, settings, weights=weights)
         if distributed.is_main():
+            refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
             basis.save(target, overwrite=overwrite)
         distributed.wait()
     distributed.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -186,7 +187,8 @@ def _place() -> str:
 def _left_by_the_dead(target: Path) -> list[Path]:
     """The hidden siblings `.NAME.tmp-PLACE-PID-…` of `target` whose process is gone."""
     prefix = f".{target.name}.tmp-"
-    found = [(path, _TEMPORARY.fullmatch(path.name.removeprefix(prefix))) for path in target.parent.glob(f"{prefix}*")]
+    siblings = target.parent.glob(f"{glob.escape(prefix)}*")
+    found = [(path, _TEMPORARY.fullmatch(path.name.removeprefix(prefix))) for path in siblings]
     return [path for path, made in found if made and _is_dead(made[1], int(made[2]), path)]
 
 

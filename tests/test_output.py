@@ -214,13 +214,17 @@ def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
     assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
 
 
-def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path: Path) -> None:
-    ours = f".x.tmp-{output._place()}-{os.getpid()}-4567"  # another thread's
-    for name in (f".x.tmp-{output._place()}-999999999-0123", ".x.tmp-of-mine", ours):  # the second is somebody else's
-        (tmp_path / name).touch()
-    with replaced_file(tmp_path / "x") as temporary:
+@pytest.mark.parametrize("name", ["x", "a[b]", "a**b"])
+def test_what_a_killed_writer_of_a_file_left_is_removed(name: str, tmp_path: Path) -> None:
+    ours, mine = (
+        f".{name}.tmp-{output._place()}-{os.getpid()}-4567",
+        f".{name}.tmp-of-mine",
+    )  # the first another thread's
+    for left in (f".{name}.tmp-{output._place()}-999999999-0123", mine, ours):
+        (tmp_path / left).touch()
+    with replaced_file(tmp_path / name) as temporary:
         temporary.write_text("x")
-    assert {path.name for path in tmp_path.iterdir()} == {"x", ours, ".x.tmp-of-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {name, ours, mine}
 
 
 def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

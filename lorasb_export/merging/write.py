@@ -67,8 +67,9 @@ def write_shard(
     waiting: deque[tuple[str | None, Future[Done]]] = deque()
 
     def collect() -> None:
-        module, future = waiting.popleft()
+        module, future = waiting[0]
         retained, nbytes = future.result()
+        waiting.popleft()
         if module is not None and retained is not None:
             found[module] = found.get(module, Retained()) + retained
         bar.update(nbytes)

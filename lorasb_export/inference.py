@@ -242,7 +242,7 @@ def side_by_side(
 
 
 def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> int:
-    """Tokens to allow an answer: those of the longest reference, with what a template adds to it, and a few more."""
+    """Tokens to allow an answer: those of the longest reference and a few more, or with all that a template adds."""
     expected = [tokenizer(question_and_answer(row)[1], add_special_tokens=False).input_ids for row in rows]
     learnt = [answer_ids(tokenizer, row, "a row") or [] for row in rows]
-    return max(map(len, [*expected, *learnt])) + 8
+    return max(max(map(len, expected)) + 8, *map(len, learnt))

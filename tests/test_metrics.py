@@ -276,9 +276,9 @@ def test_the_rows_of_a_single_file_are_held_out(generates: Adapter, tmp_path: Pa
 
 def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None:
     tokenizer = BaseModel.resolve(chatty).load_tokenizer()
-    plain = max_answer_tokens(tokenizer, [CHAT])
+    assert max_answer_tokens(tokenizer, [CHAT]) < 20
     tokenizer.chat_template = THINKING.replace("[]", "[" + "1" * 40 + "]")
-    assert max_answer_tokens(tokenizer, [CHAT]) >= plain + 40
+    assert max_answer_tokens(tokenizer, [CHAT]) >= 44  # with the brackets, the answer and its end
 
 
 def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:

@@ -184,21 +184,22 @@ def row_scores(
     """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
     found: dict[int, tuple[float, int, float]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
-        places = order[start : start + batch_size]
-        batch = collate([encoded[i] for i in places], pad_id)
-        labels = batch.pop("labels").to(network.device)
-        inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
-        with torch.inference_mode(), evaluating(network):
-            logits = network(**inputs).logits
-        # Row by row: a loss makes copies of its logits in fp32, and of a batch they could take more than its training.
-        of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
-        losses, counts = map(torch.cat, zip(*of_rows, strict=True))
-        if labels.dim() == 2:
-            predicted = torch.zeros(len(places))
-        else:
-            predicted = logits[:, 0].float() if labels.is_floating_point() else logits.argmax(dim=-1)
-        found |= zip(places, zip(losses.tolist(), counts.tolist(), predicted.tolist(), strict=True), strict=True)
+    with evaluating(network):
+        for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
+            places = order[start : start + batch_size]
+            batch = collate([encoded[i] for i in places], pad_id)
+            labels = batch.pop("labels").to(network.device)
+            inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
+            with torch.inference_mode():
+                logits = network(**inputs).logits
+            # Row by row: a loss copies its logits in fp32, and those of a batch could take more than its training.
+            of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
+            losses, counts = map(torch.cat, zip(*of_rows, strict=True))
+            if labels.dim() == 2:
+                predicted = torch.zeros(len(places))
+            else:
+                predicted = logits[:, 0].float() if labels.is_floating_point() else logits.argmax(dim=-1)
+            found |= zip(places, zip(losses.tolist(), counts.tolist(), predicted.tolist(), strict=True), strict=True)
     return [found[i] for i in range(len(encoded))]
 
 

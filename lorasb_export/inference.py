@@ -72,15 +72,15 @@ def generate_ids(
     greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[int]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
-        rows = order[start : start + batch_size]
-        longest = max(len(prompts[i]) for i in rows)
-        ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
-        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-        with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
+    with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
+        for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
+            rows = order[start : start + batch_size]
+            longest = max(len(prompts[i]) for i in rows)
+            ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
             output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
-        for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            answers[i] = before_end(row, ends)
+            for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
+                answers[i] = before_end(row, ends)
     return [answers[i] for i in range(len(prompts))]
 
 

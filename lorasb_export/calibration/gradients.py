@@ -21,6 +21,7 @@ from ..data import TaskData
 from ..distributed import rank, world
 from ..errors import BaseModelError
 from ..layer import weight_of
+from ..network import evaluating
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _only_trainable(
 ) -> Iterator[None]:
     """Let only `weights` require gradients, with dropout and the KV cache off; all is restored afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training, cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval().requires_grad_(False)
+    cache = getattr(model.config, "use_cache", None)
+    model.requires_grad_(False)
     handles = []
     try:
         if cache:
@@ -168,7 +169,8 @@ def _only_trainable(
         for name, weight in weights.items():
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
-        yield
+        with evaluating(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -177,7 +179,6 @@ def _only_trainable(
             parameter.requires_grad_(flag)
         if cache:
             model.config.use_cache = cache
-        model.train(training)
 
 
 @contextmanager

@@ -45,18 +45,21 @@ class MergeFolder:
     def _mark(self, shard: str) -> Path:
         return self.path / f".{shard}.json"
 
+    def _marks(self) -> list[Path]:
+        return list(self.path.glob(".*.safetensors.json"))
+
     def has_marks(self) -> bool:
-        return any(self.path.glob(".*.safetensors.json"))
+        return bool(self._marks())
 
     def forget_marks(self) -> None:
         """Remove what only a resumed merge needs. What a disk does not let go stays: it is hidden."""
-        for path in (self.path / _IDENTITY, *self.path.glob(".*.safetensors.json")):
+        for path in (self.path / _IDENTITY, *self._marks()):
             with suppress(OSError):
                 path.unlink()
 
     def forget_all_but_shards(self) -> None:
         """Remove what is written anew in any case: of the base's other files some may be gone by now."""
-        marks = {mark.name for mark in self.path.glob(".*.safetensors.json")}
+        marks = [mark.name for mark in self._marks()]
         kept = {_IDENTITY, *marks, *(name[1:].removesuffix(".json") for name in marks)}
         for path in self.path.iterdir():
             if path.name not in kept:

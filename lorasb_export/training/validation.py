@@ -39,7 +39,6 @@ class Validation:
 
         None when one of them is told to stop: it may take long.
         """
-        network.eval()
         share = slice(distributed.rank(), None, distributed.world())
         mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):

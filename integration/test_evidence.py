@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from integration.bench import quality
-from integration.bench.basis_tables import comparable
+from integration.bench.basis_tables import comparable, correlation, pairs
 from integration.bench.method_tables import by_method, longer, sharing
-from integration.bench.report import with_tables
+from integration.bench.report import known, pages, with_tables
 from integration.bench.tradeoff import family
-from integration.evidence.best import best_rates
+from integration.evidence.best import best_rates, identity
 from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
@@ -96,6 +96,7 @@ def test_sharing_is_compared_seed_by_seed_where_both_searches_have_ended() -> No
         "| all linear layers, r = 64: cola, accuracy | -25.0 | +0.000 |  |  |  |  |",
         "| all linear layers, r = 64: sst2, accuracy | +12.5 ± 12.5 | +0.000 ± 0.000 | +0.0 | +0.000 |  |  |",
         "| **mean** | **-6.2** |  |  |  |  |  |",
+        "| **mean without cola** | **+12.5 ± 12.5** |  |  |  |  |  |",
     ]
 
 
@@ -107,6 +108,36 @@ def test_longer_runs_have_a_table_of_their_own() -> None:
     assert longer(by_method(best, steps=600)).splitlines()[2:] == [
         "| LoRA r=8 | 1 | 50.0 (1) | 0.000 | 1e-03, **3e-03**, 1e-02 |"
     ]
+
+
+def test_capture_is_compared_with_the_loss_within_each_task() -> None:
+    """Between the tasks both differ, which says nothing of a basis."""
+    line = {"method": "lora-sb", "rank": 64, "optimizer": "muon", "seed": 0, "balanced": False}
+
+    def of(task: str, losses: dict[str, float]) -> list[dict[str, Any]]:
+        rates = {1e-3: 9.0, 3e-3: 0.0, 1e-2: 9.0}
+        return [
+            {**line, "task": task, "basis": basis, "lr": lr, "loss": loss + more}
+            for basis, loss in losses.items()
+            for lr, more in rates.items()
+        ]
+
+    lines = [*of("e2e", {"own": 1, "mixture": 2, "random": 3}), *of("sst2", {"own": 7, "mixture": 7, "random": 9})]
+    shares = {"own": 0.5, "mixture": 0.375, "random": 0.25}
+    captured = [{**line, "optimizer": "adamw", "capture": shares[line["basis"]]} for line in lines]
+    points = pairs(best_rates(lines), {identity(line): line for line in captured})
+    assert points == {
+        "Muon, r = 64": {"e2e": ([-0.125, -0.25], [1, 2]), "sst2": ([-0.125, -0.25], [0, 2])},
+    }
+    e2e, sst2 = points["Muon, r = 64"].values()
+    higher = ([-0.5, -0.25, 0.0], [9.0, 8.0, 7.0])
+    assert correlation({"e2e": e2e, "sst2": sst2}) == "-0.95 within the tasks, of 4 pairs ()"
+    assert correlation({"e2e": e2e, "higher": higher}) == "-0.98 within the tasks, of 5 pairs (higher -1.00 of 3)"
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:
+    for path, text in pages(*known()).items():
+        assert path.read_text() == text, f"{path.name}: python -m integration.bench report"
 
 
 def test_a_table_takes_the_place_of_the_old_one() -> None:

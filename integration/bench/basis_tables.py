@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from integration.evidence.best import Best, Identity, Line, changed
-from integration.evidence.cells import LEARNT, RESULTS, Cell
+from integration.evidence.cells import LEARNT, Cell
 from lorasb_export.metrics import pearson
 from lorasb_export.settings import DRAWN
 
@@ -80,10 +78,13 @@ def _shown(best: Mapping[Identity, Best], identity: Identity) -> str:
     return f"{metric(of)} ({of['loss']:.3f})"
 
 
-def prediction(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> str:
-    """Does the capture ratio say how much a basis costs? Each basis against the task's own, same variant."""
-    points: Mapping[str, dict[str, tuple[list[float], list[float]]]]
-    points = defaultdict(lambda: defaultdict(lambda: ([], [])))
+# Kind of training → task → for each basis, what it captures and loses more than the task's own.
+Pairs = dict[str, dict[str, tuple[list[float], list[float]]]]
+
+
+def pairs(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> Pairs:
+    """Each basis less the task's own of the same variant: capture ratio of seed 0, and valid loss of the same seeds."""
+    points: Pairs = {}
     for identity in (identity for identity in best if dict(identity)["task"] in LEARNT):
         own_identity = changed(identity, basis="own", balanced=False)
         of, own_capture = (captures.get(changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
@@ -92,29 +93,42 @@ def prediction(best: Mapping[Identity, Best], captures: Mapping[Identity, Line])
             continue
         seeds = {line["seed"] for line in found.lines} & {line["seed"] for line in own.lines}
         of_basis, of_own = (statistics.mean(x["loss"] for x in b.lines if x["seed"] in seeds) for b in (found, own))
-        x, y = points[f"{OPTIMIZERS[dict(identity)['optimizer']]}, r = {of['rank']}"][of["task"]]
+        kind = f"{OPTIMIZERS[dict(identity)['optimizer']]}, r = {of['rank']}"
+        x, y = points.setdefault(kind, {}).setdefault(of["task"], ([], []))
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
-    points = {kind: tasks for kind, tasks in points.items() if sum(len(x) for x, _ in tasks.values()) > 2}
-    if not points:
-        return ""
+    return {kind: points[kind] for kind in sorted(points) if sum(len(x) for x, _ in points[kind].values()) > 2}
+
+
+def correlation(of_tasks: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """Pearson's correlation within the tasks, each less its means there; and of each task with more than two pairs."""
+    centred: tuple[list[float], list[float]] = ([], [])
+    for pair in of_tasks.values():
+        for values, into in zip(pair, centred, strict=True):
+            into += [value - statistics.mean(values) for value in values]
+    alone = [f"{task} {pearson(*pair):.2f} of {len(pair[0])}" for task, pair in of_tasks.items() if len(pair[0]) > 2]
+    return f"{pearson(*centred):.2f} within the tasks, of {len(centred[0])} pairs ({', '.join(alone)})"
+
+
+def prediction(points: Pairs, picture: str) -> str:
+    """Does the capture ratio say how much a basis costs?"""
+    said = " ".join(f"{kind}: {correlation(of_tasks)}." for kind, of_tasks in points.items())
+    return (
+        "## Does the capture ratio predict the loss?\n\n"
+        "Every basis against the task's own at the same rank, reduction and samples, and the same seeds of training; "
+        f"captures are of seed 0. Pearson's correlation: {said}\n\n![loss against capture]({picture})"
+    )
+
+
+def plot(points: Pairs, path: Path) -> None:
     figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
-    said = []
-    for axes, (kind, of_tasks) in zip(all_axes[0], sorted(points.items()), strict=True):
-        for task, (xs, ys) in of_tasks.items():
-            axes.scatter(xs, ys, label=task)
+    for axes, (kind, of_tasks) in zip(all_axes[0], points.items(), strict=True):
+        for task, (x, y) in of_tasks.items():
+            axes.scatter(x, y, label=task)
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.set_title(kind)
         axes.set_xlabel("capture ratio, less the own basis's")
         axes.set_ylabel("valid loss, less the own basis's")
         axes.legend()
-        x, y = (list(itertools.chain.from_iterable(pair[i] for pair in of_tasks.values())) for i in (0, 1))
-        said.append(f"{kind}: {len(x)} pairs of {', '.join(of_tasks)}, Pearson's correlation {pearson(x, y):.2f}.")
-    path: Path = RESULTS / "capture-loss.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return (
-        "## Does the capture ratio predict the loss?\n\n"
-        "Every basis against the task's own at the same rank, reduction, samples and seeds. "
-        f"{' '.join(said)}\n\n![loss against capture]({path.name})"
-    )

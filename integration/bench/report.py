@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from integration.evidence.best import best_rates, identity
+from integration.evidence.best import Best, Identity, Line, best_rates, identity
 from integration.evidence.cells import RESULTS, RUNS, Results
 
-from .basis_tables import basis_tables, prediction
+from .basis_tables import basis_tables, pairs, prediction
+from .basis_tables import plot as plot_bases
 from .method_tables import CHOSEN, CHOSEN_TASKS, by_method, costs, longer, loss, methods_table, metric, settled, sharing
-from .tradeoff import plot
+from .tradeoff import plot as plot_methods
+
+CAPTURE_PICTURE = "capture-loss.png"
 
 
 def run(*, quick: bool) -> dict[str, Any]:
-    runs = list(Results(RUNS).lines().values())
-    best = best_rates(runs)
-    captures = {identity(line): line for line in Results(RESULTS / "capture.jsonl").lines().values()}
+    best, captures = known()
+    written = pages(best, captures)
+    for path, text in written.items():
+        path.write_text(text)
+    plot_methods(by_method(best), RESULTS / "trained-loss.png")
+    plot_bases(pairs(best, captures), RESULTS / CAPTURE_PICTURE)
+    print(written[RESULTS / "README.md"])
+    return {"name": "report", "cells": len(best), "captures": len(captures)}
+
+
+def known() -> tuple[dict[Identity, Best], dict[Identity, Line]]:
+    """The results that are kept: of training, and of capture."""
+    captures = Results(RESULTS / "capture.jsonl").lines().values()
+    return best_rates(Results(RUNS).lines().values()), {identity(line): line for line in captures}
+
+
+def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> dict[Path, str]:
+    """The pages that hold tables, as they should be."""
     found = by_method(best)
     sections = [
         "# Results\n\nMade by `python -m integration.bench report` from the JSON lines beside this page; "
         "[benchmarks](../benchmarks.md#quality) says what they mean, and has the metrics.",
         costs(found),
         *basis_tables(best, captures),
-        prediction(best, captures),
+        prediction(pairs(best, captures), CAPTURE_PICTURE),
     ]
-    page = RESULTS / "README.md"
-    page.write_text("\n\n".join(section for section in sections if section) + "\n")
     of_quality = {
         "metrics": methods_table(found, metric),
         "losses": methods_table(found, loss),
@@ -34,11 +51,12 @@ def run(*, quick: bool) -> dict[str, Any]:
         "longer": longer(by_method(best, steps=600)),
     }
     of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS)}
-    for path, tables in ((RESULTS.parent / "benchmarks.md", of_quality), (RESULTS.parents[1] / "README.md", of_readme)):
-        path.write_text(with_tables(path.read_text(), tables))
-    plot(found, RESULTS / "trained-loss.png")
-    print(page.read_text())
-    return {"name": "report", "cells": len(best), "captures": len(captures)}
+    benchmarks, readme = RESULTS.parent / "benchmarks.md", RESULTS.parents[1] / "README.md"
+    return {
+        RESULTS / "README.md": "\n\n".join(sections) + "\n",
+        benchmarks: with_tables(benchmarks.read_text(), of_quality),
+        readme: with_tables(readme.read_text(), of_readme),
+    }
 
 
 def with_tables(page: str, tables: Mapping[str, str]) -> str:

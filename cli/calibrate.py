@@ -85,6 +85,10 @@ def run(
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
     sources = parse_pairs(data)
+    unused = given(data=data, weight=weight, samples=samples, reduction=reduction, loss=loss)
+    if settings.directions in DRAWN and unused:
+        flags_given = ", ".join(f"--{name}" for name in unused)
+        raise typer.BadParameter(f"{flags_given}: a basis whose directions are {settings.directions!r} needs no data")
     if not sources and settings.directions not in DRAWN:
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
         if not sources:

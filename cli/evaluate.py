@@ -10,6 +10,8 @@ from lorasb_export.choices import Dtype, Metric, Split
 
 from .verb import Run
 
+INTERRUPTED = "The figures of the adapters that were finished are in their cards, unless --data or --limit was given."
+
 
 def run(
     run: Run,

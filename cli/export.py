@@ -21,10 +21,12 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...",
-            help="Names, folders or Hub ids; by default the first task's, for onnx-adapters all.",
+            help="Names, folders or Hub ids; by default the first task's, for --format onnx-adapters all.",
         ),
     ] = None,
-    format: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = "peft",
+    format: Annotated[
+        ExportFormat | None, typer.Option("--format", help="What to write.  [default: peft]", show_default=False)
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
@@ -45,9 +47,14 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
-    if into is not None and (out is not None or routed or precision is not None):
-        raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
+    if into is not None and (routed or (out, format, precision) != (None, None, None)):
+        what = "--into goes without --out, --format, --routed and --precision"
+        raise typer.BadParameter(f"{what}: the folder has its own")
+    format = format or "peft"
     to_peft = into is None and format == "peft"
+    if data is not None and (to_peft or not verify or precision == "bf16"):
+        what = "--data is for comparing an ONNX graph with torch"
+        raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])

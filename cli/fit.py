@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorasb_export.choices import Dtype, Init, Keep, Metric, Optimizer, Schedule, Tracker
 
 from .verb import Run, given, percentages
+
+if TYPE_CHECKING:
+    from lorasb_export.adapter import Adapter
 
 REPORTED = (
     "steps",
@@ -125,7 +128,6 @@ def run(
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
-    from lorasb_export.calibration.capture import words
     from lorasb_export.errors import LoraSBError
     from lorasb_export.training.fit_tasks import fit_tasks
 
@@ -148,29 +150,42 @@ def run(
         if isinstance(adapter, LoraSBError):
             failed[name] = adapter
             continue
-        summary = {key: adapter.training.get(key) for key in REPORTED}
-        adapters[name] = {"folder": str(adapter.folder), **summary}
-        if summary["steps"] is None:
-            lines.append(f"{name}: left as it is, for it does not say how it was trained, {adapter.folder}")
-            continue
-        split = "train" if summary["valid_loss"] is None else "valid"
-        rows, left_out = adapter.training["rows"], adapter.training["rows_left_out"]
-        of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
-        of_rows += f", {cut} of {rows} cut at max_length" if (cut := adapter.training.get("rows_cut")) else ""
-        lines.append(
-            f"{name}: {summary['steps']} steps at learning rate {adapter.training['settings']['learning_rate']:g}, "
-            f"{split} loss {summary[f'{split}_loss']:.4f}{of_rows}, {adapter.folder}"
-        )
-        if summary["learning_rates"]:
-            lines.append(f"  {_compared(summary['learning_rates'], adapter.training['settings'])}")
-        if summary["capture"] and summary["energy"]:
-            lines.append(f"  {words(summary['capture'])}")
-            lines.append(f"  and keeps {percentages(summary['energy'])} of its first step's energy")
+        adapters[name] = _summary(adapter)
+        lines += _lines(name, adapter)
     try:
         run.result({"adapters": adapters}, "\n".join(lines), failed)
     finally:
         distributed.wait()  # for the first process to print: torchrun ends it when another one exits with an error
         distributed.stop()
+
+
+def _summary(adapter: Adapter) -> dict[str, Any]:
+    chosen = adapter.training.get("settings", {})
+    of_fit = {key: chosen.get(key) for key in ("learning_rate", "metric")}
+    return {"folder": str(adapter.folder), **of_fit, **{key: adapter.training.get(key) for key in REPORTED}}
+
+
+def _lines(name: str, adapter: Adapter) -> list[str]:
+    from lorasb_export.calibration.capture import words
+
+    training, folder = adapter.training, adapter.folder
+    if "settings" not in training:
+        return [f"{name}: left as it is, for it does not say how it was trained, {folder}"]
+    settings = training["settings"]
+    split = "train" if training["valid_loss"] is None else "valid"
+    rows, left_out = training["rows"], training["rows_left_out"]
+    of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
+    of_rows += f", {cut} of {rows} cut at max_length" if (cut := training.get("rows_cut")) else ""
+    lines = [
+        f"{name}: {training['steps']} steps at learning rate {settings['learning_rate']:g}, "
+        f"{split} loss {training[f'{split}_loss']:.4f}{of_rows}, {folder}"
+    ]
+    if training.get("learning_rates"):
+        lines.append(f"  {_compared(training['learning_rates'], settings)}")
+    if training.get("capture") and training.get("energy"):
+        lines.append(f"  {words(training['capture'])}")
+        lines.append(f"  and keeps {percentages(training['energy'])} of its first step's energy")
+    return lines
 
 
 def _rates(words: str) -> float | tuple[float, ...]:

@@ -23,7 +23,9 @@ def run(
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.new_project import write_project
 
-    tasks = parse_pairs(task) or {"a": "data/a"}
+    folder = os.path.dirname(run.config or "")
+    tasks = {name: _from(folder, data) for name, data in (parse_pairs(task) or {"a": "data/a"}).items()}
+    model = _from(folder, model)
     path = write_project(run.config, model, tasks, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
     for data in missing:
@@ -31,3 +33,9 @@ def run(
     if len(missing) == len(tasks):
         run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
     run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
+
+
+def _from(folder: str, path: str) -> str:
+    """A path as it is written in a file that lies in `folder`: ours are relative to the working folder."""
+    is_ours = folder and not os.path.isabs(os.path.expanduser(path)) and os.path.exists(path)
+    return os.path.relpath(path, folder) if is_ours else path

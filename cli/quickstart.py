@@ -8,6 +8,8 @@ import typer
 
 from .verb import Run
 
+INTERRUPTED = "What was made so far is in its folder: remove it before you start again, or pass --overwrite."
+
 
 def run(
     run: Run,

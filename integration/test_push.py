@@ -337,6 +337,29 @@ def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter:
     assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
 
 
+def test_every_basis_on_this_disk_is_pushed_before_the_adapters(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    project = basis.parent
+    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
+    other = make_basis(project / "basis_s", any_hub.base, seed=8)
+    make_adapter(project / "adapters" / "s", other, seed=5)
+    words = ["push", "--config", project / "lorasb.toml"]
+    pushed = any_hub.lorasb(*words)["pushed"]
+    assert [result["repo"] for result in pushed] == [
+        "me/basis-lorasb",
+        "me/basis_s-lorasb",
+        "me/a-lorasb",
+        "me/s-lorasb",
+    ]
+    head = any_hub.repos["me/basis_s-lorasb"].refs["main"]
+    config = json.loads(any_hub.content("me/s-lorasb", "adapter_config.json"))
+    assert config["basis"]["source"] == f"me/basis_s-lorasb@{head}"
+    make_adapter(project / "adapters" / "basis_s", other, seed=6)
+    refs = {name: dict(repo.refs) for name, repo in any_hub.repos.items()}
+    said = any_hub.lorasb_fails(*words)
+    assert "would go to one repository (basis_s). Rename a task, or a basis's folder" in " ".join(said.split())
+    assert {name: dict(repo.refs) for name, repo in any_hub.repos.items()} == refs
+
+
 def test_a_project_with_another_basis_on_a_branch_or_in_a_pull_request(
     any_hub: Hub, adapter: Path, basis: Path
 ) -> None:

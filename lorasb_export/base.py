@@ -17,7 +17,7 @@ from .checkpoint import checkpoint_tensors
 from .choices import Dtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
-from .network import amend, as_base_model_error, refuse_made_up
+from .network import amend, as_base_model_error, refuse_made_up, tokenizer_of
 from .output import expanded
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, read_json
@@ -294,10 +294,8 @@ class BaseModel:
         Raises:
             BaseModelError: it has neither; the tokenizer's files are missing or damaged.
         """
-        from transformers import AutoTokenizer
-
         with as_base_model_error(self.folder):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = tokenizer_of(self.folder)
         if tokenizer.pad_token is None or tokenizer.pad_token_id >= self.config.get("vocab_size", math.inf):
             if tokenizer.eos_token is None:
                 raise BaseModelError(

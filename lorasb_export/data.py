@@ -181,7 +181,12 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     if "train" not in dataset:
         fix = "Fetch the split you want and write its rows to train.jsonl"
         raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)
-    names = {"train": "train", "valid": "validation", "test": "test"}
+    if "valid" in dataset and "validation" in dataset:
+        fix = "Fetch the one you want and write its rows to valid.jsonl"
+        raise DataError("the dataset has a split valid and a split validation", where=name, fix=fix)
+    names = {"train": "train", "valid": "valid" if "valid" in dataset else "validation", "test": "test"}
+    if others := [split for split in dataset if split not in names.values()]:
+        _warn_once(f"of {name} are not read: {', '.join(others)}; splits are train, validation (or valid) and test")
     placed = {
         split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list())]
         for split, theirs in names.items()

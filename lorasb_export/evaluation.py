@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .format import sealed
 from .head import head_parameters, load_head
 from .inference import answers, end_ids, expected_answers, max_answer_tokens
 from .inject import remove
+from .lock import only_writer
 from .metrics import exact_match, of_predictions
 from .names import name_of
 from .network import evaluating, require_dtype, require_outputs
@@ -70,8 +72,8 @@ def evaluate(
         `base`: None where the adapter brings the head, which the base lacks.
 
     Raises:
-        DataError: the split is empty, or of another task type than the adapter; an answer is missing; or the base
-            cannot answer a prompt: it is empty, too long for it, or refused by the chat template.
+        DataError: the split is empty, or of another task type than the adapter; an answer is missing; the base cannot
+            answer a prompt: it is empty, too long for it, or refused by the chat template; or the loss is not finite.
         SettingsError: the metric does not fit the data.
         BaseModelError, ArtifactError: the base is missing or another one; the adapter or its basis is bad.
     """
@@ -81,7 +83,7 @@ def evaluate(
     model = adapter.base.resolve(base)
     model.verify(adapter.base, adapter.R)
     tokenizer = model.load_tokenizer()
-    encoded, expected, unit = [], [], f"{split} row"
+    encoded, expected, unit = [], [], f"{task.name}: {split} row"
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
     if network is None:
@@ -110,10 +112,14 @@ def evaluate(
     head = {name: p.detach().clone() for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
     try:
-        return result | {"base": before, "adapter": score()}
+        values = {"base": before, "adapter": score()}
     finally:
         remove(network)
         load_head(network, head)
+    if not all(value is None or math.isfinite(value) for value in values.values()):
+        fix = "Score in another dtype: float16 overflows where others do not"
+        raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
+    return result | values
 
 
 def to_score(
@@ -152,7 +158,8 @@ def fitting_metric(task: TaskData, metric: str | None) -> str:
     fitting = ("pearson",) if task.regression else _METRICS[task.kind]
     if metric is not None and metric not in fitting:
         kind = "regression" if task.regression else task.kind
-        raise SettingsError(f"metric {metric!r} does not fit {kind} rows", fix=f"Use {' or '.join(fitting)}")
+        fix = f"Use {' or '.join(fitting)}"
+        raise SettingsError(f"metric {metric!r} does not fit {kind} rows", where=task.source, fix=fix)
     return metric or fitting[0]
 
 
@@ -161,18 +168,21 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
 
     Raises:
         ArtifactError: there is another adapter by now.
+        OutputError: the folder cannot be written, or its disk has no locks.
     """
     folder = adapter.folder
     assert folder is not None
     path = folder / "adapter_config.json"
-    config = read_json(path)
-    if config["sha256"] != adapter.sha256:
-        raise ArtifactError("the adapter was replaced while it was scored", where=folder, fix="Evaluate it again")
-    split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
-    split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
-    with replaced_file(path) as temporary:
-        write_json(temporary, sealed(config))
-    card.write(folder, card.adapter_card(config))
+    with only_writer(path, wait=True):  # another evaluation of it may end at this moment
+        with replaced_file(path) as temporary:
+            config = read_json(path)
+            if config["sha256"] != adapter.sha256:
+                what = "the adapter was replaced while it was scored"
+                raise ArtifactError(what, where=folder, fix="Evaluate it again")
+            split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
+            split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
+            write_json(temporary, sealed(config))
+        card.write(folder, card.adapter_card(config))
 
 
 def row_scores(

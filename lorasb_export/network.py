@@ -12,7 +12,7 @@ from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_o
 
 if TYPE_CHECKING:
     from torch.nn import Module
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
@@ -43,6 +43,20 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
             raise
         what = f"transformers cannot load the base: {first_line(error):.300}"
         raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, as its Hugging Face files say.
+
+    Beside a tekken.json transformers takes Mistral's own, if mistral_common is there, which vLLM brings: that one knows
+    no chat template, and serving asks with the template.
+    """
+    from transformers import AutoTokenizer
+
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, mistral_format=False
+    )
+    return found
 
 
 @contextmanager

@@ -89,8 +89,8 @@ class Project:
             if any(key.count(".") > _MAX_DOTS for key in keys):
                 raise ValueError(f"a key of more than {_MAX_DOTS} parts")
             content = tomllib.loads(text)
-        except (ValueError, OSError, RecursionError) as error:
-            raise SettingsError(f"not valid TOML: {error}", where=path, fix="Write one with: lorasb init") from None
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"not valid TOML: {error}", where=path, fix="Correct it there") from None
         problems = _problems(content)
         if problems:
             raise SettingsError("; ".join(problems), where=path, fix="Correct these lines")

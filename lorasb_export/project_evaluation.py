@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter, load_basis_once
 from .base import CAUSAL_LM, BaseModel, BaseRef
 from .data import load_held_out, load_task
-from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, SettingsError
+from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score
+from .fetch import is_blob
 from .project import Project
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ def evaluate_adapters(
     bases: dict[str, Basis] = {}
     options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
     for word, (name, source, base) in ready.items():
-        adapter, task = Adapter.load(adapters[word]), load(name, source)
-        if task.task_type == CAUSAL_LM and base.folder not in networks:
-            networks[base.folder] = base.load(dtype=dtype)
-        network = networks[base.folder] if task.task_type == CAUSAL_LM else None  # classifiers differ in their outputs
         outcome: dict[str, Any] | LoraSBError
         try:
+            adapter, task = Adapter.load(adapters[word]), load(name, source)
+            generates = task.task_type == CAUSAL_LM
+            if generates and base.folder not in networks:
+                networks[base.folder] = base.load(dtype=dtype)
+            network = networks[base.folder] if generates else None  # classifiers differ in their outputs
             load_basis_once(adapter, bases)
             outcome = evaluate(adapter, task, base=base, network=network, **options)
         except OF_ONE_ITEM as error:
@@ -101,8 +103,10 @@ def evaluate_adapters(
 
 
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
-    if adapter.folder is not None and adapter.hub_source is None:
+    if adapter.folder is None or adapter.hub_source is not None:
+        return
+    if not is_blob((adapter.folder / "adapter_config.json").resolve()):  # a folder of the Hub's cache may be named too
         try:
             record_evaluation(adapter, result)
-        except (OSError, ArtifactError) as error:
+        except (OSError, ArtifactError, OutputError) as error:
             logger.warning("The card of %s stays as it was: %s", word, error)

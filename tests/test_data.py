@@ -166,10 +166,17 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(
         load_task("a", project.task_source("a"))
 
 
-def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     rows = Dataset.from_list([{"text": "a", "when": datetime(2026, 1, 1)}])
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train": rows, "validation": rows}))
     assert sorted(load_task("t", "owner/name").splits) == ["train", "valid"]
+    ours = DatasetDict({"train": rows, "valid": rows, "more": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: ours)
+    assert sorted(load_task("t", "owner/ours").splits) == ["train", "valid"]
+    assert "of owner/ours are not read: more" in caplog.text
+    ours["validation"] = rows
+    with pytest.raises(DataError, match="a split valid and a split validation"):
+        load_task("t", "owner/ours")
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train_sft": rows}))
     with pytest.raises(DataError, match=r"no split train \(it has train_sft\) \(owner/name\)"):
         load_task("t", "owner/name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,8 @@ def test_the_verb_and_the_project_file_take_several(
     assert "a: 2 steps at learning rate " in done.stdout
     assert "loss by learning rate: 0.001 " in done.stdout
     assert "1 is kept; a higher one may do better" in done.stdout
+    printed = json.loads(CliRunner().invoke(app, ["fit", "--resume", "--json"]).stdout)["adapters"]["a"]
+    assert (printed["learning_rate"], printed["metric"]) == (1, "loss")
     done = CliRunner().invoke(app, ["fit", "--lr", "1e-4,1e-2,1e30", "--overwrite"])
     assert "1e+30 not finite. 0.01 is kept\n" in done.stdout
     done = CliRunner().invoke(app, ["fit", "--lr", "1e-4,2e-4,3e-4", "--overwrite"])

@@ -335,6 +335,9 @@ def test_what_is_merged_is_not_overwritten(llama: Path, tmp_path: Path) -> None:
     assert (adapter / "adapter.safetensors").exists()
     with pytest.raises(SettingsError, match="the report's folder is not there"):
         merge(adapter, tmp_path / "model", report=tmp_path / "nowhere" / "kept.json")
+    (tmp_path / "kept.png").write_text("a picture of mine")
+    with pytest.raises(OutputError, match=r"the report exists \(.*kept\.png\)"):
+        merge(adapter, tmp_path / "model", report=tmp_path / "kept.json")
     assert not (tmp_path / "model").exists()
 
 

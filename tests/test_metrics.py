@@ -28,7 +28,7 @@ from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import save_adapter
 from tests.rows import CHAT_LINE, CLASS, GOOD, MARKED
-from tests.tiny import make_gpt2, make_llama, save_tokenizer
+from tests.tiny import TEMPLATE, make_gpt2, make_llama, save_tokenizer
 
 LLAMA_MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
 BERT_MODULES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
@@ -109,7 +109,7 @@ def test_metrics_of_generated_text(kind: str, generates: Adapter, tmp_path: Path
     loss = evaluate(generates, task, split="train", metric="loss", dtype="float64")
     assert loss["base"] > 0
     assert abs(loss["base"] - loss["adapter"]) > 1e-3
-    with pytest.raises(SettingsError, match=f"metric 'mcc' does not fit {kind} rows. Use .*loss"):
+    with pytest.raises(SettingsError, match=rf"metric 'mcc' does not fit {kind} rows \(.*\)\. Use .*loss"):
         evaluate(generates, task, split="train", metric="mcc")
     with pytest.raises(SettingsError, match=r"limit is 0. Give at least 1"):
         evaluate(generates, task, split="train", limit=0)
@@ -290,6 +290,17 @@ def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:
     assert found.pad_token == found.eos_token
 
 
+def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> None:
+    """Mistral's own, which vLLM brings and transformers would take, has no chat template; serving asks with it."""
+    mistral_common = pytest.importorskip("mistral_common")
+    base = make_llama(tmp_path / "base")
+    shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", base / "tekken.json")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    assert tokenizer.chat_template == TEMPLATE
+
+
 def test_a_given_classifier_keeps_its_head(bert: Path, tmp_path: Path) -> None:
     adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
     network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2, seed=7)
@@ -312,7 +323,8 @@ def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
     assert evaluate(tmp_path / "b", tmp_path / "d", split="train", base=bert) == found | {"task": "d"}
     assert -1 <= evaluate(adapter, task, split="train", metric="mcc")["adapter"] <= 1
     for metric in ("pearson", "f1"):
-        with pytest.raises(SettingsError, match=f"metric '{metric}' does not fit text/label rows. Use accuracy or mcc"):
+        expected = rf"metric '{metric}' does not fit text/label rows \(.*\)\. Use accuracy or mcc"
+        with pytest.raises(SettingsError, match=expected):
             evaluate(adapter, task, split="train", metric=metric)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
@@ -71,6 +73,22 @@ def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     assert "If the rows have labels, write rank = 64" in unknown.stderr
 
 
+def test_paths_given_to_init_are_of_the_working_folder(
+    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(parity, "data/a")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "proj").mkdir()
+    words = ["--config", "proj/lorasb.toml", "--model", "base", "--task", "a=data/a", "--task", "b=owner/data"]
+    done = CliRunner().invoke(app, ["init", *words])
+    project = Project.load("proj/lorasb.toml")
+    assert (project.model, project.task_source("b")) == ("../base", "owner/data")
+    assert Path(project.task_source("a")).samefile("data/a")
+    assert project.calibration["rank"] == 64  # the rows, which have labels, were found
+    assert done.stderr.startswith("owner/data is not there yet")
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> None:
     """As in `lorasb inspect basis | head`."""
@@ -122,11 +140,14 @@ def test_a_task_has_a_positive_weight(tmp_path: Path) -> None:
             load(tmp_path, f'[tasks.a]\ndata = "d"\nweight = {wrong}\n')
 
 
-def test_not_toml_and_not_there(tmp_path: Path) -> None:
+def test_not_toml_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="not valid TOML"):
         load(tmp_path, "model = ")
     with pytest.raises(SettingsError, match="no such config file"):
         Project.load(tmp_path / "nowhere.toml")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError))
+    with pytest.raises(PermissionError):
+        Project.load(tmp_path / "lorasb.toml")
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from lorasb_export import Adapter, Basis, calibrate, project_evaluation
+from lorasb_export import Adapter, Basis, calibrate, evaluate, project_evaluation
 from lorasb_export.base import BaseModel
+from lorasb_export.errors import DataError, LoraSBError
+from lorasb_export.evaluation import record_evaluation
 from lorasb_export.exporting import onnx
+from lorasb_export.format import sealed
+from lorasb_export.lock import only_writer
+from lorasb_export.project import Project
+from lorasb_export.project_evaluation import evaluate_adapters
 from lorasb_export.settings import CalibrationSettings
 from tests.conftest import lorasb
 
@@ -157,6 +165,56 @@ def test_figures_of_a_replaced_adapter_are_not_those_of_the_new_one(
     assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
     assert "was replaced while it was scored" in caplog.text
     assert "evaluation" not in Adapter.load("adapters/a").training
+
+
+def test_two_evaluations_at_once_keep_both_figures(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One ends while the other writes."""
+    config = Path("adapters/a/adapter_config.json")
+    adapter = Adapter.load("adapters/a")
+    result = {"split": "test", "metric": "loss", "rows": 24, "base": 3.0, "adapter": 1.0}
+    with ThreadPoolExecutor(1) as other:
+        with only_writer(config):
+            recorded = other.submit(record_evaluation, adapter, result)
+            while "waiting for it" not in caplog.text:
+                time.sleep(0.01)
+            content = json.loads(config.read_text())
+            content["training"]["evaluation"] = {"valid": {"loss": {"rows": 12, "base": 3.0, "adapter": 2.0}}}
+            config.write_text(json.dumps(sealed(content)))
+        recorded.result(timeout=30)
+    assert sorted(Adapter.load("adapters/a").training["evaluation"]) == ["test", "valid"]
+    assert sorted(path.name for path in config.parent.glob(".*")) == []
+
+
+def test_a_folder_of_the_hubs_cache_stays_as_it_is(project: Path) -> None:
+    """There files are links to blobs."""
+    snapshot, blobs = Path("cache/snapshots/1"), Path("cache/blobs")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in Path("adapters/a").iterdir():
+        shutil.copyfile(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert lorasb("evaluate", str(snapshot), "--metric", "loss").exit_code == 0
+    assert (snapshot / "adapter_config.json").is_symlink()
+    assert (blobs / "adapter_config.json").read_bytes() == Path("adapters/a/adapter_config.json").read_bytes()
+
+
+def test_a_score_that_is_not_finite_is_an_error(project: Path, sums: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    for R in adapter.R.values():
+        R += 1e38
+    with pytest.raises(DataError, match=r"the loss is not finite \(.*\)\. Score in another dtype"):
+        evaluate(adapter, sums, metric="loss", limit=2)
+
+
+def test_an_adapter_that_is_removed_before_its_turn_leaves_the_others_theirs(project: Path) -> None:
+    for name in ("b", "c"):
+        shutil.copytree("adapters/a", f"adapters/{name}")
+    words = {name: f"adapters/{name}" for name in ("a", "b", "c")}
+    found = evaluate_adapters(Project.load(), words, metric="loss", limit=1)
+    first = next(found)
+    shutil.rmtree("adapters/b")
+    of = dict([first, *found])
+    assert [isinstance(outcome, LoraSBError) for outcome in of.values()] == [False, True, False]
 
 
 def test_an_adapter_that_cannot_be_scored_leaves_the_others_their_turn(project: Path) -> None:

@@ -48,6 +48,12 @@ def test_a_basis_drawn_at_random_needs_no_data(
         calibrate(str(base), {}, CalibrationSettings(rank=40, directions=directions))
 
 
+@pytest.mark.parametrize("more", ["--data a=rows", "--weight a=2", "--samples 8", "--reduction raw", "--loss token"])
+def test_a_flag_of_the_data_is_wrong_usage_where_none_is_read(more: str, llama: Path) -> None:
+    done = lorasb("calibrate", "--model", str(llama), "--directions", "block", *more.split())
+    assert (done.exit_code, f"{more.split()[0]}: a basis whose directions" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(("source", "directions"), [("shared", "random"), ("own", "random"), ("own", "block")])
 def test_fit_in_a_basis_drawn_at_random_asks_for_no_gradient(
     source: str, directions: str, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from ..base import CAUSAL_LM
 from ..basis import Basis
 from ..environment import child_environment
 from ..errors import ServerError
-from ..network import as_base_model_error
+from ..network import as_base_model_error, tokenizer_of
 from ..output import disk_error_in
 from ..side_files import side_files
 from ..storage import read_json, write_json
@@ -86,13 +86,10 @@ def _ask_as_we_do(out: Path) -> None:
 
     transformers.js reads it, and would penalize greedy answers too.
     """
-    from transformers import AutoTokenizer
-
     from ..inference import name_ends
 
     with as_base_model_error(out):
-        tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-    name_ends(out, tokenizer)
+        name_ends(out, tokenizer_of(out))
     path = out / "generation_config.json"
     if path.is_file():
         write_json(path, {key: value for key, value in read_json(path).items() if key not in _PENALTIES})

@@ -13,6 +13,7 @@ import numpy as np
 from ..base import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
+from ..network import tokenizer_of
 from ..output import expanded
 from ..storage import read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
@@ -244,14 +245,11 @@ def answers(
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer_of(folder)
     except Exception as error:  # of a dozen types
         what = f"transformers cannot load the tokenizer: {first_line(error):.300}"
         raise ArtifactError(what, where=folder, fix="Export it again") from error
-    return tokenizer
 
 
 def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ..adapter import Adapter
 from ..bars import no_bar
 from ..base import SEQ_CLS, AnyBase, BaseModel
-from ..errors import SettingsError
+from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..inference import name_ends
 from ..network import as_base_model_error
@@ -73,7 +73,7 @@ def merge(
 
     Raises:
         BaseModelError: another base, an already merged or a quantized one, a missing module.
-        OutputError: `out` exists, another merge writes it, or the disk has too little room.
+        OutputError: `out` or the report exists, another merge writes it, or the disk has too little room.
         ArtifactError: the adapter or its basis is bad, or `verify` failed.
         LoraSBError: several problems at once, listed; of the first one's kind.
     """
@@ -84,6 +84,9 @@ def merge(
         raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
     if report is not None and not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
+    for path in (report, report.with_suffix(".png")) if report is not None and not overwrite else ():
+        if path.exists():
+            raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
     plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     result = plan.summary() | {"out": str(out)}
     if dry_run:

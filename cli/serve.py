@@ -88,6 +88,6 @@ def _command_line(plan: dict[str, Any]) -> str:
 def _memory(memory: dict[str, int]) -> str:
     taken = f"adapters take {human_bytes(memory['slots_bytes'])} in vLLM"
     if "basis_bytes" not in memory:
-        return taken
+        return f"{taken} and {human_bytes(memory['host_bytes'])} in its copies on the host"
     one, basis = human_bytes(memory["bytes_per_adapter"]), human_bytes(memory["basis_bytes"])
     return f"{taken}, {one} each, and their basis {basis} once"

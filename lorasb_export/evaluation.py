@@ -17,7 +17,7 @@ from .batches import Encoded, collate, encode, row_losses
 from .data import TaskData, load_held_out
 from .errors import ArtifactError, DataError, SettingsError
 from .format import sealed
-from .head import head_parameters, load_head
+from .head import head_parameters
 from .inference import answers, end_ids, expected_answers, max_answer_tokens
 from .inject import remove
 from .lock import only_writer
@@ -109,13 +109,14 @@ def evaluate(
 
     result = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
     before = score() if task.task_type == CAUSAL_LM else None
-    head = {name: p.detach().clone() for name, p in head_parameters(network).items() if name in adapter.head}
+    heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
     try:
         values = {"base": before, "adapter": score()}
     finally:
         remove(network)
-        load_head(network, head)
+        for parameter, data in heads.items():
+            parameter.data = data
     if not all(value is None or math.isfinite(value) for value in values.values()):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)

@@ -24,14 +24,19 @@ def train_head(model: nn.Module) -> Live:
         name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in head_parameters(model)
     }
     for module in dict.fromkeys(module for module, _ in places.values()):
-        narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        if narrow:
-            module.register_forward_pre_hook(_widened)
+        _widen(module)
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     return Live(places)
+
+
+def _widen(module: nn.Module) -> None:
+    """Make parameters narrower than fp32 that, and what comes into the module with them."""
+    narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    if narrow and _widened not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_widened)
 
 
 def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -40,10 +45,14 @@ def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def load_head(model: nn.Module, head: Mapping[str, torch.Tensor]) -> None:
-    """Copy a trained head into `model`. Raises ArtifactError when a name or shape does not fit."""
+    """Put copies of a trained head on `model`, in fp32 where it was narrower: it is what was trained, and validated.
+
+    Raises ArtifactError when a name or shape does not fit.
+    """
     parameters = head_parameters(model) if head else {}
     for name, tensor in head.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             what = f"the model has no head parameter {name} of shape {list(tensor.shape)}"
             raise ArtifactError(what, fix="Load the base with the adapter's number of labels")
-        parameters[name].data.copy_(tensor)
+        _widen(model.get_submodule(name.rpartition(".")[0]))
+        parameters[name].data = tensor.detach().to(parameters[name].device, parameters[name].dtype, copy=True)

@@ -147,6 +147,27 @@ class LoRASBLinear(nn.Module):
                 self.register_buffer(name, factor.detach().to(weight.device, weight.dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """W0 + s·B·R·A, stored as the base's is: some layers (Mamba's) read it, and do not call their projections."""
+        if self.R.dim() > 2:
+            what = "this model's layers read whole weights, of which every row would need another"
+            raise SettingsError(what, fix="Train or use one adapter at a time, without --together")
+        weight = weight_of(self.base)
+        if self.block is not None:
+            update = torch.zeros_like(weight, dtype=self.R.dtype)
+            update[self.block] = self.scaling * self.R
+        else:
+            update = self.scaling * (self.B.to(self.R.dtype) @ self.R @ self.A.to(self.R.dtype))
+        whole = (weight + update).to(weight.dtype)
+        return whole.T if isinstance(self.base, Conv1D) else whole
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's."""
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.route is None or self.route.rows is None:
             return self._forward(x, None)

@@ -94,12 +94,13 @@ class FitSettings:
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
         learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
-            times that in a basis drawn at random. Muon's are for r = 64 on every linear layer: three times as high at
-            a quarter of that rank, a third at four times it; twice as high on a quarter of the layers. Several: a run
-            at each, of which the best on the valid split is kept.
+            times that in a basis drawn at random. These hold for r = 64 on all linear layers; with Muon they are
+            multiplied by 3 at r = 16, divided by 3 at r = 256, and doubled where a quarter of the layers is trained.
+            A tuple trains at each rate and keeps the best on the valid split.
+        head_learning_rate: of a classifier's head. None is the learning rate, or 1e-3 where that is None too.
         schedule: `linear`, `cosine` or `constant_with_warmup`.
         warmup: share of the steps spent warming up.
-        weight_decay: on R; 0 by default.
+        weight_decay: on R, not on a classifier's head; 0 by default.
         max_grad_norm: gradient norm clip.
         scaling: s.
         init: R0: `svd` (S/s, the paper) or `zero` (start as the base model).
@@ -123,6 +124,7 @@ class FitSettings:
     group_by_length: bool = False
     optimizer: Optimizer = "muon"
     learning_rate: float | tuple[float, ...] | None = None
+    head_learning_rate: float | None = None
     schedule: Schedule = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.0
@@ -149,7 +151,7 @@ class FitSettings:
             raise SettingsError(f"warmup is {self.warmup}", fix="Give a share of the steps, 0 or more and below 1")
         if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
             object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
-        for rate in self.rates:
+        for rate in (*self.rates, *([] if self.head_learning_rate is None else [self.head_learning_rate])):
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < _FLOAT32_MAX:
                 raise SettingsError(f"learning_rate is {rate!r}", fix="Give a positive number of float32")
         if self.learning_rate is not None and len(set(self.rates)) < max(1, len(self.rates)):
@@ -174,10 +176,12 @@ class FitSettings:
                 at a rate of 1/√share all together go as far.
         """
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
-        rate = of_text if task_type == "CAUSAL_LM" else 1e-3
+        rate = of_head = of_text if task_type == "CAUSAL_LM" else 1e-3
         if self.optimizer == "muon":
             rate *= (64 / rank) ** math.log(3, 4) / math.sqrt(share)
-        return replace(self, learning_rate=float(f"{3 * rate if directions in DRAWN else rate:.1e}"))
+        rate = float(f"{3 * rate if directions in DRAWN else rate:.1e}")
+        # A head is AdamW's, whatever the basis is.
+        return replace(self, learning_rate=rate, head_learning_rate=self.head_learning_rate or of_head)
 
 
 def types_of(settings: type) -> dict[str, tuple[type, ...]]:

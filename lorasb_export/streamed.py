@@ -41,7 +41,7 @@ def streamed_model(
             module._buffers[name] = buffer.to(device)
         own = {name: sources[id(p)] for name, p in module.named_parameters(recurse=False)}
         if own:
-            _read_when_called(module, own, device)
+            _Reader(module, own, device)
     return network
 
 
@@ -71,19 +71,32 @@ def _fits(source: Any, parameter: torch.Tensor) -> bool:
     return parameter.shape == (source.shape if isinstance(source, torch.Tensor) else source[1].shape)
 
 
-def _read_when_called(module: nn.Module, sources: Mapping[str, Any], device: torch.device) -> None:
-    empty = dict(module._parameters)
+class _Reader:
+    """Reads a module's parameters before it computes, and forgets them afterwards."""
 
-    def read(*_: Any) -> None:
-        for name, source in sources.items():
+    def __init__(self, module: nn.Module, sources: Mapping[str, Any], device: torch.device) -> None:
+        self._sources, self._device, self._empty = sources, device, dict(module._parameters)
+        self.was_called = False
+        module.register_forward_pre_hook(self)
+        module.register_forward_hook(self._forget)
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        self.was_called = True
+        for name, source in self._sources.items():
             value = source if isinstance(source, torch.Tensor) else read_tensor(*source)
-            module._parameters[name] = nn.Parameter(value.to(device, torch.float32), requires_grad=False)
+            module._parameters[name] = nn.Parameter(value.to(self._device, torch.float32), requires_grad=False)
 
-    def forget(*_: Any) -> None:
-        module._parameters.update(empty)
+    def _forget(self, module: nn.Module, *_: Any) -> None:
+        module._parameters.update(self._empty)
 
-    module.register_forward_pre_hook(read)
-    module.register_forward_hook(forget)
+
+def was_read(network: nn.Module) -> bool:
+    """Whether a `streamed_model` that has run has read all its weights.
+
+    Where not, what it returned says nothing: some layers (Mamba's) take the weight of another without calling it.
+    """
+    hooks = (hook for module in network.modules() for hook in module._forward_pre_hooks.values())
+    return all(hook.was_called for hook in hooks if isinstance(hook, _Reader))
 
 
 def _adding(adapter: Adapter, name: str) -> Any:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from lorasb_export import merge
+from lorasb_export.base import BaseModel
 from lorasb_export.factors import ModuleBasis
-from lorasb_export.merging import retained, sums
+from lorasb_export.layer import weight_of
+from lorasb_export.merging import retained, sums, write
 from lorasb_export.merging.retained import Retained
 from lorasb_export.merging.sums import Update, add
+from lorasb_export.settings import BLOCK
+from tests.random_adapter import save_adapter
+from tests.tiny import make_llama
 
 ROWS, COLUMNS, RANK = 768, 515, 16
 
@@ -122,3 +130,24 @@ def test_a_warning_names_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_to_keep_is_all_kept() -> None:
     assert (Retained().cosine, Retained().relative_error) == (1.0, 0.0)
     assert Retained(1.0, 1.0, -1.0).cosine == 0.0  # nothing moved
+
+
+def test_of_a_block_every_row_is_measured_and_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R lies in a few rows of W, of which one piece in eight may hold none."""
+    monkeypatch.setattr(sums, "BLOCK", 4 * 64)
+    monkeypatch.setattr(write, "PIECE", 4 * 64)
+    base = make_llama(tmp_path / "base", dtype=torch.bfloat16, width=64)
+    network = BaseModel.resolve(base).load()
+    modules = [f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("up_proj", "down_proj")]
+    adapter = save_adapter(base, network, tmp_path / "a", modules, rank=16, relative_size=1e-3, directions=BLOCK)
+    foretold = merge(adapter, tmp_path / "m", dry_run=True)["expected_retained"]
+    merge(adapter, tmp_path / "m", report=tmp_path / "kept.json")
+    said = json.loads((tmp_path / "kept.json").read_text())
+    stored = BaseModel.resolve(tmp_path / "m").load()
+    for name in modules:
+        factors, before = adapter.load_basis().modules[name], weight_of(network.get_submodule(name)).double()
+        delta = adapter.scaling * (factors.B.double() @ adapter.R[name].double() @ factors.A.double())
+        kept = weight_of(stored.get_submodule(name)).double() - before
+        cosine = float((kept * delta).sum() / kept.norm() / delta.norm())
+        assert said["modules"][name]["cosine"] == pytest.approx(cosine, abs=1e-3)
+    assert foretold["cosine"] == pytest.approx(said["cosine"], abs=0.05)

@@ -86,17 +86,18 @@ def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Pa
 
 def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
     widths = (32 + 32) + (48 + 32)
+    room = 2 * ((32 + 32) + 2 * (16 + 32) + (48 + 32))  # of both layers, and of k and v, which vLLM packs with q
     adapters = {"a": folder / "a", "b": folder / "b"}
     slots = 3
     assert dry_run(adapters, dtype="float32")["memory"] == {
         "slots": slots,
-        "slots_bytes": slots * 16 * widths * 4,
+        "slots_bytes": slots * 16 * room * 4,
         "host_bytes": (4 + 9) * widths * 4,
         "disk_bytes": (4 + 9) * widths * 4,
     }
-    assert dry_run(adapters)["memory"]["slots_bytes"] == slots * 16 * widths * 2
-    assert dry_run(adapters, extra=["--dtype=float32"])["memory"]["slots_bytes"] == slots * 16 * widths * 4
-    assert dry_run(adapters, extra=["--max-loras", "8"])["memory"]["slots_bytes"] == 8 * 16 * widths * 2
+    assert dry_run(adapters)["memory"]["slots_bytes"] == slots * 16 * room * 2
+    assert dry_run(adapters, extra=["--dtype=float32"])["memory"]["slots_bytes"] == slots * 16 * room * 4
+    assert dry_run(adapters, extra=["--max-loras", "8"])["memory"]["slots_bytes"] == 8 * 16 * room * 2
 
 
 def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,11 +266,55 @@ def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path])
     assert described["memory"] == {
         "slots": 2,
         "slots_bytes": 3 * one,
-        "basis_bytes": 4 * ((32 + 32) + (48 + 32)) * 4,
+        "basis_bytes": 4 * ((32 + 32 + 16 + 16) + (48 + 32)) * 4,  # B of q has rows for k and v
         "bytes_per_adapter": one,
     }
     limited = dry_run(siblings, dtype="float32", mode="shared", extra=["--max-loras=1"])["memory"]
     assert (limited["slots"], limited["slots_bytes"]) == (1, 2 * one)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_on_an_accelerator_every_part_of_a_basis_is_held_alone(
+    siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "vllm")
+    memory = dry_run(siblings, dtype="float32", mode="shared")["memory"]
+    assert memory["basis_bytes"] == 4 * ((32 + 32) + (48 + 32)) * 4
+
+
+@pytest.mark.usefixtures("plugin")
+def test_what_was_served_from_the_start_is_removed_like_other_versions(
+    siblings: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**DEFAULTS, "updates_from": tmp_path, "has_key": True}
+    mode = plan.make_plan(siblings, **options).mode
+    served = tmp_path / "served"
+    served.mkdir()
+    mode.write(served)
+    versions = Path(mode.environment(served)["LORASB_VERSIONS"])
+    flags = mode.flags(served)
+    assert sorted(path.name for path in versions.iterdir()) == sorted(
+        Path(word.partition("=")[2]).name for word in flags if word.startswith(("a=", "second="))
+    )
+    assert [path.name for path in served.iterdir()] == [versions.name]
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [(["--served-model-name", "x", "y", "--seed", "1"], ["x", "y"]), (["--served_model_name=z"], ["z"])],
+)
+def test_a_name_that_is_given_to_the_base_is_its_name(folder: Path, extra: list[str], names: list[str]) -> None:
+    adapters = {"base": folder / "a"}  # as the base's folder is called
+    assert dry_run(adapters, extra=extra)["models"] == [*names, "base"]
+    with pytest.raises(SettingsError, match=f"'{names[0]}' is the name of the base and of an adapter"):
+        dry_run({names[0]: folder / "a"}, extra=extra)
+
+
+def test_a_path_with_a_comma_is_not_read_by_vllm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a,b"))
+    with pytest.raises(SettingsError, match=r"no path with a comma \(.*a,b\)\. Set TMPDIR"):
+        dry_run({"a": folder / "a"})
+    assert dry_run({}, model=str(folder / "base"))["models"] == ["base"]
 
 
 @pytest.mark.usefixtures("plugin")

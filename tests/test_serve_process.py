@@ -249,15 +249,24 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(
         server.stop()
 
 
-def test_another_server_that_started_on_the_port_is_not_taken_for_ours(free_port: int) -> None:
-    """vLLM listens late, so that two may take a port for free."""
+def test_another_server_that_started_on_the_port_is_not_taken_for_ours(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM listens late, so that two may take a port for free. The other may serve the same; it is not told our key."""
     url = f"http://127.0.0.1:{free_port}"
     first = RunningServer([sys.executable, "-c", ENDS_SLOWLY, str(free_port), "the/model"], os.environ, url, echo=False)
-    waits = [sys.executable, "-c", "import time; time.sleep(60)", "another/model"]
+    waits = [sys.executable, "-c", "import time; time.sleep(60)", "the/model"]
     second = RunningServer(waits, os.environ, url, echo=False)
     try:
         first.start()
-        with pytest.raises(OutputError, match="another server, with other models, answers there"):
+        with monkeypatch.context() as patch:
+            patch.setattr(second, "_get", lambda path: b"" if path == "/health" else pytest.fail("asked"))
+            with pytest.raises(OutputError, match="another server answers there"):
+                second.start()
+        second.stop()
+        second = RunningServer([*waits[:-1], "another/model"], os.environ, url, echo=False)
+        monkeypatch.setattr(server_module, "listens", lambda session, port: None)  # where the system does not tell
+        with pytest.raises(OutputError, match="another server answers there"):
             second.start()
     finally:
         second.stop()
@@ -316,6 +325,30 @@ def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.Monk
         with temporary_folder() as ours:
             assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
     assert list(tmp_path.iterdir()) == [starting]
+
+
+def test_a_start_leaves_alone_what_a_link_leads_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in (".lock", "kept"):
+        (mine / name).touch()
+    (tmp_path / "lorasb-link").symlink_to(mine)
+    with temporary_folder():
+        assert sorted(path.name for path in mine.iterdir()) == [".lock", "kept"]
+
+
+def test_a_folder_that_was_taken_away_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a cleaner of /tmp: vLLM ends, and why is to be told."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ServerError, match="why"):
+        _end_without_a_folder()
+
+
+def _end_without_a_folder() -> None:
+    with temporary_folder() as name:
+        shutil.rmtree(name)
+        raise ServerError("why", fix="")
 
 
 def test_what_a_removal_left_that_was_cut_short_goes_at_the_next_start(

@@ -85,7 +85,10 @@ def test_a_list_of_targets_is_one_of_endings() -> None:
 def test_the_learning_rate_fits_the_basis(
     optimizer: str, task_type: str, directions: str, rank: int, share: float, rate: float
 ) -> None:
-    assert FitSettings(optimizer=optimizer).for_task(task_type, directions, rank, share).learning_rate == rate
+    found = FitSettings(optimizer=optimizer).for_task(task_type, directions, rank, share)
+    assert found.learning_rate == rate
+    if task_type == "SEQ_CLS":
+        assert found.head_learning_rate == 1e-3  # it is AdamW's, and knows no rank
 
 
 ONE_STEP = FitSettings(max_steps=1)

@@ -134,11 +134,12 @@ class MergePlan:
             start = info.start + DTYPE_BYTES[info.dtype] * (entries // 2)
             taken = min(_SAMPLE, entries - entries // 2)
             sample = read_tensor(file, TensorInfo(info.dtype, (taken,), start, start + taken * DTYPE_BYTES[info.dtype]))
-            norms = [a.scaling * float(a.R[tensor.module].norm()) for a in self.adapters if tensor.module in a.R]
-            rms = math.hypot(*norms) / math.sqrt(entries)  # of different bases: as if orthogonal
-            guess = retained.expected(sample, rms, TORCH_DTYPES[tensor.dtype])
-            factor = entries / taken
-            found[tensor.module] = retained.Retained(guess.delta * factor, guess.error * factor, guess.cross * factor)
+            parts = [a for a in self.adapters if tensor.module in a.R]
+            norm = math.hypot(*(a.scaling * float(a.R[tensor.module].norm()) for a in parts))  # as if orthogonal
+            if all(a.load_basis().is_blocks for a in parts):
+                entries = max(a.rank for a in parts) ** 2  # those that change
+            guess = retained.expected(sample, norm / math.sqrt(entries), TORCH_DTYPES[tensor.dtype])
+            found[tensor.module] = guess * (entries / taken)
         return retained.summary(found)
 
 

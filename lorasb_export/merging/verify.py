@@ -7,6 +7,8 @@ fit in memory; only where a checkpoint does not allow that (`streamed`), the who
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +19,15 @@ from ..base import BaseModel, default_device
 from ..batches import encode
 from ..data import TaskData, load_task
 from ..errors import ArtifactError, DataError
-from ..streamed import add_updates, streamed_model
+from ..streamed import add_updates, streamed_model, was_read
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+Inputs = Mapping[str, torch.Tensor]  # of a model: (rows, tokens) each
+Logits = tuple[torch.Tensor, torch.Tensor]  # of base + adapters, and of what was merged
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "def add(a, b):\n    return a + b\n",
@@ -53,19 +55,8 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
     adapter = adapters[0]
     batch, rows = _batch(base, adapter)
     merged_base = BaseModel.resolve(merged)
-    unmerged = streamed_model(base, adapter.task_type, num_labels=adapter.num_labels, head=adapter.head)
-    network = streamed_model(merged_base, adapter.task_type)
-    streamed = unmerged is not None and network is not None
-    if unmerged is None or network is None:
-        logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
-        unmerged = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
-        from ..head import load_head  # brings transformers, which the rest of a merge does without
-
-        load_head(unmerged, adapter.head)
-    add_updates(unmerged, adapters)
-    expected = _logits(unmerged, batch)
-    del unmerged
-    found = _logits(network or merged_base.load(adapter.task_type, dtype="float32"), batch)
+    streamed = _streamed(base, merged_base, adapters, batch)
+    expected, found = streamed or _whole(base, merged_base, adapters, batch)
     stored = merged_base.tensors[merged_base.weight_key(next(iter(adapter.R)))][1].dtype
     difference = float((expected - found).abs().max())
     relative = difference / float(expected.abs().max())
@@ -80,12 +71,44 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
         "relative_difference": relative,
         "tolerance": _TOLERANCE[stored],
         "rows": rows,
-        "streamed": streamed,
+        "streamed": streamed is not None,
     }
 
 
-def _batch(base: BaseModel, adapter: Adapter) -> tuple[Mapping[str, torch.Tensor], int]:
-    """What the model is given, (rows, tokens) each, and how many rows are the task's."""
+def _streamed(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs) -> Logits | None:
+    """With the weights on the disk; None of a model that this is not possible with."""
+    first = adapters[0]
+    unmerged = streamed_model(base, first.task_type, num_labels=first.num_labels, head=first.head)
+    network = streamed_model(merged, first.task_type)
+    if unmerged is None or network is None:
+        return None
+    add_updates(unmerged, adapters)
+    logits = None
+    with suppress(RuntimeError):  # of a weight that is not there, which a layer has read itself
+        logits = _logits(unmerged, batch), _logits(network, batch)
+    return logits if was_read(unmerged) and was_read(network) else None
+
+
+def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs) -> Logits:
+    from ..head import load_head  # these bring transformers, which the rest of a merge does without
+    from ..layer import weight_of
+
+    logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
+    first = adapters[0]
+    network = base.load(first.task_type, dtype="float32", num_labels=first.num_labels)
+    load_head(network, first.head)
+    for adapter in adapters:
+        for name, R in adapter.R.items():
+            weight, factors = weight_of(network.get_submodule(name)), adapter.load_basis().modules[name]
+            B, A = factors.B.to(weight), factors.A.to(weight)
+            weight.data.addmm_(B @ R.to(weight), A, alpha=adapter.scaling)
+    expected = _logits(network, batch)
+    del network
+    return expected, _logits(merged.load(first.task_type, dtype="float32"), batch)
+
+
+def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
+    """What the model is given, and how many rows are the task's."""
     tokenizer = base.load_tokenizer()
     task = _task(adapter)
     if task is None:
@@ -109,7 +132,7 @@ def _task(adapter: Adapter) -> TaskData | None:
     return task if task.sha256 == adapter.training.get("data_sha256") else None
 
 
-def _logits(network: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _logits(network: PreTrainedModel, batch: Inputs) -> torch.Tensor:
     """Logits at real tokens: (tokens, vocabulary), or (rows, classes)."""
     inputs = {name: tensor.to(default_device()) for name, tensor in batch.items()}
     with torch.inference_mode():

@@ -148,8 +148,10 @@ def _pieces(
         left, right = update.in_sum_dtype()
         rows, columns = source.shape
         step = max(1, sums.BLOCK // columns) * (PIECE // sums.BLOCK)
-        # In float64 every block is measured: it costs little there, and an overflow of fp16 must not be missed.
-        measure = 1 if update.dtype == torch.float64 else MEASURED
+        # In float64 every piece is measured: it costs little there, and an overflow of fp16 must not be missed. So it
+        # is where R lies in a few rows, which may be those of other pieces.
+        everywhere = update.dtype == torch.float64 or any(a.load_basis().is_blocks for a in plan.adapters)
+        measure = 1 if everywhere else MEASURED
         for row in range(0, rows, step):
             yield partial(job.add, update, left, right, slice(row, min(rows, row + step)), measure)
     elif tensor.dtype == source.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +10,19 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..adapter import Adapter
+from ..base import BaseModel
+from ..basis import Basis
 from ..errors import ArtifactError, OutputError
 from ..exporting.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
+from ..output import cannot_write
 from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
 _VERSIONS = "updates"  # in the temporary folder: what was loaded since the start
+# What vLLM computes as one layer, with room for an adapter of each.
+_PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -60,17 +66,20 @@ class Folded:
         # A value exported for another server would switch the plugin on.
         return {BASIS_VARIABLE: "", FOLDED_VARIABLE: "1"}
 
-    def memory(self, number_bytes: int) -> dict[str, int]:
-        """In vLLM's `slots`, in its copies in host memory, and folded on disk."""
+    def memory(self, number_bytes: int, base: BaseModel) -> dict[str, int]:
+        """In vLLM's `slots` (of each process at most), in its copies in host memory, and folded on disk."""
         if not self.adapters:
             return {"slots": 0, "slots_bytes": 0, "host_bytes": 0, "disk_bytes": 0}
-        widths: dict[str, int] = {}  # module → in + out
-        numbers = 0
-        for adapter in self.adapters.values():
-            for name, shape in adapter.load_basis().shapes.items():
-                widths[name] = sum(shape)
-                numbers += adapter.rank * widths[name]
-        slot = number_bytes * _max_rank(self.adapters) * sum(widths.values())
+        numbers = sum(a.rank * sum(shape) for a in self.adapters.values() for shape in a.load_basis().shapes.values())
+        # A slot has room for every layer of these names, wherever it is, and for all of what vLLM has packed into one.
+        of_adapters = _suffixes(self.adapters)
+        names = of_adapters.union(*(group for group in _PACKED if of_adapters & set(group)))
+        width = sum(
+            sum(info.shape)
+            for key, (_, info) in base.tensors.items()
+            if key.endswith(".weight") and key.split(".")[-2] in names and ".experts." not in key
+        )
+        slot = number_bytes * _max_rank(self.adapters) * width
         return {
             "slots": self.slots,
             "slots_bytes": self.slots * slot,
@@ -115,17 +124,18 @@ class Shared:
         return self.updates_from is not None or self.engines != "1" or held < len(self.adapters)
 
     def write(self, folder: Path) -> None:
-        if self.updates_from is not None:
-            (folder / _VERSIONS).mkdir()
-        for name, path in self._paths(folder).items():
-            source = self.adapters[name].folder
-            assert source is not None
-            if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
-                copy_adapter(source, path)
-                if version_name(name, path) != path.name:
-                    raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
-            else:
-                path.symlink_to(source, target_is_directory=True)
+        with cannot_write(folder, "Set TMPDIR to a larger disk"):
+            if self.updates_from is not None:
+                (folder / _VERSIONS).mkdir()
+            for name, path in self._paths(folder).items():
+                source = self.adapters[name].folder
+                assert source is not None
+                if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
+                    copy_adapter(source, path)
+                    if version_name(name, path) != path.name:
+                        raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
+                else:
+                    path.symlink_to(source, target_is_directory=True)
 
     def flags(self, folder: str | Path) -> list[str]:
         flags = _lora_flags(self.adapters, self.slots, self._paths(Path(folder)))
@@ -138,12 +148,12 @@ class Shared:
             variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS))}
         return variables
 
-    def memory(self, number_bytes: int) -> dict[str, int]:
+    def memory(self, number_bytes: int, base: BaseModel) -> dict[str, int]:
         """B and A; R of one adapter; and the slots, one of which is the base's and stays zero."""
         adapter = next(iter(self.adapters.values()))
         basis = adapter.load_basis()
         one = number_bytes * len(basis.modules) * basis.rank**2
-        factors = 0 if basis.is_blocks else basis.rank * sum(map(sum, basis.shapes.values()))
+        factors = 0 if basis.is_blocks else basis.rank * _basis_width(basis, base)
         return {
             "slots": self.slots,
             "slots_bytes": one * (self.slots + 1),
@@ -152,8 +162,9 @@ class Shared:
         }
 
     def _paths(self, folder: Path) -> dict[str, Path]:
-        """Name → what the server reads."""
-        return {name: folder / version for name, version in self._versions.items()}
+        """Name → what the server reads; where clients replace adapters, among what is removed once it is not used."""
+        parent = folder if self.updates_from is None else folder / _VERSIONS
+        return {name: parent / version for name, version in self._versions.items()}
 
     @cached_property  # asked once: the folders may be replaced
     def _versions(self) -> dict[str, str]:
@@ -161,6 +172,29 @@ class Shared:
 
 
 Mode = Folded | Shared  # how a server holds its adapters
+
+
+def _basis_width(basis: Basis, base: BaseModel) -> int:
+    """For one row of A and one column of B of every module: how many numbers `shared.layers` holds.
+
+    On a CPU the parts of what vLLM has packed into one layer are one B, zero where a part meets another's rows.
+    """
+    width = sum(columns for _, columns in basis.shapes.values())
+    if not runs_on_cpu():
+        return width + sum(rows for rows, _ in basis.shapes.values())
+    layers: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for name in basis.shapes:
+        parent, _, leaf = name.rpartition(".")
+        layers[parent, next((group for group in _PACKED if leaf in group), (leaf,))] += 1
+    for (parent, group), parts in layers.items():
+        keys = (base.tensor_key(f"{parent}.{leaf}.weight") for leaf in group)
+        axis = 1 if base.stores_transposed else 0
+        width += parts * sum(base.tensors[key][1].shape[axis] for key in keys if key is not None)
+    return width
+
+
+def _suffixes(adapters: Mapping[str, Adapter]) -> set[str]:
+    return {name.rpartition(".")[2] for adapter in adapters.values() for name in adapter.R}
 
 
 def _max_rank(adapters: Mapping[str, Adapter]) -> int:
@@ -171,9 +205,8 @@ def _max_rank(adapters: Mapping[str, Adapter]) -> int:
 
 def _lora_flags(adapters: Mapping[str, Adapter], slots: int, paths: Mapping[str, Path]) -> list[str]:
     # Without the list of modules vLLM also sets aside room for an adapter of the embedding, per slot.
-    suffixes = {name.rpartition(".")[2] for adapter in adapters.values() for name in adapter.R}
     return [
         *("--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(_max_rank(adapters))),
-        *("--lora-target-modules", *sorted(suffixes)),
+        *("--lora-target-modules", *sorted(_suffixes(adapters))),
         *("--lora-modules", *(f"{name}={path}" for name, path in paths.items())),
     ]

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+_NAMES = "--served-model-name"
 _SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
@@ -52,6 +54,7 @@ _READ_FLAGS = {
     "--fully-sharded-loras",
     "--max-cpu-loras",
     "--max-loras",
+    _NAMES,
     "--shutdown-timeout",
 }
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
@@ -77,7 +80,7 @@ class ServePlan:
         distribution name, as its CPU build is.
         """
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.base.folder), "--served-model-name", _base_name(self.base)]
+        command += ["--model", str(self.base.folder), _NAMES, _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
         if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
@@ -111,7 +114,7 @@ class ServePlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes the adapters take, in the mode's own terms."""
-        return self.mode.memory(4 if self.is_float32 else 2)
+        return self.mode.memory(4 if self.is_float32 else 2, self.base)
 
     def describe(self) -> dict[str, Any]:
         """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
@@ -119,7 +122,7 @@ class ServePlan:
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
             "environment": self.environment("TEMPORARY"),
-            "models": [_base_name(self.base), *self.names],
+            "models": [*_base_names(self.base, self.extra), *self.names],
             "memory": self.memory(),
         }
 
@@ -168,8 +171,11 @@ def make_plan(
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
         raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}", fix="")
     assert base is not None  # given, or found by the first adapter
-    if _base_name(base) in loaded:
-        raise SettingsError(f"{_base_name(base)!r} is the name of the base and of an adapter", fix="Rename the adapter")
+    if same := next((name for name in _base_names(base, extra) if name in loaded), None):
+        raise SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
+    if loaded and "," in tempfile.gettempdir():
+        fix = "Set TMPDIR to another folder"
+        raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
     chosen = _choose_mode(mode, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_dtype(plan)
@@ -260,6 +266,16 @@ def _penalizes_repetition(base: BaseModel) -> bool:
 def _base_name(base: BaseModel) -> str:
     """Its Hub id, or the name of its folder."""
     return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
+
+
+def _base_names(base: BaseModel, extra: Sequence[str]) -> list[str]:
+    """What the base is served as: of a flag given twice vLLM takes the last."""
+    names = [_base_name(base)]
+    for place, word in enumerate(extra):
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == _NAMES:
+            names = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), extra[place + 1 :]))
+    return names
 
 
 def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:

@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import NoReturn
+from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ..errors import OutputError, ServerError
 from . import guard
+from .listening import listens
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
 _LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
@@ -107,14 +109,31 @@ class RunningServer:
                 raise self._failed()
             time.sleep(0.2)
         self._cause, self._is_up = None, True  # exceptions before it was up did not stop it
-        cards = json.loads(self._get("/v1/models"))["data"]
+        try:
+            self.models = self._models()
+        except OutputError:
+            self._is_up = False  # ours is not
+            raise
+
+    def _models(self) -> list[str]:
+        """The names that are served; OutputError where another server answers, before it is told the key.
+
+        vLLM holds its port for a long time before it listens on it, and so may another.
+        """
+        port = urlsplit(self.url).port
+        assert port is not None
+        another = OutputError("another server answers there", where=self.url, fix="Stop it, or give another --port")
+        if listens(self.pid, port) is False:
+            raise another
         words = set(self._command)
-        # vLLM holds its port for a long time before it listens on it, and so may another.
-        if any(card["root"] not in words and f"{card['id']}={card['root']}" not in words for card in cards):
-            self._is_up = False
-            fix = "Stop it, or give another --port"
-            raise OutputError("another server, with other models, answers there", where=self.url, fix=fix)
-        self.models = [card["id"] for card in cards]
+        try:
+            cards = json.loads(self._get("/v1/models"))["data"]
+            is_ours = all(card["root"] in words or f"{card['id']}={card['root']}" in words for card in cards)
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):
+            raise another from None
+        if not is_ours:
+            raise another
+        return [card["id"] for card in cards]
 
     def wait(self) -> NoReturn:
         """Wait until the server ends by itself, and raise ServerError: nobody has stopped it, so it failed.
@@ -162,7 +181,7 @@ class RunningServer:
         return True
 
     def _get(self, path: str) -> bytes:
-        # /health is asked for before it is known who listens there, and needs no key.
+        # /health, which needs no key, is asked for before it is known who listens there.
         key = "" if path == "/health" else self._variables.get("VLLM_API_KEY", "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         opener = build_opener(ProxyHandler({}))  # the server is on this machine, whatever http_proxy says

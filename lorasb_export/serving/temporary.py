@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,9 +23,8 @@ def temporary_folder() -> Iterator[str]:
         folder = Path(name)
         # Both are closed before the folder goes: NFS keeps what is open.
         with _locked(folder), (folder / f"{_LOCK}.new").open("wb") as file:
-            with suppress(
-                OSError
-            ):  # on a disk without locks the file keeps its first name, and no later start removes this
+            # On a disk without locks the file keeps its first name, and no later start removes this.
+            with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / f"{_LOCK}.new").rename(folder / _LOCK)
             try:
@@ -35,12 +35,13 @@ def temporary_folder() -> Iterator[str]:
 
 def _empty(folder: Path) -> None:
     """Remove all but the lock, by which the next start finds what is left when this is cut short."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _LOCK:
-            with suppress(OSError):
-                path.unlink()
+    with suppress(OSError):  # a cleaner of /tmp has taken it
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                with suppress(OSError):
+                    path.unlink()
 
 
 @contextmanager
@@ -57,7 +58,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_what_was_killed() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_LOCK}"):
-        with suppress(OSError):  # its server runs, or it is another user's
+        with suppress(OSError):  # its server runs
+            found = path.parent.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():  # another's, or a link into anything
+                continue
             with path.open("r+b") as file:  # to write, which a lock needs over NFS
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _empty(path.parent)

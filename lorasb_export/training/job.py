@@ -15,7 +15,7 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base import AnyBase, BaseModel
+from ..base import AnyBase, BaseModel, default_device
 from ..basis import Basis
 from ..calibration.capture import overview
 from ..data import TaskData
@@ -87,6 +87,7 @@ class Job:
                 # Before the network is loaded, as it takes a base of its own: two at once might not fit.
                 basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
             network = self._network or self._load()
+            network.to(default_device())  # type: ignore[arg-type]  # as the Trainer would, when a Stack lies elsewhere
             require_positions(network, self.settings.max_length)
             if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
                 raise SettingsError(

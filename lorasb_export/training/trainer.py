@@ -129,7 +129,8 @@ class RTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
-        self._rates = {group["task"]: group["lr"] for group in self.optimizer.param_groups}  # type: ignore[union-attr]
+        groups = self.optimizer.param_groups  # type: ignore[union-attr]
+        self._rates = {group["task"]: group["lr"] for group in groups if group["orthogonal"]}
         losses = torch.zeros(len(self.runs), device=self.args.device)
         for number, batch in enumerate(inputs["batches"], 1):
             batch = self._prepare_inputs(batch)
@@ -143,7 +144,9 @@ class RTrainer(Trainer):
                 self.accelerator.backward(weighted.sum())
             losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
         if self.stack:
-            gradients = torch.stack([layer.grad for layer in self.stack.layers], dim=1)  # type: ignore[misc]
+            # A layer that the loss does not reach has none.
+            grads = (torch.zeros_like(layer) if layer.grad is None else layer.grad for layer in self.stack.layers)
+            gradients = torch.stack(list(grads), dim=1)
             for k, (parameter,) in enumerate(self._parameters):  # without a gradient a task is left alone
                 parameter.grad = gradients[k] if k in inputs["to_means"] else None
         for k, factor in inputs["to_means"].items():
@@ -163,13 +166,14 @@ class RTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """For each task a group of R, and another of a classifier's head, which AdamW trains in any case."""
         args, heads = self.args, {id(p) for run in self.runs for p in run.adapter.head.values()}
+        rate, decay = args.learning_rate, args.weight_decay
+        of_head = {"lr": self.settings.head_learning_rate or rate, "weight_decay": 0.0}
         groups = [
-            {"params": part, "task": k, "orthogonal": orthogonal}
+            {"params": part, "task": k, "orthogonal": orthogonal, **({} if orthogonal else of_head)}
             for k, parameters in enumerate(self._parameters)
             for orthogonal in (True, False)
             if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
         ]
-        rate, decay = args.learning_rate, args.weight_decay
         if self.settings.optimizer == "muon":
             self.optimizer = Muon(groups, lr=rate, weight_decay=decay)
         else:

@@ -104,7 +104,7 @@ def run(
         if distributed.is_main():
             refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
             basis.save(target, overwrite=overwrite)
-        distributed.wait()
+        distributed.barrier()
     distributed.stop()
     result: dict[str, Any] = {
         "basis": str(target),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.choices import ExportFormat
+from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
 
 from .verb import Run, human_bytes
 
@@ -31,7 +31,7 @@ def run(
     into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16", "int8", "int4"] | None,
+        Precision | None,
         typer.Option(help="Precision of an ONNX graph.  [default: fp32]"),
     ] = None,
     routed: Annotated[
@@ -43,7 +43,9 @@ def run(
         str | None,
         typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
     ] = None,
-    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric an ONNX graph may lose there.")] = 2.0,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric an ONNX graph may lose there.")] = (
+        MAX_DROP
+    ),
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""

@@ -155,7 +155,7 @@ def run(
     try:
         run.result({"adapters": adapters}, "\n".join(lines), failed)
     finally:
-        distributed.wait()  # for the first process to print: torchrun ends it when another one exits with an error
+        distributed.barrier()  # for the first process to print: torchrun ends it when another one exits with an error
         distributed.stop()
 
 

@@ -48,7 +48,7 @@ def run(
 
 def _answers(run: Run, name: str) -> bool:
     """Whether an adapter of the project generates; of one that does not it is said."""
-    from lorasb_export.base import CAUSAL_LM
+    from lorasb_export.choices import CAUSAL_LM
     from lorasb_export.format import read_adapter_config
 
     if read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM:

@@ -46,7 +46,7 @@ from lorasb_cli.main import main
 from lorasb_export import distributed
 
 distributed.start()
-assert distributed.world() == 2
+assert distributed.world_size() == 2
 torch.save([sums_of(Path.cwd(), rows) for rows in (13, 1)], f"sums-{distributed.rank()}.pt")
 sys.argv = ["lorasb", "calibrate", "--json"]
 main()
@@ -78,7 +78,7 @@ fit("llama", "basis", "data", "a", settings, resume=True)
 assert Adapter.load("a").training["steps"] == 4
 if not distributed.is_main():
     os.mkdir("elsewhere")
-distributed.wait()
+distributed.barrier()
 distributed._SEEN_WITHIN = 0
 try:
     fit("llama", "basis", "data", "b" if distributed.is_main() else "elsewhere/b", settings)

@@ -20,9 +20,9 @@ from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Re
 from integration.evidence.models import base_of
 from integration.evidence.scores import some
 from integration.evidence.training import basis_of, gradient
-from lorasb_export.batches import encode
 from lorasb_export.calibration.subspace import CaptureRatios
 from lorasb_export.data import load_task
+from lorasb_export.encoding import encode
 from lorasb_export.settings import CalibrationSettings
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")

@@ -174,11 +174,11 @@ def test_verification_tells_one_task_from_another(world: Path, tasks_onnx: Path)
     found = verify_folder(tasks_onnx, BaseModel.resolve(world / "base"), {"blue": Adapter.load(world / "red")})["blue"]
     assert found["equal_prompts"] < found["prompts"]
     lossy = found | {"equal_tokens": 1}
-    assert require_equal(lossy, "int4", tasks_onnx) == lossy  # a quantized graph may differ: reported, not refused
+    assert require_equal(lossy, "int4", tasks_onnx, 2.0) == lossy  # a quantized graph may differ: reported, not refused
     with pytest.raises(ArtifactError, match="leave torch's"):
-        require_equal(lossy, "fp32", tasks_onnx)
+        require_equal(lossy, "fp32", tasks_onnx, 2.0)
     with pytest.raises(ArtifactError, match="int4 graph agrees with torch in even its first token"):
-        require_equal(found | {"equal_tokens": 0}, "int4", tasks_onnx)
+        require_equal(found | {"equal_tokens": 0}, "int4", tasks_onnx, 2.0)
 
 
 def test_prompts_that_do_not_fit_into_the_context_of_128(
@@ -292,7 +292,7 @@ def test_a_lossy_graph_is_refused_with_its_figure(world: Path, tmp_path: Path, s
     lossy = {"prompts": 4, "equal_prompts": 1, "gap": 1.0, "metric": "exact_match", "rows": 50}
     lossy |= {"torch": 0.92, "onnx": 0.88, "drop": 4.0}
     with pytest.raises(ArtifactError, match=r"int4 loses 4.0 points of exact_match on 50 held-out rows \(92"):
-        require_equal(lossy, "int4", tmp_path)
+        require_equal(lossy, "int4", tmp_path, 2.0)
     assert require_equal(lossy, "int4", tmp_path, 5.0) == lossy
 
 

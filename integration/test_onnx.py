@@ -12,7 +12,7 @@ import torch
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.batches import prompt_ids
+from lorasb_export.encoding import prompt_ids
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_run import OnnxDecoder

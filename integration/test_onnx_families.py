@@ -15,9 +15,10 @@ pytest.importorskip("onnxruntime_genai")
 import transformers as t
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import prompt_ids
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.encoding import prompt_ids
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError
 from lorasb_export.evaluation import evaluate
 from lorasb_export.exporting import onnx_verify
@@ -280,8 +281,8 @@ def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
 def test_a_classifier_that_never_agrees_is_refused(tmp_path: Path) -> None:
     for found in ({"equal_prompts": 0, "gap": 3.0}, {"gap": float("nan")}):
         with pytest.raises(ArtifactError, match="no answer of the int4 graph is torch's"):
-            require_equal({"prompts": 4, **found}, "int4", tmp_path)
+            require_equal({"prompts": 4, **found}, "int4", tmp_path, 2.0)
     numbers = {"prompts": 4, "gap": 0.2}
-    assert require_equal(numbers, "int4", tmp_path) == numbers
+    assert require_equal(numbers, "int4", tmp_path, 2.0) == numbers
     with pytest.raises(ArtifactError, match=r"the logits differ by 0\.2"):
-        require_equal(numbers, "fp32", tmp_path)
+        require_equal(numbers, "fp32", tmp_path, 2.0)

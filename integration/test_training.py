@@ -43,8 +43,8 @@ from lorasb_export.training.muon import Muon, groups_of
 distributed.start()
 model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()
 adapter = Adapter.attach(model, Basis.load("basis"))
-if distributed.world() > 1:
-    mesh = init_device_mesh("cpu", (distributed.world(),))
+if distributed.world_size() > 1:
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if sys.argv[2] == "mixed" else MixedPrecisionPolicy()
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -55,7 +55,7 @@ else:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 for step in range(3):
     ids = torch.randint(3, 98, (4, 12), generator=torch.Generator().manual_seed(step))
-    mine = ids[distributed.rank() :: distributed.world()]
+    mine = ids[distributed.rank() :: distributed.world_size()]
     model(mine, labels=mine, use_cache=False).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -17,17 +17,19 @@ import torch
 from safetensors.torch import save as serialize
 
 from . import basis_source, distributed
-from .base import CAUSAL_LM, SEQ_CLS, BaseRef
+from .atomic import atomic_folder
+from .base import BaseRef
 from .basis import Basis
+from .cards import card
+from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
 from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
-from .output import atomic_folder, expanded
+from .output import expanded
 from .provenance import versions
-from .publishing import card
 from .storage import read_header, read_json, write_json
 from .tensors import head_shapes, load_tensors
 
@@ -69,7 +71,7 @@ class Adapter:
         return f"<Adapter {self.name}: {of}, basis {self.basis_sha256[:12]}>"
 
     @classmethod
-    def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
+    def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: Init = "svd") -> Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
 
         All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
@@ -85,6 +87,8 @@ class Adapter:
 
         Raises:
             ArtifactError: the model lacks a module of the basis, or its shape differs.
+            BaseModelError: it carries PEFT layers, or a module is neither Linear nor Conv1D.
+            SettingsError: `init` is another word.
         """
         from .head import train_head  # only now: these bring transformers
         from .inject import inject
@@ -101,8 +105,9 @@ class Adapter:
         return adapter
 
     @classmethod
-    def start(cls, basis: Basis, *, scaling: float = 1.0, init: str = "svd") -> Adapter:
+    def start(cls, basis: Basis, *, scaling: float = 1.0, init: Init = "svd") -> Adapter:
         """A fresh adapter that is on no model yet; arguments as for `attach`."""
+        require_choice("init", init, Init)
         R0 = {
             name: torch.diag(module.S.float() / scaling if init == "svd" else torch.zeros_like(module.S))
             for name, module in basis.modules.items()

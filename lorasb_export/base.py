@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import checkpoint_tensors
-from .choices import Dtype, require_choice
+from .choices import CAUSAL_LM, SEQ_CLS, Dtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up, tokenizer_of
@@ -26,9 +26,6 @@ from .supported import check_supported
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CAUSAL_LM = "CAUSAL_LM"
-SEQ_CLS = "SEQ_CLS"
 
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
@@ -100,7 +97,7 @@ class BaseModel:
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
         """See `checkpoint.checkpoint_tensors`."""
-        return checkpoint_tensors(self.folder, f"AutoModel{'ForCausalLM' if self.generates else ''}")
+        return checkpoint_tensors(self.folder)
 
     @property
     def merged_from(self) -> Mapping[str, Any] | None:
@@ -213,13 +210,16 @@ class BaseModel:
         """The frozen transformers model in evaluation mode.
 
         Args:
+            task_type: CAUSAL_LM or SEQ_CLS.
             dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`.
+            device: where it goes; by default the accelerator torch sees, else the CPU.
             num_labels: outputs of the classification head (SEQ_CLS); where the checkpoint has none, or one of another
                 size, it is drawn with `seed`; the global RNG is untouched.
 
         Raises:
             BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
                 raises on files that contradict each other.
+            SettingsError: `dtype` is another word.
         """
         import torch
 

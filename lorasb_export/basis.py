@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
+from .atomic import atomic_folder
 from .base import BaseRef
+from .cards import card
 from .errors import ArtifactError
 from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
@@ -27,9 +29,8 @@ from .format import (
     read_basis_config,
     sealed,
 )
-from .output import atomic_folder, expanded
+from .output import expanded
 from .provenance import versions
-from .publishing import card
 from .settings import GRADIENT
 from .storage import read_json, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
@@ -90,7 +91,7 @@ class Basis:
 
     @property
     def directions(self) -> str:
-        """What B and A span: GRADIENT, also where an older basis does not say, or one of DRAWN."""
+        """What B and A span: GRADIENT, or one of DRAWN."""
         directions: str = self.calibration.get("directions", GRADIENT)
         return directions
 
@@ -181,7 +182,7 @@ class Basis:
         return cls._recorded(config, shapes, modules, where)
 
     @classmethod
-    def load(cls, source: str | Path, *, device: str | torch.device = "cpu") -> Basis:
+    def load(cls, source: str | Path) -> Basis:
         """Load and validate a basis folder, or one on the Hub (`owner/name` or `owner/name@revision`).
 
         Raises:
@@ -191,7 +192,7 @@ class Basis:
         folder, where = resolve_folder(source, BASIS_FILES)
         config, shapes = read_basis_config(folder)
         path, rank = folder / "basis.safetensors", config["rank"]
-        tensors = load_tensors(path, basis_tensors(shapes, rank, path), config["sha256"], device)
+        tensors = load_tensors(path, basis_tensors(shapes, rank, path), config["sha256"])
         modules: dict[str, Factors] = {}
         for name, shape in shapes.items():
             block = tensors.get(f"{name}.block")

@@ -8,11 +8,8 @@ from .errors import BaseModelError
 from .storage import FLOATS, TensorInfo, read_header, read_json
 
 
-def checkpoint_tensors(folder: Path, model_class: str) -> dict[str, tuple[Path, TensorInfo]]:
+def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Checkpoint tensor name → (file, header entry), in file order; no weights are read.
-
-    Args:
-        model_class: of transformers, which loads such a checkpoint: for the advice where it is no safetensors one.
 
     Raises:
         BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
@@ -24,8 +21,7 @@ def checkpoint_tensors(folder: Path, model_class: str) -> dict[str, tuple[Path, 
         raise BaseModelError(
             "no model.safetensors, nor an index of its parts, in the base model's folder",
             where=folder,
-            fix=f"Convert it once: {model_class}.from_pretrained(folder).save_pretrained(new_folder), "
-            "and copy the tokenizer's files there",
+            fix="Load it once with transformers, save_pretrained(new_folder), and copy the tokenizer's files there",
         )
     found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
     if weight_map is not None and set(found) != set(weight_map):

@@ -6,6 +6,10 @@ from typing import Any, Literal, get_args
 
 from .errors import SettingsError
 
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+CAUSAL_LM = "CAUSAL_LM"
+SEQ_CLS = "SEQ_CLS"
+
 Directions = Literal["gradient", "random", "block"]
 Reduction = Literal["sign", "raw"]
 LossMean = Literal["sample", "token"]
@@ -18,7 +22,10 @@ Keep = Literal["best", "last"]
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Split = Literal["train", "valid", "test"]
 ExportFormat = Literal["peft", "onnx", "onnx-adapters"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 ServingMode = Literal["shared", "folded", "auto"]
+
+MAX_DROP = 2.0  # points of a metric that an ONNX graph may lose, unless told otherwise
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:

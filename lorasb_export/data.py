@@ -14,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from .base import CAUSAL_LM, SEQ_CLS
-from .choices import Split
+from .choices import CAUSAL_LM, SEQ_CLS, Split
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
 from .output import expanded

@@ -42,7 +42,7 @@ def stop() -> None:
         _hosts = None
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -55,27 +55,27 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
-    """Until every process is here."""
-    if world() > 1:
+def barrier() -> None:
+    """Block until every process has called this."""
+    if world_size() > 1:
         dist.barrier(_hosts)
 
 
-def anywhere(mine: bool) -> bool:
-    """Whether `mine` is true on any process. No GPU is waited for."""
-    if world() == 1:
+def any_process(mine: bool) -> bool:
+    """Whether `mine` is true on any process. It uses gloo, so no GPU is synchronized."""
+    if world_size() == 1:
         return mine
     found = torch.tensor(int(mine))
     dist.all_reduce(found, dist.ReduceOp.MAX, group=_hosts)
     return bool(found)
 
 
-def decided(decide: Callable[[], T]) -> T:
+def on_main(decide: Callable[[], T]) -> T:
     """What the first process finds or does, or the error that it meets, on every process.
 
     Each by its own look at the disk might see something else, and then wait for what the others never do.
     """
-    if world() == 1:
+    if world_size() == 1:
         return decide()
     told: list[Any] = [None, None]
     if is_main():
@@ -92,7 +92,7 @@ def decided(decide: Callable[[], T]) -> T:
 
 def require_same_disk(folder: Path) -> None:
     """Raise SettingsError unless every process sees in `folder` what the first one writes there."""
-    if world() == 1:
+    if world_size() == 1:
         return
 
     def write() -> str:
@@ -100,24 +100,24 @@ def require_same_disk(folder: Path) -> None:
         (folder / name).touch()
         return name
 
-    path, end = folder / decided(write), time.monotonic() + _SEEN_WITHIN
+    path, end = folder / on_main(write), time.monotonic() + _SEEN_WITHIN
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.5)
-    blind = gather([] if path.exists() else [str(rank())])
+    blind = all_gather([] if path.exists() else [str(rank())])
     if is_main():
         path.unlink()
     if blind:
         raise SettingsError(
-            f"of the {world()} processes number {', '.join(blind)} does not see what number 0 writes",
+            f"of the {world_size()} processes number {', '.join(blind)} does not see what number 0 writes",
             where=folder,
             fix="Put the project on a disk that all nodes share",
         )
 
 
-def gather(mine: list[Any]) -> list[Any]:
+def all_gather(mine: list[Any]) -> list[Any]:
     """The lists of all processes, one after another, on every process."""
-    if world() == 1:
+    if world_size() == 1:
         return mine
-    parts: list[list[Any]] = [[]] * world()
+    parts: list[list[Any]] = [[]] * world_size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]

@@ -11,21 +11,24 @@ import torch
 from tqdm import tqdm
 
 from .adapter import Adapter
+from .answer_end import end_ids
+from .atomic import atomic_file
 from .bars import no_bar
-from .base import CAUSAL_LM, AnyBase
-from .batches import Encoded, collate, encode, row_losses
+from .base import AnyBase
+from .batches import collate, row_losses
+from .cards import card
+from .choices import CAUSAL_LM
 from .data import TaskData, load_held_out
+from .encoding import Encoded, encode
 from .errors import ArtifactError, DataError, SettingsError
 from .format import sealed
 from .head import head_parameters
-from .inference import answers, end_ids, expected_answers, max_answer_tokens
+from .inference import answers, expected_answers, max_answer_tokens
 from .inject import remove
 from .lock import only_writer
 from .metrics import exact_match, of_predictions
 from .names import name_of
 from .network import evaluating, require_dtype, require_outputs
-from .output import replaced_file
-from .publishing import card
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .storage import read_json, write_json
@@ -175,7 +178,7 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     assert folder is not None
     path = folder / "adapter_config.json"
     with only_writer(path, wait=True):  # another evaluation of it may end at this moment
-        with replaced_file(path) as temporary:
+        with atomic_file(path) as temporary:
             config = read_json(path)
             if config["sha256"] != adapter.sha256:
                 what = "the adapter was replaced while it was scored"

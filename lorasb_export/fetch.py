@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, LoraSBError
-from .hub_calls import hub_errors, patiently
+from .hub_calls import hub_errors, with_retries
 from .output import expanded
 from .storage import sha256_file
 
@@ -92,7 +92,7 @@ def snapshot(
         raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
     name, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
-        folder = patiently(
+        folder = with_retries(
             lambda: snapshot_download(
                 name, revision=revision or tagged, allow_patterns=list(patterns), ignore_patterns=list(but)
             )
@@ -120,7 +120,7 @@ def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
 
     where = f"{name}@{commit}"
     with hub_errors(where, ArtifactError):
-        patiently(lambda: hf_hub_download(name, file, revision=commit, force_download=True))
+        with_retries(lambda: hf_hub_download(name, file, revision=commit, force_download=True))
     if not _is_intact(folder / file):
         fix = "Try again later; if it stays so, ask the owner to upload it again"
         raise ArtifactError(f"{file} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
+from .choices import TaskType
 from .errors import ArtifactError
 from .kind import PEFT_TYPE
 from .storage import read_header, read_json
@@ -160,6 +161,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         what = f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}"
         raise ArtifactError(what, where=where, fix="Not a LoRA-SB adapter")
     check_config(config, ADAPTER_KEYS, where)
+    if config["task_type"] not in get_args(TaskType):
+        what = f"task_type is {config['task_type']!r:.40}"
+        raise ArtifactError(what, where=where, fix=f"It can be {' or '.join(get_args(TaskType))}; {AGAIN}")
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
     check_training(config["training"], where)
     return config

@@ -30,13 +30,13 @@ _ANSWERS = {
 T = TypeVar("T")
 
 
-def patiently(call: Callable[[], T]) -> T:
+def with_retries(call: Callable[[], T]) -> T:
     """The result of `call`; tried again while the Hub is failing or asks to wait, at most `len(_WAITS)` times."""
     for wait in _WAITS:
         try:
             return call()
         except Exception as error:
-            pause = will_pass(error)
+            pause = retry_after(error)
             if pause is None:
                 raise
             rest(pause or wait)
@@ -50,7 +50,7 @@ def rest(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def will_pass(error: BaseException) -> float | None:
+def retry_after(error: BaseException) -> float | None:
     """Seconds to wait before trying again (0: the Hub does not say), or None: trying again would not help soon."""
     import httpx2
 

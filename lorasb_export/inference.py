@@ -4,53 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from .adapter import Adapter, load_basis_once
+from .answer_end import before_end, end_ids
 from .bars import no_bar
-from .base import CAUSAL_LM, BaseModel
+from .base import BaseModel
 from .basis import Basis
-from .batches import answer_ids, prompt_ids
+from .choices import CAUSAL_LM
+from .encoding import answer_ids, prompt_ids
 from .errors import ArtifactError, DataError, SettingsError
 from .inject import refuse_rows
 from .network import evaluating, positions
 from .rows import Prompt, Row, question_and_answer
-from .storage import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None) -> set[int]:
-    """The tokens that end an answer, as vLLM has it: the tokenizer's end of sequence, and those that are `named`.
-
-    Args:
-        named: `eos_token_id` of the model's generation_config.json; of its config.json where there is none.
-    """
-    others = [named] if named is None or isinstance(named, int) else named
-    return {token for token in (tokenizer.eos_token_id, *others) if token is not None}
-
-
-def name_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add to `eos_token_id` in a model folder's generation_config.json what else ends our answers.
-
-    transformers' `generate` and transformers.js stop at nothing else; we and vLLM at the tokenizer's own as well.
-    """
-    path = folder / "generation_config.json"
-    if path.is_file():
-        config = read_json(path)
-    else:
-        named_by = read_json(folder / "config.json")
-        config = {key: named_by[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in named_by}
-    named = config.get("eos_token_id")
-    ends = [named] if isinstance(named, int) else named or []
-    if missing := end_ids(tokenizer, named).difference(ends):
-        write_json(path, config | {"eos_token_id": [*ends, *missing]})
 
 
 def generate_ids(
@@ -84,11 +56,6 @@ def generate_ids(
     return [answers[i] for i in range(len(prompts))]
 
 
-def before_end(answer: Sequence[int], ends: Collection[int]) -> list[int]:
-    """The tokens before the first of `ends`."""
-    return list(takewhile(lambda token: token not in ends, answer))
-
-
 @contextmanager
 def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """What is passed to `generate` only adds to the network's own; so it is put in place of it."""
@@ -99,7 +66,7 @@ def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> It
         network.generation_config = own
 
 
-def question_ids(
+def checked_prompt_ids(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -151,11 +118,11 @@ def answers(
         SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all.
     """
     refuse_rows(network)
-    questions = question_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
-    return answers_to_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
+    questions = checked_prompt_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
+    return answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
 
 
-def answers_to_ids(
+def answers_of_ids(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Sequence[int]],
@@ -163,7 +130,7 @@ def answers_to_ids(
     max_tokens: int,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to what `question_ids` gave."""
+    """Greedy answers to what `checked_prompt_ids` gave."""
     if not questions:  # of which batch_decode makes one empty answer
         return []
     ids = generate_ids(

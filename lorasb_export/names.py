@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
 
 
-def check_name(name: str, use: str = "be served as a name") -> str | None:
+def name_problem(name: str, use: str = "be served as a name") -> str | None:
     """What is wrong with `name`, or None. No name can leave a folder it is joined to.
 
     Args:
@@ -28,11 +28,11 @@ def check_name(name: str, use: str = "be served as a name") -> str | None:
     return f"{name!r} cannot {use}: letters, digits, '.', '_' and '-', at most 96, no '..'"
 
 
-def check_served_name(name: str) -> str | None:
+def served_name_problem(name: str) -> str | None:
     """What is wrong with `name` as that of an adapter in vLLM, or None. A task or a folder may be called so."""
     if name in PARTS_OF_CHATS:
         return f"{name!r} cannot be served as a name: vLLM would answer chats with the base by it"
-    return check_name(name)
+    return name_problem(name)
 
 
 def name_of(source: Path | str) -> str:
@@ -66,7 +66,7 @@ def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsE
     """The error that no adapter is called `name`, with the nearest that there is, or all."""
     if name in tasks:
         return SettingsError(f"task {name} has no adapter yet", where=adapters_dir, fix=f"Run: lorasb fit {name}")
-    present = [name for name in adapters_in(adapters_dir) if not check_name(name)]
+    present = [name for name in adapters_in(adapters_dir) if not name_problem(name)]
     what, path = f"no adapter {name!r}", f"./{name} for a folder elsewhere"
     if not present:
         fix = f"Run lorasb fit in the project's folder, or write {path}"
@@ -94,7 +94,7 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
             if "/" not in word and source == adapters_dir / word:
                 _refuse_links_out(adapters_dir / word, adapters_dir)
             name = given[0] if given else name_of(source)
-            if problem := check_name(name):
+            if problem := name_problem(name):
                 raise SettingsError(problem, fix=f"Write NAME={word}")
             if name in found:
                 raise SettingsError(f"{name!r} is given twice", fix=f"Write OTHER_NAME={word}")

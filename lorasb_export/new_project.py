@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from .atomic import atomic_file
 from .errors import DataError, OutputError
-from .output import cannot_write, expanded, replaced_file
+from .output import cannot_write, expanded
 from .project import FILE_NAME, refuse_bad_names
 from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
@@ -67,7 +68,7 @@ def write_project(
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
     )
-    with cannot_write(path), replaced_file(path) as temporary:
+    with cannot_write(path), atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .fetch import may_be_dataset, parse_hub_id
-from .names import adapters_in, check_name, find_adapter
+from .names import adapters_in, find_adapter, name_problem
 from .output import expanded
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 
@@ -234,7 +234,7 @@ class Project:
 
 def refuse_bad_names(names: Iterable[str]) -> None:
     """Raise SettingsError for a task name that is not fit for a folder and a served model."""
-    problems = [problem for problem in map(check_name, names) if problem]
+    problems = [problem for problem in map(name_problem, names) if problem]
     if problems:
         raise SettingsError("; ".join(problems), where="tasks", fix="Rename the task")
 
@@ -265,7 +265,7 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     if not isinstance(tasks, dict):
         return [*found, "[tasks] must be a table"]
     for name, table in tasks.items():
-        found += [problem for problem in [check_name(name)] if problem]
+        found += [problem for problem in [name_problem(name)] if problem]
         wrong = _check_table(
             f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,), "weight": (int, float)}
         )

@@ -64,7 +64,7 @@ def load_or_make(
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
     folder = project.path(project.basis_path)
-    basis = made_once(folder, make)
+    basis = calibrated_once(folder, make)
     if differing := basis.differences(project.calibration):
         raise SettingsError(
             f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
@@ -74,7 +74,7 @@ def load_or_make(
     return basis
 
 
-def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
+def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:
     """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
 
     Another run that is making it is waited for.
@@ -86,12 +86,12 @@ def made_once(folder: Path, make: Callable[[], Basis]) -> Basis:
                 lock.enter_context(only_writer(folder, wait=True))
             return not is_free(folder)
 
-        if not distributed.decided(is_there):
+        if not distributed.on_main(is_there):
             distributed.require_same_disk(folder.parent)
             basis = make()
             if distributed.is_main():
                 basis.save(folder)
-            distributed.wait()
+            distributed.barrier()
     return Basis.load(folder)
 
 

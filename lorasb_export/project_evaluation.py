@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, load_basis_once
-from .base import CAUSAL_LM, BaseModel, BaseRef
+from .base import BaseModel, BaseRef
+from .choices import CAUSAL_LM
 from .data import load_held_out, load_task
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score

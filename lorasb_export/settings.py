@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from .choices import (
+    CAUSAL_LM,
     Directions,
     Dtype,
     Init,
@@ -176,11 +177,11 @@ class FitSettings:
                 at a rate of 1/√share all together go as far.
         """
         of_text = 3e-3 if self.optimizer == "muon" else 6e-3
-        rate = of_head = of_text if task_type == "CAUSAL_LM" else 1e-3
+        of_head = None if task_type == CAUSAL_LM else 1e-3  # it is AdamW's, whatever the basis is
+        rate = of_head or of_text
         if self.optimizer == "muon":
             rate *= (64 / rank) ** math.log(3, 4) / math.sqrt(share)
         rate = float(f"{3 * rate if directions in DRAWN else rate:.1e}")
-        # A head is AdamW's, whatever the basis is.
         return replace(self, learning_rate=rate, head_learning_rate=self.head_learning_rate or of_head)
 
 

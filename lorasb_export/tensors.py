@@ -32,9 +32,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def load_tensors(
-    path: Path, expected: Mapping[str, list[int]], digest: str, device: str | torch.device = "cpu"
-) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) -> dict[str, torch.Tensor]:
     """Tensors of exactly the `expected` names and shapes, finite; refused from the header where possible.
 
     Args:
@@ -42,7 +40,7 @@ def load_tensors(
     """
     check_tensors(path, expected, digest)
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path, device=str(device))
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except SafetensorError as error:
         raise ArtifactError(f"unreadable safetensors file: {error}", where=path, fix="Fetch it again") from None
     for name, tensor in tensors.items():

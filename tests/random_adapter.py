@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasb_export.adapter import Adapter, Basis
-from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.base import BaseModel
 from lorasb_export.calibration.random_basis import random_factors
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.head import head_parameters
 from lorasb_export.layer import weight_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from lorasb_export.base import SEQ_CLS
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.serving import launcher, plan, shared
 from lorasb_export.serving.launcher import api_key
 from tests.random_adapter import save_adapter, save_base

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.adapter import check_same_basis
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError, BaseModelError, MissingPackageError, OutputError, ServerError
 from lorasb_export.format import sealed
 from lorasb_export.kind import artifact_kind

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModel, BertForMaskedLM
 
 from lorasb_export import calibrate
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import encode
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
+from lorasb_export.encoding import encode
 from lorasb_export.errors import BaseModelError
 from tests.rows import GOOD
 from tests.tiny import make_bert, make_llama

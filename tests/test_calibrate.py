@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from lorasb_export import fit
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.capture import capture, overview, recorded
 from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, rounded
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import TaskData, load_task, load_tasks
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.inspection import inspect_folder

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from lorasb_export.cards import card
+from lorasb_export.cards.readme import BEGIN, END, front_matter, merge, update
+from lorasb_export.cards.sections import Facts
 from lorasb_export.errors import ArtifactError, OutputError
 from lorasb_export.fetch import is_hub_id
-from lorasb_export.publishing import card, licence
-from lorasb_export.publishing.card_sections import Facts
-from lorasb_export.publishing.readme import BEGIN, END, front_matter, merge, update
+from lorasb_export.publishing import licence
 
 FIGURES = {"base": 0.0, "adapter": 0.75, "rows": 64}
 ADAPTER: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lorasb_export import calibrate
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project import Project

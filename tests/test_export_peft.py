@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import SEQ_CLS
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import BaseModelError, OutputError
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.storage import read_json

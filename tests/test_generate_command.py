@@ -9,8 +9,9 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx_run
 from lorasb_export.exporting.onnx_record import write_record

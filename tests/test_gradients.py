@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_export.base import CAUSAL_LM, BaseModel
-from lorasb_export.batches import IGNORE, Encoded, collate, encode
+from lorasb_export.base import BaseModel
+from lorasb_export.batches import collate
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
+from lorasb_export.encoding import IGNORE, Encoded, encode
 from lorasb_export.errors import BaseModelError
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets

@@ -27,7 +27,7 @@ from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.fetch import BASIS_FILES, resolve_folder
 from lorasb_export.format import sealed
-from lorasb_export.hub_calls import hub_errors, will_pass
+from lorasb_export.hub_calls import hub_errors, retry_after
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
@@ -396,7 +396,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_it_says(
     status: int, headers: dict[str, str], seconds: float | None
 ) -> None:
     answer = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub"))
-    assert will_pass(HfHubHTTPError("refused", response=answer)) == seconds
+    assert retry_after(HfHubHTTPError("refused", response=answer)) == seconds
 
 
 def test_a_panic_of_hf_xet_is_our_error() -> None:

@@ -14,7 +14,7 @@ from lorasb_cli.main import app
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lorasb_export.serving import plan
+from lorasb_export.serving import flags, plan
 from lorasb_export.serving.server import SECONDS
 from tests.manifests import DOCS, documents, read
 from tests.random_adapter import save_adapter, save_base
@@ -66,7 +66,7 @@ def test_a_pod_that_ends_has_time_for_what_runs_and_makes_room_for_the_next() ->
     (container,) = pod["containers"]
     word, before = container["lifecycle"]["preStop"]["exec"]["command"]
     assert word == "sleep"
-    drain = plan._number(container["args"], "--shutdown-timeout")
+    drain = flags.number(container["args"], "--shutdown-timeout")
     assert int(before) + (drain or 0) + SECONDS < pod["terminationGracePeriodSeconds"]
     assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
 

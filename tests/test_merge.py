@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, calibrate, fit, merge
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.head import head_parameters
 from lorasb_export.merging.plan import parse_size

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import lorasb_export.merging.merge
 from lorasb_export import Adapter, Basis, merge
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.lock import only_writer
 from lorasb_export.merging.folder import bytes_of_an_earlier_try, resumable_folder

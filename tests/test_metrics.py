@@ -16,9 +16,11 @@ from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, GenerationConfig
 
 from lorasb_export import Adapter, evaluation, fit, inference, merge
-from lorasb_export.base import CAUSAL_LM, SEQ_CLS, BaseModel
-from lorasb_export.batches import collate, encode, prompt_ids, row_losses
+from lorasb_export.base import BaseModel
+from lorasb_export.batches import collate, row_losses
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.encoding import encode, prompt_ids
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation import evaluate, row_scores
 from lorasb_export.exporting.onnx_verify import HeldOut

@@ -9,7 +9,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.names import check_name, check_served_name, resolve_adapters
+from lorasb_export.names import name_problem, resolve_adapters, served_name_problem
 
 
 def folder(path: Path) -> Path:
@@ -70,19 +70,19 @@ def test_a_linked_folder_is_served_by_the_name_of_the_link(project: Path) -> Non
 
 @pytest.mark.parametrize("name", ["a", "A.b-c_9", "x" * 96])
 def test_good_names(name: str) -> None:
-    assert check_name(name) is None
+    assert name_problem(name) is None
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a..b", ".a", "-a", "a/b", "a b", "a\n", "é", "x" * 97, "a=b", "a,b"])
 def test_bad_names(name: str) -> None:
-    assert check_name(name) is not None
+    assert name_problem(name) is not None
 
 
 def test_a_task_may_have_a_name_that_is_not_served() -> None:
-    assert check_name("text") is None
-    assert "'text' cannot be served" in str(check_served_name("text"))
-    assert check_served_name("texts") is None
-    assert check_served_name("a/b") == check_name("a/b")
+    assert name_problem("text") is None
+    assert "'text' cannot be served" in str(served_name_problem("text"))
+    assert served_name_problem("texts") is None
+    assert served_name_problem("a/b") == name_problem("a/b")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorasb_export import Adapter, calibrate, export, fit, merge, output
+from lorasb_export import Adapter, atomic, calibrate, export, fit, merge
+from lorasb_export.atomic import atomic_file, atomic_folder
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
 from lorasb_export.lock import only_writer
 from lorasb_export.new_project import write_project
-from lorasb_export.output import atomic_folder, cannot_write, refuse_existing, replaced_file, require_room
+from lorasb_export.output import cannot_write, refuse_existing, require_room
 from lorasb_export.project import Project
 from lorasb_export.serving.launcher import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -35,7 +36,7 @@ FULL = """
 import resource, sys, torch
 from pathlib import Path
 from lorasb_export.tensors import save_tensors
-from lorasb_export.output import atomic_folder
+from lorasb_export.atomic import atomic_folder
 tensors = {"R": torch.zeros(1 << 16)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 with atomic_folder(Path(sys.argv[1])) as folder:
@@ -95,7 +96,7 @@ def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "lorasb.json").write_text("{}")
     script = (
-        "import sys, time; from pathlib import Path; from lorasb_export.output import atomic_folder\n"
+        "import sys, time; from pathlib import Path; from lorasb_export.atomic import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
         "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
     )
@@ -198,7 +199,7 @@ def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_the_usual(tmp_path: Pa
     (tmp_path / "usual").touch()
     (tmp_path / "old").touch(mode=0o640)
     for name in ("new", "old"):
-        with replaced_file(tmp_path / name) as temporary:
+        with atomic_file(tmp_path / name) as temporary:
             temporary.write_text(name)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
@@ -217,20 +218,20 @@ def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x", "a[b]", "a**b"])
 def test_what_a_killed_writer_of_a_file_left_is_removed(name: str, tmp_path: Path) -> None:
     ours, mine = (
-        f".{name}.tmp-{output._place()}-{os.getpid()}-4567",
+        f".{name}.tmp-{atomic._place()}-{os.getpid()}-4567",
         f".{name}.tmp-of-mine",
     )  # the first another thread's
-    for left in (f".{name}.tmp-{output._place()}-999999999-0123", mine, ours):
+    for left in (f".{name}.tmp-{atomic._place()}-999999999-0123", mine, ours):
         (tmp_path / left).touch()
-    with replaced_file(tmp_path / name) as temporary:
+    with atomic_file(tmp_path / name) as temporary:
         temporary.write_text("x")
     assert {path.name for path in tmp_path.iterdir()} == {name, ours, mine}
 
 
 def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = tmp_path / f".x.tmp-{output._place()}-{os.getpid()}-89ab"
+    left = tmp_path / f".x.tmp-{atomic._place()}-{os.getpid()}-89ab"
     left.mkdir()
-    monkeypatch.setattr(output, "_STARTED", time.time() + 1)
+    monkeypatch.setattr(atomic, "_STARTED", time.time() + 1)
     with atomic_folder(tmp_path / "x") as temporary:
         assert temporary != left
         (temporary / "file").touch()
@@ -239,7 +240,7 @@ def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monke
 
 def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's, whose run was killed."""
-    names = {f".{name}.tmp-{output._place()}-999999999-0123" for name in ("folder", "file")}
+    names = {f".{name}.tmp-{atomic._place()}-999999999-0123" for name in ("folder", "file")}
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").touch()
@@ -248,7 +249,7 @@ def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypa
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with atomic_folder(tmp_path / "folder") as folder, replaced_file(tmp_path / "file") as file:
+    with atomic_folder(tmp_path / "folder") as folder, atomic_file(tmp_path / "file") as file:
         (folder / "lorasb.json").touch()
         file.touch()
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", *names}
@@ -262,7 +263,7 @@ def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
     elsewhere = tmp_path / f".x.tmp-{'0' * 8}-{pid}-89ab"
     elsewhere.mkdir()
     now = time.time()
-    monkeypatch.setattr(output, "_STARTED", now + 1)
+    monkeypatch.setattr(atomic, "_STARTED", now + 1)
     for left in (True, False):
         with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
             (temporary / "lorasb.json").touch()

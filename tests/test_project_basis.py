@@ -13,7 +13,7 @@ import pytest
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.lock import only_writer
-from lorasb_export.project_basis import made_once
+from lorasb_export.project_basis import calibrated_once
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import read_json, write_json
 from tests.conftest import lorasb
@@ -73,7 +73,7 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
 
 def test_an_empty_folder_is_no_basis(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "basis").mkdir()
-    made = made_once(
+    made = calibrated_once(
         tmp_path / "basis", lambda: calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
     )
     assert made.rank == 4
@@ -94,9 +94,9 @@ def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(logging.getLogger("lorasb_export.lock"), "warning", lambda *_: waited_for.set())
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(made_once, folder, slowly)
+        first = threads.submit(calibrated_once, folder, slowly)
         assert begun.wait(30)
-        second = threads.submit(made_once, folder, never)
+        second = threads.submit(calibrated_once, folder, never)
         assert first.result().sha256 == second.result().sha256
     assert [path.name for path in tmp_path.iterdir()] == ["basis"]
 

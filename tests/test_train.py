@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit, merge
-from lorasb_export.base import SEQ_CLS, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.evaluation import evaluate

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
 from lorasb_export.merging.verify import compare_logits

@@ -26,9 +26,10 @@ from integration.evidence.cells import DOWN
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.basis import Basis
-from lorasb_export.batches import IGNORE, collate, encode, row_losses
+from lorasb_export.batches import collate, row_losses
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import load_task
+from lorasb_export.encoding import IGNORE, encode
 from lorasb_export.inject import inject, remove
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks

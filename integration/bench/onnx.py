@@ -23,9 +23,9 @@ import torch
 from integration.evidence.cells import DOWN
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
-from lorasb_export.batches import prompt_ids
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.encoding import prompt_ids
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.quickstart.model import small_model

@@ -9,7 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lorasb_export.base import CAUSAL_LM, BaseModel
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.storage import sha256_file
 

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorasb_export.base import SEQ_CLS
-from lorasb_export.batches import encode
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import TaskData
+from lorasb_export.encoding import encode
 from lorasb_export.evaluation import row_scores
 from lorasb_export.inference import answers, max_answer_tokens
 from lorasb_export.metrics import exact_match, of_predictions

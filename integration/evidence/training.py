@@ -15,17 +15,19 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import CAUSAL_LM, BaseModel, BaseRef, default_device
+from lorasb_export.base import BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
-from lorasb_export.batches import Encoded, collate, encode, row_losses
+from lorasb_export.batches import collate, row_losses
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.encoding import Encoded, encode
 from lorasb_export.evaluation import mean_loss, row_scores
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
-from lorasb_export.project_basis import made_once
+from lorasb_export.project_basis import calibrated_once
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of
@@ -159,7 +161,7 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
         weights = _balancing(base, data, settings) if cell.balanced else None
         return calibrate(base, data, settings, weights=weights)
 
-    return made_once(_CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16], make)
+    return calibrated_once(_CACHE / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16], make)
 
 
 def calibration_settings(cell: Cell) -> CalibrationSettings:

@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ..bars import no_bar
-from ..base import CAUSAL_LM, SEQ_CLS, AnyBase, BaseModel
+from ..base import AnyBase, BaseModel
 from ..basis import Basis
+from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from ..bars import no_bar
 from ..base import BaseModel
 from ..basis import Basis
-from ..batches import Encoded
 from ..data import TaskData
+from ..encoding import Encoded
 from ..factors import Factors
 from ..inject import remove
 from ..settings import CalibrationSettings

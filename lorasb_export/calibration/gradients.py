@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..bars import no_bar
-from ..batches import Encoded, collate, encode, row_losses
+from ..batches import collate, row_losses
 from ..data import TaskData
-from ..distributed import rank, world
+from ..distributed import rank, world_size
+from ..encoding import Encoded, encode
 from ..errors import BaseModelError
 from ..layer import weight_of
 from ..network import evaluating
@@ -65,7 +66,7 @@ def gradients_of_rows(
     Processes that joined torch.distributed share the rows, and every one gets the sums over all of them.
     """
     weighted = list(zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True))
-    weighted = weighted[rank() :: world()]
+    weighted = weighted[rank() :: world_size()]
     batches = []
     for i in range(0, len(weighted), settings.batch_size):
         batch, factors = zip(*weighted[i : i + settings.batch_size], strict=True)
@@ -147,7 +148,7 @@ def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     It goes through `device` where the backend is not gloo: the others sum only what lies there.
     """
-    if world() == 1:
+    if world_size() == 1:
         return tensor
     moved = tensor if dist.get_backend() == "gloo" else tensor.to(device)
     dist.all_reduce(moved)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import ExportFormat, require_choice
+from ..choices import MAX_DROP, ExportFormat, require_choice
 from ..errors import SettingsError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def export(
     routed: bool = False,
     verify: bool = True,
     data: Mapping[str, TaskData] | None = None,
-    max_drop: float = 2.0,
+    max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write adapters in another format.

@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..base import CAUSAL_LM, BaseModel
+from ..atomic import atomic_folder
+from ..base import BaseModel
+from ..cards import card
+from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData
 from ..environment import require_packages
 from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
-from ..output import atomic_folder, expanded, refuse_own_input, require_room
+from ..output import expanded, refuse_own_input, require_room
 from ..provenance import command, published_training, versions
-from ..publishing import card
 from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import DTYPES, PROVIDERS, build
 from .onnx_exporter import exporter_for
 from .onnx_quantize import BITS, quantize
 from .onnx_record import write_record
-from .onnx_verify import MAX_DROP, held_out, require_equal, verify_classifier, verify_folder
+from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter, check_same_basis
-from ..base import CAUSAL_LM, BaseModel, BaseRef
+from ..atomic import atomic_folder, link_or_copy, put_back
+from ..base import BaseModel, BaseRef
+from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..evaluation import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
-from ..names import check_name
-from ..output import atomic_folder, cannot_write, expanded, link_or_copy, put_back, refuse_own_input, require_room
+from ..names import name_problem
+from ..output import cannot_write, expanded, refuse_own_input, require_room
 from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, parameter, values, write_adapter
 from .onnx_build import DATA, GRAPH, PROVIDERS, build
@@ -31,7 +33,7 @@ from .onnx_graph import read_graph
 from .onnx_quantize import BITS, quantize
 from .onnx_record import RECORD, read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
-from .onnx_verify import MAX_DROP, HeldOut, held_out, require_equal, verify_folder
+from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
 
 
 def export_onnx_adapters(
@@ -242,7 +244,7 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
         if name == "base":
             what = "an adapter called 'base' would hide the base, which is told under that name"
             raise SettingsError(what, where=adapter.folder, fix="Rename the folder")
-        if problem := check_name(name, "name an exported adapter"):
+        if problem := name_problem(name, "name an exported adapter"):
             raise SettingsError(problem, where=adapter.folder, fix="Rename the folder")
         if name in data:
             require_same_kind(adapter, data[name])

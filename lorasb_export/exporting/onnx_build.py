@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..base import CAUSAL_LM
 from ..basis import Basis
+from ..choices import CAUSAL_LM
 from ..environment import child_environment
 from ..errors import ServerError
 from ..network import as_base_model_error, tokenizer_of
@@ -86,10 +86,10 @@ def _ask_as_we_do(out: Path) -> None:
 
     transformers.js reads it, and would penalize greedy answers too.
     """
-    from ..inference import name_ends
+    from ..answer_end import write_end_ids
 
     with as_base_model_error(out):
-        name_ends(out, tokenizer_of(out))
+        write_end_ids(out, tokenizer_of(out))
     path = out / "generation_config.json"
     if path.is_file():
         write_json(path, {key: value for key, value in read_json(path).items() if key not in _PENALTIES})

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel
+from ..base import BaseModel
+from ..choices import CAUSAL_LM, SEQ_CLS
 from ..errors import BaseModelError
 from ..network import as_base_model_error
 

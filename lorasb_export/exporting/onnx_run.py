@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base import CAUSAL_LM
+from ..choices import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
 from ..network import tokenizer_of
@@ -98,7 +98,7 @@ class OnnxDecoder:
     @cached_property
     def eos_ids(self) -> set[int]:
         """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""
-        from ..inference import end_ids
+        from ..answer_end import end_ids
 
         generation = self.folder / "generation_config.json"
         config = read_json(generation if generation.is_file() else self.folder / "config.json")
@@ -226,8 +226,8 @@ def answers(
     if record["kind"] == "onnx" and adapters is not None:
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
 
-    from ..batches import prompt_ids
-    from ..inference import before_end
+    from ..answer_end import before_end
+    from ..encoding import prompt_ids
 
     tokenizer = _tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt)

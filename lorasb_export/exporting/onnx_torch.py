@@ -18,8 +18,9 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import CAUSAL_LM, BaseModel
+from ..base import BaseModel
 from ..basis import Basis
+from ..choices import CAUSAL_LM
 
 _ROWS, _TOKENS, _PAST = 2, 3, 5  # of the example; no 0 or 1, which the tracer takes for constants
 _BATCH, _SEQUENCE = "batch_size", "sequence_length"  # the builder's names, by which runtimes are told sizes

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter, load_basis_once
-from ..base import CAUSAL_LM, SEQ_CLS, BaseModel, default_device
+from ..answer_end import before_end
+from ..base import BaseModel, default_device
 from ..basis import Basis
-from ..batches import collate, encode, prompt_ids
+from ..batches import collate
+from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData
+from ..encoding import encode, prompt_ids
 from ..errors import ArtifactError, DataError
 from ..evaluation import fitting_metric, trained_length
-from ..inference import answers_to_ids, before_end, expected_answers, max_answer_tokens
+from ..inference import answers_of_ids, expected_answers, max_answer_tokens
 from ..inject import remove
 from ..metrics import exact_match, of_predictions
 from ..rows import TEXT, has_answer, question_and_answer
@@ -32,7 +35,6 @@ PROMPTS = (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_DROP = 2.0  # points of a metric
 _TOKENS = 32  # of an answer
 _METRIC_ROWS, _BATCH_ROWS = 128, 16
 _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
@@ -177,7 +179,7 @@ class HeldOut:
         result: dict[str, Any] = {"rows_left_out": self._without_answer + len(self._rows) - len(self._asked)}
         if not self._asked:
             return result
-        given = answers_to_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)
+        given = answers_of_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)
         in_torch = exact_match(given, self._expected)
         drop = round(100 * (in_torch - self._in_onnx), 2)
         found = {"torch": in_torch, "onnx": self._in_onnx, "drop": drop}
@@ -216,9 +218,7 @@ def _compare(
     return result
 
 
-def require_equal(
-    result: dict[str, Any], precision: str, where: str | Path, max_drop: float = MAX_DROP
-) -> dict[str, Any]:
+def require_equal(result: dict[str, Any], precision: str, where: str | Path, max_drop: float) -> dict[str, Any]:
     """`result`, one of `verify_folder` or that of `verify_classifier`.
 
     Raises:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..output import atomic_folder, expanded, refuse_existing, refuse_own_input
+from ..atomic import atomic_folder
+from ..cards import card
+from ..cards.sections import Facts
+from ..output import expanded, refuse_existing, refuse_own_input
 from ..provenance import command, published_training
-from ..publishing import card
-from ..publishing.card_sections import Facts
 from ..storage import write_json
 from ..tensors import save_tensors
 

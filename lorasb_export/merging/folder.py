@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic_file, fsync, prepare_target, put_in_place
 from ..lock import only_writer
-from ..output import cannot_write, fsync, prepare_target, put_in_place, replaced_file
+from ..output import cannot_write
 from ..storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class MergeFolder:
     def mark(self, shard: str, content: Mapping[str, Any]) -> None:
         """Fsync `shard` and record it as finished, with what is to be remembered of it."""
         fsync(self.path / shard)
-        with replaced_file(self._mark(shard)) as mark:
+        with atomic_file(self._mark(shard)) as mark:
             write_json(mark, {"bytes": (self.path / shard).stat().st_size, **content})
 
     def finished(self, shard: str) -> dict[str, Any] | None:

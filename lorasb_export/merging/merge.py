@@ -14,15 +14,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter
+from ..answer_end import write_end_ids
 from ..bars import no_bar
-from ..base import SEQ_CLS, AnyBase, BaseModel
+from ..base import AnyBase, BaseModel
+from ..cards import card
+from ..choices import SEQ_CLS
 from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
-from ..inference import name_ends
 from ..network import as_base_model_error
 from ..output import expanded, free_bytes
 from ..provenance import command, published_training
-from ..publishing import card
 from ..storage import read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
@@ -75,6 +76,7 @@ def merge(
         BaseModelError: another base, an already merged or a quantized one, a missing module.
         OutputError: `out` or the report exists, another merge writes it, or the disk has too little room.
         ArtifactError: the adapter or its basis is bad, or `verify` failed.
+        SettingsError: a dtype, size, weight or report's name that is none.
         LoraSBError: several problems at once, listed; of the first one's kind.
     """
     started = time.monotonic()
@@ -166,7 +168,7 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     elif (folder / "tokenizer.json").is_file():
         with as_base_model_error(plan.base.folder):  # not by AutoTokenizer, whose import takes seconds and 200 MB
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        name_ends(folder, tokenizer)
+        write_end_ids(folder, tokenizer)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base import SEQ_CLS, AnyBase, BaseModel
+from ..base import AnyBase, BaseModel
 from ..basis import Basis
+from ..choices import SEQ_CLS, Dtype, require_choice
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..side_files import side_files
@@ -170,8 +171,7 @@ def plan_merge(
     with problems:
         refuse_existing(out, overwrite)
     with problems:
-        if dtype != "auto" and dtype not in _NAMES:
-            raise SettingsError(f"dtype is {dtype!r}", fix=f"Use auto, {', '.join(_NAMES)}")
+        require_choice("dtype", dtype, Dtype)
     with problems:
         limit = parse_size(max_shard_size)
     with problems:

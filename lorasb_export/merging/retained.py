@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..output import cannot_write, replaced_file
+from ..atomic import atomic_file
+from ..output import cannot_write
 from ..storage import write_json
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,8 @@ def write_report(modules: Mapping[str, Retained], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     with cannot_write(path):
-        with replaced_file(path) as temporary:
+        with atomic_file(path) as temporary:
             of_modules = {name: found.shown() for name, found in modules.items()}
             write_json(temporary, {**summary(modules), "modules": of_modules})
-        with replaced_file(path.with_suffix(".png")) as temporary:
+        with atomic_file(path.with_suffix(".png")) as temporary:
             figure.savefig(temporary, dpi=120, format="png")

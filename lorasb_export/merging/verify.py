@@ -16,8 +16,8 @@ import torch
 
 from ..adapter import Adapter
 from ..base import BaseModel, default_device
-from ..batches import encode
 from ..data import TaskData, load_task
+from ..encoding import encode
 from ..errors import ArtifactError, DataError
 from ..streamed import add_updates, streamed_model, was_read
 

@@ -1,1 +1,1 @@
-"""Folders → the Hugging Face Hub: what may go out, cards, one commit at a time."""
+"""Folders → the Hugging Face Hub: what may go out, one commit at a time."""

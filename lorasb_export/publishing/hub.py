@@ -13,13 +13,14 @@ from typing import Any
 from ..adapter import Adapter
 from ..basis import Basis
 from ..basis_source import EMBEDDED
+from ..cards import card, readme
+from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
-from ..hub_calls import hub_errors, patiently
+from ..hub_calls import hub_errors, with_retries
 from ..output import expanded
 from ..storage import parse_json, read_json, sha256_file, to_json, utf8
-from . import card, outgoing, readme
-from .card_sections import Facts
+from . import outgoing
 from .checksums import checksums
 from .licence import licence
 from .outgoing import Files, Seen
@@ -198,7 +199,7 @@ def _pin(name: str, revision: str | None, branch: str | None, sha256: str, publi
             if not dry_run or isinstance(error, GatedRepoError):
                 raise
             return None
-        if public and patiently(lambda: HfApi().model_info(name)).private:
+        if public and with_retries(lambda: HfApi().model_info(name)).private:
             fix = "Make the basis public in its settings, or push the adapter privately"
             raise ArtifactError("the adapter would be public, its basis is private", where=name, fix=fix)
     found = read_json(path).get("sha256")
@@ -214,7 +215,7 @@ def _basis_config(name: str, revision: str | None, branch: str | None) -> Path:
     from huggingface_hub.errors import RevisionNotFoundError
 
     def get(at: str | None) -> Path:
-        return Path(patiently(lambda: hf_hub_download(name, "basis_config.json", revision=at)))
+        return Path(with_retries(lambda: hf_hub_download(name, "basis_config.json", revision=at)))
 
     if revision is None and branch is not None:
         with suppress(RevisionNotFoundError):

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..cards.readme import LICENCE_KEYS, front_matter
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
-from ..hub_calls import hub_errors, patiently
+from ..hub_calls import hub_errors, with_retries
 from ..output import expanded
-from .readme import LICENCE_KEYS, front_matter
 
 
 def licence(
@@ -53,7 +53,7 @@ def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | N
     repo_type = "dataset" if dataset else None
     with hub_errors(name, ServerError):
         try:
-            path = patiently(lambda: hf_hub_download(name, "README.md", revision=revision, repo_type=repo_type))
+            path = with_retries(lambda: hf_hub_download(name, "README.md", revision=revision, repo_type=repo_type))
         except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):  # or gated
             return None
     return Path(path)

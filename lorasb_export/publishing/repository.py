@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ArtifactError, OutputError, ServerError
 from ..fetch import git_hash
-from ..hub_calls import hub_errors, patiently, rest, status_of, will_pass
+from ..hub_calls import hub_errors, rest, retry_after, status_of, with_retries
 from ..storage import utf8
 from .checksums import digest, parse
 from .outgoing import SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
@@ -77,12 +77,12 @@ class Repository:
         with hub_errors(self.name, ServerError):
             has_branch = True
             try:
-                info = patiently(lambda: self._api.model_info(self.name, revision=self.revision))
+                info = with_retries(lambda: self._api.model_info(self.name, revision=self.revision))
             except RepositoryNotFoundError:
                 return Head(has_branch=self.revision is None)
             except RevisionNotFoundError:
                 has_branch = False  # it will start from main
-                info = patiently(lambda: self._api.model_info(self.name))
+                info = with_retries(lambda: self._api.model_info(self.name))
             if info.id != self.name:
                 raise OutputError("the repository was renamed", where=self.name, fix=f"Push to {info.id}")
             assert info.sha is not None
@@ -92,7 +92,7 @@ class Repository:
     def _files(self, commit: str) -> dict[str, Stored]:
         from huggingface_hub import RepoFile
 
-        tree = patiently(lambda: list(self._api.list_repo_tree(self.name, recursive=True, revision=commit)))
+        tree = with_retries(lambda: list(self._api.list_repo_tree(self.name, recursive=True, revision=commit)))
         return {
             item.path: Stored(item.lfs.sha256 if item.lfs else item.blob_id, item.lfs is not None, item.size)
             for item in tree
@@ -118,7 +118,7 @@ class Repository:
         if path not in head.files:
             return ""
         with hub_errors(self.name, ServerError):
-            found = patiently(lambda: hf_hub_download(self.name, path, revision=head.commit))
+            found = with_retries(lambda: hf_hub_download(self.name, path, revision=head.commit))
         return utf8(Path(found).read_bytes(), f"{self.name}/{path}")
 
     def commit(
@@ -158,7 +158,7 @@ class Repository:
                 except Exception as error:
                     if attempt > 1 and status_of(error) == 412:  # an earlier try may have landed after we looked
                         return self._landed(files, self.read())
-                    pause = will_pass(error)
+                    pause = retry_after(error)
                     if pause is None or create_pr or attempt == _TRIES:  # a second try may open a second request
                         raise
                     rest(pause or attempt)
@@ -170,12 +170,12 @@ class Repository:
     def _prepare(self, files: Files, head: Head, public: bool) -> Head:
         """Make repository and branch where they are missing."""
         if head.commit is None:
-            patiently(lambda: self._api.create_repo(self.name, private=not public, exist_ok=True))
+            with_retries(lambda: self._api.create_repo(self.name, private=not public, exist_ok=True))
             head = self.read()
         refuse_other(files, head, public, self.name)
         if self.revision and not head.has_branch:
             branch = self.revision
-            patiently(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True))
+            with_retries(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True))
         return head
 
     def _send(self, files: Files, changes: Changes, head: Head, seen: Seen, create_pr: bool, message: str) -> Any:

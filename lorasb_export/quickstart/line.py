@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter
+from ..atomic import atomic_folder
 from ..base import BaseModel
-from ..batches import prompt_ids
 from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
+from ..encoding import prompt_ids
 from ..environment import require_packages
 from ..evaluation import record_evaluation
 from ..exporting.onnx import export_onnx
@@ -31,7 +32,7 @@ from ..inject import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..new_project import OF_TEXT, write_project
-from ..output import atomic_folder, expanded
+from ..output import expanded
 from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push

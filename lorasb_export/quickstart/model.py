@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment
+from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..errors import ArtifactError, BaseModelError, OutputError, ServerError
-from ..output import atomic_folder
 from ..storage import sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,17 +8,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, load_basis_once
-from ..base import SEQ_CLS, BaseModel, BaseRef
+from ..base import BaseModel, BaseRef
 from ..basis import Basis
-from ..choices import ServingMode, require_choice
+from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..errors import LoraSBError, SettingsError
-from ..names import check_served_name
+from ..names import served_name_problem
 from ..storage import read_json
+from . import flags
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable
 from .temporary import PREFIX
@@ -27,36 +27,6 @@ logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-_NAMES = "--served-model-name"
-_SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
-# Given by this package, or they would put the server where it is not looked for.
-_OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
-# Flag → what is wrong with it, and what to do instead.
-_REFUSED_FLAGS = {
-    "--api-key": (
-        "an API key on the command line",
-        "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine",
-    ),
-    "--api-server-count": ("vLLM ignores it, started as it is here", "Give --data-parallel-size, or leave it out"),
-    "--lora-target-modules": ("vLLM would leave out a part of each adapter in silence", "Each says where it goes"),
-    "--lora-dtype": ("adapters are of the model's dtype", "Use the option --dtype of `lorasb serve`"),
-    "--config": ("a file of flags, which is not read here", "Give the flags in it after --"),
-    **dict.fromkeys(
-        sorted(_OUR_FLAGS),
-        ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
-    ),
-}
-_READ_FLAGS = {
-    *_REFUSED_FLAGS,
-    *_SHORT_FLAGS,
-    "--data-parallel-size",
-    "--dtype",
-    "--fully-sharded-loras",
-    "--max-cpu-loras",
-    "--max-loras",
-    _NAMES,
-    "--shutdown-timeout",
-}
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
 
 
@@ -80,7 +50,7 @@ class ServePlan:
         distribution name, as its CPU build is.
         """
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(self.base.folder), _NAMES, _base_name(self.base)]
+        command += ["--model", str(self.base.folder), flags.SERVED_NAMES, _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
         if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
@@ -104,13 +74,13 @@ class ServePlan:
     @property
     def drain(self) -> int:
         """For how many seconds vLLM lets running requests finish when it is asked to end."""
-        given = _number(self.extra, "--shutdown-timeout")
+        given = flags.number(self.extra, "--shutdown-timeout")
         return DRAIN_SECONDS if given is None else given
 
     @property
     def is_float32(self) -> bool:
         """Whether vLLM computes in fp32; `auto` turns an fp32 checkpoint into 16 bits."""
-        return _flags(self.extra).get("--dtype", self.dtype) in ("float32", "float")
+        return flags.values(self.extra).get("--dtype", self.dtype) in ("float32", "float")
 
     def memory(self) -> dict[str, int]:
         """Bytes the adapters take, in the mode's own terms."""
@@ -122,7 +92,7 @@ class ServePlan:
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
             "environment": self.environment("TEMPORARY"),
-            "models": [*_base_names(self.base, self.extra), *self.names],
+            "models": [*flags.served_names(self.extra, _base_name(self.base)), *self.names],
             "memory": self.memory(),
         }
 
@@ -171,7 +141,7 @@ def make_plan(
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
         raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}", fix="")
     assert base is not None  # given, or found by the first adapter
-    if same := next((name for name in _base_names(base, extra) if name in loaded), None):
+    if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         raise SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
@@ -187,7 +157,7 @@ def make_plan(
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
     if updates_from is not None:
-        if _engines(extra) != "1":
+        if flags.engines(extra) != "1":
             fix = "Run several servers behind a load balancer, and send each of them the updates"
             raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
@@ -200,8 +170,8 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     if reason is None and mode == "auto" and not runs_on_cpu():
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
-        loras, in_memory = (_number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
-        return Shared(adapters, updates_from, loras, in_memory, _engines(extra))
+        loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
+        return Shared(adapters, updates_from, loras, in_memory, flags.engines(extra))
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         raise SettingsError(reason, where="--mode shared", fix=fix)
@@ -215,13 +185,13 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
         return f"the adapters are of {len(bases)} bases"
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
-    if "--fully-sharded-loras" in _flags(extra) or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+    if "--fully-sharded-loras" in flags.values(extra) or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
     return why_unavailable()
 
 
 def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
-    loras = _number(extra, "--max-loras")
+    loras = flags.number(extra, "--max-loras")
     if loras is not None and loras <= len(adapters) and runs_on_cpu():
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
@@ -247,16 +217,6 @@ def _check_length(plan: ServePlan) -> None:
         raise SettingsError(what, fix="Serve fewer, under shorter names, with a shorter TMPDIR, or raise `ulimit -s`")
 
 
-def _engines(extra: Sequence[str]) -> str:
-    return _flags(extra).get("--data-parallel-size", "1")
-
-
-def _number(extra: Sequence[str], flag: str) -> int | None:
-    """The value the user gives vLLM by `flag`, or None; what is no number vLLM itself refuses."""
-    value = _flags(extra).get(flag, "")
-    return int(value) if value.isdecimal() else None
-
-
 def _penalizes_repetition(base: BaseModel) -> bool:
     """Whether vLLM would, in requests that name no penalty: the base's generation_config.json has one."""
     path = base.folder / "generation_config.json"
@@ -268,32 +228,13 @@ def _base_name(base: BaseModel) -> str:
     return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
 
 
-def _base_names(base: BaseModel, extra: Sequence[str]) -> list[str]:
-    """What the base is served as: of a flag given twice vLLM takes the last."""
-    names = [_base_name(base)]
-    for place, word in enumerate(extra):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == _NAMES:
-            names = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), extra[place + 1 :]))
-    return names
-
-
 def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:
     if not adapters and model is None:
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
-    if problem := next(filter(None, map(check_served_name, adapters)), None):
+    if problem := next(filter(None, map(served_name_problem, adapters)), None):
         raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
     require_choice("mode", mode, ServingMode)
-    if extra and not extra[0].startswith("-"):
-        fix = f"Name adapters with --adapters {extra[0]}"
-        raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
-    given = _flags(extra)
-    for flag in given:  # vLLM takes abbreviations, and they would pass unread
-        if whole := next((known for known in sorted(_READ_FLAGS - {flag}) if known.startswith(flag)), None):
-            raise SettingsError(f"{flag} may be short for {whole}", fix="Write vLLM's flags out in full")
-    for flag, (problem, fix) in _REFUSED_FLAGS.items():
-        if flag in given:
-            raise SettingsError(problem, where=flag, fix=fix)
+    flags.refuse_bad(extra)
 
 
 def _check_servable(adapter: Adapter) -> None:
@@ -307,14 +248,3 @@ def _check_servable(adapter: Adapter) -> None:
     if adapter.rank > VLLM_RANKS[-1]:
         fix = "Use `lorasb merge` and serve the merged folder with --model"
         raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)
-
-
-def _flags(extra: Sequence[str]) -> dict[str, str]:
-    """--flag → its value (or "") among `extra`, for both `--flag value` and `--flag=value`, and for short flags."""
-    found = {}
-    for word, following in zip(extra, [*extra[1:], ""], strict=False):
-        if word.startswith("-"):
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("_", "-")
-            found[_SHORT_FLAGS.get(flag, flag)] = value if equals else following
-    return found

@@ -74,13 +74,13 @@ class Evaluations(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for k in range(len(self.trainer.runs)):
-            self.trainer.note_whether_stopped(k)
+            self.trainer.read_log(k)
         self._evaluate()  # where the checkpoint was saved without waiting for it
         if self._is_over(state.global_step):
             raise NothingToTrain
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.stopping = distributed.anywhere(self.trainer.told_to_stop)
+        self.trainer.stopping = distributed.any_process(self.trainer.told_to_stop)
         log_is_due = control.should_log  # which the Trainer forgets when an evaluation is logged
         self._evaluate()
         if self._is_over(state.global_step):

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ..batches import DATED, IGNORE, Encoded, prompt_ids
 from ..data import TaskData
+from ..encoding import DATED, IGNORE, Encoded, prompt_ids
 from ..errors import DataError
 
 if TYPE_CHECKING:

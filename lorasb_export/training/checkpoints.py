@@ -102,7 +102,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def load_tensors(adapter: Adapter, path: Path) -> None:
+def restore_tensors(adapter: Adapter, path: Path) -> None:
     """Put the saved `adapter.tensors()` back into the live ones. Raises ArtifactError on other names."""
     saved, live = load_file(path), adapter.tensors()
     if set(saved) != set(live):

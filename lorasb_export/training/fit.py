@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base import CAUSAL_LM, AnyBase
+from ..base import AnyBase
 from ..basis import Basis
+from ..choices import CAUSAL_LM
 from ..data import TaskData, load_task, load_tasks
 from ..errors import Problems, SettingsError, TrainingError
 from ..output import expanded, is_free
@@ -47,7 +48,8 @@ def fit(
             from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
             compared with `model`. It is given back in eval mode and without an adapter, also one that was on it;
-            `Adapter.inject` puts the new one on. A classifier's head is as it was.
+            `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished
+            leaves it alone.
 
     Returns:
         the adapter that was written, with `folder`, R on the CPU, and in `training` what the run found: `steps`,
@@ -60,6 +62,7 @@ def fit(
         TrainingError: other settings or data than those of the run, or the adapter, that `resume` finds; a loss or R
             that is not finite.
         DataError, BaseModelError, ArtifactError, SettingsError: the inputs are bad or do not belong together.
+        MissingPackageError: `report_to` names one that is not installed.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
     out = Path(os.path.abspath(expanded(out)))
@@ -129,7 +132,7 @@ def train_together(
     distributed.start()
     trained: dict[str, Adapter | TrainingError] = {}
     ordered = sorted(tasks, key=lambda task: task.name)  # the same run in whatever order they are named
-    apart = distributed.decided(lambda: _finished_before(folder, ordered) if resume else set())
+    apart = distributed.on_main(lambda: _finished_before(folder, ordered) if resume else set())
     groups = [[task for task in ordered if (task.name in apart) == finished] for finished in (True, False)]
     for group in filter(None, groups):
         working = together_folder(folder, group)

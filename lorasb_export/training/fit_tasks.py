@@ -8,7 +8,8 @@ from typing import Any
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
-from ..base import CAUSAL_LM, BaseModel
+from ..base import BaseModel
+from ..choices import CAUSAL_LM
 from ..data import load_task
 from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
 from ..output import expanded, refuse_existing
@@ -113,7 +114,7 @@ def fit_tasks(
                 network=network,
             )
         except OF_ONE_ITEM as error:
-            met_by_all = distributed.world() == 1 or isinstance(error, TrainingError)
+            met_by_all = distributed.world_size() == 1 or isinstance(error, TrainingError)
             if len(places) == 1 or not met_by_all:  # the other processes wait for this one within their training
                 raise
             logger.warning("%s is left out: %s", name, error)

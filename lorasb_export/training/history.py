@@ -58,8 +58,10 @@ class History:
     def has_stopped(self) -> bool:
         """Whether so many evaluations as `patience` allows have passed without a better one."""
         patience = self.settings.patience
-        values = self._values() if patience else []
-        return patience is not None and bool(values) and len(values) - 1 - self._best() >= patience
+        if patience is None:
+            return False
+        values = self._values()
+        return bool(values) and len(values) - 1 - self._best() >= patience
 
     def steps_done(self, step: int) -> int:
         """Optimizer steps that the task has taken when the run is at `step`."""

@@ -15,6 +15,7 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
+from ..atomic import atomic_folder
 from ..base import AnyBase, BaseModel, default_device
 from ..basis import Basis
 from ..calibration.capture import overview
@@ -23,7 +24,7 @@ from ..errors import SettingsError, TrainingError
 from ..inject import remove
 from ..lock import only_writer
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
-from ..output import atomic_folder, cannot_write, is_free, refuse_existing, refuse_own_input
+from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
@@ -78,7 +79,7 @@ class Job:
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter | TrainingError]:
         """Returns every task's adapter, or its error where it has diverged; if all have, the working folder stays."""
         with ExitStack() as locks:
-            if distributed.decided(lambda: self._open(locks, resume, overwrite)):
+            if distributed.on_main(lambda: self._open(locks, resume, overwrite)):
                 return [Adapter.load(out) for out in self.outs]
             locks.enter_context(cannot_write(self.folder, RESUME))
             distributed.require_same_disk(self.folder)
@@ -153,10 +154,10 @@ class Job:
                     write_record(folder, outcome.run, outcome.entries, made)
             adapter.folder = out
             results.append(adapter)
-        distributed.wait()
+        distributed.barrier()
         if distributed.is_main() and any(isinstance(result, Adapter) for result in results):
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
-        distributed.wait()  # before another process exits with the error of a task: torchrun then ends all of them
+        distributed.barrier()  # before another process exits with the error of a task: torchrun then ends all of them
         return results
 
     def _load(self) -> PreTrainedModel:

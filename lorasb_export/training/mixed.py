@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..batches import IGNORE, Encoded, collate
+from ..batches import collate
+from ..encoding import IGNORE, Encoded
 from .order import RowOrder
 
 
@@ -30,7 +31,7 @@ class MixedSteps:
         """
         parts = {k: self._tasks[k][1].step(step) for k in active}
         labels = {k: sum(self._labels[k][i] for part in parts[k] for i in part) for k in active}
-        world, rank = distributed.world(), distributed.rank()
+        world, rank = distributed.world_size(), distributed.rank()
         batches = []
         for number in range(max((len(part) for part in parts.values()), default=0)):
             under_way = [k for k in active if number < len(parts[k])]

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from .. import distributed
-from ..base import SEQ_CLS
+from ..choices import SEQ_CLS
 from ..data import TaskData, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError
 from ..evaluation import fitting_metric
@@ -26,9 +26,9 @@ def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
             f"{settings.report_to} is not installed",
             fix=f"pip install {settings.report_to}, or leave report_to out",
         )
-    if distributed.world() > settings.batch_size:
+    if distributed.world_size() > settings.batch_size:
         raise SettingsError(
-            f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world()} processes",
+            f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world_size()} processes",
             fix="The processes share a batch: give at least one row for each",
         )
     for task in tasks:

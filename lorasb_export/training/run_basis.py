@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
+from ..atomic import atomic_file
 from ..base import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import calibrate
 from ..calibration.capture import capture, is_little, overview, recorded, words
 from ..data import TaskData
-from ..output import replaced_file
-from ..project_basis import made_once
+from ..project_basis import calibrated_once
 from ..settings import DRAWN, CalibrationSettings
 from ..storage import read_json, write_json
 from ..targets import find_targets, linear_layers
@@ -48,7 +48,7 @@ def own_basis(
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
     made_from = json.dumps([asdict(settings), task.sha256])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
-    basis = made_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
+    basis = calibrated_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
     return replace(basis, source=None)  # it will lie in the adapter
 
 
@@ -65,13 +65,13 @@ def captured_once(
     path = folder / f"capture-{basis.sha256[:12]}-{task.sha256[:12]}.json"
     found = recorded(basis, task)
     if found is None:
-        found = distributed.decided(lambda: read_json(path) if path.exists() else None)
+        found = distributed.on_main(lambda: read_json(path) if path.exists() else None)
     if found is None:
         logger.info("%s: measuring how much of its gradient the basis holds", task.name)
         found = capture(base, network, basis, task)
-        distributed.wait()
+        distributed.barrier()
         if distributed.is_main():
-            with replaced_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 write_json(temporary, found)
     if is_little(found):
         logger.warning(

@@ -15,13 +15,14 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from .. import distributed
 from ..adapter import Adapter
+from ..answer_end import end_ids
 from ..base import BaseModel
 from ..basis import Basis
-from ..batches import Encoded, encode
 from ..data import TaskData
+from ..encoding import Encoded, encode
 from ..errors import TrainingError
 from ..head import load_head
-from ..inference import end_ids, expected_answers, max_answer_tokens, question_ids
+from ..inference import checked_prompt_ids, expected_answers, max_answer_tokens
 from ..metrics import better
 from ..rows import CHAT, question_and_answer
 from ..settings import FitSettings
@@ -79,7 +80,7 @@ class TrainingRuns:
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
         folders = {rate: self._folder(rate) for rate in settings.rates}
-        self._begun = distributed.decided(lambda: {rate: last_complete(at) for rate, at in folders.items()})
+        self._begun = distributed.on_main(lambda: {rate: last_complete(at) for rate, at in folders.items()})
         for rate, checkpoint in self._begun.items():
             if checkpoint is not None:
                 check_identity(checkpoint, self._identity(rate))
@@ -140,7 +141,7 @@ class TrainingRuns:
                 logger.info("%s: %d rows, %d steps at learning rate %g", run.task.name, len(run.rows), steps, rate)
             with checkpoint_at_sigterm(trainer), run_of_its_own(settings.report_to), suppress(NothingToTrain):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        distributed.wait()  # the first process writes the best R, which all of them read
+        distributed.barrier()  # the first process writes the best R, which all of them read
         outcomes: list[Outcome | TrainingError] = []
         for k, run in enumerate(trainer.runs):
             history = trainer.history(k)
@@ -213,6 +214,6 @@ class TrainingRuns:
         unit = f"{task.name}: valid row"
         questions = [question_and_answer(row, f"{unit} {number}")[0] for number, row in enumerate(rows, 1)]
         limit = max_answer_tokens(self._tokenizer, rows)
-        ids = question_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
+        ids = checked_prompt_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
         expected = expected_answers(self._tokenizer, rows, self._ends, unit=unit)
         return Validation(encoded, self._tokenizer, list(zip(ids, expected, strict=True)), limit)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapter import Adapter
-from ..batches import Encoded
 from ..data import TaskData
+from ..encoding import Encoded
 from ..errors import TrainingError
 from .order import RowOrder
 from .validation import Validation

@@ -26,21 +26,22 @@ from transformers import (
 )
 
 from .. import distributed
+from ..atomic import atomic_file, fsync
 from ..batches import row_losses
 from ..errors import OutputError, TrainingError, first_line
-from ..output import fsync, replaced_file
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
 from ..tensors import save_tensors
 from .arguments import trainer_arguments
 from .callbacks import Evaluations
-from .checkpoints import COMPLETE, RESUME, load_tensors, remove_old
+from .checkpoints import COMPLETE, RESUME, remove_old, restore_tensors
 from .history import History
 from .mixed import MixedSteps
 from .muon import Muon
 from .order import learning_rate_factor
 from .task_run import TaskRun
+from .window import LossWindow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
-_NEVER = 2**62  # a step
 
 
 class RTrainer(Trainer):
@@ -58,15 +58,11 @@ class RTrainer(Trainer):
 
     Attributes:
         told_to_stop: set by a signal, at any moment.
-        stopping: whether a process was told to, as all know: the run ends after the step at hand, whose evaluation is
-            left to its resumption.
+        stopping: the same, agreed by all processes: the run ends after this step; its evaluation is done on resume.
         diverged: task → its error. It is left out from then on; no other task's R depends on it.
     """
 
     told_to_stop = stopping = False
-    _losses: torch.Tensor
-    _bad_step: torch.Tensor
-    _steps: list[int]
     _rates: dict[int, float]
 
     def __init__(
@@ -99,7 +95,7 @@ class RTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
         self.remove_callback(ProgressCallback)
-        self._reset_window()
+        self._window = LossWindow(len(runs), self.args.device)
         self._stopped: set[int] = set()
         self.diverged: dict[int, TrainingError] = {}
 
@@ -118,7 +114,7 @@ class RTrainer(Trainer):
         out = self._stopped | self.diverged.keys()
         return [k for k, run in enumerate(self.runs) if step < run.order.steps and k not in out]
 
-    def note_whether_stopped(self, k: int) -> None:
+    def read_log(self, k: int) -> None:
         """Read the log of task `k`, after its evaluation or a resumption: not at every step, for it may be long."""
         if self.history(k).has_stopped():
             self._stopped.add(k)
@@ -152,9 +148,7 @@ class RTrainer(Trainer):
         for k, factor in inputs["to_means"].items():
             torch._foreach_mul_([p.grad for p in self._parameters[k] if p.grad is not None], factor)
             losses[k].mul_(factor)
-            self._steps[k] += 1
-        self._bad_step = torch.where(losses.isfinite(), self._bad_step, self._bad_step.clamp(max=inputs["step"]))
-        self._losses += losses
+        self._window.add(losses, inputs["step"], inputs["to_means"])
         return losses.nan_to_num(0, 0, 0).sum()  # of no use but to the Trainer, which would log its mean
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -201,28 +195,18 @@ class RTrainer(Trainer):
         """As Trainer's, but with the loss of each task by itself."""
         if "loss" in logs:
             self._leave_out_diverged()
-            if distributed.world() > 1:
-                torch.distributed.all_reduce(self._losses)
-            means = [loss / distributed.world() for loss in self._losses.tolist()]
             logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
-            for k, prefix in enumerate(self._prefixes):
-                if self._steps[k] and k not in self.diverged:
-                    logs |= {f"{prefix}loss": means[k] / self._steps[k], f"{prefix}learning_rate": self._rates[k]}
-            self._reset_window()
+            for k, mean in self._window.means().items():
+                if k not in self.diverged:
+                    prefix = self._prefixes[k]
+                    logs |= {f"{prefix}loss": mean, f"{prefix}learning_rate": self._rates[k]}
+            self._window = LossWindow(len(self.runs), self.args.device)
         super().log({key: value for key, value in logs.items() if not key.endswith("_per_second")}, *args, **kwargs)
-
-    def _reset_window(self) -> None:
-        """What is gathered between two logs; on the device, so that a step never waits for it."""
-        self._losses = torch.zeros(len(self.runs), device=self.args.device)
-        self._bad_step = torch.full((len(self.runs),), _NEVER, device=self.args.device)
-        self._steps = [0] * len(self.runs)
 
     def _leave_out_diverged(self) -> None:
         """Take out every task of which a loss since the last log was not finite, on whichever process."""
-        if distributed.world() > 1:
-            torch.distributed.all_reduce(self._bad_step, torch.distributed.ReduceOp.MIN)
-        for k, step in enumerate(self._bad_step.tolist()):
-            if step < _NEVER and k not in self.diverged:
+        for k, step in self._window.first_bad_steps().items():
+            if k not in self.diverged:
                 run = self.runs[k]
                 rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
                 self._leave_out(k, "the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
@@ -231,7 +215,7 @@ class RTrainer(Trainer):
         """Task `k` has diverged; the others train on."""
         entry: dict[str, Any] = {"step": self.state.global_step, f"{self._prefixes[k]}diverged": (what, place)}
         self.state.log_history.append(entry)
-        self.note_whether_stopped(k)
+        self.read_log(k)
         if self.stack:
             logger.warning("%s; the task is left out of this run", self.diverged[k].what)
 
@@ -257,9 +241,9 @@ class RTrainer(Trainer):
                 self._leave_out(k, "the valid loss", f"after step {self.state.global_step}")
             return
         self.log({f"{self._prefixes[k]}eval_{name}": value for name, value in found.items()})
-        self.note_whether_stopped(k)
+        self.read_log(k)
         if self.history(k).last_is_best() and distributed.is_main():
-            with replaced_file(self._best_file(k, self.state.global_step)) as path:
+            with atomic_file(self._best_file(k, self.state.global_step)) as path:
                 save_tensors(run.adapter.tensors(), path)  # in the dtype they are trained in
 
     def evaluations_left(self) -> list[int]:
@@ -277,7 +261,7 @@ class RTrainer(Trainer):
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""
         step = self.history(k).best_step()
         if step is not None:
-            load_tensors(self.runs[k].adapter, self._best_file(k, step))
+            restore_tensors(self.runs[k].adapter, self._best_file(k, step))
         return step
 
     def _best_file(self, k: int, step: int) -> Path:
@@ -307,11 +291,11 @@ class RTrainer(Trainer):
         except RuntimeError as error:  # torch's writer of archives tells of the disk in its own words
             what = f"cannot write a checkpoint: {first_line(error)}"
             raise OutputError(what, where=folder, fix=RESUME) from error
-        distributed.wait()  # each process has saved its RNG
+        distributed.barrier()  # each process has saved its RNG
         if distributed.is_main():
             for path in folder.iterdir():
                 fsync(path)
-            with replaced_file(folder / COMPLETE) as path:
+            with atomic_file(folder / COMPLETE) as path:
                 finished = not self.active(self.state.global_step) and not self.evaluations_left()
                 write_json(path, {**self.identity, "finished": finished})
             remove_old(folder.parent)
@@ -319,14 +303,14 @@ class RTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for k, run in enumerate(self.runs):
-            load_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
+            restore_tensors(run.adapter, Path(resume_from_checkpoint) / f"adapter-{k}.safetensors")
 
     def restore_finished(self, checkpoint: Path) -> None:
         """Take R and the log from the last checkpoint of a run that has nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
         for k in range(len(self.runs)):
-            self.note_whether_stopped(k)
+            self.read_log(k)
 
 
 def _shown(numbers: Sequence[int]) -> str:

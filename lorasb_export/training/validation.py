@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..batches import Encoded
+from ..encoding import Encoded
 from ..evaluation import mean_loss, row_scores
-from ..inference import answers_to_ids
+from ..inference import answers_of_ids
 from ..metrics import exact_match, of_predictions
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Validation:
 
     Attributes:
         rows: the encoded rows of the valid split.
-        asked: prompts (`inference.question_ids`) and expected answers, to answer them too (`exact_match`); empty
+        asked: prompts (`inference.checked_prompt_ids`) and expected answers, to answer them too (`exact_match`); empty
             otherwise.
     """
 
@@ -39,21 +39,21 @@ class Validation:
 
         None when one of them is told to stop: it may take long.
         """
-        share = slice(distributed.rank(), None, distributed.world())
+        share = slice(distributed.rank(), None, distributed.world_size())
         mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):
             scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
-            given = answers_to_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
-        if distributed.anywhere(told_to_stop()):
+            given = answers_of_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
+        if distributed.any_process(told_to_stop()):
             return None
-        expected: list[Any] = distributed.gather([row["labels"] for row in mine])
-        scored = distributed.gather(scored)
+        expected: list[Any] = distributed.all_gather([row["labels"] for row in mine])
+        scored = distributed.all_gather(scored)
         found = {"loss": mean_loss(scored)}
         if not isinstance(expected[0], list):
             predicted = [prediction for _, _, prediction in scored]
             found |= of_predictions(predicted, expected, regression=isinstance(expected[0], float))
         if self.asked:
-            pairs = distributed.gather(list(zip(given, (answer for _, answer in asked), strict=True)))
+            pairs = distributed.all_gather(list(zip(given, (answer for _, answer in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])
         return found
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
-from ...names import check_name, check_served_name
+from ...names import name_problem, served_name_problem
 from ...output import cannot_write
 from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
@@ -62,7 +62,7 @@ class Updates:
         from vllm.lora.request import LoRARequest
 
         name = body["lora_name"]
-        if problem := check_served_name(name):
+        if problem := served_name_problem(name):
             raise SettingsError(problem, fix="Give another lora_name")
         if models.is_base_model(name):
             raise SettingsError(f"{name!r} is the name of the base", fix="Give another lora_name")
@@ -85,7 +85,7 @@ class Updates:
         await asyncio.to_thread(self.versions.sweep, {request.lora_path for request in models.lora_requests.values()})
 
     def _find(self, path: str) -> Path:
-        if check_name(path):
+        if name_problem(path):
             raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder", fix=_FOLDER)
         folder = self.source / path
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base import CAUSAL_LM, SEQ_CLS
+from ..choices import CAUSAL_LM, SEQ_CLS
 from ..fetch import is_hub_id
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base import SEQ_CLS
+from ..atomic import atomic_file
+from ..choices import SEQ_CLS
 from ..fetch import is_hub_id
-from ..output import replaced_file
 from ..storage import utf8
-from .card_sections import (
+from .readme import assemble, update
+from .sections import (
     NOTHING,
     Facts,
     adapters,
@@ -29,7 +30,6 @@ from .card_sections import (
     source_of,
     training_table,
 )
-from .readme import assemble, update
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
@@ -46,7 +46,7 @@ def write(folder: Path, card: str) -> None:
     """
     path = folder / "README.md"
     old = utf8(path.read_bytes(), path) if path.is_file() else ""
-    with replaced_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(update(old, card, where=path), encoding="utf-8")
 
 

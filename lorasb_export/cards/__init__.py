@@ -1,0 +1,1 @@
+"""Model cards: what each folder says of itself, and what people wrote around it."""

@@ -1,0 +1,249 @@
+"""Rows → token ids with labels.
+
+With a chat template a prompt is one user message. The loss is on the completion, on what the assistant says, or on
+every token of a plain text.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .choices import SEQ_CLS
+from .errors import BaseModelError, DataError
+from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+IGNORE = -100
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NAMED_ROWS = 10  # in a warning
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
+# Some templates put today's date before every prompt. Rows get Llama 3's own default instead, so that a run trains on
+# the same tokens whenever it is started or resumed.
+DATED = {"strftime_now": date(2024, 7, 26).strftime}
+_INPUTS = ("input_ids", "token_type_ids")
+
+Encoded = dict[str, Any]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, **context: Any) -> list[int]:
+    """Token ids of a prompt as the model is asked it.
+
+    Args:
+        prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
+        context: what the chat template is told besides.
+
+    Raises:
+        DataError: the chat template refuses it.
+    """
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return _text_ids(tokenizer, prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text with what the tokenizer puts around one, less a beginning that the text has already."""
+    ids: list[int] = tokenizer(text).input_ids
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list[int] | None:
+    """What a row's own tokens, uncut, say after its question: the answer, its end, and what a template writes besides.
+
+    None where they do not begin with the question's: a chat template may open thoughts in the question alone.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
+    """
+    question, _ = question_and_answer(row, where)
+    asked = prompt_ids(tokenizer, question, where, **DATED)
+    if kind_of(row) == CHAT:
+        ids = _chat_ids(tokenizer, row["messages"], where, **DATED)
+    else:
+        ids, _ = _tokens(row, tokenizer, where)
+    return ids[len(asked) :] if ids[: len(asked)] == asked else None
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
+) -> list[int]:
+    with _refusals(where):
+        text: Any = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)  # type: ignore[arg-type]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@contextmanager
+def _refusals(where: object) -> Iterator[None]:
+    """What a chat template refuses, as a DataError: many insist on turns that alternate, or on no system message."""
+    try:
+        yield
+    except TemplateError as error:
+        fix = "Write the messages as the base's template takes them"
+        raise DataError(f"the chat template refuses the messages: {error}", where=where, fix=fix) from None
+
+
+def encode(
+    rows: Iterable[Row] | Mapping[int, Row],
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    labels: Sequence[Any],
+    max_length: int,
+    unit: str = "row",
+) -> list[Encoded]:
+    """Rows as `input_ids` (t,), `labels`, `cut`, and `row`, the row's number: in `rows` from 1, or its key there.
+
+    For SEQ_CLS also `token_type_ids` (t,), which tell a text from its pair, where the tokenizer makes them.
+    `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
+    `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
+    whose prompt alone fills it has nothing to learn and is left out, as is one whose chat template marks nothing as
+    the assistant's. One warning counts and names them all.
+
+    Args:
+        unit: what errors and the warning call a row; its number follows.
+
+    Raises:
+        DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
+        BaseModelError: the tokenizer has no token to end an answer or a text with.
+    """
+    numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
+    long, bare = f"their prompt alone has {max_length} tokens or more", "no token of theirs is to be learnt"
+    encoded: list[Encoded] = []
+    cut: list[int] = []
+    left_out: dict[str, list[int]] = {long: [], bare: []}
+    for number, row in numbered.items():
+        where = f"{unit} {number}"
+        if task_type == SEQ_CLS:
+            found, is_cut = _labelled(row, tokenizer, labels, max_length, where)
+        else:
+            ids, target = _tokens(row, tokenizer, where)
+            target = [IGNORE, *target[1:]]  # nothing predicts the first token
+            found, is_cut = {"input_ids": ids[:max_length], "labels": target[:max_length]}, len(ids) > max_length
+            if not _teaches(found["labels"]):
+                reason = long if _teaches(target) else bare
+                left_out[reason].append(number)
+                continue
+        if is_cut:
+            cut.append(number)
+        encoded.append({**found, "row": number, "cut": is_cut})
+    left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
+    if not encoded:
+        enclose = "The chat template must enclose what the assistant says in {% generation %}"
+        fix = "Raise max_length or shorten them" if long in left_out else enclose
+        raise DataError(f"there is no row to learn from: {', or '.join(left_out)}", where=f"all {unit}s", fix=fix)
+    told = {f"left out: {reason}": numbers for reason, numbers in left_out.items()}
+    told[f"cut at {max_length} tokens"] = cut
+    parts = [
+        f"{len(numbers)} of {len(numbered)} {unit}s {words} ({_named(numbers)})"
+        for words, numbers in told.items()
+        if numbers
+    ]
+    if parts:
+        logger.warning("; ".join(parts))
+    return encoded
+
+
+def _teaches(labels: Sequence[int]) -> bool:
+    return any(label != IGNORE for label in labels)
+
+
+def _labelled(
+    row: Row, tokenizer: PreTrainedTokenizerBase, labels: Sequence[Any], max_length: int, where: str
+) -> tuple[Encoded, bool]:
+    """A classifier's row, and whether it was cut."""
+    text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
+    tokens = tokenizer(*text, truncation=True, max_length=max_length)
+    if not tokens.input_ids:
+        raise DataError("the text has no tokens", where=where, fix="Remove the row or fill it in")
+    is_cut = len(tokens.input_ids) == max_length and len(tokenizer(*text).input_ids) > max_length
+    inputs = {key: tokens[key] for key in _INPUTS if key in tokens}
+    return {**inputs, "labels": _target(row, labels, where)}, is_cut
+
+
+def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
+    if not labels:
+        return float(row["label"])
+    if row["label"] not in labels:
+        known = ", ".join(map(repr, labels[:10])) + ", …" * (len(labels) > 10)
+        what = f"label {row['label']!r} is not among the training labels {known}"
+        raise DataError(what, where=where, fix="Train on rows with it, or remove the row")
+    return labels.index(row["label"])
+
+
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
+    """The token ids of a causal row and their labels, uncut."""
+    kind = kind_of(row)
+    if kind == CHAT:
+        return _chat_tokens(row, tokenizer, where)
+    if tokenizer.eos_token_id is None:
+        fix = "Name one in tokenizer_config.json, as eos_token"
+        raise BaseModelError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path, fix=fix)
+    if kind == TEXT:
+        ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
+        return ids, ids
+    prompt = prompt_ids(tokenizer, row["prompt"], where, **DATED)
+    completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
+    return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """With the end of sequence, unless the row brings it, or the tokenizer adds it."""
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that goes on after another.
+
+    SentencePiece-like tokenizers put a space before a text of its own, so there it is read after a line break. With a
+    chat template it keeps the space, with which models like Llama 2 begin their answers.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if tokenizer.chat_template is None and "".join(tokenizer.convert_ids_to_tokens(ids[:1])).startswith(_SPACE):
+        line, both = (tokenizer(t, add_special_tokens=False).input_ids for t in ("\n", "\n" + text))
+        if both[: len(line)] == line:
+            return both[len(line) :]
+    return ids
+
+
+def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the rows hold messages, but the tokenizer has no chat template",
+            fix="Use prompt/completion rows for single turns, or give the base a chat template with {% generation %}",
+        )
+    if not _GENERATION.search(tokenizer.get_chat_template()):
+        raise DataError(
+            "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
+            fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
+        )
+    told: Any = {**tokenizer.special_tokens_map, **DATED, "chat_template": tokenizer.get_chat_template()}
+    with _refusals(where):
+        rendered: Any = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **told)
+    (text,), (spans,) = rendered
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = tokens["input_ids"], tokens["offset_mapping"]
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    labels = [IGNORE] * len(ids)
+    # By the tokens that overlap what is marked: its last character may have none of its own, and transformers' mask,
+    # which looks for that one, then goes on to the end of the chat.
+    for start, end in spans:
+        said = slice(bisect_right(ends, start), bisect_left(starts, end))
+        labels[said] = ids[said]
+    return ids, labels
+
+
+def _named(numbers: Sequence[int]) -> str:
+    more = ", …" if len(numbers) > _NAMED_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED_ROWS]))}{more}"

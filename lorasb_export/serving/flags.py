@@ -1,0 +1,84 @@
+"""vLLM's own flags, as users give them after `--`: those that are read here, and those that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from ..errors import SettingsError
+
+SERVED_NAMES = "--served-model-name"
+_SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
+# Given by this package, or they would put the server where it is not looked for.
+_OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
+# Flag → what is wrong with it, and what to do instead.
+_REFUSED_FLAGS = {
+    "--api-key": (
+        "an API key on the command line",
+        "Use --api-key-file or VLLM_API_KEY: a command line can be read by every user of this machine",
+    ),
+    "--api-server-count": ("vLLM ignores it, started as it is here", "Give --data-parallel-size, or leave it out"),
+    "--lora-target-modules": ("vLLM would leave out a part of each adapter in silence", "Each says where it goes"),
+    "--lora-dtype": ("adapters are of the model's dtype", "Use the option --dtype of `lorasb serve`"),
+    "--config": ("a file of flags, which is not read here", "Give the flags in it after --"),
+    **dict.fromkeys(
+        sorted(_OUR_FLAGS),
+        ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
+    ),
+}
+_READ_FLAGS = {
+    *_REFUSED_FLAGS,
+    *_SHORT_FLAGS,
+    "--data-parallel-size",
+    "--dtype",
+    "--fully-sharded-loras",
+    "--max-cpu-loras",
+    "--max-loras",
+    SERVED_NAMES,
+    "--shutdown-timeout",
+}
+
+
+def engines(extra: Sequence[str]) -> str:
+    return values(extra).get("--data-parallel-size", "1")
+
+
+def number(extra: Sequence[str], flag: str) -> int | None:
+    """The value the user gives vLLM by `flag`, or None; what is no number vLLM itself refuses."""
+    value = values(extra).get(flag, "")
+    return int(value) if value.isdecimal() else None
+
+
+def served_names(extra: Sequence[str], own: str) -> list[str]:
+    """What the base is served as, its `own` name unless told otherwise; of a flag given twice vLLM takes the last."""
+    names = [own]
+    for place, word in enumerate(extra):
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == SERVED_NAMES:
+            names = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), extra[place + 1 :]))
+    return names
+
+
+def refuse_bad(extra: Sequence[str]) -> None:
+    """Raise SettingsError for a flag that is not handed on, a word that is none, and what may be short for one."""
+    if extra and not extra[0].startswith("-"):
+        fix = f"Name adapters with --adapters {extra[0]}"
+        raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
+    given = values(extra)
+    for flag in given:  # vLLM takes abbreviations, and they would pass unread
+        if whole := next((known for known in sorted(_READ_FLAGS - {flag}) if known.startswith(flag)), None):
+            raise SettingsError(f"{flag} may be short for {whole}", fix="Write vLLM's flags out in full")
+    for flag, (problem, fix) in _REFUSED_FLAGS.items():
+        if flag in given:
+            raise SettingsError(problem, where=flag, fix=fix)
+
+
+def values(extra: Sequence[str]) -> dict[str, str]:
+    """--flag → its value (or "") among `extra`, for both `--flag value` and `--flag=value`, and for short flags."""
+    found = {}
+    for word, following in zip(extra, [*extra[1:], ""], strict=False):
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            found[_SHORT_FLAGS.get(flag, flag)] = value if equals else following
+    return found

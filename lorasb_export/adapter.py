@@ -50,7 +50,7 @@ class Adapter:
             are as `fit` and `evaluate` write them: `task` and `data` text, `labels` a list, `settings` by name,
             `evaluation` {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
-        basis: its basis, where it is loaded (`load_basis`). Set it on many adapters, and they hold one.
+        basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
         hub_source: of one from the Hub, `owner/name@commit`.
     """
 

@@ -122,7 +122,7 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
     placed = {}
     for split, rows in splits.items():
         if split not in SPLITS:
-            raise DataError(f"a split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
+            raise DataError(f"unknown split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
             refuse_unwritable(row, place)
@@ -217,7 +217,9 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
     for place, row in rows:
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, str | int | float):
-            raise DataError(f"label {label!r} is neither a name nor a number", where=place, fix="Write one of both")
+            raise DataError(
+                f"label {label!r} is neither a name nor a number", where=place, fix="Use a string or a number"
+            )
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

@@ -30,7 +30,7 @@ def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether `name` can be a Hub repository, `owner/name`: without an owner it is what a push leaves of a path."""
+    """Whether `name` can be a Hub repository, `owner/name`. A bare name is none: a push shortens paths to that."""
     return isinstance(name, str) and parse_hub_id(name) == (name, None)
 
 

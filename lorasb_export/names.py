@@ -25,7 +25,7 @@ def name_problem(name: str, use: str = "be served as a name") -> str | None:
     """
     if _NAME.fullmatch(name) and ".." not in name:
         return None
-    return f"{name!r} cannot {use}: letters, digits, '.', '_' and '-', at most 96, no '..'"
+    return f"{name!r} cannot {use}: use letters, digits, '.', '_' and '-', at most 96, no '..'"
 
 
 def served_name_problem(name: str) -> str | None:

@@ -82,7 +82,7 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
 
 
 def is_free(target: Path) -> bool:
-    """Whether nothing is there, or a folder without anything in it, which may be taken."""
+    """Whether `target` does not exist, or is an empty folder."""
     return not any(target.iterdir()) if target.is_dir() else not target.exists()
 
 

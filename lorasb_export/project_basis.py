@@ -67,7 +67,7 @@ def load_or_make(
     basis = calibrated_once(folder, make)
     if differing := basis.differences(project.calibration):
         raise SettingsError(
-            f"the project's basis is not as lorasb.toml has it: {', '.join(differing)}",
+            f"the project's basis does not match [basis] in lorasb.toml: {', '.join(differing)}",
             where=folder,
             fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
         )

@@ -42,8 +42,8 @@ def evaluate_adapters(
 
     Args:
         adapters: word → folder or Hub id.
-        all_there_are: nobody named these: one whose rows are not known, or that has none held out, is passed over, as a
-            warning says.
+        all_there_are: the user named none: adapters whose data is unknown, or has no held-out rows, are skipped with a
+            warning.
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
         split, limit, dtype, metric: as for `evaluate`.

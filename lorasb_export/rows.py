@@ -129,7 +129,7 @@ def refuse_unwritable(row: object, place: str) -> None:
     try:
         as_json(row)
     except (TypeError, ValueError) as error:
-        raise DataError(f"not to be written as JSON: {error}", where=place, fix="Mend the row") from None
+        raise DataError(f"cannot be written as JSON: {error}", where=place, fix="Fix the row") from None
 
 
 def as_json(rows: object) -> bytes:

@@ -132,7 +132,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {name!r:.60} stands there twice")
+        raise ValueError(f"duplicate key {name!r:.60}")
     return found
 
 

@@ -454,7 +454,7 @@ def test_a_folder_of_a_kind_that_nobody_knows_is_of_none(note: str, tmp_path: Pa
 def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:
     names = [f'"{number}": 0' for number in range(30_000)]
     started = time.perf_counter()
-    with pytest.raises(ValueError, match="the key '29999' stands there twice"):
+    with pytest.raises(ValueError, match="duplicate key '29999'"):
         parse_json(f"{{{', '.join([*names, names[-1]])}}}")
     assert time.perf_counter() - started < 2  # looking through all names for every name takes ten
 

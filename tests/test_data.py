@@ -233,9 +233,9 @@ def test_rows_in_memory(tmp_path: Path) -> None:
     [
         ({"train": [json.loads(GOOD), {"prompt": "?"}]}, r"lacks field 'completion' \(task t, train row 2\)"),
         ({"train": [json.loads(GOOD)], "valid": ["1+1=2"]}, r"of type str \(task t, valid row 1\)\. Give a dict"),
-        ({"train": [{"text": "cut \ud83d"}]}, r"not to be written as JSON: .*surrogates.* \(task t, train row 1\)"),
+        ({"train": [{"text": "cut \ud83d"}]}, r"cannot be written as JSON: .*surrogates.* \(task t, train row 1\)"),
         ({"train": [], "valid": [json.loads(GOOD)]}, "no training rows"),
-        ({"training": [json.loads(GOOD)]}, r"a split 'training' \(task t\)\. Use train, valid, test"),
+        ({"training": [json.loads(GOOD)]}, r"unknown split 'training' \(task t\)\. Use train, valid, test"),
     ],
 )
 def test_bad_rows_in_memory_are_named(splits: dict[str, list[Any]], message: str) -> None:

@@ -113,7 +113,7 @@ def test_an_adapter_is_called_as_the_link_that_is_given(
     for name, message in (
         ("latest", "has an adapter 'latest' (onnx). Rename the adapter, or pass --overwrite"),
         ("old", "has an adapter 'Old' (onnx). Rename the adapter\n"),  # on some disks one file
-        ("my task", "'my task' cannot name an exported adapter: letters, digits"),
+        ("my task", "'my task' cannot name an exported adapter: use letters, digits"),
         ("base", "an adapter called 'base' would hide the base"),
     ):
         (tmp_path / name).symlink_to("v3")

@@ -65,8 +65,13 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
     ):
         file.write_text(as_made.replace("rank = 4", changed))
         done = lorasb("fit", "--max-steps", "1", "--overwrite")
-        assert (done.exit_code, f"not as lorasb.toml has it: {differing} (" in done.stderr) == (1, True), done.stderr
-        assert f"not as lorasb.toml has it: {differing} (" in lorasb("fit", "--basis", "basis", "--overwrite").stderr
+        assert (done.exit_code, f"does not match [basis] in lorasb.toml: {differing} (" in done.stderr) == (1, True), (
+            done.stderr
+        )
+        assert (
+            f"does not match [basis] in lorasb.toml: {differing} ("
+            in lorasb("fit", "--basis", "basis", "--overwrite").stderr
+        )
     file.write_text(as_made.replace("rank = 4", "rank = 4\nsamples = 8\nbatch_size = 2"))  # no other basis
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
 

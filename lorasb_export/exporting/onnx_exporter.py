@@ -91,7 +91,7 @@ def _wrong_window(config: PreTrainedConfig) -> bool:
 
 
 def _wrong_angles(config: PreTrainedConfig) -> bool:
-    """Whether the builder takes a Phi-3 for one of LongRoPE, by its lengths alone."""
+    """Whether the builder would apply LongRoPE to this Phi-3: it decides by the two context lengths alone."""
     return config.model_type == "phi3" and config.max_position_embeddings != config.original_max_position_embeddings
 
 

@@ -222,8 +222,9 @@ def require_equal(result: dict[str, Any], precision: str, where: str | Path, max
     """`result`, one of `verify_folder` or that of `verify_classifier`.
 
     Raises:
-        ArtifactError: fp32 answers differ by more than a tie between tokens, no answer of any precision begins like
-            torch's or is its class, a logit is not finite, or the metric drops by more than `max_drop` points.
+        ArtifactError: fp32 answers differ by more than a tie between tokens; in any precision, not one answer agrees
+            with torch in its first token (or its class); a logit is not finite; or the metric drops by more than
+            `max_drop` points.
     """
     if not result.get("drop", 0.0) <= max_drop:  # nor NaN
         raise ArtifactError(

@@ -119,7 +119,7 @@ def running_server(
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
         may_fold = plan.mode.name == "shared" and updates is None
-        advice = "Mend that, or try --mode folded. " if may_fold else ""
+        advice = "Fix that, or try --mode folded. " if may_fold else ""
         server = RunningServer(command, variables, _url(host, port), echo=echo, advice=advice, drain=plan.drain)
         del plan  # its tensors are on disk now
         try:

@@ -93,8 +93,8 @@ class Shared:
     """B and A once, and the R of each adapter: the plugin in `shared`. All adapters are of one basis.
 
     `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`, and
-    `max_cpu_loras` likewise. `engines`: of several, one that waits for the others drops its adapters and reads them
-    again.
+    `max_cpu_loras` likewise. `engines`: vLLM's --data-parallel-size; of several, an idle one drops its adapters and
+    reloads them.
     """
 
     adapters: Mapping[str, Adapter]

@@ -1,4 +1,4 @@
-"""Chats as they are learnt beside chats as they are asked: what parts them is told before training."""
+"""Warns before training where a chat template renders a chat differently for training and for generation."""
 
 from __future__ import annotations
 

@@ -127,5 +127,5 @@ async def _read(request: Request) -> dict[str, str]:
     except ValueError as error:
         raise SettingsError(f"the request is not a JSON object: {error}", fix=_REQUEST) from None
     if "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):
-        raise SettingsError("the request is not the name of an adapter", fix=_REQUEST)
+        raise SettingsError("lora_name is missing, or a value is not a string", fix=_REQUEST)
     return body

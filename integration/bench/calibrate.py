@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from lorasb_export.quickstart.tasks import TASKS
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets
 
-from .measure import alternate_calls, memory, print_table, ratio
+from .measure import alternate_calls, forget_peak, memory, print_table, ratio
 
 Batches = list[dict[str, Any]]
 
@@ -101,7 +100,7 @@ def _peak_in_a_fresh_process(what: str, rows: int) -> float:
 
 def _peak(what: str, rows: int) -> float:
     network, targets, batches = _ready(rows, 1)  # so that activations are next to nothing
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    forget_peak()  # of loading
     before = memory("VmRSS")
     if what == "frozen":
         _frozen(network, batches)

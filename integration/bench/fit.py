@@ -38,7 +38,7 @@ from lorasb_export.stack import Stack
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon
 
-from .measure import alternate_calls, memory, print_table, ratio
+from .measure import alternate_calls, forget_peak, memory, print_table, ratio
 
 TASKS = 8
 # Name → rank, directions, targets, and the rank of the LoRA, of all linear layers, that it is held against. LoRA's
@@ -171,6 +171,7 @@ def saved_bytes(model: Any, ids: torch.Tensor) -> int:
 def peak(name: str, ids: torch.Tensor, found: Any) -> None:
     """In a fresh process: the highest memory of two steps, above that before the first."""
     variant = Variant({"ours": ours, "peft": peft}[name](torch.float32), of_all(ids))
+    forget_peak()  # of loading
     before = memory("VmRSS")
     for _ in range(2):
         variant.step()

@@ -41,6 +41,11 @@ def print_table(times: Mapping[str, Sequence[float]]) -> None:
         print(f"{name:24} {statistics.median(values):9.3f} {min(values):7.3f} {max(values):7.3f}")
 
 
+def forget_peak() -> None:
+    """Begin `VmHWM` anew, from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory(key: str) -> int:
     """Bytes of this process: `VmRSS` now, `VmHWM` at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,6 +13,7 @@ import math
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -100,8 +101,8 @@ def _run(folder: Path, gb: float, rounds: int, kills: int) -> dict[str, object]:
     written = sum(path.stat().st_size for path in (folder / "merged").iterdir())
     result = {
         "checkpoint_gb": round(size / 1e9, 2),
-        "seconds_cp": round(min(times["cp -r + fsync"]), 2),
-        "seconds": round(min(times["lorasb merge"]), 2),
+        "seconds_cp": round(statistics.median(times["cp -r + fsync"]), 2),
+        "seconds": round(statistics.median(times["lorasb merge"]), 2),
         "seconds_ratio_cp": ratio(times["lorasb merge"], times["cp -r + fsync"]),
         "seconds_ratio_peft": ratio(times["lorasb merge"], times["PEFT merge"]),
         "peak_rss_mb": reports["lorasb merge"]["peak_rss_mb"],

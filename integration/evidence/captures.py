@@ -46,7 +46,7 @@ def _origin(cell: Cell) -> tuple[object, ...]:
     if cell.basis == "wsvd":
         return cell.basis, cell.targets
     if cell.basis in DRAWN:
-        return cell.basis, cell.targets, cell.rank
+        return cell.basis, cell.targets, cell.rank, cell.draw
     tasks = tuple(calibrated_on(cell))
     return tasks, cell.balanced, cell.reduction, cell.samples, cell.targets, cell.seed
 

@@ -243,21 +243,21 @@ class BaseModel:
         # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
         with torch.random.fork_rng(devices=[]), as_base_model_error(self.folder):
             torch.default_generator.manual_seed(seed)
-            model: PreTrainedModel
-            model, found = loader.from_pretrained(
+            network: PreTrainedModel
+            network, found = loader.from_pretrained(
                 self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
         unlike = {name for name, *_ in found.get("mismatched_keys", ())}
-        refuse_made_up(model, {*found["missing_keys"], *unlike}, self.folder)
-        self._prepare(model, task_type)
+        refuse_made_up(network, {*found["missing_keys"], *unlike}, self.folder)
+        self._prepare(network, task_type)
         device = torch.device(device or default_device())
         if device.type != "cpu":
             gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
-        model.to(device)  # type: ignore[arg-type]
-        return model
+        network.to(device)  # type: ignore[arg-type]
+        return network
 
     def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:
-        """As `load`, but with parameters that take no memory; its buffers are as the model makes them.
+        """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
 
         Raises:
             BaseModelError: whatever transformers raises on a config.json that contradicts itself.
@@ -275,16 +275,16 @@ class BaseModel:
             if num_labels is not None:
                 config.num_labels = num_labels
             wanted = (config.dtype or next(stored, torch.float32)) if dtype == "auto" else getattr(torch, dtype)
-            model: PreTrainedModel = loader.from_config(config, dtype=wanted)
-        model.tie_weights()  # a parameter that is assigned within is another one
-        self._prepare(model, task_type)
-        return model
+            network: PreTrainedModel = loader.from_config(config, dtype=wanted)
+        network.tie_weights()  # a parameter that is assigned within is another one
+        self._prepare(network, task_type)
+        return network
 
-    def _prepare(self, model: PreTrainedModel, task_type: str) -> None:
-        amend(model)
-        model.requires_grad_(False).eval()
+    def _prepare(self, network: PreTrainedModel, task_type: str) -> None:
+        amend(network)
+        network.requires_grad_(False).eval()
         if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
-            model.config.pad_token_id = self.load_tokenizer().pad_token_id
+            network.config.pad_token_id = self.load_tokenizer().pad_token_id
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer; a pad token that is missing, or has no embedding, is replaced by the end of sequence.

@@ -83,14 +83,14 @@ def evaluate(
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(task)), task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
-    model = adapter.base.resolve(base)
-    model.verify(adapter.base, adapter.R)
-    tokenizer = model.load_tokenizer()
+    base = adapter.base.resolve(base)
+    base.verify(adapter.base, adapter.R)
+    tokenizer = base.load_tokenizer()
     encoded, expected, unit = [], [], f"{task.name}: {split} row"
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
     if network is None:
-        network = model.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
+        network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)

@@ -194,13 +194,13 @@ def side_by_side(
             fix = "Leave it out, and score it with `lorasb evaluate`"
             raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
     first = next(iter(loaded.values()), None)
-    model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
+    base_model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
     bases: dict[str, Basis] = {}
     for adapter in loaded.values():
-        model.verify(adapter.base, adapter.R)
+        base_model.verify(adapter.base, adapter.R)
         load_basis_once(adapter, bases)
-    tokenizer = model.load_tokenizer()
-    network = model.load(dtype=dtype)
+    tokenizer = base_model.load_tokenizer()
+    network = base_model.load(dtype=dtype)
     found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}
     for name, adapter in loaded.items():
         adapter.inject(network)

@@ -1,4 +1,4 @@
-"""A model as transformers makes it: its flaws mended, made-up weights refused."""
+"""A network as transformers makes it: its flaws mended, made-up weights refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretra
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
-def amend(model: PreTrainedModel) -> None:
+def amend(network: PreTrainedModel) -> None:
     """Mends, in place, what transformers does wrongly or slowly by default.
 
     Gemma 2 bounds its attention scores; of the implementations the default leaves that out in silence.
@@ -26,9 +26,9 @@ def amend(model: PreTrainedModel) -> None:
     A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
     row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
     """
-    if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-    head = model.get_output_embeddings()
+    if getattr(network.config, "attn_logit_softcapping", None):
+        network.set_attn_implementation("eager")
+    head = network.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
 
@@ -60,71 +60,71 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(network: PreTrainedModel) -> Iterator[None]:
     """Without dropout; then in the mode it was in, which a loop of one's own may have left at training."""
-    training = model.training
-    model.eval()
+    training = network.training
+    network.eval()
     try:
         yield
     finally:
-        model.train(training)
+        network.train(training)
 
 
-def positions(model: PreTrainedModel) -> float:
-    """How many tokens a model's learned positions reach; infinity where it has none."""
+def positions(network: PreTrainedModel) -> float:
+    """How many tokens a network's learned positions reach; infinity where it has none."""
     import torch
 
     reach = math.inf
-    for name, module in model.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
             first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
             reach = min(reach, module.num_embeddings - first)
     return reach
 
 
-def require_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Raise SettingsError where rows may be longer than a model's learned positions reach."""
-    if max_length > (reach := positions(model)):
+def require_positions(network: PreTrainedModel, max_length: int) -> None:
+    """Raise SettingsError where rows may be longer than a network's learned positions reach."""
+    if max_length > (reach := positions(network)):
         fix = f"Lower max_length to {reach}"
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
-def refuse_spread(model: PreTrainedModel) -> None:
-    """Raise SettingsError where accelerate has spread the model: which logits are wanted is told on one device only."""
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+def refuse_spread(network: PreTrainedModel) -> None:
+    """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
+    if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
         fix = "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model"
         raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
 
 
-def require_dtype(model: PreTrainedModel, dtype: str) -> None:
-    """Raise SettingsError where a loaded model is not of the `dtype` that settings ask for, and records would name."""
-    loaded = str(model.dtype).removeprefix("torch.")
+def require_dtype(network: PreTrainedModel, dtype: str) -> None:
+    """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name."""
+    loaded = str(network.dtype).removeprefix("torch.")
     if dtype not in ("auto", loaded):
         fix = "Leave dtype at auto, or load the network in that one"
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
 
 
-def classifies(model: Module) -> bool:
+def classifies(network: Module) -> bool:
     """Whether it is a sequence classifier of transformers, which has a head to train."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    return type(network).__name__.endswith("ForSequenceClassification")
 
 
-def require_outputs(model: PreTrainedModel, num_labels: int | None) -> None:
-    """Raise SettingsError where a loaded model has another head than rows ask for: None is that of text."""
-    outputs = model.config.num_labels if classifies(model) else None
+def require_outputs(network: PreTrainedModel, num_labels: int | None) -> None:
+    """Raise SettingsError where `network` has another head than rows ask for: None is that of text."""
+    outputs = network.config.num_labels if classifies(network) else None
     if outputs != num_labels:
         theirs, ours = (f"a classifier (outputs: {n})" if n else "a model of text" for n in (outputs, num_labels))
         fix = "Load it for this task, or leave it out"
         raise SettingsError(f"the network that was given is {theirs}, the rows need {ours}", fix=fix)
 
 
-def refuse_made_up(model: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
+def refuse_made_up(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 
     A head may be new: a classifier's is. The pooler, which checkpoints of language models lack, lies in the body: it is
     frozen, and no file would keep what was drawn.
     """
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{network.base_model_prefix}."
     for name in sorted(missing):
         if name.startswith(prefix):
             pooler = ".pooler." in name

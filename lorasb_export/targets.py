@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _OF_A_REGEX = frozenset(r"\^$*+?()[]{}|")  # none of them is in a module name; the dot, which is, decides nothing
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+def linear_layers(network: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Linear and Conv1D inside the body, by full name; never a head."""
     return {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{model.base_model_prefix}.")
+        for name, module in network.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{network.base_model_prefix}.")
     }
 
 
-def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
+def find_targets(network: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:
     r"""The modules `targets` selects, of `linear_layers`, by full name.
 
     Args:
@@ -37,10 +37,10 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
 
     Raises:
         SettingsError: an ending or the expression matches nothing, or the expression is not valid.
-        BaseModelError: a selected module shares its weight with another module, or the model carries PEFT layers.
+        BaseModelError: a selected module shares its weight with another module, or the network carries PEFT layers.
     """
-    refuse_peft(model)
-    linear = linear_layers(model)
+    refuse_peft(network)
+    linear = linear_layers(network)
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     known = f"Take {ALL_LINEAR}, or endings of module names: {leaves}"
     if _OF_A_REGEX & set(targets):
@@ -53,7 +53,7 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
     elif targets.strip(" ,") == ALL_LINEAR:
         chosen = linear
     elif targets.strip(" ,") == MLP_OUTPUT:
-        chosen = _mlp_outputs(linear, model.config.get_text_config().hidden_size)
+        chosen = _mlp_outputs(linear, network.config.get_text_config().hidden_size)
     else:
         endings = [f".{ending.strip()}" for ending in targets.split(",") if ending.strip()]
         for ending in endings:
@@ -62,15 +62,15 @@ def find_targets(model: PreTrainedModel, targets: str) -> dict[str, torch.nn.Mod
         chosen = {name: m for name, m in linear.items() if f".{name}".endswith(tuple(endings))}
     if not chosen:
         raise SettingsError(f"targets {targets!r} matches no module", fix=known)
-    _refuse_shared(model, chosen)
+    _refuse_shared(network, chosen)
     return chosen
 
 
 def _mlp_outputs(linear: Mapping[str, torch.nn.Module], width: int) -> dict[str, torch.nn.Module]:
-    """Those that bring the wide middle of an MLP back to the width of the model.
+    """Those that bring the wide middle of an MLP back to the width of the network.
 
     They are told by their shape, since every family has a name of its own for them; attention's output may have that
-    shape too, where the heads together are wider than the model, and is told by its module's name.
+    shape too, where the heads together are wider than the network, and is told by its module's name.
     """
     found = {}
     for name, module in linear.items():
@@ -80,10 +80,10 @@ def _mlp_outputs(linear: Mapping[str, torch.nn.Module], width: int) -> dict[str,
     return found
 
 
-def _refuse_shared(model: PreTrainedModel, targets: Mapping[str, torch.nn.Module]) -> None:
+def _refuse_shared(network: PreTrainedModel, targets: Mapping[str, torch.nn.Module]) -> None:
     """A shared weight's gradient is the sum over all its uses, while an adapter would change only one of them."""
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in network.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     for module in targets.values():
         sharing = users[id(module.weight)]

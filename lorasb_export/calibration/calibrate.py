@@ -55,14 +55,14 @@ logger = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: AnyBase,
+    base: AnyBase,
     data: Mapping[str, str | Path | TaskData],
     settings: CalibrationSettings | None = None,
     *,
     weights: Mapping[str, float] | None = None,
     network: PreTrainedModel | None = None,
 ) -> Basis:
-    """Calibrate one basis for `model` over one task or a mixture of tasks.
+    """Calibrate one basis for `base` over one task or a mixture of tasks.
 
     Its `calibration["capture"]` says how much of the gradient it was made from it holds: `basis`; `random`, what a
     basis drawn at random would; both by module in `modules`; and in `tasks`, of up to 32, task name → the same of the
@@ -72,7 +72,7 @@ def calibrate(
     recorded of gradients.
 
     Args:
-        model: folder, Hub id, or a resolved BaseModel.
+        base: folder, Hub id, or a resolved BaseModel.
         data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
         weights: task name → what the losses of its rows are multiplied by; 1 where it is not named.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, and its mode and flags
@@ -84,7 +84,7 @@ def calibrate(
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
     settings = settings or CalibrationSettings()
-    base = BaseModel.resolve(model)
+    base = BaseModel.resolve(base)
     base.refuse_merged()
     if network is not None:
         require_dtype(network, settings.dtype)

@@ -81,7 +81,7 @@ def gradients_of_rows(
 
 
 def gradient_sums(
-    model: PreTrainedModel,
+    network: PreTrainedModel,
     targets: Mapping[str, torch.nn.Module],
     batches: Iterable[dict[str, Any]],
     *,
@@ -97,8 +97,8 @@ def gradient_sums(
 
     Args:
         batches: as `collate` makes them; in addition `weights` (n,), by which the losses of the rows are multiplied.
-        gradient_checkpointing: recompute the inside of every layer in backward, where the model's class can; done in
-            any case where it is switched on in the model.
+        gradient_checkpointing: recompute the inside of every layer in backward, where the network's class can; done in
+            any case where it is switched on in the network.
 
     Raises:
         BaseModelError: a gradient is not finite.
@@ -117,24 +117,25 @@ def gradient_sums(
         return hook
 
     weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
-    checkpointed = (gradient_checkpointing and model.supports_gradient_checkpointing) or model.is_gradient_checkpointing
-    with _only_trainable(model, weights, keep), _checkpointed(model) if checkpointed else nullcontext():
+    wanted = gradient_checkpointing and network.supports_gradient_checkpointing
+    checkpointed = wanted or network.is_gradient_checkpointing
+    with _only_trainable(network, weights, keep), _checkpointed(network) if checkpointed else nullcontext():
         for batch in batches:
-            tensors = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            tensors = {k: v.to(network.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
-            losses, counts = row_losses(model(**tensors).logits, labels)
+            losses, counts = row_losses(network(**tensors).logits, labels)
             counted += torch.tensor([len(counts), int(counts.sum())])
             if loss == "sample":
                 scale = 1 << (int(counts.max()) - 1).bit_length()
                 losses = losses / counts * scale
             (factors * losses).sum().backward()
 
-    rows, tokens = _over_processes(counted, model.device).tolist()
+    rows, tokens = _over_processes(counted, network.device).tolist()
     for name, module in targets.items():
         if name not in sums:
             dtype = torch.promote_types(weights[name].dtype, torch.float32)
             sums[name] = torch.zeros_like(weights[name], dtype=dtype, device="cpu")
-        total = _over_processes(sums[name], model.device)
+        total = _over_processes(sums[name], network.device)
         if loss == "token":
             total *= rows / tokens
         if not math.isfinite(total.sum()):  # as it is not with a NaN or infinity anywhere; isfinite() makes copies
@@ -157,20 +158,20 @@ def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _only_trainable(
-    model: PreTrainedModel, weights: Mapping[str, Any], hook: Callable[[str], Callable[[torch.Tensor], None]]
+    network: PreTrainedModel, weights: Mapping[str, Any], hook: Callable[[str], Callable[[torch.Tensor], None]]
 ) -> Iterator[None]:
     """Let only `weights` require gradients, with dropout and the KV cache off; all is restored afterwards."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    cache = getattr(model.config, "use_cache", None)
-    model.requires_grad_(False)
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    cache = getattr(network.config, "use_cache", None)
+    network.requires_grad_(False)
     handles = []
     try:
         if cache:
-            model.config.use_cache = False
+            network.config.use_cache = False
         for name, weight in weights.items():
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
-        with evaluating(model):
+        with evaluating(network):
             yield
     finally:
         for handle in handles:
@@ -179,13 +180,13 @@ def _only_trainable(
             parameter.grad = None
             parameter.requires_grad_(flag)
         if cache:
-            model.config.use_cache = cache
+            network.config.use_cache = cache
 
 
 @contextmanager
-def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+def _checkpointed(network: PreTrainedModel) -> Iterator[None]:
     """Keep of every layer its inputs alone. transformers does it only in training mode, with dropout on."""
-    before = {m: vars(m).get("forward") for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+    before = {m: vars(m).get("forward") for m in network.modules() if isinstance(m, GradientCheckpointingLayer)}
     try:
         for layer in before:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

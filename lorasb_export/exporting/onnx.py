@@ -74,17 +74,17 @@ def export_onnx(
     refuse_own_input(out, source.folder, source.basis_source)
     if data is not None:
         require_same_kind(source, data)
-    model = source.base.resolve(base)
-    exporter = exporter_for(model, source.task_type)
+    base_model = source.base.resolve(base)
+    exporter = exporter_for(base_model, source.task_type)
     compared = verify and precision != "bf16"
     if verify and not compared:
         logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
-    asked = held_out({"": data}, model) if data and compared and source.task_type == CAUSAL_LM else {}
+    asked = held_out({"": data}, base_model) if data and compared and source.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 4 if DTYPES[precision] == "float32" else 2
-        require_room(folder, int(parameters(model) * (merged_bytes + BYTES[precision])))
+        require_room(folder, int(parameters(base_model) * (merged_bytes + BYTES[precision])))
         merge(source, scratch / "merged", base=base, dtype=DTYPES[precision])
         built = "fp32" if precision in BITS else precision
         build(exporter, scratch / "merged", folder, built, scratch, source.task_type)
@@ -110,9 +110,9 @@ def check_request(precision: str, allowed: dict[str, str]) -> None:
     require_packages("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
 
 
-def parameters(model: BaseModel) -> int:
+def parameters(base: BaseModel) -> int:
     """How many numbers the base's files hold."""
-    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in model.tensors.values())
+    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in base.tensors.values())
 
 
 def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:

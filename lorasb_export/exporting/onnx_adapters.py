@@ -82,17 +82,17 @@ def export_onnx_adapters(
                 where=adapter.folder,
                 fix="Export each one merged: --format onnx",
             )
-    model = first.base.resolve(base)
-    model.verify(basis.base, basis.modules)
-    exporter = exporter_for(model, CAUSAL_LM, basis.modules)
+    base_model = first.base.resolve(base)
+    base_model.verify(basis.base, basis.modules)
+    exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     dtype = _dtype(precision)
-    asked = held_out(data, model) if verify else {}
+    asked = held_out(data, base_model) if verify else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        require_room(folder, int(parameters(model) * BYTES[precision]))
+        require_room(folder, int(parameters(base_model) * BYTES[precision]))
         built = "fp32" if precision in BITS else precision
-        build(exporter, model.folder, folder, built, scratch, CAUSAL_LM, basis)
+        build(exporter, base_model.folder, folder, built, scratch, CAUSAL_LM, basis)
         shutil.rmtree(scratch)
         if precision in BITS:
             quantize(folder, BITS[precision], {f"{module}.{part}" for module in basis.modules for part in "ARB"})
@@ -105,7 +105,7 @@ def export_onnx_adapters(
         record["adapters"] = {}
         _add(folder, record, loaded)
         if verify:
-            _verify(folder, record, model, {"": None, **loaded}, asked, max_drop, out)
+            _verify(folder, record, base_model, {"": None, **loaded}, asked, max_drop, out)
         return finish(folder, out, record)
 
 
@@ -160,9 +160,9 @@ def add_onnx_adapters(
             _add(new, record, loaded)
             if verify:
                 ref = BaseRef(**record["base"])
-                model = ref.resolve(base)
-                model.verify(ref, next(iter(loaded.values())).R)
-                _verify(new, record, model, loaded, held_out(data, model), max_drop, into)
+                base_model = ref.resolve(base)
+                base_model.verify(ref, next(iter(loaded.values())).R)
+                _verify(new, record, base_model, loaded, held_out(data, base_model), max_drop, into)
             if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
                 raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")
             return finish(new, into, record)
@@ -207,14 +207,14 @@ def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) 
 def _verify(
     folder: Path,
     record: dict[str, Any],
-    model: BaseModel,
+    base: BaseModel,
     adapters: Mapping[str, Adapter | None],
     asked: Mapping[str, HeldOut],
     max_drop: float,
     out: str | Path,
 ) -> None:
     write_record(folder, record)
-    for name, found in verify_folder(folder, model, adapters, asked).items():
+    for name, found in verify_folder(folder, base, adapters, asked).items():
         record.setdefault("verify", {})[name or "base"] = require_equal(found, record["precision"], out, max_drop)
 
 

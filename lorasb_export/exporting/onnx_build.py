@@ -30,9 +30,9 @@ _PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")  # made for chats
 
 
 def build(
-    exporter: str, model: Path, out: Path, precision: str, scratch: Path, task_type: str, basis: Basis | None = None
+    exporter: str, folder: Path, out: Path, precision: str, scratch: Path, task_type: str, basis: Basis | None = None
 ) -> None:
-    """Write GRAPH and DATA into `out` and copy what lies beside the transformers folder `model`.
+    """Write GRAPH and DATA into `out` and copy what lies beside the checkpoint in `folder`, a transformers one.
 
     Args:
         precision: fp32, fp16 or bf16.
@@ -42,28 +42,28 @@ def build(
             beside them (TORCH).
     """
     if exporter == GENAI:
-        command = ["onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", precision]
+        command = ["onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out), "-p", precision]
         command += ["-e", PROVIDERS[precision], "-c", str(scratch / "cache")]
         # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window; without the
         # third, early versions run code that lies beside a model.
         options = [f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false", "hf_remote=false"]
         command += ["--extra_options", *options]
     else:
-        command = ["lorasb_export.exporting.onnx_torch", str(model), str(out), task_type]
+        command = ["lorasb_export.exporting.onnx_torch", str(folder), str(out), task_type]
         command.append(DTYPES[precision])
         if basis is not None:
             (scratch / "basis").mkdir()
             basis.write_into(scratch / "basis")
             command.append(str(scratch / "basis"))
-    _run(command, scratch, model)
-    _finish_graph(out, model if exporter == GENAI else None)
+    _run(command, scratch, folder)
+    _finish_graph(out, folder if exporter == GENAI else None)
     tokenizer, template = out / "tokenizer_config.json", out / "chat_template.jinja"
     kept = {"model_max_length": read_json(tokenizer)["model_max_length"]} if exporter == GENAI else {}
     # The builder writes the tokenizer anew, as transformers 5 does and 4 cannot read it: what it wrote stays only where
     # the base has no tokenizer.json.
-    own = (model / "tokenizer.json").is_file()
-    for path in side_files(model):
-        copy = out / path.relative_to(model)
+    own = (folder / "tokenizer.json").is_file()
+    for path in side_files(folder):
+        copy = out / path.relative_to(folder)
         if not copy.exists() or (own and path.name != "genai_config.json"):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -77,7 +77,7 @@ def build(
     # For transformers.js: which file it is (its "fp32" is the name without a suffix), and that DATA lies beside it.
     config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": (out / DATA).exists()}
     if task_type == CAUSAL_LM:  # its context, under this name: GPT-2 has another, and some leave it out
-        config["max_position_embeddings"] = read_config(model).max_position_embeddings
+        config["max_position_embeddings"] = read_config(folder).max_position_embeddings
     write_json(out / "config.json", config)
 
 
@@ -95,7 +95,7 @@ def _ask_as_we_do(out: Path) -> None:
         write_json(path, {key: value for key, value in read_json(path).items() if key not in _PENALTIES})
 
 
-def _run(command: list[str], scratch: Path, model: Path) -> None:
+def _run(command: list[str], scratch: Path, folder: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=scratch,
@@ -111,7 +111,7 @@ def _run(command: list[str], scratch: Path, model: Path) -> None:
             raise error
         raise ServerError(
             "\n  ".join([f"the ONNX exporter failed with exit code {child.returncode}; its last lines:", *last]),
-            where=model,
+            where=folder,
             fix="Check that the memory holds the model; then report it with the versions of the packages",
         )
 

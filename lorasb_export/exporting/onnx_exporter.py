@@ -36,7 +36,7 @@ _ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles d
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
 
 
-def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()) -> str:
+def exporter_for(base: BaseModel, task_type: str, swappable: Iterable[str] = ()) -> str:
     """GENAI or TORCH.
 
     Args:
@@ -45,10 +45,10 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     Raises:
         BaseModelError: neither exporter was tested with this architecture.
     """
-    architecture = (model.config.get("architectures") or [""])[0]
+    architecture = (base.config.get("architectures") or [""])[0]
     fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
     genai = task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused
-    config = read_config(model.folder)
+    config = read_config(base.folder)
     rope = _rope_types(config)
     angles = rope <= _ROPE_OF_THE_BUILDER.get(architecture, {"default"})
     if genai and angles and _fits_the_kernel(config) and not _wrong_window(config) and not _wrong_angles(config):
@@ -56,16 +56,16 @@ def exporter_for(model: BaseModel, task_type: str, swappable: Iterable[str] = ()
     if odd := sorted(rope - _ROPE_OF_TORCH):
         raise BaseModelError(
             f"rotary embeddings of type {odd[0]} are not exported to ONNX",
-            where=model.folder,
+            where=base.folder,
             fix="Use `lorasb merge` and run the model with transformers or vLLM",
         )
-    if model.config["model_type"] in _TORCH_TYPES[task_type]:
+    if base.config["model_type"] in _TORCH_TYPES[task_type]:
         return TORCH
     known = _TORCH_TYPES[task_type] | (_GENAI_ARCHITECTURES if task_type == CAUSAL_LM else set())
     raise BaseModelError(
-        f"{architecture or model.config['model_type']} is not exported to ONNX for {task_type}"
+        f"{architecture or base.config['model_type']} is not exported to ONNX for {task_type}"
         + (f" with an adapter on {fused[0]}" if fused and architecture in _GENAI_ARCHITECTURES else ""),
-        where=model.folder,
+        where=base.folder,
         fix=f"Use `lorasb merge` and run the model with transformers or vLLM. Exported are {', '.join(sorted(known))}",
     )
 

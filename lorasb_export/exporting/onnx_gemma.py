@@ -26,16 +26,16 @@ def make_exact(graph: Any, folder: Path) -> None:
     from onnx import TensorProto, helper, numpy_helper
     from safetensors import safe_open
 
-    model = BaseModel.resolve(folder)
+    base = BaseModel.resolve(folder)
     dtypes = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
     for tensor in graph.initializer:
         if not _NORM.fullmatch(tensor.name) or tensor.data_type not in dtypes:
             continue
         key = "model.norm.weight" if ".final_norm_" in tensor.name else tensor.name
-        with safe_open(model.tensors[key][0], framework="pt") as file:
+        with safe_open(base.tensors[key][0], framework="pt") as file:
             weight = 1 + file.get_tensor(key).float().numpy()
         tensor.CopyFrom(numpy_helper.from_array(weight.astype(dtypes[tensor.data_type]), tensor.name))
-    width = model.config["hidden_size"]
+    width = base.config["hidden_size"]
     for node in graph.node:
         if node.name == _SCALED:
             rounded = next(other for other in graph.node if other.output and other.output[0] == node.input[1])

@@ -1,6 +1,6 @@
 """A transformers folder as an ONNX graph by `torch.onnx.export`, in standard operators only. Run as a child process.
 
-    python -m lorasb_export.exporting.onnx_torch MODEL OUT TASK_TYPE DTYPE [BASIS]
+    python -m lorasb_export.exporting.onnx_torch FOLDER OUT TASK_TYPE DTYPE [BASIS]
 
 Inputs and outputs are named as transformers.js and optimum expect them. With BASIS every target also computes
 ((x·Aᵀ)·Rᵀ)·Bᵀ, from the initializers `<module>.A`, `.R` (a placeholder) and `.B`.
@@ -87,9 +87,9 @@ class _Swappable(torch.nn.Module):
         return self.linear(x) + ((x @ self.A) @ self.R) @ self.B
 
 
-def export_graph(model: Path, out: Path, task_type: str, dtype: str, basis: Path | None) -> None:
+def export_graph(folder: Path, out: Path, task_type: str, dtype: str, basis: Path | None) -> None:
     """Write `out`/model.onnx and model.onnx_data."""
-    base = BaseModel.resolve(model)
+    base = BaseModel.resolve(folder)
     network = base.load(task_type, dtype=dtype, device="cpu")
     if not getattr(network.config, "attn_logit_softcapping", None):  # which only the eager kind has
         network.config._attn_implementation = "sdpa"
@@ -161,5 +161,5 @@ def _classifier(network: PreTrainedModel, base: BaseModel) -> Any:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    model, out, task_type, dtype, *basis = sys.argv[1:]
-    export_graph(Path(model), Path(out), task_type, dtype, Path(basis[0]) if basis else None)
+    folder, out, task_type, dtype, *basis = sys.argv[1:]
+    export_graph(Path(folder), Path(out), task_type, dtype, Path(basis[0]) if basis else None)

@@ -42,7 +42,7 @@ _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 
 def verify_folder(
     out: Path,
-    reference: BaseModel,
+    base: BaseModel,
     adapters: Mapping[str, Adapter | None],
     asked: Mapping[str, HeldOut] = {},
 ) -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def verify_folder(
 
     Args:
         out: what an ONNX export wrote.
-        reference: the merged model; or the base, to which torch adds each adapter.
+        base: what torch loads: the merged folder; or the adapters' own base, to which torch adds each of them.
         adapters: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
         asked: of those of `adapters` whose metric on held-out rows is wanted too (`held_out`).
 
@@ -64,7 +64,7 @@ def verify_folder(
         too long for the model's context, and where others are left `metric`, `rows`, its value in `torch` and in
         `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
-    tokenizer = reference.load_tokenizer()
+    tokenizer = base.load_tokenizer()
     decoder = OnnxDecoder(out)
     limit = min(_TOKENS, decoder.context // 2)
     encoded = [prompt_ids(tokenizer, prompt)[: decoder.context - limit] for prompt in PROMPTS]
@@ -77,7 +77,7 @@ def verify_folder(
     del decoder  # before torch loads the same weights
     bases: dict[str, Basis] = {}
     is_base_alone = not asked and all(adapter is None for adapter in adapters.values())
-    network, device = _in_torch(reference, few_passes=is_base_alone)
+    network, device = _in_torch(base, few_passes=is_base_alone)
     results = {}
     for name, adapter in adapters.items():
         if adapter is not None:
@@ -91,14 +91,12 @@ def verify_folder(
     return results
 
 
-def verify_classifier(
-    out: Path, reference: BaseModel, adapter: Adapter, data: TaskData | None = None
-) -> dict[str, Any]:
+def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskData | None = None) -> dict[str, Any]:
     """Ask an exported classifier and torch in fp32 for the same logits.
 
     Args:
         out: what `export_onnx` wrote.
-        reference: the merged model.
+        base: what torch loads: the merged folder.
         adapter: what was merged: its labels are the head's outputs, its rows were cut at its length.
         data: its task, whose metric on held-out rows is wanted too.
 
@@ -107,7 +105,7 @@ def verify_classifier(
         their logits. With data also `metric` (the first that `evaluate` has for it), `rows`, its value in `torch` and
         in `onnx`, and `drop`.
     """
-    tokenizer = reference.load_tokenizer()
+    tokenizer = base.load_tokenizer()
     rows = []
     if data is not None:
         held_out = data.rows(data.held_out())[:_METRIC_ROWS]
@@ -121,7 +119,7 @@ def verify_classifier(
     arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
     found = [torch.from_numpy(run_classifier(session, batch)).float() for batch in arrays]
     del session  # before torch loads the same weights
-    network = reference.load(SEQ_CLS, dtype="float32", device="cpu")
+    network = base.load(SEQ_CLS, dtype="float32", device="cpu")
     with torch.inference_mode():
         expected = [network(**batch).logits for batch in batches]
     result: dict[str, Any] = {"prompts": len(PROMPTS), "gap": float((found[0] - expected[0]).abs().max())}
@@ -141,9 +139,9 @@ def verify_classifier(
     return result | {"metric": metric, "rows": len(rows), "torch": in_torch, "onnx": in_onnx, "drop": drop}
 
 
-def held_out(data: Mapping[str, TaskData], model: BaseModel) -> dict[str, HeldOut]:
+def held_out(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
     """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
-    tokenizer = model.load_tokenizer()
+    tokenizer = base.load_tokenizer()
     return {name: HeldOut(task, tokenizer) for name, task in data.items() if task.kind != TEXT}
 
 
@@ -186,17 +184,17 @@ class HeldOut:
         return result | {"metric": "exact_match", "rows": len(self._asked), **found}
 
 
-def _in_torch(model: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:
-    """The model in fp32, and where it computes.
+def _in_torch(base: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:
+    """The network in fp32, and where it computes.
 
     Where it can, and `few_passes` are all that is wanted, its weights are read as they are needed: beside what the
     exporter takes, the memory to hold them counts.
     """
-    streamed = streamed_model(model, CAUSAL_LM) if few_passes else None
+    streamed = streamed_model(base, CAUSAL_LM) if few_passes else None
     if streamed is not None:
         return streamed, default_device()
     device = torch.device("cpu")
-    return model.load(CAUSAL_LM, dtype="float32", device=device), device
+    return base.load(CAUSAL_LM, dtype="float32", device=device), device
 
 
 def _compare(

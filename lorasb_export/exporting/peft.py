@@ -96,6 +96,6 @@ def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:
     looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in adapter.R)
     if base is None and not looks_like_conv1d:
         return False
-    model = adapter.base.resolve(base)
-    model.verify(adapter.base, adapter.R)
-    return model.stores_transposed  # what PEFT calls fan_in_fan_out
+    base_model = adapter.base.resolve(base)
+    base_model.verify(adapter.base, adapter.R)
+    return base_model.stores_transposed  # what PEFT calls fan_in_fan_out

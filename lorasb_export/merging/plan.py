@@ -165,7 +165,7 @@ def plan_merge(
     Raises: see `merge`.
     """
     problems = Problems()
-    limit, model = 0, None
+    limit, base_model = 0, None
     loaded: tuple[Adapter, ...] = ()
     combined: list[dict[str, Any]] = []
     with problems:
@@ -184,23 +184,25 @@ def plan_merge(
                 raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
             weighted = [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
             loaded, combined = combine(weighted), provenance(weighted)
-        model = loaded[0].base.resolve(base)
+        base_model = loaded[0].base.resolve(base)
         for one, _ in weighted:
             refuse_own_input(out, one.folder, one.basis_source)
-    if model is None:
+    if base_model is None:
         problems.raise_all("nothing was written")
-    assert model is not None
+    assert base_model is not None
     for one in loaded:
-        _check_modules(one, model, problems)
+        _check_modules(one, base_model, problems)
     problems.raise_all("nothing was written")
     with problems:
         loaded = tuple(replace(a, basis=a.basis or Basis.open(a.basis_source or a.folder or "")) for a in loaded)
         for one in loaded:
-            _check_shapes(one, model, one.load_basis().shapes, problems)
+            _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
-    shards = tuple(_split(_tensors(loaded, model, dtype), limit))
-    beside = [path for path in side_files(model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)]
-    plan = MergePlan(loaded, model, shards, dtype, beside, combined)
+    shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
+    beside = [
+        path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
+    ]
+    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 
@@ -217,24 +219,22 @@ def parse_size(size: str | int) -> int:
     raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
 
 
-def _check_modules(adapter: Adapter, model: BaseModel, problems: Problems) -> None:
+def _check_modules(adapter: Adapter, base: BaseModel, problems: Problems) -> None:
     """That the base has every module, and is the one the adapter was trained on."""
     before = len(problems.found)
     for name in adapter.R:
         with problems:
-            model.weight_key(name)
+            base.weight_key(name)
     if len(problems.found) == before:
         with problems:
-            model.verify(adapter.base, adapter.R)
+            base.verify(adapter.base, adapter.R)
 
 
-def _check_shapes(
-    adapter: Adapter, model: BaseModel, shapes: Mapping[str, tuple[int, int]], problems: Problems
-) -> None:
+def _check_shapes(adapter: Adapter, base: BaseModel, shapes: Mapping[str, tuple[int, int]], problems: Problems) -> None:
     for module in adapter.R:
-        name = model.weight_key(module)
-        file, info = model.tensors[name]
-        shape = shapes[module][::-1] if model.stores_transposed else shapes[module]
+        name = base.weight_key(module)
+        file, info = base.tensors[name]
+        shape = shapes[module][::-1] if base.stores_transposed else shapes[module]
         if info.shape != shape or info.dtype not in TORCH_DTYPES:
             with problems:
                 raise ArtifactError(
@@ -244,21 +244,21 @@ def _check_shapes(
                 )
 
 
-def _tensors(adapters: tuple[Adapter, ...], model: BaseModel, dtype: str) -> list[PlannedTensor]:
-    by_key = {model.weight_key(name): name for adapter in adapters for name in adapter.R}
+def _tensors(adapters: tuple[Adapter, ...], base: BaseModel, dtype: str) -> list[PlannedTensor]:
+    by_key = {base.weight_key(name): name for adapter in adapters for name in adapter.R}
     adapter = adapters[0]  # the only one that may have a head
     name = next(iter(adapter.R))
     body = f"{name.partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
     # What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it.
-    prefix = "" if model.weight_key(name) == f"{name}.weight" else body
+    prefix = "" if base.weight_key(name) == f"{name}.weight" else body
     tensors = []
-    for name, source in model.tensors.items():
+    for name, source in base.tensors.items():
         info = source[1]
         stored = _NAMES[dtype] if dtype != "auto" and info.dtype in TORCH_DTYPES else info.dtype
         renamed = name if name.startswith(prefix) else prefix + name
         if renamed not in adapter.head and renamed.startswith(body):  # vLLM refuses the heads of pretraining
             tensors.append(PlannedTensor(renamed, stored, info.shape, source, by_key.get(name)))
-    of_body = model.tensors[next(iter(by_key))][1].dtype
+    of_body = base.tensors[next(iter(by_key))][1].dtype
     stored = of_body if dtype == "auto" else _NAMES[dtype]
     return tensors + [PlannedTensor(name, stored, tuple(tensor.shape), None) for name, tensor in adapter.head.items()]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    model: AnyBase,
+    base: AnyBase,
     basis: str | Path | Basis | CalibrationSettings,
     data: str | Path | TaskData,
     out: str | Path,
@@ -39,7 +39,7 @@ def fit(
     While it runs, checkpoints lie in the hidden sibling `.NAME.run`; it is removed once `out` is in place.
 
     Args:
-        model: folder, Hub id, or a resolved BaseModel.
+        base: folder, Hub id, or a resolved BaseModel.
         basis: a basis folder, a Hub id, or a loaded Basis; or the settings to calibrate the task's own basis with,
             which then lies in the adapter.
         data: folder, file, Hub dataset id, or loaded task. Its name is that of the folder `out`, or the loaded
@@ -47,7 +47,7 @@ def fit(
         resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
             from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
-            compared with `model`. It is given back in eval mode and without an adapter, also one that was on it;
+            compared with `base`. It is given back in eval mode and without an adapter, also one that was on it;
             `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished
             leaves it alone.
 
@@ -67,7 +67,7 @@ def fit(
     """
     out = Path(os.path.abspath(expanded(out)))
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
-    job = Job(model, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network)
+    job = Job(base, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network)
     (outcome,) = job.train(resume=resume, overwrite=overwrite)
     if isinstance(outcome, TrainingError):
         raise outcome
@@ -75,7 +75,7 @@ def fit(
 
 
 def fit_together(
-    model: AnyBase,
+    base: AnyBase,
     basis: str | Path | Basis,
     tasks: Sequence[TaskData] | Mapping[str, str | Path | TaskData],
     folder: str | Path,
@@ -101,7 +101,7 @@ def fit_together(
         the adapters in the order of `tasks`.
     """
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
-    outcomes = train_together(model, basis, tasks, folder, settings or FitSettings(), **options)
+    outcomes = train_together(base, basis, tasks, folder, settings or FitSettings(), **options)
     adapters = [outcome for outcome in outcomes if isinstance(outcome, Adapter)]
     failed = Problems()
     failed.found += [outcome for outcome in outcomes if isinstance(outcome, TrainingError)]
@@ -110,7 +110,7 @@ def fit_together(
 
 
 def train_together(
-    model: AnyBase,
+    base: AnyBase,
     basis: str | Path | Basis,
     tasks: Sequence[TaskData] | Mapping[str, str | Path | TaskData],
     folder: str | Path,
@@ -138,7 +138,7 @@ def train_together(
         working = together_folder(folder, group)
         if resume and not working.exists():
             refuse_run_of_others(folder, {task.sha256 for task in group})
-        job = Job(model, basis, group, [folder / task.name for task in group], working, settings, network)
+        job = Job(base, basis, group, [folder / task.name for task in group], working, settings, network)
         outcomes = job.train(resume=resume, overwrite=overwrite)
         trained |= {task.name: outcome for task, outcome in zip(group, outcomes, strict=True)}
     return [trained[task.name] for task in tasks]

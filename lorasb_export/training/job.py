@@ -47,7 +47,7 @@ class Job:
 
     def __init__(
         self,
-        model: AnyBase,
+        base: AnyBase,
         basis: str | Path | Basis | CalibrationSettings,
         tasks: Sequence[TaskData],
         outs: Sequence[Path],
@@ -59,7 +59,7 @@ class Job:
         self.tasks, self.outs, self.folder = tasks, outs, folder
         self._started = time.monotonic()
         require_fitting(tasks, settings)
-        self.base = BaseModel.resolve(model)
+        self.base = BaseModel.resolve(base)
         self.base.refuse_merged()
         if network is not None:
             refuse_spread(network)

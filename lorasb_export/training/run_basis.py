@@ -37,9 +37,9 @@ def share_of_layers(
     """
     if network is not None and isinstance(basis, Basis):
         return len(basis.modules) / len(linear_layers(network))
-    model = base.load_empty(task.task_type, num_labels=task.num_labels)
-    chosen = basis.modules if isinstance(basis, Basis) else find_targets(model, basis.targets)
-    return len(chosen) / len(linear_layers(model))
+    empty = base.load_empty(task.task_type, num_labels=task.num_labels)
+    chosen = basis.modules if isinstance(basis, Basis) else find_targets(empty, basis.targets)
+    return len(chosen) / len(linear_layers(empty))
 
 
 def own_basis(

@@ -173,9 +173,7 @@ def test_the_best_evaluated_R_is_kept(llama: Path, basis: Path, tasks: dict[str,
     assert best.training["valid_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
     last = fit(str(llama), basis, tasks["plus"], tmp_path / "last", replace(settings, keep="last"))
     assert last.training["valid_loss"] == pytest.approx(losses[12], abs=1e-6)
-    shorter = replace(settings, max_steps=12, patience=None, evaluate_every=2)
     assert not equal(best, last, 1e-3)
-    assert equal(fit(str(llama), basis, tasks["plus"], tmp_path / "again", shorter), best, 0)
 
 
 def test_a_resumed_run_that_comes_to_no_better_R_keeps_the_best_of_its_checkpoint(

@@ -328,6 +328,19 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
 
 
+def test_forward_passes_of_one_step_train_the_R_of_one_batch(
+    llama: Path, basis: Path, products: Path, tmp_path: Path
+) -> None:
+    """Of rows with few and with many labels: a mean of the passes' means would count those of short rows more."""
+    settings = replace(SETTINGS, max_steps=4, optimizer="adamw")
+    one, several = (
+        fit(str(llama), basis, products, tmp_path / f"{size}", replace(settings, batch_size=size, accumulate=passes))
+        for size, passes in ((8, 1), (4, 2))
+    )
+    assert equal(one, several, 1e-9)
+    assert several.training["train_loss"] == pytest.approx(one.training["train_loss"], rel=1e-9)
+
+
 def test_gradient_checkpointing_trains_the_same_R(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:

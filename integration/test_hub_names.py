@@ -29,6 +29,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
         assert found.violations == []
 
 
+@pytest.fixture(scope="module")
+def made(hub: Hub) -> Hub:
+    """And with me/merged, made by the line of the card of me/a, and me/peft."""
+    hub.lorasb(*commands_of(hub, "me/a")[0])
+    hub.lorasb("export", "me/a", "--format", "peft", "--out", hub.root / "peft")
+    hub.push(hub.root / "model", "me/merged")
+    hub.push(hub.root / "peft", "me/peft")
+    return hub
+
+
 def fetched(hub: Hub, repo: str) -> set[str]:
     """The files of a repository that were downloaded."""
     return {line.rpartition("/")[2] for line in hub.requests if re.match(f"(GET|HEAD) /{repo}/resolve/", line)}
@@ -188,16 +198,19 @@ def lines_of(hub: Hub, repo: str, language: str = "python") -> str:
     return block.group(1)
 
 
+def commands_of(hub: Hub, repo: str) -> list[list[str]]:
+    """The words after `lorasb` of each command in a published card."""
+    return [shlex.split(line, comments=True)[1:] for line in lines_of(hub, repo, "bash").splitlines()]
+
+
 LOGITS = "\nimport torch\nprint(model(torch.arange(8)[None]).logits.double().sum().item())"
 
 
-def test_the_cards_lines_run_as_they_stand(hub: Hub) -> None:
-    merge, serve = (shlex.split(line, comments=True)[1:] for line in lines_of(hub, "me/a", "bash").splitlines())
-    hub.lorasb(*merge)
+def test_the_cards_lines_run_as_they_stand(made: Hub) -> None:
+    hub = made
+    merge, serve = commands_of(hub, "me/a")
+    assert merge[0] == "merge"  # which has run: it made me/merged
     assert hub.lorasb(*serve, "--dry-run")["models"] == [BASE, "a"]
-    hub.lorasb("export", "me/a", "--format", "peft", "--out", hub.root / "peft")
-    hub.push(hub.root / "model", "me/merged")
-    hub.push(hub.root / "peft", "me/peft")
     sums = {repo: float(hub.run(lines_of(hub, repo) + LOGITS)) for repo in ("me/a", "me/merged", "me/peft")}
     plain = f'from transformers import AutoModelForCausalLM as M\nmodel = M.from_pretrained("{BASE}")'
     base = float(hub.run(plain + LOGITS))
@@ -221,8 +234,9 @@ def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
     assert "adapters for `owner/base`" in hub.content("me/tasks-graph", "README.md").decode()
 
 
-def test_no_published_file_says_where_its_owner_keeps_it(hub: Hub) -> None:
-    """Of everything that the tests above have pushed, as it lies on the Hub."""
+def test_no_published_file_says_where_its_owner_keeps_it(made: Hub) -> None:
+    """Of all that is pushed in this module, as it lies on the Hub."""
+    hub = made
     places = [str(hub.root).encode(), str(hub.base).encode(), str(Path.home()).encode() + b"/"]
     pushed = {(repo, path) for repo in hub.repos if repo.startswith("me/") for path in hub.files(repo)}
     assert {repo for repo, _ in pushed} >= {"me/basis", "me/a", "me/merged", "me/peft"}

@@ -337,6 +337,16 @@ def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter:
     assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
 
 
+def test_a_project_says_whether_its_repositories_are_public(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    """As `--public` does, of a whole project and of one folder of it."""
+    project = basis.parent
+    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\npublic = true\n')
+    words = ["push", "--config", project / "lorasb.toml"]
+    assert any_hub.lorasb(*words, basis)["private"] is False
+    assert [result["private"] for result in any_hub.lorasb(*words)["pushed"]] == [False, False]
+    assert [any_hub.repos[f"me/{name}-lorasb"].private for name in ("basis", "a")] == [False, False]
+
+
 def test_every_basis_on_this_disk_is_pushed_before_the_adapters(any_hub: Hub, adapter: Path, basis: Path) -> None:
     project = basis.parent
     (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')

@@ -44,6 +44,19 @@ def test_a_fault_ends_in_a_retry_or_a_clear_word(hub: Hub, basis: Path, what: st
     FAULTS[what](hub, basis)
 
 
+def test_a_pull_request_is_not_tried_twice(hub: Hub, basis: Path, llama: Path) -> None:
+    """The failure may be of the answer alone: a second request would open a second one."""
+    head = hub.push(basis, "me/basis")["commit"]
+    hub.requests.clear()
+    hub.faults.append(Fault("POST .*/commit/", status=500, times=9))
+    other = make_basis(basis.parent / "other", llama, seed=next(SEEDS))
+    refused = hub.push(other, "me/basis", create_pr=True)
+    assert refused["error"] == "ServerError"
+    assert "the Hub fails (500) (me/basis). Try again later" in refused["text"]
+    assert len([line for line in hub.requests if line.startswith("POST ") and "/commit/" in line]) == 1
+    assert hub.repos["me/basis"].refs == {"main": head}
+
+
 def test_two_pushers_at_once(hub: Hub, basis: Path, llama: Path) -> None:
     """Somebody else's commit lands after this push has looked and before it commits, even behind a failure."""
     hub.push(basis, "me/basis")

@@ -229,13 +229,16 @@ def test_sigterm_lets_a_stream_finish_ends_it_with_143_and_leaves_nothing(child:
 
 def wait_for_child(process: subprocess.Popen[str], word: str, log: Path) -> list[psutil.Process]:
     """The children of `process`, as soon as one has `word` in its command line."""
-    while True:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-5000:]
         processes = psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(word in " ".join(child.cmdline()) for child in processes):
                 return processes
-        time.sleep(0.001)
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"no child with {word} in 120 s: {log.read_text()[-5000:]}")
 
 
 def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -159,7 +159,11 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
     for _ in range(1200):
         if list(run.glob("checkpoint-*/complete.json")):
             break
+        assert child.poll() is None, child.communicate()[1]
         time.sleep(0.05)
+    else:
+        child.kill()
+        pytest.fail(f"no checkpoint in 60 s: {child.communicate()[1]}")
     workers = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[1]), signal.SIGKILL)
     _, messages = child.communicate(timeout=120)

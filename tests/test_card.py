@@ -45,22 +45,22 @@ def adapter(**changes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "library", "relation", "tags"),
+    ("text", "library", "relation", "tags", "pipeline"),
     [
-        (card.basis_card(BASIS), "lorasb", "adapter", {"lora-sb-basis"}),
-        (adapter(), "lorasb", "adapter", set()),
-        (card.peft_card(ADAPTER), "peft", "adapter", {"lora"}),
-        (card.merged_card(MERGED), "transformers", "finetune", set()),
-        (card.onnx_card({**MERGED, "kind": "onnx"}), "onnxruntime", "finetune", {"onnx"}),
-        (card.onnx_card({**MERGED, "kind": "onnx-adapters"}), "onnxruntime", "finetune", {"onnx"}),
+        (card.basis_card(BASIS), "lorasb", "adapter", {"lora-sb-basis"}, None),  # it is of no task
+        (adapter(), "lorasb", "adapter", set(), "text-generation"),
+        (card.peft_card(ADAPTER), "peft", "adapter", {"lora"}, "text-generation"),
+        (card.merged_card(MERGED), "transformers", "finetune", set(), "text-generation"),
+        (card.onnx_card({**MERGED, "kind": "onnx"}), "onnxruntime", "finetune", {"onnx"}, "text-generation"),
+        (card.onnx_card({**MERGED, "kind": "onnx-adapters"}), "onnxruntime", "finetune", {"onnx"}, "text-generation"),
     ],
 )
-def test_front_matter(text: str, library: str, relation: str, tags: set[str]) -> None:
+def test_front_matter(text: str, library: str, relation: str, tags: set[str], pipeline: str | None) -> None:
     keys = front_matter(text)
     assert (keys["library_name"], keys["base_model_relation"]) == (library, relation)
     assert keys["base_model"] == "owner/base"
     assert set(keys["tags"]) == {"lora-sb", "lorasb"} | tags
-    assert keys.get("pipeline_tag", "text-generation") == "text-generation"
+    assert keys.get("pipeline_tag") == pipeline
 
 
 @pytest.mark.parametrize("name", ["/home/somebody/models/base", "base"])  # as `fit` writes it, and a push

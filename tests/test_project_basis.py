@@ -76,6 +76,23 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
 
 
+def test_the_weight_of_a_task_reaches_the_calibration(project: Path, sums: Path, products: Path) -> None:
+    file, made = project / "lorasb.toml", {}
+    of_a = file.read_text()
+    for name, weight in (("plain", ""), ("one", "weight = 1\n"), ("heavy", "weight = 20\n")):
+        file.write_text(f'{of_a}{weight}[tasks.b]\ndata = "{products}"\n')
+        done = lorasb("calibrate", "--out", name)
+        assert done.exit_code == 0, done.stderr
+        made[name] = Basis.load(name)
+    weights = {name: [task["weight"] for task in basis.calibration["data"]] for name, basis in made.items()}
+    assert weights == {"plain": [1, 1], "one": [1, 1], "heavy": [20, 1]}
+    assert made["one"].sha256 == made["plain"].sha256 != made["heavy"].sha256
+    for folder in ("basis", "adapters"):
+        shutil.rmtree(folder)
+    assert lorasb("fit", "a", "--max-steps", "1").exit_code == 0  # which makes the basis
+    assert Basis.load("basis").sha256 == made["heavy"].sha256
+
+
 def test_an_empty_folder_is_no_basis(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "basis").mkdir()
     made = calibrated_once(

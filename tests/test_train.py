@@ -207,19 +207,28 @@ def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "every", "sign"),
+    [
+        (signal.SIGINT, 130, 50, "checkpoint-*/complete.json"),
+        (signal.SIGTERM, 143, 10**6, "best-*.safetensors"),  # none is due: only the signal makes one
+    ],
+)
 def test_a_signal_in_the_middle_leaves_a_resumable_run(
-    number: signal.Signals, code: int, llama: Path, sums: Path, basis: Path, tmp_path: Path
+    number: signal.Signals, code: int, every: int, sign: str, llama: Path, sums: Path, basis: Path, tmp_path: Path
 ) -> None:
     """After Ctrl-C there is the last checkpoint; SIGTERM saves one of the step at hand first."""
     out = basis.parent / f"interrupted-{code}" / "a"
     command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
-    command += ["--data", str(sums), "--out", str(out), "--checkpoint-every", "50", "--max-steps", "100000"]
+    command += ["--data", str(sums), "--out", str(out), "--max-steps", "100000"]
+    command += ["--checkpoint-every", str(every), "--evaluate-every", "20"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    for _ in range(600):
-        if list(out.parent.glob(".a.run/checkpoint-*/complete.json")):
-            break
-        time.sleep(0.1)
+    end = time.monotonic() + 120
+    while not list(out.parent.glob(f".a.run/{sign}")):
+        if child.poll() is not None or time.monotonic() > end:
+            child.kill()
+            pytest.fail(f"it has not come to train: {child.communicate()[1]}")
+        time.sleep(0.05)
     child.send_signal(number)
     _, messages = child.communicate(timeout=60)
     assert child.returncode == code, messages
@@ -227,9 +236,12 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
     assert "--resume" in messages
     assert not out.exists()
     steps = [int(path.parent.name.split("-")[1]) for path in out.parent.glob(".a.run/checkpoint-*/complete.json")]
-    assert steps
     if number == signal.SIGTERM:
-        assert max(steps) % 50 or len(steps) > 1  # one at the step the signal met
+        (step,) = steps
+        assert step >= 20  # the one that the signal met
+    else:
+        assert steps
+        assert all(step % every == 0 for step in steps)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layer import LoRASBLinear, weight_of
 from lorasb_export.storage import read_header, write_json
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -93,6 +93,8 @@ def _save(
 
 
 def update_of(layer: LoRASBLinear) -> torch.Tensor:
-    """s·B·R·A, (out, in), in R's dtype."""
-    dtype = layer.R.dtype
-    return layer.scaling * (layer.B.to(dtype) @ layer.R @ layer.A.to(dtype))
+    """What the layer adds to its base's weight, (out, in): measured, by its own forward pass of the unit vectors."""
+    weight = weight_of(layer.base)
+    unit_vectors = torch.eye(weight.shape[1], dtype=weight.dtype)
+    update: torch.Tensor = layer(unit_vectors) - layer.base(unit_vectors)
+    return update.T

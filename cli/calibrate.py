@@ -32,14 +32,14 @@ def run(
     samples: Annotated[float | None, typer.Option(help="Rows of each task: a count, or a fraction below 1.")] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="Which layers: all-linear, mlp-output, name endings with commas, or a regular expression."),
+        typer.Option(help="Layers: all-linear, mlp-output, comma-separated name endings, or a regular expression."),
     ] = None,
     reduction: Annotated[
         Reduction | None, typer.Option(help="The gradient's signs, as in the paper, or the gradient itself.")
     ] = None,
-    loss: Annotated[LossMean | None, typer.Option(help="What counts the same: every row, or every token.")] = None,
+    loss: Annotated[LossMean | None, typer.Option(help="What is weighted equally: every row, or every token.")] = None,
     no_gradient_checkpointing: Annotated[
-        bool, typer.Option("--no-gradient-checkpointing", help="Use a fifth less time and more memory.")
+        bool, typer.Option("--no-gradient-checkpointing", help="Take a fifth less time, but more memory.")
     ] = False,
     no_capture: Annotated[
         bool,
@@ -50,7 +50,7 @@ def run(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the base model; auto: as in its checkpoint.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for choosing the rows, or of a random basis.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the rows drawn, or of a random basis.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: basis]")] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace an existing folder, unless adapters of the project were trained in it.")

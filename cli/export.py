@@ -21,7 +21,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...",
-            help="Names, folders or Hub ids; by default the first task's, for --format onnx-adapters all.",
+            help="Names, folders or Hub ids. Default: the first task's; with --format onnx-adapters, all.",
         ),
     ] = None,
     format: Annotated[
@@ -49,9 +49,10 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
-    if into is not None and (routed or (out, format, precision) != (None, None, None)):
-        what = "--into goes without --out, --format, --routed and --precision"
-        raise typer.BadParameter(f"{what}: the folder has its own")
+    if into is not None and (routed or out is not None or precision is not None):
+        raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
+    if into is not None and format not in (None, "onnx-adapters"):
+        raise typer.BadParameter(f"--into adds to an export of onnx-adapters, not of {format}")
     format = format or "peft"
     to_peft = into is None and format == "peft"
     if data is not None and (to_peft or not verify or precision == "bf16"):

@@ -77,7 +77,7 @@ def run(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Data type of the frozen base model; auto: as in its checkpoint.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for the order of the rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the row order, and of a classifier's new head.")] = None,
     group_by_length: Annotated[
         bool | None, typer.Option("--group-by-length", help="Put rows of like length into one batch: less padding.")
     ] = None,
@@ -85,10 +85,10 @@ def run(
         bool | None, typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.")
     ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the valid split.")] = None,
-    metric: Annotated[Metric | None, typer.Option(help="What the best checkpoint is chosen by.")] = None,
+    metric: Annotated[Metric | None, typer.Option(help="Metric for choosing the best checkpoint.")] = None,
     keep: Annotated[Keep | None, typer.Option(help="The R to keep: the best on the valid split, or the last.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
-    report_to: Annotated[Tracker | None, typer.Option(help="Log there too.")] = None,
+    report_to: Annotated[Tracker | None, typer.Option(help="Also log to this tracker.")] = None,
     together: Annotated[
         bool, typer.Option("--together", help="Train all tasks at once, in mixed batches, in one shared basis.")
     ] = False,
@@ -169,7 +169,7 @@ def _lines(name: str, adapter: Adapter) -> list[str]:
     from lorasb_export.calibration.capture import words
 
     training, folder = adapter.training, adapter.folder
-    if "settings" not in training:
+    if not {"settings", "steps", "rows", "train_loss", "valid_loss"} <= training.keys():
         return [f"{name}: left as it is, for it does not say how it was trained, {folder}"]
     settings = training["settings"]
     split = "train" if training["valid_loss"] is None else "valid"

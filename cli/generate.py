@@ -15,7 +15,7 @@ def run(
     run: Run,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     adapters: Annotated[
-        str | None, typer.Option(help="Names, folders or Hub ids, with commas; all by default.")
+        str | None, typer.Option(help="Comma-separated names, folders or Hub ids; all by default.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model; without --adapters it is asked alone.")] = None,
     onnx: Annotated[

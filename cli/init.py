@@ -23,7 +23,7 @@ def run(
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.new_project import write_project
 
-    folder = os.path.dirname(run.config or "")
+    folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
     tasks = {name: _from(folder, data) for name, data in (parse_pairs(task) or {"a": "data/a"}).items()}
     model = _from(folder, model)
     path = write_project(run.config, model, tasks, overwrite=overwrite)
@@ -37,5 +37,7 @@ def run(
 
 def _from(folder: str, path: str) -> str:
     """A path as it is written in a file that lies in `folder`: ours are relative to the working folder."""
-    is_ours = folder and not os.path.isabs(os.path.expanduser(path)) and os.path.exists(path)
-    return os.path.relpath(path, folder) if is_ours else path
+    is_ours = not os.path.isabs(os.path.expanduser(path)) and os.path.exists(path)
+    return (
+        os.path.relpath(os.path.realpath(path), folder) if is_ours and folder != os.path.realpath(os.curdir) else path
+    )

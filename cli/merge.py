@@ -33,10 +33,10 @@ def run(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits with those of base + adapter.")] = False,
     report: Annotated[
         str | None,
-        typer.Option(metavar="FILE.json", help="Write what each module keeps of its update, and a plot beside it."),
+        typer.Option(metavar="FILE.json", help="Write how much of its update each module keeps, and a plot beside it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, and the report's files.")] = False,
 ) -> None:
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
     chosen = _adapters(run, adapters or [])

@@ -17,7 +17,7 @@ def run(
     folder: Annotated[
         str | None,
         typer.Argument(
-            help="Basis, adapter, merged, PEFT or ONNX folder, or an adapter's name; without, the project's basis and "
+            help="Basis, adapter, merged, PEFT or ONNX folder, or an adapter's name. Default: the project's basis and "
             "all its adapters."
         ),
     ] = None,
@@ -27,7 +27,7 @@ def run(
             metavar="OWNER/NAME", help="Where to; [hub] repo by default. {name} in it: the adapter's name, or basis."
         ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public; private otherwise.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option("--commit-message", help="Commit message.")] = None,

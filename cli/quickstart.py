@@ -8,7 +8,9 @@ import typer
 
 from .verb import Run
 
-INTERRUPTED = "What was made so far is in its folder: remove it before you start again, or pass --overwrite."
+INTERRUPTED = (
+    "What was made so far, if anything, is in its folder: remove it before you start again, or pass --overwrite."
+)
 
 
 def run(

@@ -36,7 +36,7 @@ def run(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Data type of the model.")
     ] = "auto",
     allow_updates: Annotated[
-        bool, typer.Option("--allow-updates", help="Let clients with the key load and unload adapters of that folder.")
+        bool, typer.Option("--allow-updates", help="Let clients with the key load/unload adapters of --adapters-dir.")
     ] = False,
     api_key_file: Annotated[
         str | None,

@@ -62,6 +62,7 @@ TYPES = {
         "Metric",
         "Keep",
         "Tracker",
+        "MAX_DROP",
     ],
     "base.py": ["AnyBase"],
     "rows.py": ["Row", "Prompt"],

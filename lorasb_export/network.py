@@ -53,8 +53,9 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    has_others = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, mistral_format=False
+        folder, trust_remote_code=False, mistral_format=False if has_others else None
     )
     return found
 

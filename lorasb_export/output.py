@@ -47,11 +47,16 @@ def cannot_write(target: Path, fix: str | None = None) -> Iterator[None]:
 def _is_about(error: OSError, target: Path) -> bool:
     """Whether its file is, or lies in, `target`, its hidden siblings `.NAME.…` or a folder above it.
 
-    An error of a file that is already open carries no name; then only errors of the disk itself count.
+    Of two files, as of a link and what it leads to, either. An error of a file that is already open carries no name;
+    then only errors of the disk itself count.
     """
-    if not isinstance(error.filename, str):
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+    if not names:
         return error.errno in _OF_A_DISK
-    path, target = Path(os.path.abspath(error.filename)), Path(os.path.abspath(target))
+    return any(_belongs(Path(os.path.abspath(name)), Path(os.path.abspath(target))) for name in names)
+
+
+def _belongs(path: Path, target: Path) -> bool:
     if path in (target, *target.parents):
         return True
     if not path.is_relative_to(target.parent):

@@ -106,7 +106,8 @@ def evaluate_adapters(
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
     if adapter.folder is None or adapter.hub_source is not None:
         return
-    if not is_blob((adapter.folder / "adapter_config.json").resolve()):  # a folder of the Hub's cache may be named too
+    config = adapter.folder / "adapter_config.json"
+    if not (config.is_symlink() and is_blob(config.resolve())):  # a folder of the Hub's cache may be named too
         try:
             record_evaluation(adapter, result)
         except (OSError, ArtifactError, OutputError) as error:

@@ -152,9 +152,11 @@ class FitSettings:
             raise SettingsError(f"warmup is {self.warmup}", fix="Give a share of the steps, 0 or more and below 1")
         if isinstance(self.learning_rate, list | tuple):  # TOML and JSON know lists alone
             object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
-        for rate in (*self.rates, *([] if self.head_learning_rate is None else [self.head_learning_rate])):
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < _FLOAT32_MAX:
-                raise SettingsError(f"learning_rate is {rate!r}", fix="Give a positive number of float32")
+        of_head = [] if self.head_learning_rate is None else [self.head_learning_rate]
+        for name, rates in (("learning_rate", self.rates), ("head_learning_rate", of_head)):
+            for rate in rates:
+                if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < _FLOAT32_MAX:
+                    raise SettingsError(f"{name} is {rate!r}", fix="Give a positive number of float32")
         if self.learning_rate is not None and len(set(self.rates)) < max(1, len(self.rates)):
             raise SettingsError("learning_rate names none, or one twice", fix="Give one rate, or several, each once")
         for name in ("checkpoint_every", "max_steps", "evaluate_every", "patience"):

@@ -69,7 +69,10 @@ def test_a_precision_is_of_an_onnx_graph() -> None:
     assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("words", ["--into onnx --format peft", "--data rows", "--format onnx --data rows --no-verify"])
+@pytest.mark.parametrize(
+    "words",
+    ["--into onnx --format peft", "--into onnx --routed", "--data rows", "--format onnx --data rows --no-verify"],
+)
 def test_a_flag_that_would_not_be_read_is_wrong_usage(words: str) -> None:
     assert CliRunner().invoke(app, ["export", "a", *words.split()]).exit_code == 2
 

@@ -382,3 +382,12 @@ def test_a_clone_that_is_replaced_keeps_its_history(kind: str, tmp_path: Path) -
         (temporary / "link").symlink_to("nowhere")
     assert (named.read_text(), (tmp_path / "x" / "lorasb.json").read_text()) == ("ref: refs/heads/main", "{}")
     assert (git / "hook").is_symlink() == (kind == "clone")
+
+
+def test_a_link_that_cannot_be_made_is_about_where_it_goes(tmp_path: Path) -> None:
+    """The system names first what it leads to."""
+    with (
+        pytest.raises(OutputError, match=r"cannot write: No such file or directory \(.*target\)"),
+        cannot_write(tmp_path / "target"),
+    ):
+        (tmp_path / "target" / "gone" / "link").symlink_to("/etc/passwd")

@@ -87,6 +87,10 @@ def test_paths_given_to_init_are_of_the_working_folder(
     assert Path(project.task_source("a")).samefile("data/a")
     assert project.calibration["rank"] == 64  # the rows, which have labels, were found
     assert done.stderr.startswith("owner/data is not there yet")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/er")
+    CliRunner().invoke(app, ["init", "--config", "link/lorasb.toml", "--model", "base", "--task", "a=data/a"])
+    assert Project.load("link/lorasb.toml").model == "../../base"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

@@ -15,7 +15,7 @@ import pytest
 
 from lorasb_export import Adapter, Basis, calibrate, evaluate, project_evaluation
 from lorasb_export.base import BaseModel
-from lorasb_export.errors import DataError, LoraSBError
+from lorasb_export.errors import ArtifactError, DataError, LoraSBError
 from lorasb_export.evaluation import record_evaluation
 from lorasb_export.exporting import onnx
 from lorasb_export.format import sealed
@@ -183,6 +183,20 @@ def test_two_evaluations_at_once_keep_both_figures(project: Path, caplog: pytest
         recorded.result(timeout=30)
     assert sorted(Adapter.load("adapters/a").training["evaluation"]) == ["test", "valid"]
     assert sorted(path.name for path in config.parent.glob(".*")) == []
+
+
+def test_figures_of_a_removed_adapter_make_no_folder(project: Path) -> None:
+    adapter = Adapter.load("adapters/a")
+    shutil.rmtree("adapters/a")
+    with pytest.raises(ArtifactError, match="was removed while it was scored"):
+        record_evaluation(adapter, {"split": "test", "metric": "loss", "rows": 24, "base": 3.0, "adapter": 1.0})
+    assert not Path("adapters/a").exists()
+
+
+def test_an_adapter_called_blobs_is_none_of_the_hubs_cache(project: Path) -> None:
+    shutil.move("adapters/a", "adapters/blobs")
+    assert lorasb("evaluate", "blobs", "--metric", "loss").exit_code == 0
+    assert "test" in Adapter.load("adapters/blobs").training["evaluation"]
 
 
 def test_a_folder_of_the_hubs_cache_stays_as_it_is(project: Path) -> None:

@@ -273,6 +273,20 @@ def test_another_server_that_started_on_the_port_is_not_taken_for_ours(
         first.stop()
 
 
+def test_a_server_that_fails_before_it_names_its_models_is_not_another(free_port: int) -> None:
+    dies = ANSWERS_TWICE.replace(
+        "server.handle_request()  # its models", "print('ValueError: why', flush=True); os._exit(1)"
+    )
+    command = [sys.executable, "-c", f"import os\n{dies}", str(free_port), "", "the/model"]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False)
+    try:
+        with pytest.raises((ServerError, ConnectionError)) as caught:
+            server.start()
+        assert "another server" not in str(caught.value)
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("seconds", [0, 10])
 @pytest.mark.parametrize("by", ["us", "the guard"])
 def test_a_running_request_gets_its_time(

@@ -86,7 +86,7 @@ def merge(
         raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
     if report is not None and not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
-    for path in (report, report.with_suffix(".png")) if report is not None and not overwrite else ():
+    for path in (report, report.with_suffix(".png")) if report is not None and not (overwrite or dry_run) else ():
         if path.exists():
             raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
     plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)

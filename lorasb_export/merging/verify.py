@@ -1,7 +1,7 @@
 """Does a merged folder answer as base + adapter does?
 
 Both are run from the disk, one module's weights in memory at a time, so that it can be asked of a model that does not
-fit in memory; only where a checkpoint does not allow that (`streamed`), the whole model is loaded.
+fit in memory; only where checkpoint or model do not allow that (`streamed`), the whole model is loaded.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batc
     from ..head import load_head  # these bring transformers, which the rest of a merge does without
     from ..layer import weight_of
 
-    logger.info("the checkpoint's tensors are not the model's: the whole model is loaded to compare logits")
+    logger.info("the model cannot be run with its weights on the disk: it is loaded whole to compare logits")
     first = adapters[0]
     network = base.load(first.task_type, dtype="float32", num_labels=first.num_labels)
     load_head(network, first.head)

@@ -111,8 +111,8 @@ class RunningServer:
         self._cause, self._is_up = None, True  # exceptions before it was up did not stop it
         try:
             self.models = self._models()
-        except OutputError:
-            self._is_up = False  # ours is not
+        except OutputError:  # ours is not
+            self._is_up = False
             raise
 
     def _models(self) -> list[str]:
@@ -123,15 +123,20 @@ class RunningServer:
         port = urlsplit(self.url).port
         assert port is not None
         another = OutputError("another server answers there", where=self.url, fix="Stop it, or give another --port")
-        if listens(self.pid, port) is False:
-            raise another
+        is_child = listens(self.pid, port)
+        if is_child is False:
+            raise another if self._started.poll() is None else self._failed()
         words = set(self._command)
         try:
             cards = json.loads(self._get("/v1/models"))["data"]
-            is_ours = all(card["root"] in words or f"{card['id']}={card['root']}" in words for card in cards)
+            are_ours = all(card["root"] in words or f"{card['id']}={card['root']}" in words for card in cards)
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
+            if self._started.poll() is not None:
+                raise self._failed() from None
+            if is_child:
+                raise
             raise another from None
-        if not is_ours:
+        if not are_ours:
             raise another
         return [card["id"] for card in cards]
 

@@ -241,7 +241,7 @@ def test_no_adapter_has_the_name_of_a_part_of_a_chat() -> None:
         ({"lora_name": "x", "lora_path": "nothing"}, "no adapter 'nothing'"),
         ({"lora_name": "x", "lora_path": "nan"}, "non-finite"),
         ({"lora_name": "x", "lora_path": "truncated"}, "truncated"),
-        ({"lora_name": "x", "lora_path": 7}, "the request is not"),
+        ({"lora_name": "x", "lora_path": 7}, "a value is not a string"),
     ],
 )
 def test_a_bad_adapter_is_refused_with_400(server: RunningServer, body: dict[str, Any], message: str) -> None:

@@ -37,7 +37,6 @@ def run(
 
 def _from(folder: str, path: str) -> str:
     """A path as it is written in a file that lies in `folder`: ours are relative to the working folder."""
-    is_ours = not os.path.isabs(os.path.expanduser(path)) and os.path.exists(path)
-    return (
-        os.path.relpath(os.path.realpath(path), folder) if is_ours and folder != os.path.realpath(os.curdir) else path
-    )
+    if folder == os.path.realpath(os.curdir) or os.path.isabs(os.path.expanduser(path)) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.realpath(path), folder)

@@ -82,13 +82,8 @@ def merge(
     started = time.monotonic()
     out = expanded(out)
     report = None if report is None else expanded(report)
-    if report is not None and report.suffix != ".json":
-        raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
-    if report is not None and not report.absolute().parent.is_dir():
-        raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
-    for path in (report, report.with_suffix(".png")) if report is not None and not (overwrite or dry_run) else ():
-        if path.exists():
-            raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
+    if report is not None:
+        _check_report(report, may_exist=overwrite or dry_run)
     plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     result = plan.summary() | {"out": str(out)}
     if dry_run:
@@ -110,6 +105,16 @@ def merge(
         retained.write_report(modules, report)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _check_report(report: Path, *, may_exist: bool) -> None:
+    if report.suffix != ".json":
+        raise SettingsError(f"report is {str(report)!r}", fix="Give a file that ends in .json")
+    if not report.absolute().parent.is_dir():
+        raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
+    for path in (report, report.with_suffix(".png")):
+        if path.exists() and not may_exist:
+            raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
 
 
 def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retained], int]:

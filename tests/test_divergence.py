@@ -12,11 +12,10 @@ import torch
 from lorasb_export import Adapter, fit
 from lorasb_export.data import TaskData
 from lorasb_export.errors import TrainingError
-from lorasb_export.settings import FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
+from tests.training import SETTINGS
 
-SETTINGS = FitSettings(epochs=2, batch_size=3, learning_rate=1e-2, dtype="float64", checkpoint_every=3)
 Step = Callable[..., torch.Tensor]
 
 

@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForPreTraining, pipeline
 
-from lorasb_export import fit, merge
+from lorasb_export import Adapter, fit, merge
+from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import TaskData, task_of
+from lorasb_export.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.storage import read_header, read_json, write_json
+from tests.merging import adapter_for, logits, unmerged_logits
 from tests.tiny import make_bert, make_gpt2
 
 
@@ -75,3 +80,23 @@ def test_how_sentences_were_embedded_is_no_concern_of_a_classifier(bert: Path, m
     for name in names:
         write_json(base / name, {"max_seq_length": 8})
     assert not {path.name for path in merged(base, moods, tmp_path).iterdir()} & set(names)
+
+
+def test_classifier_with_its_head(tmp_path: Path) -> None:
+    """The checkpoint is a body without prefix; the merged folder loads as a classifier, strictly."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = make_bert(tmp_path / "base")
+    modules = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
+    path = adapter_for(base, tmp_path / "a", modules, SEQ_CLS)
+    positions = {"embeddings.position_ids": torch.arange(8)[None]}  # of a BERT saved years ago; first in the file
+    save_file(load_file(base / "model.safetensors") | positions, base / "model.safetensors", {"format": "pt"})
+    adapter = Adapter.load(path)
+    adapter.training = {"labels": ["red", "green", "blue"]}
+    merge(adapter, tmp_path / "model")
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert info["unexpected_keys"] <= {"bert.embeddings.position_ids"}
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+    assert all(torch.equal(p, adapter.head[name]) for name, p in head_parameters(model).items())
+    assert (logits(model.eval()) - unmerged_logits(base, tmp_path / "a", SEQ_CLS)).abs().max() < 1e-5

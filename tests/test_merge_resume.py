@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -24,10 +25,9 @@ from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, Set
 from lorasb_export.lock import only_writer
 from lorasb_export.merging.folder import bytes_of_an_earlier_try, resumable_folder
 from lorasb_export.storage import read_json
+from tests.merging import MODULES, adapter_for
 from tests.random_adapter import save_adapter
 from tests.tiny import make_llama
-
-MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
 # Forks after the imports: each child merges, and is killed at its n-th call of one that changes the disk.
 KILLING = """
@@ -254,3 +254,27 @@ def test_what_does_not_add_up(llama: Path, adapter: Path, bert: Path, tmp_path: 
     save_adapter(bert, network, tmp_path / "b", modules, task_type=SEQ_CLS)
     with pytest.raises(ArtifactError, match="it has a classification head"):
         merge({adapter: 1.0, tmp_path / "b": 1.0}, tmp_path / "model")
+
+
+def test_interrupted_in_the_middle_leaves_no_model(llama: Path, tmp_path: Path) -> None:
+    """The child interrupts itself between two tensors; a restart succeeds and cleans up."""
+    adapter = adapter_for(llama, tmp_path / "a")
+    script = (
+        "import os, sys; from lorasb_export import merge; from lorasb_export.merging import write as module\n"
+        "real = module._update\n"
+        "def stopping(tensor, plan):\n"
+        "    print(tensor.name, flush=True)\n"
+        "    if tensor.name == 'model.layers.1.mlp.up_proj.weight': os.kill(os.getpid(), int(sys.argv[3]))\n"
+        "    return real(tensor, plan)\n"
+        "module._update = stopping\n"
+        "merge(sys.argv[1], sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, str(adapter), str(tmp_path / "model"), str(int(signal.SIGINT))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT, done.stderr  # Python ends so where nobody takes KeyboardInterrupt
+    begun = done.stdout.split()
+    assert len(begun) > 1
+    assert begun[-1] == "model.layers.1.mlp.up_proj.weight"
+    assert not (tmp_path / "model").exists()
+    merge(adapter, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model"]

@@ -1,8 +1,9 @@
 """The theorems of the paper (arXiv 2411.19557), each on the code that relies on it. float64 unless said.
 
 `oracle_N` in a test's name is the number of its oracle in the specification. Elsewhere are 6 to 10, 12, 17 and 26
-(test_oracles_training.py), 16 (test_export_peft.py), 18 (test_stack.py), 22 (test_artifacts.py, test_train.py) and
-25 (test_capture.py), and more of 14 (test_merge.py) and 23 (test_calibrate.py, test_gradients.py, test_targets.py).
+(test_oracles_training.py), 16 (test_export_peft.py), 18 (test_stack.py), 22 (test_artifacts.py, test_belonging.py,
+test_resume.py) and 25 (test_capture.py), and more of 14 (test_merge.py) and 23 (test_calibrate.py,
+test_gradients.py, test_targets.py).
 """
 
 from __future__ import annotations

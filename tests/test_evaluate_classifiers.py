@@ -1,0 +1,118 @@
+"""`evaluate` on classes and numbers: what a classifier reads, and its head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasb_export import merge
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
+from lorasb_export.encoding import encode
+from lorasb_export.errors import DataError, SettingsError
+from lorasb_export.evaluation import evaluate, row_scores
+from tests.random_adapter import LLAMA_MODULES, adapter_on, save_adapter
+from tests.rows import CLASS, task_of
+from tests.tiny import make_gpt2, make_llama, save_tokenizer
+
+
+def test_a_given_classifier_keeps_its_head(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2, seed=7)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    task = task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data")
+    found = evaluate(adapter, task, split="train", network=network)
+    assert found == evaluate(adapter, task, split="train")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    task = task_of(
+        CLASS + CLASS.replace("yes", "no") + '{"text": "a", "text_pair": "b", "label": "no"}\n', tmp_path / "d"
+    )
+    found = evaluate(adapter, task, split="train")
+    assert (found["metric"], found["base"], found["rows"]) == ("accuracy", None, 3)
+    assert found["adapter"] in (1 / 3, 2 / 3)  # the first two rows are one text
+    adapter.save(tmp_path / "b")
+    assert evaluate(tmp_path / "b", tmp_path / "d", split="train", base=bert) == found | {"task": "d"}
+    assert -1 <= evaluate(adapter, task, split="train", metric="mcc")["adapter"] <= 1
+    for metric in ("pearson", "f1"):
+        expected = rf"metric '{metric}' does not fit text/label rows \(.*\)\. Use accuracy or mcc"
+        with pytest.raises(SettingsError, match=expected):
+            evaluate(adapter, task, split="train", metric=metric)
+
+
+def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says(tmp_path: Path) -> None:
+    """Of some checkpoints (huggyllama/llama-7b) the config names another token."""
+    base = make_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    model = BaseModel.resolve(base)
+    network, tokenizer = model.load(SEQ_CLS, num_labels=2), model.load_tokenizer()
+    rows = [{"text": text, "label": "no"} for text in ("hello", "a longer text")]
+    encoded = encode(rows, tokenizer, SEQ_CLS, ["no", "yes"], 64)
+    together, alone = (row_scores(network, part, tokenizer.pad_token_id)[0][0] for part in (encoded, encoded[:1]))
+    assert together == pytest.approx(alone, abs=1e-5)
+    adapter = save_adapter(base, network, tmp_path / "a", LLAMA_MODULES, task_type=SEQ_CLS)
+    adapter.training = {"labels": ["no", "yes"]}
+    assert merge(adapter, tmp_path / "merged", verify=True)["verify"]["relative_difference"] < 1e-4
+
+
+def test_a_pair_is_read_as_everybody_calls_the_tokenizer(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
+    network, tokenizer = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1), BaseModel.resolve(bert).load_tokenizer()
+    adapter.inject(network)
+    pairs = [("one", "two, longer"), ("three", "x"), ("a", "b")]
+    rows = [{"text": a, "text_pair": b, "label": i + 0.5} for i, (a, b) in enumerate(pairs)]
+    found = [x for *_, x in row_scores(network, encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)]
+    asked = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+    with torch.inference_mode():
+        assert found == pytest.approx([float(network(**batch).logits) for batch in asked], abs=1e-5)
+        apart = [float(network(batch.input_ids, attention_mask=batch.attention_mask).logits) for batch in asked]
+    assert found != pytest.approx(apart, abs=1e-3)  # the second text is told from the first
+    task = task_of("".join(json.dumps(row) + "\n" for row in rows), tmp_path / "data")
+    adapter.training = {**adapter.training, "data": str(tmp_path / "data"), "data_sha256": task.sha256}
+    verified = merge(adapter, tmp_path / "merged", verify=True)["verify"]
+    assert (verified["rows"], verified["relative_difference"] < 1e-4) == (3, True)
+
+
+def test_token_types_are_for_models_that_tell_them_apart(tmp_path: Path) -> None:
+    """GPT-2 would take them for tokens and add their embeddings."""
+    base = make_gpt2(tmp_path / "gpt2")
+    save_tokenizer(base, token_types=True)
+    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    rows = [{"text": "a", "text_pair": "b", "label": "no"}]
+    assert "token_type_ids" not in encode(rows, tokenizer, SEQ_CLS, ["no"], 64)[0]
+
+
+def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
+    assert merge(adapter, tmp_path / "model", verify=True)["verify"]["relative_difference"] < 1e-5
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1)
+    adapter.inject(network)
+    texts = ["one", "two, longer", "three"]
+    with torch.inference_mode():
+        found = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+        expected = [float(network(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+    lines = "".join(json.dumps({"text": t, "label": 2 * x + 1}) + "\n" for t, x in zip(texts, found, strict=True))
+    result = evaluate(adapter, task_of(lines, tmp_path / "data"), split="train")
+    assert (result["metric"], result["base"]) == ("pearson", None)
+    assert result["adapter"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(SettingsError, match="metric 'accuracy' does not fit regression rows"):
+        evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="accuracy")
+    with pytest.raises(DataError, match=r"the data is SEQ_CLS, the adapter SEQ_CLS \(regression\)"):
+        evaluate(adapter, task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data"), split="train")

@@ -1,0 +1,67 @@
+"""What the Hub and its client say when they fail, and how it is told: never with a token."""
+
+from __future__ import annotations
+
+import re
+
+import httpx2
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from lorasb_export.errors import LoraSBError
+from lorasb_export.hub_calls import hub_errors, retry_after
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Network error: HTTP status client error (401 Unauthorized), domain: http://x", "asks for a valid token"),
+        ("Rate limited: HTTP status client error (429 Too Many Requests), domain: http://x", "rate limit is reached"),
+        ("Server error: HTTP status server error (503 Service Unavailable), domain: http://x", "the Hub fails (503)"),
+        ("Network error: Request middleware error: error sending request for url (http://x)", "cannot be reached"),
+    ],
+)
+def test_what_hf_xet_says_is_understood(said: str, expected: str) -> None:
+    """It raises Python's own ConnectionError, with the status in words."""
+    with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
+        raise ConnectionError(said)
+
+
+def test_a_name_that_the_hub_does_not_know_is_not_taken_for_a_bad_token() -> None:
+    """To those who are not logged in it answers 401: the repository might be a private one."""
+    answer = httpx2.Response(401, request=httpx2.Request("GET", "http://hub"))
+    with pytest.raises(LoraSBError, match=r"no such repository .* Check the name"), hub_errors("a/b", LoraSBError):
+        raise RepositoryNotFoundError("not found", response=answer)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7"}, 7.0),
+        (429, {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55.0),
+        (429, {"ratelimit": '"api";r=0;t=301'}, None),
+        (429, {}, 0.0),
+        (500, {"ratelimit": '"api";r=400;t=55'}, 0.0),
+    ],
+)
+def test_a_rate_limit_is_waited_for_as_long_as_it_says(
+    status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    answer = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub"))
+    assert retry_after(HfHubHTTPError("refused", response=answer)) == seconds
+
+
+def test_a_panic_of_hf_xet_is_our_error() -> None:
+    """It is no Exception. Its words are those of a push whose disk is full as it is first used."""
+    panic = type("PanicException", (BaseException,), {})
+    said = 'initializing rolling file appender failed: Os { code: 28, message: "No space left on device" }'
+    expected = "hf_xet cannot work: No space left on device (me/a)"
+    with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
+        raise panic(said)
+
+
+def test_no_token_in_an_error() -> None:
+    with pytest.raises(LoraSBError) as caught, hub_errors("me/a", LoraSBError):
+        raise RuntimeError("header 'Bearer hf_abcDEF123' is illegal, hf_abcDEF123 too")
+    assert "hf_abc" not in str(caught.value)
+    assert caught.value.__suppress_context__

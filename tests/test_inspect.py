@@ -1,0 +1,47 @@
+"""What `inspect` says of a folder: what it finds, not what is recorded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorasb_export.errors import ArtifactError
+from lorasb_export.exporting.onnx_record import write_record
+from lorasb_export.inspection import inspect_folder
+from lorasb_export.publishing.outgoing import SUMS
+from lorasb_export.storage import read_json, write_json
+
+
+def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(llama, merged)
+    write_json(merged / "lorasb.json", {"kind": "merged", "bytes": -1, "verified": {"against": SUMS}, "rank": 4})
+    found = inspect_folder(merged)
+    assert (found["kind"], found["rank"], found["tensors"] > 2) == ("merged", 4, True)
+    assert found["bytes"] > 0
+    assert "verified" not in found
+    weights = (merged / "model.safetensors").read_bytes()
+    (merged / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        inspect_folder(merged)
+
+
+def test_inspect_of_an_onnx_folder_whose_record_was_edited(tmp_path: Path) -> None:
+    write_record(tmp_path, {"kind": "onnx", "precision": "fp32"})
+    assert inspect_folder(tmp_path)["precision"] == "fp32"
+    write_json(tmp_path / "lorasb.json", read_json(tmp_path / "lorasb.json") | {"precision": "int4"})
+    with pytest.raises(ArtifactError, match="the config is not as it was written"):
+        inspect_folder(tmp_path)
+
+
+def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "owner/base"}
+    write_json(tmp_path / "adapter_config.json", config)
+    save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    found = inspect_folder(tmp_path)
+    assert (found["kind"], found["rank"], found["target_modules"]) == ("peft", 8, ["q_proj"])
+    assert (found["base_model"], found["tensors"]) == ("owner/base", 1)

@@ -1,0 +1,88 @@
+"""What lies in a merged folder beside the weights: files of the base byte for byte, ties, the config's changes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lorasb_export import merge
+from lorasb_export.base import BaseModel
+from lorasb_export.errors import BaseModelError
+from lorasb_export.storage import read_json, write_json
+from tests.merging import adapter_for
+
+
+def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    for name in ("chat_template.jinja", "vocab.json", "merges.txt", "bpe.codes", "tokenizer.model.v3", "modeling_x.py"):
+        (base / name).write_text(f"{name} of the base")
+    for name in ("LICENSE", "LICENSE.md", "MODEL_LICENSE", "NOTICE", "USE_POLICY.md", "preprocessor_config.json"):
+        (base / name).write_text(f"{name} of the base")
+    left = {"model.safetensors", "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "SHA256SUMS"}
+    left |= {".x.json", "events.out.tfevents.17.host", "train.jsonl"}
+    for name in left - {"model.safetensors"}:
+        (base / name).write_text(f"{name} of the base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("a template of a name")
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
+    for path in filter(Path.is_file, base.rglob("*")):
+        copied = tmp_path / "model" / path.relative_to(base)
+        same = copied.is_file() and copied.read_bytes() == path.read_bytes()
+        assert same == (path.name not in left), path.name
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    network = BaseModel.resolve(tmp_path / "model").load()
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("named", [97, [97, 96], None])
+def test_answers_of_transformers_end_where_trained_answers_end(llama: Path, tmp_path: Path, named: object) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    if named is None:
+        write_json(base / "config.json", read_json(base / "config.json") | {"eos_token_id": 97})
+    else:
+        write_json(base / "generation_config.json", {"eos_token_id": named, "repetition_penalty": 1.3})
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
+    config = BaseModel.resolve(tmp_path / "model").load().generation_config
+    assert config.eos_token_id == ([97, 96, 2] if named == [97, 96] else [97, 2])
+    assert config.repetition_penalty == (1.3 if named else None)  # of a chat, as the base has it
+    assert config.pad_token_id == (None if named else 2)
+
+
+def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Path) -> None:
+    base, secret, blobs = tmp_path / "base", tmp_path / "secret", tmp_path / "models--me--x" / "blobs"
+    shutil.copytree(llama, base)
+    adapter = adapter_for(base, tmp_path / "a")
+    blobs.mkdir(parents=True)
+    (tmp_path / "shared").mkdir()
+    links = {blobs / "0a1b": "vocab.txt", tmp_path / "shared" / "merges.txt": "merges.txt", secret: "notes.txt"}
+    for target, link in links.items():
+        target.write_text(link)
+        (base / link).symlink_to(target)
+    with pytest.raises(BaseModelError, match=r"a link to another file, .*secret \(.*notes.txt\)"):
+        merge(adapter, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    (base / "notes.txt").unlink()
+    merge(adapter, tmp_path / "model")  # as the Hub's cache holds every file, or a folder of links to a shared one
+    for name in ("vocab.txt", "merges.txt"):
+        assert (tmp_path / "model" / name).read_text() == name
+
+
+def test_code_that_stays_on_the_hub_is_named_there(llama: Path, tmp_path: Path) -> None:
+    """A base of the Hub is fetched without it, and whoever trusts remote code would look for it in the folder."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    named = {"AutoConfig": "odd.OddConfig", "AutoModel": "other/repo--odd.Odd"}
+    write_json(base / "config.json", read_json(base / "config.json") | {"auto_map": named})
+    adapter = adapter_for(base, tmp_path / "a")
+    merge(adapter, tmp_path / "here")
+    assert read_json(tmp_path / "here" / "config.json")["auto_map"] == named
+    of_hub = replace(BaseModel.resolve(base), name_or_path="owner/odd")
+    merge(adapter, tmp_path / "there", base=of_hub)
+    wanted = {**named, "AutoConfig": "owner/odd--odd.OddConfig"}
+    assert read_json(tmp_path / "there" / "config.json")["auto_map"] == wanted

@@ -1,0 +1,34 @@
+"""A basis of a run's own: calibrated once, and in the adapter's folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorasb_export import fit
+from lorasb_export.data import TaskData
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.training.trainer import RTrainer
+from tests.training import SETTINGS
+
+
+def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = CalibrationSettings(rank=4)
+    inputs = (str(llama), own, tasks["plus"], tmp_path / "a", replace(SETTINGS, dtype="auto"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs)
+        patch.setattr("lorasb_export.training.run_basis.calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs, resume=True)
+    other = fit(str(llama), CalibrationSettings(rank=2), *inputs[2:], resume=True)  # no checkpoint of the first yet
+    assert other.rank == 2
+    adapter = fit(*inputs, overwrite=True)
+    assert (tmp_path / "a" / "basis.safetensors").is_file()
+    assert adapter.basis_source is None
+    assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]

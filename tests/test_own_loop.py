@@ -1,0 +1,55 @@
+"""Adapters in a loop of one's own: attached, trained, saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
+from lorasb_export.data import load_task
+from lorasb_export.evaluation import evaluate
+from lorasb_export.settings import CalibrationSettings
+from lorasb_export.training.muon import Muon, groups_of
+from tests import training
+
+basis = training.basis
+
+
+def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_path: Path) -> None:
+    """The loop of the design's page, and the reloaded adapter answers as the trained one did."""
+    network = BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, Basis.load(basis))
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    for _ in range(3):
+        network(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save(tmp_path / "mine")
+    fresh = BaseModel.resolve(llama).load()
+    Adapter.load(tmp_path / "mine").inject(fresh)
+    assert torch.equal(fresh(ids).logits, network(ids).logits)
+
+
+def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8))
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=3, dtype="bfloat16")
+    adapter = Adapter.attach(network, basis)
+    before = adapter.head["classifier.weight"].detach().clone()
+    network.classifier.weight = torch.nn.Parameter(before.clone())  # as FSDP2 does
+    optimizer = Muon(groups_of(network), lr=1e-2)
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    network(ids, labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    adapter.save(tmp_path / "mine")
+    loaded = Adapter.load(tmp_path / "mine")
+    assert (loaded.task_type, loaded.num_labels, loaded.labels) == (SEQ_CLS, 3, [0, 1, 2])  # as rows have them
+    rows = [{"text": "1+1", "label": 0}, {"text": "1+2", "label": 1}]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(loaded, load_task("numbers", tmp_path / "numbers.jsonl"), split="train")["rows"] == 2
+    assert torch.equal(loaded.head["classifier.weight"], adapter.head["classifier.weight"])
+    assert not torch.equal(loaded.head["classifier.weight"], before)

@@ -1,0 +1,207 @@
+"""A run that is stopped at any moment is resumed bit for bit, and only as the run it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lorasb_cli.main import app
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.errors import OutputError, TrainingError
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training.trainer import RTrainer
+from tests import training
+
+basis = training.basis
+SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
+    optimizer: str, llama: Path, sums: Path, basis: Path
+) -> None:
+    """Killed by SIGKILL after a checkpoint, resumed in another process; the same R, bit for bit."""
+    folder, undisturbed = basis.parent / f"resume-{optimizer}", replace(SETTINGS, optimizer=optimizer)
+    script = (
+        "import sys; from lorasb_export import fit\n"
+        "from lorasb_export.settings import FitSettings; from lorasb_export.training.trainer import RTrainer\n"
+        "import os, signal, torch; torch.set_num_threads(1)\n"
+        "step = RTrainer.training_step\n"
+        "def killing(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 10 and not sys.argv[6:]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "RTrainer.training_step = killing\n"
+        "settings = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2, optimizer=sys.argv[5])\n"
+        "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[6:]))"
+    )
+    arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a"), optimizer]
+    assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL
+    assert not (folder / "a").exists()
+    with pytest.raises(OutputError, match="an interrupted run is there"):
+        fit(str(llama), basis, sums, folder / "a", undisturbed)
+    resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    fit(str(llama), basis, sums, folder / "undisturbed", undisturbed)
+    one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    one, two = ((folder / name / "training_log.jsonl").read_text() for name in ("a", "undisturbed"))
+    assert one == two
+
+
+def interrupt(
+    llama: Path, basis: Path, sums: Path, out: Path, settings: FitSettings, *, overwrite: bool = False
+) -> None:
+    """Leave an interrupted run of `out` behind, stopped after its first checkpoint."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: object, *_: object) -> None:
+        save(self, *_)
+        raise Stop
+
+    save, RTrainer._save_checkpoint = RTrainer._save_checkpoint, stop
+    try:
+        with pytest.raises(Stop):
+            fit(str(llama), basis, sums, out, settings, overwrite=overwrite)
+    finally:
+        RTrainer._save_checkpoint = save
+
+
+def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "other" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    with pytest.raises(TrainingError, match="other settings"):
+        fit(str(llama), basis, sums, out, FitSettings(max_steps=12, checkpoint_every=4), resume=True)
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert out.exists()
+
+
+def test_an_empty_folder_is_no_finished_adapter(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "made-before"
+    out.mkdir()
+    assert fit(str(llama), basis, sums, out, SETTINGS, resume=True).sha256 == Adapter.load(out).sha256
+
+
+def test_an_interrupted_replacement_goes_on_and_replaces(llama: Path, sums: Path, basis: Path) -> None:
+    """`--overwrite --resume`: the adapter that is there is the old one, not the end of this run."""
+    out = basis.parent / "replaced" / "a"
+    old = fit(str(llama), basis, sums, out, FitSettings(max_steps=2))
+    interrupt(llama, basis, sums, out, SETTINGS, overwrite=True)
+    with pytest.raises(TrainingError, match=r"otherwise: .*max_steps 2, not 12 .* --overwrite --resume"):
+        fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert Adapter.load(out).sha256 == old.sha256
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True, overwrite=True)
+    assert Adapter.load(out).training["steps"] == 12
+
+
+def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path
+) -> None:
+    out, own = tmp_path / "a", CalibrationSettings(rank=4)
+    settings = FitSettings(max_steps=2, learning_rate=(1e-3, 1e-2))
+    done = fit(str(llama), basis, sums, out, settings)
+    assert fit(str(llama), basis, sums, out, settings, resume=True).sha256 == done.sha256
+    one_rate = replace(settings, learning_rate=done.training["settings"]["learning_rate"])
+    calibrate(str(llama), {"sums": sums}, replace(own, seed=1)).save(tmp_path / "other")
+    for inputs, differing in (
+        ((basis, sums, replace(settings, max_steps=3)), "max_steps 2, not 3"),
+        ((basis, sums, one_rate), "learning_rate"),
+        ((basis, sums / "train.jsonl", one_rate), "other data"),
+        ((tmp_path / "other", sums, settings), "another basis"),
+        ((replace(own, rank=8), sums, settings), "another basis"),
+    ):
+        of_basis, data, changed = inputs
+        with pytest.raises(TrainingError, match=f"trained otherwise: .*{differing}"):
+            fit(str(llama), of_basis, data, out, changed, resume=True)
+    assert Adapter.load(out).sha256 == done.sha256
+    fit(str(llama), own, sums, out, settings, resume=True, overwrite=True)
+    assert fit(str(llama), own, sums, out, settings, resume=True).rank == 4
+    with pytest.raises(TrainingError, match="rank 4, not 2"):
+        fit(str(llama), replace(own, rank=2), sums, out, settings, resume=True)
+
+
+def test_the_verb_keeps_an_adapter_of_ones_own_loop(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Adapter.start(Basis.load(basis))
+    adapter.training = {"steps": 500, "settings": {"max_length": 128}}  # what one's own loop likes to say
+    adapter.save(tmp_path / "adapters" / "a")
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "a", "--model", str(llama), "--data", str(sums), "--basis", str(basis), "--resume"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, "a: left as it is, for it does not say how" in done.stdout) == (0, True)
+
+
+def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis: Path) -> None:
+    out = basis.parent / "incomplete" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    (checkpoint,) = (out.parent / ".a.run").glob("checkpoint-*")
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 200_000  # no base weights
+    (checkpoint / "complete.json").unlink()
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)  # starts from the beginning
+    assert Adapter.load(out).training["steps"] == 12
+
+
+def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
+    llama: Path, sums: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine's, where the run began, may be ahead. What a kill left half written is not counted."""
+    out = basis.parent / "clocks" / "a"
+    interrupt(llama, basis, sums, out, SETTINGS)
+    run = out.parent / ".a.run"
+    (run / "checkpoint-11").mkdir()
+    for path in run.glob("checkpoint-*"):
+        os.utime(path, (time.time() + 3600,) * 2)
+    at_the_end = SimpleNamespace(rmtree=lambda *_, **__: None)
+    monkeypatch.setattr("lorasb_export.training.job.shutil", at_the_end)
+    fit(str(llama), basis, sums, out, SETTINGS, resume=True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "every", "sign"),
+    [
+        (signal.SIGINT, 130, 50, "checkpoint-*/complete.json"),
+        (signal.SIGTERM, 143, 10**6, "best-*.safetensors"),  # none is due: only the signal makes one
+    ],
+)
+def test_a_signal_in_the_middle_leaves_a_resumable_run(
+    number: signal.Signals, code: int, every: int, sign: str, llama: Path, sums: Path, basis: Path, tmp_path: Path
+) -> None:
+    """After Ctrl-C there is the last checkpoint; SIGTERM saves one of the step at hand first."""
+    out = basis.parent / f"interrupted-{code}" / "a"
+    command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
+    command += ["--data", str(sums), "--out", str(out), "--max-steps", "100000"]
+    command += ["--checkpoint-every", str(every), "--evaluate-every", "20"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    end = time.monotonic() + 120
+    while not list(out.parent.glob(f".a.run/{sign}")):
+        if child.poll() is not None or time.monotonic() > end:
+            child.kill()
+            pytest.fail(f"it has not come to train: {child.communicate()[1]}")
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, messages = child.communicate(timeout=60)
+    assert child.returncode == code, messages
+    assert "Traceback" not in messages
+    assert "--resume" in messages
+    assert not out.exists()
+    steps = [int(path.parent.name.split("-")[1]) for path in out.parent.glob(".a.run/checkpoint-*/complete.json")]
+    if number == signal.SIGTERM:
+        (step,) = steps
+        assert step >= 20  # the one that the signal met
+    else:
+        assert steps
+        assert all(step % every == 0 for step in steps)

@@ -1,0 +1,89 @@
+"""Which adapters `serve` takes, from where, and of which base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+from lorasb_export.base import BaseModel
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.storage import read_json, write_json
+from tests import serving
+from tests.random_adapter import save_adapter, save_base
+from tests.serving import SIZES, dry_run
+
+folder, siblings, vllm_for_cpus = serving.folder, serving.siblings, serving.vllm_for_cpus
+
+
+def test_words_are_looked_up_in_the_project(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (folder / "a").rename(tmp_path / "adapters" / "a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert dry_run(["a", f"{folder}/b"])["models"] == ["base", "a", "b"]
+    finally:
+        (tmp_path / "adapters" / "a").rename(folder / "a")
+
+
+def test_adapters_may_be_paths_but_not_one_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert dry_run([Path("a"), folder / "b"])["models"] == ["base", "a", "b"]
+    for alone in ("adapters/a", Path("a")):
+        with pytest.raises(SettingsError, match=r"adapters is '.*a'. Give a list of them, or name → folder"):
+            dry_run(alone)
+
+
+def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> None:
+    adapters = tmp_path / "many"
+    for name in ("x2", "x1", ".being-written"):
+        shutil.copytree(folder / "a", adapters / name)
+    (adapters / "notes").mkdir()
+    command = [sys.executable, "-m", "lorasb_cli", "serve", "--adapters-dir", str(adapters), "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
+
+
+@pytest.mark.parametrize("mode", ["shared", "folded"])
+def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str) -> None:
+    ranks = {"q_lora_rank": None, "kv_lora_rank": 16}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_attention_heads": 4}
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **ranks, **heads, first_k_dense_replace=2))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.kv_b_proj"])
+    with pytest.raises(SettingsError, match=r"no adapter to kv_b_proj.*lorasb merge"):
+        dry_run({"a": tmp_path / "a"}, mode=mode)
+
+
+def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"1 of 2 adapters cannot be served:\n  other: the base's weights are not"):
+        dry_run({"a": folder / "a", "other": folder / "other"})
+    with pytest.raises(BaseModelError, match="a: the base's weights are not"):
+        dry_run({"a": folder / "a"}, model=str(folder / "base2"))
+    assert dry_run({"other": folder / "other"}, model=str(folder / "base2"))["models"] == ["base2", "other"]
+
+
+def test_the_base_is_read_once_for_adapters_of_one_basis(
+    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(side_effect=BaseModel.fingerprint)
+    monkeypatch.setattr(BaseModel, "fingerprint", lambda *arguments: asked(*arguments))
+    dry_run({**siblings, "again": folder / "a"}, mode="folded")
+    assert asked.call_count == 1
+    with pytest.raises(BaseModelError, match="1 of 3 adapters cannot be served:\n  other"):
+        dry_run({**siblings, "other": folder / "other"}, mode="folded")
+
+
+def test_all_broken_adapters_are_named_at_once(folder: Path, tmp_path: Path) -> None:
+    config = read_json(folder / "a" / "adapter_config.json")
+    for name, change in (("old", {"format_version": 0}), ("foreign", {"peft_type": "LORA"})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "adapter_config.json", config | change)
+    with pytest.raises(ArtifactError) as caught:
+        dry_run({"a": folder / "a", "old": tmp_path / "old", "foreign": tmp_path / "foreign"})
+    assert all(part in str(caught.value) for part in ("2 of 3", "old: format version", "foreign: peft_type"))

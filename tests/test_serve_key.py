@@ -1,0 +1,101 @@
+"""The API key: where it is read, whom it is handed to, and what is open without it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.serving import launcher
+from lorasb_export.serving.launcher import running_server, serve
+from tests import serving
+from tests.serving import answered, dry_run, middlewares_of
+
+folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
+def test_a_file_without_a_key_is_refused(folder: Path, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "key").write_bytes(content)
+    with pytest.raises(SettingsError, match="API key"):
+        dry_run({"a": folder / "a"}, api_key_file=tmp_path / "key")
+
+
+@pytest.mark.parametrize("key", ["\n", "two\nlines", "ключ", "\udcff"])
+def test_a_key_of_the_environment_is_read_as_one_of_a_file(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(SettingsError, match=r"the API key is not one line.*\(VLLM_API_KEY\)"):
+        dry_run({"a": folder / "a"})
+
+
+def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    handed: dict[str, str] = {}
+
+    def start(command: list[str], variables: dict[str, str], url: str, **options: Any) -> Mock:
+        handed.update(variables)
+        return Mock()
+
+    monkeypatch.setattr(launcher, "RunningServer", start)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
+    with running_server({"a": folder / "a"}, mode="folded"):
+        assert handed["VLLM_API_KEY"] == "s3cret"
+
+
+def test_an_open_address_without_a_key_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert "VLLM_API_KEY" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError):
+        serve({"a": "no/such/folder"}, host="0.0.0.0", port=0)
+    assert not caplog.text
+
+
+def test_the_key_is_asked_for_in_every_mode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert middlewares_of(dry_run({"a": folder / "a"}, mode="folded")["command"]) == []
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    for options in ({"adapters": {"a": folder / "a"}, "mode": "folded"}, {"adapters": (), "model": folder / "base"}):
+        assert middlewares_of(dry_run(**options)["command"]) == ["lorasb_export.serving.key.AsksForKey"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "path", "status"),
+    [
+        ("http", "GET", "/health", 200),
+        ("http", "GET", "/metrics", 200),
+        ("http", "OPTIONS", "/v1/completions", 200),
+        ("http", "POST", "/v1/completions", 401),
+        ("http", "POST", "/invocations", 401),
+        ("http", "POST", "/health", 401),
+        ("http", "GET", "/health/", 401),
+        ("http", "GET", "/", 401),
+        ("websocket", None, "/health", 401),
+    ],
+)
+def test_what_is_open_without_the_key(
+    kind: str, method: str | None, path: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.key import AsksForKey
+
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    scope: dict[str, Any] = {"type": kind, "method": method, "path": path, "headers": []}
+    assert answered(AsksForKey(Response()), scope) == status
+    scope["headers"] = [(b"authorization", b"Bearer s3cret")]
+    assert answered(AsksForKey(Response()), scope) == 200

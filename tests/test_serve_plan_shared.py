@@ -1,0 +1,93 @@
+"""What `serve` would start for adapters that share a basis, and when they do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_export.basis import Basis
+from lorasb_export.errors import SettingsError
+from lorasb_export.serving import plan
+from lorasb_export.serving.shared.loading import load_R, version_name
+from tests import serving
+from tests.serving import MODULES, dry_run, install, value_of
+
+folder, plugin, siblings, vllm_for_cpus = serving.folder, serving.plugin, serving.siblings, serving.vllm_for_cpus
+
+
+@pytest.mark.usefixtures("plugin")
+def test_adapters_of_one_basis_share_it(folder: Path, siblings: dict[str, Path]) -> None:
+    described = dry_run(siblings, dtype="float32", mode="shared")
+    assert described["mode"] == "shared"
+    assert described["environment"]["LORASB_SHARED_BASIS"] == str(folder / "a")
+    command = described["command"]
+    assert (value_of(command, "--max-loras"), value_of(command, "--max-lora-rank")) == ("2", "8")
+    versions = [f"{name}=TEMPORARY/{version_name(name, path)}" for name, path in siblings.items()]
+    first = command.index("--lora-modules") + 1
+    assert command[first : first + 2] == versions
+    one = len(MODULES) * 4 * 4 * 4
+    assert described["memory"] == {
+        "slots": 2,
+        "slots_bytes": 3 * one,
+        "basis_bytes": 4 * ((32 + 32 + 16 + 16) + (48 + 32)) * 4,  # B of q has rows for k and v
+        "bytes_per_adapter": one,
+    }
+    limited = dry_run(siblings, dtype="float32", mode="shared", extra=["--max-loras=1"])["memory"]
+    assert (limited["slots"], limited["slots_bytes"]) == (1, 2 * one)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_on_an_accelerator_every_part_of_a_basis_is_held_alone(
+    siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "vllm")
+    memory = dry_run(siblings, dtype="float32", mode="shared")["memory"]
+    assert memory["basis_bytes"] == 4 * ((32 + 32) + (48 + 32)) * 4
+
+
+@pytest.mark.usefixtures("plugin")
+def test_auto_shares_a_basis_where_it_can(
+    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dry_run(siblings)["mode"] == "shared"
+    assert dry_run(siblings, mode="folded")["mode"] == "folded"
+    assert not caplog.text
+    assert dry_run({"a": folder / "a", "b": folder / "b"})["mode"] == "folded"
+    assert "the adapters are of 2 bases" in caplog.text
+    monkeypatch.setattr(plan, "why_unavailable", lambda: "vLLM 9.9 is not one of the tested versions")
+    assert dry_run(siblings)["mode"] == "folded"
+    with pytest.raises(SettingsError, match=r"vLLM 9\.9 is not one.*--mode folded"):
+        dry_run(siblings, mode="shared")
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("extra", "again"),
+    [
+        (["--max-loras", "1"], True),
+        (["--max-loras", "2"], False),
+        (["--max-loras", "1", "--max-cpu-loras=2"], False),
+        (["--max-loras", "1", "--max-cpu-loras", "1"], True),
+        (["--data-parallel-size", "2"], True),
+    ],
+)
+def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, extra: list[str], again: bool
+) -> None:
+    options: dict[str, Any] = {"model": None, "mode": "shared", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
+    made = plan.make_plan(siblings, **options, extra=extra, updates_from=None, has_key=False)
+    served = tmp_path / "served"
+    served.mkdir()
+    made.mode.write(served)
+    second = served / version_name("second", siblings["second"])
+    basis = Basis.load(folder / "a")
+    before = load_R(second, basis)
+    assert second.is_symlink() != again  # where all are held none is read again, and none is copied
+    if again:
+        shutil.rmtree(siblings["second"])
+        assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
+        assert torch.equal(load_R(second, basis).R, before.R)

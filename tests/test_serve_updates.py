@@ -1,0 +1,153 @@
+"""Adapters that are loaded while the server runs: what it takes, answers, keeps and removes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from lorasb_export.adapter import Adapter
+from lorasb_export.errors import SettingsError
+from lorasb_export.format import sealed
+from lorasb_export.serving import plan, shared
+from lorasb_export.serving.shared.loading import copy_adapter
+from lorasb_export.serving.shared.versions import Versions
+from lorasb_export.storage import read_json, write_json
+from tests import serving
+from tests.serving import DEFAULTS, answered, dry_run, middlewares_of, value_of
+
+adapter, folder = serving.adapter, serving.folder
+plugin, siblings, vllm_for_cpus = serving.plugin, serving.siblings, serving.vllm_for_cpus
+
+
+@pytest.mark.usefixtures("plugin")
+def test_updates_need_a_key_and_a_shared_basis(
+    folder: Path, siblings: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(SettingsError, match="updates need an API key"):
+        dry_run(siblings, updates_from=folder)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    described = dry_run(siblings, updates_from=folder)
+    assert value_of(described["command"], "--max-loras") == str(2 + 32)
+    middlewares = [
+        "lorasb_export.serving.shared.updates.Updates",
+        "lorasb_export.serving.key.AsksForKey",
+    ]  # asked first
+    assert middlewares_of(described["command"]) == middlewares
+    assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
+    monkeypatch.delenv("VLLM_API_KEY")
+    (folder / "key").write_text("s3cret\n")
+    described = dry_run(siblings, updates_from=folder, api_key_file=folder / "key")
+    assert "s3cret" not in json.dumps(described)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with pytest.raises(SettingsError, match="only adapters on a shared basis"):
+        dry_run(siblings, updates_from=folder, mode="folded")
+    with pytest.raises(SettingsError, match="of 2 bases"):
+        dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
+    assert dry_run(siblings, updates_from=folder, extra=["-dp", "1"])["mode"] == "shared"
+    for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):
+        with pytest.raises(SettingsError, match="beside --data-parallel-size"):
+            dry_run(siblings, updates_from=folder, extra=several)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_what_was_served_from_the_start_is_removed_like_other_versions(
+    siblings: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**DEFAULTS, "updates_from": tmp_path, "has_key": True}
+    mode = plan.make_plan(siblings, **options).mode
+    served = tmp_path / "served"
+    served.mkdir()
+    mode.write(served)
+    versions = Path(mode.environment(served)["LORASB_VERSIONS"])
+    flags = mode.flags(served)
+    assert sorted(path.name for path in versions.iterdir()) == sorted(
+        Path(word.partition("=")[2]).name for word in flags if word.startswith(("a=", "second="))
+    )
+    assert [path.name for path in served.iterdir()] == [versions.name]
+
+
+def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path) -> None:
+    """Two versions of one name: the one that no name stands for goes when its time is over, and not before."""
+    assert adapter.folder is not None
+    (tmp_path / "updates").mkdir()
+    versions = Versions(tmp_path / "updates", seconds=0.2)
+    paths = []
+    for scaling in (1.0, 2.0):
+        copy = tmp_path / "copy"
+        copy_adapter(adapter.folder, copy)
+        write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
+        paths.append(versions.keep("a", copy))
+    old, new = paths
+    versions.sweep([str(new)])
+    assert old.is_dir()
+    time.sleep(0.3)
+    versions.sweep([str(old), str(new)])  # it was loaded again
+    versions.sweep([str(new)])
+    assert old.is_dir()
+    time.sleep(0.3)
+    versions.sweep([str(new)])
+    assert not old.exists()
+    assert (new / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("authorization", "body", "status"),
+    [
+        ("Bearer s3cret", b"[" * 100_000, 400),
+        ("Bearer s3cret", b'{"lora_name": "x", "lora_name": "y"}', 400),
+        ("Bearer s3cret", b"\xff", 400),
+        ("Bearer s3cret", b'{"lora_name": "text"}', 400),
+        ("bearer s3cret", b"{", 400),  # vLLM takes the scheme in any case
+        ("Bearer S3CRET", b"{", 401),
+        ("Basic s3cret", b"{", 401),
+        ("", b"{", 401),
+    ],
+)
+def test_a_bad_request_for_an_update_is_answered(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authorization: str, body: bytes, status: int
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.key import AsksForKey
+    from lorasb_export.serving.shared.updates import LOAD, Updates
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD}
+    scope["headers"] = [(b"authorization", authorization.encode())]
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=None))
+    assert answered(AsksForKey(Updates(Response())), scope, body) == status
+
+
+@pytest.mark.parametrize(("path", "status"), [("loop", 400), ("a", 507)])
+def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared.updates import LOAD, Updates
+
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "versions").mkdir()
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(shutil, "copyfile", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    models = SimpleNamespace(is_base_model=lambda name: False)
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD, "headers": []}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+    body = json.dumps({"lora_name": "x", "lora_path": path}).encode()
+    assert answered(Updates(Response()), scope, body) == status

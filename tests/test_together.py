@@ -1,0 +1,127 @@
+"""Tasks together end as each alone, also where the run is stopped and resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_export import Adapter, Basis, fit
+from lorasb_export.data import TaskData, load_task, task_of
+from lorasb_export.errors import SettingsError, TrainingError
+from lorasb_export.training import job
+from lorasb_export.training.fit import fit_together
+from lorasb_export.training.task_run import TaskRun
+from lorasb_export.training.trainer import RTrainer
+from tests.training import SETTINGS, equal
+
+
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_tasks_together_end_as_each_alone(
+    accumulate: int,
+    optimizer: str,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Issue 3.8: other lengths of runs, other schedules, one clip each; the same R to 1e-6 in float64."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipped(group: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        assert all(p.grad is not None for p in group)  # else torch's norm of nothing is on the CPU
+        return clip(group, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    settings = replace(SETTINGS, accumulate=accumulate, optimizer=optimizer)
+    together = fit_together(llama, basis, tasks, tmp_path / "together", settings)
+    for adapter, (name, task) in zip(together, tasks.items(), strict=True):
+        alone = fit(str(llama), basis, task, tmp_path / name, settings)
+        assert equal(adapter, alone, 1e-6)
+        written = Adapter.load(tmp_path / "together" / name)
+        assert written.training["together"] == ["minus", "plus"]
+        for key in ("steps", "train_loss", "valid_loss", "best_step", "trainable_parameters"):
+            assert written.training[key] == pytest.approx(alone.training[key], abs=1e-5), key
+    start = Adapter.start(Basis.load(basis))
+    assert not equal(together[0], start, 1e-3)
+    assert not equal(together[0], together[1], 1e-3)
+    assert not list((tmp_path / "together").glob(".*"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_together_is_resumed_bit_for_bit(
+    optimizer: str,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer)
+
+    class Stop(Exception):
+        pass
+
+    step = RTrainer.training_step
+
+    def stopping(self: RTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 7:
+            raise Stop
+        return step(self, *arguments)
+
+    inputs = (str(llama), basis, list(tasks.values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(Stop):
+            fit_together(*inputs, tmp_path / "a", settings)
+    others = [replace(task, name=f"other-{name}") for name, task in tasks.items()]
+    fit_together(*inputs[:2], others, tmp_path / "a", settings)  # meanwhile, in the same project
+    backwards = fit_together(*inputs[:2], inputs[2][::-1], tmp_path / "a", settings, resume=True)
+    resumed = backwards[::-1]  # in whatever order they are named
+    undisturbed = fit_together(*inputs, tmp_path / "b", settings)
+    assert all(equal(one, two, 0) for one, two in zip(resumed, undisturbed, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(Stop):
+            fit_together(*inputs, tmp_path / "c", settings)
+    with pytest.raises(TrainingError, match=r"run together had other tasks .*together"):
+        fit_together(*inputs[:2], [*inputs[2], *others], tmp_path / "c", settings, resume=True)
+    again = fit_together(*inputs, tmp_path / "a", settings, resume=True)  # finished: read, not trained
+    assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
+
+
+def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = task_of("first", {"train": list(tasks["plus"].rows("train"))[:6]})
+    out = tmp_path / "out"
+    fit(str(llama), basis, first, out / "first", SETTINGS)
+    write = job.write_record
+
+    def killed(folder: Path, run: TaskRun, *rest: Any) -> None:
+        if run.task.name == "plus":
+            raise KeyboardInterrupt
+        write(folder, run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit_together(str(llama), basis, [first, *tasks.values()], out, SETTINGS, resume=True)
+    assert (out / "minus").exists()
+    fitted = fit_together(str(llama), basis, [first, *tasks.values()], out, SETTINGS, resume=True)
+    undisturbed = fit_together(str(llama), basis, tasks, tmp_path / "undisturbed", SETTINGS)
+    assert {adapter.name: adapter.sha256 for adapter in fitted[1:]} == {a.name: a.sha256 for a in undisturbed}
+
+
+def test_no_task_is_nothing_to_train(llama: Path, basis: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no task to fit. Give at least one"):
+        fit_together(str(llama), basis, [], tmp_path)
+
+
+def test_classifiers_do_not_train_together(bert: Path, parity: Path, basis: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="each has its own head"):
+        fit_together(str(bert), basis, [load_task("a", parity), load_task("b", parity)], tmp_path)

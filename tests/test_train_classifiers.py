@@ -1,0 +1,101 @@
+"""Classifiers: their head is trained, at a rate of its own, kept, and scored as it was validated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from lorasb_export import Adapter, calibrate, fit, merge
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import SEQ_CLS
+from lorasb_export.data import load_task
+from lorasb_export.evaluation import evaluate
+from lorasb_export.head import head_parameters
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training.trainer import RTrainer
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("adamw", "auto"), ("muon", "auto"), ("muon", "bfloat16"), ("muon", "float16")]
+)
+def test_classification_trains_and_keeps_its_head(
+    optimizer: str, dtype: str, bert: Path, parity: Path, tmp_path: Path
+) -> None:
+    calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8)).save(tmp_path / "basis")
+    settings = FitSettings(epochs=15, learning_rate=2e-2, optimizer=optimizer, dtype=dtype)
+    adapter = fit(str(bert), tmp_path / "basis", parity, tmp_path / "a", settings)
+    assert (adapter.task_type, adapter.labels) == (SEQ_CLS, ["no", "yes"])
+    assert {parameter.dtype for parameter in adapter.head.values()} == {torch.float32}
+    loaded = Adapter.load(tmp_path / "a")
+    assert set(loaded.head) == {"classifier.weight", "classifier.bias"}
+    assert evaluate(loaded, load_task("parity", parity), split="train")["adapter"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "decays"),
+    [
+        ({"weight_decay": 0.1}, [9e-3, 1e-3], [0.1, 0]),
+        ({"learning_rate": 2e-3, "optimizer": "adamw"}, [2e-3, 2e-3], [0, 0]),
+        ({"learning_rate": 2e-3, "head_learning_rate": 5e-4}, [2e-3, 5e-4], [0, 0]),
+    ],
+)
+def test_a_head_has_a_rate_of_its_own(
+    given: dict[str, Any],
+    rates: list[float],
+    decays: list[float],
+    bert: Path,
+    parity: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[Any] = []
+    scheduled = RTrainer.create_scheduler
+
+    def look(trainer: RTrainer, **options: Any) -> Any:
+        found.extend((group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups)
+        return scheduled(trainer, **options)
+
+    monkeypatch.setattr(RTrainer, "create_scheduler", look)
+    settings = FitSettings(max_steps=2, warmup=0, **given)
+    adapter = fit(str(bert), CalibrationSettings(rank=4), parity, tmp_path / "a", settings)
+    assert found == list(zip(rates, decays, strict=True))
+    log = [json.loads(line) for line in (tmp_path / "a" / "training_log.jsonl").read_text().splitlines()]
+    shown = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert max(shown) <= rates[0]
+    assert max(shown) > rates[0] / 3  # R's, not the head's
+    assert adapter.training["settings"]["head_learning_rate"] in (None, rates[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_is_scored_as_it_was_validated(dtype: str, bert: Path, parity: Path, tmp_path: Path) -> None:
+    """In fp32, in which it was trained, also on a base of 16 bits."""
+    settings = FitSettings(max_steps=4, dtype=dtype, keep="last", metric="accuracy")
+    fit(str(bert), CalibrationSettings(rank=4), parity, tmp_path / "a", settings)
+    adapter = Adapter.load(tmp_path / "a")
+    network = BaseModel.resolve(bert).load(SEQ_CLS, dtype=dtype, num_labels=2)
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in network.state_dict().items()}
+    found = evaluate(adapter, parity, split="valid", network=network)
+    assert found["adapter"] == adapter.training["valid_metrics"]["accuracy"]
+    for name, tensor in network.state_dict().items():
+        assert (tensor.dtype, torch.equal(tensor, before[name][1])) == (before[name][0], True)
+    adapter.inject(network)
+    head = head_parameters(network)
+    assert all(torch.equal(head[name], tensor) for name, tensor in adapter.head.items())
+    assert all(parameter.dtype == torch.float32 for parameter in head.values())
+
+
+def test_a_base_that_classifies_otherwise_gets_another_head(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """As one does that was trained for another task; and whatever is made of the adapter has the new head."""
+    base = tmp_path / "base"
+    shutil.copytree(bert, base)
+    AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3).save_pretrained(base)
+    adapter = fit(base, CalibrationSettings(rank=4), parity, tmp_path / "a", FitSettings(max_steps=2))
+    assert adapter.head["classifier.weight"].shape[0] == 2
+    merge(adapter, tmp_path / "merged", verify=True)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config.num_labels == 2

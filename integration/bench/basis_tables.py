@@ -9,17 +9,24 @@ from typing import Any
 
 import matplotlib
 
-from integration.evidence.best import Best, Identity, Line, changed
-from integration.evidence.cells import LEARNT, Cell
+from integration.evidence.best import Best, Identity, Line, changed, identity
+from integration.evidence.cells import LEARNT, Cell, cell
 from lorasb_export.metrics import pearson
 from lorasb_export.settings import DRAWN
 
-from .method_tables import TASKS, metric, table
+from .method_tables import TASKS, differences, mean_error, metric, table
+from .quality import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
+# Those that have not seen the task.
+UNSEEN = {
+    "one other task": "another task",
+    "all tasks of its kind but this": "without",
+    "the weights' directions": "wsvd",
+}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -64,6 +71,23 @@ def basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line
         yield section
 
 
+def unseen(best: Mapping[Identity, Best]) -> str:
+    """Loss in bases that have not seen the task, less that in the task's own, seed by seed: r = 64, by Muon."""
+    lines: dict[str, list[str]] = {name: [] for name in UNSEEN}
+    for task in TASKS:
+        own = identity(cell(task, **METHODS["own basis, r=64"]).fields)
+        kin = {
+            _column(b.lines[0]): found
+            for i, b in best.items()
+            if changed(i, basis="own") == own and (found := comparable(best, i))
+        }
+        for name, column in UNSEEN.items():
+            of = kin.get(column)
+            less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
+            lines[name].append(f"{mean_error(less, 3)}{'' if of.closed else ' *'}" if less else "")
+    return table(["made from", *TASKS], [[name, *cells] for name, cells in lines.items()])
+
+
 def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None:
     """A basis beside the task's own: at its best rate, or, where the search has not ended, if the own's was tried."""
     own, found = best.get(changed(identity, basis="own", balanced=False)), best.get(identity)
@@ -85,15 +109,15 @@ Pairs = dict[str, dict[str, tuple[list[float], list[float]]]]
 def pairs(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> Pairs:
     """Each basis less the task's own of the same variant: capture ratio of seed 0, and valid loss of the same seeds."""
     points: Pairs = {}
-    for identity in (identity for identity in best if dict(identity)["task"] in LEARNT):
-        own_identity = changed(identity, basis="own", balanced=False)
-        of, own_capture = (captures.get(changed(i, optimizer=Cell.optimizer)) for i in (identity, own_identity))
-        found, own = comparable(best, identity), comparable(best, own_identity)
-        if identity == own_identity or of is None or own_capture is None or found is None or own is None:
+    for this in (this for this in best if dict(this)["task"] in LEARNT):
+        own_basis = changed(this, basis="own", balanced=False)
+        of, own_capture = (captures.get(changed(i, optimizer=Cell.optimizer)) for i in (this, own_basis))
+        found, own = comparable(best, this), comparable(best, own_basis)
+        if this == own_basis or of is None or own_capture is None or found is None or own is None:
             continue
         seeds = {line["seed"] for line in found.lines} & {line["seed"] for line in own.lines}
         of_basis, of_own = (statistics.mean(x["loss"] for x in b.lines if x["seed"] in seeds) for b in (found, own))
-        kind = f"{OPTIMIZERS[dict(identity)['optimizer']]}, r = {of['rank']}"
+        kind = f"{OPTIMIZERS[dict(this)['optimizer']]}, r = {of['rank']}"
         x, y = points.setdefault(kind, {}).setdefault(of["task"], ([], []))
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)

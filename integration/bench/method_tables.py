@@ -28,6 +28,8 @@ CHOSEN = {
     "the same, one random basis for all tasks": "down: random basis, r=128",
     "a block of r = 256 on `down_proj`": "down: block, r=256",
 }
+# The same for who wants to see the losses too.
+MAIN_TASKS = ("banking77", "e2e", "mawps", "sst2")
 
 # What one basis for all tasks may be; and where.
 SHARED = {"made from all tasks": "shared", "balanced": "balanced", "random": "random"}
@@ -53,7 +55,7 @@ def by_method(best: Mapping[Identity, Best], **other: Any) -> dict[tuple[str, st
             found[name, task] = there.summary
     for (_, task), of in found.items():
         of_lora = found.get(("LoRA r=8", task), {"losses": {}})["losses"]
-        of["less_lora"] = _differences(of["losses"], of_lora)
+        of["less_lora"] = differences(of["losses"], of_lora)
     return found
 
 
@@ -97,11 +99,16 @@ def settled(of: dict[str, Any]) -> str:
     return metric(of) if of["closed"] else ""
 
 
+def settled_means(of: dict[str, Any]) -> str:
+    """Means of score and loss; nothing where the search for a rate has not ended."""
+    return f"{100 * of['mean']:.1f} ({of['loss']:.3f})" if of["closed"] else ""
+
+
 def loss(of: dict[str, Any]) -> str:
     """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `metric`."""
     differences, text = of["less_lora"], f"{of['loss']:.3f}"
     if of["steps"] and any(differences):
-        text += f" ({_mean(differences, 3)})"
+        text += f" ({mean_error(differences, 3)})"
     return text + " *" * (not of["closed"])
 
 
@@ -121,9 +128,9 @@ def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
                 if not (own and of and own["closed"] and of["closed"]):
                     cells += ["", ""]
                     continue
-                score = [100 * difference for difference in _differences(of["values"], own["values"])]
+                score = [100 * difference for difference in differences(of["values"], own["values"])]
                 scores[basis][task] = score
-                cells += [_mean(score, 1), _mean(_differences(of["losses"], own["losses"]), 3)]
+                cells += [mean_error(score, 1), mean_error(differences(of["losses"], own["losses"]), 3)]
             if own and any(cells):
                 compared.append(task)
                 rows.append([f"{label}: {task}, {own['metric'].replace('_', ' ')}", *cells])
@@ -137,7 +144,8 @@ def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     return table(["", *itertools.chain.from_iterable((f"{name}: points", "loss") for name in SHARED)], rows)
 
 
-def _differences(of: Mapping[int, float], less: Mapping[int, float]) -> list[float]:
+def differences(of: Mapping[int, float], less: Mapping[int, float]) -> list[float]:
+    """Seed by seed."""
     return [of[seed] - less[seed] for seed in of if seed in less]
 
 
@@ -150,7 +158,7 @@ def _mean_of(of_tasks: Sequence[Sequence[float]]) -> str:
     return f"**{statistics.mean(map(statistics.mean, of_tasks)):+.1f}{error}**"
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
+def mean_error(values: Sequence[float], digits: int) -> str:
     """Mean ± standard error, with its sign."""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.{digits}f}{error}"

@@ -9,9 +9,22 @@ from typing import Any
 from integration.evidence.best import Best, Identity, Line, best_rates, identity
 from integration.evidence.cells import RESULTS, RUNS, Results
 
-from .basis_tables import basis_tables, pairs, prediction
+from .basis_tables import basis_tables, pairs, prediction, unseen
 from .basis_tables import plot as plot_bases
-from .method_tables import CHOSEN, CHOSEN_TASKS, by_method, costs, longer, loss, methods_table, metric, settled, sharing
+from .method_tables import (
+    CHOSEN,
+    CHOSEN_TASKS,
+    MAIN_TASKS,
+    by_method,
+    costs,
+    longer,
+    loss,
+    methods_table,
+    metric,
+    settled,
+    settled_means,
+    sharing,
+)
 from .tradeoff import plot as plot_methods
 
 CAPTURE_PICTURE = "capture-loss.png"
@@ -45,9 +58,11 @@ def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> d
         prediction(pairs(best, captures), CAPTURE_PICTURE),
     ]
     of_quality = {
+        "main": methods_table(found, settled_means, CHOSEN, MAIN_TASKS),
         "metrics": methods_table(found, metric),
         "losses": methods_table(found, loss),
         "sharing": sharing(found),
+        "unseen": unseen(best),
         "longer": longer(by_method(best, steps=600)),
     }
     of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS)}

@@ -23,13 +23,12 @@ from .basis import Basis
 from .cards import card
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
-from .fetch import ADAPTER_FILES, BASIS_FILES, parse_hub_id, resolve_folder
+from .fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
 from .output import expanded
-from .provenance import versions
 from .storage import read_header, read_json, write_json
 from .tensors import head_shapes, load_tensors
 
@@ -90,18 +89,13 @@ class Adapter:
             BaseModelError: it carries PEFT layers, or a module is neither Linear nor Conv1D.
             SettingsError: `init` is another word.
         """
-        from .head import train_head  # only now: these bring transformers
+        from .head import labels_of, train_head  # only now: these bring transformers
         from .inject import inject
 
         adapter = cls.start(basis, scaling=scaling, init=init)
         adapter.R = inject(model, basis.modules, adapter.R, scaling)
         if classifies(model):
-            config: Any = model.config
-            adapter.task_type, adapter.head = SEQ_CLS, train_head(model)
-            names = [config.id2label[i] for i in range(config.num_labels)]
-            unnamed = names == [f"LABEL_{i}" for i in range(len(names))]  # as transformers does: rows have numbers
-            labels = list(range(len(names))) if unnamed else names
-            adapter.training = {"labels": [], "regression": True} if config.num_labels == 1 else {"labels": labels}
+            adapter.task_type, adapter.head, adapter.training = SEQ_CLS, train_head(model), labels_of(model.config)
         return adapter
 
     @classmethod
@@ -151,7 +145,7 @@ class Adapter:
     def rank(self) -> int:
         return int(next(iter(self.R.values())).shape[0])
 
-    def config(self, basis_source: str) -> dict[str, Any]:
+    def config(self, source: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
         content = {
             "peft_type": PEFT_TYPE,
@@ -163,7 +157,7 @@ class Adapter:
             "r": self.rank,
             "scaling": self.scaling,
             "target_modules": sorted(self.R),
-            "basis": {"sha256": self.basis_sha256, "source": basis_source},
+            "basis": {"sha256": self.basis_sha256, "source": source},
             "training": dict(self.training),
             "sha256": self.sha256,
         }
@@ -173,25 +167,6 @@ class Adapter:
     def sha256(self) -> str:
         """sha256 of `adapter.safetensors` as `save` would write it now."""
         return hashlib.sha256(self.tensor_bytes()).hexdigest()
-
-    def provenance(self) -> dict[str, Any]:
-        """What `lorasb.json` of a folder made from this adapter says about it."""
-        adapter = {"name": self.name, "sha256": self.sha256}
-        basis = {"sha256": self.basis_sha256}
-        if self.hub_source is not None:
-            adapter["source"] = self.hub_source
-        if self.basis_source is not None and parse_hub_id(self.basis_source):
-            basis["source"] = self.basis_source
-        return {
-            "base": dict(self.base.__dict__),
-            "adapter": adapter,
-            "basis": basis,
-            "rank": self.rank,
-            "scaling": self.scaling,
-            "task_type": self.task_type,
-            "modules": len(self.R),
-            "versions": versions(),
-        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What `adapter.safetensors` holds, by name; the live tensors, not copies."""

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,15 +99,6 @@ class BaseModel:
         """See `checkpoint.checkpoint_tensors`."""
         return checkpoint_tensors(self.folder)
 
-    @property
-    def merged_from(self) -> Mapping[str, Any] | None:
-        """The provenance `lorasb merge` left in this folder, or None for a plain base."""
-        path = self.folder / "lorasb.json"
-        if not path.is_file():
-            return None
-        provenance = read_json(path)
-        return provenance if provenance.get("kind") == "merged" else None
-
     def tensor_key(self, name: str) -> str | None:
         """The checkpoint's name for the runtime parameter `name`, or None where it has none.
 
@@ -140,22 +131,6 @@ class BaseModel:
         """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
         return self.config["model_type"] in ("gpt2", "openai-gpt")
 
-    def classifier_config(self, labels: Sequence[Any]) -> dict[str, Any]:
-        """The entries of config.json that make this base load as a sequence classifier over `labels`.
-
-        Without labels it predicts one number: regression.
-        """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
-        names = [str(label) for label in labels] or ["LABEL_0"]  # transformers counts these: its num_labels
-        entries = {
-            "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[self.config["model_type"]]],
-            "id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)},
-            "pad_token_id": self.load_tokenizer().pad_token_id,
-        }
-        return entries | {"problem_type": "single_label_classification" if labels else "regression"}
-
     def fingerprint(self, modules: Iterable[str]) -> str:
         """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""
         digest = hashlib.sha256()
@@ -175,8 +150,9 @@ class BaseModel:
 
     def refuse_merged(self) -> None:
         """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
-        provenance = self.merged_from
-        if provenance is None:
+        path = self.folder / "lorasb.json"
+        provenance = read_json(path) if path.is_file() else {}
+        if provenance.get("kind") != "merged":
             return
         what, fix = "this base is already merged", "Use the plain base"
         with suppress(KeyError, TypeError):  # of a note that was edited by hand
@@ -234,11 +210,9 @@ class BaseModel:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        loader: Any = AutoModelForCausalLM
-        if task_type == SEQ_CLS:
-            loader = AutoModelForSequenceClassification
-            if num_labels is not None:
-                options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
+        loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+        if num_labels is not None:
+            options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
         with torch.random.fork_rng(devices=[]), as_base_model_error(self.folder):

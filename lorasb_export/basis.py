@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,7 @@ from .cards import card
 from .errors import ArtifactError
 from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
-from .format import (
-    EDITED,
-    FORMAT_VERSION,
-    basis_tensors,
-    read_basis_config,
-    sealed,
-)
+from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .output import expanded
 from .provenance import versions
 from .settings import GRADIENT
@@ -132,7 +126,7 @@ class Basis:
         """The content of `basis_config.json`."""
         content = {
             "format_version": FORMAT_VERSION,
-            "base_model": dict(self.base.__dict__),
+            "base_model": asdict(self.base),
             "rank": self.rank,
             "target_modules": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "sha256": self.sha256,

@@ -60,9 +60,7 @@ class TaskData:
     @property
     def num_labels(self) -> int | None:
         """Outputs of the classification head: one for regression; None for CAUSAL_LM."""
-        if self.task_type != SEQ_CLS:
-            return None
-        return 1 if self.regression else len(self.labels)
+        return 1 if self.regression else len(self.labels) or None
 
     def rows(self, split: str) -> Sequence[Row]:
         """Rows of `split`. Raises DataError when the task has none."""

@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Those that compute together get the backend's own patience, 10 minutes with nccl, 30 with gloo.
 _PATIENCE = timedelta(days=1)
 _SEEN_WITHIN = 90  # seconds: for up to a minute NFS remembers of a file that it was not there
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"  # by DistributedDataParallel, which looks for it on the model
 _hosts: dist.ProcessGroup | None = None  # in which they wait so long, without their GPUs
 
 
@@ -53,6 +54,16 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and prints."""
     return rank() == 0
+
+
+def send_only_trained(network: torch.nn.Module) -> None:
+    """Every process has read the same frozen base: it is not sent to all again when a run begins."""
+    setattr(network, _NOT_SENT, [name for name, p in network.named_parameters() if not p.requires_grad])
+
+
+def send_all(network: torch.nn.Module) -> None:
+    """Undo `send_only_trained`."""
+    vars(network).pop(_NOT_SENT, None)
 
 
 def barrier() -> None:

@@ -98,12 +98,11 @@ def evaluate(
     if metric == "exact_match":
         ends = end_ids(tokenizer, network.generation_config.eos_token_id)
         expected = expected_answers(tokenizer, rows, ends, unit=unit)
+        questions, most = [question_and_answer(row)[0] for row in rows], max_answer_tokens(tokenizer, rows)
 
     def score() -> float:
         if metric == "exact_match":
-            questions, limit_tokens = [question_and_answer(row)[0] for row in rows], max_answer_tokens(tokenizer, rows)
-            found = answers(network, tokenizer, questions, max_tokens=limit_tokens, unit=unit)
-            return exact_match(found, expected)
+            return exact_match(answers(network, tokenizer, questions, max_tokens=most, unit=unit), expected)
         scores = row_scores(network, encoded, tokenizer.pad_token_id)
         if metric == "loss":
             return mean_loss(scores)
@@ -198,14 +197,13 @@ def row_scores(
 
     The prediction is the class of a classifier, the number of a regression, and 0 for a causal language model.
     """
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # the most memory first
     found: dict[int, tuple[float, int, float]] = {}
     with evaluating(network):
         for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
             places = order[start : start + batch_size]
-            batch = collate([encoded[i] for i in places], pad_id)
-            labels = batch.pop("labels").to(network.device)
-            inputs = {key: v.to(network.device) if torch.is_tensor(v) else v for key, v in batch.items()}
+            inputs = {key: v.to(network.device) for key, v in collate([encoded[i] for i in places], pad_id).items()}
+            labels = inputs.pop("labels")
             with torch.inference_mode():
                 logits = network(**inputs).logits
             # Row by row: a loss copies its logits in fp32, and those of a batch could take more than its training.

@@ -30,6 +30,15 @@ def train_head(model: nn.Module) -> Live:
     return Live(places)
 
 
+def labels_of(config: Any) -> dict[str, Any]:
+    """What `Adapter.training` says of the labels of a classifier with this config: their names, or 0, 1, …"""
+    if config.num_labels == 1:
+        return {"labels": [], "regression": True}
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    unnamed = names == [f"LABEL_{i}" for i in range(len(names))]  # as transformers does: rows have numbers
+    return {"labels": list(range(len(names))) if unnamed else names}
+
+
 def _widen(module: nn.Module) -> None:
     """Make parameters narrower than fp32 that, and what comes into the module with them."""
     narrow = [p for p in module.parameters(recurse=False) if p.dtype != torch.promote_types(p.dtype, torch.float32)]

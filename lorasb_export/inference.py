@@ -42,7 +42,7 @@ def generate_ids(
 
     eos = sorted(ends) or None
     greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the most memory first
     answers: dict[int, list[int]] = {}
     with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
         for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
@@ -74,7 +74,7 @@ def checked_prompt_ids(
     max_tokens: int,
     unit: str,
 ) -> list[list[int]]:
-    """Token ids of prompts, asked as in training (`batches.prompt_ids`), that `network` can answer.
+    """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that `network` can answer.
 
     Args:
         unit: what errors call one of them; its number, from 1, follows.

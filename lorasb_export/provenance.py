@@ -6,9 +6,12 @@ import os
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .fetch import parse_hub_id
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -37,6 +40,26 @@ def without_folders(word: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of what writes an artifact, for its provenance."""
     return {name: version(name) for name in ("lorasb", "torch", "transformers")}
+
+
+def of_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What `lorasb.json` of a folder made from `adapter` says about it."""
+    made = {"name": adapter.name, "sha256": adapter.sha256}
+    basis = {"sha256": adapter.basis_sha256}
+    if adapter.hub_source is not None:
+        made["source"] = adapter.hub_source
+    if adapter.basis_source is not None and parse_hub_id(adapter.basis_source):
+        basis["source"] = adapter.basis_source
+    return {
+        "base": asdict(adapter.base),
+        "adapter": made,
+        "basis": basis,
+        "rank": adapter.rank,
+        "scaling": adapter.scaling,
+        "task_type": adapter.task_type,
+        "modules": len(adapter.R),
+        "versions": versions(),
+    }
 
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:

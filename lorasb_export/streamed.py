@@ -46,7 +46,7 @@ def streamed_model(
 
 
 def add_updates(network: nn.Module, adapters: Sequence[Adapter]) -> None:
-    """Let every module return s·((x·Aᵀ)·Rᵀ)·Bᵀ more, for each of `adapters`; their factors are read when needed."""
+    """Let every module return s·B·R·A·x more, for each of `adapters`; their factors are read when needed."""
     for adapter in adapters:
         for name in adapter.R:
             network.get_submodule(name).register_forward_hook(_adding(adapter, name))
@@ -101,8 +101,7 @@ def was_read(network: nn.Module) -> bool:
 
 def _adding(adapter: Adapter, name: str) -> Any:
     def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        factors = adapter.load_basis().modules[name]
-        B, R, A = (part.to(output.device, torch.float32) for part in (factors.B, adapter.R[name], factors.A))
-        return output + adapter.scaling * (((args[0] @ A.T) @ R.T) @ B.T)
+        sBR, A = (factor.to(output.device) for factor in adapter.delta(name))
+        return output + (args[0] @ A.T) @ sBR.T
 
     return add

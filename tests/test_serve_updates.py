@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,7 +144,7 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
     variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
-    monkeypatch.setattr(shutil, "copyfile", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     models = SimpleNamespace(is_base_model=lambda name: False)
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD, "headers": []}
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))

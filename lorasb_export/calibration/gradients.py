@@ -121,7 +121,7 @@ def gradient_sums(
     checkpointed = wanted or network.is_gradient_checkpointing
     with _only_trainable(network, weights, keep), _checkpointed(network) if checkpointed else nullcontext():
         for batch in batches:
-            tensors = {k: v.to(network.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            tensors = {key: v.to(network.device) for key, v in batch.items()}
             labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
             losses, counts = row_losses(network(**tensors).logits, labels)
             counted += torch.tensor([len(counts), int(counts.sum())])

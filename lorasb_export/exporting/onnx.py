@@ -19,7 +19,7 @@ from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import expanded, refuse_own_input, require_room
-from ..provenance import command, published_training, versions
+from ..provenance import command, of_adapter, published_training, versions
 from ..storage import DTYPE_BYTES, folder_bytes
 from .onnx_build import DTYPES, PROVIDERS, build
 from .onnx_exporter import exporter_for
@@ -119,7 +119,7 @@ def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
     """What `lorasb.json` says of every ONNX export."""
     distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
     names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
-    record = {**adapter.provenance(), "precision": precision, "execution_provider": PROVIDERS[precision]}
+    record = {**of_adapter(adapter), "precision": precision, "execution_provider": PROVIDERS[precision]}
     record |= {"command": command(), "training": published_training(adapter)}
     return record | {"versions": versions() | {name: version(name) for name in names}}
 

@@ -12,7 +12,7 @@ from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
 from ..output import expanded, refuse_existing, refuse_own_input
-from ..provenance import command, published_training
+from ..provenance import command, of_adapter, published_training
 from ..storage import write_json
 from ..tensors import save_tensors
 
@@ -45,7 +45,7 @@ def export_peft(
     transposed = _stores_transposed(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
-        record = {"kind": "peft", **source.provenance(), "command": command()}
+        record = {"kind": "peft", **of_adapter(source), "command": command()}
         record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))

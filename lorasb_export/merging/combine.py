@@ -11,6 +11,7 @@ import torch
 
 from ..adapter import Adapter
 from ..errors import ArtifactError, SettingsError
+from ..provenance import of_adapter
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
 Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters
@@ -45,7 +46,10 @@ def _of_one_basis(group: Weighted) -> Adapter:
     for adapter, _ in group:
         if set(adapter.R) != set(first.R):
             raise ArtifactError("its modules are not those of its basis", where=adapter.folder, fix="Fetch it again")
-    R = {name: torch.stack([w * a.scaling * a.R[name].double() for a, w in group]).sum(dim=0) for name in first.R}
+    R = {
+        name: torch.stack([w * a.scaling * a.R[name].detach().cpu().double() for a, w in group]).sum(dim=0)
+        for name in first.R
+    }
     source = first.basis_source or str(first.folder)
     return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type, basis=first.basis)
 
@@ -54,6 +58,6 @@ def provenance(weighted: Weighted) -> list[dict[str, Any]]:
     """What `lorasb.json` says about each adapter of a combination."""
     found = []
     for adapter, weight in weighted:
-        said = adapter.provenance()
+        said = of_adapter(adapter)
         found.append({**said["adapter"], "weight": weight} | {key: said[key] for key in ("basis", "rank", "scaling")})
     return found

@@ -26,9 +26,8 @@ class OutputFile:
         self._direct: int | None = None
         self._may_be_direct = True
         try:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a full disk shows here; and a file that grows takes one write at a time
+            # A full disk shows here; and a file that grows takes one write at a time.
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._cached, 0, size)
             with suppress(OSError, AttributeError):  # not on this file system, or not on this system
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..network import as_base_model_error
 from ..output import expanded, free_bytes
-from ..provenance import command, published_training
+from ..provenance import command, of_adapter, published_training
 from ..storage import read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
@@ -147,7 +147,7 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
 
 def _provenance(plan: MergePlan, folder: Path) -> dict[str, Any]:
     """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
-    said = {"kind": "merged", **plan.adapters[0].provenance(), "dtype": plan.dtype, "modules": len(plan.touched)}
+    said = {"kind": "merged", **of_adapter(plan.adapters[0]), "dtype": plan.dtype, "modules": len(plan.touched)}
     if not plan.combined:
         return said | {"training": published_training(plan.adapters[0], folder)}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
@@ -191,8 +191,25 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
         config["dtype"] = plan.dtype
     if plan.adapters[0].task_type == SEQ_CLS:
         config.pop("num_labels", None)  # of another head; transformers would believe it rather than the names
-        config |= plan.base.classifier_config(plan.adapters[0].labels)
+        config |= _classifier_config(plan.base, plan.adapters[0].labels)
     write_json(folder / "config.json", config)
+
+
+def _classifier_config(base: BaseModel, labels: Sequence[Any]) -> dict[str, Any]:
+    """The entries of config.json that make `base` load as a sequence classifier over `labels`.
+
+    Without labels it predicts one number: regression.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    names = [str(label) for label in labels] or ["LABEL_0"]  # transformers counts these: its num_labels
+    entries = {
+        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[base.config["model_type"]]],
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "pad_token_id": base.load_tokenizer().pad_token_id,
+    }
+    return entries | {"problem_type": "single_label_classification" if labels else "regression"}
 
 
 def _code_on_the_hub(base: BaseModel) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..basis import Basis
 from ..choices import SEQ_CLS, Dtype, require_choice
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
+from ..provenance import of_adapter
 from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
@@ -97,7 +98,7 @@ class MergePlan:
         files = sorted({tensor.source[0] for shard in self.shards for tensor in shard if tensor.source is not None})
         stats = [path.stat() for path in files]
         parts = [
-            [adapter.provenance() for adapter in self.adapters],
+            [of_adapter(adapter) for adapter in self.adapters],
             self.dtype,
             [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
             self.base.fingerprint({name for adapter in self.adapters for name in adapter.R}),
@@ -175,14 +176,10 @@ def plan_merge(
     with problems:
         limit = parse_size(max_shard_size)
     with problems:
+        weighted = _loaded(adapter)
         if isinstance(adapter, str | Path | Adapter):
-            weighted = [(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter), 1.0)]
             loaded = (weighted[0][0],)
         else:
-            pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
-            if not pairs:
-                raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
-            weighted = [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
             loaded, combined = combine(weighted), provenance(weighted)
         base_model = loaded[0].base.resolve(base)
         for one, _ in weighted:
@@ -217,6 +214,18 @@ def parse_size(size: str | int) -> int:
         if text.endswith(unit) and number.isascii() and number.isdecimal():
             return int(number) * factor
     raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
+
+
+def _loaded(adapter: str | Path | Adapter | Weights | Weighted) -> Weighted:
+    """The adapters of a merge, each with its weight."""
+    pairs: Collection[tuple[str | Path | Adapter, float]]
+    if isinstance(adapter, str | Path | Adapter):
+        pairs = [(adapter, 1.0)]
+    else:
+        pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
+    if not pairs:
+        raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
+    return [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
 
 
 def _check_modules(adapter: Adapter, base: BaseModel, problems: Problems) -> None:

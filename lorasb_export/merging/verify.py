@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +82,17 @@ def _streamed(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], b
     if unmerged is None or network is None:
         return None
     add_updates(unmerged, adapters)
-    logits = None
-    with suppress(RuntimeError):  # of a weight that is not there, which a layer has read itself
+    try:
         logits = _logits(unmerged, batch), _logits(network, batch)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # the device's, out of memory for one
+            raise
+        return None  # a weight is not there, which a layer has read itself
     return logits if was_read(unmerged) and was_read(network) else None
 
 
 def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs) -> Logits:
-    from ..head import load_head  # these bring transformers, which the rest of a merge does without
+    from ..head import load_head  # only now: Conv1D brings torch.distributed.tensor
     from ..layer import weight_of
 
     logger.info("the model cannot be run with its weights on the disk: it is loaded whole to compare logits")

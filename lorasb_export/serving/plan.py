@@ -185,8 +185,13 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
         return f"the adapters are of {len(bases)} bases"
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
-    if "--fully-sharded-loras" in flags.values(extra) or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+    given = flags.values(extra)
+    if "--fully-sharded-loras" in given or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
+    if "--enable-sleep-mode" in given:
+        return "after vLLM's sleep of level 2 B and A are not loaded again"
+    if given.get("--distributed-executor-backend") == "ray":
+        return "Ray's workers do not get the variables that name the basis"
     return why_unavailable()
 
 

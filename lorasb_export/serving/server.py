@@ -104,7 +104,7 @@ class RunningServer:
                 preexec_fn=lambda: os.write(tell, b"%d\n" % os.getpid()),  # here: we may be killed at any moment
             )
             self._reader.start()
-        while not self._answers("/health"):
+        while not self._answers():
             if self._process.poll() is not None:
                 raise self._failed()
             time.sleep(0.2)
@@ -178,9 +178,9 @@ class RunningServer:
             time.sleep(0.1)
             idle = idle + 1 if 0 < self._asked == self._drained else 0
 
-    def _answers(self, path: str) -> bool:
+    def _answers(self) -> bool:
         try:
-            self._get(path)
+            self._get("/health")
         except (OSError, HTTPException):
             return False
         return True

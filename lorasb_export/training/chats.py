@@ -1,4 +1,4 @@
-"""Warns before training where a chat template renders a chat differently for training and for generation."""
+"""Warns before training where a chat template teaches answers that do not end, or asks otherwise than it teaches."""
 
 from __future__ import annotations
 

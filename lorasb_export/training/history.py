@@ -61,7 +61,7 @@ class History:
         if patience is None:
             return False
         values = self._values()
-        return bool(values) and len(values) - 1 - self._best() >= patience
+        return len(values) - 1 - self._best() >= patience
 
     def steps_done(self, step: int) -> int:
         """Optimizer steps that the task has taken when the run is at `step`."""

@@ -174,6 +174,7 @@ def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        distributed.send_all(network)
         remove(network)
         network.eval()
         if caches is not None:

@@ -9,12 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def plot_losses(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Draw training and validation loss against the step, from a Trainer's log history, as a PNG."""
+def plot_losses(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw training and validation loss against the step, from the entries of one task's log, as a PNG."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "train", "-"), ("eval_loss", "valid", "o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss per label", ylim=(0, None))

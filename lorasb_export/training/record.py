@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def write_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str
         "kind": "adapter",
         **made,
         "data_sha256": run.task.sha256,
-        "base": dict(run.adapter.base.__dict__),
+        "base": asdict(run.adapter.base),
         "versions": versions(),
         "command": command(),
     }

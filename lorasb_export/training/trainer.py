@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from .. import distributed
 from ..atomic import atomic_file, fsync
@@ -38,8 +32,7 @@ from .callbacks import Evaluations
 from .checkpoints import COMPLETE, RESUME, remove_old, restore_tensors
 from .history import History
 from .mixed import MixedSteps
-from .muon import Muon
-from .order import learning_rate_factor
+from .optimizer import make_optimizer, make_scheduler
 from .task_run import TaskRun
 from .window import LossWindow
 
@@ -86,6 +79,7 @@ class RTrainer(Trainer):
             self._parameters = [[torch.nn.Parameter(values)] for values in stack.values]
         else:
             self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
+        distributed.send_only_trained(network)
         steps = max(run.order.steps for run in runs)
         super().__init__(
             model=network,
@@ -93,8 +87,7 @@ class RTrainer(Trainer):
             train_dataset=range(steps),
             callbacks=[*callbacks, Evaluations(self)],
         )
-        self.remove_callback(PrinterCallback)  # both print to stdout, which is for results
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         self._window = LossWindow(len(runs), self.args.device)
         self._stopped: set[int] = set()
         self.diverged: dict[int, TrainingError] = {}
@@ -106,6 +99,7 @@ class RTrainer(Trainer):
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=1,
+            pin_memory=self.args.device.type == "cuda",
             collate_fn=lambda steps: self._mixed.batches(steps[0], self.active(steps[0])),
         )
 
@@ -129,7 +123,7 @@ class RTrainer(Trainer):
         self._rates = {group["task"]: group["lr"] for group in groups if group["orthogonal"]}
         losses = torch.zeros(len(self.runs), device=self.args.device)
         for number, batch in enumerate(inputs["batches"], 1):
-            batch = self._prepare_inputs(batch)
+            batch = {key: v.to(self.args.device, non_blocking=True) for key, v in batch.items()}
             weights, tasks, labels = (batch.pop(key) for key in ("weights", "tasks", "labels"))
             if self.stack:
                 self.stack.use_rows(tasks)
@@ -158,31 +152,17 @@ class RTrainer(Trainer):
         return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in training]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """For each task a group of R, and another of a classifier's head, which AdamW trains in any case."""
-        args, heads = self.args, {id(p) for run in self.runs for p in run.adapter.head.values()}
-        rate, decay = args.learning_rate, args.weight_decay
-        of_head = {"lr": self.settings.head_learning_rate or rate, "weight_decay": 0.0}
-        groups = [
-            {"params": part, "task": k, "orthogonal": orthogonal, **({} if orthogonal else of_head)}
-            for k, parameters in enumerate(self._parameters)
-            for orthogonal in (True, False)
-            if (part := [p for p in parameters if orthogonal == (id(p) not in heads)])
-        ]
-        if self.settings.optimizer == "muon":
-            self.optimizer = Muon(groups, lr=rate, weight_decay=decay)
-        else:
-            fused = args.device.type in ("cpu", "cuda")
-            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused)
+        heads = {id(p) for run in self.runs for p in run.adapter.head.values()}
+        self.optimizer = make_optimizer(self._parameters, heads, self.settings, self.args.device)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Each task's rate by its own number of steps."""
         if self.stack:
             self.stack.bind()  # the model has been prepared, and maybe copied
+        steps = [run.order.steps for run in self.runs]
         optimizer = optimizer or self.optimizer
-        steps = [self.runs[group["task"]].order.steps for group in optimizer.param_groups]
-        factors = [learning_rate_factor(self.settings, count) for count in steps]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        assert optimizer is not None
+        self.lr_scheduler = make_scheduler(optimizer, steps, self.settings)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -195,7 +175,7 @@ class RTrainer(Trainer):
         """As Trainer's, but with the loss of each task by itself."""
         if "loss" in logs:
             self._leave_out_diverged()
-            logs = {key: logs[key] for key in ("grad_norm",) if key in logs and not self.stack}
+            logs = {"grad_norm": logs["grad_norm"]} if "grad_norm" in logs and not self.stack else {}
             for k, mean in self._window.means().items():
                 if k not in self.diverged:
                     prefix = self._prefixes[k]
@@ -289,6 +269,8 @@ class RTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch's writer of archives tells of the disk in its own words
+            if type(error) is not RuntimeError:  # the device's, or of what connects the processes
+                raise
             what = f"cannot write a checkpoint: {first_line(error)}"
             raise OutputError(what, where=folder, fix=RESUME) from error
         distributed.barrier()  # each process has saved its RNG

@@ -1,18 +1,18 @@
-"""Reads the R of an adapter folder as one block: the engine waits while it does."""
+"""Adapter folders as the server takes them: R as one block (the engine waits meanwhile), copies, names of versions."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ...basis import Basis
-from ...errors import ArtifactError, OutputError
+from ...errors import ArtifactError
 from ...format import AGAIN, read_adapter_config
+from ...output import cannot_write
 from ...storage import read_header, read_json
 
 FILES = ("adapter.safetensors", "adapter_config.json")
@@ -65,16 +65,16 @@ def copy_adapter(source: Path, target: Path) -> None:
         ArtifactError: they cannot be read.
         OutputError: they cannot be written, as to a full disk.
     """
-    try:
+    with cannot_write(target, "Set TMPDIR to a larger disk"):
         target.mkdir()
         for file in FILES:
-            shutil.copyfile(source / file, target / file)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename).is_relative_to(source):
-            fix = "Check who may read it, and that it is not being replaced"
-            raise ArtifactError(f"cannot read the adapter: {error.strerror}", where=error.filename, fix=fix) from None
-        fix = "Set TMPDIR to a larger disk"
-        raise OutputError(f"cannot copy the adapter: {error}", where=target, fix=fix) from None
+            try:
+                content = (source / file).read_bytes()
+            except OSError as error:
+                fix = "Check who may read it, and that it is not being replaced"
+                what = f"cannot read the adapter: {error.strerror}"
+                raise ArtifactError(what, where=source / file, fix=fix) from None
+            (target / file).write_bytes(content)
 
 
 def version_name(name: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ from vllm.lora import utils
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.torch_utils import PIN_MEMORY
 
 from ...basis import Basis
 from ...errors import ArtifactError, SettingsError
@@ -91,7 +92,8 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             position = {name: index for index, name in enumerate(names)}
             R = R[[position[name] for name in self.stacked]]
         # Cast and transposed here: a copy of anything else to an accelerator would be staged, and waited for.
-        block = torch.empty(R.shape, dtype=self.stack.dtype, device="cpu", pin_memory=self.device.type != "cpu")
+        pinned = self.device.type != "cpu" and PIN_MEMORY
+        block = torch.empty(R.shape, dtype=self.stack.dtype, device="cpu", pin_memory=pinned)
         return SharedAdapter(lora_id, block.copy_(R.mT))
 
     def activate_adapter(self, lora_id: int) -> bool:
@@ -116,7 +118,7 @@ class SharedModelManager(LRUCacheLoRAModelManager):
         return True
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> SharedAdapter:
-        zero = torch.zeros((), dtype=self.stack.dtype)
+        zero = torch.zeros((), dtype=self.stack.dtype, device=self.device)
         return SharedAdapter(lora_id, zero.expand(len(self.stacked), self.basis.rank, self.basis.rank))
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:

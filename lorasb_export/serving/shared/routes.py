@@ -54,7 +54,7 @@ class Routes:
     def __init__(self, stack: torch.Tensor, max_tokens: int) -> None:
         self.stack = stack
         self.rank = stack.shape[-1]
-        self.idle = False
+        self.idle = False  # on an accelerator always: vLLM traces the model once, with a batch that has no adapter
         self._tokens = max_tokens
         self._flat = stack.view(-1, self.rank)
         # int32 halves the bytes of the indices; a stack of 2³¹ rows would be 137 GB at rank 32.

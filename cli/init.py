@@ -21,6 +21,7 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
+    from lorasb_export.names import some
     from lorasb_export.new_project import write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
@@ -28,8 +29,9 @@ def run(
     model = _from(folder, model)
     path = write_project(run.config, model, tasks, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
-    for data in missing:
-        run.say(f"{data} is not there yet: put train.jsonl into it, unless it is a dataset on the Hub")
+    if missing:
+        are, each = ("is", "it") if len(missing) == 1 else ("are", "each")
+        run.say(f"{some(missing)} {are} not there yet: put train.jsonl into {each}, unless it is a dataset on the Hub")
     if len(missing) == len(tasks):
         run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
     run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
 
 from .verb import Run, human_bytes
+
+_MOST = 40  # lines of one part, as there may be of adapters or modules
 
 
 def run(
@@ -35,9 +38,11 @@ def run(
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
-    for key, entry in value.items():
+    for key, entry in islice(value.items(), _MOST):
         if isinstance(entry, dict):
             lines += [f"{indent}{key}:", *_lines(entry, indent + "  ")]
         else:
             lines.append(f"{indent}{key}: {f'{entry:.4g}' if isinstance(entry, float) else entry}")
+    if len(value) > _MOST:
+        lines.append(f"{indent}… and {len(value) - _MOST:,} more (--json lists all)")
     return lines

@@ -62,10 +62,12 @@ def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:
     if len(words) < 2 and not any(map(_weight, words)):
         return run.project.find_adapter(words[0] if words else None)
     weights: dict[str | Path, float] = {}
+    seen: set[Path] = set()  # one folder has many names
     for name, weight in map(_parse, words):
         found = run.project.find_adapter(name)
-        if Path(found).resolve() in {Path(other).resolve() for other in weights}:  # one folder has many names
+        if Path(found).resolve() in seen:
             raise typer.BadParameter(f"{name!r} is given twice")
+        seen.add(Path(found).resolve())
         weights[found] = weight
     return weights
 

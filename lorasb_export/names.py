@@ -62,6 +62,12 @@ def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> 
     raise _unknown(word, adapters_dir, tasks)
 
 
+def some(names: Collection[str], most: int = 10) -> str:
+    """Names for an error or a heading: the first of them, where there are thousands."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
 def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsError:
     """The error that no adapter is called `name`, with the nearest that there is, or all."""
     if name in tasks:
@@ -72,7 +78,7 @@ def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsE
         fix = f"Run lorasb fit in the project's folder, or write {path}"
         return SettingsError(f"{what}, nor any other", where=adapters_dir, fix=fix)
     known = difflib.get_close_matches(name, present, 1) or present
-    return SettingsError(what, where=adapters_dir, fix=f"Write {', '.join(known)} or {path}")
+    return SettingsError(what, where=adapters_dir, fix=f"Write {some(known)} or {path}")
 
 
 def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection[str] = ()) -> dict[str, Path | str]:

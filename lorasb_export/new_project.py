@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from .atomic import atomic_file
-from .errors import DataError, OutputError
+from .errors import DataError, OutputError, SettingsError
 from .output import cannot_write, expanded
-from .project import FILE_NAME, refuse_bad_names
+from .project import FILE_NAME, MAX_BYTES, refuse_bad_names
 from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 
@@ -55,7 +55,7 @@ def write_project(
 
     Raises:
         OutputError: the file exists and `overwrite` is false.
-        SettingsError: a task's name is not fit for a folder.
+        SettingsError: a task's name is not fit for a folder; or the file would be larger than is read.
     """
     path = expanded(path or FILE_NAME)
     if path.exists() and not overwrite:
@@ -68,6 +68,12 @@ def write_project(
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
     )
+    if (size := len(text.encode())) > MAX_BYTES:
+        what, fix = (
+            f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read",
+            "Use shorter paths",
+        )
+        raise SettingsError(what, where=path, fix=fix)
     with cannot_write(path), atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .fetch import may_be_dataset, parse_hub_id
-from .names import adapters_in, find_adapter, name_problem
+from .names import adapters_in, find_adapter, name_problem, some
 from .output import expanded
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
-_MAX_BYTES = 1_000_000  # ten thousand tasks take half of it
+MAX_BYTES = 4_000_000  # ten thousand tasks take half a million, of long names and paths a whole one
 _MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
 
 _TASK_KEYS = ("data", "basis", "weight")
@@ -82,8 +82,8 @@ class Project:
                 raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")
             return cls(Path.cwd())
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"larger than {_MAX_BYTES} bytes")
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"larger than {MAX_BYTES:,} bytes")
             text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
             keys = [line.partition("=")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
             if any(key.count(".") > _MAX_DOTS for key in keys):
@@ -153,13 +153,13 @@ class Project:
             SettingsError: None, and the project has no adapter; or see `names.find_adapter`.
         """
         if word is None:
-            names = self.adapter_names()
+            names = dict.fromkeys(self.adapter_names())
             ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
                 raise self.lacks("no adapter in this project", "Run lorasb fit, or name one")
             word = ordered[0]
             if len(names) > 1:
-                logger.warning("No adapter is named: %s is taken, the first of %s", word, ", ".join(ordered))
+                logger.warning("No adapter is named: %s is taken, the first of %s", word, some(ordered))
         return str(find_adapter(word, self.folder / "adapters", self.tasks))
 
     def find_folder(self, word: str | None) -> str:

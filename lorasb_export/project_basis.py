@@ -16,6 +16,7 @@ from .calibration.calibrate import calibrate
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config
 from .lock import only_writer
+from .names import some
 from .output import is_free
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
@@ -106,7 +107,7 @@ def refuse_to_strand(project: Project, target: Path) -> None:
     trained = [name for name, basis in bases.items() if basis["sha256"] == sha256]
     if trained:
         raise OutputError(
-            f"adapters were trained in this basis and are of no use without it: {', '.join(trained)}",
+            f"adapters were trained in this basis and are of no use without it: {some(trained)}",
             where=target,
             fix="Choose another folder with --out, or remove these adapters first",
         )

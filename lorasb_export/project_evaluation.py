@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from .adapter import Adapter, load_basis_once
+from .bars import no_bar
 from .base import BaseModel, BaseRef
-from .choices import CAUSAL_LM
 from .data import load_held_out, load_task
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score
 from .fetch import is_blob
+from .loaded import LastLoaded
 from .project import Project
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .basis import Basis
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def evaluate_adapters(
     """
     load = load_task if data is None else load_held_out
     ready: dict[str, tuple[str, str, BaseModel]] = {}
-    found: dict[tuple[BaseRef, str | None], BaseModel] = {}
-    for word, folder in adapters.items():
+    found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
+    for word, folder in tqdm(adapters.items(), desc="check", disable=no_bar()):
         adapter = Adapter.load(folder)
         name, source = project.task_of(adapter, data)
         if source is None and not all_there_are:
@@ -73,23 +73,22 @@ def evaluate_adapters(
             logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
             continue
         to_score(adapter, task, split=split, limit=limit, metric=metric)
-        place = adapter.base, project.base_elsewhere(model, folder)
-        base = found[place] = found.get(place) or adapter.base.resolve(place[1])
-        base.verify(adapter.base, adapter.R)
-        ready[word] = name, source, base  # the rows are read again in their turn: all may be more than memory holds
+        of_base = adapter.base, frozenset(adapter.R)
+        if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
+            found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
+            found[of_base].verify(*of_base)
+        # The rows are read again in their turn: all may be more than memory holds.
+        ready[word] = name, source, found[of_base]
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
-    networks: dict[Path, PreTrainedModel] = {}  # by the base's folder
+    loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
     options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
     for word, (name, source, base) in ready.items():
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(adapters[word]), load(name, source)
-            generates = task.task_type == CAUSAL_LM
-            if generates and base.folder not in networks:
-                networks[base.folder] = base.load(dtype=dtype)
-            network = networks[base.folder] if generates else None  # classifiers differ in their outputs
+            network = loaded.get(base, adapter.task_type, adapter.num_labels)
             load_basis_once(adapter, bases)
             outcome = evaluate(adapter, task, base=base, network=network, **options)
         except OF_ONE_ITEM as error:

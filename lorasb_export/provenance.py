@@ -16,18 +16,22 @@ from .fetch import parse_hub_id
 if TYPE_CHECKING:
     from .adapter import Adapter
 
+_LONGEST = 4000  # characters of a command
 CURVE = "training.png"  # the picture of an adapter's losses
 
 
 def command() -> str | None:
     """The `lorasb` command line this process runs, with the last part of every absolute path; None for other programs.
 
-    It is provenance: with the settings that are recorded beside it, how to make the same thing again.
+    It is provenance: with the settings that are recorded beside it, how to make the same thing again. Of one that
+    names thousands of tasks the first are kept: it lies in the folder of each of them.
     """
     program = Path(sys.argv[0])
     if program.name != "lorasb" and program.parent.name != "lorasb_cli":
         return None
-    return shlex.join(["lorasb", *map(without_folders, sys.argv[1:])])
+    words = list(map(without_folders, sys.argv[1:]))
+    text = shlex.join(["lorasb", *words])
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(words):,} words)"
 
 
 def without_folders(word: str) -> str:

@@ -25,6 +25,7 @@ from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..inject import remove
 from ..layer import weight_of
+from ..names import some
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 # A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
 # as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
 _ROWS_OF_MANY = 1024
-_MOST_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that somebody asks for
+MOST_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that somebody asks for
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def calibrate(
         rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
         tasks.append(replace(task, splits={}))
     every_row = [row for of_task in rows.values() for row in of_task]
-    of = ", ".join(rows) if len(rows) <= _MOST_MEASURED else f"{len(rows)} tasks"
+    of = ", ".join(rows) if len(rows) <= MOST_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
@@ -120,7 +121,7 @@ def calibrate(
     if len(tasks) == 1:  # the basis is the task's own
         own = {name: of_module | {"own": of_module["basis"]} for name, of_module in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
-    elif settings.capture and len(tasks) <= _MOST_MEASURED:
+    elif settings.capture and len(tasks) <= MOST_MEASURED:
         logger.info("Measuring how much of each task's gradient it holds")
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
@@ -182,7 +183,7 @@ def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[st
 def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
     for name, weight in weights.items():
         if name not in names:
-            raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {', '.join(names)}")
+            raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {some(names)}")
         if not 0 < weight < math.inf:
             raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..atomic import atomic_file
 from ..choices import SEQ_CLS
 from ..fetch import is_hub_id
+from ..names import some
 from ..storage import utf8
 from .readme import assemble, update
 from .sections import (
@@ -162,7 +163,7 @@ def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = 
     several = [str(one["name"]) for one in provenance.get("adapters", [])]
     title, what = _task(training), "a LoRA-SB adapter"
     if several:
-        title, what = " + ".join(several), f"{len(several)} LoRA-SB adapters"
+        title, what = " + ".join(several[:10]) + " + …" * (len(several) > 10), f"{len(several)} LoRA-SB adapters"
     body = f"""# {title}: {base_link(base)} with {what} merged in
 
 An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.
@@ -186,11 +187,11 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
     title, content = f"{_task(training)}: an adapter merged into", "with a LoRA-SB adapter merged in"
     if tasks and provenance.get("routed"):
         title, content = (
-            f"{', '.join(tasks)}: adapters for",
+            f"{some(tasks)}: adapters for",
             "with LoRA-SB adapters, of which each row of a batch picks one",
         )
     elif tasks:
-        title, content = f"{', '.join(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
+        title, content = f"{some(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
     cache = "" if task_type == SEQ_CLS else " with a key-value cache"
     numbers = {**_of_update(provenance), "precision": provenance.get("precision")}
     numbers |= {"made for": provenance.get("execution_provider"), "exporter": provenance.get("exporter")}

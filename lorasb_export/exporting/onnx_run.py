@@ -13,6 +13,7 @@ import numpy as np
 from ..choices import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
+from ..names import some
 from ..network import tokenizer_of
 from ..output import expanded
 from ..storage import read_json
@@ -123,7 +124,7 @@ class OnnxDecoder:
 
     def _number(self, adapter: str) -> int:
         if adapter not in self.ids:
-            raise ArtifactError(f"no adapter {adapter!r}", where=self.folder, fix=f"It has {', '.join(self.ids)}")
+            raise ArtifactError(f"no adapter {adapter!r}", where=self.folder, fix=f"It has {some(self.ids)}")
         return int(self.ids[adapter])
 
     def generate(

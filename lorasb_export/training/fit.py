@@ -33,6 +33,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     network: PreTrainedModel | None = None,
+    measure: bool = True,
 ) -> Adapter:
     """Train one task's R in a frozen basis and write the adapter folder `out`.
 
@@ -50,6 +51,8 @@ def fit(
             compared with `base`. It is given back in eval mode and without an adapter, also one that was on it;
             `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished
             leaves it alone.
+        measure: how much of the task's gradient the basis holds, where its calibration has not. That is a pass over
+            some rows with the gradients of whole weights, and an SVD of each module.
 
     Returns:
         the adapter that was written, with `folder`, R on the CPU, and in `training` what the run found: `steps`,
@@ -67,7 +70,7 @@ def fit(
     """
     out = Path(os.path.abspath(expanded(out)))
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
-    job = Job(base, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network)
+    job = Job(base, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network, measure)
     (outcome,) = job.train(resume=resume, overwrite=overwrite)
     if isinstance(outcome, TrainingError):
         raise outcome
@@ -84,6 +87,7 @@ def fit_together(
     resume: bool = False,
     overwrite: bool = False,
     network: PreTrainedModel | None = None,
+    measure: bool = True,
 ) -> list[Adapter]:
     """Train several tasks in one frozen basis at once, in mixed batches, and write `folder`/TASK for each.
 
@@ -100,7 +104,7 @@ def fit_together(
     Returns:
         the adapters in the order of `tasks`.
     """
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network, "measure": measure}
     outcomes = train_together(base, basis, tasks, folder, settings or FitSettings(), **options)
     adapters = [outcome for outcome in outcomes if isinstance(outcome, Adapter)]
     failed = Problems()
@@ -119,6 +123,7 @@ def train_together(
     resume: bool,
     overwrite: bool,
     network: PreTrainedModel | None,
+    measure: bool,
 ) -> list[Adapter | TrainingError]:
     """As `fit_together`, with the error of a task that was left out in the place of its adapter."""
     if not tasks:
@@ -138,7 +143,7 @@ def train_together(
         working = together_folder(folder, group)
         if resume and not working.exists():
             refuse_run_of_others(folder, {task.sha256 for task in group})
-        job = Job(base, basis, group, [folder / task.name for task in group], working, settings, network)
+        job = Job(base, basis, group, [folder / task.name for task in group], working, settings, network, measure)
         outcomes = job.train(resume=resume, overwrite=overwrite)
         trained |= {task.name: outcome for task, outcome in zip(group, outcomes, strict=True)}
     return [trained[task.name] for task in tasks]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from .. import distributed, project_basis
 from ..adapter import Adapter
+from ..bars import no_bar
 from ..base import BaseModel
+from ..calibration.calibrate import MOST_MEASURED
 from ..choices import CAUSAL_LM
 from ..data import load_task
-from ..errors import OF_ONE_ITEM, LoraSBError, SettingsError, TrainingError
+from ..errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
+from ..loaded import LastLoaded
 from ..output import expanded, refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
@@ -49,10 +55,10 @@ def fit_tasks(
 
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
-        loss that is not finite, an adapter in its place that was trained otherwise): the next one is trained all the
-        same. Of tasks together that is so where the loss or R is not finite; any other error ends all of them. The
-        error of a single task is raised; so is, under torchrun, one that not all processes may meet: of data or of an
-        artifact, which each reads for itself.
+        loss that is not finite, an adapter in its place that was trained otherwise, memory that sufficed for others):
+        the next one is trained all the same. Of tasks together that is so where the loss or R is not finite; any other
+        error ends all of them. The error of a single task is raised; so is, under torchrun, one that not all processes
+        may meet: of data or of an artifact, which each reads for itself.
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
@@ -68,7 +74,7 @@ def fit_tasks(
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
     places = {name: data or project.task_source(name) for name in names}
-    generates = {_task_type(name, source, settings) for name, source in places.items()} == {CAUSAL_LM}
+    generates = _checked(places, settings) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
@@ -78,7 +84,8 @@ def fit_tasks(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
     same = calibration.dtype == settings.dtype
-    network = base.load(dtype=settings.dtype) if generates and same else None
+    loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
+    network = loaded.get(base, CAUSAL_LM) if generates and same else None
     shared = {
         source: project_basis.load_or_make(
             project,
@@ -90,40 +97,58 @@ def fit_tasks(
         )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
-    if generates and not same and OWN_BASIS not in sources.values():  # now: beside the one for a basis it might not fit
-        network = base.load(dtype=settings.dtype)
+    del network
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MOST_MEASURED}
     if together:
         (found,) = shared.values()
         tasks = {name: load_task(name, source) for name, source in places.items()}
-        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network}
+        options["network"] = loaded.get(base, CAUSAL_LM) if generates else None
         outcomes = train_together(base, found, tasks, targets[names[0]].parent, settings, **options)
         yield from zip(places, outcomes, strict=True)
         return
-    for name, source in places.items():
-        task_basis = calibration if sources[name] == OWN_BASIS else shared[sources[name]]
+
+    def fit_one(name: str) -> Adapter:
+        task, task_basis = load_task(name, places[name]), shared.get(sources[name], calibration)
+        if task_basis is calibration and not same:
+            loaded.drop()  # its basis takes a base of its own, in another dtype
+            return fit(base, task_basis, task, targets[name], settings, **options)
+        network = loaded.get(base, task.task_type, task.num_labels)
+        return fit(base, task_basis, task, targets[name], settings, network=network, **options)
+
+    one_is_done = False
+    for name in places:
         outcome: Adapter | LoraSBError
         try:
-            outcome = fit(
-                base,
-                task_basis,
-                load_task(name, source),
-                targets[name],
-                settings,
-                resume=resume,
-                overwrite=overwrite,
-                network=network,
-            )
-        except OF_ONE_ITEM as error:
-            met_by_all = distributed.world_size() == 1 or isinstance(error, TrainingError)
-            if len(places) == 1 or not met_by_all:  # the other processes wait for this one within their training
+            outcome = fit_one(name)
+            one_is_done = True
+        except Exception as error:
+            alone = distributed.world_size() == 1
+            full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit
+            met_by_all = alone or isinstance(error, TrainingError)  # else the others wait within their training
+            if len(places) == 1 or not (full or (isinstance(error, OF_ONE_ITEM) and met_by_all)):
                 raise
             logger.warning("%s is left out: %s", name, error)
-            outcome = error.alone()
+            outcome = error.alone() if isinstance(error, LoraSBError) else _out_of_memory(name)
+        if isinstance(outcome, LoraSBError):
+            gc.collect()  # what its trainer holds in a cycle
         yield name, outcome
 
 
-def _task_type(name: str, source: str, settings: FitSettings) -> str:
-    """Read a task to check it; only its type is kept."""
-    task = load_task(name, source)
-    require_fitting([task], settings)
-    return task.task_type
+def _out_of_memory(name: str) -> TrainingError:
+    return TrainingError(
+        "out of memory", where=name, fix="Fit it by itself, with a smaller --batch-size or --max-length"
+    )
+
+
+def _checked(places: Mapping[str, str], settings: FitSettings) -> set[str]:
+    """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
+    types, problems = set(), Problems()
+    for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
+        with problems:
+            task = load_task(name, source)
+            require_fitting([task], settings)
+            types.add(task.task_type)
+        if len(problems.found) == 10:
+            break
+    problems.raise_all("nothing was trained")
+    return types

@@ -54,6 +54,7 @@ class Job:
         folder: Path,
         settings: FitSettings,
         network: PreTrainedModel | None,
+        measure: bool,
     ) -> None:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
@@ -70,7 +71,7 @@ class Job:
             self.base.verify(basis.base, basis.modules)
             for out in outs:
                 refuse_own_input(out, basis.source)
-        self._network, self._basis = network, basis
+        self._network, self._basis, self._measure = network, basis, measure
         if settings.learning_rate is None:
             share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0
             settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
@@ -135,7 +136,7 @@ class Job:
         names = [task.name for task in self.tasks]
         events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
         runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
-        captured = [captured_once(self.base, network, basis, task, self.folder) for task in self.tasks]
+        captured = [captured_once(self.base, network, basis, task, self.folder, self._measure) for task in self.tasks]
         results: list[Adapter | TrainingError] = []
         for outcome, capture, out in zip(runs.best(), captured, self.outs, strict=True):
             if isinstance(outcome, TrainingError):

@@ -53,12 +53,15 @@ def own_basis(
 
 
 def captured_once(
-    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, folder: Path
+    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, folder: Path, measure: bool
 ) -> dict[str, Any] | None:
     """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
 
     None in a basis drawn at random, which has nothing to do with it, and in one whose calibration measured no task:
     it was told not to, or had too many. Warns where it is little.
+
+    Args:
+        measure: where it is not recorded.
     """
     if basis.directions in DRAWN or basis.calibration.get("capture", {}).get("tasks") == {}:
         return None
@@ -67,6 +70,8 @@ def captured_once(
     if found is None:
         found = distributed.on_main(lambda: read_json(path) if path.exists() else None)
     if found is None:
+        if not measure:
+            return None
         logger.info("%s: measuring how much of its gradient the basis holds", task.name)
         found = capture(base, network, basis, task)
         distributed.barrier()

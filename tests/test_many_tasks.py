@@ -1,0 +1,159 @@
+"""What a project of thousands of tasks needs: nothing loaded, read or said once for each that can be so for all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_export import Adapter, calibrate, fit
+from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.errors import DataError, SettingsError, TrainingError
+from lorasb_export.names import some
+from lorasb_export.new_project import write_project
+from lorasb_export.project import Project
+from lorasb_export.project_evaluation import evaluate_adapters
+from lorasb_export.provenance import command
+from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training import fit_tasks as module
+from lorasb_export.training.fit_tasks import fit_tasks
+from tests.conftest import lorasb
+
+SETTINGS = FitSettings(max_steps=2)
+
+
+def project(folder: Path, base: Path, data: Path, names: str, more: str = "") -> Project:
+    tasks = "".join(f'[tasks.{name}]\ndata = "{data}"\n' for name in names)
+    (folder / "lorasb.toml").write_text(f'model = "{base}"\n{more}{tasks}')
+    return Project.load(folder / "lorasb.toml")
+
+
+def test_classifiers_are_trained_and_scored_on_one_loaded_base(
+    bert: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path, bert, parity, "abc", '[basis]\nrank = 4\ndirections = "random"\n')
+    calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random")).save(tmp_path / "basis")
+    alone = fit(str(bert), tmp_path / "basis", parity, tmp_path / "alone", SETTINGS)
+    loads: list[str] = []
+    load = BaseModel.load
+
+    def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        loads.append(arguments[0])
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(BaseModel, "load", watched)
+    adapters = dict(fit_tasks(found, list("abc"), SETTINGS))
+    assert loads == ["SEQ_CLS"]
+    for adapter in adapters.values():
+        assert isinstance(adapter, Adapter)
+        assert adapter.sha256 == alone.sha256
+    folders = {name: str(found.adapter_folder(name)) for name in "abc"}
+    scores = [outcome for _, outcome in evaluate_adapters(found, folders)]
+    assert len(loads) == 2
+    assert all(isinstance(score, dict) and score["adapter"] == scores[0]["adapter"] for score in scores)
+
+
+def test_of_many_tasks_none_is_measured(
+    llama: Path, sums: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take as long as to train them."""
+    found = project(tmp_path, llama, products, "abc", '[basis]\npath = "basis"\n')
+    calibrate(str(llama), {"of": sums}, CalibrationSettings(rank=4)).save(tmp_path / "basis")
+    monkeypatch.setattr(module, "MOST_MEASURED", 2)
+    few = dict(fit_tasks(found, ["a", "b"], SETTINGS))
+    assert all(isinstance(one, Adapter) and one.training["capture"] is not None for one in few.values())
+    many = dict(fit_tasks(found, list("abc"), SETTINGS, overwrite=True))
+    assert all(isinstance(one, Adapter) and one.training["capture"] is None for one in many.values())
+
+
+@pytest.mark.parametrize(("full", "trained"), [("b", ["a", "c"]), ("a", None)])
+def test_memory_that_sufficed_for_others_is_a_fault_of_the_task(
+    full: str, trained: list[str] | None, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the first task does not fit, the base may be what is too large."""
+    found = project(tmp_path, llama, sums, "abc", '[basis]\nrank = 4\ndirections = "random"\n')
+
+    def fit_or_not(base: Any, basis: Any, task: Any, out: Path, *arguments: Any, **options: Any) -> Adapter:
+        if task.name == full:
+            raise MemoryError
+        return fit(base, basis, task, out, *arguments, **options)
+
+    monkeypatch.setattr(module, "fit", fit_or_not)
+    if trained is None:
+        with pytest.raises(MemoryError):
+            list(fit_tasks(found, list("abc"), SETTINGS))
+        return
+    outcomes = dict(fit_tasks(found, list("abc"), SETTINGS))
+    assert [name for name, outcome in outcomes.items() if isinstance(outcome, Adapter)] == trained
+    assert isinstance(outcomes[full], TrainingError)
+
+
+def test_tasks_with_bad_rows_are_named_together(llama: Path, sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path, llama, sums, "a", '[tasks.x]\ndata = "x.jsonl"\n[tasks.y]\ndata = "y.jsonl"\n')
+    for name in "xy":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": 1, "completion": "2"}))
+    with pytest.raises(DataError) as error:
+        list(fit_tasks(found, ["a", "x", "y"], SETTINGS))
+    assert all(f"{name}.jsonl" in str(error.value) for name in "xy")
+
+
+def test_the_base_is_looked_for_once_for_all_adapters(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be a request to the Hub for each."""
+    found = project(tmp_path, llama, sums, "abc")
+    basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
+    for name in "abc":
+        adapter = Adapter.start(basis)
+        adapter.training = {"task": name, "data": str(sums)}
+        adapter.save(found.adapter_folder(name))
+    resolved: list[str] = []
+    resolve = BaseRef.resolve
+
+    def watched(self: BaseRef, *arguments: Any) -> BaseModel:
+        resolved.append(self.name_or_path)
+        return resolve(self, *arguments)
+
+    monkeypatch.setattr(BaseRef, "resolve", watched)
+    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: {"split": "train"})
+    folders = {name: str(found.adapter_folder(name)) for name in "abc"}
+    assert len(list(evaluate_adapters(found, folders))) == 3
+    assert resolved == [str(llama)]
+
+
+def test_a_command_of_thousands_of_names_is_cut_where_each_adapter_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorasb", "fit", *(f"task-{k}" for k in range(10_000))])
+    kept = command()
+    assert kept is not None
+    assert kept.startswith("lorasb fit task-0 task-1 ")
+    assert kept.endswith(" … (10,001 words)")
+    assert len(kept) < 4100
+
+
+def test_of_thousands_of_names_an_error_has_ten() -> None:
+    assert some(["a", "b"]) == "a, b"
+    assert some([str(k) for k in range(10_000)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 9,990 more"
+
+
+def test_a_project_file_of_ten_thousand_tasks_is_read_as_it_is_written(tmp_path: Path) -> None:
+    tasks = {f"{k:030}": f"data/{k:060}" for k in range(10_000)}
+    assert Project.load(write_project(tmp_path / "lorasb.toml", "base", tasks)).tasks.keys() == tasks.keys()
+    longer = {name: data * 6 for name, data in tasks.items()}
+    with pytest.raises(SettingsError, match=r"10,000 tasks make a file of 4,.* bytes, and 4,000,000 are read"):
+        write_project(tmp_path / "longer.toml", "base", longer)
+    assert not (tmp_path / "longer.toml").exists()
+
+
+def test_a_folder_given_twice_to_a_merge_is_refused_by_whatever_name(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    project(tmp_path, llama, sums, "a")
+    basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
+    Adapter.start(basis).save("adapters/a")
+    done = lorasb("merge", "a", "./adapters/a=0.5", "--out", "model")
+    assert done.exit_code == 2
+    assert "is given twice" in done.stderr

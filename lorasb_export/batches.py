@@ -12,26 +12,25 @@ from .encoding import IGNORE, Encoded
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
-    """Right-padded CPU tensors: input_ids, attention_mask and, if the rows have them, token_type_ids (n, t); labels
-    (n,) for SEQ_CLS.
+    """Right-padded CPU tensors: input_ids and, if the rows have them, token_type_ids (n, t).
 
-    For a causal model `logits_to_keep` (kept,), the positions from which any row predicts a label, and labels
-    (n, kept), the token after each of them, or IGNORE: all other logits would cost time and memory and teach nothing.
-    Known here on the host, so that the training step need not ask the device.
+    For SEQ_CLS also attention_mask (n, t) and labels (n,). For a causal model `logits_to_keep` (kept,), the positions
+    from which any row predicts a label, and labels (n, kept), the token after each of them, or IGNORE: all other logits
+    would cost time and memory and teach nothing. Known here on the host, so that the training step need not ask the
+    device. It gets no mask: padding comes after the labels, where none of them looks, and torch's attention is faster
+    without one.
     """
     longest = max(len(row["input_ids"]) for row in batch)
 
     def pad(values: Sequence[int], fill: int) -> list[int]:
         return list(values) + [fill] * (longest - len(values))
 
-    tensors: dict[str, Any] = {
-        "input_ids": torch.tensor([pad(row["input_ids"], pad_id) for row in batch]),
-        "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in batch]),
-    }
+    tensors: dict[str, Any] = {"input_ids": torch.tensor([pad(row["input_ids"], pad_id) for row in batch])}
     if "token_type_ids" in batch[0]:
         tensors["token_type_ids"] = torch.tensor([pad(row["token_type_ids"], 0) for row in batch])
     if isinstance(batch[0]["labels"], int | float):
-        return tensors | {"labels": torch.tensor([row["labels"] for row in batch])}
+        mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in batch])
+        return tensors | {"attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
     after = torch.tensor([pad(row["labels"], IGNORE) for row in batch])[:, 1:]  # the first token is never predicted
     kept = (after != IGNORE).any(dim=0).nonzero().flatten()
     return tensors | {"logits_to_keep": kept, "labels": after[:, kept]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate, row_losses
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.encoding import IGNORE, Encoded, encode, prompt_ids
 from lorasb_export.errors import DataError
 from lorasb_export.rows import CHAT, COMPLETION, TEXT, question_and_answer
 from tests.rows import CHAT_LINE, MARKED
@@ -248,7 +249,8 @@ def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -
         [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1", "completion": "200"}], tokenizer, CAUSAL_LM, [], 64
     )
     batch = collate(rows, 2)
-    assert batch["attention_mask"].tolist() == [[1] * 9, [1] * 8 + [0]]
+    assert batch["input_ids"].shape == (2, 9)
+    assert batch["input_ids"][1].tolist()[-1] == 2
     # prompts of 7 and 4 tokens; after them "2</s>" and "200</s>"
     assert batch["logits_to_keep"].tolist() == [3, 4, 5, 6, 7]
     wanted = [[IGNORE, IGNORE, IGNORE, "2", "</s>"], ["2", "0", "0", "</s>", IGNORE]]
@@ -269,3 +271,32 @@ def test_labels_outside_the_training_labels(bert: Path) -> None:
     tokenizer = BaseModel.resolve(bert).load_tokenizer()
     with pytest.raises(DataError, match="label 'maybe' is not among the training labels"):
         encode([{"text": "x", "label": "maybe"}], tokenizer, SEQ_CLS, ["no", "yes"], 64)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "Bloom", "Falcon", "Gemma2", "Mixtral", "Mamba", "Phi"])
+def test_padding_without_a_mask_changes_no_loss(family: str) -> None:
+    """Whether positions come from the mask or a table, are a bias (ALiBi) or a state (Mamba)."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    own = {
+        "GPT2": {"bos_token_id": 0, "eos_token_id": 0},
+        "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+        "Falcon": {"alibi": True},
+        "Gemma2": {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "sliding_window": 4},
+        "Mixtral": {"num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 4, "sliding_window": 4},
+        "Mamba": {"state_size": 4},
+        "Phi": {"intermediate_size": 64},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **own.get(family, {}), pad_token_id=1)
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    network = getattr(transformers, name)(config).eval()
+    rows: list[Encoded] = [
+        {"input_ids": list(range(5, 5 + n)), "labels": [IGNORE] * (n - 3) + list(range(2 + n, 5 + n))}
+        for n in (5, 12, 8)
+    ]
+    together, alone = collate(rows, 1), [collate([row], 1) for row in rows]
+    labels = together.pop("labels")
+    found = row_losses(network(**together).logits, labels)[0]
+    for loss, batch in zip(found.tolist(), alone, strict=True):
+        labels = batch.pop("labels")
+        assert loss == pytest.approx(row_losses(network(**batch).logits, labels)[0].item(), rel=1e-5)

@@ -29,7 +29,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.batches import collate, row_losses
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.data import load_task
-from lorasb_export.encoding import IGNORE, encode
+from lorasb_export.encoding import IGNORE, Encoded, encode
 from lorasb_export.inject import inject, remove
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
@@ -140,7 +140,7 @@ def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
     batch = collate(rows, tokenizer.pad_token_id)
     labels = batch.pop("labels")
     every = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE)
-    whole = {key: batch[key] for key in ("input_ids", "attention_mask")} | {"labels": every}
+    whole = {"input_ids": batch["input_ids"], "attention_mask": _mask(rows), "labels": every}
     network = base.load(dtype=dtype)
     Adapter.attach(network, random_basis(network, 64))
     ways = {
@@ -148,6 +148,11 @@ def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
         f"rows, PEFT {dtype}": Variant(peft(getattr(torch, dtype)), lambda model: model(**whole).loss),
     }
     return timed(ways, rounds)
+
+
+def _mask(rows: Sequence[Encoded]) -> torch.Tensor:
+    """As transformers' collators make it."""
+    return pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True)
 
 
 def saved_bytes(model: Any, ids: torch.Tensor) -> int:

@@ -25,10 +25,11 @@ from lorasb_export.errors import (
     SettingsError,
 )
 from lorasb_export.exporting import onnx_verify
-from lorasb_export.exporting.onnx import BYTES, export_onnx
+from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_build import DATA, GRAPH
 from lorasb_export.exporting.onnx_graph import read_graph
+from lorasb_export.exporting.onnx_precision import PRECISIONS
 from lorasb_export.exporting.onnx_quantize import quantize
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder
@@ -262,7 +263,7 @@ def test_requests_are_refused_before_any_work(world: Path, tmp_path: Path, monke
     (tmp_path / "full" / "file").touch()
     with pytest.raises(OutputError, match="exists"):
         export_onnx(red, tmp_path / "full")
-    monkeypatch.setitem(BYTES, "fp32", 1e12)  # a terabyte for each parameter
+    monkeypatch.setitem(PRECISIONS, "fp32", PRECISIONS["fp32"]._replace(room=1e12))  # a terabyte for each parameter
     with pytest.raises(OutputError, match="not enough disk"):
         export_onnx(red, out)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)  # what the import system reads as "not installed"

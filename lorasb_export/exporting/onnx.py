@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import logging
 import shutil
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..base import BaseModel
-from ..cards import card
 from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData
-from ..environment import require_packages
-from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import expanded, refuse_own_input, require_room
-from ..provenance import command, of_adapter, published_training, versions
-from ..storage import DTYPE_BYTES, folder_bytes
-from .onnx_build import DTYPES, PROVIDERS, build
+from .onnx_build import build
 from .onnx_exporter import exporter_for
-from .onnx_quantize import BITS, quantize
-from .onnx_record import write_record
+from .onnx_precision import PRECISIONS, check_request, parameters
+from .onnx_quantize import quantize
+from .onnx_record import finish, provenance, write_record
 from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder
 
 logger = logging.getLogger(__name__)
-
-BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 6.0, "int4": 5.0}  # per parameter; int: fp32 first
 
 
 def export_onnx(
@@ -69,7 +62,8 @@ def export_onnx(
         ServerError: the exporter failed.
         SettingsError: unknown precision.
     """
-    check_request(precision, PROVIDERS)
+    check_request(precision, PRECISIONS)
+    wanted = PRECISIONS[precision]
     out, source = expanded(out), Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
     if data is not None:
@@ -83,13 +77,12 @@ def export_onnx(
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
-        merged_bytes = 4 if DTYPES[precision] == "float32" else 2
-        require_room(folder, int(parameters(base_model) * (merged_bytes + BYTES[precision])))
-        merge(source, scratch / "merged", base=base, dtype=DTYPES[precision])
-        built = "fp32" if precision in BITS else precision
-        build(exporter, scratch / "merged", folder, built, scratch, source.task_type)
-        if precision in BITS:
-            quantize(folder, BITS[precision])
+        merged_bytes = 4 if wanted.dtype == "float32" else 2
+        require_room(folder, int(parameters(base_model) * (merged_bytes + wanted.room)))
+        merge(source, scratch / "merged", base=base, dtype=wanted.dtype)
+        build(exporter, scratch / "merged", folder, precision, scratch, source.task_type)
+        if wanted.bits:
+            quantize(folder, wanted.bits)
         record = {"kind": "onnx", "exporter": exporter, **provenance(source, precision)}
         write_record(folder, record)
         if compared:
@@ -101,31 +94,3 @@ def export_onnx(
             record["verify"] = require_equal(found, precision, out, max_drop)
         shutil.rmtree(scratch)
         return finish(folder, out, record)
-
-
-def check_request(precision: str, allowed: dict[str, str]) -> None:
-    """Refuse an unknown precision, and a machine without the ONNX packages, before any work is done."""
-    if precision not in allowed:
-        raise SettingsError(f"precision {precision!r} is unknown here", fix=f"Choose one of {', '.join(allowed)}")
-    require_packages("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
-
-
-def parameters(base: BaseModel) -> int:
-    """How many numbers the base's files hold."""
-    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in base.tensors.values())
-
-
-def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
-    """What `lorasb.json` says of every ONNX export."""
-    distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
-    names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
-    record = {**of_adapter(adapter), "precision": precision, "execution_provider": PROVIDERS[precision]}
-    record |= {"command": command(), "training": published_training(adapter)}
-    return record | {"versions": versions() | {name: version(name) for name in names}}
-
-
-def finish(folder: Path, out: str | Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write `lorasb.json` and the card; returns `record` with the folder's name and size."""
-    write_record(folder, record)
-    card.write(folder, card.onnx_card(record))
-    return record | {"out": str(out), "bytes": folder_bytes(folder)}

@@ -25,13 +25,13 @@ from ..kind import artifact_kind
 from ..lock import only_writer
 from ..names import name_problem
 from ..output import cannot_write, expanded, refuse_own_input, require_room
-from .onnx import BYTES, check_request, finish, parameters, provenance
 from .onnx_adapter_file import SUFFIX, parameter, values, write_adapter
-from .onnx_build import DATA, GRAPH, PROVIDERS, build
+from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, exporter_for, genai_outputs
 from .onnx_graph import read_graph
-from .onnx_quantize import BITS, quantize
-from .onnx_record import RECORD, read_record, write_record
+from .onnx_precision import PRECISIONS, check_request, parameters
+from .onnx_quantize import quantize
+from .onnx_record import RECORD, finish, provenance, read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
 from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
 
@@ -69,7 +69,8 @@ def export_onnx_adapters(
         SettingsError: no adapter, two of one name (capitals aside), or a name that is no plain file name, or `base`.
         and what `export_onnx` raises.
     """
-    check_request(precision, {name: PROVIDERS[name] for name in PROVIDERS if name != "bf16"})  # numpy has no bf16
+    check_request(precision, [name for name in PRECISIONS if name != "bf16"])  # numpy has no bf16
+    wanted = PRECISIONS[precision]
     out, loaded = expanded(out), _load(adapters, data)
     first = next(iter(loaded.values()))
     basis = first.load_basis()
@@ -85,19 +86,17 @@ def export_onnx_adapters(
     base_model = first.base.resolve(base)
     base_model.verify(basis.base, basis.modules)
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
-    dtype = _dtype(precision)
     asked = held_out(data, base_model) if verify else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        require_room(folder, int(parameters(base_model) * BYTES[precision]))
-        built = "fp32" if precision in BITS else precision
-        build(exporter, base_model.folder, folder, built, scratch, CAUSAL_LM, basis)
+        require_room(folder, int(parameters(base_model) * wanted.room))
+        build(exporter, base_model.folder, folder, precision, scratch, CAUSAL_LM, basis)
         shutil.rmtree(scratch)
-        if precision in BITS:
-            quantize(folder, BITS[precision], {f"{module}.{part}" for module in basis.modules for part in "ARB"})
+        if wanted.bits:
+            quantize(folder, wanted.bits, {f"{module}.{part}" for module in basis.modules for part in "ARB"})
         if exporter == GENAI:
-            add_basis(folder / GRAPH, basis, genai_outputs(basis.modules), dtype)
+            add_basis(folder / GRAPH, basis, genai_outputs(basis.modules), np.dtype(wanted.dtype))
         else:
             make_swappable(folder / GRAPH, basis)
         record = {"kind": "onnx-adapters", "exporter": exporter, **provenance(first, precision), "routed": routed}
@@ -183,7 +182,7 @@ def exported_record(folder: Path) -> dict[str, Any]:
 
 def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) -> None:
     """Put adapters into a folder, and into what its `lorasb.json` will say."""
-    dtype = _dtype(record["precision"])
+    dtype = np.dtype(PRECISIONS[record["precision"]].dtype)
     arrays = [values(adapter, dtype) for adapter in adapters.values()]
     expected = {tensor.name: list(tensor.dims)[-2:] for tensor in read_graph(folder / GRAPH).graph.initializer}
     ending = parameter("", record["basis"]["sha256"])
@@ -249,8 +248,3 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
         if name in data:
             require_same_kind(adapter, data[name])
     return loaded
-
-
-def _dtype(precision: str) -> np.dtype[Any]:
-    """Of B, A and R."""
-    return np.dtype(np.float16 if precision == "fp16" else np.float32)

@@ -21,11 +21,9 @@ from ..storage import read_json, write_json
 from .onnx_exporter import GENAI, read_config
 from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data
+from .onnx_precision import PRECISIONS
 
 GRAPH, DATA = "model.onnx", "model.onnx_data"  # the data file's name is the one transformers.js looks for
-PROVIDERS = {"fp32": "cpu", "int8": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}  # what each graph is for
-# Of the model in torch, before the graph's weights are quantized.
-DTYPES = dict.fromkeys(PROVIDERS, "float32") | {"fp16": "float16", "bf16": "bfloat16"}
 _PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")  # made for chats
 
 
@@ -35,22 +33,22 @@ def build(
     """Write GRAPH and DATA into `out` and copy what lies beside the checkpoint in `folder`, a transformers one.
 
     Args:
-        precision: fp32, fp16 or bf16.
+        precision: of the export; fp32 is written where `quantize` is to follow.
         scratch: a temporary folder to run in. `python -m` puts the current folder first on its path, where a user's
             `datasets/` would hide the package of that name.
         basis: makes the targets swappable: kept apart (GENAI; `onnx_swap.add_basis` follows), or with A, B and R
             beside them (TORCH).
     """
+    wanted = PRECISIONS[precision]
     if exporter == GENAI:
-        command = ["onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out), "-p", precision]
-        command += ["-e", PROVIDERS[precision], "-c", str(scratch / "cache")]
+        command = ["onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
+        command += ["-p", "fp32" if wanted.bits else precision, "-e", wanted.provider, "-c", str(scratch / "cache")]
         # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window; without the
         # third, early versions run code that lies beside a model.
         options = [f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false", "hf_remote=false"]
         command += ["--extra_options", *options]
     else:
-        command = ["lorasb_export.exporting.onnx_torch", str(folder), str(out), task_type]
-        command.append(DTYPES[precision])
+        command = ["lorasb_export.exporting.onnx_torch", str(folder), str(out), task_type, wanted.dtype]
         if basis is not None:
             (scratch / "basis").mkdir()
             basis.write_into(scratch / "basis")

@@ -19,7 +19,6 @@ from .onnx_graph import read_graph
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-BITS = {"int8": 8, "int4": 4}
 _BLOCK = 32
 _BEHIND_THE_HEAD = {"Add", "Mul", "Div", "Tanh", "Cast"}  # its bias, its adapter, a scale, a soft cap
 _ACTIVATIONS = 4  # onnxruntime's accuracy level: 8-bit integers, two to three times as fast on a CPU as fp32

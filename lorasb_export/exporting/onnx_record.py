@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..cards import card
 from ..errors import ArtifactError
 from ..format import check_seal, sealed
-from ..storage import read_json, write_json
+from ..provenance import command, of_adapter, published_training, versions
+from ..storage import folder_bytes, read_json, write_json
+from .onnx_precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 RECORD = "lorasb.json"
 
@@ -29,3 +36,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     check_seal(record, folder / RECORD)
     del record["config_sha256"]
     return record
+
+
+def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
+    """What `lorasb.json` says of every ONNX export."""
+    distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
+    names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
+    record = {**of_adapter(adapter), "precision": precision, "execution_provider": PRECISIONS[precision].provider}
+    record |= {"command": command(), "training": published_training(adapter)}
+    return record | {"versions": versions() | {name: version(name) for name in names}}
+
+
+def finish(folder: Path, out: str | Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write `lorasb.json` and the card; returns `record` with the folder's name and size."""
+    write_record(folder, record)
+    card.write(folder, card.onnx_card(record))
+    return record | {"out": str(out), "bytes": folder_bytes(folder)}

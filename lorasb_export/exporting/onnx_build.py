@@ -127,14 +127,14 @@ def _finish_graph(out: Path, built_from: Path | None) -> None:
     if (out / f"{GRAPH}.data").exists():
         rename_data(model, f"{GRAPH}.data", DATA)
         (out / f"{GRAPH}.data").rename(out / DATA)
-    if (out / "genai_config.json").is_file():
+    for node in model.graph.node:
+        while node.input and not node.input[-1]:
+            node.input.pop()
+    if built_from is not None:
         size = read_json(out / "genai_config.json")["model"]["decoder"]["head_size"]
         for value in (*model.graph.input, *model.graph.output):
             if value.name.startswith(("past_key_values.", "present.")):
                 value.type.tensor_type.shape.dim[3].dim_value = size
-    for node in model.graph.node:
-        while node.input and not node.input[-1]:
-            node.input.pop()
-    if built_from is not None and read_json(built_from / "config.json")["model_type"] in ("gemma", "gemma2"):
-        make_exact(model.graph, built_from)
+        if read_json(built_from / "config.json")["model_type"] in ("gemma", "gemma2"):
+            make_exact(model.graph, built_from)
     onnx.save(model, out / GRAPH)

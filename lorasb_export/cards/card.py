@@ -36,8 +36,6 @@ HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no
 
 _BEFORE = " Measured with the adapter itself, before it was written in this form."
 
-_CLASSES = {SEQ_CLS: "AutoModelForSequenceClassification"}  # for the rest, AutoModelForCausalLM
-
 
 def write(folder: Path, card: str) -> None:
     """Write `card` as README.md of `folder`; the user's own text and front-matter keys there are kept.
@@ -270,4 +268,4 @@ def base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _model_class(task_type: str | None) -> str:
-    return _CLASSES.get(task_type or "", "AutoModelForCausalLM")
+    return "AutoModelForSequenceClassification" if task_type == SEQ_CLS else "AutoModelForCausalLM"

@@ -83,8 +83,16 @@ def export(
     from .onnx import export_onnx
 
     task = _task_of(paths[0], data) if data else None
-    options: dict[str, Any] = {"precision": precision, "verify": verify, "data": task, "max_drop": max_drop}
-    return export_onnx(paths[0], out, base=base, overwrite=overwrite, **options)
+    return export_onnx(
+        paths[0],
+        out,
+        base=base,
+        precision=precision,
+        verify=verify,
+        data=task,
+        max_drop=max_drop,
+        overwrite=overwrite,
+    )
 
 
 def _task_of(source: str | Path, data: Mapping[str, TaskData]) -> TaskData:

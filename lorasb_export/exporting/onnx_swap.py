@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 BASIS_FILE = "basis.onnx_data"
 IDS = "adapter_ids"
-MERGED = "Export each adapter merged instead: --format onnx"
 
 
 def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dtype[Any]) -> None:
@@ -40,7 +39,8 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
     targets = {output: module for module, output in outputs.items()}
     absent = set(targets) - {name for node in model.graph.node for name in node.output}
     if absent:
-        raise BaseModelError(f"the graph has no linear layer of its own for {targets[min(absent)]}", fix=MERGED)
+        what = f"the graph has no linear layer of its own for {targets[min(absent)]}"
+        raise BaseModelError(what, fix="Export each adapter merged instead: --format onnx")
     nodes: list[NodeProto] = []
     with (path.parent / BASIS_FILE).open("wb") as data:
         for node in model.graph.node:

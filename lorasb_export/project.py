@@ -162,9 +162,9 @@ class Project:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, some(ordered))
         return str(find_adapter(word, self.folder / "adapters", self.tasks))
 
-    def find_folder(self, word: str | None) -> str:
+    def find_folder(self, word: str) -> str:
         """As `find_adapter`, but any existing folder of that name comes first."""
-        return word if word is not None and Path(word).is_dir() else self.find_adapter(word)
+        return word if Path(word).is_dir() else self.find_adapter(word)
 
     def task_source(self, name: str) -> str:
         """The data of a task: an absolute path, or what may be a Hub dataset id.

@@ -91,7 +91,7 @@ def verify_folder(
     return results
 
 
-def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskData | None = None) -> dict[str, Any]:
+def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskData | None) -> dict[str, Any]:
     """Ask an exported classifier and torch in fp32 for the same logits.
 
     Args:

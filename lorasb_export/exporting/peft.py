@@ -70,7 +70,7 @@ def folded_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
 
 
-def peft_config(adapter: Adapter, *, transposed: bool = False) -> dict[str, Any]:
+def peft_config(adapter: Adapter, *, transposed: bool) -> dict[str, Any]:
     """The content of PEFT's `adapter_config.json`.
 
     The modules are named in full: a suffix such as `q_proj` would also match layers the basis leaves alone.

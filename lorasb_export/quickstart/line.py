@@ -109,7 +109,7 @@ class _Line:
 
 
 def quickstart(
-    out: str | Path, *, serve: bool = True, overwrite: bool = False, say: Callable[[str], None] = print
+    out: str | Path, *, serve: bool, overwrite: bool, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], str]:
     """Run the whole line in the new project folder `out`.
 

@@ -10,10 +10,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .. import environment
 from ..atomic import atomic_folder
 from ..base import BaseModel
+from ..environment import require_packages
 from ..errors import ArtifactError, BaseModelError, OutputError, ServerError
+from ..output import expanded
 from ..storage import sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,7 +38,7 @@ def small_model() -> str:
         return HUB_ID
     except BaseModelError:
         pass
-    folder = _cache() / HUB_ID.rpartition("/")[2]
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lorasb" / HUB_ID.rpartition("/")[2]
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -46,11 +47,6 @@ def small_model() -> str:
                 if not (folder / "config.json").is_file():  # else another process was quicker
                     raise
     return str(folder)
-
-
-def _cache() -> Path:
-    root = os.environ.get("LORASB_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "lorasb")
-    return Path(root).expanduser()
 
 
 def _fetch(scratch: Path) -> Path:
@@ -74,7 +70,7 @@ def _fetch(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF → a plain bf16 model folder, the dtype of the original on the Hub."""
-    environment.require_packages("gguf")
+    require_packages("gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -84,7 +84,7 @@ class OnnxDecoder:
         self.context: int = config.get("max_position_embeddings", sys.maxsize)
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
-        self._pad_right = record.get("exporter", GENAI) == GENAI
+        self._pad_right = record["exporter"] == GENAI
         self.ids = {name: entry["id"] for name, entry in record.get("adapters", {}).items() if "id" in entry}
         self._session = open_session(self.folder, threads)
         import onnxruntime as ort

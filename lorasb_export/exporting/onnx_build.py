@@ -36,8 +36,8 @@ def build(
         precision: of the export; fp32 is written where `quantize` is to follow.
         scratch: a temporary folder to run in. `python -m` puts the current folder first on its path, where a user's
             `datasets/` would hide the package of that name.
-        basis: makes the targets swappable: kept apart (GENAI; `onnx_swap.add_basis` follows), or with A, B and R
-            beside them (TORCH).
+        basis: makes the targets swappable: kept apart (GENAI; `onnx_swap.add_basis` follows), or with A, R and B
+            beside them, of a block with R alone (TORCH).
     """
     wanted = PRECISIONS[precision]
     if exporter == GENAI:

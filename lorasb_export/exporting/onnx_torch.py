@@ -3,7 +3,7 @@
     python -m lorasb_export.exporting.onnx_torch FOLDER OUT TASK_TYPE DTYPE [BASIS]
 
 Inputs and outputs are named as transformers.js and optimum expect them. With BASIS every target also computes
-((x·Aᵀ)·Rᵀ)·Bᵀ, from the initializers `<module>.A`, `.R` (a placeholder) and `.B`.
+((x·Aᵀ)·Rᵀ)·Bᵀ, from the initializers `<module>.A`, `.R` (a placeholder) and `.B`; of a block there is `.R` alone.
 """
 
 from __future__ import annotations

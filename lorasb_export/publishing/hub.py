@@ -83,7 +83,7 @@ def push(
         ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
     """
     folder = Path(os.path.abspath(expanded(folder)))
-    kind = outgoing.kind_of(folder)
+    kind = outgoing.pushed_kind(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)
     outgoing.refuse_incomplete(files, kind, folder)

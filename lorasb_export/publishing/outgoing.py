@@ -52,7 +52,7 @@ _WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
 
-def kind_of(folder: Path) -> str:
+def pushed_kind(folder: Path) -> str:
     """What is pushed. Raises ArtifactError for a folder of a kind that is not."""
     kind = artifact_kind(folder)
     if kind not in _ALLOWED:

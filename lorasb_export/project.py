@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,7 @@ OWN_BASIS = "own"
 MAX_BYTES = 4_000_000  # ten thousand tasks take half a million, of long names and paths a whole one
 _MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
 
-_TASK_KEYS = ("data", "basis", "weight")
-_HUB_KEYS = ("repo", "public")
-_BASIS_KEYS = ("path", *(f.name for f in fields(CalibrationSettings)))
-_FIT_KEYS = tuple(f.name for f in fields(FitSettings))
-_SECTIONS = {"basis": _BASIS_KEYS, "fit": _FIT_KEYS, "tasks.NAME": _TASK_KEYS, "hub": _HUB_KEYS}
 _FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
-_TOP_KEYS = ("model", "revision", "basis", "fit", "tasks", "hub")
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,18 @@ class Task:
     data: str
     basis: str | None = None
     weight: float = 1.0
+
+
+_Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
+
+# A table is checked by itself.
+_TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "tasks": (), "hub": ()}
+_SECTIONS: dict[str, _Types] = {
+    "basis": {"path": (str,), **types_of(CalibrationSettings)},
+    "fit": types_of(FitSettings),
+    "tasks.NAME": types_of(Task),
+    "hub": {"repo": (str,), "public": (bool,)},
+}
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ def _nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _hint(key: str, keys: tuple[str, ...]) -> str:
+def _hint(key: str, keys: Iterable[str]) -> str:
     """For a key that is none of `keys`: the sections that have it, the nearest of `keys`, or all of them."""
     homes = [f"[{section}]" for section, of_section in _SECTIONS.items() if key in of_section]
     if homes:
@@ -254,21 +260,15 @@ def _hint(key: str, keys: tuple[str, ...]) -> str:
 
 def _problems(content: Mapping[str, Any]) -> list[str]:
     """Every unknown key and every value of a wrong type."""
-    found = _check_table("", content, _TOP_KEYS, {"model": (str,), "revision": (str,)})
-    for section, keys, types in (
-        ("basis", _BASIS_KEYS, types_of(CalibrationSettings) | {"path": (str,)}),
-        ("fit", _FIT_KEYS, types_of(FitSettings)),
-        ("hub", _HUB_KEYS, {"repo": (str,), "public": (bool,)}),
-    ):
-        found += _check_table(section, content.get(section, {}), keys, types)
+    found = _check_table("", content, _TOP)
+    for section in ("basis", "fit", "hub"):
+        found += _check_table(section, content.get(section, {}), _SECTIONS[section])
     tasks = content.get("tasks", {})
     if not isinstance(tasks, dict):
         return [*found, "[tasks] must be a table"]
     for name, table in tasks.items():
         found += [problem for problem in [name_problem(name)] if problem]
-        wrong = _check_table(
-            f"tasks.{name}", table, _TASK_KEYS, {"data": (str,), "basis": (str,), "weight": (int, float)}
-        )
+        wrong = _check_table(f"tasks.{name}", table, _SECTIONS["tasks.NAME"])
         if isinstance(table, dict) and "data" not in table:
             wrong.append(f"[tasks.{name}] lacks data")
         if not wrong and not 0 < table.get("weight", 1) < math.inf:
@@ -277,11 +277,11 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _check_table(section: str, table: Any, keys: tuple[str, ...], types: Mapping[str, Any]) -> list[str]:
+def _check_table(section: str, table: Any, types: _Types) -> list[str]:
     place = f"[{section}] " if section else ""
     if not isinstance(table, dict):
         return [f"{place}must be a table"]
-    problems = [f"{place}unknown key {key!r}{_hint(key, keys)}" for key in table if key not in keys]
+    problems = [f"{place}unknown key {key!r}{_hint(key, types)}" for key in table if key not in types]
     for key, value in table.items():
         allowed = types.get(key)
         if allowed and not is_one_of(value, allowed):

@@ -14,7 +14,6 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__  # which typer itself does not e
 
 app = typer.Typer(
     name="lorasb",
-    help="LoRA-SB: one frozen basis for a base model, a tiny adapter for every task.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -47,7 +46,3 @@ def main() -> None:
         if "--json" in sys.argv and isinstance(wrong, _USAGE_ERROR):
             print_error(wrong, wrong.format_message())
         raise
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.choices import Dtype, Metric, Split
+from lorasb_export.errors import LoraSBError
 
 from .verb import Run
 
@@ -38,8 +39,7 @@ def run(
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     found = {word: run.project.find_adapter(word) for word in words}
-    from lorasb_export.errors import LoraSBError  # only now: these bring torch and transformers
-    from lorasb_export.project_evaluation import evaluate_adapters
+    from lorasb_export.project_evaluation import evaluate_adapters  # only now: it brings torch and transformers
 
     evaluated = evaluate_adapters(
         run.project,

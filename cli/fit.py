@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasb_export.choices import Dtype, Init, Keep, Metric, Optimizer, Schedule, Tracker
+from lorasb_export.errors import LoraSBError
 
 from .verb import Run, given, percentages
 
@@ -128,7 +129,6 @@ def run(
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
-    from lorasb_export.errors import LoraSBError
     from lorasb_export.training.fit_tasks import fit_tasks
 
     fitted = fit_tasks(

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasb_export.errors import LoraSBError, Terminated, is_out_of_memory
+
 if TYPE_CHECKING:
-    from lorasb_export.errors import LoraSBError
     from lorasb_export.project import Project
 
 JSON_HELP = "Print one JSON object on stdout, last."
@@ -103,15 +104,13 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as stop:
             raise _interrupted(run, function, stop) from None
         except Exception as error:
-            from lorasb_export.errors import is_out_of_memory
-
             if _received:
                 raise _interrupted(run, function, error) from None
             if run.verbose:
                 raise
             if is_out_of_memory(error):
                 error = _memory_error(error, signature.parameters)
-            if not _is_expected(error):
+            if not isinstance(error, LoraSBError | OSError):
                 raise
             _fail(run, error)
 
@@ -126,24 +125,14 @@ _received: list[int] = []  # signals; what they raise inside of a library may co
 
 
 def _stop(number: int, _: object) -> None:
-    from lorasb_export.errors import Terminated
-
     _received.append(number)
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _interrupted(run: Run, function: Callable[..., None], stop: BaseException) -> typer.Exit:
     """Say what is there and how to go on."""
-    from lorasb_export.errors import Terminated
-
     run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
     return typer.Exit(143 if isinstance(stop, Terminated) or signal.SIGTERM in _received else 130)
-
-
-def _is_expected(error: Exception) -> bool:
-    from lorasb_export.errors import LoraSBError
-
-    return isinstance(error, LoraSBError | OSError)
 
 
 _SAVE_MEMORY = {
@@ -156,8 +145,6 @@ _SAVE_MEMORY = {
 
 def _memory_error(error: Exception, options: Iterable[str]) -> Exception:
     """With what the verb has to need less of it."""
-    from lorasb_export.errors import LoraSBError
-
     ways = [way for option, way in _SAVE_MEMORY.items() if option in options]
     said = str(error).strip().partition("\n")[0]
     what = f"out of memory ({said})" if said else "out of memory"
@@ -185,8 +172,6 @@ def _parts(error: BaseException, message: str) -> dict[str, Any]:
 
 
 def _in_our_words(error: OSError) -> Exception:
-    from lorasb_export.errors import LoraSBError
-
     fix = "Check that it is there and can be read" if error.filename else "df -h and ulimit -a may say why"
     return LoraSBError(error.strerror or str(error), where=error.filename, fix=fix)
 

@@ -63,9 +63,10 @@ def run(
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.lock import only_writer
-    from lorasb_export.output import expanded, refuse_existing
+    from lorasb_export.output import refuse_existing
     from lorasb_export.project_basis import is_shared, refuse_to_strand
     from lorasb_export.settings import DRAWN, CalibrationSettings
+    from lorasb_export.storage import expanded
 
     project = run.project
     flags = given(

@@ -75,7 +75,7 @@ def run(
         result = export(folders, target, format=format, base=base, **options)
     else:
         from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record
-        from lorasb_export.output import expanded
+        from lorasb_export.storage import expanded
 
         target, verb = into, "Added to"
         if verify and (exported_record(expanded(into))["precision"] != "fp32" or data is not None):

@@ -47,7 +47,7 @@ def run(
     """Serve the base and its adapters by name, until Ctrl-C."""
     from lorasb_export.errors import SettingsError
     from lorasb_export.names import adapters_in, resolve_adapters
-    from lorasb_export.output import expanded
+    from lorasb_export.storage import expanded
 
     project = run.project
     folder = project.folder / "adapters" if adapters_dir is None else expanded(adapters_dir)

@@ -28,8 +28,7 @@ from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, 
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
-from .output import expanded
-from .storage import read_header, read_json, write_json
+from .storage import expanded, read_header, read_json, write_json
 from .tensors import head_shapes, load_tensors
 
 

@@ -18,9 +18,8 @@ from .choices import CAUSAL_LM, SEQ_CLS, Dtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up, tokenizer_of
-from .output import expanded
 from .side_files import LICENCES, TEXTS
-from .storage import FLOATS, TensorInfo, read_json
+from .storage import FLOATS, TensorInfo, expanded, read_json
 from .supported import check_supported
 
 if TYPE_CHECKING:

@@ -23,10 +23,9 @@ from .errors import ArtifactError
 from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
-from .output import expanded
 from .provenance import versions
 from .settings import GRADIENT
-from .storage import read_json, write_json
+from .storage import expanded, read_json, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")

@@ -17,8 +17,8 @@ from typing import Any, get_args
 from .choices import CAUSAL_LM, SEQ_CLS, Split
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
-from .output import expanded
 from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
+from .storage import expanded
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
-from .output import expanded
-from .storage import sha256_file
+from .storage import expanded, sha256_file
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors")

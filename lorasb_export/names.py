@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import Problems, SettingsError
-from .output import expanded
+from .storage import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an

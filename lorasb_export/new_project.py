@@ -10,10 +10,11 @@ from pathlib import Path
 
 from .atomic import atomic_file
 from .errors import DataError, OutputError, SettingsError
-from .output import cannot_write, expanded
+from .output import cannot_write
 from .project import FILE_NAME, MAX_BYTES, refuse_bad_names
 from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
+from .storage import expanded
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.

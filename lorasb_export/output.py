@@ -21,11 +21,6 @@ _FIXES = {
 }
 
 
-def expanded(path: str | Path) -> Path:
-    """`path` with a leading `~` as the home folder: no shell does that in a call, or in `--out=~/x`."""
-    return Path(os.path.expanduser(path))
-
-
 @contextmanager
 def cannot_write(target: Path, fix: str | None = None) -> Iterator[None]:
     """Raise the system's errors (no permission, disk full, …) as an OutputError about `target`.

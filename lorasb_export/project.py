@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, find_adapter, name_problem, some
-from .output import expanded
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
+from .storage import expanded
 
 if TYPE_CHECKING:
     from .adapter import Adapter

@@ -1,10 +1,11 @@
-"""Files as they are read: safetensors headers, strict JSON, digests."""
+"""Files: their paths, safetensors headers, strict JSON, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ _MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred ti
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading `~` as the home folder: no shell does that in a call, or in `--out=~/x`.
+
+    Not by Path.expanduser, which raises where `~name` is no user: it is then a name like any other.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
-from ..output import expanded, refuse_own_input, require_room
+from ..output import refuse_own_input, require_room
+from ..storage import expanded
 from .onnx_build import build
 from .onnx_exporter import exporter_for
 from .onnx_precision import PRECISIONS, check_request, parameters

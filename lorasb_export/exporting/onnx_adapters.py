@@ -24,7 +24,8 @@ from ..evaluation import require_same_kind
 from ..kind import artifact_kind
 from ..lock import only_writer
 from ..names import name_problem
-from ..output import cannot_write, expanded, refuse_own_input, require_room
+from ..output import cannot_write, refuse_own_input, require_room
+from ..storage import expanded
 from .onnx_adapter_file import SUFFIX, parameter, values, write_adapter
 from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, exporter_for, genai_outputs

@@ -15,8 +15,7 @@ from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
 from ..names import some
 from ..network import tokenizer_of
-from ..output import expanded
-from ..storage import read_json
+from ..storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GRAPH
 from .onnx_exporter import GENAI

@@ -11,9 +11,9 @@ from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
-from ..output import expanded, refuse_existing, refuse_own_input
+from ..output import refuse_existing, refuse_own_input
 from ..provenance import command, of_adapter, published_training
-from ..storage import write_json
+from ..storage import expanded, write_json
 from ..tensors import save_tensors
 
 _PREFIX = "base_model.model."

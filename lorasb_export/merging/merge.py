@@ -22,9 +22,9 @@ from ..choices import SEQ_CLS
 from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..network import as_base_model_error
-from ..output import expanded, free_bytes
+from ..output import free_bytes
 from ..provenance import command, of_adapter, published_training
-from ..storage import read_json, write_json
+from ..storage import expanded, read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder

@@ -18,8 +18,7 @@ from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from ..hub_calls import hub_errors, with_retries
-from ..output import expanded
-from ..storage import parse_json, read_json, sha256_file, to_json, utf8
+from ..storage import expanded, parse_json, read_json, sha256_file, to_json, utf8
 from . import outgoing
 from .checksums import checksums
 from .licence import licence

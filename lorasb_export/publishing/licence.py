@@ -10,7 +10,7 @@ from ..cards.readme import LICENCE_KEYS, front_matter
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
 from ..hub_calls import hub_errors, with_retries
-from ..output import expanded
+from ..storage import expanded
 
 
 def licence(

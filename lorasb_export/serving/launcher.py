@@ -16,7 +16,7 @@ from typing import Any
 from .. import environment
 from ..errors import OutputError, SettingsError
 from ..names import resolve_adapters
-from ..output import expanded
+from ..storage import expanded
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder

@@ -14,8 +14,9 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..data import TaskData, load_task, load_tasks
 from ..errors import Problems, SettingsError, TrainingError
-from ..output import expanded, is_free
+from ..output import is_free
 from ..settings import CalibrationSettings, FitSettings
+from ..storage import expanded
 from .checkpoints import refuse_run_of_others, runs_together, together_folder
 from .job import Job
 

@@ -18,9 +18,10 @@ from ..choices import CAUSAL_LM
 from ..data import load_task
 from ..errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
 from ..loaded import LastLoaded
-from ..output import expanded, refuse_existing
+from ..output import refuse_existing
 from ..project import OWN_BASIS, Project
 from ..settings import CalibrationSettings, FitSettings
+from ..storage import expanded
 from .fit import fit, train_together
 from .requirements import require_fitting
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import distributed
 from .base import BaseModel
 from .basis import Basis
 from .basis_source import EMBEDDED
-from .calibration.calibrate import calibrate
+from .calibration.calibrate import calibrate, calibrated_once
 from .errors import OutputError, SettingsError
 from .format import read_adapter_config
-from .lock import only_writer
 from .names import some
-from .output import is_free
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import sha256_file
@@ -73,27 +69,6 @@ def load_or_make(
             fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
         )
     return basis
-
-
-def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:
-    """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
-
-    Another run that is making it is waited for.
-    """
-    with ExitStack() as lock:
-
-        def is_there() -> bool:
-            if is_free(folder):
-                lock.enter_context(only_writer(folder, wait=True))
-            return not is_free(folder)
-
-        if not distributed.on_main(is_there):
-            distributed.require_same_disk(folder.parent)
-            basis = make()
-            if distributed.is_main():
-                basis.save(folder)
-            distributed.barrier()
-    return Basis.load(folder)
 
 
 def refuse_to_strand(project: Project, target: Path) -> None:

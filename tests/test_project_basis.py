@@ -12,8 +12,8 @@ import pytest
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
+from lorasb_export.calibration.calibrate import calibrated_once
 from lorasb_export.lock import only_writer
-from lorasb_export.project_basis import calibrated_once
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.storage import read_json, write_json
 from tests.conftest import lorasb

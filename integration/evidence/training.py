@@ -18,7 +18,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
 from lorasb_export.batches import collate, row_losses
-from lorasb_export.calibration.calibrate import calibrate
+from lorasb_export.calibration.calibrate import calibrate, calibrated_once
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM
@@ -27,7 +27,6 @@ from lorasb_export.encoding import Encoded, encode
 from lorasb_export.evaluation import mean_loss, row_scores
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
-from lorasb_export.project_basis import calibrated_once
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of

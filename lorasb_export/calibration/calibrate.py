@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from .. import distributed
 from ..bars import no_bar
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
@@ -25,8 +27,10 @@ from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..inject import remove
 from ..layer import weight_of
+from ..lock import only_writer
 from ..names import some
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
+from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import find_targets
@@ -246,3 +250,24 @@ def _decompose(
         )
         ratios.add(name, gradient, basis=(modules[name].B, modules[name].A))
     return modules, energy, ratios
+
+
+def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:
+    """The basis in `folder`; where there is none, all processes make it and the first one saves it there.
+
+    Another run that is making it is waited for.
+    """
+    with ExitStack() as lock:
+
+        def is_there() -> bool:
+            if is_free(folder):
+                lock.enter_context(only_writer(folder, wait=True))
+            return not is_free(folder)
+
+        if not distributed.on_main(is_there):
+            distributed.require_same_disk(folder.parent)
+            basis = make()
+            if distributed.is_main():
+                basis.save(folder)
+            distributed.barrier()
+    return Basis.load(folder)

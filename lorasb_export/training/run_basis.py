@@ -14,10 +14,9 @@ from .. import distributed
 from ..atomic import atomic_file
 from ..base import BaseModel
 from ..basis import Basis
-from ..calibration.calibrate import calibrate
+from ..calibration.calibrate import calibrate, calibrated_once
 from ..calibration.capture import capture, is_little, overview, recorded, words
 from ..data import TaskData
-from ..project_basis import calibrated_once
 from ..settings import DRAWN, CalibrationSettings
 from ..storage import read_json, write_json
 from ..targets import find_targets, linear_layers

@@ -129,7 +129,7 @@ def run(
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
     from lorasb_export import distributed  # only now: these bring torch and transformers
-    from lorasb_export.training.fit_tasks import fit_tasks
+    from lorasb_export.project_fit import fit_tasks
 
     fitted = fit_tasks(
         run.project,

@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.names import some
-    from lorasb_export.new_project import write_project
+    from lorasb_export.project_init import write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
     tasks = {name: _from(folder, data) for name, data in (parse_pairs(task) or {"a": "data/a"}).items()}

@@ -47,7 +47,7 @@ def run(
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
     found = None if folder is None else project.find_folder(folder)
-    from lorasb_export.publishing.push_project import push_folder, push_project  # only now: it brings torch
+    from lorasb_export.project_push import push_folder, push_project  # only now: it brings torch
 
     options: dict[str, Any] = {
         "public": public or project.public,

@@ -25,8 +25,8 @@ from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, OutputError, TrainingError
 from lorasb_export.project import Project
+from lorasb_export.project_fit import fit_tasks
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.training.fit_tasks import fit_tasks
 from tests.tiny import make_llama
 
 SETTINGS = FitSettings(max_steps=1)
@@ -143,7 +143,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
         read.append(weakref.ref(task))
         return task
 
-    monkeypatch.setattr("lorasb_export.training.fit_tasks.load_task", reading)
+    monkeypatch.setattr("lorasb_export.project_fit.load_task", reading)
     for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
         made.append(weakref.ref(adapter))
         gc.collect()  # a trainer lies in a cycle

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from lorasb_export import Adapter, calibrate, fit
+from lorasb_export import project_fit as module
 from lorasb_export.base import BaseModel, BaseRef
 from lorasb_export.errors import DataError, SettingsError, TrainingError
 from lorasb_export.names import some
-from lorasb_export.new_project import write_project
 from lorasb_export.project import Project
-from lorasb_export.project_evaluation import evaluate_adapters
+from lorasb_export.project_evaluate import evaluate_adapters
+from lorasb_export.project_fit import fit_tasks
+from lorasb_export.project_init import write_project
 from lorasb_export.provenance import command
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.training import fit_tasks as module
-from lorasb_export.training.fit_tasks import fit_tasks
 from tests.conftest import lorasb
 
 SETTINGS = FitSettings(max_steps=2)
@@ -118,7 +118,7 @@ def test_the_base_is_looked_for_once_for_all_adapters(
         return resolve(self, *arguments)
 
     monkeypatch.setattr(BaseRef, "resolve", watched)
-    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: {"split": "train"})
+    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: {"split": "train"})
     folders = {name: str(found.adapter_folder(name)) for name in "abc"}
     assert len(list(evaluate_adapters(found, folders))) == 3
     assert resolved == [str(llama)]

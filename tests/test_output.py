@@ -18,9 +18,9 @@ from lorasb_export import Adapter, calibrate, export, fit, merge
 from lorasb_export.atomic import atomic_file, atomic_folder
 from lorasb_export.data import TaskData
 from lorasb_export.errors import OutputError
-from lorasb_export.new_project import write_project
 from lorasb_export.output import cannot_write, refuse_existing, require_room
 from lorasb_export.project import Project
+from lorasb_export.project_init import write_project
 from lorasb_export.serving.launcher import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.tensors import save_tensors

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from lorasb_export import names
 from lorasb_export.data import load_task
 from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.new_project import write_project
 from lorasb_export.project import Project
+from lorasb_export.project_init import write_project
 
 
 def load(folder: Path, text: str) -> Project:

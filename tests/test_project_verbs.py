@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from lorasb_export import Adapter, Basis, calibrate, evaluate, project_evaluation
+from lorasb_export import Adapter, Basis, calibrate, evaluate, project_evaluate
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, DataError, LoraSBError
 from lorasb_export.evaluation import record_evaluation
@@ -21,7 +21,7 @@ from lorasb_export.exporting import onnx
 from lorasb_export.format import sealed
 from lorasb_export.lock import only_writer
 from lorasb_export.project import Project
-from lorasb_export.project_evaluation import evaluate_adapters
+from lorasb_export.project_evaluate import evaluate_adapters
 from lorasb_export.settings import CalibrationSettings
 from tests.conftest import lorasb
 
@@ -116,7 +116,7 @@ def test_a_task_without_held_out_rows_leaves_the_others_their_figures(
 def test_a_task_that_cannot_be_scored_is_named_before_any_is(
     project: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     shutil.copytree("adapters/a", "adapters/b")
     (project / "only-train").mkdir()
     shutil.copyfile(sums / "train.jsonl", "only-train/train.jsonl")
@@ -137,7 +137,7 @@ def test_a_task_that_cannot_be_scored_is_named_before_any_is(
 def test_a_base_that_is_gone_is_named_before_any_adapter_is_scored(
     project: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.project_evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     moved = replace(Adapter.load("adapters/a").base, name_or_path=str(project / "gone"))
     adapter = replace(Adapter.load("adapters/a"), base=moved)
     adapter.basis = replace(adapter.load_basis(), base=moved)
@@ -150,7 +150,7 @@ def test_a_base_that_is_gone_is_named_before_any_adapter_is_scored(
 def test_figures_of_a_replaced_adapter_are_not_those_of_the_new_one(
     project: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored = project_evaluation.evaluate
+    scored = project_evaluate.evaluate
 
     def slow(adapter: Adapter, *words: Any, **options: Any) -> dict[str, Any]:
         found = scored(adapter, *words, **options)
@@ -161,7 +161,7 @@ def test_figures_of_a_replaced_adapter_are_not_those_of_the_new_one(
             R -= 1
         return found
 
-    monkeypatch.setattr(project_evaluation, "evaluate", slow)
+    monkeypatch.setattr(project_evaluate, "evaluate", slow)
     assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
     assert "was replaced while it was scored" in caplog.text
     assert "evaluation" not in Adapter.load("adapters/a").training

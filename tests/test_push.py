@@ -12,8 +12,8 @@ from lorasb_export import push
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project
+from lorasb_export.project_push import push_project
 from lorasb_export.publishing.outgoing import SUMS
-from lorasb_export.publishing.push_project import push_project
 from lorasb_export.storage import write_json
 from tests.pushing import contents, make
 

@@ -31,8 +31,8 @@ from ..inference import answers, max_answer_tokens
 from ..inject import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
-from ..new_project import OF_TEXT, write_project
 from ..project import Project
+from ..project_init import OF_TEXT, write_project
 from ..provenance import versions
 from ..publishing.hub import push
 from ..serving.launcher import running_server

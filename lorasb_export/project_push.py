@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter
-from ..errors import SettingsError
-from ..fetch import BASIS_FILES
-from ..kind import artifact_kind
-from ..project import Project
-from ..storage import expanded
-from .hub import push
+from .adapter import Adapter
+from .errors import SettingsError
+from .fetch import BASIS_FILES
+from .kind import artifact_kind
+from .project import Project
+from .publishing.hub import push
+from .storage import expanded
 
 PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`
 BASIS = "basis"

@@ -9,21 +9,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import distributed, project_basis
-from ..adapter import Adapter
-from ..bars import no_bar
-from ..base import BaseModel
-from ..calibration.calibrate import MOST_MEASURED
-from ..choices import CAUSAL_LM
-from ..data import load_task
-from ..errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
-from ..loaded import LastLoaded
-from ..output import refuse_existing
-from ..project import OWN_BASIS, Project
-from ..settings import CalibrationSettings, FitSettings
-from ..storage import expanded
-from .fit import fit, train_together
-from .requirements import require_fitting
+from . import distributed, project_basis
+from .adapter import Adapter
+from .bars import no_bar
+from .base import BaseModel
+from .calibration.calibrate import MOST_MEASURED
+from .choices import CAUSAL_LM
+from .data import load_task
+from .errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
+from .loaded import LastLoaded
+from .output import refuse_existing
+from .project import OWN_BASIS, Project
+from .settings import CalibrationSettings, FitSettings
+from .storage import expanded
+from .training.fit import fit, train_together
+from .training.requirements import require_fitting
 
 logger = logging.getLogger(__name__)
 

@@ -69,7 +69,7 @@ def test_config_keys_are_those_of_the_format(folders: tuple[Path, Path]) -> None
 def test_peft_refuses_our_folder(folders: tuple[Path, Path]) -> None:
     from peft import PeftConfig
 
-    with pytest.raises((KeyError, ValueError)):
+    with pytest.raises((KeyError, ValueError), match="LORA_SB"):
         PeftConfig.from_pretrained(str(folders[1]))
 
 

@@ -12,5 +12,5 @@ def test_errors_survive_pickling() -> None:
         error = kind("bad", where="here", fix="Do this")
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), str(again), again.__dict__) == (kind, "bad (here). Do this", error.__dict__)
-    error.silent = True
-    assert pickle.loads(pickle.dumps(error)).silent
+        error.silent = True
+        assert pickle.loads(pickle.dumps(error)).silent

@@ -53,7 +53,7 @@ def test_a_second_fit_into_the_same_folder_leaves_the_first_alone(
 def test_the_basis_is_not_overwritten(llama: Path, sums: Path, basis: Path) -> None:
     with pytest.raises(OutputError, match="the target holds what it is made from"):
         fit(str(llama), basis, sums, basis, SETTINGS, overwrite=True)
-    assert Basis.load(basis)
+    Basis.load(basis)
 
 
 def test_a_diverging_run_is_stopped_and_named(llama: Path, sums: Path, basis: Path) -> None:

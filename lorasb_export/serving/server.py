@@ -125,13 +125,13 @@ class RunningServer:
         another = OutputError("another server answers there", where=self.url, fix="Stop it, or give another --port")
         is_child = listens(self.pid, port)
         if is_child is False:
-            raise another if self._started.poll() is None else self._failed()
+            raise self._failed() if self._ends() else another
         words = set(self._command)
         try:
             cards = json.loads(self._get("/v1/models"))["data"]
             are_ours = all(card["root"] in words or f"{card['id']}={card['root']}" in words for card in cards)
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
-            if self._started.poll() is not None:
+            if self._ends():
                 raise self._failed() from None
             if is_child:
                 raise
@@ -139,6 +139,12 @@ class RunningServer:
         if not are_ours:
             raise another
         return [card["id"] for card in cards]
+
+    def _ends(self) -> bool:
+        """Whether our server has ended, or will within a second: its port is closed before it is gone."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._started.wait(1)
+        return self._started.poll() is not None
 
     def wait(self) -> NoReturn:
         """Wait until the server ends by itself, and raise ServerError: nobody has stopped it, so it failed.

@@ -36,7 +36,11 @@ def run(
         _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
         return
     if chosen is None:
-        chosen = [] if model else [name for name in run.project.adapter_names() if _answers(run, name)]
+        from lorasb_export.names import refuse_many
+
+        names = [] if model else run.project.adapter_names()
+        refuse_many(names, run.project.folder)
+        chosen = [name for name in names if _answers(run, name)]
     folders = {name: run.project.find_adapter(name) for name in chosen}
     first = next(iter(folders.values()), None)
     base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx_run
 from lorasb_export.exporting.onnx_record import write_record
+from lorasb_export.names import refuse_many
 from tests.random_adapter import save_adapter
 
 
@@ -36,6 +38,23 @@ def test_all_adapters_but_classifiers_answer_by_default(project: Path, monkeypat
     assert list(json.loads(done.stdout)["answers"]) == ["base", "a", "b"]
     assert "c is passed over: it is a classifier, which answers nothing" in done.stderr
     assert len(read) == 1  # a and b share their basis
+
+
+def test_more_adapters_than_one_waits_for_are_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a project and of an ONNX export, before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lorasb_export.inference", None)  # it brings torch: to import it fails
+    tasks: dict[str, dict[str, str]] = {f"t{number}": {} for number in range(33)}
+    (tmp_path / "onnx").mkdir()
+    for name in tasks:
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
+    write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "task_type": CAUSAL_LM, "adapters": tasks})
+    what = "there are 33 adapters, and at most 32 are asked where none is named"
+    for words, where in ([], tmp_path), (["--onnx", "onnx"], "onnx"):
+        done = CliRunner().invoke(app, ["generate", "hi", *words])
+        assert (done.exit_code, done.stderr) == (1, f"Error: {what} ({where}). Name some with --adapters\n")
+    refuse_many(list(tasks)[:32], tmp_path)
 
 
 def test_a_named_classifier_is_refused_before_the_base_is_loaded(

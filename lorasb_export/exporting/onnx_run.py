@@ -13,7 +13,7 @@ import numpy as np
 from ..choices import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
-from ..names import some
+from ..names import refuse_many, some
 from ..network import tokenizer_of
 from ..storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
@@ -210,14 +210,14 @@ def answers(
     """Greedy answers of an exported decoder to one prompt, asked as in training.
 
     Args:
-        adapters: of an `onnx-adapters` folder; None takes all.
+        adapters: of an `onnx-adapters` folder; None takes all, of a few.
 
     Returns:
         of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
 
     Raises:
         ArtifactError: not an ONNX export, one of a classifier, a damaged one, or it has no such adapter.
-        SettingsError: `adapters` of a folder that has one merged in.
+        SettingsError: `adapters` of a folder that has one merged in; None where there are many.
     """
     record = read_record(folder)
     if record["task_type"] != CAUSAL_LM:
@@ -225,6 +225,8 @@ def answers(
         raise ArtifactError("the graph is a classifier, which answers nothing", where=folder, fix=fix)
     if record["kind"] == "onnx" and adapters is not None:
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
+    if adapters is None:
+        refuse_many(record.get("adapters", ()), folder)
 
     from ..answer_end import before_end
     from ..encoding import prompt_ids

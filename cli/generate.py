@@ -8,14 +8,18 @@ import typer
 
 from lorasb_export.choices import Dtype
 
-from .verb import Run, comma_list
+from .verb import Run, listed
 
 
 def run(
     run: Run,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     adapters: Annotated[
-        str | None, typer.Option(help="Comma-separated names, folders or Hub ids; all by default.")
+        str | None,
+        typer.Option(
+            metavar="A,B,…|@FILE",
+            help="Names, folders or Hub ids, or a file with one a line; all by default, where there are at most 32.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model; without --adapters it is asked alone.")] = None,
     onnx: Annotated[
@@ -25,7 +29,7 @@ def run(
     dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
-    chosen = None if adapters is None else comma_list(adapters)
+    chosen = None if adapters is None else listed(adapters)
     if onnx is not None:
         if model is not None or dtype != "auto":
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")

@@ -10,7 +10,7 @@ import typer
 
 from lorasb_export.choices import ServingMode
 
-from .verb import Run, comma_list, human_bytes
+from .verb import Run, human_bytes, listed
 
 _NAMED = 20  # models that are named in the line that says what is served
 
@@ -19,7 +19,11 @@ def run(
     run: Run,
     flags: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM FLAGS]", help="Passed to vLLM.")] = None,
     adapters: Annotated[
-        str | None, typer.Option(metavar="A,B,…", help="Names, folders, Hub ids or name=path; all by default.")
+        str | None,
+        typer.Option(
+            metavar="A,B,…|@FILE",
+            help="Names, folders, Hub ids or name=path, or a file with one a line; all by default.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A merged folder to serve alone, or the adapters' base.")] = None,
     adapters_dir: Annotated[
@@ -51,7 +55,7 @@ def run(
 
     project = run.project
     folder = project.folder / "adapters" if adapters_dir is None else expanded(adapters_dir)
-    words = adapters_in(folder) if adapters is None else comma_list(adapters)
+    words = adapters_in(folder) if adapters is None else listed(adapters)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:
         if adapters_dir is None:

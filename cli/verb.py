@@ -194,9 +194,30 @@ def _calm_libraries(run: Run) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def comma_list(words: str) -> list[str]:
-    """What stands between commas; a comma too many stands for nothing."""
-    return [word for part in words.split(",") if (word := part.strip())]
+def listed(words: str) -> list[str]:
+    """What stands between commas, or of `@FILE` on its lines; a comma or a line too many stands for nothing.
+
+    Raises:
+        SettingsError: the file cannot be read, or has nothing in it.
+    """
+    parts = _lines(words[1:]) if words.startswith("@") else words.split(",")
+    return [word for part in parts if (word := part.strip())]
+
+
+def _lines(name: str) -> list[str]:
+    """Those of a file: Linux takes 128 KiB in one word of a command, four thousand names."""
+    from lorasb_export.errors import SettingsError
+    from lorasb_export.output import expanded
+
+    fix = "After @ give a file with one name a line"
+    try:
+        text = expanded(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"cannot read a list of names: {reason}", where=name, fix=fix) from None
+    if not text.strip():
+        raise SettingsError("the list of names is empty", where=name, fix=fix)
+    return text.splitlines()
 
 
 def parse_pairs(words: list[str] | None) -> dict[str, str]:

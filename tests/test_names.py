@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lorasb_cli.main import app
+from lorasb_cli.verb import listed
 from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError
@@ -42,6 +43,24 @@ def test_project_names_folders_and_hub_ids_in_the_order_given(project: Path) -> 
         "v1": "me/x@refs/pr/1",
     }
     assert list(found)[:2] == ["shipping", "billing"]
+
+
+def test_names_may_be_read_from_a_file(project: Path) -> None:
+    """More of them than Linux takes in one word of a command; a path there may have a comma."""
+    Path("names.txt").write_text("\ufeffa\n\n other/x,y \r\nowner/name@v1\n")
+    assert listed("@names.txt") == ["a", "other/x,y", "owner/name@v1"]
+    Path("nothing.txt").write_text("\n")
+    Path("bytes.txt").write_bytes(b"\xff")
+    reasons = {"gone.txt": "cannot read a list of names: No such file or directory (gone.txt)."}
+    reasons |= {
+        "nothing.txt": "the list of names is empty (nothing.txt).",
+        "bytes.txt": "cannot read a list of names: ",
+    }
+    for verb in ("serve --dry-run", "generate hi"):
+        for file, reason in reasons.items():
+            done = CliRunner().invoke(app, [*verb.split(), "--adapters", f"@{file}"])
+            assert (done.exit_code, done.stderr.startswith(f"Error: {reason}")) == (1, True), done.stderr
+            assert done.stderr.endswith(f"({file}). After @ give a file with one name a line\n")
 
 
 def test_an_existing_folder_goes_before_a_hub_id(project: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
+from lorasb_export.choices import MAX_DROP, MOST_COMPARED, ExportFormat, Precision
 
 from .verb import Run, human_bytes
 
@@ -38,7 +38,10 @@ def run(
         bool,
         typer.Option("--routed", help="For onnx-adapters: one batch may mix tasks, by the input adapter_ids."),
     ] = False,
-    verify: Annotated[bool, typer.Option(help="Compare an ONNX graph with the adapter in torch (not bf16).")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Compare an ONNX graph with the adapter in torch, of many the first 32 (not bf16)."),
+    ] = True,
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
@@ -86,12 +89,12 @@ def run(
 
 
 def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
-    """The task of each adapter by the adapter's name, of those whose data is found."""
+    """The task of each adapter that is compared, by the adapter's name, of those whose data is found."""
     from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_held_out, load_task
 
     found = {}
-    for folder in folders:
+    for folder in folders[:MOST_COMPARED]:
         loaded = Adapter.load(folder)
         name, source = run.project.task_of(loaded, data)
         task = None

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.exporting.onnx_adapter_file import read_adapter, write_adapter
+from lorasb_export.exporting import onnx_adapters, onnx_run
+from lorasb_export.exporting.onnx_adapter_file import Arrays, read_adapter, values, write_adapter
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
 from lorasb_export.exporting.onnx_record import read_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
@@ -113,6 +115,28 @@ def test_the_adapters_of_a_basis_are_compared_with_one_copy_of_it(
     assert len(read) == 2
 
 
+def test_of_many_adapters_each_is_written_in_turn_and_the_first_are_compared(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held: list[str] = []
+
+    def values_of(adapter: Adapter, dtype: np.dtype[Any]) -> Arrays:
+        held.append(f"values of {adapter.name}")
+        return values(adapter, dtype)
+
+    def write(path: Path, arrays: Arrays) -> None:
+        held.append(f"file of {path.stem}")
+        write_adapter(path, arrays)
+
+    monkeypatch.setattr(onnx_adapters, "values", values_of)
+    monkeypatch.setattr(onnx_adapters, "write_adapter", write)
+    monkeypatch.setattr(onnx_adapters, "MOST_COMPARED", 1)
+    result = export_onnx_adapters([world / "red", world / "blue"], tmp_path / "tasks")
+    assert held == ["values of red", "file of red", "values of blue", "file of blue"]
+    assert (list(result["adapters"]), list(result["verify"])) == (["red", "blue"], ["base", "red"])
+    assert "The first 1 adapters are compared with torch, 1 are not" in caplog.text
+
+
 def test_tasks_that_are_added_at_once_are_all_there(world: Path, tasks_onnx: Path, tmp_path: Path) -> None:
     folder, basis = shutil.copytree(tasks_onnx, tmp_path / "tasks"), Basis.load(world / "basis")
     new = [save_adapter(basis, tmp_path / name, seed) for seed, name in enumerate(("c", "d", "e"))]
@@ -205,6 +229,21 @@ def test_of_two_active_adapters_the_first_wins_and_use_never_has_two(world: Path
     assert decoder.generate(PROMPTS, TOKENS, set()) == answers(merged(world / "base", world / "blue"), set())
     decoder.use(None)
     assert decoder.generate(PROMPTS, TOKENS, set()) == answers(merged(world / "base", None), set())
+
+
+def test_of_many_adapters_those_used_last_are_kept(
+    world: Path, tasks_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "tasks")
+    shutil.copy(folder / "red.onnx_adapter", folder / "again.onnx_adapter")
+    monkeypatch.setattr(onnx_run, "_KEPT", 2)
+    decoder = OnnxDecoder(folder, "red", threads=1)
+    for name, kept in (("blue", "red blue"), ("red", "blue red"), ("again", "red again"), ("blue", "again blue")):
+        decoder.use(name)
+        gc.collect()
+        assert [path.stem for path, _ in decoder._loaded] == kept.split()
+        network = merged(world / "base", world / ("red" if name == "again" else name))
+        assert decoder.generate(PROMPTS, TOKENS, set()) == answers(network, set())
 
 
 def test_adapters_outlive_their_python_names(world: Path, tasks_onnx: Path) -> None:

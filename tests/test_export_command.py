@@ -11,7 +11,7 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import export
+from lorasb_export import Adapter, export
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
@@ -87,6 +87,31 @@ def test_rows_of_another_kind_are_refused(
     write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "precision": "fp32", "adapters": {}})
     done = CliRunner().invoke(app, ["export", "./a", *words.split(), "--data", str(parity)])
     assert (done.exit_code, "the data is SEQ_CLS, the adapter CAUSAL_LM" in done.stderr) == (1, True)
+
+
+def test_only_adapters_that_are_compared_have_their_rows_read(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, names = BaseModel.resolve(llama).load(), ("a", "b", "c")
+    for name in names:
+        save_adapter(llama, network, tmp_path / name, ["model.layers.0.mlp.up_proj"])
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        onnx_adapters, "export_onnx_adapters", lambda *_, **options: calls.append(options) or {"bytes": 0}
+    )
+    monkeypatch.setattr("lorasb_cli.export.MOST_COMPARED", 2)
+    folders = [str(tmp_path / name) for name in names]
+    command = ["export", *folders, "--format", "onnx-adapters", "--precision", "int8", "--data", str(sums)]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert list(calls[0]["data"]) == ["a", "b"]
+
+    monkeypatch.setattr(onnx_adapters, "MOST_COMPARED", 2)
+    loaded = {name: Adapter.load(tmp_path / name) for name in names}
+    assert list(onnx_adapters._first(loaded)) == ["a", "b"]
+    assert "The first 2 adapters are compared with torch, 1 are not" in caplog.text
+    caplog.clear()
+    del loaded["c"]
+    assert (list(onnx_adapters._first(loaded)), caplog.text) == (["a", "b"], "")
 
 
 def test_data_without_held_out_rows_is_not_passed_over(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ROWS = 8  # prompts decoded together,
 _PREFILL_TOKENS = 2048  # as long as their prompts fit in this many tokens: the graph returns logits for each of them
+_KEPT = 64  # adapters in memory: of thousands, those that were used last
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -115,11 +116,15 @@ class OnnxDecoder:
             return
         path = expanded(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
         state = (path, path.stat().st_mtime_ns if path.is_file() else None)
-        if state not in self._loaded:
+        loaded = self._loaded.pop(state, None)
+        if loaded is None:
             check_adapter(path, self._session.get_overridable_initializers(), self.folder)
-            self._loaded[state] = self._ort.LoraAdapter()
-            self._loaded[state].Load(str(path))
-        self._run_options.add_active_adapter(self._loaded[state])
+            loaded = self._ort.LoraAdapter()
+            loaded.Load(str(path))
+        self._run_options.add_active_adapter(loaded)
+        self._loaded[state] = loaded  # the last one: the first is the one that was used longest ago
+        if len(self._loaded) > _KEPT:
+            del self._loaded[next(iter(self._loaded))]
 
     def _number(self, adapter: str) -> int:
         if adapter not in self.ids:

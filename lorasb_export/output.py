@@ -111,12 +111,11 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(parent).free
 
 
-def require_room(target: Path, needed: int) -> None:
+def require_room(
+    target: Path, needed: int, fix: str = "Nothing was written; free some space or choose another --out"
+) -> None:
     """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
     free = free_bytes(target)
     if free < needed:
-        raise OutputError(
-            f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
-            where=target,
-            fix="Nothing was written; free some space or choose another --out",
-        )
+        what = f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        raise OutputError(what, where=target, fix=fix)

@@ -8,12 +8,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lorasb_export.errors import SettingsError
+from lorasb_export.adapter import Adapter
+from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.quickstart import line
 from lorasb_export.serving import plan
 from lorasb_export.storage import read_json, write_json
@@ -174,6 +176,25 @@ def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatc
     command = dry_run({"a": folder / "a"}, **line._serving())["command"]
     assert value_of(command, "--dtype") == "float32"
     assert "--gpu-memory-utilization" not in command
+
+
+def test_loras_that_the_disk_has_no_room_for_are_not_begun(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = plan.Folded({name: Adapter.load(folder / name) for name in "ab"})
+    needed = dry_run({name: folder / name for name in "ab"})["memory"]["disk_bytes"]
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("lorasb_export.serving.modes.write_folded", lambda *_: None)
+    what = (
+        r"not enough disk: 0\.0 GB needed, 0\.0 GB free \(.*\)\. Serve fewer, set TMPDIR to a larger disk, or .*shared"
+    )
+    with pytest.raises(OutputError, match=what):
+        mode.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+    free.free = needed
+    mode.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

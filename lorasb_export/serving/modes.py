@@ -15,7 +15,7 @@ from ..basis import Basis
 from ..errors import ArtifactError, OutputError
 from ..exporting.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
-from ..output import cannot_write
+from ..output import cannot_write, require_room
 from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
@@ -46,7 +46,14 @@ class Folded:
         # adapter lies there. One slot that is never filled holds zeros and makes them right.
         return len(self.adapters) + runs_on_cpu()
 
+    @property
+    def _numbers(self) -> int:
+        """How many there are in A and s·B·R of all adapters."""
+        return sum(a.rank * sum(shape) for a in self.adapters.values() for shape in a.load_basis().shapes.values())
+
     def write(self, folder: Path) -> None:
+        fix = "Serve fewer, set TMPDIR to a larger disk, or use --mode shared: B and A once, an R for each adapter"
+        require_room(folder, 4 * self._numbers, fix)
         for name, adapter in self.adapters.items():
             try:
                 (folder / name).mkdir()
@@ -70,7 +77,6 @@ class Folded:
         """In vLLM's `slots` (of each process at most), in its copies in host memory, and folded on disk."""
         if not self.adapters:
             return {"slots": 0, "slots_bytes": 0, "host_bytes": 0, "disk_bytes": 0}
-        numbers = sum(a.rank * sum(shape) for a in self.adapters.values() for shape in a.load_basis().shapes.values())
         # A slot has room for every layer of these names, wherever it is, and for all of what vLLM has packed into one.
         of_adapters = _suffixes(self.adapters)
         names = of_adapters.union(*(group for group in _PACKED if of_adapters & set(group)))
@@ -83,8 +89,8 @@ class Folded:
         return {
             "slots": self.slots,
             "slots_bytes": self.slots * slot,
-            "host_bytes": number_bytes * numbers,
-            "disk_bytes": 4 * numbers,
+            "host_bytes": number_bytes * self._numbers,
+            "disk_bytes": 4 * self._numbers,
         }
 
 

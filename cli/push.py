@@ -40,7 +40,7 @@ def run(
     ] = False,
 ) -> None:
     """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
-    from lorasb_export.errors import SettingsError
+    from lorasb_export.errors import LoraSBError, SettingsError
 
     project, target = run.project, repo or run.project.repo
     if target is None:
@@ -59,8 +59,14 @@ def run(
     if found is None:
         if basis_repo:
             raise SettingsError("--basis-repo is for one adapter", fix="Name it, or leave --basis-repo out")
-        results = push_project(project, target, with_basis=with_basis, **options)
-        run.result({"pushed": results}, _text(results, dry_run))
+        results: list[dict[str, Any]] = []
+        failed: dict[str, LoraSBError] = {}
+        for name, outcome in push_project(project, target, with_basis=with_basis, **options):
+            if isinstance(outcome, LoraSBError):
+                failed[name] = outcome
+            else:
+                results.append(outcome)
+        run.result({"pushed": results}, _text(results, dry_run), failed)
         return
     result = push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options)
     run.result(result, _text([result], dry_run))

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from integration.hub_client import Hub, make_adapter, make_basis
+from integration.hub_client import CLI, Hub, make_adapter, make_basis
+from integration.hub_server import Fault
 
 
 def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter: Path, basis: Path) -> None:
@@ -71,6 +72,26 @@ def test_every_basis_on_this_disk_is_pushed_before_the_adapters(any_hub: Hub, ad
     said = any_hub.lorasb_fails(*words)
     assert "would go to one repository (basis_s). Rename a task, or a basis's folder" in " ".join(said.split())
     assert {name: dict(repo.refs) for name, repo in any_hub.repos.items()} == refs
+
+
+def test_an_adapter_that_is_refused_leaves_the_others_their_turn(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    """But a refused token would refuse them all."""
+    project = basis.parent
+    for seed, name in enumerate("bc", 5):
+        make_adapter(project / "adapters" / name, basis, seed=seed)
+    (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\n')
+    any_hub.put("me/b-lorasb", adapter)  # a public one
+    words = ["push", "--config", project / "lorasb.toml", "--json"]
+    any_hub.faults.append(Fault("POST .*/me/a-lorasb/.*commit/", status=401, times=9))
+    exit_code, said, _ = any_hub.start(CLI, *words)
+    assert (exit_code, "asks for a valid token (me/a-lorasb)" in json.loads(said)["error"]["message"]) == (1, True)
+    assert "me/c-lorasb" not in any_hub.repos
+    any_hub.faults.clear()
+    exit_code, said, errors = any_hub.start(CLI, *words)
+    printed = json.loads(said.splitlines()[-1])
+    assert (exit_code, list(printed["failed"])) == (1, ["b"])
+    assert [result["repo"] for result in printed["pushed"]] == ["me/basis-lorasb", "me/a-lorasb", "me/c-lorasb"]
+    assert "1 failed:\n  1. b: the repository is public (me/b-lorasb). Pass --public" in errors
 
 
 def test_a_project_with_another_basis_on_a_branch_or_in_a_pull_request(

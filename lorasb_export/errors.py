@@ -75,9 +75,12 @@ class ServerError(LoraSBError, RuntimeError):
 
     Attributes:
         silent: whether the Hub could say neither yes nor no: it was not reached, or fails (5xx).
+        of_all: whether another repository would fare no better: the Hub is silent or refuses the token, or its client
+            does not work here.
     """
 
     silent = False
+    of_all = False
 
 
 # Where one command takes several tasks or adapters in turn, these errors end the current one alone.

@@ -26,6 +26,7 @@ _ANSWERS = {
     412: ("the repository changed meanwhile; nothing was committed", "Push again: no file is sent twice"),
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
 }
+_OF_THE_TOKEN = (401, 403, 429)  # what it may, and how often
 
 T = TypeVar("T")
 
@@ -116,9 +117,10 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         chain = _chain(error)
         status = status_of(error)
         what, fix = _clean(str(error)), "Try again"
+        hidden = any(isinstance(e, RepositoryNotFoundError) for e in chain)  # by status 401 for who is not logged in
         if any(isinstance(e, GatedRepoError) for e in chain):
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
-        elif any(isinstance(e, RepositoryNotFoundError) for e in chain):  # by status 401 for who is not logged in
+        elif hidden:
             what, fix = _ANSWERS[404]
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
@@ -139,10 +141,14 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         if isinstance(failure, ServerError):
             unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
             failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
+            failure.of_all = failure.silent or (status in _OF_THE_TOKEN and not hidden)
         raise failure from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used
             raise
         reason = getattr(disk_error_in(str(error)), "strerror", None) or _clean(str(error))
         fix = "Let HF_HOME be a folder that can be written, or set HF_HUB_DISABLE_XET=1"
-        raise kind(f"{before}hf_xet cannot work: {reason}", where=where, fix=fix) from None
+        failure = kind(f"{before}hf_xet cannot work: {reason}", where=where, fix=fix)
+        if isinstance(failure, ServerError):
+            failure.of_all = True
+        raise failure from None

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter
-from .errors import SettingsError
+from tqdm import tqdm
+
+from . import basis_source
+from .bars import no_bar
+from .errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
 from .fetch import BASIS_FILES
+from .format import read_adapter_config
 from .kind import artifact_kind
 from .project import Project
 from .publishing.hub import push
 from .storage import expanded
 
+logger = logging.getLogger(__name__)
+
 PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`
 BASIS = "basis"
 
 
-def push_project(project: Project, repo: str, *, with_basis: bool = False, **options: Any) -> list[dict[str, Any]]:
+def push_project(
+    project: Project, repo: str, *, with_basis: bool = False, **options: Any
+) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
     """Push the bases that lie on this disk beside the adapters, and then all adapters of the project.
 
     Each is compared with its repository first, so only what changed is sent. Stopped anywhere, the same call again
-    goes on: an adapter is never published before its basis.
+    goes on: an adapter is never published before its basis. Nothing is done before the first result is asked for.
 
     Args:
         repo: `owner/{name}-lorasb`, where {name} becomes the adapter's name; `basis` for the project's own basis, the
@@ -31,8 +41,9 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
         with_basis: put the basis inside every adapter instead.
         options: of `push`.
 
-    Returns:
-        what `push` returns, of the bases first.
+    Yields:
+        the bases and then the adapters: what {name} became, and what `push` returns; or its error, where an adapter or
+        its repository alone is at fault: the next one is pushed all the same. The error of a single adapter is raised.
 
     Raises:
         SettingsError: there is no adapter, `repo` names a single repository, two folders would go to one, or a pull
@@ -46,7 +57,10 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
         fix = f"Write {PLACE} in it, as in me/{PLACE}-lorasb, or name the folder to push"
         raise SettingsError("a project needs a repository for its basis and for each adapter", where=repo, fix=fix)
     adapters = [project.adapter_folder(name) for name in names]
-    basis_of = {folder: None if with_basis else _local_basis(folder) for folder in adapters}
+    basis_of: dict[Path, Path | None] = dict.fromkeys(adapters)
+    for folder in () if with_basis else adapters:
+        with suppress(ArtifactError):  # it is told in its turn
+            basis_of[folder] = _local_basis(folder)
     bases = list(dict.fromkeys(basis for basis in basis_of.values() if basis))
     _refuse_same(project, [*bases, *adapters])
     for basis in bases if options.get("create_pr") else ():
@@ -54,12 +68,30 @@ def push_project(project: Project, repo: str, *, with_basis: bool = False, **opt
             what = "a pull request cannot bring a new basis: until it is merged no adapter can name it"
             fix = "Push that folder alone first; or push everything to a branch, with --revision"
             raise SettingsError(what, where=basis, fix=fix)
-    pushed = {basis: push_folder(project, basis, repo, **options) for basis in bases}
-    options["with_basis"] = with_basis
-    for folder, of in basis_of.items():
-        to_come = of is not None and _would_change(pushed[of])
-        pushed[folder] = push_folder(project, folder, repo, basis_to_come=to_come, **options)
-    return list(pushed.values())
+    folders = [*bases, *adapters]
+    to_come: set[Path | None] = set()  # bases that a dry run does not find on the Hub
+    for number, folder in enumerate(tqdm(folders, desc="push", disable=no_bar(), leave=False), 1):
+        logger.info("%d of %d: %s", number, len(folders), os.path.relpath(folder, project.folder))
+        outcome: dict[str, Any] | LoraSBError
+        try:
+            comes = basis_of.get(folder) in to_come
+            outcome = push_folder(project, folder, repo, with_basis=with_basis, basis_to_come=comes, **options)
+        except LoraSBError as error:
+            if number <= len(bases) or len(adapters) == 1 or not _is_of_one(error):
+                raise
+            logger.warning("%s is left out: %s", folder.name, error)
+            outcome = error.alone()
+        else:
+            if _would_change(outcome):
+                to_come.add(folder)
+        yield _name(project, folder), outcome
+
+
+def _is_of_one(error: LoraSBError) -> bool:
+    """Whether an adapter's error is of its files or its repository, and the next one may fare better."""
+    if isinstance(error, ServerError):
+        return not error.of_all
+    return isinstance(error, (ArtifactError, OutputError))
 
 
 def _refuse_same(project: Project, folders: Sequence[Path]) -> None:
@@ -107,5 +139,5 @@ def _local_basis(folder: Path) -> Path | None:
     """The folder of the basis that this adapter names; None of one on the Hub or inside, and of what is no adapter."""
     if artifact_kind(folder) != "adapter":
         return None
-    source = Adapter.load(folder).basis_source
+    source = basis_source.found(read_adapter_config(folder)["basis"]["source"], folder, None)
     return Path(source) if source is not None and Path(source).is_absolute() else None

@@ -6,9 +6,9 @@ import re
 
 import httpx2
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from lorasb_export.errors import LoraSBError
+from lorasb_export.errors import LoraSBError, ServerError
 from lorasb_export.hub_calls import hub_errors, retry_after
 
 
@@ -58,6 +58,32 @@ def test_a_panic_of_hf_xet_is_our_error() -> None:
     expected = "hf_xet cannot work: No space left on device (me/a)"
     with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/a", LoraSBError):
         raise panic(said)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_all"),
+    [
+        ((401, HfHubHTTPError), True),
+        ((403, HfHubHTTPError), True),
+        ((429, HfHubHTTPError), True),
+        ((503, HfHubHTTPError), True),
+        ((401, RepositoryNotFoundError), False),
+        ((403, GatedRepoError), False),
+        ((400, HfHubHTTPError), False),
+        ((412, HfHubHTTPError), False),
+    ],
+)
+def test_an_error_says_whether_other_repositories_would_meet_it(
+    error: tuple[int, type[HfHubHTTPError]], of_all: bool
+) -> None:
+    status, kind = error
+    answer = httpx2.Response(status, request=httpx2.Request("GET", "http://hub"))
+    with pytest.raises(ServerError) as caught, hub_errors("me/a", ServerError):
+        raise kind("refused", response=answer)
+    assert caught.value.of_all is of_all
+    with pytest.raises(ServerError) as caught, hub_errors("me/a", ServerError):
+        raise ConnectionError("no route")
+    assert caught.value.of_all
 
 
 def test_no_token_in_an_error() -> None:

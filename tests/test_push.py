@@ -11,8 +11,6 @@ import pytest
 from lorasb_export import push
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.project import Project
-from lorasb_export.project_push import push_project
 from lorasb_export.publishing.outgoing import SUMS
 from lorasb_export.storage import write_json
 from tests.pushing import contents, make
@@ -33,13 +31,6 @@ def test_a_dry_run_plans_and_changes_nothing(tmp_path: Path) -> None:
     assert "+# A LoRA-SB basis for `owner/base`" in plan["card_diff"].splitlines()
     assert contents(basis) == before
     json.dumps(plan)
-
-
-def test_a_basis_named_by_way_of_the_folder_above(tmp_path: Path) -> None:
-    make(tmp_path)
-    project = Project(tmp_path, basis_path=f"../{tmp_path.name}/basis")
-    plans = push_project(project, "me/{name}", dry_run=True)
-    assert [(plan["repo"], plan.get("basis")) for plan in plans] == [("me/basis", None), ("me/a", "me/basis")]
 
 
 def test_an_adapter_takes_its_local_basis_along_when_asked(tmp_path: Path) -> None:

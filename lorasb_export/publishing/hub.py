@@ -17,10 +17,11 @@ from ..cards import card, readme
 from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
+from ..format import read_basis_config
 from ..hub_calls import hub_errors, with_retries
 from ..storage import expanded, parse_json, read_json, sha256_file, to_json, utf8
 from . import outgoing
-from .checksums import checksums
+from .checksums import checksums, digest
 from .licence import licence
 from .outgoing import Files, Seen
 from .repository import Head, Repository, compare, refuse_other
@@ -136,13 +137,17 @@ def _check_options(
 
 def _embed(adapter: Adapter, files: Files) -> Seen:
     """Put the adapter's basis among the files; returns the basis's own files, none if they lie in its folder."""
-    adapter.load_basis()
     if adapter.basis_source is None:
+        adapter.load_basis()
         return {}
     folder, _ = resolve_folder(adapter.basis_source, BASIS_FILES)
+    # The adapters of a project share one. Its digest, which is taken once, says that it is what they were trained in.
+    is_whole = all((folder / name).is_file() for name in BASIS_FILES)
+    if not is_whole or digest(folder / "basis.safetensors") != adapter.basis_sha256:
+        adapter.load_basis()  # says what is wrong
     found: Files = {name: folder / name for name in BASIS_FILES}
     seen = outgoing.pin(found)
-    if read_json(folder / "basis_config.json")["sha256"] != adapter.basis_sha256:
+    if read_basis_config(folder)[0]["sha256"] != adapter.basis_sha256:
         raise outgoing.replaced(folder)
     files |= found
     return seen

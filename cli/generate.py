@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorasb_export.choices import Dtype
+from lorasb_export.choices import CAUSAL_LM, Dtype
 
 from .verb import Run, listed
 
@@ -33,8 +34,6 @@ def run(
     if onnx is not None:
         if model is not None or dtype != "auto":
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
-        from pathlib import Path
-
         from lorasb_export.exporting.onnx_run import answers
 
         _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
@@ -56,7 +55,6 @@ def run(
 
 def _answers(run: Run, name: str) -> bool:
     """Whether an adapter of the project generates; of one that does not it is said."""
-    from lorasb_export.choices import CAUSAL_LM
     from lorasb_export.format import read_adapter_config
 
     if read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM:

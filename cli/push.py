@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasb_export.errors import LoraSBError, SettingsError
+
 from .verb import Run, human_bytes
 
 INTERRUPTED = "What was not finished is not published; the same command again sends what is missing."
@@ -40,8 +42,6 @@ def run(
     ] = False,
 ) -> None:
     """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
-    from lorasb_export.errors import LoraSBError, SettingsError
-
     project, target = run.project, repo or run.project.repo
     if target is None:
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lorasb_export.choices import ServingMode
+from lorasb_export.errors import SettingsError
 
 from .verb import Run, human_bytes, listed
 
@@ -49,7 +50,6 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
-    from lorasb_export.errors import SettingsError
     from lorasb_export.names import adapters_in, resolve_adapters
     from lorasb_export.storage import expanded
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.errors import LoraSBError, Terminated, is_out_of_memory
+from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory
 
 if TYPE_CHECKING:
     from lorasb_export.project import Project
@@ -206,7 +206,6 @@ def listed(words: str) -> list[str]:
 
 def _lines(name: str) -> list[str]:
     """Those of a file: Linux takes 128 KiB in one word of a command, four thousand names."""
-    from lorasb_export.errors import SettingsError
     from lorasb_export.storage import expanded
 
     fix = "After @ give a file with one name a line"

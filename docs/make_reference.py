@@ -42,7 +42,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "adapter.py": ["Adapter: attach inject load load_basis save delta"],
     "inject.py": ["remove"],
     "stack.py": ["Stack: __init__ use detach"],
-    "base.py": ["BaseModel: resolve load load_tokenizer verify"],
+    "base.py": ["BaseModel: resolve load tokenizer verify"],
     "inference.py": ["answers"],
     "inspection.py": ["inspect_folder"],
     "settings.py": ["CalibrationSettings", "FitSettings"],

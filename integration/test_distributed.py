@@ -128,7 +128,7 @@ def small(tmp_path: Path) -> Path:
 
 def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
     base = BaseModel.resolve(folder / "llama")
-    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    network, tokenizer = base.load(dtype="float64"), base.tokenizer
     settings = CalibrationSettings(samples=rows, loss="token", batch_size=3)
     drawn = draw(load_task("a", folder / "data"), tokenizer, [], settings)
     return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, tokenizer.pad_token_id, settings)

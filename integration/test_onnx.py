@@ -66,7 +66,7 @@ class World:
     def __init__(self, model: Path, folder: Path) -> None:
         self.base, self.folder = BaseModel.resolve(model), folder
         random_adapters(self.base, folder)
-        tokenizer = self.base.load_tokenizer()
+        tokenizer = self.base.tokenizer
         self.prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
         self._expected: dict[str | None, list[list[int]]] = {}
 

@@ -162,7 +162,7 @@ def test_others_answers_end_where_ours_do_without_penalties(family: str, tmp_pat
     assert found == {"eos_token_id": [97, 2], "temperature": 0.7}
     decoder = OnnxDecoder(tmp_path / "onnx")
     assert decoder.eos_ids == {97, 2}
-    asked = prompt_ids(BaseModel.resolve(tmp_path / "base").load_tokenizer(), "1+1=")
+    asked = prompt_ids(BaseModel.resolve(tmp_path / "base").tokenizer, "1+1=")
     said = decoder.generate([asked], 1)[0]
     assert answers(tmp_path / "onnx", "1+1=", max_tokens=1)["base"]
     write_json(tmp_path / "onnx" / "generation_config.json", found | {"eos_token_id": [*said, 2]})
@@ -250,7 +250,7 @@ def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
         adapter.head = {name: tensor[:1] for name, tensor in adapter.head.items()}
         adapter.training = {"labels": [], "regression": True}
         adapter.save(tmp_path / "a", overwrite=True)
-    tokenizer, rows = BaseModel.resolve(tmp_path / "base").load_tokenizer(), []
+    tokenizer, rows = BaseModel.resolve(tmp_path / "base").tokenizer, []
     for text in ("abc", "xyz 1", "hello", "a longer text", "0", "Utrecht", "blue chairs", "q"):
         with torch.inference_mode():
             logits = network(**tokenizer(text, text[::-1], return_tensors="pt")).logits[0]

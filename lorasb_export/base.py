@@ -257,9 +257,10 @@ class BaseModel:
         amend(network)
         network.requires_grad_(False).eval()
         if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
-            network.config.pad_token_id = self.load_tokenizer().pad_token_id
+            network.config.pad_token_id = self.tokenizer.pad_token_id
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer; a pad token that is missing, or has no embedding, is replaced by the end of sequence.
 
         It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).

@@ -85,7 +85,7 @@ def evaluate(
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
     base = adapter.base.resolve(base)
     base.verify(adapter.base, adapter.R)
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     encoded, expected, unit = [], [], f"{task.name}: {split} row"
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)

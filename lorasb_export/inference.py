@@ -199,7 +199,7 @@ def side_by_side(
     for adapter in loaded.values():
         base_model.verify(adapter.base, adapter.R)
         load_basis_once(adapter, bases)
-    tokenizer = base_model.load_tokenizer()
+    tokenizer = base_model.tokenizer
     network = base_model.load(dtype=dtype)
     found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}
     for name, adapter in loaded.items():

@@ -24,7 +24,7 @@ from tests.tiny import make_gpt2, make_llama, save_tokenizer
 def test_answers_are_greedy_whatever_the_base_says_about_chats(chatty: Path) -> None:
     """Qwen's instruct models bring a penalty on repetition, which no other way of running an adapter would apply."""
     base = BaseModel.resolve(chatty)
-    network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
+    network, tokenizer = base.load(dtype="float32"), base.tokenizer
     plain = answers(network, tokenizer, ["1+1"], max_tokens=16)
     own = GenerationConfig(repetition_penalty=1.7, no_repeat_ngram_size=2, eos_token_id=2)
     network.generation_config = own
@@ -38,7 +38,7 @@ def test_answers_are_greedy_whatever_the_base_says_about_chats(chatty: Path) -> 
 def test_answers_end_where_tokenizer_or_generation_config_says(chatty: Path) -> None:
     """Of Gemma and Phi-3 the end of a turn is not the tokenizer's end of sequence, and stands in the latter alone."""
     base = BaseModel.resolve(chatty)
-    network, tokenizer = base.load(dtype="float32"), base.load_tokenizer()
+    network, tokenizer = base.load(dtype="float32"), base.tokenizer
     whole = answers(network, tokenizer, ["ab"], max_tokens=16)[0].split()  # this tokenizer writes its tokens so
     end, before = whole[2], " ".join(whole[:2])
     assert end not in before
@@ -70,7 +70,7 @@ OPENED = MARKED.replace(
 def test_an_answer_is_right_that_says_what_was_trained(
     row: dict[str, Any], template: str, read: str, chatty: Path
 ) -> None:
-    tokenizer = BaseModel.resolve(chatty).load_tokenizer()  # writes a blank between tokens
+    tokenizer = BaseModel.resolve(chatty).tokenizer  # writes a blank between tokens
     tokenizer.backend_tokenizer.normalizer = NFC()
     tokenizer.add_tokens(["é"])
     tokenizer.chat_template = template
@@ -79,7 +79,7 @@ def test_an_answer_is_right_that_says_what_was_trained(
 
 
 def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None:
-    tokenizer = BaseModel.resolve(chatty).load_tokenizer()
+    tokenizer = BaseModel.resolve(chatty).tokenizer
     assert max_answer_tokens(tokenizer, [CHAT]) < 20
     tokenizer.chat_template = THINKING.replace("[]", "[" + "1" * 40 + "]")
     assert max_answer_tokens(tokenizer, [CHAT]) >= 44  # with the brackets, the answer and its end
@@ -87,7 +87,7 @@ def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None
 
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:
     base = BaseModel.resolve(chatty)
-    network, tokenizer = base.load(), base.load_tokenizer()
+    network, tokenizer = base.load(), base.tokenizer
     assert answers(network, tokenizer, []) == []  # a process with more peers than rows has none
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(DataError, match=r"chat template refuses the messages: no system message \(prompt 1\)"):

@@ -29,14 +29,14 @@ def test_a_tokenizer_without_a_pad_token(tmp_path: Path) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    assert BaseModel.resolve(base).load_tokenizer().pad_token == "</s>"
+    assert BaseModel.resolve(base).tokenizer.pad_token == "</s>"
     del config["eos_token"]
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BaseModelError, match="neither a pad token nor an end-of-sequence token"):
-        BaseModel.resolve(base).load_tokenizer()
+        _ = BaseModel.resolve(base).tokenizer
     config["pad_token"] = "<unk>"
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    tokenizer = BaseModel.resolve(base).tokenizer
     assert encode([{"text": "x", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
     for line in (GOOD, '{"text": "x"}'):
         with pytest.raises(BaseModelError, match=r"no end-of-sequence token .*eos_token"):
@@ -159,7 +159,7 @@ def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     tokenizer.save_pretrained(base)
-    found = BaseModel.resolve(base).load_tokenizer()
+    found = BaseModel.resolve(base).tokenizer
     assert found.pad_token == found.eos_token
 
 
@@ -170,5 +170,5 @@ def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> Non
     shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", base / "tekken.json")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
-    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    tokenizer = BaseModel.resolve(base).tokenizer
     assert tokenizer.chat_template == TEMPLATE

@@ -28,13 +28,13 @@ from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 
 def test_a_text_without_tokens_is_refused(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     with pytest.raises(DataError, match=r"the text has no tokens \(row 1\)"):
         encode([{"text": "", "label": "a"}], tokenizer, SEQ_CLS, ["a", "b"], 64)
 
 
 def test_loss_is_on_the_completion_alone(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     (row,) = encode([{"prompt": "1+1=", "completion": "2"}], tokenizer, CAUSAL_LM, [], 64)
     assert "".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) == "<s>1+1=</s><s>2</s>"
     completion = [label for label in row["labels"] if label != IGNORE]
@@ -42,7 +42,7 @@ def test_loss_is_on_the_completion_alone(llama: Path) -> None:
 
 
 def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = MARKED
 
     def spelled(ids: list[int]) -> str:
@@ -62,7 +62,7 @@ def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
 
 
 def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = "{{ strftime_now('%Y') }}" + MARKED
     chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
     for row in (chat, {"prompt": "1", "completion": "2"}):
@@ -84,7 +84,7 @@ def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
 def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_letters(
     said: str, normalizer: Normalizer | None, learnt: str, llama: Path
 ) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.backend_tokenizer.normalizer = normalizer
     tokenizer.add_tokens(["é"])
     tokenizer.chat_template = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>", 1)
@@ -96,7 +96,7 @@ def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_letters(
 
 
 def test_chat_templates_that_do_not_do(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     rows = [json.loads(CHAT_LINE)]
     with pytest.raises(DataError, match=r"does not mark what the assistant says.*user's words.*\{% generation %\}"):
         encode(rows, tokenizer, CAUSAL_LM, [], 64)
@@ -109,7 +109,7 @@ def test_chat_templates_that_do_not_do(llama: Path) -> None:
 
 
 def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     (row,) = encode([{"text": "abc"}], tokenizer, CAUSAL_LM, [], 64)
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["a", "b", "c", "</s>"]
     assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
@@ -117,7 +117,7 @@ def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
 
 
 def test_a_beginning_and_an_end_that_a_row_brings_are_not_written_twice(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = None
 
     def spelled(row: dict[str, str]) -> str:
@@ -168,7 +168,7 @@ def some_rows(kind: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", [COMPLETION, CHAT, TEXT])
 def test_padding_changes_no_loss(kind: str, llama: Path) -> None:
     base = BaseModel.resolve(llama)
-    tokenizer, network = base.load_tokenizer(), base.load(dtype="float64")
+    tokenizer, network = base.tokenizer, base.load(dtype="float64")
     tokenizer.chat_template = MARKED
 
     def losses(rows: list[dict[str, Any]]) -> list[float]:
@@ -187,7 +187,7 @@ def test_padding_changes_no_loss(kind: str, llama: Path) -> None:
 
 
 def test_regression_rows_and_their_loss(bert: Path) -> None:
-    tokenizer = BaseModel.resolve(bert).load_tokenizer()
+    tokenizer = BaseModel.resolve(bert).tokenizer
     rows = [{"text": "a", "label": 2}, {"text": "a b", "text_pair": "c", "label": -0.5}]
     batch = collate(encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)
     assert batch["labels"].tolist() == [2.0, -0.5]
@@ -204,7 +204,7 @@ def test_prompt_without_a_chat_template_is_taken_as_it_is(tmp_path: Path) -> Non
 
 
 def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1" * 50, "completion": "2"}]
     assert len(encode(rows, tokenizer, CAUSAL_LM, [], 20)) == 1
     with pytest.raises(DataError, match=r"alone has 20 tokens or more \(all a: valid rows\). Raise max_length"):
@@ -212,7 +212,7 @@ def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
 
 
 def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
     rows = [json.loads(CHAT_LINE)]
     with pytest.raises(DataError, match=r"no token of theirs is to be learnt \(all rows\). .*{% generation %}"):
@@ -224,14 +224,14 @@ def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, ca
 def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
     llama: Path, bert: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     good, long = {"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "2" * 20}
     prompts = [{"prompt": "1" * 20, "completion": "2"}] * 11
     with caplog.at_level(logging.WARNING):
         assert [row["row"] for row in encode([good, long, good], tokenizer, CAUSAL_LM, [], 20)] == [1, 2, 3]
         assert [row["row"] for row in encode([good, *prompts, long], tokenizer, CAUSAL_LM, [], 20)] == [1, 13]
         assert encode([good], tokenizer, CAUSAL_LM, [], 20)
-        tokenizer = BaseModel.resolve(bert).load_tokenizer()
+        tokenizer = BaseModel.resolve(bert).tokenizer
         texts = [{"text": "a" * count, "label": 1} for count in (20, 21)]
         assert [len(row["input_ids"]) for row in encode(texts, tokenizer, SEQ_CLS, [1], 20)] == [20, 20]
     assert caplog.messages == [
@@ -244,7 +244,7 @@ def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
 
 
 def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     rows = encode(
         [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1", "completion": "200"}], tokenizer, CAUSAL_LM, [], 64
     )
@@ -262,13 +262,13 @@ def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -
 
 
 def test_prompts_of_all_lengths_need_few_logits(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     rows = encode([{"prompt": "1" * n, "completion": "2"} for n in (1, 20, 50)], tokenizer, CAUSAL_LM, [], 64)
     assert len(collate(rows, 2)["logits_to_keep"]) == 6  # two tokens a row
 
 
 def test_labels_outside_the_training_labels(bert: Path) -> None:
-    tokenizer = BaseModel.resolve(bert).load_tokenizer()
+    tokenizer = BaseModel.resolve(bert).tokenizer
     with pytest.raises(DataError, match="label 'maybe' is not among the training labels"):
         encode([{"text": "x", "label": "maybe"}], tokenizer, SEQ_CLS, ["no", "yes"], 64)
 

@@ -54,7 +54,7 @@ def test_oracle_25_a_raw_basis_captures_the_share_of_its_singular_values(llama: 
     base, task = BaseModel.resolve(llama), load_task("sums", sums)
     network, settings = base.load(), CalibrationSettings(rank=4, reduction="raw")
     basis = calibrate(base, {"sums": task}, settings, network=network)
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     rows = draw(task, tokenizer, [], settings)
     gradients = gradients_of_rows(network, find_targets(network, "all-linear"), rows, tokenizer.pad_token_id, settings)
     found = capture(base, network, basis, task)["modules"]

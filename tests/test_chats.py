@@ -54,7 +54,7 @@ def test_chats_whose_answers_will_not_end_are_told(
 def test_chats_that_are_asked_after_something_else_are_told(
     written: str, asked: str, endings: tuple[str, str] | None, llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = BaseModel.resolve(llama).load_tokenizer()
+    tokenizer = BaseModel.resolve(llama).tokenizer
     template = MARKED.replace("{% generation %}{{ m['content'] }}", written)
     tokenizer.chat_template = template.replace("prompt %}<s>", f"prompt %}}{asked}")
     chat = json.loads(CHAT_LINE)

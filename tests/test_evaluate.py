@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, 
     task = task_of("".join(json.dumps({"text": text}) + "\n" for text in texts), tmp_path / "data")
     found = evaluate(generates, task, split="train", dtype="float64")["base"]
     base = BaseModel.resolve(chatty)
-    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    network, tokenizer = base.load(dtype="float64"), base.tokenizer
     total = count = 0.0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -71,7 +71,7 @@ def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, 
 
 def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its copies of the logits of sixteen rows of a large vocabulary would not fit where training did."""
-    network, tokenizer = BaseModel.resolve(llama).load(), BaseModel.resolve(llama).load_tokenizer()
+    network, tokenizer = BaseModel.resolve(llama).load(), BaseModel.resolve(llama).tokenizer
     rows = encode(load_task("sums", sums).rows("valid"), tokenizer, CAUSAL_LM, [], 64)
     batch = collate(rows, tokenizer.pad_token_id)
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_evaluate_and_fit_compare_with_what_was_trained(
 ) -> None:
     base = shutil.copytree(chatty, tmp_path / "base")
     (base / "chat_template.jinja").write_text(THINKING)
-    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    tokenizer = BaseModel.resolve(base).tokenizer
     perfect = tokenizer("[] 2", add_special_tokens=False).input_ids
     monkeypatch.setattr(inference, "generate_ids", lambda _, prompts, **options: [perfect] * len(prompts))
     task = task_of(CHAT_LINE, tmp_path / "data")
@@ -106,7 +106,7 @@ def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_p
     with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
         evaluate(generates, task, split="train")
     assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
-    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).load_tokenizer())
+    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).tokenizer)
     asked.ask(Mock(eos_ids=set(), context=64, generate=lambda prompts, _: [[5]] * len(prompts)))
     assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 
@@ -132,7 +132,7 @@ def test_a_network_that_a_loop_has_left_at_training_is_scored_without_dropout(tm
     given = evaluate(adapter, task, split="train", metric="loss", network=network)
     assert network.training
     assert given == evaluate(adapter, task, split="train", metric="loss")
-    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    tokenizer = BaseModel.resolve(base).tokenizer
     assert len({answers(network, tokenizer, ["1+1"] * 8, batch_size=1)[i] for i in range(8)}) == 1
 
 

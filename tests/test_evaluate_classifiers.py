@@ -53,7 +53,7 @@ def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
     model = BaseModel.resolve(base)
-    network, tokenizer = model.load(SEQ_CLS, num_labels=2), model.load_tokenizer()
+    network, tokenizer = model.load(SEQ_CLS, num_labels=2), model.tokenizer
     rows = [{"text": text, "label": "no"} for text in ("hello", "a longer text")]
     encoded = encode(rows, tokenizer, SEQ_CLS, ["no", "yes"], 64)
     together, alone = (row_scores(network, part, tokenizer.pad_token_id)[0][0] for part in (encoded, encoded[:1]))
@@ -65,7 +65,7 @@ def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says
 
 def test_a_pair_is_read_as_everybody_calls_the_tokenizer(bert: Path, tmp_path: Path) -> None:
     adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
-    network, tokenizer = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1), BaseModel.resolve(bert).load_tokenizer()
+    network, tokenizer = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1), BaseModel.resolve(bert).tokenizer
     adapter.inject(network)
     pairs = [("one", "two, longer"), ("three", "x"), ("a", "b")]
     rows = [{"text": a, "text_pair": b, "label": i + 0.5} for i, (a, b) in enumerate(pairs)]
@@ -85,7 +85,7 @@ def test_token_types_are_for_models_that_tell_them_apart(tmp_path: Path) -> None
     """GPT-2 would take them for tokens and add their embeddings."""
     base = make_gpt2(tmp_path / "gpt2")
     save_tokenizer(base, token_types=True)
-    tokenizer = BaseModel.resolve(base).load_tokenizer()
+    tokenizer = BaseModel.resolve(base).tokenizer
     rows = [{"text": "a", "text_pair": "b", "label": "no"}]
     assert "token_type_ids" not in encode(rows, tokenizer, SEQ_CLS, ["no"], 64)[0]
 

@@ -42,7 +42,7 @@ def network(base: BaseModel) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def rows(base: BaseModel, products: Path) -> list[Encoded]:
     task = load_task("products", products)
-    return draw(task, base.load_tokenizer(), [], CalibrationSettings(samples=ROWS))
+    return draw(task, base.tokenizer, [], CalibrationSettings(samples=ROWS))
 
 
 def sums_of(network: PreTrainedModel, rows: list[Encoded], **changed: Any) -> Sums:
@@ -74,7 +74,7 @@ def assert_equal(found: Sums, expected: Sums, tolerance: float = 1e-6) -> None:
 
 
 def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None:
-    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).load_tokenizer()
+    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
     every = encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 64)
     drawn = draw(task, tokenizer, [], CalibrationSettings(samples=5))
     assert len(drawn) == 5
@@ -102,7 +102,7 @@ def test_token_loss_counts_every_token_the_same(network: PreTrainedModel, rows: 
 def test_sums_in_float16_are_those_of_float32(base: BaseModel) -> None:
     """A row's mean over so many labels would be lost in it."""
     text = "a sentence of so many words " * 70
-    long = encode([{"text": text}], base.load_tokenizer(), CAUSAL_LM, [], 2000)
+    long = encode([{"text": text}], base.tokenizer, CAUSAL_LM, [], 2000)
     expected = sums_of(base.load(dtype="float32"), long)
     assert_equal(sums_of(base.load(dtype="float16"), long), expected, 0.005)
 

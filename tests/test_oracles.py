@@ -194,7 +194,7 @@ def test_oracle_15_transpose_trap() -> None:
 
 
 def sums_of(base: BaseModel, task: TaskData, batch_size: int, *, reverse: bool = False) -> dict[str, torch.Tensor]:
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     rows = encode(task.splits["train"][:13], tokenizer, task.task_type, [], 64)
     rows = rows[::-1] if reverse else rows
     batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
@@ -214,7 +214,7 @@ def test_oracle_19_sum_is_blind_to_order_batches_and_padding(llama: Path, task: 
 def test_oracle_19_sum_is_that_of_plain_backward(llama: Path, task: TaskData) -> None:
     base = BaseModel.resolve(llama)
     ours = sums_of(base, task, 4)
-    network, tokenizer = base.load(dtype="float64"), base.load_tokenizer()
+    network, tokenizer = base.load(dtype="float64"), base.tokenizer
     network.requires_grad_(True)
     for row in encode(task.splits["train"][:13], tokenizer, task.task_type, [], 64):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -227,7 +227,7 @@ def test_oracle_19_sum_is_that_of_plain_backward(llama: Path, task: TaskData) ->
 def test_oracle_19_a_gradient_is_freed_as_soon_as_it_is_summed(llama: Path, task: TaskData) -> None:
     """When backward comes to the first layer, no weight of the second holds a gradient any more."""
     base = BaseModel.resolve(llama)
-    tokenizer, network = base.load_tokenizer(), base.load()
+    tokenizer, network = base.tokenizer, base.load()
     batch = collate(encode(task.splits["train"][:4], tokenizer, task.task_type, [], 64), tokenizer.pad_token_id)
     held: list[int] = []
     network.model.layers[0].register_full_backward_pre_hook(
@@ -299,7 +299,7 @@ def test_oracle_24_R_is_fp32_under_a_bf16_base(llama: Path, sums: Path, tmp_path
 
 def test_row_losses_match_transformers(llama: Path, task: TaskData) -> None:
     base = BaseModel.resolve(llama)
-    tokenizer, network = base.load_tokenizer(), base.load(dtype="float64")
+    tokenizer, network = base.tokenizer, base.load(dtype="float64")
     rows = encode(task.splits["train"][:5], tokenizer, task.task_type, [], 64)
     batch = collate(rows, tokenizer.pad_token_id)
     labels = batch.pop("labels")

@@ -22,7 +22,7 @@ def test_thirty_steps_agree_with_the_reference(llama: Path, sums: Path, tmp_path
     base = BaseModel.resolve(llama)
     task = load_task("sums", sums)
     task = replace(task, splits={"train": task.splits["train"][:ROWS]})
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     rows = []
     for row in task.splits["train"]:
         prompt = tokenizer.apply_chat_template(

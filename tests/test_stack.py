@@ -145,10 +145,10 @@ def test_answers_are_of_one_adapter(llama: Path, adapters: dict[str, Adapter]) -
     network, prompts = base.load(dtype="float64"), ["a longer prompt", "short"]
     stack = Stack(network, adapters)
     stack.use("b")
-    assert len(answers(network, base.load_tokenizer(), prompts, max_tokens=2)) == 2
+    assert len(answers(network, base.tokenizer, prompts, max_tokens=2)) == 2
     stack.use(["a", "b"])
     with pytest.raises(SettingsError, match=r"an adapter was chosen for each row. Choose one for all of them"):
-        answers(network, base.load_tokenizer(), prompts, max_tokens=2)
+        answers(network, base.tokenizer, prompts, max_tokens=2)
     with pytest.raises(SettingsError, match=r"no adapter was chosen. Name one"):
         stack.use([])
 

@@ -133,7 +133,7 @@ def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
     and as PEFT does under transformers' Trainer, whose loss takes all of them.
     """
     base = BaseModel.resolve(small_model())
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         task = load_task("dates", write_tasks(Path(scratch))["dates"])
         rows = encode(list(task.rows("train"))[:8], tokenizer, task.task_type, None, 192)

@@ -130,7 +130,7 @@ def _random(base: BaseModel, folder: Path, rank: int, directions: str, targets: 
 
 
 def _speed(base: BaseModel, adapter: Adapter, folder: Path, quick: bool) -> dict[str, Any]:
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS[: 4 if quick else None]]
     network = base.load(dtype="float32", device="cpu")
     adapter.inject(network)

@@ -80,7 +80,7 @@ def _sums(name: str, labels: tuple[str, ...], samples: int, targets: str, seed: 
     task = _task(name)
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", samples=samples, targets=targets, seed=seed))
-    rows = draw(task, base.load_tokenizer(), labels, settings)
+    rows = draw(task, base.tokenizer, labels, settings)
     return gradient(base, task, rows, settings, len(labels) or None)
 
 
@@ -91,7 +91,7 @@ def _valid_sums(name: str, targets: str, seed: int) -> Sums:
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", targets=targets, seed=seed))
     rows = some(task.rows("valid"), VALID_ROWS)
-    encoded = encode(rows, base.load_tokenizer(), task.task_type, task.labels, settings.max_length)
+    encoded = encode(rows, base.tokenizer, task.task_type, task.labels, settings.max_length)
     return gradient(base, task, encoded, settings, task.num_labels)
 
 

@@ -59,7 +59,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """
     task = load_task(cell.task, DATA / cell.task)
     base = base_of(task.task_type)
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     network = base.load(task.task_type, dtype=cell.dtype, num_labels=task.num_labels, seed=cell.seed)
     network.to(default_device())
     if default_device().type == "cpu":  # at these lengths the fused attention's backward pass takes five times as long
@@ -180,7 +180,7 @@ def calibration_settings(cell: Cell) -> CalibrationSettings:
 def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: CalibrationSettings) -> dict[str, float]:
     weights = {}
     for name, task in data.items():
-        rows = draw(task, base.load_tokenizer(), task.labels, settings)
+        rows = draw(task, base.tokenizer, task.labels, settings)
         weights[name] = balancing(gradient(base, task, rows, settings, task.num_labels))
     return weights
 
@@ -196,7 +196,7 @@ def gradient(
     """The sum over `rows` at W0, with the head of `num_labels` classes that `settings.seed` draws."""
     network = base.load(task.task_type, dtype="float32", num_labels=num_labels, seed=settings.seed)
     targets = find_targets(network, settings.targets)
-    return gradients_of_rows(network, targets, rows, base.load_tokenizer().pad_token_id, settings)
+    return gradients_of_rows(network, targets, rows, base.tokenizer.pad_token_id, settings)
 
 
 def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: bool = False) -> Basis:

@@ -107,7 +107,7 @@ def calibrate(
     refuse_spread(network)
     require_positions(network, settings.max_length)
 
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     least = min(LEAST, math.ceil(_ROWS_OF_MANY / len(data)))
     rows, tasks = {}, []
     for task in _one_by_one(data):

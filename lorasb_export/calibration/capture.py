@@ -43,7 +43,7 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     remove(network)
     same = {key: basis.calibration[key] for key in _SAME if key in basis.calibration}
     settings = CalibrationSettings(rank=basis.rank, **same)
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     rows = draw(task, tokenizer, task.labels, settings)
     return capture_of_rows(network, basis.modules, rows, tokenizer.pad_token_id, settings)
 

@@ -152,7 +152,7 @@ def _decoder(network: PreTrainedModel) -> Any:
 
 
 def _classifier(network: PreTrainedModel, base: BaseModel) -> Any:
-    known = base.load_tokenizer().model_input_names
+    known = base.tokenizer.model_input_names
     inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
     first = torch.full((_ROWS, _TOKENS), 3)
     arguments = (first, torch.ones_like(first), torch.zeros_like(first))[: len(inputs)]

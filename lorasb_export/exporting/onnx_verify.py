@@ -64,7 +64,7 @@ def verify_folder(
         too long for the model's context, and where others are left `metric`, `rows`, its value in `torch` and in
         `onnx`, and `drop`, the points (hundredths) the graph loses.
     """
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     decoder = OnnxDecoder(out)
     limit = min(_TOKENS, decoder.context // 2)
     encoded = [prompt_ids(tokenizer, prompt)[: decoder.context - limit] for prompt in PROMPTS]
@@ -105,7 +105,7 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
         their logits. With data also `metric` (the first that `evaluate` has for it), `rows`, its value in `torch` and
         in `onnx`, and `drop`.
     """
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     rows = []
     if data is not None:
         held_out = data.rows(data.held_out())[:_METRIC_ROWS]
@@ -141,7 +141,7 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
 
 def held_out(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
     """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     return {name: HeldOut(task, tokenizer) for name, task in data.items() if task.kind != TEXT}
 
 

@@ -207,7 +207,7 @@ def _classifier_config(base: BaseModel, labels: Sequence[Any]) -> dict[str, Any]
         "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[base.config["model_type"]]],
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "pad_token_id": base.load_tokenizer().pad_token_id,
+        "pad_token_id": base.tokenizer.pad_token_id,
     }
     return entries | {"problem_type": "single_label_classification" if labels else "regression"}
 
@@ -224,4 +224,4 @@ def _name_padding(plan: MergePlan, folder: Path) -> None:
     """A classifier's config has the id of the pad token; without its name the tokenizer makes no batches."""
     path = folder / "tokenizer_config.json"
     if path.is_file() and (config := read_json(path)).get("pad_token") is None:
-        write_json(path, config | {"pad_token": plan.base.load_tokenizer().pad_token})
+        write_json(path, config | {"pad_token": plan.base.tokenizer.pad_token})

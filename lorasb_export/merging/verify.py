@@ -110,7 +110,7 @@ def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batc
 
 def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     """What the model is given, and how many rows are the task's."""
-    tokenizer = base.load_tokenizer()
+    tokenizer = base.tokenizer
     task = _task(adapter)
     if task is None:
         return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0

@@ -140,7 +140,7 @@ def quickstart(
     line = _Line(tasks, say)
     line.seconds["model"] = round(time.monotonic() - started, 1)
 
-    network, tokenizer = base.load(dtype=_DTYPE), base.load_tokenizer()
+    network, tokenizer = base.load(dtype=_DTYPE), base.tokenizer
     fitting = FitSettings(**{**project.fit, "dtype": _DTYPE})
     folders = {name: project.adapter_folder(name) for name in tasks}
     with line.step("calibrate", "Calibrating one basis on both tasks"):

@@ -185,7 +185,7 @@ class TrainingRuns:
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.base.load_tokenizer()
+        return self.base.tokenizer
 
     @property
     def _ends(self) -> set[int]:

@@ -107,7 +107,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iterator[None]:
     """Raise what huggingface_hub raises as `kind`: one line, what to do, and never a token."""
     import httpx2
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         yield
@@ -141,7 +141,8 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         if isinstance(failure, ServerError):
             unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
             failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
-            failure.of_all = failure.silent or (status in _OF_THE_TOKEN and not hidden)
+            own = hidden or any(isinstance(e, DisabledRepoError) for e in chain)
+            failure.of_all = failure.silent or (status in _OF_THE_TOKEN and not own)
         raise failure from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used

@@ -1,4 +1,4 @@
-"""The adapters of a project scored one after another: a base is loaded once for all that generate with it."""
+"""The adapters of a project scored one after another, those of one network together."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def evaluate_adapters(
     """
     load = load_task if data is None else load_held_out
     ready: dict[str, tuple[str, str, BaseModel]] = {}
+    kinds: dict[str, tuple[str, str, int]] = {}
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     for word, folder in tqdm(adapters.items(), desc="check", disable=no_bar()):
         adapter = Adapter.load(folder)
@@ -79,18 +80,21 @@ def evaluate_adapters(
             found[of_base].verify(*of_base)
         # The rows are read again in their turn: all may be more than memory holds.
         ready[word] = name, source, found[of_base]
+        kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
     if not ready:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
     options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
-    for word, (name, source, base) in ready.items():
+    for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
+        name, source, base = ready[word]
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(adapters[word]), load(name, source)
-            network = loaded.get(base, adapter.task_type, adapter.num_labels)
             load_basis_once(adapter, bases)
-            outcome = evaluate(adapter, task, base=base, network=network, **options)
+            kind = base, adapter.task_type, adapter.num_labels
+            # No name for the network here: it would keep it beside the next one.
+            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **options)
         except OF_ONE_ITEM as error:
             if len(ready) == 1:
                 raise

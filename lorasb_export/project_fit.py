@@ -18,7 +18,7 @@ from .choices import CAUSAL_LM
 from .data import load_task
 from .errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
 from .loaded import LastLoaded
-from .output import refuse_existing
+from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
@@ -119,9 +119,10 @@ def fit_tasks(
     one_is_done = False
     for name in places:
         outcome: Adapter | LoraSBError
+        kept = resume and not is_free(targets[name])
         try:
             outcome = fit_one(name)
-            one_is_done = True
+            one_is_done = one_is_done or not kept
         except Exception as error:
             alone = distributed.world_size() == 1
             full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit
@@ -143,6 +144,7 @@ def _out_of_memory(name: str) -> TrainingError:
 
 def _checked(places: Mapping[str, str], settings: FitSettings) -> set[str]:
     """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
+    require_fitting([], settings)  # what is wrong with no task is told once
     types, problems = set(), Problems()
     for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
         with problems:

@@ -6,7 +6,7 @@ import re
 
 import httpx2
 import pytest
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lorasb_export.errors import LoraSBError, ServerError
 from lorasb_export.hub_calls import hub_errors, retry_after
@@ -69,6 +69,7 @@ def test_a_panic_of_hf_xet_is_our_error() -> None:
         ((503, HfHubHTTPError), True),
         ((401, RepositoryNotFoundError), False),
         ((403, GatedRepoError), False),
+        ((403, DisabledRepoError), False),
         ((400, HfHubHTTPError), False),
         ((412, HfHubHTTPError), False),
     ],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export import project_fit as module
 from lorasb_export.base import BaseModel, BaseRef
-from lorasb_export.errors import DataError, SettingsError, TrainingError
+from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError
 from lorasb_export.names import some
 from lorasb_export.project import Project
 from lorasb_export.project_evaluate import evaluate_adapters
@@ -20,7 +24,7 @@ from lorasb_export.project_fit import fit_tasks
 from lorasb_export.project_init import write_project
 from lorasb_export.provenance import command
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from tests.conftest import lorasb
+from tests.conftest import lorasb, write_splits
 
 SETTINGS = FitSettings(max_steps=2)
 
@@ -56,6 +60,32 @@ def test_classifiers_are_trained_and_scored_on_one_loaded_base(
     assert all(isinstance(score, dict) and score["adapter"] == scores[0]["adapter"] for score in scores)
 
 
+def test_adapters_of_one_network_are_scored_together_and_another_takes_its_place(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of a large base might not fit."""
+    basis = calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random"))
+    for name, labels in {"a": "xy", "b": "xyz", "c": "xy"}.items():
+        rows = [{"text": label, "label": label} for label in labels]
+        write_splits(tmp_path / name, {"train": rows, "test": rows})
+        adapter = Adapter.attach(BaseModel.resolve(bert).load("SEQ_CLS", num_labels=len(labels)), basis)
+        adapter.training = {"task": name, "data": str(tmp_path / name), "labels": list(labels)}
+        adapter.save(tmp_path / "adapters" / name)
+    alive: list[weakref.ref[Any]] = []
+    load = BaseModel.load
+
+    def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        gc.collect()
+        assert not any(network() for network in alive)
+        alive.append(weakref.ref(network := load(self, *arguments, **options)))
+        return network
+
+    monkeypatch.setattr(BaseModel, "load", watched)
+    folders = {name: str(tmp_path / "adapters" / name) for name in "abc"}
+    scored = [name for name, outcome in evaluate_adapters(Project(tmp_path), folders) if isinstance(outcome, dict)]
+    assert (scored, len(alive)) == (["a", "c", "b"], 2)
+
+
 def test_of_many_tasks_none_is_measured(
     llama: Path, sums: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +119,32 @@ def test_memory_that_sufficed_for_others_is_a_fault_of_the_task(
     outcomes = dict(fit_tasks(found, list("abc"), SETTINGS))
     assert [name for name, outcome in outcomes.items() if isinstance(outcome, Adapter)] == trained
     assert isinstance(outcomes[full], TrainingError)
+
+
+def test_an_adapter_that_is_kept_says_nothing_of_memory(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path, llama, sums, "ab", '[basis]\nrank = 4\ndirections = "random"\n')
+    dict(fit_tasks(found, ["a"], SETTINGS))
+
+    def full(base: Any, basis: Any, task: Any, out: Path, *arguments: Any, **options: Any) -> Adapter:
+        if task.name == "b":
+            raise MemoryError
+        return fit(base, basis, task, out, *arguments, **options)
+
+    monkeypatch.setattr(module, "fit", full)
+    with pytest.raises(MemoryError):
+        list(fit_tasks(found, ["a", "b"], SETTINGS, resume=True))
+
+
+def test_what_is_wrong_with_no_task_is_told_once(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path, llama, sums, "abc")
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr("lorasb_export.training.requirements.importlib", nothing)
+    with pytest.raises(MissingPackageError, match=r"^wandb is not installed"):
+        list(fit_tasks(found, list("abc"), replace(SETTINGS, report_to="wandb")))
 
 
 def test_tasks_with_bad_rows_are_named_together(llama: Path, sums: Path, tmp_path: Path) -> None:

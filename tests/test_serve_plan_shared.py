@@ -66,6 +66,18 @@ def test_auto_shares_a_basis_where_it_can(
 
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize(
+    "flags", ["--enable-sleep-mode", "--distributed-executor-backend ray", "--data_parallel_backend=ray", "-dpb ray"]
+)
+def test_what_a_shared_basis_would_not_outlive_is_served_folded(
+    flags: str, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM drops its tensors, or starts workers that do not see our variables."""
+    assert dry_run(siblings, mode="auto", extra=flags.split())["mode"] == "folded"
+    assert "Serving folded" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
     ("extra", "again"),
     [
         (["--max-loras", "1"], True),

@@ -99,3 +99,15 @@ def test_a_base_that_classifies_otherwise_gets_another_head(bert: Path, parity: 
     assert adapter.head["classifier.weight"].shape[0] == 2
     merge(adapter, tmp_path / "merged", verify=True)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config.num_labels == 2
+
+
+def test_a_narrow_head_is_given_back_as_it_was(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """It is trained in fp32, and the next task's own basis is made with it."""
+    network = BaseModel.resolve(bert).load(SEQ_CLS, dtype="bfloat16", num_labels=2)
+    before = {name: parameter.clone() for name, parameter in head_parameters(network).items()}
+    basis = calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random"))
+    settings = FitSettings(max_steps=1, dtype="bfloat16")
+    adapter = fit(str(bert), basis, parity, tmp_path / "a", settings, network=network)
+    assert all(tensor.dtype == torch.float32 for tensor in adapter.head.values())
+    after = head_parameters(network)
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)

@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..base import BaseModel, default_device
 from ..data import TaskData, load_task
 from ..encoding import encode
-from ..errors import ArtifactError, DataError
+from ..errors import ArtifactError, DataError, is_out_of_memory
 from ..streamed import add_updates, streamed_model, was_read
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _streamed(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], b
     try:
         logits = _logits(unmerged, batch), _logits(network, batch)
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # the device's, out of memory for one
+        if is_out_of_memory(error) or type(error) not in (RuntimeError, NotImplementedError):  # the device's
             raise
         return None  # a weight is not there, which a layer has read itself
     return logits if was_read(unmerged) and was_read(network) else None

@@ -8,7 +8,11 @@ from itertools import takewhile
 from ..errors import SettingsError
 
 SERVED_NAMES = "--served-model-name"
-_SHORT_FLAGS = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}  # of those that are read here
+_SHORT_FLAGS = {  # of those that are read here
+    "-asc": "--api-server-count",
+    "-dp": "--data-parallel-size",
+    "-dpb": "--data-parallel-backend",
+}
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
 # Flag → what is wrong with it, and what to do instead.
@@ -29,6 +33,7 @@ _REFUSED_FLAGS = {
 _READ_FLAGS = {
     *_REFUSED_FLAGS,
     *_SHORT_FLAGS,
+    "--data-parallel-backend",
     "--data-parallel-size",
     "--distributed-executor-backend",
     "--dtype",

@@ -52,7 +52,7 @@ class Folded:
         return sum(a.rank * sum(shape) for a in self.adapters.values() for shape in a.load_basis().shapes.values())
 
     def write(self, folder: Path) -> None:
-        fix = "Serve fewer, set TMPDIR to a larger disk, or use --mode shared: B and A once, an R for each adapter"
+        fix = "Serve fewer, or set TMPDIR to a larger disk; --mode shared, where it can be, needs none of this"
         require_room(folder, 4 * self._numbers, fix)
         for name, adapter in self.adapters.items():
             try:

@@ -190,7 +190,7 @@ def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> st
         return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
     if "--enable-sleep-mode" in given:
         return "after vLLM's sleep of level 2 B and A are not loaded again"
-    if given.get("--distributed-executor-backend") == "ray":
+    if "ray" in (given.get("--distributed-executor-backend"), given.get("--data-parallel-backend")):
         return "Ray's workers do not get the variables that name the basis"
     return why_unavailable()
 

@@ -172,11 +172,14 @@ class Job:
 def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
     """The Trainer sets these on the model and leaves them; the network may be the caller's, or the next task's."""
     caches, checkpoints = getattr(network.config, "use_cache", None), network.is_gradient_checkpointing
+    dtypes = {parameter: parameter.dtype for parameter in network.parameters()}
     try:
         yield
     finally:
         distributed.send_all(network)
         remove(network)
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)  # of a head, which is trained in fp32
         network.eval()
         if caches is not None:
             network.config.use_cache = caches

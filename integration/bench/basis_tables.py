@@ -85,7 +85,9 @@ def unseen(best: Mapping[Identity, Best]) -> str:
             of = kin.get(column)
             less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
             lines[name].append(f"{mean_error(less, 3)}{'' if of.closed else ' *'}" if less else "")
-    return table(["made from", *TASKS], [[name, *cells] for name, cells in lines.items()])
+    shown = [k for k in range(len(TASKS)) if any(cells[k] for cells in lines.values())]
+    rows = [[name, *(cells[k] for k in shown)] for name, cells in lines.items()]
+    return table(["made from", *(TASKS[k] for k in shown)], rows)
 
 
 def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None:
@@ -121,7 +123,8 @@ def pairs(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> P
         x, y = points.setdefault(kind, {}).setdefault(of["task"], ([], []))
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
-    return {kind: points[kind] for kind in sorted(points) if sum(len(x) for x, _ in points[kind].values()) > 2}
+    # The mean of each task takes one pair away, and of a single one that is left the correlation is 1 or -1.
+    return {kind: points[kind] for kind in sorted(points) if sum(len(x) - 1 for x, _ in points[kind].values()) > 1}
 
 
 def correlation(of_tasks: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:

@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "the weights' directions, r=64": {**_MUON, "rank": 64, "basis": "wsvd"},
     "random basis, r=64": {**_MUON, "rank": 64, "basis": "random"},
     "random basis, r=96": {**_MUON, "rank": 96, "basis": "random"},
+    "own basis, r=128": {**_MUON, "rank": 128, "basis": "own"},
     "block, r=64": {**_MUON, "rank": 64, "basis": "block"},
     "block, r=96": {**_MUON, "rank": 96, "basis": "block"},
     "block, r=128": {**_MUON, "rank": 128, "basis": "block"},

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasb_export.choices import Directions, Dtype, LossMean, Reduction
+from lorasb_export.choices import Directions, LoadedDtype, LossMean, Reduction
 
 from .verb import Run, given, parse_pairs, percentages
 
@@ -48,7 +48,8 @@ def run(
         ),
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Data type of the base model; auto: as in its checkpoint.")
+        LoadedDtype | None,
+        typer.Option(help="Data type of the base model; auto: the checkpoint's; nf4: four bits."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rows drawn, or of a random basis.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: basis]")] = None,

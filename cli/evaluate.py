@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasb_export.choices import Dtype, Metric, Split
+from lorasb_export.choices import LoadedDtype, Metric, Split
 from lorasb_export.errors import LoraSBError
 
 from .verb import Run
@@ -25,7 +25,9 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score only this many rows; the card stays as it was.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
+    dtype: Annotated[
+        LoadedDtype, typer.Option(help="Data type of the model; auto: the checkpoint's; nf4: four bits.")
+    ] = "auto",
     metric: Annotated[
         Metric | None,
         typer.Option(

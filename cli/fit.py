@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.choices import Dtype, Init, Keep, Metric, Optimizer, Schedule, Tracker
+from lorasb_export.choices import Init, Keep, LoadedDtype, Metric, Optimizer, Schedule, Tracker
 from lorasb_export.errors import LoraSBError
 
 from .verb import Run, given, percentages
@@ -76,7 +76,8 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Rows are cut after so many tokens.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Data type of the frozen base model; auto: as in its checkpoint.")
+        LoadedDtype | None,
+        typer.Option(help="Data type of the frozen base model; auto: the checkpoint's; nf4: four bits."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the row order, and of a classifier's new head.")] = None,
     group_by_length: Annotated[

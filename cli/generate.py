@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasb_export.choices import CAUSAL_LM, Dtype
+from lorasb_export.choices import CAUSAL_LM, LoadedDtype
 
 from .verb import Run, listed
 
@@ -27,7 +27,9 @@ def run(
         str | None, typer.Option(metavar="DIR", help="Ask an ONNX export instead, by ONNX Runtime.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the model; auto: as in its checkpoint.")] = "auto",
+    dtype: Annotated[
+        LoadedDtype, typer.Option(help="Data type of the model; auto: the checkpoint's; nf4: four bits.")
+    ] = "auto",
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
     chosen = None if adapters is None else listed(adapters)

@@ -56,6 +56,7 @@ TYPES = {
         "Reduction",
         "LossMean",
         "Dtype",
+        "LoadedDtype",
         "Optimizer",
         "Init",
         "Schedule",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import checkpoint_tensors
-from .choices import CAUSAL_LM, SEQ_CLS, Dtype, require_choice
+from .choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
 from .network import amend, as_base_model_error, refuse_made_up, tokenizer_of
@@ -186,7 +186,8 @@ class BaseModel:
 
         Args:
             task_type: CAUSAL_LM or SEQ_CLS.
-            dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`.
+            dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`; or `nf4`, linear layers in
+                four bits and all else as in the checkpoint, for which bitsandbytes must be installed.
             device: where it goes; by default the accelerator torch sees, else the CPU.
             num_labels: outputs of the classification head (SEQ_CLS); where the checkpoint has none, or one of another
                 size, it is drawn with `seed`; the global RNG is untouched.
@@ -205,10 +206,15 @@ class BaseModel:
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )
 
-        require_choice("dtype", dtype, Dtype)
+        require_choice("dtype", dtype, LoadedDtype)
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        device = torch.device(device or default_device())
+        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype, None)}
+        if dtype == NF4:
+            from .nf4 import loading_options
+
+            options = loading_options(self.load_empty(task_type, dtype="auto", num_labels=num_labels), device)
         loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         if num_labels is not None:
             options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
@@ -223,7 +229,6 @@ class BaseModel:
         unlike = {name for name, *_ in found.get("mismatched_keys", ())}
         refuse_made_up(network, {*found["missing_keys"], *unlike}, self.folder)
         self._prepare(network, task_type)
-        device = torch.device(device or default_device())
         if device.type != "cpu":
             gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
         network.to(device)  # type: ignore[arg-type]
@@ -247,7 +252,8 @@ class BaseModel:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             if num_labels is not None:
                 config.num_labels = num_labels
-            wanted = (config.dtype or next(stored, torch.float32)) if dtype == "auto" else getattr(torch, dtype)
+            as_stored = dtype in ("auto", NF4)
+            wanted = (config.dtype or next(stored, torch.float32)) if as_stored else getattr(torch, dtype)
             network: PreTrainedModel = loader.from_config(config, dtype=wanted)
         network.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(network, task_type)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from .errors import SettingsError
 
@@ -14,6 +14,8 @@ Directions = Literal["gradient", "random", "block"]
 Reduction = Literal["sign", "raw"]
 LossMean = Literal["sample", "token"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+LoadedDtype = Literal["auto", "float32", "bfloat16", "float16", "float64", "nf4"]
+NF4: Final = "nf4"  # the linear layers' weights in four bits, all else as in the checkpoint
 Optimizer = Literal["muon", "adamw"]
 Init = Literal["svd", "zero"]
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]

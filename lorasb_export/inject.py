@@ -9,7 +9,8 @@ from torch import nn
 
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-from .layer import LINEAR_TYPES, LoRASBLinear, Route, weight_of
+from .layer import LINEAR_TYPES, LoRASBLinear, Route, shape_of
+from .nf4 import keep_layout
 
 
 class Live(Mapping[str, nn.Parameter]):
@@ -52,6 +53,7 @@ def inject(
     """
     remove(model)
     refuse_peft(model)
+    keep_layout(model)
     found, fix = dict(model.named_modules()), "Use the base model of this basis"
     for name, module in factors.items():
         if name not in found:
@@ -59,7 +61,7 @@ def inject(
         if not isinstance(found[name], LINEAR_TYPES):
             what = f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D"
             raise BaseModelError(what, fix=fix)
-        shape = tuple(weight_of(found[name]).shape)
+        shape = shape_of(found[name])
         if shape != module.shape:
             raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
     model.requires_grad_(False)

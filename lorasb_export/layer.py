@@ -15,13 +15,19 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import SettingsError
 from .factors import Factors
+from .nf4 import compute_dtype, dense, state_of
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a Linear or Conv1D."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)  # type: ignore[return-value]
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a Linear or Conv1D as (out, in); a view, Conv1D stores it transposed."""
+    """The weight of a Linear or Conv1D as (out, in); a view, Conv1D stores it transposed. A packed one as it is."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -55,19 +61,20 @@ class _LoRASBFunction(torch.autograd.Function):
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
-        y = linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        state = state_of(weight)
+        y = linear(x, dense(weight, state).to(dtype), None if bias is None else bias.to(dtype))
         u = _onto(x, A)
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
         _add(y.view(-1, y.shape[-1]), v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
         ctx.save_for_backward(u, weight, R, rows)
-        ctx.B, ctx.A, ctx.scaling = B, A, scaling
+        ctx.B, ctx.A, ctx.scaling, ctx.state = B, A, scaling, state
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, weight, R, rows = ctx.saved_tensors
         dtype = u.dtype
-        grad = grads[0].reshape(-1, weight.shape[0])  # once: a gradient out of attention is not contiguous
+        grad = grads[0].reshape(-1, grads[0].shape[-1])  # once: a gradient out of attention is not contiguous
         with _without_autocast(grad.device.type):
             v = (ctx.scaling * _onto(grad, _transposed(ctx.B)).to(R.dtype)).view(u.shape)
             grad_x = grad_R = None
@@ -75,7 +82,7 @@ class _LoRASBFunction(torch.autograd.Function):
                 grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
             if ctx.needs_input_grad[0]:
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
-                grad_x = _add(grad @ weight.to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
+                grad_x = _add(grad @ dense(weight, ctx.state).to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None, None
 
 
@@ -137,6 +144,7 @@ class LoRASBLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight = weight_of(base)
+        dtype = compute_dtype(weight)
         self.base = base
         self.scaling = scaling
         self.route = route
@@ -144,8 +152,8 @@ class LoRASBLinear(nn.Module):
         if self.block is None:
             for name, factor in (("A", factors.A), ("B", factors.B)):
                 # Detached, a tensor of its own: FSDP2 moves a buffer in place, and would move the basis with it.
-                self.register_buffer(name, factor.detach().to(weight.device, weight.dtype), persistent=False)
-        self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True))
+                self.register_buffer(name, factor.detach().to(weight.device, dtype), persistent=False)
+        self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(dtype, torch.float32), copy=True))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -154,6 +162,7 @@ class LoRASBLinear(nn.Module):
             what = "this model's layers read whole weights, of which every row would need another"
             raise SettingsError(what, fix="Train or use one adapter at a time, without --together")
         weight = weight_of(self.base)
+        weight = dense(weight, state_of(weight))
         if self.block is not None:
             update = torch.zeros_like(weight, dtype=self.R.dtype)
             update[self.block] = self.scaling * self.R

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .choices import NF4
 from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ def amend(network: PreTrainedModel) -> None:
 
     A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
     row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
+
+    Layers in four bits: see `nf4.keep_layout`.
     """
+    from .nf4 import keep_layout
+
+    keep_layout(network)
     if getattr(network.config, "attn_logit_softcapping", None):
         network.set_attn_implementation("eager")
     head = network.get_output_embeddings()
@@ -99,9 +105,11 @@ def refuse_spread(network: PreTrainedModel) -> None:
 
 def require_dtype(network: PreTrainedModel, dtype: str) -> None:
     """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name."""
-    loaded = str(network.dtype).removeprefix("torch.")
-    if dtype not in ("auto", loaded):
-        fix = "Leave dtype at auto, or load the network in that one"
+    from .nf4 import dtype_name
+
+    loaded = dtype_name(network)
+    if dtype not in ("auto", loaded) or (dtype == "auto" and loaded == NF4):
+        fix = f"Set dtype to {loaded}, or load the network in that one"
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
 
 

@@ -27,7 +27,7 @@ model = {model}  # a folder or a Hub id
 
 [fit]
 {fit}
-# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16"), checkpoint_every, seed
+# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16", "nf4"), checkpoint_every, seed
 
 {tasks}
 # [hub]

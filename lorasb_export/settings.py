@@ -11,9 +11,9 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 from .choices import (
     CAUSAL_LM,
     Directions,
-    Dtype,
     Init,
     Keep,
+    LoadedDtype,
     LossMean,
     Metric,
     Optimizer,
@@ -57,7 +57,8 @@ class CalibrationSettings:
         capture: also measure how much of each task's gradient the basis of a mixture of up to 32 tasks holds; a
             second pass over the rows. Of a single task it is known anyway. Where it is not measured, `fit` does not
             measure it of further tasks either.
-        dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it.
+        dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it. Or `nf4`: the base's linear
+            layers in four bits, B and A in the checkpoint's type.
         seed: draws the rows and the random start of the SVD. The global RNG is left alone.
     """
 
@@ -72,7 +73,7 @@ class CalibrationSettings:
     max_length: int = 512
     gradient_checkpointing: bool = True
     capture: bool = True
-    dtype: Dtype = "auto"
+    dtype: LoadedDtype = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,7 +115,8 @@ class FitSettings:
         patience: stop after so many evaluations without a better one; never when None.
         checkpoint_every: optimizer steps between checkpoints.
         report_to: `none`, or `tensorboard`, `trackio` or `wandb`, which must be installed.
-        dtype: `auto` (the checkpoint's) or a torch float type for the frozen base; R is fp32 in any case.
+        dtype: of the frozen base: `auto` (the checkpoint's), a torch float type, or `nf4`, its linear layers in four
+            bits; R is fp32 in any case.
         seed: row order, and a new classification head.
     """
 
@@ -140,7 +142,7 @@ class FitSettings:
     patience: int | None = None
     checkpoint_every: int = 50
     report_to: Tracker = "none"
-    dtype: Dtype = "auto"
+    dtype: LoadedDtype = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .errors import BaseModelError, SettingsError
 from .inject import refuse_peft
-from .layer import LINEAR_TYPES, weight_of
+from .layer import LINEAR_TYPES, shape_of
 from .settings import ALL_LINEAR, MLP_OUTPUT
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _mlp_outputs(linear: Mapping[str, torch.nn.Module], width: int) -> dict[str,
     """
     found = {}
     for name, module in linear.items():
-        rows, columns = weight_of(module).shape
+        rows, columns = shape_of(module)
         if rows == width < columns and "att" not in name:
             found[name] = module
     return found

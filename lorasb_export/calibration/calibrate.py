@@ -26,7 +26,7 @@ from ..data import TaskData, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..inject import remove
-from ..layer import weight_of
+from ..layer import shape_of
 from ..lock import only_writer
 from ..names import some
 from ..network import refuse_spread, require_dtype, require_outputs, require_positions
@@ -176,7 +176,7 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
 
 def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
     targets = find_targets(network, settings.targets)
-    shapes = {name: tuple(weight_of(module).shape) for name, module in targets.items()}
+    shapes = {name: shape_of(module) for name, module in targets.items()}
     name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
     if settings.rank > min(smallest):
         fix = f"Set rank in [basis] of lorasb.toml, or --rank of calibrate, to {min(smallest)} or less"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from ..bars import no_bar
 from ..batches import collate, row_losses
@@ -21,8 +22,9 @@ from ..data import TaskData
 from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
-from ..layer import weight_of
+from ..layer import shape_of, weight_of
 from ..network import evaluating
+from ..nf4 import gradients_kept, state_of
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:
@@ -107,19 +109,19 @@ def gradient_sums(
     scale = 1  # of the losses of a batch, lest float16 lose the gradients of means; a power of two changes no digit
     counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
 
-    def keep(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(weight: torch.Tensor) -> None:
-            assert weight.grad is not None
-            gradient = weight.grad.to("cpu", torch.promote_types(weight.dtype, torch.float32))
-            sums[name] = sums[name].add_(gradient, alpha=1 / scale) if name in sums else gradient.div_(scale)
-            weight.grad = None
+    def keep(name: str, gradient: torch.Tensor) -> None:
+        gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32))
+        sums[name] = sums[name].add_(gradient, alpha=1 / scale) if name in sums else gradient.div_(scale)
 
-        return hook
-
-    weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
+    packed = {name: module for name, module in targets.items() if state_of(weight_of(module))}
+    plain = {name: module for name, module in targets.items() if name not in packed}
     wanted = gradient_checkpointing and network.supports_gradient_checkpointing
     checkpointed = wanted or network.is_gradient_checkpointing
-    with _only_trainable(network, weights, keep), _checkpointed(network) if checkpointed else nullcontext():
+    with (
+        _only_trainable(network, plain, keep),
+        gradients_kept(packed, keep),
+        _checkpointed(network) if checkpointed else nullcontext(),
+    ):
         for batch in batches:
             tensors = {key: v.to(network.device) for key, v in batch.items()}
             labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
@@ -132,15 +134,16 @@ def gradient_sums(
 
     rows, tokens = _over_processes(counted, network.device).tolist()
     for name, module in targets.items():
+        transposed = isinstance(module, Conv1D)  # it stores its weight as (in, out)
         if name not in sums:
-            dtype = torch.promote_types(weights[name].dtype, torch.float32)
-            sums[name] = torch.zeros_like(weights[name], dtype=dtype, device="cpu")
+            shape = shape_of(module)[:: -1 if transposed else 1]
+            sums[name] = torch.zeros(shape, dtype=torch.promote_types(network.dtype, torch.float32))
         total = _over_processes(sums[name], network.device)
         if loss == "token":
             total *= rows / tokens
         if not math.isfinite(total.sum()):  # as it is not with a NaN or infinity anywhere; isfinite() makes copies
             raise BaseModelError("the gradient is not finite", where=name, fix="Try --dtype float32")
-        sums[name] = total if weight_of(module) is module.weight else total.T  # Conv1D stores its weight as (in, out)
+        sums[name] = total.T if transposed else total
     return sums
 
 
@@ -158,9 +161,17 @@ def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def _only_trainable(
-    network: PreTrainedModel, weights: Mapping[str, Any], hook: Callable[[str], Callable[[torch.Tensor], None]]
+    network: PreTrainedModel, modules: Mapping[str, Any], keep: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Let only `weights` require gradients, with dropout and the KV cache off; all is restored afterwards."""
+    """Let only the weights of `modules` require gradients, which `keep` is given and frees, with dropout and the KV
+    cache off; all is restored afterwards.
+    """
+
+    def hook(name: str, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        keep(name, weight.grad)
+        weight.grad = None
+
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     cache = getattr(network.config, "use_cache", None)
     network.requires_grad_(False)
@@ -168,9 +179,9 @@ def _only_trainable(
     try:
         if cache:
             network.config.use_cache = False
-        for name, weight in weights.items():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(hook(name)))
+        for name, module in modules.items():
+            module.weight.requires_grad_(True)
+            handles.append(module.weight.register_post_accumulate_grad_hook(partial(hook, name)))
         with evaluating(network):
             yield
     finally:

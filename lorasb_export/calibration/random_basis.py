@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..factors import BlockBasis, Factors, ModuleBasis
-from ..layer import weight_of
+from ..layer import shape_of
 from ..settings import BLOCK
 
 
@@ -22,7 +22,7 @@ def random_factors(
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, Factors] = {}
     for name, module in targets.items():
-        rows, columns = weight_of(module).shape
+        rows, columns = shape_of(module)
         if directions == BLOCK:
             modules[name] = BlockBasis((rows, columns), *(_span(n, rank, generator) for n in (rows, columns)))
         else:

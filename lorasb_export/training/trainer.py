@@ -23,6 +23,7 @@ from .. import distributed
 from ..atomic import atomic_file, fsync
 from ..batches import row_losses
 from ..errors import OutputError, TrainingError, first_line
+from ..nf4 import with_adapters
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
@@ -81,12 +82,13 @@ class RTrainer(Trainer):
             self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
         distributed.send_only_trained(network)
         steps = max(run.order.steps for run in runs)
-        super().__init__(
-            model=network,
-            args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
-            train_dataset=range(steps),
-            callbacks=[*callbacks, Evaluations(self)],
-        )
+        with with_adapters(network):
+            super().__init__(
+                model=network,
+                args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
+                train_dataset=range(steps),
+                callbacks=[*callbacks, Evaluations(self)],
+            )
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         self._window = LossWindow(len(runs), self.args.device)
         self._stopped: set[int] = set()

@@ -1,0 +1,149 @@
+"""A base whose linear layers are held in four bits: NF4 (arXiv 2305.14314, QLoRA), by bitsandbytes.
+
+Its weights are packed: uint8, in a shape of their own, beside a state that says what they stand for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from .choices import NF4
+from .errors import BaseModelError, MissingPackageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is asked for. Weights are packed as they are read: the base never lies there whole.
+
+    Args:
+        empty: the network without weights. Its body's linear layers are packed, a head is not.
+
+    Raises:
+        MissingPackageError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise MissingPackageError(f"dtype {NF4} needs the package bitsandbytes", fix="pip install bitsandbytes")
+    # On some CPUs it recommends a package for the product that `keep_layout` avoids.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=NF4,
+        bnb_4bit_compute_dtype=empty.dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=[name for name, _ in empty.named_children() if name != empty.base_model_prefix],
+    )
+    return {"dtype": empty.dtype, "quantization_config": config, "device_map": {"": device}}
+
+
+def dtype_name(network: PreTrainedModel) -> str:
+    """What settings call its weights: a float type, or `nf4`."""
+    if not getattr(network, "is_loaded_in_4bit", False):
+        return str(network.dtype).removeprefix("torch.")
+    kind: str = network.config.quantization_config.bnb_4bit_quant_type
+    return kind
+
+
+def state_of(weight: torch.Tensor) -> Any:
+    """What a packed weight stands for, as bitsandbytes keeps it; None of a weight that is not packed.
+
+    Raises:
+        BaseModelError: it holds integers otherwise: eight bits, or four in another layout.
+    """
+    state = getattr(weight, "quant_state", None)
+    if weight.is_floating_point() or (state is not None and not getattr(state, "packing_format_for_cpu", False)):
+        return state
+    what = f"the network's weights are {weight.dtype}".replace("torch.", "")
+    if state is not None:
+        what = "the network's weights were laid out anew for answering on a CPU"
+    raise BaseModelError(what, fix=f"Load the base in a float type or, with --dtype {NF4}, in four bits")
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of the numbers in a weight, packed or not."""
+    dtype: torch.dtype = getattr(state_of(weight), "dtype", weight.dtype)
+    return dtype
+
+
+def dense(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The weight (out, in) that a packed one stands for; one that is not packed (`state` None) as it is."""
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: torch.Tensor = dequantize_4bit(weight, state)
+    return whole
+
+
+def keep_layout(network: nn.Module) -> None:
+    """Have layers in four bits stay as they are on a CPU whose instructions multiply bfloat16.
+
+    Without gradients they would lay out their weights anew, for a product that lets no gradient through afterwards.
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+@contextmanager
+def with_adapters(network: nn.Module) -> Iterator[None]:
+    """transformers' Trainer refuses a packed network without PEFT's adapters: within, it takes them to be there."""
+    network._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del network._hf_peft_config_loaded
+
+
+class _Gradient(torch.autograd.Function):
+    """x·Wᵀ + bias of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, _: torch.Tensor, module: nn.Linear, keep: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.keep = module, keep
+        return linear(x, _whole(module).to(x.dtype), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        return (grad @ _whole(ctx.module).to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def _whole(module: nn.Linear) -> torch.Tensor:
+    return dense(module.weight, state_of(module.weight))
+
+
+@contextmanager
+def gradients_kept(modules: Mapping[str, Any], keep: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
+    wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
+    try:
+        for name, module in modules.items():
+            module.forward = partial(_forward, module, wanted, partial(keep, name))
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+def _forward(
+    module: nn.Linear, wanted: torch.Tensor, keep: Callable[[torch.Tensor], None], x: torch.Tensor
+) -> torch.Tensor:
+    y: torch.Tensor = _Gradient.apply(x, wanted, module, keep)
+    return y

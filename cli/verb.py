@@ -192,6 +192,7 @@ def _calm_libraries(run: Run) -> None:
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends another package
 
 
 def listed(words: str) -> list[str]:

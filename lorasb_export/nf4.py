@@ -5,7 +5,6 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +33,6 @@ def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, A
     """
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(f"dtype {NF4} needs the package bitsandbytes", fix="pip install bitsandbytes")
-    # On some CPUs it recommends a package for the product that `keep_layout` avoids.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -45,6 +42,8 @@ def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, A
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=[name for name, _ in empty.named_children() if name != empty.base_model_prefix],
     )
+    if device.type != "cpu" and device.index is None:  # accelerate compares it with the process's own
+        device = torch.device(device.type, torch.accelerator.current_device_index())
     return {"dtype": empty.dtype, "quantization_config": config, "device_map": {"": device}}
 
 

@@ -11,7 +11,7 @@ from lorasb_export.errors import LoraSBError
 
 from .verb import Run
 
-INTERRUPTED = "The figures of the adapters that were finished are in their cards, unless --data or --limit was given."
+INTERRUPTED = "The figures of finished adapters are in their cards (not with --data or --limit): go on with --resume."
 
 
 def run(
@@ -26,7 +26,8 @@ def run(
         int | None, typer.Option(min=1, help="Score only this many rows; the card stays as it was.")
     ] = None,
     dtype: Annotated[
-        LoadedDtype, typer.Option(help="Data type of the model; auto: the checkpoint's; nf4: four bits.")
+        LoadedDtype,
+        typer.Option(help="Data type of the model; auto: the checkpoint's; nf4: four bits, not for the card."),
     ] = "auto",
     metric: Annotated[
         Metric | None,
@@ -35,6 +36,9 @@ def run(
             "the first by default."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after an interruption: score only what has no figures in its card.")
+    ] = False,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
     words = adapter or run.project.adapter_names()
@@ -53,6 +57,7 @@ def run(
         limit=limit,
         dtype=dtype,
         metric=metric,
+        resume=resume,
     )
     results: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}

@@ -132,13 +132,16 @@ def _whole(module: nn.Linear) -> torch.Tensor:
 def gradients_kept(modules: Mapping[str, Any], keep: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
     wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
             module.forward = partial(_forward, module, wanted, partial(keep, name))
         yield
     finally:
-        for module in modules.values():
-            del module.forward
+        for name, forward in before.items():
+            del modules[name].forward
+            if forward is not None:  # someone else's wrapper
+                modules[name].forward = forward
 
 
 def _forward(

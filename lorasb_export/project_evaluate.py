@@ -11,6 +11,7 @@ from tqdm import tqdm
 from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import BaseModel, BaseRef
+from .choices import NF4
 from .data import load_held_out, load_task
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score
@@ -35,8 +36,10 @@ def evaluate_adapters(
     limit: int | None = None,
     dtype: str = "auto",
     metric: str | None = None,
+    resume: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
-    """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card.
+    """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card, unless the
+    base is in four bits: they would be read as those of the base itself.
 
     All of them are looked at before the first network runs.
 
@@ -47,17 +50,23 @@ def evaluate_adapters(
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
         split, limit, dtype, metric: as for `evaluate`.
+        resume: take figures that are in a card from there.
 
     Yields:
         each word and what `evaluate` gives; or its error, where it alone is at fault: the next one is scored all the
         same. The error of a single one is raised.
 
     Raises:
-        SettingsError: an adapter does not say what it was trained on.
+        SettingsError: an adapter does not say what it was trained on; `resume` where no card would have the figures.
         DataError: none has rows to be scored on; or as for `evaluate`.
         BaseModelError: the base of one is missing or another one; none was scored.
     """
+    into_cards = data is None and limit is None and dtype != NF4 and split != "train"
+    if resume and not into_cards:
+        what = "--resume takes figures from the cards, where none are of --data, --limit, --split train or --dtype nf4"
+        raise SettingsError(what, fix="Leave out either")
     load = load_task if data is None else load_held_out
+    known: dict[str, dict[str, Any]] = {}
     ready: dict[str, tuple[str, str, BaseModel]] = {}
     kinds: dict[str, tuple[str, str, int]] = {}
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
@@ -73,7 +82,11 @@ def evaluate_adapters(
         if all_there_are and not data and not task.splits.get(split or task.held_out()):
             logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
             continue
-        to_score(adapter, task, split=split, limit=limit, metric=metric)
+        of_split, of_metric, _ = to_score(adapter, task, split=split, limit=limit, metric=metric)
+        figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric)
+        if resume and figures:
+            known[word] = {"task": name, "split": of_split, "metric": of_metric, **figures}
+            continue
         of_base = adapter.base, frozenset(adapter.R)
         if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
             found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
@@ -81,7 +94,8 @@ def evaluate_adapters(
         # The rows are read again in their turn: all may be more than memory holds.
         ready[word] = name, source, found[of_base]
         kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
-    if not ready:
+    yield from known.items()
+    if not ready and not known:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
@@ -96,12 +110,12 @@ def evaluate_adapters(
             # No name for the network here: it would keep it beside the next one.
             outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **options)
         except OF_ONE_ITEM as error:
-            if len(ready) == 1:
+            if len(ready) + len(known) == 1:
                 raise
             logger.warning("%s is left out: %s", word, error)
             outcome = error.alone()
         else:
-            if data is None and limit is None and outcome["split"] != "train":
+            if into_cards and outcome["split"] != "train":
                 _record(word, adapter, outcome)
         yield word, outcome
 

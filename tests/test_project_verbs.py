@@ -46,6 +46,26 @@ def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:
     assert Adapter.load("adapters/a").training["evaluation"]["test"]["loss"]["rows"] == 24
 
 
+def test_figures_beside_a_base_in_four_bits_stay_out_of_the_card(project: Path) -> None:
+    assert lorasb("evaluate", "a", "--metric", "loss", "--dtype", "nf4").exit_code == 0
+    assert "evaluation" not in Adapter.load("adapters/a").training
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path) -> None:
+    shutil.copytree("adapters/a", "adapters/b")
+    in_card = {"base": 1.5, "adapter": 0.25, "rows": 24}
+    record_evaluation(Adapter.load("adapters/a"), {"split": "test", "metric": "loss", **in_card})
+    for metric, of_a in (("loss", 0.25), ("exact_match", 0.0)):
+        done = lorasb("evaluate", "--metric", metric, "--resume", "--json")
+        found = json.loads(done.stdout)["evaluation"]
+        assert found["a"]["adapter"] == of_a
+        assert found["b"]["adapter"] == (0.0 if metric == "exact_match" else pytest.approx(found["b"]["base"]))
+    assert lorasb("evaluate", "--metric", "loss", "--resume").exit_code == 0  # nothing is left
+
+    refused = lorasb("evaluate", "--resume", "--limit", "3")
+    assert "--resume takes figures from the cards" in refused.output
+
+
 def test_adapters_are_scored_on_one_base_and_share_their_basis(
     project: Path, llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,10 @@ from lorasb_export.errors import LoraSBError
 
 from .verb import Run
 
-INTERRUPTED = "The figures of finished adapters are in their cards (not with --data or --limit): go on with --resume."
+INTERRUPTED = (
+    "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
+    "train or --dtype nf4.)"
+)
 
 
 def run(

@@ -139,7 +139,7 @@ _SAVE_MEMORY = {
     "batch_size": "a smaller --batch-size",
     "max_length": "a smaller --max-length",
     "gradient_checkpointing": "--gradient-checkpointing",
-    "dtype": "--dtype bfloat16 or nf4",
+    "dtype": "--dtype bfloat16",
 }
 
 

@@ -17,7 +17,7 @@ from .checkpoint import checkpoint_tensors
 from .choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
-from .network import amend, as_base_model_error, refuse_made_up, tokenizer_of
+from .network import amend, as_base_model_error, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, expanded, read_json
 from .supported import check_supported
@@ -211,26 +211,20 @@ class BaseModel:
 
         device = torch.device(device or default_device())
         options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype, None)}
+        empty = None
         if dtype == NF4:
             from .nf4 import loading_options
 
-            options = loading_options(self.load_empty(task_type, dtype="auto", num_labels=num_labels), device)
+            empty = self.load_empty(task_type, dtype="auto", num_labels=num_labels)
+            options = loading_options(empty, device)
         loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         if num_labels is not None:
             options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
-        # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
-        with torch.random.fork_rng(devices=[]), as_base_model_error(self.folder):
-            torch.default_generator.manual_seed(seed)
-            network: PreTrainedModel
-            network, found = loader.from_pretrained(
-                self.folder, trust_remote_code=False, output_loading_info=True, **options
-            )
-        unlike = {name for name, *_ in found.get("mismatched_keys", ())}
-        refuse_made_up(network, {*found["missing_keys"], *unlike}, self.folder)
-        self._prepare(network, task_type)
         if device.type != "cpu":
             gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
+        network = read_network(self.folder, loader, options, seed, empty)
+        self._prepare(network, task_type)
         network.to(device)  # type: ignore[arg-type]
         return network
 

@@ -169,6 +169,8 @@ def fitting_metric(task: TaskData, metric: str | None) -> str:
 def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric.
 
+    `data_sha256` of the task may stand beside them.
+
     Raises:
         ArtifactError: there is another adapter by now.
         OutputError: the folder cannot be written, or its disk has no locks.
@@ -185,7 +187,9 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
                 what = "the adapter was replaced while it was scored"
                 raise ArtifactError(what, where=folder, fix="Evaluate it again")
             split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
-            split[result["metric"]] = {key: result[key] for key in ("base", "adapter", "rows")}
+            split[result["metric"]] = {
+                key: result[key] for key in ("base", "adapter", "rows", "data_sha256") if key in result
+            }
             write_json(temporary, sealed(config))
         card.write(folder, card.adapter_card(config))
 

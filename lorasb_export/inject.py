@@ -9,8 +9,8 @@ from torch import nn
 
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-from .layer import LINEAR_TYPES, LoRASBLinear, Route, shape_of
-from .nf4 import keep_layout
+from .layer import LINEAR_TYPES, LoRASBLinear, Route, shape_of, weight_of
+from .nf4 import keep_layout, state_of
 
 
 class Live(Mapping[str, nn.Parameter]):
@@ -49,11 +49,10 @@ def inject(
 
     Raises:
         ArtifactError: the model lacks a module, or its shape differs from the basis's.
-        BaseModelError: the model carries PEFT layers, or a module is neither Linear nor Conv1D.
+        BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, or quantized (but for nf4).
     """
     remove(model)
     refuse_peft(model)
-    keep_layout(model)
     found, fix = dict(model.named_modules()), "Use the base model of this basis"
     for name, module in factors.items():
         if name not in found:
@@ -64,6 +63,7 @@ def inject(
         shape = shape_of(found[name])
         if shape != module.shape:
             raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
+        state_of(weight_of(found[name]))
     model.requires_grad_(False)
     layers = {}
     for name, module in factors.items():
@@ -76,8 +76,10 @@ def inject(
 def remove(model: nn.Module) -> None:
     """Take every adapter off `model`: its modules are the base's own again, bit for bit, and stay frozen.
 
-    A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower.
+    A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower. Layers in four
+    bits keep their layout from then on (`nf4.keep_layout`).
     """
+    keep_layout(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRASBLinear):
             _replace(model, name, module.base)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .choices import NF4
 from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
@@ -27,11 +27,7 @@ def amend(network: PreTrainedModel) -> None:
     A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
     row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
 
-    Layers in four bits: see `nf4.keep_layout`.
     """
-    from .nf4 import keep_layout
-
-    keep_layout(network)
     if getattr(network.config, "attn_logit_softcapping", None):
         network.set_attn_implementation("eager")
     head = network.get_output_embeddings()
@@ -40,7 +36,7 @@ def amend(network: PreTrainedModel) -> None:
 
 
 @contextmanager
-def as_base_model_error(folder: Path) -> Iterator[None]:
+def as_base_model_error(folder: Path, fix: str = "Fetch the base again") -> Iterator[None]:
     """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
     try:
         yield
@@ -48,7 +44,39 @@ def as_base_model_error(folder: Path) -> Iterator[None]:
         if isinstance(error, LoraSBError) or is_out_of_memory(error):
             raise
         what = f"transformers cannot load the base: {first_line(error):.300}"
-        raise BaseModelError(what, where=folder, fix="Fetch the base again") from error
+        raise BaseModelError(what, where=folder, fix=fix) from error
+
+
+def read_network(
+    folder: Path, loader: Any, options: Mapping[str, Any], seed: int, empty: PreTrainedModel | None
+) -> PreTrainedModel:
+    """`loader.from_pretrained`, with a head that the checkpoint lacks drawn by `seed`; the global RNG is untouched.
+
+    Args:
+        empty: of a network in four bits, itself as it is to be, without weights.
+
+    Raises:
+        BaseModelError: whatever transformers raises, or the checkpoint lacks a weight of the body.
+    """
+    import torch
+
+    from .nf4 import keep_layout, other_shapes, renew_head
+
+    # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
+    devices = [device for device in options.get("device_map", {}).values() if device.type == "cuda"]
+    fix = "Fetch the base again" if empty is None else f"Try without dtype {NF4}; if that fails too, fetch it again"
+    network: PreTrainedModel
+    with torch.random.fork_rng(devices), as_base_model_error(folder, fix):
+        torch.default_generator.manual_seed(seed)
+        network, found = loader.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+        made_up = {*found["missing_keys"], *(name for name, *_ in found.get("mismatched_keys", ()))}
+        if empty is not None:
+            made_up |= other_shapes(network, empty)
+            torch.default_generator.manual_seed(seed)
+            renew_head(network, empty, made_up)
+            keep_layout(network)
+    refuse_made_up(network, made_up, folder)
+    return network
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:

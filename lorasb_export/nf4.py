@@ -5,7 +5,7 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -16,10 +16,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 from .choices import NF4
-from .errors import BaseModelError, MissingPackageError
+from .errors import BaseModelError, MissingPackageError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Layers of Mamba's kind read these weights, and do not call the layers that they belong to.
+_READ_BY_OTHERS = ["dt_proj", "mixer.x_proj", "mixer.out_proj", "mamba.x_proj", "mamba.out_proj"]
 
 
 def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, Any]:
@@ -30,28 +34,58 @@ def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, A
 
     Raises:
         MissingPackageError: bitsandbytes is not installed.
+        SettingsError: the base is in float64.
     """
     if find_spec("bitsandbytes") is None:
         raise MissingPackageError(f"dtype {NF4} needs the package bitsandbytes", fix="pip install bitsandbytes")
+    if empty.dtype == torch.float64:
+        raise SettingsError(f"dtype is {NF4}, the base float64", fix="Take a base in 16 or 32 bits, or another dtype")
     from transformers import BitsAndBytesConfig
 
+    heads = [name for name, _ in empty.named_children() if name != empty.base_model_prefix]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4,
         bnb_4bit_compute_dtype=empty.dtype,
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=[name for name, _ in empty.named_children() if name != empty.base_model_prefix],
+        llm_int8_skip_modules=heads + _READ_BY_OTHERS,
     )
     if device.type != "cpu" and device.index is None:  # accelerate compares it with the process's own
         device = torch.device(device.type, torch.accelerator.current_device_index())
     return {"dtype": empty.dtype, "quantization_config": config, "device_map": {"": device}}
 
 
+def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:
+    """Parameters of another shape than in `empty`: where transformers packs weights it takes them as they come."""
+    wanted = {name: sorted(parameter.shape) for name, parameter in empty.named_parameters()}  # a Conv1D is turned
+    found = dict(network.named_parameters())
+    return {
+        name
+        for name, weight in found.items()
+        if sorted(getattr(state_of(weight), "shape", weight.shape)) != wanted[name]
+    }
+
+
+def renew_head(network: PreTrainedModel, empty: PreTrainedModel, made_up: Collection[str]) -> None:
+    """Draw a classifier's head on the host where parameters of it were `made_up`, as for a base that is not packed."""
+    for name, head in empty.named_children():
+        if name != empty.base_model_prefix and any(parameter.startswith(f"{name}.") for parameter in made_up):
+            head.to_empty(device="cpu")
+            head.apply(empty._init_weights)
+            setattr(network, name, head.to(network.device))
+
+
 def dtype_name(network: PreTrainedModel) -> str:
-    """What settings call its weights: a float type, or `nf4`."""
+    """What settings call its weights: a float type, or `nf4`.
+
+    Raises:
+        BaseModelError: they are in four bits of another kind.
+    """
     if not getattr(network, "is_loaded_in_4bit", False):
         return str(network.dtype).removeprefix("torch.")
     kind: str = network.config.quantization_config.bnb_4bit_quant_type
+    if kind != NF4:
+        raise BaseModelError(f"the network's weights are {kind}", fix=f"Load it with bnb_4bit_quant_type={NF4!r}")
     return kind
 
 
@@ -59,10 +93,12 @@ def state_of(weight: torch.Tensor) -> Any:
     """What a packed weight stands for, as bitsandbytes keeps it; None of a weight that is not packed.
 
     Raises:
-        BaseModelError: it holds integers otherwise: eight bits, or four in another layout.
+        BaseModelError: it is quantized otherwise: eight bits, or four in another layout.
     """
     state = getattr(weight, "quant_state", None)
-    if weight.is_floating_point() or (state is not None and not getattr(state, "packing_format_for_cpu", False)):
+    if (weight.is_floating_point() and weight.dtype.itemsize > 1) or (
+        state is not None and not getattr(state, "packing_format_for_cpu", False)
+    ):
         return state
     what = f"the network's weights are {weight.dtype}".replace("torch.", "")
     if state is not None:
@@ -115,12 +151,12 @@ class _Gradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.keep = module, keep
-        return linear(x, _whole(module).to(x.dtype), module.bias)
+        return linear(x, _whole(module).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
-        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
         return (grad @ _whole(ctx.module).to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
 

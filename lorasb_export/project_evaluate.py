@@ -50,7 +50,7 @@ def evaluate_adapters(
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
         split, limit, dtype, metric: as for `evaluate`.
-        resume: take figures that are in a card from there.
+        resume: take figures of the same data that are in a card from there.
 
     Yields:
         each word and what `evaluate` gives; or its error, where it alone is at fault: the next one is scored all the
@@ -83,9 +83,10 @@ def evaluate_adapters(
             logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
             continue
         of_split, of_metric, _ = to_score(adapter, task, split=split, limit=limit, metric=metric)
-        figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric)
-        if resume and figures:
-            known[word] = {"task": name, "split": of_split, "metric": of_metric, **figures}
+        figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
+        if resume and figures.get("data_sha256") == task.sha256:
+            of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
+            known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
             continue
         of_base = adapter.base, frozenset(adapter.R)
         if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
@@ -94,6 +95,8 @@ def evaluate_adapters(
         # The rows are read again in their turn: all may be more than memory holds.
         ready[word] = name, source, found[of_base]
         kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
+    if known:
+        logger.info("The figures of %d adapters are in their cards", len(known))
     yield from known.items()
     if not ready and not known:
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
@@ -116,7 +119,7 @@ def evaluate_adapters(
             outcome = error.alone()
         else:
             if into_cards and outcome["split"] != "train":
-                _record(word, adapter, outcome)
+                _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
 
 

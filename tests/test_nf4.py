@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorasb_export import Adapter, Basis, calibrate, fit, merge
 from lorasb_export.base import BaseModel
@@ -26,6 +28,7 @@ from lorasb_export.settings import BLOCK, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.fit import fit_together
 from tests.conftest import lorasb
+from tests.test_weight_readers import MODELS, make
 from tests.tiny import make_gpt2, make_llama
 
 BASIS = CalibrationSettings(rank=4, samples=8)
@@ -118,6 +121,54 @@ def test_an_evaluation_does_not_change_what_is_trained(llama: Path, sums: Path, 
         fit(llama, basis, sums, tmp_path / str(every), replace(settings, evaluate_every=every)) for every in (1, 6)
     )
     assert evaluated.sha256 == not_evaluated.sha256
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_a_head_that_does_not_fit_is_drawn_as_for_a_whole_base(labels: int | None, bert: Path, tmp_path: Path) -> None:
+    """The checkpoint has none, or one of five classes."""
+    base = BaseModel.resolve(bert)
+    if labels:
+        base.load(SEQ_CLS, num_labels=5).save_pretrained(tmp_path / "base")
+        base.tokenizer.save_pretrained(tmp_path / "base")
+        base = BaseModel.resolve(tmp_path / "base")
+    before = torch.get_rng_state()
+    networks = [
+        base.load(SEQ_CLS, num_labels=2, seed=seed, dtype=dtype)
+        for seed, dtype in ((3, "nf4"), (3, "auto"), (4, "nf4"))
+    ]
+    heads = [network.classifier.weight for network in networks]
+    assert [tuple(head.shape) for head in heads] == [(2, 32)] * 3
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_body_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48'))
+    with pytest.raises(BaseModelError):
+        BaseModel.resolve(tmp_path / "base").load(dtype="nf4")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_read_weights_are_trained_in_it(name: str, sums: Path, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", name)
+    basis = calibrate(base, {"sums": sums}, CalibrationSettings(rank=2, samples=8, dtype="nf4"))
+    adapter = fit(base, basis, sums, tmp_path / "a", FitSettings(dtype="nf4", **FITTING))
+    assert evaluate(adapter, sums, dtype="nf4", metric="loss", limit=4)["adapter"] > 0
+
+
+def test_a_given_network_is_scored_and_trained_in(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """Loaded by transformers itself, and asked something before."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    network = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    basis = calibrate(llama, {"sums": sums}, CalibrationSettings(rank=4, samples=8, dtype="nf4"), network=network)
+    adapter = fit(llama, basis, sums, tmp_path / "a", FitSettings(dtype="nf4", **FITTING), network=network)
+    assert evaluate(adapter, sums, dtype="nf4", metric="loss", network=network)["adapter"] > 0
+    fp4 = AutoModelForCausalLM.from_pretrained(llama, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(BaseModelError, match="the network's weights are fp4"):
+        calibrate(llama, {"sums": sums}, BASIS, network=fp4)
 
 
 def test_a_given_network_says_what_it_is(llama: Path, sums: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from lorasb_export import Adapter, Basis, calibrate, evaluate, project_evaluate
 from lorasb_export.base import BaseModel
+from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError, DataError, LoraSBError
 from lorasb_export.evaluation import record_evaluation
 from lorasb_export.exporting import onnx
@@ -51,15 +52,21 @@ def test_figures_beside_a_base_in_four_bits_stay_out_of_the_card(project: Path) 
     assert "evaluation" not in Adapter.load("adapters/a").training
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path, sums: Path) -> None:
     shutil.copytree("adapters/a", "adapters/b")
     in_card = {"base": 1.5, "adapter": 0.25, "rows": 24}
-    record_evaluation(Adapter.load("adapters/a"), {"split": "test", "metric": "loss", **in_card})
-    for metric, of_a in (("loss", 0.25), ("exact_match", 0.0)):
-        done = lorasb("evaluate", "--metric", metric, "--resume", "--json")
-        found = json.loads(done.stdout)["evaluation"]
-        assert found["a"]["adapter"] == of_a
-        assert found["b"]["adapter"] == (0.0 if metric == "exact_match" else pytest.approx(found["b"]["base"]))
+
+    def resumed(data_sha256: str) -> dict[str, Any]:
+        figures = {"split": "test", "metric": "loss", **in_card, "data_sha256": data_sha256}
+        record_evaluation(Adapter.load("adapters/a"), figures)
+        done = lorasb("evaluate", "--metric", "loss", "--resume", "--json")
+        found: dict[str, Any] = json.loads(done.stdout)["evaluation"]
+        return found
+
+    found = resumed(load_task("a", sums).sha256)
+    assert found["a"] == {"task": "a", "split": "test", "metric": "loss", **in_card}
+    assert found["b"]["adapter"] == pytest.approx(found["b"]["base"])  # it is as training starts
+    assert resumed("of other data")["a"]["base"] == found["b"]["base"]
     assert lorasb("evaluate", "--metric", "loss", "--resume").exit_code == 0  # nothing is left
 
     refused = lorasb("evaluate", "--resume", "--limit", "3")

@@ -29,9 +29,10 @@ IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
-# Some templates put today's date before every prompt. Rows get Llama 3's own default instead, so that a run trains on
-# the same tokens whenever it is started or resumed.
-DATED = {"strftime_now": date(2024, 7, 26).strftime}
+# A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
+# line break after a block would be left out.
+_DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
+_ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
@@ -54,6 +55,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
     return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
 
 
+def one_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What makes the chat template write one and the same date every day.
+
+    Some put today's before every prompt. Rows get Llama 3's own default instead, so that a run trains on the same
+    tokens whenever it is started or resumed.
+    """
+    if tokenizer.chat_template is None:
+        return {}
+    return {"chat_template": _ONE_DAY + tokenizer.get_chat_template()}
+
+
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text with what the tokenizer puts around one, less a beginning that the text has already."""
     ids: list[int] = tokenizer(text).input_ids
@@ -69,9 +81,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
         DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
     """
     question, _ = question_and_answer(row, where)
-    asked = prompt_ids(tokenizer, question, where, **DATED)
+    asked = prompt_ids(tokenizer, question, where, **one_day(tokenizer))
     if kind_of(row) == CHAT:
-        ids = _chat_ids(tokenizer, row["messages"], where, **DATED)
+        ids = _chat_ids(tokenizer, row["messages"], where, **one_day(tokenizer))
     else:
         ids, _ = _tokens(row, tokenizer, where)
     return ids[len(asked) :] if ids[: len(asked)] == asked else None
@@ -193,7 +205,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     if kind == TEXT:
         ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"], where, **DATED)
+    prompt = prompt_ids(tokenizer, row["prompt"], where, **one_day(tokenizer))
     completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
@@ -228,7 +240,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
             fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
         )
-    told: Any = {**tokenizer.special_tokens_map, **DATED, "chat_template": tokenizer.get_chat_template()}
+    told: Any = {**tokenizer.special_tokens_map, **one_day(tokenizer)}
     with _refusals(where):
         rendered: Any = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **told)
     (text,), (spans,) = rendered

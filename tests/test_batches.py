@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate, row_losses
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.encoding import IGNORE, Encoded, encode, prompt_ids
+from lorasb_export.encoding import IGNORE, Encoded, encode, one_day, prompt_ids
 from lorasb_export.errors import DataError
 from lorasb_export.rows import CHAT, COMPLETION, TEXT, question_and_answer
 from tests.rows import CHAT_LINE, MARKED
@@ -64,12 +64,17 @@ def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
 def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
     tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = "{{ strftime_now('%Y') }}" + MARKED
+    dates = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %A %-d %B, %Y-%m-%d') }}{% endif %}"
     chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
     for row in (chat, {"prompt": "1", "completion": "2"}):
         (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
         assert "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"])) == "2024<s>1</s><s>2</s>"
     asked = "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "1")))
     assert asked == f"{date.today().year}<s>1</s><s>"
+
+    tokenizer.chat_template = dates
+    written = tokenizer.apply_chat_template(chat["messages"], tokenize=False, **one_day(tokenizer))
+    assert written == "\n26 Jul 2024, Friday 26 July, 2024-07-26"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import time
@@ -19,6 +20,7 @@ from ..atomic import atomic_folder
 from ..base import AnyBase, BaseModel, default_device
 from ..basis import Basis
 from ..calibration.capture import overview
+from ..choices import NF4
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
 from ..inject import remove
@@ -35,6 +37,13 @@ from .runs import TrainingRuns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_IN_FOUR_BITS = (
+    "R is trained beside weights in four bits. Merged or served it stands beside the exact ones, where it may score "
+    "less: compare `lorasb evaluate` with and without --dtype nf4"
+)
 
 
 class Job:
@@ -88,6 +97,8 @@ class Job:
             if isinstance(basis, CalibrationSettings) and basis.dtype != self.settings.dtype:
                 # Before the network is loaded, as it takes a base of its own: two at once might not fit.
                 basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
+            if self.settings.dtype == NF4:
+                logger.warning(_IN_FOUR_BITS)
             network = self._network or self._load()
             network.to(default_device())  # type: ignore[arg-type]  # as the Trainer would, when a Stack lies elsewhere
             require_positions(network, self.settings.max_length)

@@ -141,6 +141,11 @@ def require_dtype(network: PreTrainedModel, dtype: str) -> None:
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
 
 
+def is_checkpointing(network: Module) -> bool:
+    """Whether gradient checkpointing is switched on; transformers renames its own word for it."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
 def classifies(network: Module) -> bool:
     """Whether it is a sequence classifier of transformers, which has a head to train."""
     return type(network).__name__.endswith("ForSequenceClassification")

@@ -14,6 +14,7 @@ from lorasb_export import calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
+from lorasb_export.network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 
@@ -33,7 +34,7 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert network.config.use_cache == cached
     assert not network.training
-    assert not network.is_gradient_checkpointing
+    assert not is_checkpointing(network)
 
 
 def test_what_is_drawn_after_a_fit_is_as_without_it(

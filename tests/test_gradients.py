@@ -20,6 +20,7 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.encoding import IGNORE, Encoded, encode
 from lorasb_export.errors import BaseModelError
+from lorasb_export.network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets
 from tests.tiny import make_gpt2
@@ -183,7 +184,7 @@ def test_a_network_that_checkpoints_already_goes_on_doing_so(base: BaseModel, ro
     network.gradient_checkpointing_enable()
     assert_equal(sums_of(network, rows, **without), expected)
     assert len(calls) == 3  # once forward, once more in backward
-    assert network.is_gradient_checkpointing
+    assert is_checkpointing(network)
 
 
 def test_a_model_that_cannot_checkpoint_does_without(

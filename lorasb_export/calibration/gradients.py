@@ -23,7 +23,7 @@ from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
 from ..layer import shape_of, weight_of
-from ..network import evaluating
+from ..network import evaluating, is_checkpointing
 from ..nf4 import gradients_kept, state_of
 from ..settings import CalibrationSettings
 
@@ -116,7 +116,7 @@ def gradient_sums(
     packed = {name: module for name, module in targets.items() if state_of(weight_of(module))}
     plain = {name: module for name, module in targets.items() if name not in packed}
     wanted = gradient_checkpointing and network.supports_gradient_checkpointing
-    checkpointed = wanted or network.is_gradient_checkpointing
+    checkpointed = wanted or is_checkpointing(network)
     with (
         _only_trainable(network, plain, keep),
         gradients_kept(packed, keep),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +15,9 @@ from ..settings import FitSettings
 def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str) -> TrainingArguments:
     """An item of the dataset is a whole optimizer step, of which there are `steps`; `settings` have one rate."""
     (rate,) = settings.rates
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    options: dict[str, Any] = {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
     # Of torch 2.13, on every process: transformers has no other name yet for what is set below.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     arguments = TrainingArguments(
@@ -26,8 +30,6 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         learning_rate=rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
@@ -38,6 +40,7 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        **(options if settings.gradient_checkpointing else {}),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes, never for DataParallel
     return arguments

@@ -25,7 +25,7 @@ from ..data import TaskData
 from ..errors import SettingsError, TrainingError
 from ..inject import remove
 from ..lock import only_writer
-from ..network import refuse_spread, require_dtype, require_outputs, require_positions
+from ..network import is_checkpointing, refuse_spread, require_dtype, require_outputs, require_positions
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
@@ -182,7 +182,7 @@ class Job:
 @contextmanager
 def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
     """The Trainer sets these on the model and leaves them; the network may be the caller's, or the next task's."""
-    caches, checkpoints = getattr(network.config, "use_cache", None), network.is_gradient_checkpointing
+    caches, checkpoints = getattr(network.config, "use_cache", None), is_checkpointing(network)
     dtypes = {parameter: parameter.dtype for parameter in network.parameters()}
     try:
         yield
@@ -194,8 +194,9 @@ def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
         network.eval()
         if caches is not None:
             network.config.use_cache = caches
-        if network.is_gradient_checkpointing and not checkpoints:
-            network.gradient_checkpointing_disable()
+        if is_checkpointing(network) and not checkpoints:
+            renamed = getattr(network, "activation_checkpointing_disable", None)
+            (renamed or network.gradient_checkpointing_disable)()
 
 
 @contextmanager

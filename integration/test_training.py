@@ -181,7 +181,7 @@ def test_fsdp2_shards_the_model_and_trains_the_same_R(optimizer: str, project: P
     """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
     (project / "script.py").write_text(FSDP)
     finish([sys.executable, "script.py", "alone/a", "plain", optimizer], project)
-    for policy, tolerance in (("plain", 1e-6), ("mixed", 2.5e-2)):
+    for policy, tolerance in (("plain", 1e-6), ("mixed", 2e-2)):
         finish([*TORCHRUN, "script.py", "adapters/a", policy, optimizer], project)
         start = Adapter.start(Adapter.load(project / "adapters" / "a").load_basis())
         assert differences(project, "a") < tolerance

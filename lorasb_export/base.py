@@ -210,13 +210,14 @@ class BaseModel:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         device = torch.device(device or default_device())
-        options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype, None)}
         empty = None
         if dtype == NF4:
             from .nf4 import loading_options
 
             empty = self.load_empty(task_type, dtype="auto", num_labels=num_labels)
             options = loading_options(empty, device)
+        else:
+            options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         if num_labels is not None:
             options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import SettingsError
 from .factors import Factors
-from .nf4 import compute_dtype, dense, state_of
+from .nf4 import compute_dtype, dense, state_of, whole
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
@@ -161,15 +161,14 @@ class LoRASBLinear(nn.Module):
         if self.R.dim() > 2:
             what = "this model's layers read whole weights, of which every row would need another"
             raise SettingsError(what, fix="Train or use one adapter at a time, without --together")
-        weight = weight_of(self.base)
-        weight = dense(weight, state_of(weight))
+        weight = whole(weight_of(self.base))
         if self.block is not None:
             update = torch.zeros_like(weight, dtype=self.R.dtype)
             update[self.block] = self.scaling * self.R
         else:
             update = self.scaling * (self.B.to(self.R.dtype) @ self.R @ self.A.to(self.R.dtype))
-        whole = (weight + update).to(weight.dtype)
-        return whole.T if isinstance(self.base, Conv1D) else whole
+        changed = (weight + update).to(weight.dtype)
+        return changed.T if isinstance(self.base, Conv1D) else changed
 
     @property
     def bias(self) -> torch.Tensor | None:

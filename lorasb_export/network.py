@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_FETCH = "Fetch the base again"
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
@@ -26,7 +27,6 @@ def amend(network: PreTrainedModel) -> None:
 
     A head that generates is given the last position of every row, a strided slice, for which torch multiplies row by
     row, each with the weight anew: in bfloat16 on a CPU with a copy of it, which takes longer than all layers.
-
     """
     if getattr(network.config, "attn_logit_softcapping", None):
         network.set_attn_implementation("eager")
@@ -36,7 +36,7 @@ def amend(network: PreTrainedModel) -> None:
 
 
 @contextmanager
-def as_base_model_error(folder: Path, fix: str = "Fetch the base again") -> Iterator[None]:
+def as_base_model_error(folder: Path, fix: str = _FETCH) -> Iterator[None]:
     """Raise what transformers raises on a damaged folder, of a dozen types, as a BaseModelError about `folder`."""
     try:
         yield
@@ -64,7 +64,7 @@ def read_network(
 
     # A head is drawn on the host: of the devices' generators torch would fork each, and of several it warns.
     devices = [device for device in options.get("device_map", {}).values() if device.type == "cuda"]
-    fix = "Fetch the base again" if empty is None else f"Try without dtype {NF4}; if that fails too, fetch it again"
+    fix = _FETCH if empty is None else f"Try without dtype {NF4}; if that fails too, fetch it again"
     network: PreTrainedModel
     with torch.random.fork_rng(devices), as_base_model_error(folder, fix):
         torch.default_generator.manual_seed(seed)
@@ -103,6 +103,21 @@ def evaluating(network: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         network.train(training)
+
+
+@contextmanager
+def other_forwards(forwards: Mapping[Module, Callable[..., Any]]) -> Iterator[None]:
+    """Module → what is called within in place of its `forward`; someone else's wrapper is put back afterwards."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, wrapper in before.items():
+            del module.forward
+            if wrapper is not None:
+                module.forward = wrapper
 
 
 def positions(network: PreTrainedModel) -> float:
@@ -170,6 +185,6 @@ def refuse_made_up(network: PreTrainedModel, missing: Iterable[str], folder: Pat
     for name in sorted(missing):
         if name.startswith(prefix):
             pooler = ".pooler." in name
-            fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else "Fetch the base again"
+            fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else _FETCH
             what = f"the checkpoint lacks {name}, or has it in another shape"
             raise BaseModelError(what, where=folder, fix=fix)

@@ -6,7 +6,7 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from .choices import NF4
 from .errors import BaseModelError, MissingPackageError, SettingsError
+from .network import other_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,8 +119,13 @@ def dense(weight: torch.Tensor, state: Any) -> torch.Tensor:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    whole: torch.Tensor = dequantize_4bit(weight, state)
-    return whole
+    found: torch.Tensor = dequantize_4bit(weight, state)
+    return found
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """`dense`, of a weight that knows its state."""
+    return dense(weight, state_of(weight))
 
 
 def keep_layout(network: nn.Module) -> None:
@@ -151,37 +157,23 @@ class _Gradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.keep = module, keep
-        return linear(x, _whole(module).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
+        return linear(x, whole(module.weight).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (grad,) = ctx.saved_tensors, grads
         ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
-        return (grad @ _whole(ctx.module).to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None, None
+        return (grad @ whole(ctx.module.weight).to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
 
-def _whole(module: nn.Linear) -> torch.Tensor:
-    return dense(module.weight, state_of(module.weight))
-
-
-@contextmanager
-def gradients_kept(modules: Mapping[str, Any], keep: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def gradients_kept(
+    modules: Mapping[str, nn.Module], keep: Callable[[str, torch.Tensor], None]
+) -> AbstractContextManager[None]:
     """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
     wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
-    before = {name: vars(module).get("forward") for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.forward = partial(_forward, module, wanted, partial(keep, name))
-        yield
-    finally:
-        for name, forward in before.items():
-            del modules[name].forward
-            if forward is not None:  # someone else's wrapper
-                modules[name].forward = forward
 
+    def forward(name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _Gradient.apply(x, wanted, module, partial(keep, name))
+        return y
 
-def _forward(
-    module: nn.Linear, wanted: torch.Tensor, keep: Callable[[torch.Tensor], None], x: torch.Tensor
-) -> torch.Tensor:
-    y: torch.Tensor = _Gradient.apply(x, wanted, module, keep)
-    return y
+    return other_forwards({module: partial(forward, name, module) for name, module in modules.items()})

@@ -147,7 +147,7 @@ def test_a_body_of_another_shape_is_refused(llama: Path, tmp_path: Path) -> None
     shutil.copytree(llama, tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 48'))
-    with pytest.raises(BaseModelError):
+    with pytest.raises(BaseModelError, match=r"lacks model\.layers\.0\.mlp\S+, or has it in another shape"):
         BaseModel.resolve(tmp_path / "base").load(dtype="nf4")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
 from ..layer import shape_of, weight_of
-from ..network import evaluating, is_checkpointing
+from ..network import evaluating, is_checkpointing, other_forwards
 from ..nf4 import gradients_kept, state_of
 from ..settings import CalibrationSettings
 
@@ -194,16 +194,9 @@ def _only_trainable(
             network.config.use_cache = cache
 
 
-@contextmanager
-def _checkpointed(network: PreTrainedModel) -> Iterator[None]:
+def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:
     """Keep of every layer its inputs alone. transformers does it only in training mode, with dropout on."""
-    before = {m: vars(m).get("forward") for m in network.modules() if isinstance(m, GradientCheckpointingLayer)}
-    try:
-        for layer in before:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for layer, forward in before.items():
-            del layer.forward
-            if forward is not None:  # someone else's wrapper
-                layer.forward = forward
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return other_forwards(
+        {m: partial(checkpoint, m.forward, use_reentrant=False, preserve_rng_state=False) for m in layers}
+    )

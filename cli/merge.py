@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasb_export.choices import Dtype
+from lorasb_export.choices import NF4, Dtype, MergedOnto
 
 from .verb import Run, human_bytes
 
+_ROUNDED = ", onto the base in four bits"
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 
 
@@ -26,6 +27,9 @@ def run(
     ] = None,
     out: Annotated[str, typer.Option(help="The folder to write.")] = "model",
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    base_dtype: Annotated[
+        MergedOnto, typer.Option(help="nf4: round the base as `fit --dtype nf4` holds it; auto: take it as it is.")
+    ] = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Data type of the weights written; auto: as in the base's checkpoint.")
     ] = "auto",
@@ -47,6 +51,7 @@ def run(
         chosen,
         out,
         base=run.project.base_elsewhere(model, first),
+        base_dtype=base_dtype,
         dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,
@@ -99,7 +104,7 @@ def _plan(result: dict[str, Any]) -> str:
         [
             f"Would merge {_what(result)} into {result['out']}",
             f"  tensors      {result['modules']} of {result['tensors']} change",
-            f"  dtype        {', '.join(result['stored'])}",
+            f"  dtype        {', '.join(result['stored'])}{_ROUNDED * (result['base_dtype'] == NF4)}",
             f"  peak memory  about {human_bytes(result['peak_memory_bytes'])}",
             f"  free disk    {human_bytes(result['free_bytes'])}",
             f"  kept of it   about {kept['cosine']:.3f} (cosine), relative error {kept['relative_error']:.3f}",

@@ -15,6 +15,7 @@ Reduction = Literal["sign", "raw"]
 LossMean = Literal["sample", "token"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 LoadedDtype = Literal[Dtype, "nf4"]
+MergedOnto = Literal["auto", "nf4"]
 NF4: Final = "nf4"  # the linear layers' weights in four bits, all else as in the checkpoint
 Optimizer = Literal["muon", "adamw"]
 Init = Literal["svd", "zero"]

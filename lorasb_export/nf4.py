@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 _READ_BY_OTHERS = ["dt_proj", "mixer.x_proj", "mixer.out_proj", "mamba.x_proj", "mamba.out_proj"]
 
 
-def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` is asked for. Weights are packed as they are read: the base never lies there whole.
+def quantization(empty: PreTrainedModel) -> Any:
+    """What transformers is asked for: that the body's linear layers are packed, and a head is not.
 
     Args:
-        empty: the network without weights. Its body's linear layers are packed, a head is not.
+        empty: the network without weights.
 
     Raises:
         MissingPackageError: bitsandbytes is not installed.
@@ -44,16 +44,41 @@ def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, A
     from transformers import BitsAndBytesConfig
 
     heads = [name for name, _ in empty.named_children() if name != empty.base_model_prefix]
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4,
         bnb_4bit_compute_dtype=empty.dtype,
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=heads + _READ_BY_OTHERS,
     )
+
+
+def loading_options(empty: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """Of `from_pretrained`, which then packs weights as it reads them: the base never lies there whole.
+
+    Raises: see `quantization`.
+    """
     if device.type != "cpu" and device.index is None:  # accelerate compares it with the process's own
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    return {"dtype": empty.dtype, "quantization_config": config, "device_map": {"": device}}
+    return {"dtype": empty.dtype, "quantization_config": quantization(empty), "device_map": {"": device}}
+
+
+def packed_modules(empty: PreTrainedModel) -> list[str]:
+    """Names of the modules that `loading_options` has packed, whose places in `empty` are taken by others.
+
+    Raises: see `quantization`.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    AutoHfQuantizer.from_config(quantization(empty)).preprocess_model(empty, device_map=None)
+    return [name for name, module in empty.named_modules() if hasattr(module, "quant_state")]
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight (out, in) is once it has been packed."""
+    from bitsandbytes.functional import quantize_4bit
+
+    return dense(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
 
 
 def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:

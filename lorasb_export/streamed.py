@@ -5,7 +5,8 @@ Memory holds one module's weights in fp32 and the hidden states, so that a forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,19 +14,29 @@ from torch import nn
 
 from .adapter import Adapter
 from .base import BaseModel, default_device
+from .storage import TensorInfo
 from .tensors import TORCH_DTYPES, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Read = Callable[[Path, TensorInfo], torch.Tensor]  # a tensor of a checkpoint
+
+
 def streamed_model(
-    base: BaseModel, task_type: str, *, num_labels: int | None = None, head: Mapping[str, torch.Tensor] | None = None
+    base: BaseModel,
+    task_type: str,
+    *,
+    num_labels: int | None = None,
+    head: Mapping[str, torch.Tensor] | None = None,
+    read: Read = read_tensor,
 ) -> PreTrainedModel | None:
     """The model of `base`, computing in fp32.
 
     Args:
         num_labels, head: of a classifier whose head the checkpoint lacks.
+        read: takes a tensor from its file.
 
     Returns:
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
@@ -41,7 +52,7 @@ def streamed_model(
             module._buffers[name] = buffer.to(device)
         own = {name: sources[id(p)] for name, p in module.named_parameters(recurse=False)}
         if own:
-            _Reader(module, own, device)
+            _Reader(module, own, device, read)
     return network
 
 
@@ -74,8 +85,9 @@ def _fits(source: Any, parameter: torch.Tensor) -> bool:
 class _Reader:
     """Reads a module's parameters before it computes, and forgets them afterwards."""
 
-    def __init__(self, module: nn.Module, sources: Mapping[str, Any], device: torch.device) -> None:
-        self._sources, self._device, self._empty = sources, device, dict(module._parameters)
+    def __init__(self, module: nn.Module, sources: Mapping[str, Any], device: torch.device, read: Read) -> None:
+        self._sources, self._device, self._read = sources, device, read
+        self._empty = dict(module._parameters)
         self.was_called = False
         module.register_forward_pre_hook(self)
         module.register_forward_hook(self._forget)
@@ -83,7 +95,7 @@ class _Reader:
     def __call__(self, module: nn.Module, _: Any) -> None:
         self.was_called = True
         for name, source in self._sources.items():
-            value = source if isinstance(source, torch.Tensor) else read_tensor(*source)
+            value = source if isinstance(source, torch.Tensor) else self._read(*source)
             module._parameters[name] = nn.Parameter(value.to(self._device, torch.float32), requires_grad=False)
 
     def _forget(self, module: nn.Module, *_: Any) -> None:

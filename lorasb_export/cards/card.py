@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_file
-from ..choices import SEQ_CLS
+from ..choices import NF4, SEQ_CLS
 from ..fetch import is_hub_id
 from ..names import some
 from ..storage import utf8
@@ -34,6 +34,7 @@ from .sections import (
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
+_ROUNDED = " `W` is the base with its linear layers rounded to NF4 (four bits), as the training held it."
 _BEFORE = " Measured with the adapter itself, before it was written in this form."
 
 
@@ -162,9 +163,10 @@ def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = 
     title, what = _task(training), "a LoRA-SB adapter"
     if several:
         title, what = " + ".join(several[:10]) + " + …" * (len(several) > 10), f"{len(several)} LoRA-SB adapters"
+    rounded = _ROUNDED if provenance.get("base_dtype") == NF4 else ""
     body = f"""# {title}: {base_link(base)} with {what} merged in
 
-An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.
+An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapted layer, rounded once.{rounded}
 
 ## How to load it
 

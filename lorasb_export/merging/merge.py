@@ -41,6 +41,7 @@ def merge(
     out: str | Path,
     *,
     base: AnyBase | None = None,
+    base_dtype: str = "auto",
     dtype: str = "auto",
     max_shard_size: str | int = "5GB",
     verify: bool = False,
@@ -59,6 +60,8 @@ def merge(
         adapter: a folder, a Hub id, a loaded Adapter; or several, each with its weight, any finite number: the sum of
             wᵢ·sᵢ·Bᵢ·Rᵢ·Aᵢ, rounded once. Those that share a basis cost no more than one.
         base: the base model, where it is not where the adapter says.
+        base_dtype: `nf4`: the base's weights are rounded first, as training with that dtype holds them, so that the
+            folder answers as the adapter did there. `auto`: they are taken as they lie in its folder.
         dtype: `auto` (as stored), `float32`, `bfloat16`, `float16` or `float64`.
         max_shard_size: bytes, or a number with KB, MB or GB.
         verify: compare the logits of base + adapter with those of the merged folder; fails above a tolerance.
@@ -66,8 +69,8 @@ def merge(
         report: a .json file to write with what every module retains of its update; a .png plot goes beside it.
 
     Returns:
-        `base`, `adapter` (None of several), `out`, `dtype`, `stored` (the dtypes of what was added to), `modules`,
-        `tensors`, `shards`, `bytes`.
+        `base`, `adapter` (None of several), `out`, `base_dtype`, `dtype`, `stored` (the dtypes of what was added to),
+        `modules`, `tensors`, `shards`, `bytes`.
         Of what was done also `shards_reused` (of an interrupted merge), `seconds`, `verify` and `report` where asked
         for, and `retained`: how much of the update the stored dtype kept, as `cosine`, `relative_error` and the
         `worst` module. Of a plan `expected_retained`, `peak_memory_bytes` and `free_bytes`.
@@ -84,7 +87,15 @@ def merge(
     report = None if report is None else expanded(report)
     if report is not None:
         _check_report(report, may_exist=overwrite or dry_run)
-    plan = plan_merge(adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    plan = plan_merge(
+        adapter,
+        out,
+        base=base,
+        base_dtype=base_dtype,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
     result = plan.summary() | {"out": str(out)}
     if dry_run:
         return result | {
@@ -100,7 +111,7 @@ def merge(
         made = {"command": command(), "retained": result["retained"]}
         _write_other_files(plan, folder.path, _provenance(plan, folder.path) | made)
         if verify:
-            result["verify"] = compare_logits(plan.base, plan.adapters, folder.path)
+            result["verify"] = compare_logits(plan.base, plan.adapters, folder.path, plan.rounding)
     if report is not None:
         retained.write_report(modules, report)
         result["report"] = str(report)
@@ -147,7 +158,8 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
 
 def _provenance(plan: MergePlan, folder: Path) -> dict[str, Any]:
     """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
-    said = {"kind": "merged", **of_adapter(plan.adapters[0]), "dtype": plan.dtype, "modules": len(plan.touched)}
+    said = {"kind": "merged", **of_adapter(plan.adapters[0]), "base_dtype": plan.rounding.base_dtype}
+    said |= {"dtype": plan.dtype, "modules": len(plan.touched)}
     if not plan.combined:
         return said | {"training": published_training(plan.adapters[0], folder)}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own

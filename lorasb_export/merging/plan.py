@@ -16,7 +16,7 @@ import torch
 from ..adapter import Adapter
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
-from ..choices import SEQ_CLS, Dtype, require_choice
+from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
 from ..provenance import of_adapter
@@ -26,11 +26,13 @@ from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, provenance
 from .folder import bytes_of_an_earlier_try
+from .rounding import Rounding
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
 _PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
 _THREAD_BYTES = 40 << 20  # `write.PIECE` entries as read and as written, `sums.BLOCK` at every stage between
+_ROUNDING_BYTES = 17  # measured: for each entry of the tensor that is rounded
 _MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
 
@@ -65,6 +67,7 @@ class MergePlan:
     dtype: str
     side_files: list[Path]
     combined: list[dict[str, Any]]
+    rounding: Rounding
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +103,7 @@ class MergePlan:
         parts = [
             [of_adapter(adapter) for adapter in self.adapters],
             self.dtype,
+            self.rounding.base_dtype,
             [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
             self.base.fingerprint({name for adapter in self.adapters for name in adapter.R}),
             [[(t.name, t.dtype, t.shape, t.module) for t in shard] for shard in self.shards],
@@ -112,6 +116,7 @@ class MergePlan:
             "base": self.base.name_or_path,
             "adapter": folder and str(folder),
             "dtype": self.dtype,
+            "base_dtype": self.rounding.base_dtype,
             "stored": sorted({tensor.dtype for tensor in self.touched}),
             "modules": len(self.touched),
             "tensors": sum(map(len, self.shards)),
@@ -123,7 +128,8 @@ class MergePlan:
         """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
         rank = sum(adapter.rank for adapter in self.adapters)
         factors = max((12 * rank * sum(tensor.shape) for tensor in self.touched), default=0)
-        return _PYTHON_BYTES + 2 * factors + worker_count() * _THREAD_BYTES
+        rounded = max((_ROUNDING_BYTES * math.prod(info.shape) for _, info in self.rounding.sources), default=0)
+        return _PYTHON_BYTES + 2 * factors + rounded + worker_count() * _THREAD_BYTES
 
     def expected_retained(self) -> dict[str, Any]:
         """How much of Δ the stored dtype will keep: a guess from some weights of every target and ‖Δ‖ = s·‖R‖."""
@@ -155,6 +161,7 @@ def plan_merge(
     out: Path,
     *,
     base: AnyBase | None,
+    base_dtype: str,
     dtype: str,
     max_shard_size: str | int,
     overwrite: bool,
@@ -173,6 +180,8 @@ def plan_merge(
         refuse_existing(out, overwrite)
     with problems:
         require_choice("dtype", dtype, Dtype)
+    with problems:
+        require_choice("base_dtype", base_dtype, MergedOnto)
     with problems:
         limit = parse_size(max_shard_size)
     with problems:
@@ -195,11 +204,12 @@ def plan_merge(
         for one in loaded:
             _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
+    rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
     shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
     beside = [
         path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
     ]
-    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined)
+    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 

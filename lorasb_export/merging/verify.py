@@ -19,6 +19,7 @@ from ..data import TaskData, load_task
 from ..encoding import encode
 from ..errors import ArtifactError, DataError, is_out_of_memory
 from ..streamed import add_updates, streamed_model, was_read
+from .rounding import NOT_ROUNDED, Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,10 @@ _WHOLE = 1 << 20  # tokens: no row is left out for its length
 _TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
 
 
-def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -> dict[str, Any]:
-    """Compare logits of base + adapters with those of `merged`, both computed in fp32.
+def compare_logits(
+    base: BaseModel, adapters: Sequence[Adapter], merged: Path, rounding: Rounding = NOT_ROUNDED
+) -> dict[str, Any]:
+    """Compare logits of base + adapters with those of `merged`, both computed in fp32; the base's after `rounding`.
 
     On the first rows of the first one's task where they still lie where `fit` read them, else on built-in text.
 
@@ -54,8 +57,8 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
     adapter = adapters[0]
     batch, rows = _batch(base, adapter)
     merged_base = BaseModel.resolve(merged)
-    streamed = _streamed(base, merged_base, adapters, batch)
-    expected, found = streamed or _whole(base, merged_base, adapters, batch)
+    streamed = _streamed(base, merged_base, adapters, batch, rounding)
+    expected, found = streamed or _whole(base, merged_base, adapters, batch, rounding)
     stored = merged_base.tensors[merged_base.weight_key(next(iter(adapter.R)))][1].dtype
     difference = float((expected - found).abs().max())
     relative = difference / float(expected.abs().max())
@@ -74,10 +77,12 @@ def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path) -
     }
 
 
-def _streamed(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs) -> Logits | None:
+def _streamed(
+    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs, rounding: Rounding
+) -> Logits | None:
     """With the weights on the disk; None of a model that this is not possible with."""
     first = adapters[0]
-    unmerged = streamed_model(base, first.task_type, num_labels=first.num_labels, head=first.head)
+    unmerged = streamed_model(base, first.task_type, num_labels=first.num_labels, head=first.head, read=rounding.read)
     network = streamed_model(merged, first.task_type)
     if unmerged is None or network is None:
         return None
@@ -91,7 +96,9 @@ def _streamed(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], b
     return logits if was_read(unmerged) and was_read(network) else None
 
 
-def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs) -> Logits:
+def _whole(
+    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs, rounding: Rounding
+) -> Logits:
     from ..head import load_head  # only now: Conv1D brings torch.distributed.tensor
     from ..layer import weight_of
 
@@ -99,6 +106,9 @@ def _whole(base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batc
     first = adapters[0]
     network = base.load(first.task_type, dtype="float32", num_labels=first.num_labels)
     load_head(network, first.head)
+    for name, parameter in network.named_parameters():
+        if (source := base.tensors.get(base.tensor_key(name) or "")) and source in rounding.sources:
+            parameter.data.copy_(rounding.read(*source))
     for adapter in adapters:
         for name in adapter.R:
             weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.delta(name)

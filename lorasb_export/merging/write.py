@@ -143,7 +143,8 @@ def _pieces(
         yield partial(_store, out, start, plan.adapters[0].head[tensor.name], TORCH_DTYPES[tensor.dtype])
         return
     path, source = tensor.source
-    job = _Job(files[path], source, out, start, tensor)
+    rounded = plan.rounding.read(path, source) if tensor.source in plan.rounding.sources else None
+    job = _Job(files[path], source, out, start, tensor, rounded)
     if update is not None:
         left, right = update.in_sum_dtype()
         rows, columns = source.shape
@@ -154,7 +155,7 @@ def _pieces(
         measure = 1 if everywhere else MEASURED
         for row in range(0, rows, step):
             yield partial(job.add, update, left, right, slice(row, min(rows, row + step)), measure)
-    elif tensor.dtype == source.dtype:
+    elif tensor.dtype == source.dtype and rounded is None:
         for offset in range(0, source.nbytes, _COPY_BYTES):
             yield partial(job.copy, offset, min(_COPY_BYTES, source.nbytes - offset))
     else:
@@ -168,13 +169,14 @@ _buffers = Buffers()
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor of the base, read piece by piece from `file` and written to `out` from byte `start` on."""
+    """One tensor of the base, taken piece by piece from `file` and written to `out` from byte `start` on."""
 
     file: int
     source: TensorInfo
     out: OutputFile
     start: int
     tensor: PlannedTensor
+    rounded: torch.Tensor | None  # what is taken in place of the file's content
 
     def add(self, update: sums.Update, left: torch.Tensor, right: torch.Tensor, rows: slice, measure: int) -> Done:
         columns = right.shape[1]
@@ -200,7 +202,9 @@ class _Job:
         return None, self.out.write(self.start + offset, memory)
 
     def _read(self, first: int, count: int) -> torch.Tensor:
-        """(count,) entries of the source from entry `first`, in this thread's buffer."""
+        """(count,) entries of the source from entry `first`, those of a file in this thread's buffer."""
+        if self.rounded is not None:
+            return self.rounded.reshape(-1)[first : first + count]
         weights = _buffers.take("weights", count, TORCH_DTYPES[self.source.dtype])
         _fill(self.file, self.source.start + first * weights.element_size(), weights)
         return weights

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_FOUR_BITS = (
-    "R is trained beside weights in four bits. Merged or served it stands beside the exact ones, where it may score "
-    "less: compare `lorasb evaluate` with and without --dtype nf4"
+    "R is trained beside weights in four bits, and may score less beside the exact ones: merge it with "
+    "--base-dtype nf4, and before you serve it compare `lorasb evaluate` with and without --dtype nf4"
 )
 
 

@@ -38,6 +38,9 @@ def run(
         Reduction | None, typer.Option(help="The gradient's signs, as in the paper, or the gradient itself.")
     ] = None,
     loss: Annotated[LossMean | None, typer.Option(help="What is weighted equally: every row, or every token.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a backward pass: fewer take less memory.  [default: 8]")
+    ] = None,
     no_gradient_checkpointing: Annotated[
         bool, typer.Option("--no-gradient-checkpointing", help="Take a fifth less time, but more memory.")
     ] = False,
@@ -77,6 +80,7 @@ def run(
         targets=targets,
         reduction=reduction,
         loss=loss,
+        batch_size=batch_size,
         gradient_checkpointing=False if no_gradient_checkpointing else None,
         capture=False if no_capture else None,
         dtype=dtype,

@@ -19,6 +19,9 @@ def run(
         str | None,
         typer.Option(metavar="PATH", help="For a basis: measure how much of this task's gradient it captures."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model for --data, if it has moved since the basis was made.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
@@ -27,7 +30,7 @@ def run(
     folder = run.project.find_folder(path)
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
-    found = inspect_folder(folder, data=data, verify=verify)
+    found = inspect_folder(folder, data=data, base=model, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.calibration.capture import words

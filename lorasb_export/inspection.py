@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter
-from .base import BaseModel
+from .base import AnyBase, BaseModel
 from .basis import Basis
 from .calibration.subspace import by_module, spread
 from .data import load_task
@@ -25,12 +25,15 @@ from .storage import folder_bytes, read_header, read_json, sha256_file
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 
 
-def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool = False) -> dict[str, Any]:
+def inspect_folder(
+    source: str | Path, *, data: str | None = None, base: AnyBase | None = None, verify: bool = False
+) -> dict[str, Any]:
     """A description of any folder this package reads or writes; validated as its loader validates it.
 
     Args:
         source: a folder, or a Hub id, of which only what is described is fetched.
         data: of a basis, also what it captures of this task's gradient; loads the base model.
+        base: the base model for `data`, where it is not where the basis says.
         verify: also compare every published file with SHA256SUMS; of a Hub id all of them are fetched. A basis or an
             adapter that was never pushed is compared with what its own config says.
 
@@ -52,7 +55,7 @@ def inspect_folder(source: str | Path, *, data: str | None = None, verify: bool 
         found["verified"] = {"against": SUMS, **checksums.verify(where)}
     if kind == "basis":
         basis = Basis.load(where)
-        return found | _basis(basis) | ({} if data is None else {"capture": _capture(basis, data)})
+        return found | _basis(basis) | ({} if data is None else {"capture": _capture(basis, data, base)})
     if kind == "adapter":
         return found | _adapter(Adapter.load(where))
     if kind == "base":
@@ -104,14 +107,14 @@ def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"recorded_capture": {**overall, "tasks": tasks, "by_module": by_module(found["modules"])}}
 
 
-def _capture(basis: Basis, data: str) -> dict[str, Any]:
+def _capture(basis: Basis, data: str, elsewhere: AnyBase | None) -> dict[str, Any]:
     from .calibration.capture import (  # brings transformers, which the rest of this module does without
         capture,
         overview,
     )
 
     task = load_task("data", data)
-    base = basis.base.resolve()
+    base = basis.base.resolve(elsewhere)
     base.verify(basis.base, basis.modules)
     dtype = basis.calibration.get("dtype", "auto")
     network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels)

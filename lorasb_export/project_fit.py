@@ -78,6 +78,7 @@ def fit_tasks(
     generates = _checked(places, settings) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
+    as_trained["batch_size"] = min(settings.batch_size, CalibrationSettings.batch_size)  # what fits in memory
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
     sources = {name: basis or project_basis.find(project, name) for name in places}
     if together and (len(places) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):

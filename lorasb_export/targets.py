@@ -16,6 +16,7 @@ from .settings import ALL_LINEAR, MLP_OUTPUT
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WHERE_TARGETS = "set targets in [basis] of lorasb.toml, or --targets of calibrate"
 _OF_A_REGEX = frozenset(r"\^$*+?()[]{}|")  # none of them is in a module name; the dot, which is, decides nothing
 
 
@@ -90,5 +91,5 @@ def _refuse_shared(network: PreTrainedModel, targets: Mapping[str, torch.nn.Modu
         if len(sharing) > 1:
             raise BaseModelError(
                 f"{sharing[0]} and {sharing[1]} share one weight: there is no gradient of one alone",
-                fix="Leave both out with --targets",
+                fix=f"Leave both out: {WHERE_TARGETS}",
             )

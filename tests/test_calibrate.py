@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_calibrate_and_inspect(llama: Path, sums: Path, products: Path, tmp_path
     measured = inspect_folder(folder, data=str(sums))["capture"]
     assert measured["by_module"]["own"]["min"] <= measured["own"] <= measured["by_module"]["own"]["max"]
     assert "by module" in printed("inspect", folder, "--data", str(sums))
+
+
+def test_inspect_takes_the_base_from_where_it_is_now(llama: Path, sums: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "before")
+    words = ["calibrate", "--model", str(tmp_path / "before"), "--data", f"a={sums}", "--out", str(tmp_path / "basis")]
+    printed(*words, "--rank", "4", "--batch-size", "3")
+    assert Basis.load(tmp_path / "basis").calibration["batch_size"] == 3
+    (tmp_path / "before").rename(tmp_path / "now")
+    words = ["inspect", str(tmp_path / "basis"), "--data", str(sums)]
+    assert "say with --model where it is now" in lorasb(*words).stderr
+    assert "by module" in printed(*words, "--model", str(tmp_path / "now"))
 
 
 def test_wrong_weights_on_the_command_line() -> None:

@@ -281,6 +281,16 @@ def test_rows_are_as_long_in_calibration_as_in_training(
     assert own.calibration["max_length"] == 11
 
 
+def test_batches_are_no_larger_in_calibration_than_in_training(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """Where the rows of a training step fit in memory, those of its basis are to fit too."""
+    found = project(tmp_path / "p", llama, sums, "")
+    for of_fit, of_basis, expected in ((2, {}, 2), (16, {}, 8), (2, {"batch_size": 3}, 3)):
+        found = replace(found, calibration={"rank": 4, **of_basis})
+        settings = replace(SETTINGS, batch_size=of_fit)
+        basis = fit_all(found, ["a"], settings, basis="own", overwrite=True)["a"].load_basis()
+        assert basis.calibration["batch_size"] == expected
+
+
 def test_the_first_process_alone_warns(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:

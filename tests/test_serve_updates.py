@@ -49,7 +49,7 @@ def test_updates_need_a_key_and_a_shared_basis(
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     with pytest.raises(SettingsError, match="only adapters on a shared basis"):
         dry_run(siblings, updates_from=folder, mode="folded")
-    with pytest.raises(SettingsError, match="of 2 bases"):
+    with pytest.raises(SettingsError, match=r"of 2 bases \(--mode shared\)\. Leave --allow-updates out"):
         dry_run({"a": folder / "a", "b": folder / "b"}, updates_from=folder)
     assert dry_run(siblings, updates_from=folder, extra=["-dp", "1"])["mode"] == "shared"
     for several in (["--data-parallel-size=2"], ["-dp", "2"], ["-dp=2"]):

@@ -78,6 +78,17 @@ def test_out_of_memory_says_what_takes_less(error: Exception | None, capsys: pyt
     assert said.endswith("Try a smaller --batch-size or --dtype bfloat16\n")
 
 
+def test_out_of_memory_in_merge_does_not_offer_another_dtype_of_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lorasb_export.merging.merge.plan_merge", full)
+    said = CliRunner().invoke(app, ["merge", "adapters/a"]).stderr
+    assert said == "Error: out of memory. Free some, or use a larger machine\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [

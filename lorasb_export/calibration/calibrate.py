@@ -33,7 +33,7 @@ from ..network import refuse_spread, require_dtype, require_outputs, require_pos
 from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
-from ..targets import find_targets
+from ..targets import WHERE_TARGETS, find_targets
 from .capture import capture_of_rows, record
 from .gradients import LEAST, draw, gradients_of_rows
 from .random_basis import random_factors
@@ -237,7 +237,7 @@ def _decompose(
             raise BaseModelError(
                 "the module received no gradient: these rows never use it",
                 where=name,
-                fix="Calibrate on more rows, or leave it out with --targets",
+                fix=f"Calibrate on more rows, or leave it out: {WHERE_TARGETS}",
             )
     modules, energy, ratios = {}, {}, CaptureRatios()
     for name in tqdm(sorted(sums), desc="SVD", disable=no_bar()):

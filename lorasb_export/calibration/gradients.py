@@ -142,7 +142,7 @@ def gradient_sums(
         if loss == "token":
             total *= rows / tokens
         if not math.isfinite(total.sum()):  # as it is not with a NaN or infinity anywhere; isfinite() makes copies
-            raise BaseModelError("the gradient is not finite", where=name, fix="Try --dtype float32")
+            raise BaseModelError("the gradient is not finite", where=name, fix="Calibrate in float32 (--dtype float32)")
         sums[name] = total.T if transposed else total
     return sums
 

@@ -229,7 +229,7 @@ def require_equal(result: dict[str, Any], precision: str, where: str | Path, max
             f"{precision} loses {result['drop']} points of {result['metric']} on {result['rows']} held-out rows "
             f"({result['torch']:.1%} in torch, {result['onnx']:.1%} in the graph)",
             where=where,
-            fix="Nothing was written; export with --precision int8 or fp32, or allow it with --max-drop",
+            fix="Nothing was written; allow it with --max-drop, or make a new export with --precision int8 or fp32",
         )
     agreeing = result.get("equal_tokens", result.get("equal_prompts"))  # neither for regression
     if agreeing == 0 or not math.isfinite(result["gap"]):

@@ -174,6 +174,8 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
         return Shared(adapters, updates_from, loras, in_memory, flags.engines(extra))
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
+        if updates_from is not None:
+            fix = "Leave --allow-updates out, or serve what it is about by another server"
         raise SettingsError(reason, where="--mode shared", fix=fix)
     logger.warning("Serving folded, with a full LoRA in memory for each adapter: %s", reason)
     return _folded(adapters, extra)

@@ -34,7 +34,9 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     config = read_adapter_config(folder)
     if config["basis"]["sha256"] != basis.sha256:
         where = folder / "adapter_config.json"
-        raise ArtifactError("trained in another basis than this server's", where=where, fix="Use --mode folded")
+        raise ArtifactError(
+            "trained in another basis than this server's", where=where, fix="Serve it by a server of its own"
+        )
     path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
     header, _ = read_header(path)
     if set(header) != {f"{name}.R" for name in basis.modules}:

@@ -36,6 +36,7 @@ _ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacr
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
+_Chat = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, **context: Any) -> list[int]:
@@ -93,8 +94,13 @@ def _chat_ids(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
 ) -> list[int]:
     with _refusals(where):
-        text: Any = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)  # type: ignore[arg-type]
+        text = _written(tokenizer, turns, **options)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+    text: Any = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)  # type: ignore[arg-type]
+    return str(text)
 
 
 @contextmanager
@@ -152,7 +158,7 @@ def encode(
         encoded.append({**found, "row": number, "cut": is_cut})
     left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
     if not encoded:
-        enclose = "The chat template must enclose what the assistant says in {% generation %}"
+        enclose = "They need a turn of the assistant's, which the template may have to enclose in {% generation %}"
         fix = "Raise max_length or shorten them" if long in left_out else enclose
         raise DataError(f"there is no row to learn from: {', or '.join(left_out)}", where=f"all {unit}s", fix=fix)
     told = {f"left out: {reason}": numbers for reason, numbers in left_out.items()}
@@ -233,17 +239,11 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
     if tokenizer.chat_template is None:
         raise DataError(
             "the rows hold messages, but the tokenizer has no chat template",
-            fix="Use prompt/completion rows for single turns, or give the base a chat template with {% generation %}",
+            fix="Use prompt/completion rows for single turns, or give the base a chat template",
         )
-    if not _GENERATION.search(tokenizer.get_chat_template()):
-        raise DataError(
-            "the chat template does not mark what the assistant says, so the loss would fall on the user's words too",
-            fix="Use prompt/completion rows for single turns, or a template with {% generation %} around it",
-        )
-    told: Any = {**tokenizer.special_tokens_map, **one_day(tokenizer)}
     with _refusals(where):
-        rendered: Any = render_jinja_template([row["messages"]], return_assistant_tokens_mask=True, **told)
-    (text,), (spans,) = rendered
+        is_marked = _GENERATION.search(tokenizer.get_chat_template())
+        text, spans = (_marked if is_marked else _bounded)(row["messages"], tokenizer, where)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = tokens["input_ids"], tokens["offset_mapping"]
     starts, ends = [start for start, _ in places], [end for _, end in places]
@@ -254,6 +254,39 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
         said = slice(bisect_right(ends, start), bisect_left(starts, end))
         labels[said] = ids[said]
     return ids, labels
+
+
+def _marked(turns: list[Any], tokenizer: PreTrainedTokenizerBase, _: str) -> _Chat:
+    """By a template that marks what the assistant says with {% generation %}."""
+    told: Any = {**tokenizer.special_tokens_map, **one_day(tokenizer)}
+    rendered: Any = render_jinja_template([turns], return_assistant_tokens_mask=True, **told)
+    (text,), (spans,) = rendered
+    return text, spans
+
+
+def _bounded(turns: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> _Chat:
+    """By a template without marks: a turn begins where it is asked for, and ends where the chat up to it does.
+
+    White space behind that end, as a line break after the token that ends a turn, is nothing that is said.
+
+    Raises:
+        DataError: the chat's text does not begin with that of a part of it.
+    """
+
+    def written(part: list[Any], **options: Any) -> str:
+        return _written(tokenizer, part, **one_day(tokenizer), **options)
+
+    text, spans = written(turns), []
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked, said = (written(turns[:i], add_generation_prompt=True) if i else ""), written(turns[: i + 1]).rstrip()
+        if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
+            what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
+            fix = "Enclose them in {% generation %} in the template, or use prompt/completion rows for single turns"
+            raise DataError(what, where=where, fix=fix)
+        spans.append((len(asked), len(said)))
+    return text, spans
 
 
 def _named(numbers: Sequence[int]) -> str:

@@ -103,14 +103,49 @@ def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_letters(
 def test_chat_templates_that_do_not_do(llama: Path) -> None:
     tokenizer = BaseModel.resolve(llama).tokenizer
     rows = [json.loads(CHAT_LINE)]
-    with pytest.raises(DataError, match=r"does not mark what the assistant says.*user's words.*\{% generation %\}"):
-        encode(rows, tokenizer, CAUSAL_LM, [], 64)
     tokenizer.chat_template = MARKED + "{{ raise_exception('turns must alternate') }}"
     with pytest.raises(DataError, match=r"the chat template refuses the messages: turns must alternate \(row 1\)"):
         encode(rows, tokenizer, CAUSAL_LM, [], 64)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         encode(rows, tokenizer, CAUSAL_LM, [], 64)
+
+
+@pytest.mark.parametrize("line_break", ["", "\n"])
+def test_without_marks_a_turn_is_from_where_it_is_asked_for_to_the_end_of_the_chat_up_to_it(
+    line_break: str, llama: Path
+) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    turns = [("system", "s"), ("user", "1"), ("assistant", "2 3 "), ("user", "4"), ("assistant", "5"), ("user", "6")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    found = []
+    for template in (TEMPLATE, MARKED):
+        broken = template.replace("</s>", "</s>" + line_break).replace(f"{line_break}{{% endgen", "{% endgen")
+        tokenizer.chat_template = broken.replace("{% endgeneration %}", "{% endgeneration %}" + line_break)
+        found += encode([row], tokenizer, CAUSAL_LM, [], 64)
+    assert found[0] == found[1]
+    learnt = [label for label in found[0]["labels"] if label != IGNORE]
+    assert tokenizer.convert_ids_to_tokens(learnt) == [*"2 3 ", "</s>", "5", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (TEMPLATE.replace("prompt %}<s>", "prompt %}<s>[think]"), "ua"),  # DeepSeek-R1's, which opens thoughts
+        (TEMPLATE.replace("</s>", "{% if loop.last %}.{% endif %}</s>"), "uaua"),  # as Qwen3's in a chat's last turn
+        (TEMPLATE, "au"),  # nothing is asked before
+    ],
+)
+def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_is_refused(
+    template: str, turns: str, llama: Path
+) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = template
+    roles = {"u": "user", "a": "assistant"}
+    row = {"messages": [{"role": roles[turn], "content": str(i)} for i, turn in enumerate(turns)]}
+    told = rf"does not tell where .* in turn {turns.index('a') + 1} \(row 1\)\. Enclose them in \{{% generation %\}}"
+    with pytest.raises(DataError, match=told):
+        encode([row], tokenizer, CAUSAL_LM, [], 64)
 
 
 def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:

@@ -181,6 +181,17 @@ def test_a_base_with_code_and_pickles_is_read_without_them(hub: Hub, tmp_path: P
     assert not marker.exists()
 
 
+def test_the_weights_of_a_base_that_is_refused_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(hub.base, base)
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    write_json(base / "config.json", read_json(base / "config.json") | quantized)
+    hub.put("owner/quantized", base)
+    words = ("merge", "me/a", "--model", "owner/quantized", "--out", tmp_path / "merged")
+    assert "quantized (gptq)" in hub.lorasb_fails(*words)
+    assert fetched(hub, "owner/quantized") == {"config.json"}
+
+
 class Touch:
     """Unpickled, it leaves a file."""
 

@@ -188,10 +188,12 @@ class Adapter:
 
         Raises:
             OutputError: the folder exists.
-            ArtifactError: `training` has a key that the card shows in another shape.
+            ArtifactError: `training` has a key that the card shows in another shape; a tensor is not finite, or is
+                a part of one (of FSDP1, of ZeRO-3).
         """
         folder = expanded(folder)
         R, head = _gathered(self.R), _gathered(self.head)
+        _check_tensors(R, head, (self.rank, self.rank))
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite) as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
@@ -270,6 +272,16 @@ class Adapter:
 
 def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def _check_tensors(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:
+    """Raise ArtifactError for what `load` would refuse."""
+    for name, tensor in {**R, **head}.items():
+        if name in R and tensor.shape != shape:
+            what, fix = f"R is {list(tensor.shape)}, not {list(shape)}", "Gather it on this process before it is saved"
+            raise ArtifactError(what, where=name, fix=fix)
+        if not tensor.isfinite().all():
+            raise ArtifactError("it is not finite", where=name, fix="Nothing was written; train at a lower rate")
 
 
 def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:

@@ -84,13 +84,14 @@ class BaseModel:
         if path.is_dir():
             folder = path.resolve()
         else:
-            name, revision, folder = snapshot(
-                name, _CHECKPOINT_FILES, BaseModelError, "the base model was not found: ", revision, _OTHER_WEIGHTS
-            )
+            before = "the base model was not found: "
+            name, revision, folder = snapshot(name, ["config.json"], BaseModelError, before, revision)
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
         config = read_json(folder / "config.json")
         check_supported(config, folder)
+        if not path.is_dir():  # only now the weights
+            snapshot(name, _CHECKPOINT_FILES, BaseModelError, before, revision, _OTHER_WEIGHTS)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property

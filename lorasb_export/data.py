@@ -216,7 +216,7 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
         label = row["label"]
         if isinstance(label, bool) or not isinstance(label, str | int | float):
             raise DataError(
-                f"label {label!r} is neither a name nor a number", where=place, fix="Use a string or a number"
+                f"label {label!r} is neither a name nor a number", where=place, fix="Use one string or one number a row"
             )
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")

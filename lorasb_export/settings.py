@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,7 @@ from .errors import SettingsError
 
 ALL_LINEAR, MLP_OUTPUT = "all-linear", "mlp-output"
 _FLOAT32_MAX = 3.4e38
+_NOT_LEARNT = ("gradient_checkpointing", "checkpoint_every", "report_to")
 GRADIENT: Final = "gradient"
 RANDOM: Final = "random"
 BLOCK: Final = "block"
@@ -108,7 +109,8 @@ class FitSettings:
         init: R0: `svd` (S/s, the paper) or `zero` (start as the base model).
         max_length: rows are cut after this many tokens.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        evaluate_every: optimizer steps between evaluations on the valid split; a quarter of the run when None.
+        evaluate_every: optimizer steps between evaluations on the valid split. None is a quarter of the run; with
+            patience, a quarter of the run divided by that.
         metric: what the best checkpoint is chosen by, and patience counts: `loss`; `exact_match` (answers the
             valid prompts, which takes time) for text generation; `accuracy` or `mcc` for classes; `pearson`.
         keep: `best`, the R of the best evaluation, or `last`. Without a valid split it is the last.
@@ -171,6 +173,10 @@ class FitSettings:
         if self.learning_rate is None:
             return ()
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+
+    def of_result(self) -> dict[str, Any]:
+        """Those that decide what is learnt; not how much memory it takes, how often it is saved, or who is told."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_LEARNT}
 
     def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
         """These settings with a learning rate, where they name none: the best of the tuned runs of docs/benchmarks.md,

@@ -11,7 +11,8 @@ from .errors import BaseModelError
 
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise BaseModelError for a quantized base, and for one that neither generates nor classifies."""
+    """Raise BaseModelError for a quantized base, for one of more than text, and for one that neither generates nor
+    classifies."""
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
@@ -26,6 +27,13 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
             f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
             where=folder / "config.json",
             fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
+        )
+    named = (config.get("architectures") or [""])[0]
+    if named.endswith("ForConditionalGeneration"):
+        raise BaseModelError(
+            f"{named} takes images or audio beside text, which is not supported",
+            where=folder / "config.json",
+            fix="Use a model of text alone, whose class ends in ForCausalLM",
         )
 
 

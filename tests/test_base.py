@@ -55,6 +55,15 @@ BAD_BASES = {
         lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')),
         "neither a causal language model nor a sequence classifier",
     ),
+    "of images and text": (
+        lambda f: (
+            f.mkdir(),
+            (f / "config.json").write_text(
+                '{"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}'
+            ),
+        ),
+        "takes images or audio beside text, which is not supported",
+    ),
     "vision": (
         lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "vit"}')),
         "neither a causal language model nor a sequence classifier",

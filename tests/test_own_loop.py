@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import load_task
+from lorasb_export.errors import ArtifactError
 from lorasb_export.evaluation import evaluate
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.muon import Muon, groups_of
@@ -33,6 +35,26 @@ def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_pat
     fresh = BaseModel.resolve(llama).load()
     Adapter.load(tmp_path / "mine").inject(fresh)
     assert torch.equal(fresh(ids).logits, network(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (torch.full((8, 8), float("nan")), r"it is not finite \(.*\)\. Nothing was written"),
+        (torch.zeros(16), r"R is \[16\], not"),  # a flat shard
+        (torch.zeros(0), r"R is \[0\], not"),
+    ],
+)
+def test_what_could_not_be_loaded_does_not_replace_what_can(
+    value: torch.Tensor, problem: str, llama: Path, basis: Path, tmp_path: Path
+) -> None:
+    adapter = Adapter.start(Basis.load(basis))
+    adapter.save(tmp_path / "a")
+    before = adapter.sha256
+    adapter.R[sorted(adapter.R)[-1]] = value
+    with pytest.raises(ArtifactError, match=problem):
+        adapter.save(tmp_path / "a", overwrite=True)
+    assert Adapter.load(tmp_path / "a").sha256 == before
 
 
 def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 from collections import Counter
@@ -88,6 +89,16 @@ def test_patience_ends_the_run_early_and_a_finished_run_is_not_trained_again(
     assert counted_forwards["steps"] == stopped == adapter.training["best_step"] + 2 < 40
     assert fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, resume=True).sha256 == adapter.sha256
     assert counted_forwards["steps"] == stopped
+
+
+def test_patience_by_itself_is_asked_often_enough_to_run_out(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    settings = replace(
+        SETTINGS, max_steps=40, evaluate_every=None, patience=3, learning_rate=2.0, schedule="constant_with_warmup"
+    )
+    adapter = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+    assert adapter.training["steps"] == adapter.training["best_step"] + 3 * math.ceil(40 / 12) < 40
 
 
 def test_with_patience_the_log_is_not_read_at_every_step(

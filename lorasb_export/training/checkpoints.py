@@ -92,8 +92,11 @@ def _complete(folder: Path) -> list[Path]:
 
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
-    saved = read_json(checkpoint / COMPLETE)
-    differing = [key for key in identity if saved.get(key) != json.loads(json.dumps(identity[key]))]
+    saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
+    differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
+    before = saved.get("settings", {})
+    changed = [name for name, value in wanted["settings"].items() if before.get(name) != value]
+    differing += [f"settings ({name} {before.get(name)}, not {wanted['settings'][name]})" for name in changed]
     if differing:
         raise TrainingError(
             f"the interrupted run had other {', '.join(differing)}",

@@ -30,7 +30,7 @@ def differences(
     adapter = Adapter.load(out)
     rates = made.get("learning_rates", [made["settings"]["learning_rate"]])
     before = made["settings"] | {"learning_rate": sorted(rates)}
-    now = asdict(settings) | {"learning_rate": sorted(settings.rates)}
+    now = settings.of_result() | {"learning_rate": sorted(settings.rates)}
     found = [f"{key} {value}, not {now[key]}" for key, value in before.items() if now.get(key, value) != value]
     if made["data_sha256"] != task.sha256:
         found.append("other data")

@@ -122,7 +122,7 @@ class TrainingRuns:
     def _identity(self, rate: float) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {
-            "settings": asdict(self._at(rate)),
+            "settings": self._at(rate).of_result(),
             "data_sha256": [task.sha256 for task in self.tasks],
             "basis_sha256": self.basis.sha256,
             "base_fingerprint": self.basis.base.fingerprint,

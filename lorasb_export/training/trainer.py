@@ -233,7 +233,8 @@ class RTrainer(Trainer):
         step, left = self.state.global_step, []
         for k in self.active(step - 1):
             run = self.runs[k]
-            every = self.settings.evaluate_every or math.ceil(run.order.steps / 4)
+            # Four times; with patience so often that it can run out before the last quarter does.
+            every = self.settings.evaluate_every or math.ceil(run.order.steps / (4 * (self.settings.patience or 1)))
             due = step > 0 and (step % every == 0 or step == run.order.steps)
             if run.validation and due and not self.history(k).is_evaluated_at(step):
                 left.append(k)

@@ -129,6 +129,7 @@ def run(
     )
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
+    by_task = {name: run.project.settings_of(name, flags) for name in names}
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.project_fit import fit_tasks
 
@@ -136,6 +137,7 @@ def run(
         run.project,
         names,
         settings,
+        own={name: of_task for name, of_task in by_task.items() if of_task != settings},
         model=model,
         data=data,
         basis=basis,

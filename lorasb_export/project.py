@@ -40,11 +40,13 @@ class Task:
         data: folder, file or Hub dataset id.
         basis: a basis of its own, in place of the project's shared one.
         weight: of the task's rows in the calibration of the shared basis.
+        fit: how it is trained otherwise than `[fit]` says.
     """
 
     data: str
     basis: str | None = None
     weight: float = 1.0
+    fit: Mapping[str, Any] = field(default_factory=dict)
 
 
 _Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
@@ -54,9 +56,11 @@ _TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "ta
 _SECTIONS: dict[str, _Types] = {
     "basis": {"path": (str,), **types_of(CalibrationSettings)},
     "fit": types_of(FitSettings),
-    "tasks.NAME": types_of(Task),
+    "tasks.NAME": {**types_of(Task), "fit": (dict,)},
     "hub": {"repo": (str,), "public": (bool,)},
 }
+# The base is loaded once for all tasks, in one dtype, and heads are drawn by one seed.
+_OF_A_TASK = {key: types for key, types in _SECTIONS["fit"].items() if key not in ("dtype", "seed")}
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,11 @@ class Project:
         for name in names if data is None else ():
             self.task_source(name)
         return names
+
+    def settings_of(self, name: str, flags: Mapping[str, Any]) -> FitSettings:
+        """How a task is trained: by the flags, else as its own table says, else as `[fit]` does."""
+        own = self.tasks[name].fit if name in self.tasks else {}
+        return FitSettings(**{**self.fit, **own, **flags})
 
     def shared_tasks(self) -> list[str]:
         """Names of the tasks that use the project's shared basis."""
@@ -269,6 +278,8 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     for name, table in tasks.items():
         found += [problem for problem in [name_problem(name)] if problem]
         wrong = _check_table(f"tasks.{name}", table, _SECTIONS["tasks.NAME"])
+        if isinstance(table, dict):
+            wrong += _check_table(f"tasks.{name}.fit", table.get("fit", {}), _OF_A_TASK)
         if isinstance(table, dict) and "data" not in table:
             wrong.append(f"[tasks.{name}] lacks data")
         if not wrong and not 0 < table.get("weight", 1) < math.inf:

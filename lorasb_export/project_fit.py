@@ -18,6 +18,7 @@ from .choices import CAUSAL_LM
 from .data import load_task
 from .errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
 from .loaded import LastLoaded
+from .names import some
 from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
@@ -35,6 +36,7 @@ def fit_tasks(
     names: Sequence[str],
     settings: FitSettings,
     *,
+    own: Mapping[str, FitSettings] | None = None,
     model: str | None = None,
     data: str | None = None,
     basis: str | None = None,
@@ -49,6 +51,7 @@ def fit_tasks(
     all R, may be more than memory holds. Nothing is done before the first task is asked for.
 
     Args:
+        own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
         together: in mixed batches (`fit_together`) instead of one after another.
@@ -64,8 +67,8 @@ def fit_tasks(
     Raises:
         OutputError: an adapter is there already; nothing was trained.
         DataError, MissingPackageError: see `require_fitting`; nothing was trained.
-        SettingsError: `data` or `out` with several tasks; tasks of different bases, or a single one, together; the
-            project's basis is not as its file has it.
+        SettingsError: `data` or `out` with several tasks; tasks of different bases or settings, or a single one,
+            together; the project's basis is not as its file has it.
     """
     if len(names) > 1 and (data or out):
         raise SettingsError("--data and --out take one task", fix="Name the task they are for")
@@ -75,12 +78,16 @@ def fit_tasks(
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
     places = {name: data or project.task_source(name) for name in names}
-    generates = _checked(places, settings) == {CAUSAL_LM}
+    own = own or {}
+    generates = _checked(places, settings, own) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
     as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
     as_trained["batch_size"] = min(settings.batch_size, CalibrationSettings.batch_size)  # what fits in memory
     calibration = CalibrationSettings(**{**as_trained, **project.calibration})
     sources = {name: basis or project_basis.find(project, name) for name in places}
+    if together and own:
+        what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
+        raise SettingsError(f"{what} with settings of their own", fix=fix)
     if together and (len(places) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
@@ -111,11 +118,12 @@ def fit_tasks(
 
     def fit_one(name: str) -> Adapter:
         task, task_basis = load_task(name, places[name]), shared.get(sources[name], calibration)
+        of_task = own.get(name, settings)
         if task_basis is calibration and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
-            return fit(base, task_basis, task, targets[name], settings, **options)
+            return fit(base, task_basis, task, targets[name], of_task, **options)
         network = loaded.get(base, task.task_type, task.num_labels)
-        return fit(base, task_basis, task, targets[name], settings, network=network, **options)
+        return fit(base, task_basis, task, targets[name], of_task, network=network, **options)
 
     one_is_done = False
     for name in places:
@@ -143,14 +151,14 @@ def _out_of_memory(name: str) -> TrainingError:
     )
 
 
-def _checked(places: Mapping[str, str], settings: FitSettings) -> set[str]:
+def _checked(places: Mapping[str, str], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
     """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
     require_fitting([], settings)  # what is wrong with no task is told once
     types, problems = set(), Problems()
     for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
         with problems:
             task = load_task(name, source)
-            require_fitting([task], settings)
+            require_fitting([task], own.get(name, settings))
             types.add(task.task_type)
         if len(problems.found) == 10:
             break

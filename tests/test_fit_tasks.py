@@ -20,7 +20,7 @@ import torch
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import Basis, calibrate, fit
+from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, OutputError, TrainingError
@@ -148,6 +148,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
         made.append(weakref.ref(adapter))
         gc.collect()  # a trainer lies in a cycle
         assert [sum(one() is not None for one in of) for of in (read, made)] == [0, 1]
+    assert (len(made), len(read) >= 4) == (4, True)
 
 
 def test_a_full_disk_ends_the_tasks_that_are_left(
@@ -279,6 +280,28 @@ def test_rows_are_as_long_in_calibration_as_in_training(
     found = replace(found, calibration={"rank": 4, "max_length": 11})
     own = fit_all(found, ["a"], SETTINGS, basis="own", overwrite=True)["a"].load_basis()
     assert own.calibration["max_length"] == 11
+
+
+def test_a_task_has_settings_of_its_own(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '[basis]\nrank = 4\n[fit]\nmax_steps = 1\n[tasks.b]\ndata = "data"\nfit.max_steps = 2\n'
+    project(tmp_path / "p", llama, sums, text)
+    monkeypatch.chdir(tmp_path / "p")
+    (tmp_path / "p" / "data" / "valid.jsonl").unlink()
+    assert CliRunner().invoke(app, ["fit"]).exit_code == 0
+    made = {name: Adapter.load(f"adapters/{name}") for name in "ab"}
+    assert {name: adapter.training["steps"] for name, adapter in made.items()} == {"a": 1, "b": 2}
+    assert CliRunner().invoke(app, ["fit", "--resume"]).exit_code == 0  # each is as it should be
+    assert {name: Adapter.load(f"adapters/{name}").sha256 for name in "ab"} == {n: a.sha256 for n, a in made.items()}
+    said = CliRunner().invoke(app, ["fit", "--together", "--overwrite"]).stderr
+    assert "b cannot be trained together with settings of their own" in said
+    assert CliRunner().invoke(app, ["fit", "--together", "--max-steps", "1", "--overwrite"]).exit_code == 0
+    toml = Path("lorasb.toml").read_text().replace("fit.max_steps = 2", "fit.patience = 2")
+    Path("lorasb.toml").write_text(toml)
+    said = CliRunner().invoke(app, ["fit", "--overwrite"]).stderr
+    assert "task b has no valid rows, so patience has nothing to count" in said
+    assert "task a" not in said
 
 
 def test_batches_are_no_larger_in_calibration_than_in_training(llama: Path, sums: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nrank = 16\nbatch_size = "8"\n[basis]\nrank = true\n'
     text += "[hub]\nzzz = 1\n"
-    text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n'
+    text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n[tasks.c]\ndata = "d"\nfit.epochs = "3"\nfit.seed = 1\n'
+    text += '[tasks.e]\ndata = "d"\nfit = 3\n'
     with pytest.raises(SettingsError) as error:
         load(tmp_path, text)
     message = str(error.value)
@@ -131,6 +132,9 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         "[basis] rank = True has the wrong type",
         "'../up' cannot be",
         "[tasks.b] lacks data",
+        "[tasks.c.fit] unknown key 'seed' (it is a key of [basis] and of [fit])",
+        "[tasks.c.fit] epochs = '3' has the wrong type",
+        "[tasks.e] fit = 3 has the wrong type: it takes dict",
         "lorasb.toml",
     ):
         assert part in message
@@ -142,6 +146,16 @@ def test_a_task_has_a_positive_weight(tmp_path: Path) -> None:
     for wrong in ("0", "-1.5", "inf", "nan", "true", '"2"'):
         with pytest.raises(SettingsError, match=r"\[tasks.a\] weight"):
             load(tmp_path, f'[tasks.a]\ndata = "d"\nweight = {wrong}\n')
+
+
+def test_a_task_is_trained_by_flags_then_its_own_table_then_the_common_one(tmp_path: Path) -> None:
+    text = "[fit]\nepochs = 5\nmax_steps = 6\nlearning_rate = 1e-2\n[tasks.b]\ndata = 'd'\n"
+    project = load(tmp_path, text + "[tasks.a]\ndata = 'd'\nfit.max_steps = 7\nfit.learning_rate = [1e-3, 1e-2]\n")
+    a, b, other = (project.settings_of(name, {"max_length": 9}) for name in ("a", "b", "elsewhere"))
+    assert (a.epochs, a.max_steps, a.rates, a.max_length) == (5, 7, (1e-3, 1e-2), 9)
+    assert (b.max_steps, b.rates, b.max_length) == (6, (1e-2,), 9)
+    assert other == b
+    assert project.settings_of("a", {"max_steps": 8}).max_steps == 8
 
 
 def test_not_toml_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def test_the_harness_finds_a_reader_that_believes_anything(monkeypatch: pytest.M
 def test_killed_verbs_go_on_and_end_with_the_same_bytes() -> None:
     tally = kill.run(2, seed=0, verbs=("calibrate", "fit", "merge", "peft", "onnx"), hub=False, serve=False)
     assert tally.tried == 10
+    assert tally.disturbed > 0  # a signal may come after the end, but not always
     assert not tally.problems
 
 

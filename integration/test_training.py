@@ -131,6 +131,7 @@ def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None
     finish([*ALONE, "fit", *how], project)
     (project / "adapters").rename(project / "alone")
     printed = json.loads(finish([*WORLD, "fit", *how, "--json"], project))
+    assert set(printed["adapters"]) == ({"plus"} if how == ["plus"] else {"plus", "minus"})
     for name, report in printed["adapters"].items():
         assert differences(project, name) < 1e-6
         alone = Adapter.load(project / "alone" / name).training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.adapter import check_same_basis
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError
+from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings
 from tests.artifacts import copy, edit, edit_tensors
 from tests.tiny import make_llama
@@ -27,6 +29,11 @@ def test_oracle_22_an_adapter_of_another_basis_is_refused(
     edit(folder, "adapter_config.json", lambda c: c["basis"].update(source="../../basis"))
     with pytest.raises(ArtifactError, match="do not belong together"):
         Adapter.load(folder).load_basis()
+    found = inspect_folder(folder)
+    assert (found["basis_matches"], "do not belong together" in found["basis_problem"]) == (False, True)
+    total = math.hypot(*(found["scaling"] * float(R.norm()) for R in Adapter.load(folder).R.values()))
+    assert found["update_norm"]["total"] == pytest.approx(total, rel=1e-5)
+    assert inspect_folder(folders[1])["basis_matches"] is True
 
 
 def test_oracle_22_an_adapter_of_another_rank_is_refused(folders: tuple[Path, Path], llama: Path, sums: Path) -> None:

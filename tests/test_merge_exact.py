@@ -142,6 +142,7 @@ def test_of_a_block_every_row_is_measured_and_foretold(tmp_path: Path, monkeypat
     adapter = save_adapter(base, network, tmp_path / "a", modules, rank=16, relative_size=1e-3, directions=BLOCK)
     foretold = merge(adapter, tmp_path / "m", dry_run=True)["expected_retained"]
     merge(adapter, tmp_path / "m", report=tmp_path / "kept.json")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     said = json.loads((tmp_path / "kept.json").read_text())
     stored = BaseModel.resolve(tmp_path / "m").load()
     for name in modules:

@@ -27,6 +27,7 @@ def problems(source: str) -> Iterator[str]:
             module = node.module if isinstance(node, ast.ImportFrom) else None
             names = {module or "", *(alias.name for alias in node.names)}
             yield from (f"imports {name}" for name in names if name.partition(".")[0] in _MODULES)
+            yield from (f"imports {module}.{name}" for name in names if f"{module}.{name}" in _CALLS)
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) in _CALLS:
                 yield f"calls {ast.unparse(node.func)}"
@@ -52,6 +53,8 @@ def test_nothing_read_is_run(path: Path) -> None:
         *("run(x, shell=True)", "load(x, trust_remote_code=True)", "load(x, trust_remote_code=flag)"),
         *(
             "tempfile.mktemp()",
+            "from torch import load",
+            "from os import path, system as run",
             "yaml.load(text)",
             "flags = ['--trust-remote-code']",
             "torch.load(p, weights_only=False)",

@@ -38,11 +38,12 @@ def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path
 
 
-def test_figures_of_a_few_rows_stay_out_of_the_card(project: Path) -> None:
+def test_figures_of_a_few_or_other_rows_stay_out_of_the_card(project: Path, sums: Path) -> None:
     files = [Path("adapters/a", name) for name in ("adapter_config.json", "README.md")]
     before = [file.read_bytes() for file in files]
-    assert lorasb("evaluate", "a", "--metric", "loss", "--limit", "1").exit_code == 0
-    assert [file.read_bytes() for file in files] == before
+    for rows in (["--limit", "1"], ["--data", str(sums)], ["--split", "train"]):
+        assert lorasb("evaluate", "a", "--metric", "loss", *rows).exit_code == 0
+        assert [file.read_bytes() for file in files] == before
     assert lorasb("evaluate", "a", "--metric", "loss").exit_code == 0
     assert Adapter.load("adapters/a").training["evaluation"]["test"]["loss"]["rows"] == 24
 

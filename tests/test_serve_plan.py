@@ -90,6 +90,8 @@ def test_variables_the_user_has_set_are_kept(folder: Path, monkeypatch: pytest.M
     expected = {"VLLM_CPU_KVCACHE_SPACE": "4", "THP_MEM_ALLOC_ENABLE": "1"}
     ours = {"LORASB_SHARED_BASIS": "", "LORASB_FOLDED": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}
     assert dry_run((), model=str(folder / "base"))["environment"] == ours | expected
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
+    assert dry_run((), model=str(folder / "base"))["environment"]["VLLM_NO_USAGE_STATS"] == "1"
 
 
 def test_vllms_switch_for_loading_any_path_stays_off(
@@ -107,6 +109,10 @@ def test_vllms_switch_for_loading_any_path_stays_off(
         ({"mode": "shared", "adapters": {"a": "a", "b": "b"}}, "of 2 bases.*--mode folded"),
         ({"mode": "fast"}, "mode is 'fast'.*shared, folded, auto"),
         ({"extra": ["--port=1"]}, "not a flag to hand to vLLM here.*--port"),
+        *(
+            ({"extra": [flag, "x"]}, f"not a flag to hand to vLLM here.*{flag}")
+            for flag in ("--model", "--host", "--uds", "--ssl-keyfile", "--ssl-certfile")
+        ),
         ({"extra": ["--lora_modules", "x=y"]}, "--lora-modules"),
         ({"extra": ["billing", "--max-model-len", "64"]}, "not a flag.*--adapters billing"),
         ({"extra": ["--api-key", "s3cret"]}, "VLLM_API_KEY"),

@@ -66,7 +66,11 @@ def test_auto_shares_a_basis_where_it_can(
 
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize(
-    "flags", ["--enable-sleep-mode", "--distributed-executor-backend ray", "--data_parallel_backend=ray", "-dpb ray"]
+    "flags",
+    [
+        *("--enable-sleep-mode", "--distributed-executor-backend ray", "--data_parallel_backend=ray", "-dpb ray"),
+        "--fully-sharded-loras",  # for vLLM's own layers
+    ],
 )
 def test_what_a_shared_basis_would_not_outlive_is_served_folded(
     flags: str, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture
@@ -74,6 +78,15 @@ def test_what_a_shared_basis_would_not_outlive_is_served_folded(
     """vLLM drops its tensors, or starts workers that do not see our variables."""
     assert dry_run(siblings, mode="auto", extra=flags.split())["mode"] == "folded"
     assert "Serving folded" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_second_stream_for_adapters_is_stock_vllms(
+    siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    assert dry_run(siblings, mode="auto")["mode"] == "folded"
+    assert "VLLM_LORA_ENABLE_DUAL_STREAM" in caplog.text
 
 
 @pytest.mark.usefixtures("plugin")

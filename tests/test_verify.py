@@ -13,6 +13,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
+from lorasb_export.merging import verify
 from lorasb_export.merging.verify import compare_logits
 from lorasb_export.streamed import add_updates, streamed_model
 from tests.random_adapter import save_adapter
@@ -59,6 +60,26 @@ def test_rows_of_the_task_where_they_still_lie(llama: Path, adapter: Adapter, su
 def _merged(adapter: Adapter, folder: Path) -> Path:
     merge(adapter, folder)
     return folder
+
+
+def test_what_is_not_verified_is_not_written(
+    llama: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(verify._TOLERANCE, "F32", 0.0)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match=r"the merged logits differ .* Nothing was written"):
+        merge(adapter, tmp_path / "model", verify=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_update_that_is_not_kept_is_told(
+    llama: Path, adapter: Adapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter.R = {name: 1e-6 * R for name, R in adapter.R.items()}
+    merge(adapter, tmp_path / "fine")
+    assert "serve the adapter unmerged" not in caplog.text
+    merge(adapter, tmp_path / "coarse", dtype="bfloat16")
+    assert "serve the adapter unmerged" in caplog.text
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

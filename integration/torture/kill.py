@@ -53,6 +53,7 @@ def _kill_verb(root: Path, zygote: Zygote, tally: Tally, random: Random, name: s
         log.write_text("")
         zygote.start(place, *verb.words, log=log, number=sent, after=after)
         code, _ = zygote.wait()
+        tally.disturbed += code != 0
         where = f"{name} #{number}, {sent.name} after {after:.3f} of {whole.seconds:.3f} s"
         end, problem = _judge(zygote, place, verb, whole, code, sent, log)
         tally.add(end, f"{where}: {problem}")

@@ -16,6 +16,7 @@ class Tally:
         lost: what was there before is gone, or cannot be continued.
         wrong: ended in any other way: a foreign error, a hang, a crash, a wrong answer.
         accepted_bad: taken for good although it was not.
+        disturbed: verbs that a signal ended, of which something was left to be done.
         problems: a line for each try that is not ok.
     """
 
@@ -26,6 +27,7 @@ class Tally:
     lost: int = 0
     wrong: int = 0
     accepted_bad: int = 0
+    disturbed: int = 0
     problems: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 

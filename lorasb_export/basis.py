@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .provenance import versions
 from .settings import GRADIENT
-from .storage import expanded, read_json, write_json
+from .storage import expanded, read_json, version_of, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
@@ -35,7 +35,7 @@ class _ModulesOnDisk(Mapping[str, ModuleBasis]):
     """module → its factors, read from the file at every access."""
 
     def __init__(self, path: Path, names: list[str], expected: Mapping[str, list[int]], digest: str) -> None:
-        self.path, self.names, self._version = path, names, _version(path)
+        self.path, self.names, self._version = path, names, version_of(path)
         self.header = check_tensors(path, expected, digest)
 
     def __getitem__(self, name: str) -> ModuleBasis:
@@ -50,15 +50,9 @@ class _ModulesOnDisk(Mapping[str, ModuleBasis]):
     def _read(self, name: str) -> torch.Tensor:
         tensor = read_tensor(self.path, self.header[name])
         check_finite(tensor, name, self.path)
-        if _version(self.path) != self._version:
+        if version_of(self.path) != self._version:
             raise ArtifactError("the basis was replaced while it was read", where=self.path, fix="Begin again")
         return tensor
-
-
-def _version(path: Path) -> tuple[int, ...]:
-    """What a file is told apart by from one that takes its place, or that is written into it."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
@@ -170,7 +164,7 @@ class Basis:
         path = folder / "basis.safetensors"
         expected = basis_tensors(shapes, config["rank"], path)
         if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
-            return replace(cls.load(folder), source=where)
+            return cls.load(where)
         modules = _ModulesOnDisk(path, list(shapes), expected, config["sha256"])
         return cls._recorded(config, shapes, modules, where)
 

@@ -185,7 +185,7 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     if others := [split for split in dataset if split not in names.values()]:
         _warn_once(f"of {name} are not read: {', '.join(others)}; splits are train, validation (or valid) and test")
     placed = {
-        split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list())]
+        split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list(), 1)]
         for split, theirs in names.items()
         if theirs in dataset
     }

@@ -56,7 +56,7 @@ class _BeforeTransformers(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "transformers":
-            sys.meta_path.remove(self)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # not in place: it is iterated
             hide_broken_packages()
 
 

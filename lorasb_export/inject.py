@@ -65,12 +65,10 @@ def inject(
             raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
         state_of(weight_of(found[name]))
     model.requires_grad_(False)
-    layers = {}
-    for name, module in factors.items():
-        wrapped = LoRASBLinear(found[name], module, R[name], scaling, route)
-        _replace(model, name, wrapped)
-        layers[name] = wrapped
-    return Live({name: (module, "R") for name, module in layers.items()})
+    layers = {name: LoRASBLinear(found[name], module, R[name], scaling, route) for name, module in factors.items()}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return Live({name: (layer, "R") for name, layer in layers.items()})
 
 
 def remove(model: nn.Module) -> None:
@@ -82,7 +80,7 @@ def remove(model: nn.Module) -> None:
     keep_layout(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRASBLinear):
-            _replace(model, name, module.base)
+            model.set_submodule(name, module.base)
 
 
 def refuse_rows(model: nn.Module) -> None:
@@ -102,8 +100,3 @@ def refuse_peft(model: nn.Module) -> None:
                 where=name,
                 fix="Merge or unload them first, or load a plain base",
             )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

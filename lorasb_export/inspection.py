@@ -87,10 +87,10 @@ def _basis(basis: Basis) -> dict[str, Any]:
     if basis.directions in DRAWN:
         return found
     calibrated = {
-        "calibrated_on": [source["name"] for source in made["data"]],
-        "samples": made["samples"],
-        "reduction": made["reduction"],
-        "energy": spread(list(made["energy"].values())),
+        "calibrated_on": [source["name"] for source in made.get("data", [])],
+        "samples": made.get("samples"),
+        "reduction": made.get("reduction"),
+        "energy": spread(list(made.get("energy", {}).values())),
     }
     return found | calibrated | _recorded(made.get("capture", {}))
 
@@ -108,10 +108,7 @@ def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _capture(basis: Basis, data: str, elsewhere: AnyBase | None) -> dict[str, Any]:
-    from .calibration.capture import (  # brings transformers, which the rest of this module does without
-        capture,
-        overview,
-    )
+    from .calibration.capture import capture, overview  # only now: it brings transformers
 
     task = load_task("data", data)
     base = basis.base.resolve(elsewhere)

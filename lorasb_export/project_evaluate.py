@@ -118,7 +118,7 @@ def evaluate_adapters(
             logger.warning("%s is left out: %s", word, error)
             outcome = error.alone()
         else:
-            if into_cards and outcome["split"] != "train":
+            if into_cards:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
 

@@ -70,11 +70,8 @@ def write_project(
         tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
     )
     if (size := len(text.encode())) > MAX_BYTES:
-        what, fix = (
-            f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read",
-            "Use shorter paths",
-        )
-        raise SettingsError(what, where=path, fix=fix)
+        what = f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read"
+        raise SettingsError(what, where=path, fix="Use shorter paths")
     with cannot_write(path), atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -185,13 +185,9 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
     base, training, task_type = base_of(provenance), provenance.get("training", {}), provenance.get("task_type")
     tasks = list(provenance.get("adapters", {}))
     title, content = f"{_task(training)}: an adapter merged into", "with a LoRA-SB adapter merged in"
-    if tasks and provenance.get("routed"):
-        title, content = (
-            f"{some(tasks)}: adapters for",
-            "with LoRA-SB adapters, of which each row of a batch picks one",
-        )
-    elif tasks:
-        title, content = f"{some(tasks)}: adapters for", "with LoRA-SB adapters, one `.onnx_adapter` file each"
+    if tasks:
+        each = "of which each row of a batch picks one" if provenance.get("routed") else "one `.onnx_adapter` file each"
+        title, content = f"{some(tasks)}: adapters for", f"with LoRA-SB adapters, {each}"
     cache = "" if task_type == SEQ_CLS else " with a key-value cache"
     numbers = {**_of_update(provenance), "precision": provenance.get("precision")}
     numbers |= {"made for": provenance.get("execution_provider"), "exporter": provenance.get("exporter")}

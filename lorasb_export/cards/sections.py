@@ -15,18 +15,8 @@ _OF_ADAPTERS = ("lorasb", "peft")  # libraries
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
-_ELSEWHERE = {
-    "task",
-    "data",
-    "data_sha256",
-    "rows",
-    "rows_left_out",
-    "rows_cut",
-    "evaluation",
-    "plot",
-    "trainable_parameters",
-}
-_ELSEWHERE |= {"lora_parameters", "labels", "regression", "capture", "energy", "settings", "learning_rates"}
+_ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "rows_cut", "evaluation", "plot", "settings"}
+_ELSEWHERE |= {"trainable_parameters", "lora_parameters", "labels", "regression", "capture", "energy", "learning_rates"}
 
 
 @dataclass(frozen=True)

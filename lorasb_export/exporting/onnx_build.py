@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..answer_end import write_end_ids
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..environment import child_environment
@@ -84,8 +85,6 @@ def _ask_as_we_do(out: Path) -> None:
 
     transformers.js reads it, and would penalize greedy answers too.
     """
-    from ..answer_end import write_end_ids
-
     with as_base_model_error(out):
         write_end_ids(out, tokenizer_of(out))
     path = out / "generation_config.json"

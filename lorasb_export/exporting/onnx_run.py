@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..answer_end import before_end, end_ids
 from ..choices import CAUSAL_LM
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line
@@ -99,8 +100,6 @@ class OnnxDecoder:
     @cached_property
     def eos_ids(self) -> set[int]:
         """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""
-        from ..answer_end import end_ids
-
         generation = self.folder / "generation_config.json"
         config = read_json(generation if generation.is_file() else self.folder / "config.json")
         return end_ids(_tokenizer(self.folder), config.get("eos_token_id"))
@@ -233,7 +232,6 @@ def answers(
     if adapters is None:
         refuse_many(record.get("adapters", ()), folder)
 
-    from ..answer_end import before_end
     from ..encoding import prompt_ids
 
     tokenizer = _tokenizer(folder)

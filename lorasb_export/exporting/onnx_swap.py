@@ -162,13 +162,10 @@ def _route(model: ModelProto, names: set[str]) -> None:
 
 def _external(name: str, array: np.ndarray[Any, Any], data: BinaryIO) -> TensorProto:
     """Append `array` to `data`; returns the initializer that points there."""
-    from onnx import TensorProto
-    from onnx.helper import np_dtype_to_tensor_dtype
+    from onnx.external_data_helper import set_external_data
+    from onnx.numpy_helper import from_array
 
-    offset = data.tell()
-    length = data.write(np.ascontiguousarray(array).tobytes())
-    tensor = TensorProto(name=name, dims=list(array.shape), data_type=np_dtype_to_tensor_dtype(array.dtype))
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", Path(data.name).name), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
+    tensor = from_array(array, name)
+    set_external_data(tensor, Path(data.name).name, data.tell(), data.write(tensor.raw_data))
+    tensor.ClearField("raw_data")
     return tensor

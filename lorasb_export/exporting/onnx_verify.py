@@ -151,10 +151,11 @@ class HeldOut:
     def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._unit = tokenizer, f"{task.held_out()} row"
         first = task.rows(task.held_out())[:_METRIC_ROWS]
-        self._rows = [row for row in first if has_answer(row)]
+        numbered = [(number, row) for number, row in enumerate(first, 1) if has_answer(row)]
+        self._rows = [row for _, row in numbered]
         self._without_answer = len(first) - len(self._rows)
         self._prompts: list[list[int]] = []
-        for number, row in enumerate(self._rows, 1):
+        for number, row in numbered:
             where = f"{self._unit} {number}"
             ids = prompt_ids(tokenizer, question_and_answer(row, where)[0], where)
             if not ids:

@@ -46,21 +46,18 @@ class MergeFolder:
     def _mark(self, shard: str) -> Path:
         return self.path / f".{shard}.json"
 
-    def _marks(self) -> list[Path]:
+    def marks(self) -> list[Path]:
         return list(self.path.glob(".*.safetensors.json"))
-
-    def has_marks(self) -> bool:
-        return bool(self._marks())
 
     def forget_marks(self) -> None:
         """Remove what only a resumed merge needs. What a disk does not let go stays: it is hidden."""
-        for path in (self.path / _IDENTITY, *self._marks()):
+        for path in (self.path / _IDENTITY, *self.marks()):
             with suppress(OSError):
                 path.unlink()
 
     def forget_all_but_shards(self) -> None:
         """Remove what is written anew in any case: of the base's other files some may be gone by now."""
-        marks = [mark.name for mark in self._marks()]
+        marks = [mark.name for mark in self.marks()]
         kept = {_IDENTITY, *marks, *(name[1:].removesuffix(".json") for name in marks)}
         for path in self.path.iterdir():
             if path.name not in kept:
@@ -87,7 +84,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
             put_in_place(folder.path, target, overwrite)
             MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards
         except KeyboardInterrupt:
-            if not folder.has_marks():
+            if not folder.marks():
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
         except BaseException:
@@ -112,7 +109,7 @@ def _open(work: Path, identity: str) -> MergeFolder:
         if known.is_file() and known.read_text() == identity:
             folder.forget_all_but_shards()
             return folder
-        if folder.has_marks():
+        if folder.marks():
             logger.info("the base, the adapter or a setting changed: the interrupted merge is not resumed")
         shutil.rmtree(work)
     work.mkdir()

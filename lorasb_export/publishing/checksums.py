@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..fetch import resolve_folder
+from ..names import some
 from ..storage import sha256_file
 from .outgoing import SUMS, Files, is_publishable
 
@@ -64,9 +65,8 @@ def verify(source: str | Path) -> dict[str, Any]:
     missing = [path for path in listed if not (folder / path).is_file()]
     changed = [path for path in listed if path not in missing and digest(folder / path) != listed[path]]
     if missing or changed:
-        what = "; ".join(
-            f"{_names(paths)} {word}" for paths, word in ((missing, "missing"), (changed, "changed")) if paths
-        )
+        found = ((missing, "missing"), (changed, "changed"))
+        what = "; ".join(f"{some(paths, _SHOWN)} {word}" for paths, word in found if paths)
         raise ArtifactError(f"not as published: {what}", where=where, fix="Fetch it again, or ask its owner")
     there = [path for path in folder.rglob("*") if path.is_file()] if on_disk else []
     inside = [path.relative_to(folder).as_posix() for path in there]
@@ -93,8 +93,3 @@ def parse(text: str, where: object) -> Mapping[str, str]:
     if not listed:
         raise ArtifactError("it lists no file", where=where, fix="Fetch it again, or ask its owner")
     return listed
-
-
-def _names(paths: list[str]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return f"{', '.join(paths[:_SHOWN])}{more}"

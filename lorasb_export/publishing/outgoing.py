@@ -16,10 +16,10 @@ from ..fetch import ADAPTER_FILES, BASIS_FILES
 from ..format import sealed
 from ..kind import artifact_kind
 from ..side_files import LICENCES, TEXTS
-from ..storage import read_json, to_json
+from ..storage import read_json, to_json, version_of
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
-Seen = dict[Path, tuple[int, int, int]]  # file → what tells it from another one of its name
+Seen = dict[Path, tuple[int, ...]]  # file → what tells it from another one of its name
 
 SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
 
@@ -102,7 +102,7 @@ def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
 
 def pin(files: Files) -> Seen:
     """Read all but weights now, and remember which files they are: a folder may be replaced while it is pushed."""
-    seen = {file: _identity(file) for file in files.values() if isinstance(file, Path)}
+    seen = {file: version_of(file) for file in files.values() if isinstance(file, Path)}
     for name, file in files.items():
         if not any(fnmatch(name, pattern) for pattern in _WEIGHTS):
             files[name] = content_of(file)
@@ -112,7 +112,7 @@ def pin(files: Files) -> Seen:
 def refuse_replaced(seen: Seen) -> None:
     """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
     for path, before in seen.items():
-        if not path.exists() or _identity(path) != before:
+        if not path.exists() or version_of(path) != before:
             raise replaced(path.parent)
 
 
@@ -207,8 +207,3 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
     return not path.startswith(".") and any(
         fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns
     )
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -34,11 +34,10 @@ from ..metrics import exact_match
 from ..project import Project
 from ..project_init import OF_TEXT, write_project
 from ..provenance import versions
-from ..publishing.hub import push
 from ..serving.launcher import running_server
 from ..serving.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import expanded, write_json
+from ..storage import expanded, folder_bytes, write_json
 from ..training.fit import fit
 from .model import small_model
 from .tasks import write_tasks
@@ -168,7 +167,6 @@ def quickstart(
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below
         line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
-    plan = push(adapter, "you/dates-lorasb", with_basis=True, dry_run=True)
     if serve and importlib.util.find_spec("vllm") is not None:
         rounding = "" if runs_on_cpu() else ", in bfloat16: on some rows rounding may change its answer"
         with line.step("serve", f"Starting vLLM with both adapters and asking it{rounding}"):
@@ -188,7 +186,7 @@ def quickstart(
         "disagreements": line.disagreements(),
         "seconds": {**line.seconds, "total": round(time.monotonic() - started, 1)},
     }
-    return result, _report(result, out, push_bytes=plan["bytes"])
+    return result, _report(result, out, push_bytes=folder_bytes(adapter) + folder_bytes(out / "basis"))
 
 
 def _record(line: _Line, name: str, adapter: Adapter) -> None:

@@ -10,11 +10,10 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .. import environment
-from ..errors import OutputError, SettingsError
+from ..errors import OutputError, SettingsError, Terminated
 from ..names import resolve_adapters
 from ..storage import expanded
 from .plan import make_plan
@@ -75,8 +74,8 @@ def serve(
             if on_ready is not None:
                 on_ready({"url": server.url, "models": server.models, "pid": server.pid})
             server.wait()
-    except KeyboardInterrupt as interrupt:
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        return 143 if isinstance(stop, Terminated) else 130
 
 
 @contextmanager
@@ -207,8 +206,8 @@ def _url(host: str, port: int) -> str:
 def _sigterm_interrupts() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that every `finally` runs."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+    def interrupt(*_: object) -> None:
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from ..adapter import Adapter
 from ..base import BaseModel
 from ..basis import Basis
-from ..errors import ArtifactError, OutputError
+from ..errors import ArtifactError
 from ..exporting.peft import write_folded
 from ..fetch import BASIS_FILES, resolve_folder
 from ..output import cannot_write, require_room
@@ -54,14 +54,10 @@ class Folded:
     def write(self, folder: Path) -> None:
         fix = "Serve fewer, or set TMPDIR to a larger disk; --mode shared, where it can be, needs none of this"
         require_room(folder, 4 * self._numbers, fix)
-        for name, adapter in self.adapters.items():
-            try:
+        with cannot_write(folder, "Set TMPDIR to a larger disk"):
+            for name, adapter in self.adapters.items():
                 (folder / name).mkdir()
                 write_folded(adapter, folder / name)
-            except OSError as error:
-                raise OutputError(
-                    f"cannot write the folded adapter {name}: {error}", where=folder, fix="Set TMPDIR to a larger disk"
-                ) from None
 
     def flags(self, folder: str | Path) -> list[str]:
         if not self.adapters:

@@ -82,10 +82,6 @@ class ServePlan:
         """Whether vLLM computes in fp32; `auto` turns an fp32 checkpoint into 16 bits."""
         return flags.values(self.extra).get("--dtype", self.dtype) in ("float32", "float")
 
-    def memory(self) -> dict[str, int]:
-        """Bytes the adapters take, in the mode's own terms."""
-        return self.mode.memory(4 if self.is_float32 else 2, self.base)
-
     def describe(self) -> dict[str, Any]:
         """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
         return {
@@ -93,7 +89,7 @@ class ServePlan:
             "command": self.command("TEMPORARY"),
             "environment": self.environment("TEMPORARY"),
             "models": [*flags.served_names(self.extra, _base_name(self.base)), *self.names],
-            "memory": self.memory(),
+            "memory": self.mode.memory(4 if self.is_float32 else 2, self.base),
         }
 
 

@@ -26,7 +26,6 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         run_name=name,
         max_steps=steps,
         per_device_train_batch_size=1,
-        per_device_eval_batch_size=settings.batch_size,
         learning_rate=rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -39,7 +39,7 @@ from .validation import Validation
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class TrainingRuns:
         title = self.tasks[0].name if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         title = f"{title} at {settings.learning_rate}" if len(self.settings.rates) > 1 else title
         callbacks = [Progress(title), *self._reporters(folder)]
-        return RTrainer(self.network, self._tokenizer, runs, stack, settings, folder, identity, callbacks)
+        return RTrainer(self.network, self.base.tokenizer, runs, stack, settings, folder, identity, callbacks)
 
     def _reporters(self, folder: Path) -> list[TrainerCallback]:
         """TensorBoard's own: the Trainer would write where everything is removed at the end."""
@@ -183,13 +183,9 @@ class TrainingRuns:
         place = self.events / folder.relative_to(self.folder)
         return [TensorBoardCallback(SummaryWriter(str(place)))]
 
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.base.tokenizer
-
     @property
     def _ends(self) -> set[int]:
-        return end_ids(self._tokenizer, self.network.generation_config.eos_token_id)
+        return end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
 
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:
@@ -197,12 +193,12 @@ class TrainingRuns:
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
             if task.kind == CHAT:
-                warn_of_chats(task, rows, self._tokenizer, self._ends)
+                warn_of_chats(task, rows, self.base.tokenizer, self._ends)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
         length, unit = self.settings.max_length, f"{task.name}: {split} row"
-        return encode(task.rows(split), self._tokenizer, task.task_type, task.labels, length, unit)
+        return encode(task.rows(split), self.base.tokenizer, task.task_type, task.labels, length, unit)
 
     def _validation(self, task: TaskData) -> Validation | None:
         rows = task.splits.get("valid")
@@ -210,10 +206,10 @@ class TrainingRuns:
             return None
         encoded = self._rows(task, "valid")
         if self.settings.metric != "exact_match":
-            return Validation(encoded, self._tokenizer)
+            return Validation(encoded, self.base.tokenizer)
         unit = f"{task.name}: valid row"
         questions = [question_and_answer(row, f"{unit} {number}")[0] for number, row in enumerate(rows, 1)]
-        limit = max_answer_tokens(self._tokenizer, rows)
-        ids = checked_prompt_ids(self.network, self._tokenizer, questions, max_tokens=limit, unit=unit)
-        expected = expected_answers(self._tokenizer, rows, self._ends, unit=unit)
-        return Validation(encoded, self._tokenizer, list(zip(ids, expected, strict=True)), limit)
+        limit = max_answer_tokens(self.base.tokenizer, rows)
+        ids = checked_prompt_ids(self.network, self.base.tokenizer, questions, max_tokens=limit, unit=unit)
+        expected = expected_answers(self.base.tokenizer, rows, self._ends, unit=unit)
+        return Validation(encoded, self.base.tokenizer, list(zip(ids, expected, strict=True)), limit)

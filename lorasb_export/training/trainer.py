@@ -213,7 +213,7 @@ class RTrainer(Trainer):
         assert run.validation is not None
         if self.stack:
             self.stack.use(run.task.name)
-        found = run.validation.run(self._network, self.args.per_device_eval_batch_size, lambda: self.told_to_stop)
+        found = run.validation.run(self._network, self.settings.batch_size, lambda: self.told_to_stop)
         if found is None:
             self.stopping = True
             return

@@ -43,7 +43,8 @@ class Validation:
         mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):
             scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
-            given = answers_of_ids(network, self.tokenizer, [ids for ids, _ in asked], max_tokens=self.max_tokens)
+            prompts = [ids for ids, _ in asked]
+            given = answers_of_ids(network, self.tokenizer, prompts, max_tokens=self.max_tokens, batch_size=batch_size)
         if distributed.any_process(told_to_stop()):
             return None
         expected: list[Any] = distributed.all_gather([row["labels"] for row in mine])

@@ -202,7 +202,7 @@ def test_a_split_of_the_hub_without_labels_is_left_out(
     assert sorted(load_task("t", "owner/name").splits) == ["train", "valid"]
     assert "the test split of owner/name is not read: its labels are all -1" in caplog.text
     splits["test"][0] = 0
-    with pytest.raises(DataError, match=r"label -1 is not among the training labels \(owner/name test row 1\)"):
+    with pytest.raises(DataError, match=r"label -1 is not among the training labels \(owner/name test row 2\)"):
         load_task("t", "owner/name")
 
 

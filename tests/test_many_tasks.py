@@ -174,7 +174,8 @@ def test_the_base_is_looked_for_once_for_all_adapters(
         return resolve(self, *arguments)
 
     monkeypatch.setattr(BaseRef, "resolve", watched)
-    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: {"split": "train"})
+    score = {"split": "test", "metric": "loss", "base": 2.0, "adapter": 1.0, "rows": 24}
+    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: score)
     folders = {name: str(found.adapter_folder(name)) for name in "abc"}
     assert len(list(evaluate_adapters(found, folders))) == 3
     assert resolved == [str(llama)]

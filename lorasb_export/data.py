@@ -173,8 +173,10 @@ def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
     try:
         dataset = load_dataset(name)
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
-        what = f"no such file, folder or Hub dataset: {first_line(error)}"
-        raise DataError(what, where=name, fix="Check the path, or the network if it is on the Hub") from None
+        what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
+        if "Config name" in str(error):
+            what, fix = "the dataset has several parts", "Fetch the one you want and write its rows to train.jsonl"
+        raise DataError(what, where=name, fix=fix) from None
     if "train" not in dataset:
         fix = "Fetch the split you want and write its rows to train.jsonl"
         raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)

@@ -103,7 +103,9 @@ def check_row(row: Row, kind: str, where: str) -> None:
         return
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
-            raise DataError(f"{field!r} is not a string", where=where, fix="Put it in quotes")
+            chat = 'Write the chat as {"messages": [{"role": …, "content": …}, …]}'
+            fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes"
+            raise DataError(f"{field!r} is not a string", where=where, fix=fix)
     if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
         raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
 

@@ -27,6 +27,11 @@ BAD = {
     "lacks a field": (GOOD + '\n{"prompt": "1+1="}\n', "lacks field 'completion'", "train.jsonl:3"),
     "empty completion": (GOOD + '{"prompt": "1+1=", "completion": " "}\n', "completion is empty", "train.jsonl:2"),
     "not a string": ('{"prompt": 1, "completion": "2"}\n', "'prompt' is not a string", "train.jsonl:1"),
+    "of TRL's kind": (
+        '{"prompt": [{"role": "user", "content": "1"}], "completion": "2"}\n',
+        'Write the chat as {"messages"',
+        "train.jsonl:1",
+    ),
     "text not a string": ('{"text": ["a"], "label": 1}\n', "'text' is not a string", "train.jsonl:1"),
     "label of yes or no": ('{"text": "a", "label": true}\n', "label True is neither a name nor", "train.jsonl:1"),
     "yes or no among numbers": (
@@ -185,6 +190,13 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(TimeoutError()))
     with pytest.raises(DataError, match=r"Hub dataset: TimeoutError \(owner/name\)"):
+        load_task("t", "owner/name")
+
+
+def test_a_dataset_of_several_parts_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(error))
+    with pytest.raises(DataError, match=r"the dataset has several parts \(owner/name\)\. Fetch the one you want"):
         load_task("t", "owner/name")
 
 

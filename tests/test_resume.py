@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.errors import OutputError, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.storage import read_json
 from lorasb_export.training.trainer import RTrainer
 from tests import training
 
@@ -99,6 +100,7 @@ def test_a_run_is_resumed_with_less_memory_and_other_habits(llama: Path, sums: P
     whole = fit(str(llama), basis, sums, basis.parent / "frugal" / "b", SETTINGS)
     for name, R in whole.R.items():
         torch.testing.assert_close(resumed.R[name], R, rtol=1e-4, atol=1e-6)
+    assert read_json(out / "lorasb.json")["settings"]["gradient_checkpointing"] is True
     assert fit(str(llama), basis, sums, out, SETTINGS, resume=True).sha256 == resumed.sha256  # kept
 
 

@@ -159,8 +159,9 @@ class Job:
             written = resume and not overwrite and not is_free(out)  # before the interruption
             if distributed.is_main() and not written:
                 seconds = round(time.monotonic() - self._started, 1)
-                rates = list(self.settings.rates)
-                made = {**outcome.identity, "learning_rates": rates, "capture": capture, "seconds": seconds}
+                rates, used = list(self.settings.rates), outcome.training["settings"]  # those that decide nothing too
+                made = {**outcome.identity, "settings": used, "learning_rates": rates}
+                made |= {"capture": capture, "seconds": seconds}
                 with atomic_folder(out, overwrite=overwrite) as folder:
                     adapter.write_into(folder, out)
                     write_record(folder, outcome.run, outcome.entries, made)

@@ -192,6 +192,13 @@ def test_the_weights_of_a_base_that_is_refused_are_not_fetched(hub: Hub, tmp_pat
     assert fetched(hub, "owner/quantized") == {"config.json"}
 
 
+def test_a_base_at_a_revision_is_the_hubs_also_where_a_folder_has_its_name(hub: Hub, tmp_path: Path) -> None:
+    hub.put("owner/twin", hub.base)
+    (hub.root / "owner" / "twin").mkdir(parents=True)  # commands run in that root
+    done = hub.lorasb("merge", "me/a", "--model", "owner/twin@main", "--out", tmp_path / "merged")
+    assert done["base"] == "owner/twin"
+
+
 class Touch:
     """Unpickled, it leaves a file."""
 

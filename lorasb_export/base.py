@@ -91,7 +91,7 @@ class BaseModel:
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            snapshot(name, _CHECKPOINT_FILES, BaseModelError, before, revision, _OTHER_WEIGHTS)
+            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_OTHER_WEIGHTS)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property

@@ -149,7 +149,11 @@ class Project:
     def settings_of(self, name: str, flags: Mapping[str, Any]) -> FitSettings:
         """How a task is trained: by the flags, else as its own table says, else as `[fit]` does."""
         own = self.tasks[name].fit if name in self.tasks else {}
-        return FitSettings(**{**self.fit, **own, **flags})
+        try:
+            return FitSettings(**{**self.fit, **own, **flags})
+        except SettingsError as error:
+            where = f"[tasks.{name}.fit]" if own else error.where
+            raise SettingsError(error.what, where=where, fix=error.fix) from None
 
     def shared_tasks(self) -> list[str]:
         """Names of the tasks that use the project's shared basis."""

@@ -81,9 +81,7 @@ def fit_tasks(
     own = own or {}
     generates = _checked(places, settings, own) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
-    as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
-    as_trained["batch_size"] = min(settings.batch_size, CalibrationSettings.batch_size)  # what fits in memory
-    calibration = CalibrationSettings(**{**as_trained, **project.calibration})
+    calibration = _calibration(project, settings)
     sources = {name: basis or project_basis.find(project, name) for name in places}
     if together and own:
         what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
@@ -117,9 +115,9 @@ def fit_tasks(
         return
 
     def fit_one(name: str) -> Adapter:
-        task, task_basis = load_task(name, places[name]), shared.get(sources[name], calibration)
-        of_task = own.get(name, settings)
-        if task_basis is calibration and not same:
+        task, of_task = load_task(name, places[name]), own.get(name, settings)
+        task_basis = shared.get(sources[name]) or _calibration(project, of_task)
+        if isinstance(task_basis, CalibrationSettings) and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
             return fit(base, task_basis, task, targets[name], of_task, **options)
         network = loaded.get(base, task.task_type, task.num_labels)
@@ -151,9 +149,17 @@ def _out_of_memory(name: str) -> TrainingError:
     )
 
 
+def _calibration(project: Project, settings: FitSettings) -> CalibrationSettings:
+    """Of a basis made for training with `settings`: rows as long, and no larger batches, for they fit in memory."""
+    as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
+    as_trained["batch_size"] = min(settings.batch_size, CalibrationSettings.batch_size)
+    return CalibrationSettings(**{**as_trained, **project.calibration})
+
+
 def _checked(places: Mapping[str, str], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
     """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
-    require_fitting([], settings)  # what is wrong with no task is told once
+    for used in {own.get(name, settings) for name in places}:
+        require_fitting([], used)  # what is wrong with no task is told once
     types, problems = set(), Problems()
     for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
         with problems:

@@ -304,6 +304,17 @@ def test_a_task_has_settings_of_its_own(
     assert "task a" not in said
 
 
+def test_a_tasks_own_basis_is_made_as_the_task_is_trained(llama: Path, sums: Path, tmp_path: Path) -> None:
+    text = (
+        '[basis]\nrank = 4\n[fit]\nmax_length = 9\n[tasks.b]\ndata = "data"\nfit.max_length = 11\nfit.batch_size = 2\n'
+    )
+    found = project(tmp_path / "p", llama, sums, text)
+    own = {"b": found.settings_of("b", {"max_steps": 1})}
+    made = fit_all(found, ["a", "b"], found.settings_of("a", {"max_steps": 1}), own=own, basis="own")
+    calibrations = {name: adapter.load_basis().calibration for name, adapter in made.items()}
+    assert {name: (c["max_length"], c["batch_size"]) for name, c in calibrations.items()} == {"a": (9, 8), "b": (11, 2)}
+
+
 def test_batches_are_no_larger_in_calibration_than_in_training(llama: Path, sums: Path, tmp_path: Path) -> None:
     """Where the rows of a training step fit in memory, those of its basis are to fit too."""
     found = project(tmp_path / "p", llama, sums, "")

@@ -110,6 +110,18 @@ def test_exact_weights_are_told_from_rounded_ones(llama: Path, tmp_path: Path) -
         compare_logits(base, [adapter], tmp_path / "model", NOT_ROUNDED)
 
 
+@pytest.mark.parametrize(("trained", "base_dtype"), [("nf4", "auto"), ("auto", "nf4")])
+def test_onto_another_base_than_in_training_is_told(
+    trained: str, base_dtype: str, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", LLAMA_MODULES, relative_size=0.1)
+    adapter.training = {"settings": {"dtype": trained}}
+    merge(adapter, tmp_path / "model", base_dtype=trained)
+    assert "was trained beside" not in caplog.text
+    merge(adapter, tmp_path / "other", base_dtype=base_dtype)
+    assert "was trained beside" in caplog.text
+
+
 def test_weights_under_other_names_are_refused(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BaseModel.resolve(llama)
     adapter = save_adapter(llama, base.load(), tmp_path / "a", LLAMA_MODULES)
@@ -125,6 +137,6 @@ def test_the_command_line_takes_it(llama: Path, tmp_path: Path) -> None:
     words = ["merge", str(tmp_path / "a"), "--base-dtype", "nf4", "--out", str(tmp_path / "model")]
     assert "base in four bits" in lorasb(*words, "--dry-run").output
     assert lorasb(*words, "--verify").exit_code == 0
-    assert "rounded to NF4 (four bits), as the training held it" in (tmp_path / "model" / "README.md").read_text()
+    assert "rounded to NF4 (four bits)" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(SettingsError, match=r"base_dtype is 'nf8'\. Use auto, nf4"):
         merge(Adapter.load(tmp_path / "a"), tmp_path / "other", base_dtype="nf8")

@@ -106,6 +106,9 @@ def test_it_is_trained_in_as_the_weights_it_stands_for(
         in_four_bits = loss(dtype="nf4")["adapter"]
         assert in_four_bits == pytest.approx(loss(dtype="float32", network=twin(base))["adapter"], rel=1e-4)
         assert in_four_bits != pytest.approx(loss(dtype="float32")["adapter"], rel=1e-4)
+    else:
+        in_four_bits = evaluate(adapter, data, split="valid", dtype="nf4")["adapter"]
+        assert in_four_bits == evaluate(adapter, data, split="valid", dtype="float32", network=twin(base))["adapter"]
     assert merge(adapter, tmp_path / "merged")["modules"] == len(adapter.R)  # into the weights of the folder
 
 

@@ -156,6 +156,9 @@ def test_a_task_is_trained_by_flags_then_its_own_table_then_the_common_one(tmp_p
     assert (b.max_steps, b.rates, b.max_length) == (6, (1e-2,), 9)
     assert other == b
     assert project.settings_of("a", {"max_steps": 8}).max_steps == 8
+    wrong = load(tmp_path, "[tasks.a]\ndata = 'd'\nfit.epochs = -1\n")
+    with pytest.raises(SettingsError, match=r"epochs is -1 \(\[tasks\.a\.fit\]\)\. Give"):
+        wrong.settings_of("a", {})
 
 
 def test_not_toml_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

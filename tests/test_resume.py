@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -89,14 +90,24 @@ def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: 
     assert out.exists()
 
 
-def test_a_run_is_resumed_with_less_memory_and_other_habits(llama: Path, sums: Path, basis: Path) -> None:
+def test_a_run_is_resumed_with_less_memory_and_other_habits(
+    llama: Path, sums: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it learns is the same, so an advice of the error of a full memory can be taken."""
     out = basis.parent / "frugal" / "a"
     interrupt(llama, basis, sums, out, SETTINGS)
     with pytest.raises(TrainingError, match=r"other settings \(batch_size 8, not 4\), settings \(seed 0, not 1\)"):
         fit(str(llama), basis, sums, out, replace(SETTINGS, batch_size=4, seed=1), resume=True)
+    save, saved = RTrainer._save_checkpoint, []
+
+    def noting(self: RTrainer, *arguments: Any) -> None:
+        saved.append(self.state.global_step)
+        save(self, *arguments)
+
+    monkeypatch.setattr(RTrainer, "_save_checkpoint", noting)
     frugal = replace(SETTINGS, gradient_checkpointing=True, checkpoint_every=3)
     resumed = fit(str(llama), basis, sums, out, frugal, resume=True)
+    assert saved == [6, 9, 12]  # the run before saved every fourth
     whole = fit(str(llama), basis, sums, basis.parent / "frugal" / "b", SETTINGS)
     for name, R in whole.R.items():
         torch.testing.assert_close(resumed.R[name], R, rtol=1e-4, atol=1e-6)

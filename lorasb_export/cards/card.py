@@ -34,7 +34,7 @@ from .sections import (
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
-_ROUNDED = " `W` is the base with its linear layers rounded to NF4 (four bits), as the training held it."
+_ROUNDED = " `W` is the base with its linear layers rounded to NF4 (four bits)."
 _BEFORE = " Measured with the adapter itself, before it was written in this form."
 
 

@@ -18,7 +18,7 @@ from ..answer_end import write_end_ids
 from ..bars import no_bar
 from ..base import AnyBase, BaseModel
 from ..cards import card
-from ..choices import SEQ_CLS
+from ..choices import NF4, SEQ_CLS
 from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..network import as_base_model_error
@@ -96,6 +96,7 @@ def merge(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
+    _warn_of_another_base(plan)
     result = plan.summary() | {"out": str(out)}
     if dry_run:
         return result | {
@@ -116,6 +117,16 @@ def merge(
         retained.write_report(modules, report)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _warn_of_another_base(plan: MergePlan) -> None:
+    """Where an adapter says that it was trained beside weights in four bits, or not, and goes onto the others."""
+    for adapter in plan.adapters:
+        dtype = adapter.training.get("settings", {}).get("dtype")
+        if dtype is not None and (dtype == NF4) != (plan.rounding.base_dtype == NF4):
+            beside = "a base in four bits" if dtype == NF4 else "the weights as they are"
+            fix = "with --base-dtype nf4" if dtype == NF4 else "without --base-dtype"
+            logger.warning("The adapter was trained beside %s: it may score more merged %s", beside, fix)
 
 
 def _check_report(report: Path, *, may_exist: bool) -> None:

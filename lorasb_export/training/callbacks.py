@@ -73,6 +73,7 @@ class Evaluations(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps  # a checkpoint brings those of the run that it is of
         for k in range(len(self.trainer.runs)):
             self.trainer.read_log(k)
         self._evaluate()  # where the checkpoint was saved without waiting for it

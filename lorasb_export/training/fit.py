@@ -46,7 +46,8 @@ def fit(
             which then lies in the adapter.
         data: folder, file, Hub dataset id, or loaded task. Its name is that of the folder `out`, or the loaded
             task's own.
-        resume: go on from the last complete checkpoint of an interrupted run with the same settings and data;
+        resume: go on from the last complete checkpoint of an interrupted run with the same settings (but for
+            `gradient_checkpointing`, `checkpoint_every` and `report_to`) and data;
             from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
             compared with `base`. It is given back in eval mode and without an adapter, also one that was on it;

@@ -45,7 +45,8 @@ def own_basis(
     base: BaseModel, task: TaskData, settings: CalibrationSettings, folder: Path, network: PreTrainedModel | None
 ) -> Basis:
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
-    made_from = json.dumps([asdict(settings), task.sha256])
+    alike = replace(settings, batch_size=CalibrationSettings.batch_size)  # which decides nothing but rounding
+    made_from = json.dumps([asdict(alike), task.sha256])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
     basis = calibrated_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
     return replace(basis, source=None)  # it will lie in the adapter

@@ -129,7 +129,8 @@ def run(
     )
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
-    by_task = {name: run.project.settings_of(name, flags) for name in names}
+    with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]
+    own = {name: run.project.settings_of(name, flags) for name in with_own}
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.project_fit import fit_tasks
 
@@ -137,7 +138,7 @@ def run(
         run.project,
         names,
         settings,
-        own={name: of_task for name, of_task in by_task.items() if of_task != settings},
+        own={name: of_task for name, of_task in own.items() if of_task != settings},
         model=model,
         data=data,
         basis=basis,

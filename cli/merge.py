@@ -30,8 +30,8 @@ def run(
     base_dtype: Annotated[
         MergedOnto, typer.Option(help="nf4: round the base as `fit --dtype nf4` holds it; auto: take it as it is.")
     ] = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Data type of the weights written; auto: as in the base's checkpoint.")
+    stored_dtype: Annotated[  # not one that is computed in, and would take less memory
+        Dtype, typer.Option("--dtype", help="Data type of the weights written; auto: as in the base's checkpoint.")
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Size of the largest file.")] = "5GB",
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits with those of base + adapter.")] = False,
@@ -52,7 +52,7 @@ def run(
         out,
         base=run.project.base_elsewhere(model, first),
         base_dtype=base_dtype,
-        dtype=dtype,
+        dtype=stored_dtype,
         max_shard_size=max_shard_size,
         verify=verify,
         overwrite=overwrite,

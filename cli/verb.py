@@ -146,8 +146,6 @@ _SAVE_MEMORY = {
 def _memory_error(error: Exception, options: Iterable[str]) -> Exception:
     """With what the verb has to need less of it."""
     ways = [way for option, way in _SAVE_MEMORY.items() if option in options]
-    if "base_dtype" in options:  # merge, whose dtype is that of what is written
-        ways.remove(_SAVE_MEMORY["dtype"])
     said = str(error).strip().partition("\n")[0]
     what = f"out of memory ({said})" if said else "out of memory"
     return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else "Free some, or use a larger machine")

@@ -29,7 +29,7 @@ from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
 from .storage import expanded, read_header, read_json, write_json
-from .tensors import head_shapes, load_tensors
+from .tensors import all_finite, head_shapes, load_tensors
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -280,7 +280,7 @@ def _check_tensors(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tenso
         if name in R and tensor.shape != shape:
             what, fix = f"R is {list(tensor.shape)}, not {list(shape)}", "Gather it on this process before it is saved"
             raise ArtifactError(what, where=name, fix=fix)
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ArtifactError("it is not finite", where=name, fix="Nothing was written; train at a lower rate")
 
 

@@ -24,7 +24,7 @@ from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .provenance import versions
-from .settings import GRADIENT
+from .settings import GRADIENT, changes
 from .storage import expanded, read_json, version_of, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
@@ -88,8 +88,7 @@ class Basis:
         Only what it records, and what the result depends on, is compared: not `samples`, of which it knows the rows.
         """
         made = {**self.calibration, "directions": self.directions, "rank": self.rank}
-        compared = [key for key in settings if key in _DECISIVE and key in made]
-        return [f"{key} {made[key]}, not {settings[key]}" for key in compared if made[key] != settings[key]]
+        return changes({key: made[key] for key in settings if key in _DECISIVE and key in made}, settings)
 
     @property
     def is_blocks(self) -> bool:

@@ -242,8 +242,10 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
             fix="Use prompt/completion rows for single turns, or give the base a chat template",
         )
     with _refusals(where):
-        is_marked = _GENERATION.search(tokenizer.get_chat_template())
-        text, spans = (_marked if is_marked else _bounded)(row["messages"], tokenizer, where)
+        if _GENERATION.search(tokenizer.get_chat_template()):
+            text, spans = _marked(row["messages"], tokenizer)
+        else:
+            text, spans = _bounded(row["messages"], tokenizer, where)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = tokens["input_ids"], tokens["offset_mapping"]
     starts, ends = [start for start, _ in places], [end for _, end in places]
@@ -256,7 +258,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
     return ids, labels
 
 
-def _marked(turns: list[Any], tokenizer: PreTrainedTokenizerBase, _: str) -> _Chat:
+def _marked(turns: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Chat:
     """By a template that marks what the assistant says with {% generation %}."""
     told: Any = {**tokenizer.special_tokens_map, **one_day(tokenizer)}
     rendered: Any = render_jinja_template([turns], return_assistant_tokens_mask=True, **told)

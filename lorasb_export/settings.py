@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import UnionType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
@@ -193,6 +193,11 @@ class FitSettings:
             rate *= (64 / rank) ** math.log(3, 4) / math.sqrt(share)
         rate = float(f"{3 * rate if directions in DRAWN else rate:.1e}")
         return replace(self, learning_rate=rate, head_learning_rate=self.head_learning_rate or of_head)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs among the settings that both name: `rank 4, not 2`."""
+    return [f"{name} {value}, not {now[name]}" for name, value in before.items() if now.get(name, value) != value]
 
 
 def types_of(settings: type) -> dict[str, tuple[type, ...]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from tokenizers.normalizers import NFC, NFKC, Normalizer, Prepend, Replace, Sequence
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -20,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate, row_losses
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.encoding import IGNORE, Encoded, encode, one_day, prompt_ids
+from lorasb_export.encoding import IGNORE, Encoded, encode, prompt_ids
 from lorasb_export.errors import DataError
-from lorasb_export.rows import CHAT, COMPLETION, TEXT, question_and_answer
-from tests.rows import CHAT_LINE, MARKED
+from lorasb_export.rows import CHAT, COMPLETION, TEXT
+from tests.rows import MARKED
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 
@@ -39,113 +37,6 @@ def test_loss_is_on_the_completion_alone(llama: Path) -> None:
     assert "".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) == "<s>1+1=</s><s>2</s>"
     completion = [label for label in row["labels"] if label != IGNORE]
     assert "".join(tokenizer.convert_ids_to_tokens(completion)) == "2</s>"
-
-
-def test_loss_of_a_chat_is_on_what_the_assistant_says(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    tokenizer.chat_template = MARKED
-
-    def spelled(ids: list[int]) -> str:
-        return "".join(tokenizer.convert_ids_to_tokens(ids))
-
-    turns = [("system", "add"), ("user", "1+1="), ("assistant", "2"), ("user", "2+2="), ("assistant", "4")]
-    row: dict[str, Any] = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
-    assert spelled(encoded["input_ids"]) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>4</s>"
-    assert spelled([label for label in encoded["labels"] if label != IGNORE]) == "2</s>4</s>"
-    question, answer = question_and_answer(row)
-    assert spelled(prompt_ids(tokenizer, question)) == "<s>add</s><s>1+1=</s><s>2</s><s>2+2=</s><s>"
-    assert answer == "4"
-    row["messages"].append({"role": "user", "content": "thanks"})
-    with pytest.raises(DataError, match="do not end with the assistant's answer"):
-        question_and_answer(row)
-
-
-def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + MARKED
-    dates = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %A %-d %B, %Y-%m-%d') }}{% endif %}"
-    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
-    for row in (chat, {"prompt": "1", "completion": "2"}):
-        (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
-        assert "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"])) == "2024<s>1</s><s>2</s>"
-    asked = "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, "1")))
-    assert asked == f"{date.today().year}<s>1</s><s>"
-
-    tokenizer.chat_template = dates
-    written = tokenizer.apply_chat_template(chat["messages"], tokenize=False, **one_day(tokenizer))
-    assert written == "\n26 Jul 2024, Friday 26 July, 2024-07-26"
-
-
-@pytest.mark.parametrize(
-    ("said", "normalizer", "learnt"),
-    [
-        ("cafe\N{COMBINING ACUTE ACCENT}", NFC(), "café"),  # as Qwen's
-        ("cafe\N{COMBINING ACUTE ACCENT}", Sequence([NFKC()]), "café"),
-        ("ok\N{SNOWMAN}", None, "ok"),  # which is no token here
-        ("\N{SNOWMAN}ok", None, "ok"),
-    ],
-)
-def test_a_turn_ends_where_it_ends_whatever_the_tokenizer_makes_of_its_letters(
-    said: str, normalizer: Normalizer | None, learnt: str, llama: Path
-) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    tokenizer.backend_tokenizer.normalizer = normalizer
-    tokenizer.add_tokens(["é"])
-    tokenizer.chat_template = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>", 1)
-    turns = [("user", "1"), ("assistant", said), ("user", "2"), ("assistant", "3"), ("user", "4")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (encoded,) = encode([row], tokenizer, CAUSAL_LM, [], 64)
-    ids = [label for label in encoded["labels"] if label != IGNORE]
-    assert tokenizer.convert_ids_to_tokens(ids) == [*learnt, "3"]
-
-
-def test_chat_templates_that_do_not_do(llama: Path) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    rows = [json.loads(CHAT_LINE)]
-    tokenizer.chat_template = MARKED + "{{ raise_exception('turns must alternate') }}"
-    with pytest.raises(DataError, match=r"the chat template refuses the messages: turns must alternate \(row 1\)"):
-        encode(rows, tokenizer, CAUSAL_LM, [], 64)
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no chat template"):
-        encode(rows, tokenizer, CAUSAL_LM, [], 64)
-
-
-@pytest.mark.parametrize("line_break", ["", "\n"])
-def test_without_marks_a_turn_is_from_where_it_is_asked_for_to_the_end_of_the_chat_up_to_it(
-    line_break: str, llama: Path
-) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    turns = [("system", "s"), ("user", "1"), ("assistant", "2 3 "), ("user", "4"), ("assistant", "5"), ("user", "6")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    found = []
-    for template in (TEMPLATE, MARKED):
-        broken = template.replace("</s>", "</s>" + line_break).replace(f"{line_break}{{% endgen", "{% endgen")
-        tokenizer.chat_template = broken.replace("{% endgeneration %}", "{% endgeneration %}" + line_break)
-        found += encode([row], tokenizer, CAUSAL_LM, [], 64)
-    assert found[0] == found[1]
-    learnt = [label for label in found[0]["labels"] if label != IGNORE]
-    assert tokenizer.convert_ids_to_tokens(learnt) == [*"2 3 ", "</s>", "5", "</s>"]
-
-
-@pytest.mark.parametrize(
-    ("template", "turns"),
-    [
-        (TEMPLATE.replace("prompt %}<s>", "prompt %}<s>[think]"), "ua"),  # DeepSeek-R1's, which opens thoughts
-        (TEMPLATE.replace("</s>", "{% if loop.last %}.{% endif %}</s>"), "uaua"),  # as Qwen3's in a chat's last turn
-        (TEMPLATE, "au"),  # nothing is asked before
-    ],
-)
-def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_is_refused(
-    template: str, turns: str, llama: Path
-) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    tokenizer.chat_template = template
-    roles = {"u": "user", "a": "assistant"}
-    row = {"messages": [{"role": roles[turn], "content": str(i)} for i, turn in enumerate(turns)]}
-    told = rf"does not tell where .* in turn {turns.index('a') + 1} \(row 1\)\. Enclose them in \{{% generation %\}}"
-    with pytest.raises(DataError, match=told):
-        encode([row], tokenizer, CAUSAL_LM, [], 64)
 
 
 def test_loss_of_plain_text_is_on_all_but_the_first_token(llama: Path) -> None:
@@ -249,16 +140,6 @@ def test_rows_cut_to_nothing_are_left_out_or_refused(llama: Path) -> None:
     assert len(encode(rows, tokenizer, CAUSAL_LM, [], 20)) == 1
     with pytest.raises(DataError, match=r"alone has 20 tokens or more \(all a: valid rows\). Raise max_length"):
         encode(rows[1:], tokenizer, CAUSAL_LM, [], 20, unit="a: valid row")
-
-
-def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = BaseModel.resolve(llama).tokenizer
-    tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
-    rows = [json.loads(CHAT_LINE)]
-    with pytest.raises(DataError, match=r"no token of theirs is to be learnt \(all rows\). .*{% generation %}"):
-        encode(rows, tokenizer, CAUSAL_LM, [], 64)
-    encode([*rows, {"messages": [{"role": "model", "content": "2"}]}], tokenizer, CAUSAL_LM, [], 64)
-    assert caplog.messages == ["1 of 2 rows left out: no token of theirs is to be learnt (row 1)"]
 
 
 def test_one_warning_counts_and_names_the_rows_left_out_and_cut(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..adapter import Adapter
 from ..data import TaskData
 from ..errors import ArtifactError, OutputError, TrainingError
-from ..settings import FitSettings
+from ..settings import FitSettings, changes
 from ..storage import read_json
 
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
@@ -94,9 +94,8 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
     differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
-    before = saved.get("settings", {})
-    changed = [name for name, value in wanted["settings"].items() if before.get(name) != value]
-    differing += [f"settings ({name} {before.get(name)}, not {wanted['settings'][name]})" for name in changed]
+    before = dict.fromkeys(wanted["settings"]) | saved.get("settings", {})
+    differing += [f"settings ({change})" for change in changes(before, wanted["settings"])]
     if differing:
         raise TrainingError(
             f"the interrupted run had other {', '.join(differing)}",

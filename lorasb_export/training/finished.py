@@ -9,7 +9,7 @@ from ..adapter import Adapter
 from ..base import BaseModel
 from ..basis import Basis
 from ..data import TaskData
-from ..settings import CalibrationSettings, FitSettings
+from ..settings import CalibrationSettings, FitSettings, changes
 from ..storage import read_json
 
 
@@ -31,7 +31,7 @@ def differences(
     rates = made.get("learning_rates", [made["settings"]["learning_rate"]])
     before = made["settings"] | {"learning_rate": sorted(rates)}
     now = settings.of_result() | {"learning_rate": sorted(settings.rates)}
-    found = [f"{key} {value}, not {now[key]}" for key, value in before.items() if now.get(key, value) != value]
+    found = changes(before, now)
     if made["data_sha256"] != task.sha256:
         found.append("other data")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:

@@ -9,6 +9,7 @@ from ..adapter import Adapter
 from ..data import TaskData
 from ..encoding import Encoded
 from ..errors import TrainingError
+from ..tensors import all_finite
 from .order import RowOrder
 from .validation import Validation
 
@@ -27,7 +28,7 @@ class TaskRun:
 
     def has_finite_tensors(self) -> bool:
         """Whether R and the head are finite: nothing was computed with what the last step made."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.adapter.tensors().values())
+        return all(map(all_finite, self.adapter.tensors().values()))
 
     def diverged(self, what: str, place: str) -> TrainingError:
         """The error that ends this task."""

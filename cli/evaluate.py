@@ -39,6 +39,13 @@ def run(
             "the first by default."
         ),
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows at once; fewer take less memory, and change nothing.")
+    ] = 16,
+    predictions: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write what base and adapter answer to each row, as JSON lines."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after an interruption: score only what has no figures in its card.")
     ] = False,
@@ -60,6 +67,8 @@ def run(
         limit=limit,
         dtype=dtype,
         metric=metric,
+        batch_size=batch_size,
+        predictions=predictions,
         resume=resume,
     )
     results: dict[str, Any] = {}

@@ -54,6 +54,8 @@ def evaluate(
     limit: int | None = None,
     dtype: str = "auto",
     metric: str | None = None,
+    batch_size: int = 16,
+    predictions: bool = False,
     network: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """A metric on held-out rows, for the base and for the adapter. The adapter's folder and card stay as they are.
@@ -67,26 +69,33 @@ def evaluate(
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
             `pearson`. The first of these when None.
+        batch_size: rows at once; it changes nothing beyond rounding.
+        predictions: also return what is said of each row; not for the metric `loss`.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
             a classifier's head is as it was.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
-        `base`: None where the adapter brings the head, which the base lacks.
+        `base`: None where the adapter brings the head, which the base lacks. With `predictions` also these, a dict for
+        each row in order: its `number` from 1, the `row`, and the answer, class or number that is `expected` and that
+        `base` (or None) and `adapter` give.
 
     Raises:
         DataError: the split is empty, or of another task type than the adapter; an answer is missing; the base cannot
             answer a prompt: it is empty, too long for it, or refused by the chat template; or the loss is not finite.
-        SettingsError: the metric does not fit the data.
+        SettingsError: the metric does not fit the data, or predicts nothing; `limit` or `batch_size` below 1.
         BaseModelError, ArtifactError: the base is missing or another one; the adapter or its basis is bad.
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(task)), task)
-    split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric)
+    split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric, predictions=predictions)
+    if batch_size < 1:
+        raise SettingsError(f"batch_size is {batch_size}", fix="Give at least 1")
     base = adapter.base.resolve(base)
     base.verify(adapter.base, adapter.R)
     tokenizer = base.tokenizer
-    encoded, expected, unit = [], [], f"{task.name}: {split} row"
+    encoded, unit = [], f"{task.name}: {split} row"
+    expected: list[Any] = [row.get("label") for row in rows]
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
     if network is None:
@@ -100,33 +109,47 @@ def evaluate(
         expected = expected_answers(tokenizer, rows, ends, unit=unit)
         questions, most = [question_and_answer(row)[0] for row in rows], max_answer_tokens(tokenizer, rows)
 
-    def score() -> float:
+    def score() -> tuple[float, Sequence[Any]]:
+        """The metric, and what is predicted of each row: nothing where the metric is the loss."""
         if metric == "exact_match":
-            return exact_match(answers(network, tokenizer, questions, max_tokens=most, unit=unit), expected)
-        scores = row_scores(network, encoded, tokenizer.pad_token_id)
+            said = answers(network, tokenizer, questions, max_tokens=most, batch_size=batch_size, unit=unit)
+            return exact_match(said, expected), said
+        scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
         if metric == "loss":
-            return mean_loss(scores)
+            return mean_loss(scores), []
         predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-        return of_predictions(predicted, labels, regression=task.regression)[metric]
+        value = of_predictions(predicted, labels, regression=task.regression)[metric]
+        return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
 
-    result = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
-    before = score() if task.task_type == CAUSAL_LM else None
+    result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
+    before, said_before = score() if task.task_type == CAUSAL_LM else (None, [None] * len(rows))
     heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
     try:
-        values = {"base": before, "adapter": score()}
+        after, said_after = score()
     finally:
         remove(network)
         for parameter, data in heads.items():
             parameter.data = data
-    if not all(value is None or math.isfinite(value) for value in values.values()):
+    if not all(value is None or math.isfinite(value) for value in (before, after)):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
-    return result | values
+    result |= {"base": before, "adapter": after}
+    if predictions:
+        names, columns = ("row", "expected", "base", "adapter"), (rows, expected, said_before, said_after)
+        of_rows = enumerate(zip(*columns, strict=True), 1)
+        result["predictions"] = [{"number": number, **dict(zip(names, row, strict=True))} for number, row in of_rows]
+    return result
 
 
 def to_score(
-    adapter: Adapter, task: TaskData, *, split: str | None, limit: int | None, metric: str | None
+    adapter: Adapter,
+    task: TaskData,
+    *,
+    split: str | None,
+    limit: int | None,
+    metric: str | None,
+    predictions: bool = False,
 ) -> tuple[str, str, Sequence[Row]]:
     """The split, the metric and the rows that `evaluate` would take, checked as far as that needs no model.
 
@@ -136,6 +159,9 @@ def to_score(
     if limit is not None and limit < 1:
         raise SettingsError(f"limit is {limit}", fix="Give at least 1, or leave it out for all rows")
     metric = fitting_metric(task, metric)
+    if predictions and metric == "loss":
+        fix = "Leave predictions out, or take another metric"
+        raise SettingsError("the metric loss predicts nothing", where=task.source, fix=fix)
     split = split or task.held_out()
     rows = task.rows(split)[:limit]
     if metric == "exact_match":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -17,7 +19,9 @@ from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputEr
 from .evaluation import evaluate, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
+from .output import cannot_write, refuse_existing
 from .project import Project
+from .storage import expanded
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -36,6 +40,8 @@ def evaluate_adapters(
     limit: int | None = None,
     dtype: str = "auto",
     metric: str | None = None,
+    batch_size: int = 16,
+    predictions: str | Path | None = None,
     resume: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
     """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card, unless the
@@ -49,7 +55,9 @@ def evaluate_adapters(
             warning.
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
-        split, limit, dtype, metric: as for `evaluate`.
+        split, limit, dtype, metric, batch_size: as for `evaluate`.
+        predictions: a JSON-lines file to write: what base and adapter predict of each row, as `evaluate` gives it, with
+            the `name` (the word) and `split`.
         resume: take figures of the same data that are in a card from there.
 
     Yields:
@@ -57,7 +65,9 @@ def evaluate_adapters(
         same. The error of a single one is raised.
 
     Raises:
-        SettingsError: an adapter does not say what it was trained on; `resume` where no card would have the figures.
+        SettingsError: an adapter does not say what it was trained on; `resume` where no card would have the figures, or
+            with `predictions`, which no card has.
+        OutputError: the file of predictions is there already; nothing was scored.
         DataError: none has rows to be scored on; or as for `evaluate`.
         BaseModelError: the base of one is missing or another one; none was scored.
     """
@@ -65,7 +75,14 @@ def evaluate_adapters(
     if resume and not into_cards:
         what = "--resume takes figures from the cards, where none are of --data, --limit, --split train or --dtype nf4"
         raise SettingsError(what, fix="Leave out either")
+    if predictions is not None:
+        if resume:
+            what = "--resume takes figures from the cards, where no predictions are"
+            raise SettingsError(what, fix="Leave out either")
+        predictions = expanded(predictions)
+        refuse_existing(predictions, overwrite=False)
     load = load_task if data is None else load_held_out
+    scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
     known: dict[str, dict[str, Any]] = {}
     ready: dict[str, tuple[str, str, BaseModel]] = {}
     kinds: dict[str, tuple[str, str, int]] = {}
@@ -82,7 +99,7 @@ def evaluate_adapters(
         if all_there_are and not data and not task.splits.get(split or task.held_out()):
             logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
             continue
-        of_split, of_metric, _ = to_score(adapter, task, split=split, limit=limit, metric=metric)
+        of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
         figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
         if resume and figures.get("data_sha256") == task.sha256:
             of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
@@ -102,7 +119,11 @@ def evaluate_adapters(
         raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
-    options: dict[str, Any] = {"split": split, "limit": limit, "dtype": dtype, "metric": metric}
+    if predictions is not None:
+        with cannot_write(predictions):
+            predictions.parent.mkdir(parents=True, exist_ok=True)
+            predictions.touch(exist_ok=False)
+    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": predictions is not None}
     for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
         name, source, base = ready[word]
         outcome: dict[str, Any] | LoraSBError
@@ -111,16 +132,25 @@ def evaluate_adapters(
             load_basis_once(adapter, bases)
             kind = base, adapter.task_type, adapter.num_labels
             # No name for the network here: it would keep it beside the next one.
-            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **options)
+            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **scored, **options)
         except OF_ONE_ITEM as error:
             if len(ready) + len(known) == 1:
                 raise
             logger.warning("%s is left out: %s", word, error)
             outcome = error.alone()
         else:
+            if predictions is not None:
+                _append(predictions, word, outcome)
             if into_cards:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
+
+
+def _append(file: Path, word: str, outcome: dict[str, Any]) -> None:
+    """Move the predictions of an adapter into the file: those that are done outlast an interruption."""
+    lines = ({"name": word, "split": outcome["split"], **row} for row in outcome.pop("predictions"))
+    with cannot_write(file), file.open("ab") as end:
+        end.writelines(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in lines)
 
 
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:

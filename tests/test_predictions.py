@@ -1,0 +1,132 @@
+"""What is predicted of each row: from `evaluate`, and in the file of `lorasb evaluate --predictions`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_export import Adapter, evaluate
+from lorasb_export.base import BaseModel
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
+from lorasb_export.data import load_task
+from lorasb_export.errors import LoraSBError, SettingsError
+from lorasb_export.inference import answers
+from lorasb_export.project import Project
+from lorasb_export.project_evaluate import evaluate_adapters
+from tests.conftest import lorasb
+from tests.random_adapter import adapter_on
+from tests.rows import CLASS, GOOD, task_of
+
+
+@pytest.fixture
+def adapter(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+    """Of a project in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[tasks.a]\ndata = "{sums}"\n')
+    return adapter_on(llama, tmp_path / "adapters/a", CAUSAL_LM)
+
+
+def lines_of(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_of_base_and_adapter_stand_beside_what_is_expected(adapter: Adapter, sums: Path, llama: Path) -> None:
+    rows = load_task("a", sums).rows("test")[:5]
+    found = evaluate(adapter, sums, limit=5, predictions=True)
+    predicted = found.pop("predictions")
+    assert found == evaluate(adapter, sums, limit=5)
+    assert [(line["number"], line["row"]) for line in predicted] == list(enumerate(rows, 1))
+    # The tiny tokenizer puts a space between digits.
+    assert [line["expected"].replace(" ", "") for line in predicted] == [row["completion"] for row in rows]
+    base = BaseModel.resolve(llama)
+    network, prompts, most = base.load(), [row["prompt"] for row in rows], 10
+    assert [line["base"] for line in predicted] == answers(network, base.tokenizer, prompts, max_tokens=most)
+    adapter.inject(network)
+    said = answers(network, base.tokenizer, prompts, max_tokens=most)
+    assert [line["adapter"] for line in predicted] == said
+    assert said != [line["base"] for line in predicted]
+
+
+def test_classes_are_given_by_name_and_make_up_the_accuracy(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    task = task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data")
+    found = evaluate(adapter, task, split="train", predictions=True)
+    predicted = found["predictions"]
+    assert [line["expected"] for line in predicted] == ["yes", "no"]
+    assert {line["adapter"] for line in predicted} in ({"yes"}, {"no"})  # both rows are one text
+    assert {line["base"] for line in predicted} == {None}
+    assert sum(line["adapter"] == line["expected"] for line in predicted) / 2 == found["adapter"]
+
+
+def test_numbers_are_given_as_predicted(bert: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=[], regression=True)
+    task = task_of('{"text": "a", "label": 0.5}\n{"text": "b, longer", "label": 2}\n', tmp_path / "data")
+    predicted = evaluate(adapter, task, split="train", predictions=True)["predictions"]
+    assert [line["expected"] for line in predicted] == [0.5, 2]
+    assert len({line["adapter"] for line in predicted}) == 2
+
+
+def test_the_file_has_a_line_for_each_row_of_each_adapter(adapter: Adapter, sums: Path) -> None:
+    adapter.save("adapters/b")
+    done = lorasb("evaluate", "--limit", "3", "--data", str(sums), "--predictions", "out/said.jsonl", "--json")
+    assert done.exit_code == 0
+    assert "predictions" not in json.loads(done.stdout)["evaluation"]["a"]
+    lines = lines_of("out/said.jsonl")
+    assert [(line["name"], line["split"], line["number"]) for line in lines] == [
+        (name, "test", number) for name in "ab" for number in (1, 2, 3)
+    ]
+    of_rows = evaluate(adapter, sums, limit=3, predictions=True)["predictions"]
+    assert [{key: line[key] for key in of_rows[0]} for line in lines] == 2 * of_rows
+
+
+def test_what_is_predicted_outlasts_what_comes_after(adapter: Adapter, tmp_path: Path) -> None:
+    adapter.save("adapters/b")
+    words = {name: f"adapters/{name}" for name in "ab"}
+    found = evaluate_adapters(Project.load(), words, data="rows.jsonl", predictions="said.jsonl")
+    Path("rows.jsonl").write_text(GOOD)
+    next(found)
+    assert [line["name"] for line in lines_of("said.jsonl")] == ["a"]
+    shutil.rmtree("adapters/b")
+    ((word, outcome),) = found
+    assert (word, isinstance(outcome, LoraSBError)) == ("b", True)
+    assert [line["name"] for line in lines_of("said.jsonl")] == ["a"]
+
+
+def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    Path("said.jsonl").write_text("mine")
+    done = lorasb("evaluate", "--predictions", "said.jsonl")
+    assert "the target exists" in done.stderr
+    assert Path("said.jsonl").read_text() == "mine"
+    Path("folder").mkdir()
+    assert "cannot write: File exists" in lorasb("evaluate", "--predictions", "folder").stderr
+
+
+def test_where_nothing_would_be_predicted(adapter: Adapter, sums: Path) -> None:
+    done = lorasb("evaluate", "--metric", "loss", "--predictions", "said.jsonl")
+    assert "the metric loss predicts nothing" in done.stderr
+    done = lorasb("evaluate", "--resume", "--predictions", "said.jsonl")
+    assert "--resume takes figures from the cards, where no predictions are" in done.stderr
+    assert not Path("said.jsonl").exists()
+
+
+def test_the_size_of_a_batch_takes_memory_alone(
+    adapter: Adapter, sums: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(adapter, sums, limit=5, predictions=True)
+    seen: list[int] = []
+    generate = type(BaseModel.resolve(adapter.base.resolve(None).folder).load()).generate
+
+    def counted(self: Any, ids: Any, **options: Any) -> Any:
+        seen.append(len(ids))
+        return generate(self, ids, **options)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", counted)
+    assert evaluate(adapter, sums, limit=5, batch_size=2, predictions=True) == expected
+    assert seen == 2 * [2, 2, 1]
+    with pytest.raises(SettingsError, match=r"batch_size is 0\. Give at least 1"):
+        evaluate(adapter, sums, batch_size=0)

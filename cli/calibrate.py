@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorasb_export.choices import Directions, LoadedDtype, LossMean, Reduction
 
 from .verb import Run, given, parse_pairs, percentages
+
+if TYPE_CHECKING:
+    from lorasb_export.task_source import AnySource
 
 
 def run(
@@ -90,7 +93,7 @@ def run(
     settings = CalibrationSettings(**{"max_length": length, **project.calibration, **flags})
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
-    sources = parse_pairs(data)
+    sources: dict[str, AnySource] = {**parse_pairs(data)}
     unused = given(data=data, weight=weight, samples=samples, reduction=reduction, loss=loss)
     if settings.directions in DRAWN and unused:
         flags_given = ", ".join(f"--{name}" for name in unused)

@@ -46,6 +46,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "inference.py": ["answers"],
     "inspection.py": ["inspect_folder"],
     "settings.py": ["CalibrationSettings", "FitSettings"],
+    "task_source.py": ["TaskSource"],
     "data.py": ["load_task", "task_of", "TaskData: labels rows held_out"],
     "training/muon.py": ["Muon: __init__", "groups_of"],
 }
@@ -66,6 +67,7 @@ TYPES = {
         "MAX_DROP",
     ],
     "base.py": ["AnyBase"],
+    "task_source.py": ["AnySource"],
     "rows.py": ["Row", "Prompt"],
     "merging/combine.py": ["Weights", "Weighted"],
     "serving/launcher.py": ["Adapters"],

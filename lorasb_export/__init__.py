@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .serving.launcher import running_server, serve
     from .settings import CalibrationSettings, FitSettings
     from .stack import Stack
+    from .task_source import TaskSource
     from .training.fit import fit, fit_together
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "LoraSBError",
     "OnnxDecoder",
     "Stack",
+    "TaskSource",
     "answers",
     "calibrate",
     "evaluate",
@@ -60,6 +62,7 @@ _HOMES = {
     "LoraSBError": "errors",
     "OnnxDecoder": "exporting.onnx_run",
     "Stack": "stack",
+    "TaskSource": "task_source",
     "answers": "inference",
     "calibrate": "calibration.calibrate",
     "evaluate": "evaluation",

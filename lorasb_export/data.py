@@ -6,23 +6,22 @@ A label is a class, or a number to predict when any of the task's labels has a d
 from __future__ import annotations
 
 import hashlib
-import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from .choices import CAUSAL_LM, SEQ_CLS, Split
-from .errors import DataError, first_line
-from .fetch import may_be_dataset
+from .choices import CAUSAL_LM, SEQ_CLS
+from .errors import DataError, SettingsError
+from .hub_dataset import rows_from_hub, warn_once
 from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
 from .storage import expanded
+from .task_source import SPLITS, AnySource, TaskSource
 
-logger = logging.getLogger(__name__)
-
-SPLITS = get_args(Split)
+Placed = tuple[str, Row]  # a row with its place, which errors name
+_ENDINGS = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -73,38 +72,53 @@ class TaskData:
         return "test" if self.splits.get("test") else "valid"
 
 
-def load_held_out(name: str, source: str | Path) -> TaskData:
+def load_held_out(name: str, source: AnySource) -> TaskData:
     """As `load_task`, for rows to be scored on: all of a single file are held out."""
     task = load_task(name, source)
-    return replace(task, splits={**task.splits, "test": task.splits["train"]}) if expanded(source).is_file() else task
+    if not expanded(str(source)).is_file():
+        return task
+    return replace(task, splits={**task.splits, "test": task.splits["train"]})
 
 
-def load_task(name: str, source: str | Path) -> TaskData:
-    """Read a task from a folder of train/valid/test.jsonl, one .jsonl file, or a Hub dataset id.
+def load_task(name: str, source: AnySource) -> TaskData:
+    """Read a task from a folder of train/valid/test.jsonl (or .csv), one such file, or a Hub dataset id.
 
-    `validation.jsonl` is taken for `valid.jsonl`; other .jsonl files of the folder are left alone, with a warning.
-    `name` is what errors, cards and `fit_together` call the task.
+    `validation.jsonl` is taken for `valid.jsonl`; other .jsonl and .csv files of the folder are left alone, with a
+    warning.
+
+    Args:
+        name: what errors, cards and `fit_together` call the task.
+        source: the path or id; or a `TaskSource` of it, which says what its columns and splits are called, or how many
+            training rows to hold out.
 
     Raises:
-        DataError: nothing there; CSV; both names of one split; or, with file and line, a broken line, a missing, empty
-            or wrong field, a row of another kind than the first, a label that no training row has.
+        DataError: nothing there; two files of one split; or, with file and line, a broken line, a missing, empty or
+            wrong field or column, a row of another kind than the first, a label that no training row has.
+        SettingsError: splits or a subset of what is no Hub dataset.
     """
-    path = expanded(source)
-    if path.suffix.lower() == ".csv":
-        fix = 'Make JSON lines of it, one {"prompt": …, "completion": …} or {"text": …, "label": …} for each row'
-        raise DataError("CSV is not read", where=path, fix=fix)
+    source = source if isinstance(source, TaskSource) else TaskSource(str(source))
+    path = expanded(source.path)
+    if path.exists() and (source.subset or source.splits):
+        raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
+    label = source.columns.get("label", "label")
     if path.is_file():
-        placed = {"train": list(read_rows(path))}
+        placed = {"train": list(read_rows(path, label))}
     elif path.is_dir():
-        placed = {split: list(read_rows(file)) for split, file in _files(path).items()}
+        placed = {split: list(read_rows(file, label)) for split, file in split_files(path).items()}
         if "train" not in placed:
             raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
         for split in placed:
             if split != "train" and not placed[split]:
                 raise DataError(f"{split}.jsonl is empty", where=path, fix="Remove it or add rows")
     else:
-        placed = _rows_from_hub(str(source))
-    return _checked(name, str(path.absolute()) if path.exists() else str(source), placed)
+        placed = rows_from_hub(source)
+    if source.columns:
+        placed = {split: [_renamed(row, source.columns) for row in rows] for split, rows in placed.items()}
+    if source.hold_out:
+        if "valid" in placed:
+            raise DataError("it has valid rows", where=path, fix="Leave hold_out out, or remove them")
+        placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out)
+    return _checked(name, str(path.absolute()) if path.exists() else source.path, placed)
 
 
 def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
@@ -127,13 +141,12 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
     return _checked(name, "memory", placed)
 
 
-def load_tasks(data: Mapping[str, str | Path | TaskData]) -> list[TaskData]:
+def load_tasks(data: Mapping[str, AnySource | TaskData]) -> list[TaskData]:
     """The task of every name: read, or a loaded one under that name."""
     return [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
 
 
-def _checked(name: str, source: str, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> TaskData:
-    """The task of rows that come with their places, which errors name."""
+def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
     if not placed.get("train"):
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
     kind = kind_of(placed["train"][0][1], placed["train"][0][0])
@@ -151,57 +164,48 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[tuple[str, Ro
     return task
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each split that a data folder has; warns of .jsonl files that are none of them."""
-    splits = {f"{split}.jsonl": split for split in SPLITS} | {"validation.jsonl": "valid"}
-    present = sorted(path for path in folder.glob("*.jsonl") if path.is_file())
-    found = {splits[path.name]: path for path in present if path.name in splits}
-    if (folder / "valid.jsonl") in present and (folder / "validation.jsonl") in present:
-        raise DataError("both valid.jsonl and validation.jsonl", where=folder, fix="Keep one of them")
-    other = [path.name for path in present if path.name not in splits]
-    if other:
-        _warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {', '.join(splits)}")
+def split_files(folder: Path) -> dict[str, Path]:
+    """The file of each split that a data folder has; warns of .jsonl and .csv files that are none of them."""
+    splits = {split: split for split in SPLITS} | {"validation": "valid"}
+    present = sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file())
+    found: dict[str, Path] = {}
+    for path in present:
+        split = splits.get(path.stem)
+        if split in found:
+            raise DataError(f"both {found[split].name} and {path.name}", where=folder, fix="Keep one of them")
+        if split is not None:
+            found[split] = path
+    if other := [path.name for path in present if path.stem not in splits]:
+        files = ", ".join(f"{split}.jsonl" for split in splits)
+        warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}")
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _rows_from_hub(name: str) -> dict[str, list[tuple[str, Row]]]:
-    if not may_be_dataset(name, Path()):
-        fix = "Check the path; a dataset on the Hub is owner/name"
-        raise DataError("no such file, folder or Hub dataset", where=name, fix=fix)
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name)
-    except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
-        what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
-        if "Config name" in str(error):
-            what, fix = "the dataset has several parts", "Fetch the one you want and write its rows to train.jsonl"
-        raise DataError(what, where=name, fix=fix) from None
-    if "train" not in dataset:
-        fix = "Fetch the split you want and write its rows to train.jsonl"
-        raise DataError(f"the dataset has no split train (it has {', '.join(dataset)})", where=name, fix=fix)
-    if "valid" in dataset and "validation" in dataset:
-        fix = "Fetch the one you want and write its rows to valid.jsonl"
-        raise DataError("the dataset has a split valid and a split validation", where=name, fix=fix)
-    names = {"train": "train", "valid": "valid" if "valid" in dataset else "validation", "test": "test"}
-    if others := [split for split in dataset if split not in names.values()]:
-        _warn_once(f"of {name} are not read: {', '.join(others)}; splits are train, validation (or valid) and test")
-    placed = {
-        split: [(f"{name} {theirs} row {number}", row) for number, row in enumerate(dataset[theirs].to_list(), 1)]
-        for split, theirs in names.items()
-        if theirs in dataset
-    }
-    for split in ("valid", "test"):  # those of a competition hide their labels, as -1
-        if placed.get(split) and all(row.get("label") == -1 for _, row in placed[split]):
-            _warn_once(f"the {names[split]} split of {name} is not read: its labels are all -1")
-            del placed[split]
-    return placed
+def _renamed(placed: Placed, columns: Mapping[str, str]) -> Placed:
+    place, row = placed
+    for column in columns.values():
+        if column not in row:
+            fix = "Correct columns of its [tasks.NAME]"
+            raise DataError(f"no column {column!r} (there are: {', '.join(map(str, row))})", where=place, fix=fix)
+    return place, {field: row[column] for field, column in columns.items()}
 
 
-@cache
-def _warn_once(message: str) -> None:
-    """A task is read again when it is its turn."""
-    logger.warning("%s", message)
+def _divided(placed: Sequence[Placed], share: float) -> tuple[list[Placed], list[Placed]]:
+    """Rows to train on, and `share` of all to hold out, in their order. Of each label one stays at least."""
+    digests = [hashlib.sha256(as_json(row)).digest() for _, row in placed]
+    labels = [str(row.get("label")) for _, row in placed]
+    twins, left = Counter(digests), Counter(labels)
+    wanted, chosen = max(1, round(share * len(placed))), set()
+    for digest, label in sorted(dict(zip(digests, labels, strict=True)).items()):
+        if twins[digest] <= wanted and twins[digest] < left[label]:
+            chosen.add(digest)
+            left[label] -= twins[digest]
+            wanted -= twins[digest]
+    if not chosen:
+        fix = "Add rows, or leave hold_out out"
+        raise DataError("too few different rows to hold any out", where=placed[0][0] if placed else None, fix=fix)
+    pairs = list(zip(digests, placed, strict=True))
+    return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 
 
 def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:

@@ -32,6 +32,7 @@ from .network import evaluating, require_dtype, require_outputs
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .storage import read_json, write_json
+from .task_source import AnySource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ _METRICS = {
 
 def evaluate(
     adapter: str | Path | Adapter,
-    task: str | Path | TaskData,
+    task: AnySource | TaskData,
     *,
     base: AnyBase | None = None,
     split: str | None = None,
@@ -87,7 +88,7 @@ def evaluate(
         BaseModelError, ArtifactError: the base is missing or another one; the adapter or its basis is bad.
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(task)), task)
+    task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(str(task))), task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric, predictions=predictions)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}", fix="Give at least 1")

@@ -18,7 +18,7 @@ BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv")
 
 
@@ -34,8 +34,8 @@ def is_hub_id(name: object) -> bool:
 
 
 def may_be_dataset(source: str, folder: Path) -> bool:
-    """Whether `source`, of which there is no file, may be a dataset's id, `owner/name` or `name`, rather than a
-    mistyped path: one with a file's ending, or into a folder that `folder` has."""
+    """Whether `source`, of which there is no file, may be a dataset's id, `owner/name` or `name`, with or without
+    `@revision`, rather than a mistyped path: one with a file's ending, or into a folder that `folder` has."""
     is_id = _DATASET_ID.fullmatch(source) is not None and not source.endswith(_FILE_ENDINGS)
     return is_id and not ("/" in source and (folder / source.partition("/")[0]).is_dir())
 

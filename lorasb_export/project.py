@@ -18,6 +18,7 @@ from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, find_adapter, name_problem, some
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 from .storage import expanded
+from .task_source import TaskSource
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -38,15 +39,23 @@ class Task:
 
     Attributes:
         data: folder, file or Hub dataset id.
+        columns, hold_out, subset, splits: of the data: see `TaskSource`.
         basis: a basis of its own, in place of the project's shared one.
         weight: of the task's rows in the calibration of the shared basis.
         fit: how it is trained otherwise than `[fit]` says.
     """
 
     data: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    hold_out: float = 0.0
+    subset: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
     basis: str | None = None
     weight: float = 1.0
     fit: Mapping[str, Any] = field(default_factory=dict)
+
+    def source(self, path: str) -> TaskSource:
+        return TaskSource(path, self.columns, self.hold_out, self.subset, self.splits)
 
 
 _Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
@@ -56,7 +65,7 @@ _TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "ta
 _SECTIONS: dict[str, _Types] = {
     "basis": {"path": (str,), **types_of(CalibrationSettings)},
     "fit": types_of(FitSettings),
-    "tasks.NAME": {**types_of(Task), "fit": (dict,)},
+    "tasks.NAME": {**types_of(Task), "columns": (dict,), "splits": (dict,), "fit": (dict,)},
     "hub": {"repo": (str,), "public": (bool,)},
 }
 # The base is loaded once for all tasks, in one dtype, and heads are drawn by one seed.
@@ -185,8 +194,9 @@ class Project:
         """As `find_adapter`, but any existing folder of that name comes first."""
         return word if Path(word).is_dir() else self.find_adapter(word)
 
-    def task_source(self, name: str) -> str:
-        """The data of a task: an absolute path, or what may be a Hub dataset id.
+    def task_source(self, name: str) -> str | TaskSource:
+        """The data of a task: an absolute path, or what may be a Hub dataset id; with how it is read, where its table
+        says that.
 
         Raises:
             SettingsError: the project has no such task.
@@ -194,10 +204,12 @@ class Project:
         if name not in self.tasks:
             near = _nearest(name, self.tasks)
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
-        source, path = self.tasks[name].data, self.path(self.tasks[name].data)
-        return source if not path.exists() and may_be_dataset(source, self.folder) else str(path)
+        task, path = self.tasks[name], self.path(self.tasks[name].data)
+        source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
+        described = task.source(source)
+        return source if described == TaskSource(source) else described
 
-    def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, str | None]:
+    def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, str | TaskSource | None]:
         """Name and data of an adapter's task: the project's of the adapter's name, else the one it was trained on.
 
         The data is `data` if that is given; None where only a name is known: what a push leaves of a path would be
@@ -288,6 +300,11 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
             wrong.append(f"[tasks.{name}] lacks data")
         if not wrong and not 0 < table.get("weight", 1) < math.inf:
             wrong.append(f"[tasks.{name}] weight = {table['weight']} is not a positive number")
+        if not wrong:
+            try:
+                Task(**table).source(table["data"])
+            except SettingsError as error:
+                wrong.append(f"[tasks.{name}] {error.what}: {error.fix}")
         found += wrong
     return found
 

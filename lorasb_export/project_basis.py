@@ -17,6 +17,7 @@ from .names import some
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import sha256_file
+from .task_source import AnySource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def load_or_make(
     project: Project,
     source: str,
     base: BaseModel,
-    tasks: Mapping[str, str],
+    tasks: Mapping[str, AnySource],
     calibration: CalibrationSettings,
     network: PreTrainedModel | None,
 ) -> Basis:

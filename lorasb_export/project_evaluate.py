@@ -22,6 +22,7 @@ from .loaded import LastLoaded
 from .output import cannot_write, refuse_existing
 from .project import Project
 from .storage import expanded
+from .task_source import TaskSource
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -84,7 +85,7 @@ def evaluate_adapters(
     load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
     known: dict[str, dict[str, Any]] = {}
-    ready: dict[str, tuple[str, str, BaseModel]] = {}
+    ready: dict[str, tuple[str, str | TaskSource, BaseModel]] = {}
     kinds: dict[str, tuple[str, str, int]] = {}
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     for word, folder in tqdm(adapters.items(), desc="check", disable=no_bar()):

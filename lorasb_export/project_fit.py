@@ -23,6 +23,7 @@ from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
+from .task_source import AnySource
 from .training.fit import fit, train_together
 from .training.requirements import require_fitting
 
@@ -156,7 +157,7 @@ def _calibration(project: Project, settings: FitSettings) -> CalibrationSettings
     return CalibrationSettings(**{**as_trained, **project.calibration})
 
 
-def _checked(places: Mapping[str, str], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
+def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
     """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
     for used in {own.get(name, settings) for name in places}:
         require_fitting([], used)  # what is wrong with no task is told once

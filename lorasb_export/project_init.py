@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .atomic import atomic_file
+from .data import split_files
 from .errors import DataError, OutputError, SettingsError
 from .output import cannot_write
 from .project import FILE_NAME, MAX_BYTES, refuse_bad_names
@@ -29,7 +30,8 @@ model = {model}  # a folder or a Hub id
 {fit}
 # also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16", "nf4"), checkpoint_every, seed
 
-{tasks}
+{tasks}# each also: columns ({{ prompt = "question", completion = "answer" }}), hold_out (0.1 as valid), basis ("own")
+
 # [hub]
 # repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
 """
@@ -79,8 +81,8 @@ def write_project(
 
 def _has_labels(data: Path) -> bool:
     """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
-    with suppress(DataError):
-        for place, row in read_rows(data / "train.jsonl" if data.is_dir() else data):
+    with suppress(DataError, KeyError):
+        for place, row in read_rows(split_files(data)["train"] if data.is_dir() else data):
             return kind_of(row, place) == LABELLED
     return False
 

@@ -1,4 +1,4 @@
-"""One row of a task: its kind by its fields, read from JSON lines, checked.
+"""One row of a task: its kind by its fields, read from JSON lines or CSV, checked.
 
 For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; for
 a sequence classifier {"text"[, "text_pair"], "label"}.
@@ -7,7 +7,9 @@ a sequence classifier {"text"[, "text_pair"], "label"}.
 from __future__ import annotations
 
 import codecs
+import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,21 @@ _FIELDS = {
     LABELLED: ("text", "label"),
 }
 
+FIELDS = ("prompt", "completion", "messages", "text", "text_pair", "label")
+
 Row = dict[str, Any]
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The JSON objects of a JSONL file, each with its place, `file:line`. Raises DataError naming it."""
+def read_rows(path: Path, label: str = "label") -> Iterator[tuple[str, Row]]:
+    """The rows of a file of JSON lines, or of CSV, each with its place, `file:line`. Raises DataError naming it.
+
+    Of CSV every cell is text, but in the column `label` what is written as a number is one.
+    """
+    return _read_csv(path, label) if path.suffix.lower() == ".csv" else _read_json_lines(path)
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
@@ -52,6 +63,36 @@ def _parse_row(line: bytes, place: str) -> Row:
         return row
     except ValueError as error:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
+
+
+def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
+    place = str(path)
+    csv.field_size_limit(MAX_JSON_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = file.readline()
+            file.seek(0)
+            separator = max(",;\t", key=names.count)  # a spreadsheet writes semicolons where numbers have commas
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            for cells in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in cells or None in cells.values():
+                    fix = "Put a cell with a separator or a line break in quotes"
+                    raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
+                yield place, cells | ({label: _number_or_text(cells[label])} if label in cells else {})
+    except (csv.Error, UnicodeDecodeError) as error:
+        fix = "Save it as CSV in UTF-8"
+        raise DataError(f"broken CSV: {error}", where=place, fix=fix) from None
+    except OSError as error:
+        if isinstance(error, LoraSBError):
+            raise
+        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a CSV file") from None
+
+
+def _number_or_text(cell: str) -> int | float | str:
+    if re.fullmatch(r"[+-]?\d{1,18}", cell):
+        return int(cell)
+    return float(cell) if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", cell) else cell
 
 
 def kind_of(row: Row, where: object = None) -> str:

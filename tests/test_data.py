@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -82,19 +81,6 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
-
-
-def test_csv_is_not_read_and_how_to_convert_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.csv").write_text('question,answer\n"1+1=",2\n')
-    with pytest.raises(DataError, match=r"CSV is not read \(mine\.csv\)\. Make JSON lines"):
-        load_task("t", "mine.csv")
-    with pytest.raises(DataError, match="CSV is not read"):
-        load_task("t", "MINE.CSV")
-    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```python\n(import csv.*?)```", page, re.DOTALL)
-    exec(script)
-    assert load_task("t", "data/mine").rows("train") == [{"prompt": "1+1=", "completion": "2"}]
 
 
 def test_a_label_that_training_lacks(tmp_path: Path) -> None:
@@ -196,7 +182,7 @@ def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatc
 def test_a_dataset_of_several_parts_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
     monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(error))
-    with pytest.raises(DataError, match=r"the dataset has several parts \(owner/name\)\. Fetch the one you want"):
+    with pytest.raises(DataError, match=r"several parts: \['main', 'socratic'\] \(owner/name\)\. Name the one"):
         load_task("t", "owner/name")
 
 

@@ -34,6 +34,7 @@ from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import WHERE_TARGETS, find_targets
+from ..task_source import AnySource
 from .capture import capture_of_rows, record
 from .gradients import LEAST, draw, gradients_of_rows
 from .random_basis import random_factors
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 def calibrate(
     base: AnyBase,
-    data: Mapping[str, str | Path | TaskData],
+    data: Mapping[str, AnySource | TaskData],
     settings: CalibrationSettings | None = None,
     *,
     weights: Mapping[str, float] | None = None,
@@ -192,7 +193,7 @@ def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> No
             raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
 
 
-def _one_by_one(data: Mapping[str, str | Path | TaskData]) -> Iterator[TaskData]:
+def _one_by_one(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
     """Read the tasks anew, each when it is asked for: the rows of all of them may be more than memory holds."""
     for name, task in data.items():
         yield from load_tasks({name: task})

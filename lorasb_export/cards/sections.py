@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..fetch import is_hub_id
+from ..fetch import is_hub_id, parse_hub_id
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
 _OF_ADAPTERS = ("lorasb", "peft")  # libraries
@@ -56,8 +56,8 @@ def metadata(
     if pipeline:
         keys["pipeline_tag"] = pipeline
     keys |= facts.licence
-    if is_hub_id(training.get("data")):
-        keys["datasets"] = [training["data"]]
+    if on_the_hub := parse_hub_id(training.get("data") or ""):
+        keys["datasets"] = [on_the_hub[0]]
     keys["tags"] = ["lora-sb", "lorasb", *tags]
     results = _results(training, pipeline or "text-generation")
     if results:
@@ -68,11 +68,11 @@ def metadata(
 
 def _results(training: Mapping[str, Any], pipeline: str) -> list[dict[str, Any]]:
     """The adapter's figures, one result for each split, as the Hub's model-index wants them."""
-    task, data = training.get("task") or "task", training.get("data")
+    task, of_hub = training.get("task") or "task", parse_hub_id(training.get("data") or "")
     return [
         {
             "task": {"type": pipeline},
-            "dataset": {"name": task, "type": data if is_hub_id(data) else task, "split": split},
+            "dataset": {"name": task, "type": of_hub[0] if of_hub else task, "split": split},
             "metrics": [{"type": metric, "value": found["adapter"]} for metric, found in metrics.items()],
         }
         for split, metrics in training.get("evaluation", {}).items()

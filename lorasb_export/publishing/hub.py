@@ -256,12 +256,17 @@ def _facts(config: Mapping[str, Any], made: Mapping[str, Any], files: Files) -> 
     name, revision = base.get("name_or_path"), base.get("revision")
     training = config.get("training") or made.get("training") or {}
     sources = {training.get("data"), *(s.get("source") for s in config.get("calibration", {}).get("data", []))}
-    licences = {s: licence(s, dataset=True).get("license") for s in sources if s}
+    licences = {s: _licence_of_data(s) for s in sources if s}
     return Facts(
         licence=licence(name, revision=revision, beside=files) if name else {},
         data_licences={source: found for source, found in licences.items() if found},
         made=made,
     )
+
+
+def _licence_of_data(source: str) -> str | None:
+    name, revision = parse_hub_id(source) or (source, None)
+    return licence(name, revision=revision, dataset=True).get("license")
 
 
 def _plan(repository: Repository, files: Files, head: Head, kind: str, public: bool, message: str) -> dict[str, Any]:

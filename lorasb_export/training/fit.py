@@ -17,6 +17,7 @@ from ..errors import Problems, SettingsError, TrainingError
 from ..output import is_free
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import expanded
+from ..task_source import AnySource
 from .checkpoints import refuse_run_of_others, runs_together, together_folder
 from .job import Job
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def fit(
     base: AnyBase,
     basis: str | Path | Basis | CalibrationSettings,
-    data: str | Path | TaskData,
+    data: AnySource | TaskData,
     out: str | Path,
     settings: FitSettings | None = None,
     *,
@@ -82,7 +83,7 @@ def fit(
 def fit_together(
     base: AnyBase,
     basis: str | Path | Basis,
-    tasks: Sequence[TaskData] | Mapping[str, str | Path | TaskData],
+    tasks: Sequence[TaskData] | Mapping[str, AnySource | TaskData],
     folder: str | Path,
     settings: FitSettings | None = None,
     *,
@@ -118,7 +119,7 @@ def fit_together(
 def train_together(
     base: AnyBase,
     basis: str | Path | Basis,
-    tasks: Sequence[TaskData] | Mapping[str, str | Path | TaskData],
+    tasks: Sequence[TaskData] | Mapping[str, AnySource | TaskData],
     folder: str | Path,
     settings: FitSettings,
     *,

@@ -48,6 +48,5 @@ def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
         (settings.metric != "loss", f"{settings.metric} cannot be measured", "leave metric out"),
     ):
         if asked:
-            raise DataError(
-                f"task {task.name} has no valid rows, so {what}", where=task.source, fix=f"Add valid.jsonl, or {fix}"
-            )
+            fix = f"Add valid.jsonl or hold_out, or {fix}"
+            raise DataError(f"task {task.name} has no valid rows, so {what}", where=task.source, fix=fix)

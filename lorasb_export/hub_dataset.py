@@ -1,0 +1,85 @@
+"""The rows of a dataset on the Hub, by split."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, first_line
+from .fetch import may_be_dataset
+from .rows import Row
+from .task_source import TaskSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_OF_A_WRONG_NAME = ("BuilderConfig", "Unknown split", "Unrecognized instruction")
+
+
+def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
+    """Split → the rows, each with its place.
+
+    Raises:
+        DataError: no such dataset, subset or split, or the Hub cannot be reached.
+    """
+    if not may_be_dataset(source.path, Path()):
+        fix = "Check the path; a dataset on the Hub is owner/name"
+        raise DataError("no such file, folder or Hub dataset", where=source.path, fix=fix)
+    placed = {}
+    for split, (theirs, dataset) in _splits(source).items():
+        rows = enumerate(dataset.to_list(), 1)
+        placed[split] = [(f"{source.path} {theirs} row {number}", row) for number, row in rows]
+        labels = source.columns.get("label", "label")
+        if split != "train" and placed[split] and all(row.get(labels) == -1 for _, row in placed[split]):
+            warn_once(f"the {theirs} split of {source.path} is not read: its labels are all -1")
+            del placed[split]  # that of a competition, which hides them
+    return placed
+
+
+def _splits(source: TaskSource) -> dict[str, tuple[str, Dataset]]:
+    """Split → what the dataset calls it, and its rows."""
+    if source.splits:
+        found = _load(source, split=list(source.splits.values()))
+        return dict(zip(source.splits, zip(source.splits.values(), found, strict=True), strict=True))
+    found = _load(source)
+    there = ", ".join(found)
+    if "train" not in found:
+        fix = "Name those to read in splits of its [tasks.NAME], as train = …"
+        raise DataError(f"the dataset has no split train (it has {there})", where=source.path, fix=fix)
+    if "valid" in found and "validation" in found:
+        fix = "Name the ones to read in splits of its [tasks.NAME]"
+        raise DataError("the dataset has a split valid and a split validation", where=source.path, fix=fix)
+    names = {"train": "train", "valid": "valid" if "valid" in found else "validation", "test": "test"}
+    if others := [split for split in found if split not in names.values()]:
+        others_are = f"of {source.path} are not read: {', '.join(others)}"
+        warn_once(f"{others_are}; splits are train, validation (or valid) and test")
+    return {split: (theirs, found[theirs]) for split, theirs in names.items() if theirs in found}
+
+
+def _load(source: TaskSource, **options: Any) -> Any:
+    from datasets import load_dataset
+
+    name, _, revision = source.path.partition("@")
+    options |= {"name": source.subset} if source.subset else {}
+    options |= {"revision": revision} if revision else {}
+    try:
+        return load_dataset(name, **options)
+    except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
+        what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
+        if "Config name" in str(error):
+            _, _, there = str(error).partition("configs: ")
+            what = f"the dataset has several parts: {there.partition(chr(10))[0]}"
+            fix = "Name the one to read as subset of its [tasks.NAME]"
+        elif any(hint in str(error) for hint in _OF_A_WRONG_NAME):
+            what, fix = first_line(error), "Correct subset or splits of its [tasks.NAME]"
+        raise DataError(what, where=source.path, fix=fix) from None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A task is read again when it is its turn."""
+    logger.warning("%s", message)

@@ -1,0 +1,60 @@
+"""Where the rows of a task are, and how they are read where that alone does not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from .choices import Split
+from .errors import SettingsError
+from .rows import FIELDS
+
+SPLITS = get_args(Split)
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Data that is not called or split as a task's is.
+
+    Attributes:
+        path: a folder, a file, or a Hub dataset id, `owner/name` or `owner/name@revision`.
+        columns: field of a row → what the data calls it; all else in the data is left alone. Empty: as it is called.
+        hold_out: of data without valid rows, the share of its training rows to hold out as such. The digest of a row
+            decides it: equal rows stay together, and most of the choice stays as it is when rows are added.
+        subset: which one of a Hub dataset of several.
+        splits: split → that of the Hub dataset, as `datasets` writes it: `train_sft`, `train[:95%]`. What is not named
+            is not read. Empty: train, validation (or valid) and test.
+
+    Raises:
+        SettingsError: a field or split that no task has, no `train` among the splits, or a share that is none.
+    """
+
+    path: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    hold_out: float = 0.0
+    subset: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, known in (("columns", FIELDS), ("splits", SPLITS)):
+            for key, value in getattr(self, name).items():
+                if key not in known:
+                    raise SettingsError(f"{name} has {key!r}", where=self.path, fix=f"Use {', '.join(known)}")
+                if not isinstance(value, str):
+                    raise SettingsError(f"{key!r} in {name} is {value!r}", where=self.path, fix="Give a name in quotes")
+        if self.splits and "train" not in self.splits:
+            raise SettingsError("splits name no train", where=self.path, fix="Say which split to train on")
+        if not 0 <= self.hold_out < 1:
+            what = f"hold_out is {self.hold_out}"
+            raise SettingsError(what, where=self.path, fix="Give a share of the training rows, below 1")
+        if self.hold_out and "valid" in self.splits:
+            fix = "Leave out either"
+            raise SettingsError("hold_out makes valid rows, and splits name some", where=self.path, fix=fix)
+
+    def __str__(self) -> str:
+        return self.path
+
+
+AnySource = str | Path | TaskSource  # a path or Hub id, alone or with how it is read

@@ -1,0 +1,249 @@
+"""Data that is not called or split as a task's is: CSV, other columns, the Hub's subsets and splits, rows held out."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from lorasb_export import TaskSource, load_task
+from lorasb_export.errors import DataError, SettingsError
+from lorasb_export.project import Project
+from tests.conftest import lorasb
+
+PAIR = {"prompt": "question", "completion": "answer"}
+
+
+def rows_of(path: Path, **source: Any) -> list[dict[str, Any]]:
+    return list(load_task("t", TaskSource(str(path), **source)).rows("train"))
+
+
+def in_csv(folder: Path, text: str | bytes, name: str = "rows.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_csv(tmp_path: Path) -> None:
+    """Quotes, a line break in a cell, an empty line, the mark that Windows editors begin with."""
+    path = in_csv(tmp_path, '\ufeffquestion,answer,more\r\n"1+1=, ""say""\nit",2,x\r\n\r\n3,4,\r\n')
+    assert rows_of(path, columns=PAIR) == [
+        {"prompt": '1+1=, "say"\nit', "completion": "2"},
+        {"prompt": "3", "completion": "4"},
+    ]
+    for separator in ";\t":
+        text = f'prompt{separator}completion\n"a, {separator} b"{separator}1,5\n'
+        assert rows_of(in_csv(tmp_path, text)) == [{"prompt": f"a, {separator} b", "completion": "1,5"}]
+    upper = in_csv(tmp_path, "text\n" + "x" * 200_000, "LONG.CSV")
+    assert len(rows_of(upper)[0]["text"]) == 200_000
+
+
+LABELS = {
+    "yes no": (["yes", "no"], False),
+    "1 0": ([1, 0], False),
+    "+1 -1": ([1, -1], False),
+    "1 0.5": ([1, 0.5], True),
+    "-1.5e3 .25": ([-1500.0, 0.25], True),
+    "1e3 nan": (["1e3", "nan"], False),  # names, for all we know
+    f"{'9' * 5000} 0x1": (["9" * 5000, "0x1"], False),
+}
+
+
+@pytest.mark.parametrize("cells", LABELS)
+def test_labels_of_csv_that_are_written_as_numbers_are_numbers(cells: str, tmp_path: Path) -> None:
+    text = "mood,text,text_pair\n" + "".join(f"{cell},7,8\n" for cell in cells.split())
+    task = load_task("t", TaskSource(str(in_csv(tmp_path, text)), {key: key for key in ("text",)} | {"label": "mood"}))
+    labels, regression = LABELS[cells]
+    assert task.rows("train") == [{"text": "7", "label": label} for label in labels]
+    assert [type(row["label"]) for row in task.rows("train")] == [type(label) for label in labels]
+    assert task.regression == regression
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("prompt,completion\na,b\na\n", "more or fewer cells", 3),
+        ("prompt,completion\na,b,c\n", "more or fewer cells", 2),
+        ('prompt,completion\na,"b\n', "broken CSV", ""),
+        (b"prompt,completion\na,\xe4\n", "broken CSV", ""),
+        ("prompt,completion\na,\n", "the completion is empty", 2),
+        ("question,answer\na,b\n", "neither 'prompt' nor 'text' nor 'messages'", 2),
+        ("prompt\na\n", "lacks field 'completion'", 2),
+        ("prompt,completion\n", "no training rows", ""),
+        ("", "no training rows", ""),
+    ],
+)
+def test_bad_csv_is_refused_with_its_line(text: str | bytes, message: str, line: int | str, tmp_path: Path) -> None:
+    path = in_csv(tmp_path, text)
+    with pytest.raises(DataError) as error:
+        load_task("t", path)
+    assert message in str(error.value)
+    assert (f"{path}:{line}" if line else str(path)) in str(error.value)
+
+
+def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "validation", "other"):
+        in_csv(tmp_path, f"prompt,completion\n{split},1\n", f"{split}.csv")
+    task = load_task("t", tmp_path)
+    assert {split: rows[0]["prompt"] for split, rows in task.splits.items()} == {
+        "train": "train",
+        "valid": "validation",
+    }
+    assert "other.csv in" in caplog.text
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"both train\.csv and train\.jsonl"):
+        load_task("t", tmp_path)
+
+
+def test_of_named_columns_nothing_else_is_read(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b", "text": "c", "label": 3, "messages": None}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert rows_of(path, columns=PAIR) == [{"prompt": "a", "completion": "b"}]
+    assert rows_of(path, columns={"text": "question", "label": "label"}) == [{"text": "a", "label": 3}]
+    expected = r"no column 'q' \(there are: question, answer, text, label, messages\) \(.*rows\.jsonl:1\)\. Correct"
+    with pytest.raises(DataError, match=expected):
+        rows_of(path, columns={"prompt": "q"})
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`datasets` with a folder in place of the dataset owner/name on the Hub; what it was asked for."""
+    folder = tmp_path / "dataset"
+    described = "configs:\n"
+    for subset, splits in {"main": ("train_sft", "test_sft"), "plain": ("train",)}.items():
+        described += f"- config_name: {subset}\n  data_files:\n"
+        for split in splits:
+            described += f"  - split: {split}\n    path: {subset}/{split}.jsonl\n"
+            (folder / subset).mkdir(parents=True, exist_ok=True)
+            rows = [{"question": f"{subset} {split} {i}", "answer": str(i)} for i in range(20)]
+            (folder / subset / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "README.md").write_text(f"---\n{described}---\n")
+    asked: list[dict[str, Any]] = []
+    load = partial(datasets.load_dataset, str(folder), cache_dir=str(tmp_path / "cache"))
+
+    def load_dataset(path: str, revision: str | None = None, **options: Any) -> Any:
+        asked.append({"name": path, "revision": revision})
+        return load(**options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_subset_splits_and_revision_of_a_hub_dataset(hub: list[dict[str, Any]]) -> None:
+    splits = {"train": "train_sft[:75%]", "valid": "train_sft[75%:]", "test": "test_sft[:2]"}
+    task = load_task("t", TaskSource("owner/name@v1.0", PAIR, subset="main", splits=splits))
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 15, "valid": 5, "test": 2}
+    assert task.rows("valid")[0] == {"prompt": "main train_sft 15", "completion": "15"}
+    assert task.source == "owner/name@v1.0"
+    assert hub == [{"name": "owner/name", "revision": "v1.0"}]
+    plain = load_task("t", TaskSource("owner/name", PAIR, subset="plain", hold_out=0.25))
+    assert {split: len(rows) for split, rows in plain.splits.items()} == {"train": 15, "valid": 5}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, r"several parts: \['main', 'plain'\] \(owner/name\)\. Name the one to read as subset"),
+        ({"subset": "socratic"}, r"BuilderConfig 'socratic' not found.*\. Correct subset or splits"),
+        ({"subset": "main"}, r"no split train \(it has train_sft, test_sft\) .*Name those to read in splits"),
+        ({"subset": "main", "splits": {"train": "train"}}, r"Unknown split \"train\".*\. Correct subset or splits"),
+        ({"subset": "main", "splits": {"train": "train_sft[:x]"}}, r"Unrecognized instruction.*\. Correct subset"),
+    ],
+)
+def test_a_part_that_the_dataset_has_not(source: dict[str, Any], message: str, hub: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match=message):
+        load_task("t", TaskSource("owner/name", PAIR, **source))
+
+
+def held_out(folder: Path, rows: list[dict[str, Any]], share: float) -> tuple[list[Any], list[Any]]:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task("t", TaskSource(str(folder / "rows.jsonl"), hold_out=share))
+    return list(task.rows("train")), list(task.rows("valid"))
+
+
+def test_rows_are_held_out_by_what_they_say(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(100)]
+    train, valid = held_out(tmp_path, rows, 0.1)
+    assert len(valid) == 10
+    assert [row for row in rows if row in valid] == valid  # in the order of the file
+    assert [row for row in rows if row not in valid] == train
+    more = [{"prompt": f"new{i}", "completion": "a"} for i in range(10)]
+    grown = held_out(tmp_path, more + rows, 0.1)[1]
+    assert len([row for row in grown if row in valid]) >= 8
+    twice = held_out(tmp_path, rows + rows, 0.1)
+    assert not [row for row in twice[0] if row in twice[1]]
+    assert len(twice[1]) == 20
+
+
+def test_every_label_stays_in_training(tmp_path: Path) -> None:
+    rows = [{"text": f"q{i}", "label": i // 2} for i in range(12)]
+    train, valid = held_out(tmp_path, rows, 0.9)
+    assert len(valid) == 6
+    assert {row["label"] for row in train} == set(range(6))
+    with pytest.raises(DataError, match="too few different rows to hold any out"):
+        held_out(tmp_path, rows[:1] * 5, 0.2)
+
+
+def test_rows_are_not_held_out_beside_valid_ones(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(DataError, match="it has valid rows"):
+        load_task("t", TaskSource(str(tmp_path), hold_out=0.1))
+    with pytest.raises(SettingsError, match="subset and splits are of Hub datasets"):
+        load_task("t", TaskSource(str(tmp_path), subset="main"))
+
+
+BAD = {
+    'columns = { question = "prompt" }': "columns has 'question': Use prompt, completion, messages",
+    "columns = { prompt = 3 }": "'prompt' in columns is 3: Give a name in quotes",
+    'columns = "prompt"': "columns = 'prompt' has the wrong type: it takes dict",
+    "hold_out = 1": "hold_out is 1: Give a share of the training rows, below 1",
+    "hold_out = -0.1": "hold_out is -0.1",
+    "hold_out = nan": "hold_out is nan",
+    'splits = { valid = "v" }': "splits name no train",
+    'splits = { train = "t", dev = "d" }': "splits has 'dev': Use",
+    'splits = { train = "t", valid = "v" }\nhold_out = 0.1': "hold_out makes valid rows, and splits name some",
+    "subset = 3": "subset = 3 has the wrong type",
+}
+
+
+@pytest.mark.parametrize("lines", BAD)
+def test_what_a_table_may_say_of_its_data(lines: str, tmp_path: Path) -> None:
+    (tmp_path / "lorasb.toml").write_text(f'[tasks.a]\ndata = "owner/name"\n{lines}\n')
+    with pytest.raises(SettingsError) as error:
+        Project.load(tmp_path / "lorasb.toml")
+    assert "[tasks.a]" in str(error.value)
+    assert BAD[lines] in str(error.value)
+
+
+def test_the_tables_of_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+    (tables,) = [block for block in page.split("```toml\n")[1:] if block.startswith("[tasks.support]")]
+    (tmp_path / "lorasb.toml").write_text(tables.partition("```")[0])
+    project = Project.load(tmp_path / "lorasb.toml")
+    support, gsm8k, chat = (project.task_source(name) for name in ("support", "gsm8k", "chat"))
+    assert support == TaskSource(str(tmp_path / "support.csv"), PAIR, hold_out=0.1)
+    assert gsm8k == TaskSource("openai/gsm8k", PAIR, hold_out=0.1, subset="main")
+    assert (str(chat), list(chat.splits)) == ("HuggingFaceH4/ultrachat_200k", ["train", "valid"])
+
+
+def test_fit_and_evaluate_read_a_csv_of_other_columns(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    in_csv(tmp_path, "question,answer\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(8) for b in range(8)))
+    Path("lorasb.toml").write_text(
+        f'model = "{llama}"\n[basis]\nrank = 2\n[fit]\nmax_steps = 2\n[tasks.a]\ndata = "rows.csv"\nhold_out = 0.25\n'
+        'columns = { prompt = "question", completion = "answer" }\n'
+    )
+    fitted = json.loads(lorasb("fit", "--json").stdout)["adapters"]["a"]
+    assert (fitted["rows"], fitted["valid_loss"] > 0) == (48, True)
+    scored = json.loads(lorasb("evaluate", "--json").stdout)["evaluation"]["a"]
+    assert (scored["split"], scored["rows"]) == ("valid", 16)
+    assert "Wrote" in lorasb("init", "--config", "x.toml", "--task", "a=rows.csv").stdout

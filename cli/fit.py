@@ -54,6 +54,12 @@ def run(
     basis: Annotated[
         str | None, typer.Option(metavar="DIR|own", help="Basis folder or Hub id; `own` calibrates on the task alone.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start-from", metavar="ADAPTER", help="Go on from this adapter's R, in its basis: name, folder or Hub id."
+        ),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="Train for this many optimizer steps, whatever --epochs says.")
@@ -142,6 +148,7 @@ def run(
         model=model,
         data=data,
         basis=basis,
+        start=run.project.find_adapter(start) if start else None,
         out=out,
         together=together,
         resume=resume,

@@ -41,6 +41,7 @@ def fit_tasks(
     model: str | None = None,
     data: str | None = None,
     basis: str | None = None,
+    start: str | None = None,
     out: str | None = None,
     together: bool = False,
     resume: bool = False,
@@ -55,6 +56,7 @@ def fit_tasks(
         own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
+        start: folder or Hub id of an adapter to go on from (`fit`), in its basis unless `basis` names one.
         together: in mixed batches (`fit_together`) instead of one after another.
         resume: go on with interrupted tasks, keep finished ones.
 
@@ -83,7 +85,9 @@ def fit_tasks(
     generates = _checked(places, settings, own) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
     calibration = _calibration(project, settings)
-    sources = {name: basis or project_basis.find(project, name) for name in places}
+    started = Adapter.load(start) if start else None
+    of_start = "" if started is None or basis else str(started.basis_source or started.folder)
+    sources = {name: basis or of_start or project_basis.find(project, name) for name in places}
     if together and own:
         what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
         raise SettingsError(f"{what} with settings of their own", fix=fix)
@@ -107,6 +111,7 @@ def fit_tasks(
     }
     del network
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MOST_MEASURED}
+    options["start"] = started
     if together:
         (found,) = shared.values()
         tasks = {name: load_task(name, source) for name, source in places.items()}

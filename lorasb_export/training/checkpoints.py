@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from ..adapter import Adapter
@@ -106,8 +107,13 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 
 def restore_tensors(adapter: Adapter, path: Path) -> None:
     """Put the saved `adapter.tensors()` back into the live ones. Raises ArtifactError on other names."""
-    saved, live = load_file(path), adapter.tensors()
-    if set(saved) != set(live):
+    saved = load_file(path)
+    if set(saved) != set(adapter.tensors()):
         raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path, fix=SAME)
-    for name, tensor in live.items():
-        tensor.data.copy_(saved[name])
+    copy_tensors(saved, adapter)
+
+
+def copy_tensors(tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+    """Put R, and a head, into those that an adapter has on its model."""
+    for name, live in adapter.tensors().items():
+        live.data.copy_(tensors[name])

@@ -14,7 +14,12 @@ from ..storage import read_json
 
 
 def differences(
-    out: Path, base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, settings: FitSettings
+    out: Path,
+    base: BaseModel,
+    basis: Basis | CalibrationSettings,
+    task: TaskData,
+    settings: FitSettings,
+    start: Adapter | None,
 ) -> list[str]:
     """How the training of the adapter in `out` differs from what these inputs ask for.
 
@@ -34,6 +39,8 @@ def differences(
     found = changes(before, now)
     if made["data_sha256"] != task.sha256:
         found.append("other data")
+    if made.get("start_sha256") != (start and start.sha256):
+        found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")
     if isinstance(basis, CalibrationSettings) and adapter.basis_source is None:  # the task's own, as is asked for

@@ -36,6 +36,7 @@ def fit(
     overwrite: bool = False,
     network: PreTrainedModel | None = None,
     measure: bool = True,
+    start: Adapter | None = None,
 ) -> Adapter:
     """Train one task's R in a frozen basis and write the adapter folder `out`.
 
@@ -56,6 +57,8 @@ def fit(
             leaves it alone.
         measure: how much of the task's gradient the basis holds, where its calibration has not. That is a pass over
             some rows with the gradients of whole weights, and an SVD of each module.
+        start: an adapter of the same basis, kind of task and labels to go on from: R, and a classifier's head, start as
+            its own, and `settings.init` says nothing.
 
     Returns:
         the adapter that was written, with `folder`, R on the CPU, and in `training` what the run found: `steps`,
@@ -73,7 +76,8 @@ def fit(
     """
     out = Path(os.path.abspath(expanded(out)))
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
-    job = Job(base, basis, [task], [out], out.parent / f".{out.name}.run", settings or FitSettings(), network, measure)
+    working, settings = out.parent / f".{out.name}.run", settings or FitSettings()
+    job = Job(base, basis, [task], [out], working, settings, network, measure, start)
     (outcome,) = job.train(resume=resume, overwrite=overwrite)
     if isinstance(outcome, TrainingError):
         raise outcome
@@ -91,6 +95,7 @@ def fit_together(
     overwrite: bool = False,
     network: PreTrainedModel | None = None,
     measure: bool = True,
+    start: Adapter | None = None,
 ) -> list[Adapter]:
     """Train several tasks in one frozen basis at once, in mixed batches, and write `folder`/TASK for each.
 
@@ -108,6 +113,7 @@ def fit_together(
         the adapters in the order of `tasks`.
     """
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "network": network, "measure": measure}
+    options["start"] = start
     outcomes = train_together(base, basis, tasks, folder, settings or FitSettings(), **options)
     adapters = [outcome for outcome in outcomes if isinstance(outcome, Adapter)]
     failed = Problems()
@@ -127,6 +133,7 @@ def train_together(
     overwrite: bool,
     network: PreTrainedModel | None,
     measure: bool,
+    start: Adapter | None,
 ) -> list[Adapter | TrainingError]:
     """As `fit_together`, with the error of a task that was left out in the place of its adapter."""
     if not tasks:
@@ -146,7 +153,8 @@ def train_together(
         working = together_folder(folder, group)
         if resume and not working.exists():
             refuse_run_of_others(folder, {task.sha256 for task in group})
-        job = Job(base, basis, group, [folder / task.name for task in group], working, settings, network, measure)
+        outs = [folder / task.name for task in group]
+        job = Job(base, basis, group, outs, working, settings, network, measure, start)
         outcomes = job.train(resume=resume, overwrite=overwrite)
         trained |= {task.name: outcome for task, outcome in zip(group, outcomes, strict=True)}
     return [trained[task.name] for task in tasks]

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_record
-from .requirements import require_fitting
+from .requirements import require_fitting, require_start
 from .run_basis import captured_once, own_basis, share_of_layers
 from .runs import TrainingRuns
 
@@ -52,6 +53,7 @@ class Job:
     Args:
         tasks, outs: in the same order; several are trained together.
         folder: the working folder, for checkpoints.
+        start: the adapter whose R, and head, every task starts from.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Job:
         settings: FitSettings,
         network: PreTrainedModel | None,
         measure: bool,
+        start: Adapter | None = None,
     ) -> None:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
@@ -78,9 +81,13 @@ class Job:
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(basis.base, basis.modules)
+            if start is not None:
+                require_start(start, basis, tasks, settings)
+                # One that lies in an adapter goes on into the next.
+                basis = basis if start.basis_source else replace(basis, source=None)
             for out in outs:
                 refuse_own_input(out, basis.source)
-        self._network, self._basis, self._measure = network, basis, measure
+        self._network, self._basis, self._measure, self._start = network, basis, measure, start
         if settings.learning_rate is None:
             share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0
             settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
@@ -127,7 +134,7 @@ class Job:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
         there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
         for task, out in there:
-            differing = differences(out, self.base, self._basis, task, self.settings)
+            differing = differences(out, self.base, self._basis, task, self.settings, self._start)
             if differing and overwrite:
                 return False
             if differing:
@@ -146,7 +153,7 @@ class Job:
             basis = own_basis(self.base, self.tasks[0], basis, self.folder, network)
         names = [task.name for task in self.tasks]
         events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
-        runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events)
+        runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events, self._start)
         captured = [captured_once(self.base, network, basis, task, self.folder, self._measure) for task in self.tasks]
         results: list[Adapter | TrainingError] = []
         for outcome, capture, out in zip(runs.best(), captured, self.outs, strict=True):

@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Sequence
 
 from .. import distributed
+from ..adapter import Adapter, check_same_basis
+from ..basis import Basis
 from ..choices import SEQ_CLS
 from ..data import TaskData, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError
-from ..evaluation import fitting_metric
+from ..evaluation import fitting_metric, require_same_kind
+from ..names import some
 from ..settings import FitSettings
 
 
@@ -41,6 +44,25 @@ def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
             _refuse_without_valid_rows(task, settings)
 
 
+def require_start(start: Adapter, basis: Basis, tasks: Sequence[TaskData], settings: FitSettings) -> None:
+    """Raise where tasks cannot go on from the adapter `start`.
+
+    Raises:
+        ArtifactError: it was trained in another basis.
+        DataError: it is for another kind of task, or for other labels.
+        SettingsError: its scaling is another.
+    """
+    check_same_basis(start, basis)
+    for task in tasks:
+        require_same_kind(start, task)
+        if task.labels != start.labels:
+            what = f"the data has labels {_listed(task.labels)}, the adapter to start from {_listed(start.labels)}"
+            raise DataError(what, where=task.source, fix="Start from an adapter of the same labels")
+    if settings.scaling != start.scaling:
+        what = f"scaling is {settings.scaling:g}, and {start.scaling:g} in the adapter to start from"
+        raise SettingsError(what, where=start.folder, fix=f"Set scaling = {start.scaling:g}")
+
+
 def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
     for asked, what, fix in (
         (settings.patience is not None, "patience has nothing to count", "leave patience out"),
@@ -50,3 +72,7 @@ def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
         if asked:
             fix = f"Add valid.jsonl or hold_out, or {fix}"
             raise DataError(f"task {task.name} has no valid rows, so {what}", where=task.source, fix=fix)
+
+
+def _listed(labels: Sequence[object]) -> str:
+    return some([str(label) for label in labels])

@@ -30,7 +30,7 @@ from ..stack import Stack
 from ..storage import read_json
 from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own
 from .chats import warn_of_chats
-from .checkpoints import COMPLETE, check_identity, last_complete, rate_folder
+from .checkpoints import COMPLETE, check_identity, copy_tensors, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
@@ -61,6 +61,7 @@ class TrainingRuns:
     Args:
         folder: takes the checkpoints of the one run, or a folder of them for each learning rate.
         events: the folder that TensorBoard's files go to.
+        start: the adapter that R, and a head, start as; None for what `settings.init` says.
 
     Raises:
         TrainingError: what is to be resumed had other settings or data.
@@ -75,7 +76,9 @@ class TrainingRuns:
         settings: FitSettings,
         folder: Path,
         events: Path,
+        start: Adapter | None,
     ) -> None:
+        self.start = start
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
@@ -126,6 +129,7 @@ class TrainingRuns:
             "data_sha256": [task.sha256 for task in self.tasks],
             "basis_sha256": self.basis.sha256,
             "base_fingerprint": self.basis.base.fingerprint,
+            "start_sha256": self.start and self.start.sha256,
         }
 
     def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
@@ -151,6 +155,7 @@ class TrainingRuns:
                 outcomes.append(trainer.diverged.get(k) or run.diverged("R", "at the end"))
                 continue
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
+            training["start"] = self.start and f"{self.start.name}, sha256 {self.start.sha256[:12]}"
             adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
             adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}
             adapter.head = {name: parameter.detach().cpu().clone() for name, parameter in adapter.head.items()}
@@ -158,13 +163,16 @@ class TrainingRuns:
         return outcomes
 
     def _trainer(self, settings: FitSettings, folder: Path, identity: Mapping[str, Any]) -> RTrainer:
-        start: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
+        fresh: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
         if len(self.tasks) > 1:
-            adapters = [Adapter.start(self.basis, **start) for _ in self.tasks]
+            adapters = [Adapter.start(self.basis, **fresh) for _ in self.tasks]
             stack = Stack(self.network, dict(zip((task.name for task in self.tasks), adapters, strict=True)))
         else:
-            adapters, stack = [Adapter.attach(self.network, self.basis, **start)], None
+            adapters, stack = [Adapter.attach(self.network, self.basis, **fresh)], None
             self._fresh_head = {name: parameter.detach().clone() for name, parameter in adapters[0].head.items()}
+        if self.start is not None:
+            for adapter in adapters:
+                copy_tensors(self.start.tensors(), adapter)
         runs = [
             TaskRun(task, adapter, rows, RowOrder([len(row["input_ids"]) for row in rows], settings), validation)
             for task, adapter, (rows, validation) in zip(self.tasks, adapters, self._encoded, strict=True)

@@ -1,0 +1,133 @@
+"""Training that goes on from an adapter (`fit --start-from`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_export import Adapter, Basis, calibrate, fit, fit_together
+from lorasb_export.errors import ArtifactError, DataError, SettingsError, TrainingError
+from lorasb_export.settings import CalibrationSettings
+from tests.conftest import lorasb
+from tests.rows import CLASS, task_of
+from tests.training import SETTINGS, basis, equal
+
+__all__ = ["basis"]  # a fixture
+STILL = replace(SETTINGS, learning_rate=1e-30, head_learning_rate=1e-30, epochs=1)  # R and head end as they start
+
+
+@pytest.fixture(scope="module")
+def first(llama: Path, sums: Path, basis: Path) -> Adapter:
+    return fit(str(llama), basis, sums, basis.parent / "first", SETTINGS)
+
+
+def tensors_equal(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(
+        torch.equal(tensor.float(), two[name].float()) for name, tensor in one.items()
+    )
+
+
+def test_r_starts_as_that_of_the_adapter(
+    first: Adapter, llama: Path, products: Path, basis: Path, tmp_path: Path
+) -> None:
+    unmoved = fit(str(llama), basis, products, tmp_path / "b", STILL, start=first)
+    assert tensors_equal(unmoved.R, first.R)
+    assert unmoved.training["start"] == f"first, sha256 {first.sha256[:12]}"
+    assert not equal(fit(str(llama), basis, products, tmp_path / "c", STILL), first, 1e-3)
+    trained = fit(str(llama), basis, products, tmp_path / "d", SETTINGS, start=first)
+    assert not equal(trained, first, 1e-3)
+
+
+def test_several_tasks_at_once_all_start_there(
+    first: Adapter, llama: Path, sums: Path, products: Path, basis: Path, tmp_path: Path
+) -> None:
+    tasks = {"b": sums, "c": products}
+    for adapter in fit_together(str(llama), basis, tasks, tmp_path, STILL, start=first):
+        assert tensors_equal(adapter.R, first.R)
+
+
+def test_each_learning_rate_starts_there_and_a_head_too(bert: Path, parity: Path, tmp_path: Path) -> None:
+    own = CalibrationSettings(rank=2)
+    start = fit(str(bert), own, parity, tmp_path / "a", replace(SETTINGS, learning_rate=1e-2))
+    settings = replace(STILL, learning_rate=(1e-30, 2e-30))
+    found = fit(str(bert), start.load_basis(), parity, tmp_path / "b", settings, start=start)
+    assert tensors_equal(found.R, start.R)
+    assert tensors_equal(found.head, start.head)
+
+
+def test_a_basis_that_lies_in_the_adapter_goes_on_into_the_next(llama: Path, sums: Path, tmp_path: Path) -> None:
+    start = fit(str(llama), CalibrationSettings(rank=2), sums, tmp_path / "a", SETTINGS)
+    fit(str(llama), start.load_basis(), sums, tmp_path / "b", STILL, start=Adapter.load(tmp_path / "a"))
+    shutil.rmtree(tmp_path / "a")
+    after = Adapter.load(tmp_path / "b")
+    assert after.basis_source is None
+    assert after.load_basis().sha256 == start.basis_sha256
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept_of_the_same_start(
+    first: Adapter, llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place: tuple[Any, ...] = (str(llama), basis, sums, tmp_path / "b", SETTINGS)
+    whole = fit(*place[:3], tmp_path / "whole", SETTINGS, start=first)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.training.job.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*place, start=first)
+    with pytest.raises(TrainingError, match="the interrupted run had other start_sha256"):
+        fit(*place, resume=True)
+    assert tensors_equal(fit(*place, resume=True, start=first).R, whole.R)
+    assert tensors_equal(fit(*place, resume=True, start=first).R, whole.R)
+    for other in (None, whole):
+        with pytest.raises(TrainingError, match="trained otherwise: another start"):
+            fit(*place, resume=True, start=other)
+
+
+def test_what_a_task_cannot_start_from(
+    first: Adapter, llama: Path, bert: Path, sums: Path, parity: Path, basis: Path, tmp_path: Path
+) -> None:
+    def refused(kind: type[Exception], message: str, of_basis: Any, data: Any, **options: Any) -> None:
+        with pytest.raises(kind, match=message):
+            fit(*(str(llama), of_basis, data, tmp_path / "x", options.pop("settings", STILL)), **options)
+        assert not (tmp_path / "x").exists()
+
+    other = calibrate(str(llama), {}, CalibrationSettings(rank=8, directions="random"))
+    refused(ArtifactError, "do not belong together: trained in basis", other, sums, start=first)
+    refused(DataError, "the data is SEQ_CLS, the adapter CAUSAL_LM", basis, parity, start=first)
+    scaled = replace(STILL, scaling=2.0)
+    refused(
+        SettingsError,
+        r"scaling is 2, and 1 in the adapter to start from .*Set scaling = 1",
+        basis,
+        sums,
+        start=first,
+        settings=scaled,
+    )
+    start = fit(str(bert), CalibrationSettings(rank=2), parity, tmp_path / "a", STILL)
+    task = task_of(CLASS + CLASS.replace("yes", "maybe"), tmp_path / "data")
+    with pytest.raises(DataError, match=r"the data has labels maybe, yes, the adapter to start from no, yes"):
+        fit(str(bert), start.load_basis(), task, tmp_path / "x", STILL, start=start)
+
+
+def test_the_command(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    head = f'model = "{llama}"\n[basis]\nrank = 2\n[fit]\nmax_steps = 2\n'
+    Path("lorasb.toml").write_text(f'{head}[tasks.a]\ndata = "{sums}"\n[tasks.own]\ndata = "{sums}"\nbasis = "own"\n')
+    assert lorasb("fit").exit_code == 0
+    before = Adapter.load("adapters/own")
+    done = lorasb("fit", "own", "--start-from", "own", "--overwrite", "--lr", "1e-30", "--json")
+    assert done.exit_code == 0
+    after = Adapter.load("adapters/own")
+    assert tensors_equal(after.R, before.R)
+    assert after.basis_sha256 == before.basis_sha256
+    assert after.training["start"].startswith("own, sha256 ")
+    done = lorasb("fit", "own", "--start-from", "a", "--overwrite", "--lr", "1e-30")
+    assert tensors_equal(Adapter.load("adapters/own").R, Adapter.load("adapters/a").R)
+    assert Adapter.load("adapters/own").basis_sha256 == Basis.load("basis").sha256
+    refused = lorasb("fit", "a", "--start-from", "missing", "--overwrite")
+    assert "no adapter 'missing'" in refused.stderr

@@ -93,7 +93,7 @@ def run(
     settings = CalibrationSettings(**{"max_length": length, **project.calibration, **flags})
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
-    sources: dict[str, AnySource] = {**parse_pairs(data)}
+    sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in parse_pairs(data).items()}
     unused = given(data=data, weight=weight, samples=samples, reduction=reduction, loss=loss)
     if settings.directions in DRAWN and unused:
         flags_given = ", ".join(f"--{name}" for name in unused)

@@ -99,9 +99,9 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
         name, source = run.project.task_of(loaded, data)
         task = None
         if data is not None:
-            task = load_held_out(name, data)
+            task = load_held_out(name, source or data)
             task.rows(task.held_out())  # or what was asked for would be left out in silence
-        elif source is not None and Path(str(source)).exists():
+        elif source is not None and (name in run.project.tasks or Path(str(source)).exists()):
             task = load_task(name, source)
         if task is not None and task.splits.get(task.held_out()):
             found[loaded.name or ""] = task

@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class TaskData:
     task_type: str
     splits: Mapping[str, Sequence[Row]]
     sha256: str
+    read_as: Mapping[str, Any] = field(default_factory=dict)  # the options of its TaskSource
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
@@ -64,7 +65,8 @@ class TaskData:
     def rows(self, split: str) -> Sequence[Row]:
         """Rows of `split`. Raises DataError when the task has none."""
         if not self.splits.get(split):
-            raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=f"Add {split}.jsonl")
+            fix = f"Add {split}.jsonl" + (", or set hold_out in its [tasks.NAME]" if split == "valid" else "")
+            raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=fix)
         return self.splits[split]
 
     def held_out(self) -> str:
@@ -73,9 +75,9 @@ class TaskData:
 
 
 def load_held_out(name: str, source: AnySource) -> TaskData:
-    """As `load_task`, for rows to be scored on: all of a single file are held out."""
+    """As `load_task`, for rows to be scored on: all of a single file are held out, if it is not divided."""
     task = load_task(name, source)
-    if not expanded(str(source)).is_file():
+    if not expanded(str(source)).is_file() or task.splits.get("valid"):
         return task
     return replace(task, splits={**task.splits, "test": task.splits["train"]})
 
@@ -106,19 +108,19 @@ def load_task(name: str, source: AnySource) -> TaskData:
     elif path.is_dir():
         placed = {split: list(read_rows(file, label)) for split, file in split_files(path).items()}
         if "train" not in placed:
-            raise DataError("no train.jsonl in the data folder", where=path, fix="Add it, one JSON object a line")
+            fix = "Add it, one JSON object a line, or train.csv"
+            raise DataError("no train.jsonl in the data folder", where=path, fix=fix)
         for split in placed:
             if split != "train" and not placed[split]:
-                raise DataError(f"{split}.jsonl is empty", where=path, fix="Remove it or add rows")
+                raise DataError(f"{split_files(path)[split].name} is empty", where=path, fix="Remove it or add rows")
     else:
         placed = rows_from_hub(source)
     if source.columns:
         placed = {split: [_renamed(row, source.columns) for row in rows] for split, rows in placed.items()}
-    if source.hold_out:
-        if "valid" in placed:
-            raise DataError("it has valid rows", where=path, fix="Leave hold_out out, or remove them")
-        placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out)
-    return _checked(name, str(path.absolute()) if path.exists() else source.path, placed)
+    place = str(path.absolute()) if path.exists() else source.path
+    if source.hold_out and "valid" not in placed:
+        placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
+    return replace(_checked(name, place, placed), read_as=source.options())
 
 
 def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
@@ -133,6 +135,7 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
     """
     placed = {}
     for split, rows in splits.items():
+        split = "valid" if split == "validation" else split
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
@@ -167,7 +170,7 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
 def split_files(folder: Path) -> dict[str, Path]:
     """The file of each split that a data folder has; warns of .jsonl and .csv files that are none of them."""
     splits = {split: split for split in SPLITS} | {"validation": "valid"}
-    present = sorted(path for path in folder.iterdir() if path.suffix in _ENDINGS and path.is_file())
+    present = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS and path.is_file())
     found: dict[str, Path] = {}
     for path in present:
         split = splits.get(path.stem)
@@ -183,6 +186,8 @@ def split_files(folder: Path) -> dict[str, Path]:
 
 def _renamed(placed: Placed, columns: Mapping[str, str]) -> Placed:
     place, row = placed
+    if "text" in columns and "label" in row and "label" not in columns:
+        warn_once("columns leave out the labels, so text is learnt, not classes: name label too, if that is not meant")
     for column in columns.values():
         if column not in row:
             fix = "Correct columns of its [tasks.NAME]"
@@ -190,10 +195,11 @@ def _renamed(placed: Placed, columns: Mapping[str, str]) -> Placed:
     return place, {field: row[column] for field, column in columns.items()}
 
 
-def _divided(placed: Sequence[Placed], share: float) -> tuple[list[Placed], list[Placed]]:
-    """Rows to train on, and `share` of all to hold out, in their order. Of each label one stays at least."""
+def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[Placed], list[Placed]]:
+    """Rows to train on, and `share` of all to hold out, in their order. Of each class one stays at least."""
     digests = [hashlib.sha256(as_json(row)).digest() for _, row in placed]
-    labels = [str(row.get("label")) for _, row in placed]
+    numbers = any(isinstance(row.get("label"), float) for _, row in placed)
+    labels = ["" if numbers else str(row.get("label")) for _, row in placed]
     twins, left = Counter(digests), Counter(labels)
     wanted, chosen = max(1, round(share * len(placed))), set()
     for digest, label in sorted(dict(zip(digests, labels, strict=True)).items()):
@@ -203,7 +209,7 @@ def _divided(placed: Sequence[Placed], share: float) -> tuple[list[Placed], list
             wanted -= twins[digest]
     if not chosen:
         fix = "Add rows, or leave hold_out out"
-        raise DataError("too few different rows to hold any out", where=placed[0][0] if placed else None, fix=fix)
+        raise DataError("too few different rows to hold any out", where=where, fix=fix)
     pairs = list(zip(digests, placed, strict=True))
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 

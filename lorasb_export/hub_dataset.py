@@ -33,8 +33,8 @@ def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
     for split, (theirs, dataset) in _splits(source).items():
         rows = enumerate(dataset.to_list(), 1)
         placed[split] = [(f"{source.path} {theirs} row {number}", row) for number, row in rows]
-        labels = source.columns.get("label", "label")
-        if split != "train" and placed[split] and all(row.get(labels) == -1 for _, row in placed[split]):
+        label = source.columns.get("label") if source.columns else "label"
+        if split != "train" and placed[split] and all(row.get(label) == -1 for _, row in placed[split]):
             warn_once(f"the {theirs} split of {source.path} is not read: its labels are all -1")
             del placed[split]  # that of a competition, which hides them
     return placed

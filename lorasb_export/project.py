@@ -206,8 +206,19 @@ class Project:
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
-        described = task.source(source)
-        return source if described == TaskSource(source) else described
+        return TaskSource.of(source, task.source(source).options())
+
+    def other_source(self, name: str, data: str, *, hold_out: bool = True) -> str | TaskSource:
+        """`data` in place of a task's own: its columns are called as those are, and as many rows are held out.
+
+        The task's own data is read as the project says; data of no task as it is.
+        """
+        if name not in self.tasks:
+            return data
+        task = self.tasks[name]
+        if data == task.data:
+            return self.task_source(name)
+        return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 
     def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, str | TaskSource | None]:
         """Name and data of an adapter's task: the project's of the adapter's name, else the one it was trained on.
@@ -219,9 +230,11 @@ class Project:
         if name not in self.tasks or adapter.folder != self.adapter_folder(name):
             name = adapter.training.get("task") or name
         if data or name in self.tasks:
-            return name, data or self.task_source(name)
+            return name, self.other_source(name, data, hold_out=False) if data else self.task_source(name)
         source = adapter.training.get("data")
-        return name, source if source and (os.path.isabs(source) or parse_hub_id(source)) else None
+        if not source or not (os.path.isabs(source) or parse_hub_id(source)):
+            return name, None
+        return name, TaskSource.of(source, adapter.training.get("data_read") or {})
 
     def base_elsewhere(self, model: str | None, adapter: str | Path) -> str | None:
         """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where it says.

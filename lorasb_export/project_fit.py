@@ -80,7 +80,7 @@ def fit_tasks(
     if not resume:
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
-    places = {name: data or project.task_source(name) for name in names}
+    places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
     own = own or {}
     generates = _checked(places, settings, own) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, LoraSBError
+from .names import some
 from .storage import MAX_JSON_BYTES, parse_json
 
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
@@ -79,20 +80,26 @@ def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
                 if None in cells or None in cells.values():
                     fix = "Put a cell with a separator or a line break in quotes"
                     raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
-                yield place, cells | ({label: _number_or_text(cells[label])} if label in cells else {})
-    except (csv.Error, UnicodeDecodeError) as error:
+                if label in cells and not cells[label].strip():
+                    raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
+                comma = "," if separator != "," else "."
+                yield place, cells | ({label: _number_or_text(cells[label], comma)} if label in cells else {})
+    except csv.Error as error:
         fix = "Save it as CSV in UTF-8"
-        raise DataError(f"broken CSV: {error}", where=place, fix=fix) from None
+        raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.reader.line_num}", fix=fix) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"broken CSV: {error}", where=place, fix="Save it as CSV in UTF-8") from None
     except OSError as error:
         if isinstance(error, LoraSBError):
             raise
         raise DataError(f"cannot read the data: {error}", where=path, fix="Give a CSV file") from None
 
 
-def _number_or_text(cell: str) -> int | float | str:
+def _number_or_text(cell: str, comma: str) -> int | float | str:
     if re.fullmatch(r"[+-]?\d{1,18}", cell):
         return int(cell)
-    return float(cell) if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?", cell) else cell
+    number = re.fullmatch(rf"[+-]?(\d+|\d*[.{comma}]\d+|\d+[.{comma}])([eE][+-]?\d+)?", cell)
+    return float(cell.replace(",", ".")) if number and len(cell) < 40 else cell
 
 
 def kind_of(row: Row, where: object = None) -> str:
@@ -103,10 +110,12 @@ def kind_of(row: Row, where: object = None) -> str:
         return COMPLETION
     if "text" in row:
         return LABELLED if "label" in row else TEXT
+    has = some([str(field) for field in row])
+    kinds = 'Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}'
     raise DataError(
-        "the row has neither 'prompt' nor 'text' nor 'messages'",
+        f"the row has neither 'prompt' nor 'text' nor 'messages' (it has {has})",
         where=where,
-        fix='Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}',
+        fix=f"{kinds}, or say in columns of its [tasks.NAME] what they are called",
     )
 
 
@@ -135,7 +144,8 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
 def check_row(row: Row, kind: str, where: str) -> None:
     for field in _FIELDS[kind]:
         if field not in row:
-            raise DataError(f"the row lacks field {field!r}", where=where, fix="Every row needs it")
+            fix = "Every row needs it; where [tasks.NAME] has columns, they name every field"
+            raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
     if kind == CHAT:
         if row.get("tools"):  # prompts are asked without, here and by a server
             fix = "Describe them in a system message, and leave the key out"
@@ -145,7 +155,7 @@ def check_row(row: Row, kind: str, where: str) -> None:
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
         if not isinstance(row[field], str):
             chat = 'Write the chat as {"messages": [{"role": …, "content": …}, …]}'
-            fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes"
+            fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes, as text"
             raise DataError(f"{field!r} is not a string", where=where, fix=fix)
     if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
         raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from .choices import Split
 from .errors import SettingsError
@@ -22,13 +22,15 @@ class TaskSource:
         path: a folder, a file, or a Hub dataset id, `owner/name` or `owner/name@revision`.
         columns: field of a row → what the data calls it; all else in the data is left alone. Empty: as it is called.
         hold_out: of data without valid rows, the share of its training rows to hold out as such. The digest of a row
-            decides it: equal rows stay together, and most of the choice stays as it is when rows are added.
+            decides it: equal rows stay together, and most of the choice stays as it is when rows are added. Where there
+            are valid rows, none are held out.
         subset: which one of a Hub dataset of several.
         splits: split → that of the Hub dataset, as `datasets` writes it: `train_sft`, `train[:95%]`. What is not named
             is not read. Empty: train, validation (or valid) and test.
 
     Raises:
-        SettingsError: a field or split that no task has, no `train` among the splits, or a share that is none.
+        SettingsError: a field or split that no task has, no `train` among the splits, a share that is none, or a value
+            of a wrong type.
     """
 
     path: str
@@ -38,6 +40,16 @@ class TaskSource:
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        for name, types in {
+            "columns": Mapping,
+            "splits": Mapping,
+            "hold_out": int | float,
+            "subset": str | None,
+        }.items():
+            if not isinstance(getattr(self, name), types) or getattr(self, name) is True:
+                what = f"{name} is {getattr(self, name)!r}, which has the wrong type"
+                raise SettingsError(what, where=self.path, fix="Write it as docs/reference/project-file.md does")
         for name, known in (("columns", FIELDS), ("splits", SPLITS)):
             for key, value in getattr(self, name).items():
                 if key not in known:
@@ -56,5 +68,16 @@ class TaskSource:
     def __str__(self) -> str:
         return self.path
 
+    def options(self) -> dict[str, Any]:
+        """What it says besides the path."""
+        return {option: value for option in _OPTIONS if (value := getattr(self, option))}
 
+    @classmethod
+    def of(cls, path: str, options: Mapping[str, Any]) -> str | TaskSource:
+        """With what `options` said of a path; the path alone where they say nothing."""
+        known = {option: options[option] for option in _OPTIONS if options.get(option)}
+        return cls(path, **known) if known else path
+
+
+_OPTIONS = [option.name for option in fields(TaskSource) if option.name != "path"]
 AnySource = str | Path | TaskSource  # a path or Hub id, alone or with how it is read

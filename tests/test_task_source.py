@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from lorasb_export import TaskSource, load_task
+from lorasb_export import TaskSource, evaluate, load_task, merge
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.project import Project
 from tests.conftest import lorasb
@@ -48,19 +48,26 @@ LABELS = {
     "+1 -1": ([1, -1], False),
     "1 0.5": ([1, 0.5], True),
     "-1.5e3 .25": ([-1500.0, 0.25], True),
-    "1e3 nan": (["1e3", "nan"], False),  # names, for all we know
+    "1e-05 4": ([1e-05, 4], True),  # as pandas writes it
+    "nan inf": (["nan", "inf"], False),  # names, for all we know
     f"{'9' * 5000} 0x1": (["9" * 5000, "0x1"], False),
 }
 
 
 @pytest.mark.parametrize("cells", LABELS)
 def test_labels_of_csv_that_are_written_as_numbers_are_numbers(cells: str, tmp_path: Path) -> None:
-    text = "mood,text,text_pair\n" + "".join(f"{cell},7,8\n" for cell in cells.split())
-    task = load_task("t", TaskSource(str(in_csv(tmp_path, text)), {key: key for key in ("text",)} | {"label": "mood"}))
+    text = "mood;text;more\n" + "".join(f"{cell};7;8\n" for cell in cells.split())
+    source = TaskSource(str(in_csv(tmp_path, text.replace(";", "\t"))), {"text": "text", "label": "mood"})
     labels, regression = LABELS[cells]
+    task = load_task("t", source)
     assert task.rows("train") == [{"text": "7", "label": label} for label in labels]
     assert [type(row["label"]) for row in task.rows("train")] == [type(label) for label in labels]
     assert task.regression == regression
+
+
+def test_a_decimal_comma_is_one_where_commas_do_not_separate(tmp_path: Path) -> None:
+    assert [row["label"] for row in rows_of(in_csv(tmp_path, "text;label\na;2,50\nb;-3\n"))] == [2.5, -3]
+    assert [row["label"] for row in rows_of(in_csv(tmp_path, 'text,label\na,"2,50"\n'))] == ["2,50"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,9 @@ def test_labels_of_csv_that_are_written_as_numbers_are_numbers(cells: str, tmp_p
     [
         ("prompt,completion\na,b\na\n", "more or fewer cells", 3),
         ("prompt,completion\na,b,c\n", "more or fewer cells", 2),
-        ('prompt,completion\na,"b\n', "broken CSV", ""),
+        ('prompt,completion\na,"b\n', "broken CSV", 2),
+        ('prompt,completion\na,b\n"x"y,c\n', "broken CSV", 3),
+        ("text,label\na,yes\nb,\n", "the label is empty", 3),
         (b"prompt,completion\na,\xe4\n", "broken CSV", ""),
         ("prompt,completion\na,\n", "the completion is empty", 2),
         ("question,answer\na,b\n", "neither 'prompt' nor 'text' nor 'messages'", 2),
@@ -85,9 +94,15 @@ def test_bad_csv_is_refused_with_its_line(text: str | bytes, message: str, line:
     assert (f"{path}:{line}" if line else str(path)) in str(error.value)
 
 
+def test_a_class_that_columns_leave_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = in_csv(tmp_path, "body,label\na,yes\nb,no\n")
+    assert rows_of(path, columns={"text": "body"}) == [{"text": "a"}, {"text": "b"}]
+    assert "columns leave out the labels" in caplog.text
+
+
 def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for split in ("train", "validation", "other"):
-        in_csv(tmp_path, f"prompt,completion\n{split},1\n", f"{split}.csv")
+    for split, ending in {"train": "csv", "validation": "CSV", "other": "csv"}.items():
+        in_csv(tmp_path, f"prompt,completion\n{split},1\n", f"{split}.{ending}")
     task = load_task("t", tmp_path)
     assert {split: rows[0]["prompt"] for split, rows in task.splits.items()} == {
         "train": "train",
@@ -190,11 +205,16 @@ def test_every_label_stays_in_training(tmp_path: Path) -> None:
         held_out(tmp_path, rows[:1] * 5, 0.2)
 
 
-def test_rows_are_not_held_out_beside_valid_ones(tmp_path: Path) -> None:
+def test_numbers_are_held_out_though_each_is_the_only_one(tmp_path: Path) -> None:
+    rows = [{"text": f"q{i}", "label": i + 0.5} for i in range(20)]
+    assert [len(part) for part in held_out(tmp_path, rows, 0.1)] == [18, 2]
+
+
+def test_rows_are_held_out_where_there_are_no_valid_ones(tmp_path: Path) -> None:
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
-    with pytest.raises(DataError, match="it has valid rows"):
-        load_task("t", TaskSource(str(tmp_path), hold_out=0.1))
+    task = load_task("t", TaskSource(str(tmp_path), hold_out=0.5))
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 3, "valid": 3}
     with pytest.raises(SettingsError, match="subset and splits are of Hub datasets"):
         load_task("t", TaskSource(str(tmp_path), subset="main"))
 
@@ -222,6 +242,19 @@ def test_what_a_table_may_say_of_its_data(lines: str, tmp_path: Path) -> None:
     assert BAD[lines] in str(error.value)
 
 
+WRONG: dict[str, dict[str, Any]] = {
+    "columns": {"columns": None},
+    "hold_out": {"hold_out": "0.1"},
+    "subset": {"subset": 3},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_of_a_wrong_type(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} is .*, which has the wrong type"):
+        TaskSource("owner/name", **WRONG[name])
+
+
 def test_the_tables_of_the_docs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
     (tables,) = [block for block in page.split("```toml\n")[1:] if block.startswith("[tasks.support]")]
@@ -233,17 +266,49 @@ def test_the_tables_of_the_docs(tmp_path: Path) -> None:
     assert (str(chat), list(chat.splits)) == ("HuggingFaceH4/ultrachat_200k", ["train", "valid"])
 
 
-def test_fit_and_evaluate_read_a_csv_of_other_columns(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def project(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a project of the task a, a CSV of 64 sums with columns of its own, a quarter held out."""
     monkeypatch.chdir(tmp_path)
-    in_csv(tmp_path, "question,answer\n" + "".join(f"{a}+{b}=,{a + b}\n" for a in range(8) for b in range(8)))
+    sums = "".join(f"{a}+{b}=,{a + b}\n" for a in range(8) for b in range(8))
+    in_csv(tmp_path, f"question,answer\n{sums}")
     Path("lorasb.toml").write_text(
         f'model = "{llama}"\n[basis]\nrank = 2\n[fit]\nmax_steps = 2\n[tasks.a]\ndata = "rows.csv"\nhold_out = 0.25\n'
         'columns = { prompt = "question", completion = "answer" }\n'
     )
+    return tmp_path
+
+
+def test_the_verbs_read_a_csv_of_other_columns(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     fitted = json.loads(lorasb("fit", "--json").stdout)["adapters"]["a"]
     assert (fitted["rows"], fitted["valid_loss"] > 0) == (48, True)
-    scored = json.loads(lorasb("evaluate", "--json").stdout)["evaluation"]["a"]
-    assert (scored["split"], scored["rows"]) == ("valid", 16)
+    in_csv(project, "question,answer\n1+1=,2\n", "other.csv")
+    for words, rows, split in (
+        ([], 16, "valid"),
+        (["--data", "rows.csv"], 16, "valid"),
+        (["--data", "other.csv"], 1, "test"),
+    ):
+        scored = json.loads(lorasb("evaluate", "a", "--json", *words).stdout)["evaluation"]["a"]
+        assert (scored["rows"], scored["split"]) == (rows, split)
+    again = json.loads(lorasb("fit", "a", "--data", "rows.csv", "--overwrite", "--json").stdout)["adapters"]["a"]
+    assert again["rows"] == 48
+    made = lorasb("calibrate", "--data", "a=rows.csv", "--out", "second", "--json")
+    assert json.loads(made.stdout)["samples"] == 32
     assert "Wrote" in lorasb("init", "--config", "x.toml", "--task", "a=rows.csv").stdout
+
+
+def test_an_adapter_says_how_its_data_was_read(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lorasb("fit")
+    of_task = evaluate("adapters/a", TaskSource("rows.csv", PAIR, hold_out=0.25))
+    assert (of_task["split"], of_task["rows"]) == ("valid", 16)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    done = lorasb("evaluate", str(project / "adapters/a"), "--json")
+    (scored,) = json.loads(done.stdout)["evaluation"].values()
+    assert {key: scored[key] for key in ("split", "rows", "adapter")} == {
+        key: of_task[key] for key in ("split", "rows", "adapter")
+    }
+    merged = merge(project / "adapters/a", "model", verify=True)
+    assert merged["verify"]["rows"] == 4
+    assert "| data read, columns, prompt | question |" in (project / "adapters/a/README.md").read_text()

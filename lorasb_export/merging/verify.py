@@ -17,8 +17,9 @@ from ..adapter import Adapter
 from ..base import BaseModel, default_device
 from ..data import TaskData, load_task
 from ..encoding import encode
-from ..errors import ArtifactError, DataError, is_out_of_memory
+from ..errors import ArtifactError, DataError, SettingsError, is_out_of_memory
 from ..streamed import add_updates, streamed_model, was_read
+from ..task_source import TaskSource
 from .rounding import NOT_ROUNDED, Rounding
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def _task(adapter: Adapter) -> TaskData | None:
     if not (source.is_absolute() and source.exists()):
         return None
     try:
-        task = load_task(source.name, source)
-    except DataError as error:
+        task = load_task(source.name, TaskSource.of(str(source), adapter.training.get("data_read") or {}))
+    except (DataError, SettingsError) as error:
         logger.info("built-in text is used to compare logits: %s", error)
         return None
     return task if task.sha256 == adapter.training.get("data_sha256") else None

@@ -33,6 +33,7 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
     return {
         "task": run.task.name,
         "data": run.task.source,
+        "data_read": dict(run.task.read_as) or None,
         "data_sha256": run.task.sha256,
         "rows": len(run.rows),
         "rows_left_out": len(run.task.splits["train"]) - len(run.rows),

@@ -44,15 +44,20 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Rows of a backward pass: fewer take less memory.  [default: 8]")
     ] = None,
-    no_gradient_checkpointing: Annotated[
-        bool, typer.Option("--no-gradient-checkpointing", help="Take a fifth less time, but more memory.")
-    ] = False,
-    no_capture: Annotated[
-        bool,
+    checkpointing: Annotated[
+        bool | None,
         typer.Option(
-            "--no-capture", help="Do not measure how much of each task's gradient the basis of several tasks captures."
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Take less memory, and a quarter more time.  [default: yes]",
         ),
-    ] = False,
+    ] = None,
+    capture: Annotated[
+        bool | None,
+        typer.Option(
+            "--capture/--no-capture",
+            help="Measure how much of each task's gradient the basis of several tasks captures.  [default: yes]",
+        ),
+    ] = None,
     dtype: Annotated[
         LoadedDtype | None,
         typer.Option(help="Data type of the base model; auto: the checkpoint's; nf4: four bits."),
@@ -72,7 +77,7 @@ def run(
     from lorasb_export.lock import only_writer
     from lorasb_export.output import refuse_existing
     from lorasb_export.project_basis import is_shared, refuse_to_strand
-    from lorasb_export.settings import DRAWN, CalibrationSettings
+    from lorasb_export.settings import DRAWN, FitSettings
     from lorasb_export.storage import expanded
 
     project = run.project
@@ -84,13 +89,12 @@ def run(
         reduction=reduction,
         loss=loss,
         batch_size=batch_size,
-        gradient_checkpointing=False if no_gradient_checkpointing else None,
-        capture=False if no_capture else None,
+        gradient_checkpointing=checkpointing,
+        capture=capture,
         dtype=dtype,
         seed=seed,
     )
-    length = project.fit.get("max_length", CalibrationSettings.max_length)
-    settings = CalibrationSettings(**{"max_length": length, **project.calibration, **flags})
+    settings = project.calibration_settings(FitSettings(**project.fit), flags)
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
     sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in parse_pairs(data).items()}

@@ -46,6 +46,7 @@ def run(
         str | None,
         typer.Option(metavar="FILE", help="Also write what base and adapter answer to each row, as JSON lines."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --predictions.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after an interruption: score only what has no figures in its card.")
     ] = False,
@@ -69,6 +70,7 @@ def run(
         metric=metric,
         batch_size=batch_size,
         predictions=predictions,
+        overwrite=overwrite,
         resume=resume,
     )
     results: dict[str, Any] = {}

@@ -87,10 +87,16 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the row order, and of a classifier's new head.")] = None,
     group_by_length: Annotated[
-        bool | None, typer.Option("--group-by-length", help="Put rows of like length into one batch: less padding.")
+        bool | None,
+        typer.Option(
+            "--group-by-length/--no-group-by-length", help="Put rows of like length into one batch: less padding."
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.")
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Use less memory and a third more time."
+        ),
     ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the valid split.")] = None,
     metric: Annotated[Metric | None, typer.Option(help="Metric for choosing the best checkpoint.")] = None,

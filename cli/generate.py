@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,8 +36,9 @@ def run(
         if model is not None or dtype != "auto":
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
         from lorasb_export.exporting.onnx_run import answers
+        from lorasb_export.storage import expanded
 
-        _print(run, prompt, answers(Path(onnx), prompt, chosen, max_tokens=max_tokens))
+        _print(run, prompt, answers(expanded(onnx), prompt, chosen, max_tokens=max_tokens))
         return
     if chosen is None:
         from lorasb_export.names import refuse_many

@@ -17,7 +17,7 @@ def run(
     path: Annotated[str, typer.Argument(help="Any folder, an adapter of the project by name, or a Hub id.")],
     data: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="For a basis: measure how much of this task's gradient it captures."),
+        typer.Option(metavar="TASK|PATH", help="For a basis: measure how much of this task's gradient it captures."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Base model for --data, if it has moved since the basis was made.")
@@ -27,10 +27,13 @@ def run(
     ] = False,
 ) -> None:
     """Say what a folder is. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    if model is not None and data is None:
+        raise typer.BadParameter("--model is for --data: nothing else loads the base")
     folder = run.project.find_folder(path)
+    source = run.project.task_source(data) if data is not None and data in run.project.tasks else data
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
-    found = inspect_folder(folder, data=data, base=model, verify=verify)
+    found = inspect_folder(folder, data=source, base=model, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
         from lorasb_export.calibration.capture import words

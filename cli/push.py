@@ -29,7 +29,14 @@ def run(
             metavar="OWNER/NAME", help="Where to; [hub] repo by default. {name} in it: the adapter's name, or basis."
         ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
+    public: Annotated[
+        bool | None,
+        typer.Option(
+            "--public/--private",
+            help="Make a new repository public.  [default: private, or [hub] public]",
+            show_default=False,
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option("--commit-message", help="Commit message.")] = None,
@@ -50,7 +57,7 @@ def run(
     from lorasb_export.project_push import push_folder, push_project  # only now: it brings torch
 
     options: dict[str, Any] = {
-        "public": public or project.public,
+        "public": project.public if public is None else public,
         "revision": revision,
         "create_pr": create_pr,
         "message": message,

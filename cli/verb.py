@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,12 +107,12 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if _received:
                 raise _interrupted(run, function, error) from None
-            if run.verbose:
-                raise
             if is_out_of_memory(error):
                 error = _memory_error(error, signature.parameters)
             if not isinstance(error, LoraSBError | OSError):
                 raise
+            if run.verbose:
+                traceback.print_exc()
             _fail(run, error)
 
     del command.__wrapped__  # or typer reads the signature behind it

@@ -17,7 +17,7 @@ from .bars import no_bar
 from .base import AnyBase
 from .batches import collate, row_losses
 from .cards import card
-from .choices import CAUSAL_LM
+from .choices import CAUSAL_LM, Split, require_choice
 from .data import TaskData, load_held_out
 from .encoding import Encoded, encode
 from .errors import ArtifactError, DataError, SettingsError
@@ -159,6 +159,8 @@ def to_score(
     require_same_kind(adapter, task)
     if limit is not None and limit < 1:
         raise SettingsError(f"limit is {limit}", fix="Give at least 1, or leave it out for all rows")
+    if split is not None:
+        require_choice("split", split, Split)
     metric = fitting_metric(task, metric)
     if predictions and metric == "loss":
         fix = "Leave predictions out, or take another metric"

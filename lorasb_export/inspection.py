@@ -12,7 +12,7 @@ from .adapter import Adapter
 from .base import AnyBase, BaseModel
 from .basis import Basis
 from .calibration.subspace import by_module, spread
-from .data import load_task
+from .data import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
@@ -21,12 +21,13 @@ from .publishing import checksums
 from .publishing.outgoing import SUMS
 from .settings import DRAWN
 from .storage import folder_bytes, read_header, read_json, sha256_file
+from .task_source import AnySource
 
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 
 
 def inspect_folder(
-    source: str | Path, *, data: str | None = None, base: AnyBase | None = None, verify: bool = False
+    source: str | Path, *, data: AnySource | TaskData | None = None, base: AnyBase | None = None, verify: bool = False
 ) -> dict[str, Any]:
     """A description of any folder this package reads or writes; validated as its loader validates it.
 
@@ -107,10 +108,10 @@ def _recorded(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"recorded_capture": {**overall, "tasks": tasks, "by_module": by_module(found["modules"])}}
 
 
-def _capture(basis: Basis, data: str, elsewhere: AnyBase | None) -> dict[str, Any]:
+def _capture(basis: Basis, data: AnySource | TaskData, elsewhere: AnyBase | None) -> dict[str, Any]:
     from .calibration.capture import capture, overview  # only now: it brings transformers
 
-    task = load_task("data", data)
+    task = data if isinstance(data, TaskData) else load_task("data", data)
     base = basis.base.resolve(elsewhere)
     base.verify(basis.base, basis.modules)
     dtype = basis.calibration.get("dtype", "auto")

@@ -63,7 +63,7 @@ _Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
 # A table is checked by itself.
 _TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "tasks": (), "hub": ()}
 _SECTIONS: dict[str, _Types] = {
-    "basis": {"path": (str,), **types_of(CalibrationSettings)},
+    "basis": {"path": (str,), **types_of(CalibrationSettings), "targets": (str, list)},
     "fit": types_of(FitSettings),
     "tasks.NAME": {**types_of(Task), "columns": (dict,), "splits": (dict,), "fit": (dict,)},
     "hub": {"repo": (str,), "public": (bool,)},
@@ -164,6 +164,13 @@ class Project:
             where = f"[tasks.{name}.fit]" if own else error.where
             raise SettingsError(error.what, where=where, fix=error.fix) from None
 
+    def calibration_settings(self, fit: FitSettings, flags: Mapping[str, Any] | None = None) -> CalibrationSettings:
+        """How a basis is made for training with `fit`: rows as long, no larger batches and the same dtype, for these
+        fit in memory; but where flags or `[basis]` say otherwise, as they do."""
+        as_trained = {"dtype": fit.dtype, "max_length": fit.max_length}
+        as_trained["batch_size"] = min(fit.batch_size, CalibrationSettings.batch_size)
+        return CalibrationSettings(**{**as_trained, **self.calibration, **(flags or {})})
+
     def shared_tasks(self) -> list[str]:
         """Names of the tasks that use the project's shared basis."""
         return [name for name, task in self.tasks.items() if task.basis is None]
@@ -191,8 +198,13 @@ class Project:
         return str(find_adapter(word, self.folder / "adapters", self.tasks))
 
     def find_folder(self, word: str) -> str:
-        """As `find_adapter`, but any existing folder of that name comes first."""
-        return word if Path(word).is_dir() else self.find_adapter(word)
+        """As `find_adapter`, but any existing folder of that name comes first; an adapter that it hides is told of."""
+        if not Path(word).is_dir():
+            return self.find_adapter(word)
+        hidden = self.adapter_folder(word)
+        if hidden.is_dir() and not hidden.samefile(word):
+            logger.warning("%s is taken for the folder of that name here; the adapter is adapters/%s", word, word)
+        return word
 
     def task_source(self, name: str) -> str | TaskSource:
         """The data of a task: an absolute path, or what may be a Hub dataset id; with how it is read, where its table

@@ -19,7 +19,7 @@ from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputEr
 from .evaluation import evaluate, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
-from .output import cannot_write, refuse_existing
+from .output import cannot_write
 from .project import Project
 from .storage import expanded
 from .task_source import TaskSource
@@ -43,6 +43,7 @@ def evaluate_adapters(
     metric: str | None = None,
     batch_size: int = 16,
     predictions: str | Path | None = None,
+    overwrite: bool = False,
     resume: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
     """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card, unless the
@@ -59,6 +60,7 @@ def evaluate_adapters(
         split, limit, dtype, metric, batch_size: as for `evaluate`.
         predictions: a JSON-lines file to write: what base and adapter predict of each row, as `evaluate` gives it, with
             the `name` (the word) and `split`.
+        overwrite: replace that file.
         resume: take figures of the same data that are in a card from there.
 
     Yields:
@@ -81,7 +83,8 @@ def evaluate_adapters(
             what = "--resume takes figures from the cards, where no predictions are"
             raise SettingsError(what, fix="Leave out either")
         predictions = expanded(predictions)
-        refuse_existing(predictions, overwrite=False)
+        if predictions.exists() and not overwrite:
+            raise OutputError("the file exists", where=predictions, fix="Choose another path, or pass --overwrite")
     load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
     known: dict[str, dict[str, Any]] = {}
@@ -123,7 +126,8 @@ def evaluate_adapters(
     if predictions is not None:
         with cannot_write(predictions):
             predictions.parent.mkdir(parents=True, exist_ok=True)
-            predictions.touch(exist_ok=False)
+            predictions.write_bytes(b"")  # or it would be found out after an hour that it cannot be
+            predictions.unlink()
     options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": predictions is not None}
     for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
         name, source, base = ready[word]

@@ -84,7 +84,7 @@ def fit_tasks(
     own = own or {}
     generates = _checked(places, settings, own) == {CAUSAL_LM}
     base = BaseModel.resolve(model or project.require_model())
-    calibration = _calibration(project, settings)
+    calibration = project.calibration_settings(settings)
     started = Adapter.load(start) if start else None
     of_start = "" if started is None or basis else str(started.basis_source or started.folder)
     sources = {name: basis or of_start or project_basis.find(project, name) for name in places}
@@ -122,7 +122,7 @@ def fit_tasks(
 
     def fit_one(name: str) -> Adapter:
         task, of_task = load_task(name, places[name]), own.get(name, settings)
-        task_basis = shared.get(sources[name]) or _calibration(project, of_task)
+        task_basis = shared.get(sources[name]) or project.calibration_settings(of_task)
         if isinstance(task_basis, CalibrationSettings) and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
             return fit(base, task_basis, task, targets[name], of_task, **options)
@@ -153,13 +153,6 @@ def _out_of_memory(name: str) -> TrainingError:
     return TrainingError(
         "out of memory", where=name, fix="Fit it by itself, with a smaller --batch-size or --max-length"
     )
-
-
-def _calibration(project: Project, settings: FitSettings) -> CalibrationSettings:
-    """Of a basis made for training with `settings`: rows as long, and no larger batches, for they fit in memory."""
-    as_trained = {"dtype": settings.dtype, "max_length": settings.max_length}
-    as_trained["batch_size"] = min(settings.batch_size, CalibrationSettings.batch_size)
-    return CalibrationSettings(**{**as_trained, **project.calibration})
 
 
 def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:

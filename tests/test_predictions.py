@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -100,10 +101,20 @@ def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.Monk
     monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     Path("said.jsonl").write_text("mine")
     done = lorasb("evaluate", "--predictions", "said.jsonl")
-    assert "the target exists" in done.stderr
+    assert "the file exists (said.jsonl). Choose another path, or pass --overwrite" in done.stderr
     assert Path("said.jsonl").read_text() == "mine"
     Path("folder").mkdir()
-    assert "cannot write: File exists" in lorasb("evaluate", "--predictions", "folder").stderr
+    assert "cannot write: Is a directory" in lorasb("evaluate", "--predictions", "folder", "--overwrite").stderr
+
+
+def test_a_file_without_a_line_is_not_left_behind(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.project_evaluate.evaluate", Mock(side_effect=MemoryError))
+        assert "Try a smaller --batch-size" in lorasb("evaluate", "--predictions", "said.jsonl").stderr
+    assert not Path("said.jsonl").exists()
+    for words in (["--limit", "1"], ["--limit", "2", "--overwrite"]):
+        assert lorasb("evaluate", "--predictions", "said.jsonl", *words).exit_code == 0
+    assert len(lines_of("said.jsonl")) == 2
 
 
 def test_where_nothing_would_be_predicted(adapter: Adapter, sums: Path) -> None:

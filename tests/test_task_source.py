@@ -294,6 +294,9 @@ def test_the_verbs_read_a_csv_of_other_columns(project: Path, tmp_path_factory: 
     assert again["rows"] == 48
     made = lorasb("calibrate", "--data", "a=rows.csv", "--out", "second", "--json")
     assert json.loads(made.stdout)["samples"] == 32
+    measured = lorasb("inspect", "second", "--data", "a", "--json")
+    assert json.loads(measured.stdout)["capture"]["basis"] > 0
+    assert "--model is for --data" in lorasb("inspect", "second", "--model", "x").output
     assert "Wrote" in lorasb("init", "--config", "x.toml", "--task", "a=rows.csv").stdout
 
 

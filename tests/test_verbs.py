@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lorasb_cli.verb import Run, as_command
 from typer.testing import CliRunner
 
 from lorasb_export.network import as_base_model_error
+from tests.conftest import lorasb
 
 
 def test_no_verb_is_described_by_half_a_sentence() -> None:
@@ -118,3 +121,38 @@ def test_serve_says_that_it_starts_once_it_does(tmp_path: Path, monkeypatch: pyt
         taken.listen()
         done = CliRunner().invoke(app, ["serve", "--port", str(taken.getsockname()[1])])
     assert done.stderr.startswith("Error: cannot listen")
+
+
+def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").write_text(
+        "[basis]\ncapture = false\ngradient_checkpointing = false\ntargets = ['q_proj', 'v_proj']\n"
+        "[fit]\ngradient_checkpointing = true\ngroup_by_length = true\ndtype = 'bfloat16'\nbatch_size = 2\n"
+        "[hub]\nrepo = 'me/{name}'\npublic = true\n[tasks.a]\ndata = 'a'\n"
+    )
+    seen: list[Any] = []
+    stop = Mock(side_effect=lambda *words, **options: seen.append((words, options)) or (_ for _ in ()).throw(OSError))
+    for place in ("project_fit.fit_tasks", "calibration.calibrate.calibrate", "project_push.push_project"):
+        monkeypatch.setattr(f"lorasb_export.{place}", stop)
+    monkeypatch.setattr("lorasb_export.base.BaseModel.resolve", lambda name: name)
+    for words in ("fit", "fit --no-gradient-checkpointing --no-group-by-length"):
+        lorasb(*words.split())
+    for words in ("calibrate --model m", "calibrate --model m --capture --gradient-checkpointing --dtype auto"):
+        lorasb(*words.split())
+    for words in ("push", "push --private"):
+        lorasb(*words.split())
+    of_fit = [words[2] for words, _ in seen[:2]]
+    assert [(s.gradient_checkpointing, s.group_by_length) for s in of_fit] == [(True, True), (False, False)]
+    of_basis = [words[2] for words, _ in seen[2:4]]
+    assert [(s.capture, s.gradient_checkpointing, s.dtype) for s in of_basis] == [
+        (False, False, "bfloat16"),
+        (True, True, "auto"),
+    ]
+    assert {(s.targets, s.batch_size) for s in of_basis} == {("q_proj,v_proj", 2)}
+    assert [options["public"] for _, options in seen[4:]] == [True, False]
+
+
+def test_json_tells_of_an_error_also_where_its_traceback_is_shown(tmp_path: Path) -> None:
+    done = lorasb("inspect", str(tmp_path / "nowhere"), "--verbose", "--json")
+    assert json.loads(done.stdout)["error"]["type"] == "ArtifactError"
+    assert "Traceback" in done.stderr

@@ -74,6 +74,8 @@ def _load(source: TaskSource, **options: Any) -> Any:
             _, _, there = str(error).partition("configs: ")
             what = f"the dataset has several parts: {there.partition(chr(10))[0]}"
             fix = "Name the one to read as subset of its [tasks.NAME]"
+        elif "gated dataset" in str(error):
+            what, fix = "the dataset is gated", "Ask for access on its page, and log in: hf auth login"
         elif any(hint in str(error) for hint in _OF_A_WRONG_NAME):
             what, fix = first_line(error), "Correct subset or splits of its [tasks.NAME]"
         raise DataError(what, where=source.path, fix=fix) from None

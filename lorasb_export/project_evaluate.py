@@ -15,7 +15,7 @@ from .bars import no_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import load_held_out, load_task
-from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, SettingsError
+from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
 from .evaluation import evaluate, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
@@ -49,7 +49,7 @@ def evaluate_adapters(
     """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card, unless the
     base is in four bits: they would be read as those of the base itself.
 
-    All of them are looked at before the first network runs.
+    All of them are looked at before the first network runs; what is wrong, with up to ten of them, is told at once.
 
     Args:
         adapters: word → folder or Hub id.
@@ -91,36 +91,45 @@ def evaluate_adapters(
     ready: dict[str, tuple[str, str | TaskSource, BaseModel]] = {}
     kinds: dict[str, tuple[str, str, int]] = {}
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
+    problems = Problems()
     for word, folder in tqdm(adapters.items(), desc="check", disable=no_bar()):
-        adapter = Adapter.load(folder)
-        name, source = project.task_of(adapter, data)
-        if source is None and not all_there_are:
-            raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
-        if source is None:
-            logger.warning("%s is passed over: it does not say what it was trained on (--data names its rows)", word)
-            continue
-        task = load(name, source)
-        if all_there_are and not data and not task.splits.get(split or task.held_out()):
-            logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
-            continue
-        of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
-        figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
-        if resume and figures.get("data_sha256") == task.sha256:
-            of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
-            known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
-            continue
-        of_base = adapter.base, frozenset(adapter.R)
-        if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
-            found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
-            found[of_base].verify(*of_base)
-        # The rows are read again in their turn: all may be more than memory holds.
-        ready[word] = name, source, found[of_base]
-        kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
+        with problems:
+            adapter = Adapter.load(folder)
+            name, source = project.task_of(adapter, data)
+            if source is None and not all_there_are:
+                raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
+            if source is None:
+                logger.warning(
+                    "%s is passed over: it does not say what it was trained on (--data names its rows)", word
+                )
+                continue
+            task = load(name, source)
+            if all_there_are and not data and not task.splits.get(split or task.held_out()):
+                logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
+                continue
+            of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
+            figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
+            if resume and figures.get("data_sha256") == task.sha256:
+                of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
+                known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
+                continue
+            of_base = adapter.base, frozenset(adapter.R)
+            if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
+                found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
+                found[of_base].verify(*of_base)
+            # The rows are read again in their turn: all may be more than memory holds.
+            ready[word] = name, source, found[of_base]
+            kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
+        if len(problems.found) == 10:
+            break
+    problems.raise_all("nothing was scored")
     if known:
         logger.info("The figures of %d adapters are in their cards", len(known))
     yield from known.items()
     if not ready and not known:
-        raise DataError("no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or pass --data")
+        raise DataError(
+            "no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or hold_out to its table"
+        )
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
     if predictions is not None:

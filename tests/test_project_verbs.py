@@ -162,6 +162,20 @@ def test_a_task_that_cannot_be_scored_is_named_before_any_is(
         assert (done.exit_code, error in done.stderr) == (1, True), done.stderr
 
 
+def test_all_that_cannot_be_scored_is_told_at_once(project: Path) -> None:
+    for name in ("b", "c"):
+        shutil.copytree("adapters/a", f"adapters/{name}")
+    Path("adapters/b/adapter.safetensors").write_bytes(b"")
+    Path("bad.jsonl").write_text("{")
+    with (project / "lorasb.toml").open("a") as file:
+        file.write('[tasks.c]\ndata = "bad.jsonl"\n')
+    done = lorasb("evaluate", "--metric", "loss")
+    assert done.exit_code == 1
+    assert "2 problems, nothing was scored:" in done.stderr
+    assert "adapters/b" in done.stderr
+    assert "bad.jsonl:1" in done.stderr
+
+
 def test_a_base_that_is_gone_is_named_before_any_adapter_is_scored(
     project: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -174,6 +175,13 @@ def test_subset_splits_and_revision_of_a_hub_dataset(hub: list[dict[str, Any]]) 
 def test_a_part_that_the_dataset_has_not(source: dict[str, Any], message: str, hub: list[dict[str, Any]]) -> None:
     with pytest.raises(DataError, match=message):
         load_task("t", TaskSource("owner/name", PAIR, **source))
+
+
+def test_a_gated_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub. Visit …")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(DataError, match=r"the dataset is gated \(owner/name\)\. Ask for access"):
+        load_task("t", "owner/name")
 
 
 def held_out(folder: Path, rows: list[dict[str, Any]], share: float) -> tuple[list[Any], list[Any]]:

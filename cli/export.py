@@ -21,7 +21,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...",
-            help="Names, folders or Hub ids. Default: the first task's; with --format onnx-adapters, all.",
+            help="Names, folders or Hub ids. Default: the first task's; for a new onnx-adapters export, all.",
         ),
     ] = None,
     format: Annotated[
@@ -46,9 +46,10 @@ def run(
         str | None,
         typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
     ] = None,
-    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric an ONNX graph may lose there.")] = (
-        MAX_DROP
-    ),
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, help=f"Points of the metric an ONNX graph may lose there.  [default: {MAX_DROP}]"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
 ) -> None:
     """Write adapters in another format."""
@@ -58,21 +59,26 @@ def run(
         raise typer.BadParameter(f"--into adds to an export of onnx-adapters, not of {format}")
     format = format or "peft"
     to_peft = into is None and format == "peft"
-    if data is not None and (to_peft or not verify or precision == "bf16"):
-        what = "--data is for comparing an ONNX graph with torch"
+    compared = data is not None or max_drop is not None  # on held-out rows, though the graph be fp32
+    if compared and (to_peft or not verify or precision == "bf16"):
+        what = "--data and --max-drop are for comparing an ONNX graph with torch"
         raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
     base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without its base
-    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, "max_drop": max_drop}
+    options: dict[str, Any] = {
+        "verify": verify,
+        "overwrite": overwrite,
+        "max_drop": MAX_DROP if max_drop is None else max_drop,
+    }
     if into is None:
         from lorasb_export.exporting.export import export  # only now: it brings torch
 
         target, verb = out or format, f"Exported {format} to"
         precision = precision or "fp32"
-        if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or data is not None):
+        if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or compared):
             options["data"] = _tasks(run, folders, data)
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=base, **options)
@@ -81,7 +87,7 @@ def run(
         from lorasb_export.storage import expanded
 
         target, verb = into, "Added to"
-        if verify and (exported_record(expanded(into))["precision"] != "fp32" or data is not None):
+        if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
             options["data"] = _tasks(run, folders, data)
         result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]

@@ -43,6 +43,8 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, and the report's files.")] = False,
 ) -> None:
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
+    if dry_run and (verify or report is not None):
+        raise typer.BadParameter("--dry-run writes no model that --verify or --report could look at")
     chosen = _adapters(run, adapters or [])
     first = chosen if isinstance(chosen, str) else next(iter(chosen))
     from lorasb_export.merging.merge import merge  # only now: it brings torch
@@ -120,6 +122,9 @@ def _done(result: dict[str, Any]) -> str:
     text += f"\nOf the update {kept['cosine']:.4f} is kept (cosine), relative error {kept['relative_error']:.4f}"
     if "verify" in result:
         found = result["verify"]
-        text += f"\nVerified: the logits differ by at most {found['relative_difference']:.2g} of the largest one, and "
-        text += f"rounding to {' and '.join(result['stored'])} explains up to {found['tolerance']:.2g}"
+        on = f"{found['rows']} rows of the task" if found["rows"] else "built-in text"
+        text += (
+            f"\nVerified on {on}: the logits differ by at most {found['relative_difference']:.2g} of the largest one, "
+        )
+        text += f"and rounding to {' and '.join(result['stored'])} explains up to {found['tolerance']:.2g}"
     return text

@@ -152,6 +152,17 @@ def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatc
     assert [options["public"] for _, options in seen[4:]] == [True, False]
 
 
+def test_what_would_not_be_looked_at_is_refused() -> None:
+    assert "--dry-run writes no model" in lorasb("merge", "a", "--dry-run", "--verify").output
+    refused = "--data and --max-drop are for comparing"
+    for words in (
+        ["--format", "peft"],
+        ["--format", "onnx", "--no-verify"],
+        ["--format", "onnx", "--precision", "bf16"],
+    ):
+        assert refused in " ".join(lorasb("export", "a", "--max-drop", "1", *words).output.split())
+
+
 def test_json_tells_of_an_error_also_where_its_traceback_is_shown(tmp_path: Path) -> None:
     done = lorasb("inspect", str(tmp_path / "nowhere"), "--verbose", "--json")
     assert json.loads(done.stdout)["error"]["type"] == "ArtifactError"

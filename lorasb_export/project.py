@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import math
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, find_adapter, name_problem, some
-from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
+from .project_file import FILE_NAME, Task, nearest, read_project_file
+from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
 from .task_source import TaskSource
 
@@ -25,51 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "lorasb.toml"
 OWN_BASIS = "own"
-MAX_BYTES = 4_000_000  # ten thousand tasks take half a million, of long names and paths a whole one
-_MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
-
-_FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
-
-
-@dataclass(frozen=True)
-class Task:
-    """One `[tasks.NAME]` table.
-
-    Attributes:
-        data: folder, file or Hub dataset id.
-        columns, hold_out, subset, splits: of the data: see `TaskSource`.
-        basis: a basis of its own, in place of the project's shared one.
-        weight: of the task's rows in the calibration of the shared basis.
-        fit: how it is trained otherwise than `[fit]` says.
-    """
-
-    data: str
-    columns: Mapping[str, str] = field(default_factory=dict)
-    hold_out: float = 0.0
-    subset: str | None = None
-    splits: Mapping[str, str] = field(default_factory=dict)
-    basis: str | None = None
-    weight: float = 1.0
-    fit: Mapping[str, Any] = field(default_factory=dict)
-
-    def source(self, path: str) -> TaskSource:
-        return TaskSource(path, self.columns, self.hold_out, self.subset, self.splits)
-
-
-_Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
-
-# A table is checked by itself.
-_TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "tasks": (), "hub": ()}
-_SECTIONS: dict[str, _Types] = {
-    "basis": {"path": (str,), **types_of(CalibrationSettings), "targets": (str, list)},
-    "fit": types_of(FitSettings),
-    "tasks.NAME": {**types_of(Task), "columns": (dict,), "splits": (dict,), "fit": (dict,)},
-    "hub": {"repo": (str,), "public": (bool,)},
-}
-# The base is loaded once for all tasks, in one dtype, and heads are drawn by one seed.
-_OF_A_TASK = {key: types for key, types in _SECTIONS["fit"].items() if key not in ("dtype", "seed")}
 
 
 @dataclass(frozen=True)
@@ -100,19 +54,7 @@ class Project:
             if config:
                 raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")
             return cls(Path.cwd())
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"larger than {MAX_BYTES:,} bytes")
-            text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
-            keys = [line.partition("=")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
-            if any(key.count(".") > _MAX_DOTS for key in keys):
-                raise ValueError(f"a key of more than {_MAX_DOTS} parts")
-            content = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"not valid TOML: {error}", where=path, fix="Correct it there") from None
-        problems = _problems(content)
-        if problems:
-            raise SettingsError("; ".join(problems), where=path, fix="Correct these lines")
+        content = read_project_file(path)
         basis, hub = content.get("basis", {}), content.get("hub", {})
         return cls(
             folder=path.resolve().parent,
@@ -214,7 +156,7 @@ class Project:
             SettingsError: the project has no such task.
         """
         if name not in self.tasks:
-            near = _nearest(name, self.tasks)
+            near = nearest(name, self.tasks)
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
@@ -293,55 +235,3 @@ def refuse_bad_names(names: Iterable[str]) -> None:
     problems = [problem for problem in map(name_problem, names) if problem]
     if problems:
         raise SettingsError("; ".join(problems), where="tasks", fix="Rename the task")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(_FLAGS.get(word, word), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _hint(key: str, keys: Iterable[str]) -> str:
-    """For a key that is none of `keys`: the sections that have it, the nearest of `keys`, or all of them."""
-    homes = [f"[{section}]" for section, of_section in _SECTIONS.items() if key in of_section]
-    if homes:
-        return f" (it is a key of {' and of '.join(homes)})"
-    return _nearest(key, keys) or f" (there are: {', '.join(keys)})"
-
-
-def _problems(content: Mapping[str, Any]) -> list[str]:
-    """Every unknown key and every value of a wrong type."""
-    found = _check_table("", content, _TOP)
-    for section in ("basis", "fit", "hub"):
-        found += _check_table(section, content.get(section, {}), _SECTIONS[section])
-    tasks = content.get("tasks", {})
-    if not isinstance(tasks, dict):
-        return [*found, "[tasks] must be a table"]
-    for name, table in tasks.items():
-        found += [problem for problem in [name_problem(name)] if problem]
-        wrong = _check_table(f"tasks.{name}", table, _SECTIONS["tasks.NAME"])
-        if isinstance(table, dict):
-            wrong += _check_table(f"tasks.{name}.fit", table.get("fit", {}), _OF_A_TASK)
-        if isinstance(table, dict) and "data" not in table:
-            wrong.append(f"[tasks.{name}] lacks data")
-        if not wrong and not 0 < table.get("weight", 1) < math.inf:
-            wrong.append(f"[tasks.{name}] weight = {table['weight']} is not a positive number")
-        if not wrong:
-            try:
-                Task(**table).source(table["data"])
-            except SettingsError as error:
-                wrong.append(f"[tasks.{name}] {error.what}: {error.fix}")
-        found += wrong
-    return found
-
-
-def _check_table(section: str, table: Any, types: _Types) -> list[str]:
-    place = f"[{section}] " if section else ""
-    if not isinstance(table, dict):
-        return [f"{place}must be a table"]
-    problems = [f"{place}unknown key {key!r}{_hint(key, types)}" for key in table if key not in types]
-    for key, value in table.items():
-        allowed = types.get(key)
-        if allowed and not is_one_of(value, allowed):
-            right = " or ".join(kind.__name__ for kind in allowed)
-            problems.append(f"{place}{key} = {value!r} has the wrong type: it takes {right}")
-    return problems

@@ -12,7 +12,8 @@ from .atomic import atomic_file
 from .data import split_files
 from .errors import DataError, OutputError, SettingsError
 from .output import cannot_write
-from .project import FILE_NAME, MAX_BYTES, refuse_bad_names
+from .project import refuse_bad_names
+from .project_file import FILE_NAME, MAX_BYTES
 from .rows import LABELLED, kind_of, read_rows
 from .settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 from .storage import expanded

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lorasb_export.data import TaskData, load_task
+from lorasb_export.task_source import TaskSource
 
 GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
 CLASS = '{"text": "a", "label": "yes"}\n'
@@ -23,3 +25,13 @@ def task_of(lines: str, folder: Path) -> TaskData:
     folder.mkdir(exist_ok=True)
     (folder / "train.jsonl").write_text(lines)
     return load_task("t", folder)
+
+
+def rows_of(path: Path, **source: Any) -> list[dict[str, Any]]:
+    return list(load_task("t", TaskSource(str(path), **source)).rows("train"))
+
+
+def in_csv(folder: Path, text: str | bytes, name: str = "rows.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path

@@ -1,0 +1,93 @@
+"""Rows from CSV files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorasb_export import TaskSource, load_task
+from lorasb_export.errors import DataError
+from tests.rows import in_csv, rows_of
+
+PAIR = {"prompt": "question", "completion": "answer"}
+
+
+def test_csv(tmp_path: Path) -> None:
+    """Quotes, a line break in a cell, an empty line, the mark that Windows editors begin with."""
+    path = in_csv(tmp_path, '\ufeffquestion,answer,more\r\n"1+1=, ""say""\nit",2,x\r\n\r\n3,4,\r\n')
+    assert rows_of(path, columns=PAIR) == [
+        {"prompt": '1+1=, "say"\nit', "completion": "2"},
+        {"prompt": "3", "completion": "4"},
+    ]
+    for separator in ";\t":
+        text = f'prompt{separator}completion\n"a, {separator} b"{separator}1,5\n'
+        assert rows_of(in_csv(tmp_path, text)) == [{"prompt": f"a, {separator} b", "completion": "1,5"}]
+    upper = in_csv(tmp_path, "text\n" + "x" * 200_000, "LONG.CSV")
+    assert len(rows_of(upper)[0]["text"]) == 200_000
+
+
+LABELS = {
+    "yes no": (["yes", "no"], False),
+    "1 0": ([1, 0], False),
+    "+1 -1": ([1, -1], False),
+    "1 0.5": ([1, 0.5], True),
+    "-1.5e3 .25": ([-1500.0, 0.25], True),
+    "1e-05 4": ([1e-05, 4], True),  # as pandas writes it
+    "nan inf": (["nan", "inf"], False),  # names, for all we know
+    f"{'9' * 5000} 0x1": (["9" * 5000, "0x1"], False),
+}
+
+
+@pytest.mark.parametrize("cells", LABELS)
+def test_labels_of_csv_that_are_written_as_numbers_are_numbers(cells: str, tmp_path: Path) -> None:
+    text = "mood;text;more\n" + "".join(f"{cell};7;8\n" for cell in cells.split())
+    source = TaskSource(str(in_csv(tmp_path, text.replace(";", "\t"))), {"text": "text", "label": "mood"})
+    labels, regression = LABELS[cells]
+    task = load_task("t", source)
+    assert task.rows("train") == [{"text": "7", "label": label} for label in labels]
+    assert [type(row["label"]) for row in task.rows("train")] == [type(label) for label in labels]
+    assert task.regression == regression
+
+
+def test_a_decimal_comma_is_one_where_commas_do_not_separate(tmp_path: Path) -> None:
+    assert [row["label"] for row in rows_of(in_csv(tmp_path, "text;label\na;2,50\nb;-3\n"))] == [2.5, -3]
+    assert [row["label"] for row in rows_of(in_csv(tmp_path, 'text,label\na,"2,50"\n'))] == ["2,50"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        ("prompt,completion\na,b\na\n", "more or fewer cells", 3),
+        ("prompt,completion\na,b,c\n", "more or fewer cells", 2),
+        ('prompt,completion\na,"b\n', "broken CSV", 2),
+        ('prompt,completion\na,b\n"x"y,c\n', "broken CSV", 3),
+        ("text,label\na,yes\nb,\n", "the label is empty", 3),
+        (b"prompt,completion\na,\xe4\n", "broken CSV", ""),
+        ("prompt,completion\na,\n", "the completion is empty", 2),
+        ("question,answer\na,b\n", "neither 'prompt' nor 'text' nor 'messages'", 2),
+        ("prompt\na\n", "lacks field 'completion'", 2),
+        ("prompt,completion\n", "no training rows", ""),
+        ("", "no training rows", ""),
+    ],
+)
+def test_bad_csv_is_refused_with_its_line(text: str | bytes, message: str, line: int | str, tmp_path: Path) -> None:
+    path = in_csv(tmp_path, text)
+    with pytest.raises(DataError) as error:
+        load_task("t", path)
+    assert message in str(error.value)
+    assert (f"{path}:{line}" if line else str(path)) in str(error.value)
+
+
+def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, ending in {"train": "csv", "validation": "CSV", "other": "csv"}.items():
+        in_csv(tmp_path, f"prompt,completion\n{split},1\n", f"{split}.{ending}")
+    task = load_task("t", tmp_path)
+    assert {split: rows[0]["prompt"] for split, rows in task.splits.items()} == {
+        "train": "train",
+        "valid": "validation",
+    }
+    assert "other.csv in" in caplog.text
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"both train\.csv and train\.jsonl"):
+        load_task("t", tmp_path)

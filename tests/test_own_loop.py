@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
@@ -35,6 +38,28 @@ def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_pat
     fresh = BaseModel.resolve(llama).load()
     Adapter.load(tmp_path / "mine").inject(fresh)
     assert torch.equal(fresh(ids).logits, network(ids).logits)
+
+
+def test_a_trainer_resumes_from_checkpoints_of_r_alone(llama: Path, basis: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("model._keys_to_ignore_on_save")]
+    rows = [{"input_ids": [1, 20 + i, 21, 22, 2], "labels": [1, 20 + i, 21, 22, 2]} for i in range(12)]
+
+    def trained(steps: int, resume: bool) -> Adapter:
+        model = BaseModel.resolve(llama).load()
+        adapter = Adapter.attach(model, Basis.load(basis))
+        exec(line, {"model": model})
+        places = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        args = TrainingArguments(**places, max_steps=steps, save_steps=2, learning_rate=1e-2)
+        Trainer(model, args, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return adapter
+
+    whole = trained(4, resume=False)
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    weights = load_file(tmp_path / "out/checkpoint-2/model.safetensors")
+    assert sorted(weights) == sorted(f"{name}.R" for name in whole.R)
+    resumed = trained(4, resume=True)
+    assert all(torch.equal(R, resumed.R[name]) for name, R in whole.R.items())
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def run(
     ] = None,
     loss: Annotated[LossMean | None, typer.Option(help="What is weighted equally: every row, or every token.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows of a backward pass: fewer take less memory.  [default: 8]")
+        int | None,
+        typer.Option(help="Rows of a backward pass: fewer take less memory.  [default: 8, or that of [fit] if less]"),
     ] = None,
     checkpointing: Annotated[
         bool | None,

@@ -13,7 +13,7 @@ from .verb import Run
 
 INTERRUPTED = (
     "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
-    "train or --dtype nf4.)"
+    "train or --dtype nf4.) Those of --predictions are in its file: name the adapters that are left, and another file."
 )
 
 
@@ -52,6 +52,8 @@ def run(
     ] = False,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
+    if overwrite and predictions is None:
+        raise typer.BadParameter("--overwrite is for the file of --predictions")
     words = adapter or run.project.adapter_names()
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")

@@ -98,6 +98,7 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     """The task of each adapter that is compared, by the adapter's name, of those whose data is found."""
     from lorasb_export.adapter import Adapter
     from lorasb_export.data import load_held_out, load_task
+    from lorasb_export.errors import DataError
 
     found = {}
     for folder in folders[:MOST_COMPARED]:
@@ -108,7 +109,10 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
             task = load_held_out(name, source or data)
             task.rows(task.held_out())  # or what was asked for would be left out in silence
         elif source is not None and (name in run.project.tasks or Path(str(source)).exists()):
-            task = load_task(name, source)
+            try:
+                task = load_task(name, source)
+            except DataError as error:
+                run.say(f"The data of {name} cannot be read: {error}")
         if task is not None and task.splits.get(task.held_out()):
             found[loaded.name or ""] = task
         else:

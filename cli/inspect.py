@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,8 @@ def run(
     if model is not None and data is None:
         raise typer.BadParameter("--model is for --data: nothing else loads the base")
     folder = run.project.find_folder(path)
+    if data is not None and data in run.project.tasks and Path(data).exists():
+        run.say(f"{data} is taken for the task: ./{data} names the path")
     source = run.project.task_source(data) if data is not None and data in run.project.tasks else data
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 

@@ -16,12 +16,11 @@ from typing import Any
 from .choices import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, SettingsError
 from .hub_dataset import rows_from_hub, warn_once
-from .rows import LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
+from .rows import FIELDS, LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
 from .storage import expanded
 from .task_source import SPLITS, AnySource, TaskSource
 
 Placed = tuple[str, Row]  # a row with its place, which errors name
-_ENDINGS = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,10 @@ def load_task(name: str, source: AnySource) -> TaskData:
     path = expanded(source.path)
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
-    label = source.columns.get("label", "label")
     if path.is_file():
-        placed = {"train": list(read_rows(path, label))}
+        placed = {"train": list(read_rows(path, source.columns))}
     elif path.is_dir():
-        placed = {split: list(read_rows(file, label)) for split, file in split_files(path).items()}
+        placed = {split: list(read_rows(file, source.columns)) for split, file in split_files(path).items()}
         if "train" not in placed:
             fix = "Add it, one JSON object a line, or train.csv"
             raise DataError("no train.jsonl in the data folder", where=path, fix=fix)
@@ -116,7 +114,7 @@ def load_task(name: str, source: AnySource) -> TaskData:
     else:
         placed = rows_from_hub(source)
     if source.columns:
-        placed = {split: [_renamed(row, source.columns) for row in rows] for split, rows in placed.items()}
+        placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
     place = str(path.absolute()) if path.exists() else source.path
     if source.hold_out and "valid" not in placed:
         placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
@@ -138,6 +136,8 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
         split = "valid" if split == "validation" else split
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}", where=f"task {name}", fix=f"Use {', '.join(SPLITS)}")
+        if split in placed:
+            raise DataError("rows for valid and for validation", where=f"task {name}", fix="Give one of them")
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
             refuse_unwritable(row, place)
@@ -168,26 +168,30 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split that a data folder has; warns of .jsonl and .csv files that are none of them."""
+    """The file of each split that a data folder has: JSON lines, or CSV where it has none of these.
+
+    Warns of the .jsonl and .csv files that are none of them.
+    """
     splits = {split: split for split in SPLITS} | {"validation": "valid"}
-    present = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS and path.is_file())
+    present = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jsonl", ".csv") and path.is_file())
+    of_splits = [path for path in present if path.stem in splits]
+    json_lines = [path for path in of_splits if path.suffix.lower() == ".jsonl"]
     found: dict[str, Path] = {}
-    for path in present:
-        split = splits.get(path.stem)
+    for path in json_lines or of_splits:
+        split = splits[path.stem]
         if split in found:
             raise DataError(f"both {found[split].name} and {path.name}", where=folder, fix="Keep one of them")
-        if split is not None:
-            found[split] = path
-    if other := [path.name for path in present if path.stem not in splits]:
+        found[split] = path
+    if other := [path.name for path in present if path not in found.values()]:
         files = ", ".join(f"{split}.jsonl" for split in splits)
         warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}")
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _renamed(placed: Placed, columns: Mapping[str, str]) -> Placed:
-    place, row = placed
+def _renamed(placed: Placed, source: TaskSource) -> Placed:
+    columns, (place, row) = source.columns, placed
     if "text" in columns and "label" in row and "label" not in columns:
-        warn_once("columns leave out the labels, so text is learnt, not classes: name label too, if that is not meant")
+        warn_once(f"columns leave out the labels of {source}, so text is learnt, not classes")
     for column in columns.values():
         if column not in row:
             fix = "Correct columns of its [tasks.NAME]"
@@ -196,17 +200,22 @@ def _renamed(placed: Placed, columns: Mapping[str, str]) -> Placed:
 
 
 def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[Placed], list[Placed]]:
-    """Rows to train on, and `share` of all to hold out, in their order. Of each class one stays at least."""
-    digests = [hashlib.sha256(as_json(row)).digest() for _, row in placed]
-    numbers = any(isinstance(row.get("label"), float) for _, row in placed)
-    labels = ["" if numbers else str(row.get("label")) for _, row in placed]
-    twins, left = Counter(digests), Counter(labels)
-    wanted, chosen = max(1, round(share * len(placed))), set()
-    for digest, label in sorted(dict(zip(digests, labels, strict=True)).items()):
-        if twins[digest] <= wanted and twins[digest] < left[label]:
+    """Rows to train on, and about `share` of all to hold out, in their order. Of each class one stays at least.
+
+    A row is held out by a digest of its fields alone, so that no other rows decide over it.
+    """
+    fields = [{field: row[field] for field in FIELDS if field in row} for _, row in placed]
+    digests = [hashlib.sha256(as_json(row)).digest() for row in fields]
+    numbers = any(isinstance(row.get("label"), float) for row in fields)
+    classes = ["" if numbers else str(row.get("label")) for row in fields]
+    twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
+    for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
+        beyond = int.from_bytes(digest[:8]) >= share * 2**64
+        if beyond and chosen:
+            break
+        if twins[digest] < left[of_class]:
             chosen.add(digest)
-            left[label] -= twins[digest]
-            wanted -= twins[digest]
+            left[of_class] -= twins[digest]
     if not chosen:
         fix = "Add rows, or leave hold_out out"
         raise DataError("too few different rows to hold any out", where=where, fix=fix)

@@ -160,7 +160,8 @@ class Project:
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
-        return TaskSource.of(source, task.source(source).options())
+        described = task.source(source)
+        return described if described.options() else source
 
     def other_source(self, name: str, data: str, *, hold_out: bool = True) -> str | TaskSource:
         """`data` in place of a task's own: its columns are called as those are, and as many rows are held out.
@@ -170,7 +171,8 @@ class Project:
         if name not in self.tasks:
             return data
         task = self.tasks[name]
-        if data == task.data:
+        path = expanded(data)
+        if os.path.abspath(path) == str(self.path(task.data)) if path.exists() else data == task.data:
             return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 
@@ -188,7 +190,11 @@ class Project:
         source = adapter.training.get("data")
         if not source or not (os.path.isabs(source) or parse_hub_id(source)):
             return name, None
-        return name, TaskSource.of(source, adapter.training.get("data_read") or {})
+        try:
+            return name, TaskSource.of(source, adapter.training.get("data_read") or {})
+        except SettingsError as error:
+            what = f"training says data_read otherwise than fit does: {error.what}"
+            raise ArtifactError(what, where=adapter.folder, fix="Pass --data") from None
 
     def base_elsewhere(self, model: str | None, adapter: str | Path) -> str | None:
         """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where it says.

@@ -16,10 +16,10 @@ from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import load_held_out, load_task
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
-from .evaluation import evaluate, record_evaluation, to_score
+from .evaluation import evaluate, fitting_metric, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
-from .output import cannot_write
+from .output import cannot_write, refuse_own_input
 from .project import Project
 from .storage import expanded
 from .task_source import TaskSource
@@ -83,8 +83,9 @@ def evaluate_adapters(
             what = "--resume takes figures from the cards, where no predictions are"
             raise SettingsError(what, fix="Leave out either")
         predictions = expanded(predictions)
-        if predictions.exists() and not overwrite:
-            raise OutputError("the file exists", where=predictions, fix="Choose another path, or pass --overwrite")
+        if predictions.exists() and not (overwrite and predictions.is_file()):
+            fix = "Choose another path, or pass --overwrite" if predictions.is_file() else "Choose another path"
+            raise OutputError("the file exists", where=predictions, fix=fix)
     load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
     known: dict[str, dict[str, Any]] = {}
@@ -103,9 +104,14 @@ def evaluate_adapters(
                     "%s is passed over: it does not say what it was trained on (--data names its rows)", word
                 )
                 continue
+            if predictions is not None:
+                refuse_own_input(predictions, str(source))
             task = load(name, source)
             if all_there_are and not data and not task.splits.get(split or task.held_out()):
                 logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
+                continue
+            if all_there_are and predictions is not None and fitting_metric(task, metric) == "loss":
+                logger.warning("%s is passed over: the loss of %s predicts nothing", word, source)
                 continue
             of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
             figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
@@ -135,8 +141,10 @@ def evaluate_adapters(
     if predictions is not None:
         with cannot_write(predictions):
             predictions.parent.mkdir(parents=True, exist_ok=True)
-            predictions.write_bytes(b"")  # or it would be found out after an hour that it cannot be
-            predictions.unlink()
+            is_new = not predictions.exists()
+            predictions.open("ab").close()  # or it would be found out after an hour that it cannot be written
+            if is_new:
+                predictions.unlink()
     options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": predictions is not None}
     for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
         name, source, base = ready[word]
@@ -154,16 +162,17 @@ def evaluate_adapters(
             outcome = error.alone()
         else:
             if predictions is not None:
-                _append(predictions, word, outcome)
+                _append(predictions, word, outcome, afresh=overwrite)
+                overwrite = False
             if into_cards:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
 
 
-def _append(file: Path, word: str, outcome: dict[str, Any]) -> None:
+def _append(file: Path, word: str, outcome: dict[str, Any], *, afresh: bool) -> None:
     """Move the predictions of an adapter into the file: those that are done outlast an interruption."""
     lines = ({"name": word, "split": outcome["split"], **row} for row in outcome.pop("predictions"))
-    with cannot_write(file), file.open("ab") as end:
+    with cannot_write(file), file.open("wb" if afresh else "ab") as end:
         end.writelines(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in lines)
 
 

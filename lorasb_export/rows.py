@@ -32,12 +32,15 @@ Row = dict[str, Any]
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
-def read_rows(path: Path, label: str = "label") -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Row]]:
     """The rows of a file of JSON lines, or of CSV, each with its place, `file:line`. Raises DataError naming it.
 
-    Of CSV every cell is text, but in the column `label` what is written as a number is one.
+    Of CSV every cell is text, but labels are numbers where all of the file's are written as such.
+
+    Args:
+        columns: field → column, where the fields have other names.
     """
-    return _read_csv(path, label) if path.suffix.lower() == ".csv" else _read_json_lines(path)
+    return iter(_read_csv(path, columns or {})) if path.suffix.lower() == ".csv" else _read_json_lines(path)
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -66,40 +69,55 @@ def _parse_row(line: bytes, place: str) -> Row:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
-def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
-    place = str(path)
+def _read_csv(path: Path, columns: Mapping[str, str]) -> list[tuple[str, Row]]:
+    rows: list[tuple[str, Row]] = []
     csv.field_size_limit(MAX_JSON_BYTES)
+    place = str(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            names = file.readline()
+            first = file.readline()
             file.seek(0)
-            separator = max(",;\t", key=names.count)  # a spreadsheet writes semicolons where numbers have commas
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
-            for cells in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in cells or None in cells.values():
-                    fix = "Put a cell with a separator or a line break in quotes"
-                    raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
-                if label in cells and not cells[label].strip():
-                    raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
-                comma = "," if separator != "," else "."
-                yield place, cells | ({label: _number_or_text(cells[label], comma)} if label in cells else {})
-    except csv.Error as error:
-        fix = "Save it as CSV in UTF-8"
-        raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.reader.line_num}", fix=fix) from None
+            separator = max(",;\t", key=first.count)  # a spreadsheet writes semicolons where numbers have commas
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            try:
+                names = [name.strip() for name in next(reader, [])]
+                if len(set(names)) < len(names):
+                    raise DataError("two columns of one name", where=f"{path}:1", fix="Rename or remove one")
+                for cells in filter(None, reader):
+                    place = f"{path}:{reader.line_num}"
+                    if len(cells) != len(names):
+                        fix = "Put a cell with a separator or a line break in quotes"
+                        raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
+                    rows.append((place, dict(zip(names, cells, strict=True))))
+            except csv.Error as error:
+                fix = "Save it as CSV in UTF-8"
+                raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", fix=fix) from None
     except UnicodeDecodeError as error:
         raise DataError(f"broken CSV: {error}", where=place, fix="Save it as CSV in UTF-8") from None
     except OSError as error:
         if isinstance(error, LoraSBError):
             raise
         raise DataError(f"cannot read the data: {error}", where=path, fix="Give a CSV file") from None
+    label = columns.get("label") if columns else "label"
+    classifies = columns or ("text" in names and not {"prompt", "messages"} & set(names))
+    if label in names and classifies:
+        _number_labels(rows, label, "," if separator == ";" else ".")
+    return rows
 
 
-def _number_or_text(cell: str, comma: str) -> int | float | str:
-    if re.fullmatch(r"[+-]?\d{1,18}", cell):
-        return int(cell)
-    number = re.fullmatch(rf"[+-]?(\d+|\d*[.{comma}]\d+|\d+[.{comma}])([eE][+-]?\d+)?", cell)
-    return float(cell.replace(",", ".")) if number and len(cell) < 40 else cell
+def _number_labels(rows: Sequence[tuple[str, Row]], label: str, comma: str) -> None:
+    """Make numbers of labels, where all are written as such; a whole one that begins with 0 is a name."""
+    for place, row in rows:
+        row[label] = row[label].strip()
+        if not row[label]:
+            raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
+    whole = r"[+-]?(0|[1-9]\d{0,17})"
+    fraction = rf"[+-]?(\d{{0,30}}[.{comma}]\d{{1,30}}|\d{{1,30}}[.{comma}])"
+    number = rf"{whole}|({whole}|{fraction})[eE][+-]?\d{{1,3}}|{fraction}"
+    if all(re.fullmatch(number, row[label]) for _, row in rows):
+        for _, row in rows:
+            is_whole = re.fullmatch(whole, row[label])
+            row[label] = int(row[label]) if is_whole else float(row[label].replace(",", "."))
 
 
 def kind_of(row: Row, where: object = None) -> str:

@@ -21,9 +21,9 @@ class TaskSource:
     Attributes:
         path: a folder, a file, or a Hub dataset id, `owner/name` or `owner/name@revision`.
         columns: field of a row → what the data calls it; all else in the data is left alone. Empty: as it is called.
-        hold_out: of data without valid rows, the share of its training rows to hold out as such. The digest of a row
-            decides it: equal rows stay together, and most of the choice stays as it is when rows are added. Where there
-            are valid rows, none are held out.
+        hold_out: of data without valid rows, about the share of its training rows to hold out as such. A digest of the
+            row's fields decides: equal rows stay together, and no row changes sides when others are added, unless it is
+            the last of its class. Where there are valid rows, none are held out.
         subset: which one of a Hub dataset of several.
         splits: split → that of the Hub dataset, as `datasets` writes it: `train_sft`, `train[:95%]`. What is not named
             is not read. Empty: train, validation (or valid) and test.

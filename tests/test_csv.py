@@ -32,6 +32,8 @@ LABELS = {
     "1 0": ([1, 0], False),
     "+1 -1": ([1, -1], False),
     "1 0.5": ([1, 0.5], True),
+    "1 2 3+": (["1", "2", "3+"], False),
+    "007 7": (["007", "7"], False),
     "-1.5e3 .25": ([-1500.0, 0.25], True),
     "1e-05 4": ([1e-05, 4], True),  # as pandas writes it
     "nan inf": (["nan", "inf"], False),  # names, for all we know
@@ -53,6 +55,7 @@ def test_labels_of_csv_that_are_written_as_numbers_are_numbers(cells: str, tmp_p
 def test_a_decimal_comma_is_one_where_commas_do_not_separate(tmp_path: Path) -> None:
     assert [row["label"] for row in rows_of(in_csv(tmp_path, "text;label\na;2,50\nb;-3\n"))] == [2.5, -3]
     assert [row["label"] for row in rows_of(in_csv(tmp_path, 'text,label\na,"2,50"\n'))] == ["2,50"]
+    assert [row["label"] for row in rows_of(in_csv(tmp_path, "text\tlabel\na\t2,50\n"))] == ["2,50"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,18 @@ def test_bad_csv_is_refused_with_its_line(text: str | bytes, message: str, line:
     assert (f"{path}:{line}" if line else str(path)) in str(error.value)
 
 
+def test_names_with_blanks_around_them_and_twice(tmp_path: Path) -> None:
+    assert rows_of(in_csv(tmp_path, "text, label\ngood, yes\n")) == [{"text": "good", "label": "yes"}]
+    with pytest.raises(DataError, match=r"two columns of one name \(.*rows\.csv:1\)"):
+        rows_of(in_csv(tmp_path, "text,label,label\na,b,c\n"))
+
+
+def test_a_column_of_labels_that_is_not_read_may_be_empty(tmp_path: Path) -> None:
+    path = in_csv(tmp_path, "question,answer,label\na,b,\n")
+    assert rows_of(path, columns=PAIR) == [{"prompt": "a", "completion": "b"}]
+    assert rows_of(in_csv(tmp_path, "prompt,completion,label\na,b,\n"))[0]["completion"] == "b"
+
+
 def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split, ending in {"train": "csv", "validation": "CSV", "other": "csv"}.items():
         in_csv(tmp_path, f"prompt,completion\n{split},1\n", f"{split}.{ending}")
@@ -88,6 +103,9 @@ def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         "valid": "validation",
     }
     assert "other.csv in" in caplog.text
-    (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"both train\.csv and train\.jsonl"):
+    in_csv(tmp_path, "prompt,completion\na,b\n", "valid.csv")
+    with pytest.raises(DataError, match=r"both valid\.csv and validation\.CSV"):
         load_task("t", tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "lines", "completion": "of JSON"}')
+    assert load_task("t", tmp_path).splits == {"train": [{"prompt": "lines", "completion": "of JSON"}]}
+    assert "other.csv, train.csv, valid.csv, validation.CSV in" in caplog.text

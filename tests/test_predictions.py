@@ -104,7 +104,17 @@ def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.Monk
     assert "the file exists (said.jsonl). Choose another path, or pass --overwrite" in done.stderr
     assert Path("said.jsonl").read_text() == "mine"
     Path("folder").mkdir()
-    assert "cannot write: Is a directory" in lorasb("evaluate", "--predictions", "folder", "--overwrite").stderr
+    assert (
+        "the file exists (folder). Choose another path"
+        in lorasb("evaluate", "--predictions", "folder", "--overwrite").stderr
+    )
+    monkeypatch.chdir("folder")
+    rows = ["--data", "rows.jsonl", "--predictions", "rows.jsonl", "--overwrite"]
+    Path("rows.jsonl").write_text(GOOD)
+    done = lorasb("evaluate", "../adapters/a", *rows)
+    assert "the target holds what it is made from" in done.stderr
+    assert Path("rows.jsonl").read_text() == GOOD
+    assert "--overwrite is for the file of --predictions" in lorasb("evaluate", "--overwrite").output
 
 
 def test_a_file_without_a_line_is_not_left_behind(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +125,14 @@ def test_a_file_without_a_line_is_not_left_behind(adapter: Adapter, monkeypatch:
     for words in (["--limit", "1"], ["--limit", "2", "--overwrite"]):
         assert lorasb("evaluate", "--predictions", "said.jsonl", *words).exit_code == 0
     assert len(lines_of("said.jsonl")) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.project_evaluate.evaluate", Mock(side_effect=MemoryError))
+        assert lorasb("evaluate", "--predictions", "said.jsonl", "--overwrite").exit_code == 1
+    assert len(lines_of("said.jsonl")) == 2
 
 
 def test_where_nothing_would_be_predicted(adapter: Adapter, sums: Path) -> None:
-    done = lorasb("evaluate", "--metric", "loss", "--predictions", "said.jsonl")
+    done = lorasb("evaluate", "a", "--metric", "loss", "--predictions", "said.jsonl")
     assert "the metric loss predicts nothing" in done.stderr
     done = lorasb("evaluate", "--resume", "--predictions", "said.jsonl")
     assert "--resume takes figures from the cards, where no predictions are" in done.stderr

@@ -14,6 +14,7 @@ import torch
 from lorasb_export import Adapter, Basis, calibrate, fit, fit_together
 from lorasb_export.errors import ArtifactError, DataError, SettingsError, TrainingError
 from lorasb_export.settings import CalibrationSettings
+from lorasb_export.training.trainer import RTrainer
 from tests.conftest import lorasb
 from tests.rows import CLASS, task_of
 from tests.training import SETTINGS, basis, equal
@@ -75,10 +76,19 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept_of_the_same_start
 ) -> None:
     place: tuple[Any, ...] = (str(llama), basis, sums, tmp_path / "b", SETTINGS)
     whole = fit(*place[:3], tmp_path / "whole", SETTINGS, start=first)
+    steps = iter(range(20))
+
+    def stopped(trainer: RTrainer, *words: Any, **options: Any) -> Any:
+        if next(steps) == 19:
+            raise KeyboardInterrupt
+        return step(trainer, *words, **options)
+
+    step = RTrainer.training_step
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.training.job.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RTrainer, "training_step", stopped)
         with pytest.raises(KeyboardInterrupt):
             fit(*place, start=first)
+    assert list(tmp_path.glob(".b.run/checkpoint-*"))
     with pytest.raises(TrainingError, match="the interrupted run had other start_sha256"):
         fit(*place, resume=True)
     assert tensors_equal(fit(*place, resume=True, start=first).R, whole.R)
@@ -99,6 +109,8 @@ def test_what_a_task_cannot_start_from(
     other = calibrate(str(llama), {}, CalibrationSettings(rank=8, directions="random"))
     refused(ArtifactError, "do not belong together: trained in basis", other, sums, start=first)
     refused(DataError, "the data is SEQ_CLS, the adapter CAUSAL_LM", basis, parity, start=first)
+    own = CalibrationSettings(rank=8)
+    refused(SettingsError, "R of another basis to start from", own, sums, start=first)
     scaled = replace(STILL, scaling=2.0)
     refused(
         SettingsError,
@@ -126,8 +138,13 @@ def test_the_command(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytes
     assert tensors_equal(after.R, before.R)
     assert after.basis_sha256 == before.basis_sha256
     assert after.training["start"].startswith("own, sha256 ")
+    kept = lorasb("fit", "own", "--start-from", "own", "--overwrite", "--resume", "--lr", "1e-30")
+    assert kept.exit_code == 0
+    assert Adapter.load("adapters/own").training == after.training  # it has replaced what it began as
     done = lorasb("fit", "own", "--start-from", "a", "--overwrite", "--lr", "1e-30")
     assert tensors_equal(Adapter.load("adapters/own").R, Adapter.load("adapters/a").R)
     assert Adapter.load("adapters/own").basis_sha256 == Basis.load("basis").sha256
+    several = lorasb("fit", "--start-from", "own", "--overwrite")
+    assert "own is to be replaced, and the others are to start from it" in several.stderr
     refused = lorasb("fit", "a", "--start-from", "missing", "--overwrite")
     assert "no adapter 'missing'" in refused.stderr

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import datasets
 import pytest
 
-from lorasb_export import TaskSource, evaluate, load_task, merge
-from lorasb_export.errors import DataError, SettingsError
+from lorasb_export import Adapter, TaskSource, evaluate, load_task, merge
+from lorasb_export.errors import ArtifactError, DataError, SettingsError
 from lorasb_export.project import Project
 from tests.conftest import lorasb
 from tests.rows import in_csv, rows_of
@@ -23,7 +23,7 @@ PAIR = {"prompt": "question", "completion": "answer"}
 def test_a_class_that_columns_leave_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = in_csv(tmp_path, "body,label\na,yes\nb,no\n")
     assert rows_of(path, columns={"text": "body"}) == [{"text": "a"}, {"text": "b"}]
-    assert "columns leave out the labels" in caplog.text
+    assert f"columns leave out the labels of {path}" in caplog.text
 
 
 def test_of_named_columns_nothing_else_is_read(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_subset_splits_and_revision_of_a_hub_dataset(hub: list[dict[str, Any]]) 
     assert task.source == "owner/name@v1.0"
     assert hub == [{"name": "owner/name", "revision": "v1.0"}]
     plain = load_task("t", TaskSource("owner/name", PAIR, subset="plain", hold_out=0.25))
-    assert {split: len(rows) for split, rows in plain.splits.items()} == {"train": 15, "valid": 5}
+    assert len(plain.rows("train")) + len(plain.rows("valid")) == 20
 
 
 @pytest.mark.parametrize(
@@ -102,22 +102,24 @@ def held_out(folder: Path, rows: list[dict[str, Any]], share: float) -> tuple[li
 
 
 def test_rows_are_held_out_by_what_they_say(tmp_path: Path) -> None:
-    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(100)]
+    rows = [{"prompt": f"q{i}", "completion": "a", "id": i} for i in range(1000)]
     train, valid = held_out(tmp_path, rows, 0.1)
-    assert len(valid) == 10
+    assert 70 < len(valid) < 130
     assert [row for row in rows if row in valid] == valid  # in the order of the file
     assert [row for row in rows if row not in valid] == train
-    more = [{"prompt": f"new{i}", "completion": "a"} for i in range(10)]
+    more = [{"prompt": f"new{i}", "completion": "a"} for i in range(1000)]
     grown = held_out(tmp_path, more + rows, 0.1)[1]
-    assert len([row for row in grown if row in valid]) >= 8
-    twice = held_out(tmp_path, rows + rows, 0.1)
-    assert not [row for row in twice[0] if row in twice[1]]
-    assert len(twice[1]) == 20
+    assert [row for row in grown if "id" in row] == valid
+    others = [row | {"id": row["id"] + 1000} for row in rows]
+    twice = held_out(tmp_path, rows + others, 0.1)
+    assert not {row["prompt"] for row in twice[0]} & {row["prompt"] for row in twice[1]}
+    assert len(twice[1]) == 2 * len(valid)
+    assert len(held_out(tmp_path, rows[:3], 1e-9)[1]) == 1
 
 
-def test_every_label_stays_in_training(tmp_path: Path) -> None:
+def test_every_class_stays_in_training(tmp_path: Path) -> None:
     rows = [{"text": f"q{i}", "label": i // 2} for i in range(12)]
-    train, valid = held_out(tmp_path, rows, 0.9)
+    train, valid = held_out(tmp_path, rows, 0.999)
     assert len(valid) == 6
     assert {row["label"] for row in train} == set(range(6))
     with pytest.raises(DataError, match="too few different rows to hold any out"):
@@ -125,8 +127,8 @@ def test_every_label_stays_in_training(tmp_path: Path) -> None:
 
 
 def test_numbers_are_held_out_though_each_is_the_only_one(tmp_path: Path) -> None:
-    rows = [{"text": f"q{i}", "label": i + 0.5} for i in range(20)]
-    assert [len(part) for part in held_out(tmp_path, rows, 0.1)] == [18, 2]
+    rows = [{"text": f"q{i}", "label": i + 0.5} for i in range(1000)]
+    assert 70 < len(held_out(tmp_path, rows, 0.1)[1]) < 130
 
 
 def test_rows_are_held_out_where_there_are_no_valid_ones(tmp_path: Path) -> None:
@@ -200,17 +202,19 @@ def project(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def test_the_verbs_read_a_csv_of_other_columns(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     fitted = json.loads(lorasb("fit", "--json").stdout)["adapters"]["a"]
-    assert (fitted["rows"], fitted["valid_loss"] > 0) == (48, True)
+    held = 64 - fitted["rows"]
+    assert (6 < held < 26, fitted["valid_loss"] > 0) == (True, True)
     in_csv(project, "question,answer\n1+1=,2\n", "other.csv")
     for words, rows, split in (
-        ([], 16, "valid"),
-        (["--data", "rows.csv"], 16, "valid"),
+        ([], held, "valid"),
+        (["--data", "rows.csv"], held, "valid"),
+        (["--data", "./rows.csv"], held, "valid"),
         (["--data", "other.csv"], 1, "test"),
     ):
         scored = json.loads(lorasb("evaluate", "a", "--json", *words).stdout)["evaluation"]["a"]
         assert (scored["rows"], scored["split"]) == (rows, split)
     again = json.loads(lorasb("fit", "a", "--data", "rows.csv", "--overwrite", "--json").stdout)["adapters"]["a"]
-    assert again["rows"] == 48
+    assert again["rows"] == 64 - held
     made = lorasb("calibrate", "--data", "a=rows.csv", "--out", "second", "--json")
     assert json.loads(made.stdout)["samples"] == 32
     measured = lorasb("inspect", "second", "--data", "a", "--json")
@@ -224,7 +228,7 @@ def test_an_adapter_says_how_its_data_was_read(
 ) -> None:
     lorasb("fit")
     of_task = evaluate("adapters/a", TaskSource("rows.csv", PAIR, hold_out=0.25))
-    assert (of_task["split"], of_task["rows"]) == ("valid", 16)
+    assert (of_task["split"], of_task["rows"]) == ("valid", 64 - Adapter.load("adapters/a").training["rows"])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     done = lorasb("evaluate", str(project / "adapters/a"), "--json")
     (scored,) = json.loads(done.stdout)["evaluation"].values()
@@ -233,4 +237,8 @@ def test_an_adapter_says_how_its_data_was_read(
     }
     merged = merge(project / "adapters/a", "model", verify=True)
     assert merged["verify"]["rows"] == 4
+    adapter = Adapter.load(project / "adapters/a")
+    adapter.training = {**adapter.training, "data_read": {"columns": {"x": "y"}}}
+    with pytest.raises(ArtifactError, match=r"training says data_read otherwise than fit does: columns has 'x'"):
+        Project.load().task_of(adapter, None)
     assert "| data read, columns, prompt | question |" in (project / "adapters/a/README.md").read_text()

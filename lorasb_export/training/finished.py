@@ -39,7 +39,9 @@ def differences(
     found = changes(before, now)
     if made["data_sha256"] != task.sha256:
         found.append("other data")
-    if made.get("start_sha256") != (start and start.sha256):
+    before = made.get("start_sha256")
+    replaced = before is not None and start is not None and start.folder == out  # by what came of it
+    if before != (start and start.sha256) and not replaced:
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")

@@ -83,10 +83,12 @@ class Job:
             self.base.verify(basis.base, basis.modules)
             if start is not None:
                 require_start(start, basis, tasks, settings)
-                # One that lies in an adapter goes on into the next.
-                basis = basis if start.basis_source else replace(basis, source=None)
+                if basis.source in (str(start.folder), start.hub_source):  # it lies in that adapter: so in the next one
+                    basis = replace(basis, source=None)
             for out in outs:
                 refuse_own_input(out, basis.source)
+        elif start is not None:
+            raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
         self._network, self._basis, self._measure, self._start = network, basis, measure, start
         if settings.learning_rate is None:
             share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0

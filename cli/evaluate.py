@@ -13,7 +13,7 @@ from .verb import Run
 
 INTERRUPTED = (
     "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
-    "train or --dtype nf4.) Those of --predictions are in its file: name the adapters that are left, and another file."
+    "train or --dtype nf4.) With --predictions, what is done is in its file: name the other adapters, and another file."
 )
 
 

@@ -16,7 +16,18 @@ from typing import Any
 from .choices import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, SettingsError
 from .hub_dataset import rows_from_hub, warn_once
-from .rows import FIELDS, LABELLED, Row, as_json, check_row, kind_of, read_rows, refuse_unwritable
+from .rows import (
+    FIELDS_OF,
+    LABELLED,
+    Row,
+    as_json,
+    check_row,
+    is_csv,
+    kind_of,
+    number_labels,
+    read_rows,
+    refuse_unwritable,
+)
 from .storage import expanded
 from .task_source import SPLITS, AnySource, TaskSource
 
@@ -101,20 +112,27 @@ def load_task(name: str, source: AnySource) -> TaskData:
     path = expanded(source.path)
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
+    label = source.columns.get("label", "label")
+    files: dict[str, Path] = {}
     if path.is_file():
-        placed = {"train": list(read_rows(path, source.columns))}
+        files = {"train": path}
+        placed = {"train": list(read_rows(path, label))}
     elif path.is_dir():
-        placed = {split: list(read_rows(file, source.columns)) for split, file in split_files(path).items()}
+        files = split_files(path)
+        placed = {split: list(read_rows(file, label)) for split, file in files.items()}
         if "train" not in placed:
             fix = "Add it, one JSON object a line, or train.csv"
             raise DataError("no train.jsonl in the data folder", where=path, fix=fix)
         for split in placed:
             if split != "train" and not placed[split]:
-                raise DataError(f"{split_files(path)[split].name} is empty", where=path, fix="Remove it or add rows")
+                raise DataError(f"{files[split].name} is empty", where=path, fix="Remove it or add rows")
     else:
         placed = rows_from_hub(source)
     if source.columns:
         placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
+    of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
+    if of_csv and kind_of(of_csv[0][1], of_csv[0][0]) == LABELLED:
+        number_labels(of_csv)
     place = str(path.absolute()) if path.exists() else source.path
     if source.hold_out and "valid" not in placed:
         placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
@@ -168,23 +186,22 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split that a data folder has: JSON lines, or CSV where it has none of these.
+    """The file of each split that a data folder has: JSON lines, or else CSV.
 
     Warns of the .jsonl and .csv files that are none of them.
     """
     splits = {split: split for split in SPLITS} | {"validation": "valid"}
     present = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jsonl", ".csv") and path.is_file())
-    of_splits = [path for path in present if path.stem in splits]
-    json_lines = [path for path in of_splits if path.suffix.lower() == ".jsonl"]
     found: dict[str, Path] = {}
-    for path in json_lines or of_splits:
-        split = splits[path.stem]
-        if split in found:
+    for path in sorted(present, key=is_csv):
+        split = splits.get(path.stem)
+        if split in found and is_csv(path) == is_csv(found[split]):
             raise DataError(f"both {found[split].name} and {path.name}", where=folder, fix="Keep one of them")
-        found[split] = path
+        if split is not None:
+            found.setdefault(split, path)
     if other := [path.name for path in present if path not in found.values()]:
         files = ", ".join(f"{split}.jsonl" for split in splits)
-        warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}")
+        warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}, or else .csv")
     return {split: found[split] for split in SPLITS if split in found}
 
 
@@ -204,10 +221,17 @@ def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[P
 
     A row is held out by a digest of its fields alone, so that no other rows decide over it.
     """
-    fields = [{field: row[field] for field in FIELDS if field in row} for _, row in placed]
-    digests = [hashlib.sha256(as_json(row)).digest() for row in fields]
-    numbers = any(isinstance(row.get("label"), float) for row in fields)
-    classes = ["" if numbers else str(row.get("label")) for row in fields]
+    kinds = [kind_of(row, place) for place, row in placed]
+    read = [
+        [str(row.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
+        for kind, (_, row) in zip(kinds, placed, strict=True)
+    ]
+    digests = [hashlib.sha256(as_json(fields)).digest() for fields in read]
+    numbers = any(isinstance(row.get("label"), float) for _, row in placed)
+    classes = [
+        str(row["label"]) if kind == LABELLED and not numbers else ""
+        for kind, (_, row) in zip(kinds, placed, strict=True)
+    ]
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
         beyond = int.from_bytes(digest[:8]) >= share * 2**64

@@ -171,8 +171,8 @@ class Project:
         if name not in self.tasks:
             return data
         task = self.tasks[name]
-        path = expanded(data)
-        if os.path.abspath(path) == str(self.path(task.data)) if path.exists() else data == task.data:
+        path, own = expanded(data), self.path(task.data)
+        if path.samefile(own) if path.exists() and own.exists() else data == task.data:
             return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 

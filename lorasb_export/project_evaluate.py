@@ -14,12 +14,12 @@ from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
-from .data import load_held_out, load_task
+from .data import load_held_out, load_task, split_files
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
 from .evaluation import evaluate, fitting_metric, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
-from .output import cannot_write, refuse_own_input
+from .output import cannot_write
 from .project import Project
 from .storage import expanded
 from .task_source import TaskSource
@@ -104,13 +104,13 @@ def evaluate_adapters(
                     "%s is passed over: it does not say what it was trained on (--data names its rows)", word
                 )
                 continue
-            if predictions is not None:
-                refuse_own_input(predictions, str(source))
             task = load(name, source)
+            if predictions is not None:
+                _refuse_own_data(predictions, Path(str(source)))
             if all_there_are and not data and not task.splits.get(split or task.held_out()):
                 logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
                 continue
-            if all_there_are and predictions is not None and fitting_metric(task, metric) == "loss":
+            if all_there_are and predictions is not None and metric is None and fitting_metric(task, None) == "loss":
                 logger.warning("%s is passed over: the loss of %s predicts nothing", word, source)
                 continue
             of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
@@ -167,6 +167,12 @@ def evaluate_adapters(
             if into_cards:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
+
+
+def _refuse_own_data(predictions: Path, data: Path) -> None:
+    files = split_files(data).values() if data.is_dir() else [data]
+    if predictions.exists() and any(file.exists() and file.samefile(predictions) for file in files):
+        raise OutputError("these are the rows to be scored", where=predictions, fix="Give --predictions another file")
 
 
 def _append(file: Path, word: str, outcome: dict[str, Any], *, afresh: bool) -> None:

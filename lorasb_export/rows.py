@@ -10,6 +10,7 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .names import some
 from .storage import MAX_JSON_BYTES, parse_json
 
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
-_FIELDS = {
+FIELDS_OF = {
     COMPLETION: ("prompt", "completion"),
     CHAT: ("messages",),
     TEXT: ("text",),
@@ -32,15 +33,16 @@ Row = dict[str, Any]
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, label: str = "label") -> Iterator[tuple[str, Row]]:
     """The rows of a file of JSON lines, or of CSV, each with its place, `file:line`. Raises DataError naming it.
 
-    Of CSV every cell is text, but labels are numbers where all of the file's are written as such.
-
-    Args:
-        columns: field → column, where the fields have other names.
+    Of CSV every cell is text; `number_labels` makes numbers of those of the column `label`.
     """
-    return iter(_read_csv(path, columns or {})) if path.suffix.lower() == ".csv" else _read_json_lines(path)
+    return _read_csv(path, label) if is_csv(path) else _read_json_lines(path)
+
+
+def is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -69,8 +71,7 @@ def _parse_row(line: bytes, place: str) -> Row:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
-def _read_csv(path: Path, columns: Mapping[str, str]) -> list[tuple[str, Row]]:
-    rows: list[tuple[str, Row]] = []
+def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(MAX_JSON_BYTES)
     place = str(path)
     try:
@@ -79,45 +80,51 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> list[tuple[str, Row]]:
             file.seek(0)
             separator = max(",;\t", key=first.count)  # a spreadsheet writes semicolons where numbers have commas
             reader = csv.reader(file, delimiter=separator, strict=True)
-            try:
-                names = [name.strip() for name in next(reader, [])]
-                if len(set(names)) < len(names):
-                    raise DataError("two columns of one name", where=f"{path}:1", fix="Rename or remove one")
-                for cells in filter(None, reader):
-                    place = f"{path}:{reader.line_num}"
-                    if len(cells) != len(names):
-                        fix = "Put a cell with a separator or a line break in quotes"
-                        raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
-                    rows.append((place, dict(zip(names, cells, strict=True))))
-            except csv.Error as error:
-                fix = "Save it as CSV in UTF-8"
-                raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", fix=fix) from None
+            names = [name.strip() for name in next(reader, [])]
+            if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+                raise DataError(f"two columns called {twice[0]!r}", where=f"{path}:1", fix="Rename or remove one")
+            for cells in filter(None, reader):
+                place = f"{path}:{reader.line_num}"
+                if len(cells) != len(names):
+                    fix = "Put a cell with a separator or a line break in quotes"
+                    raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
+                row = dict(zip(names, cells, strict=True))
+                if separator == ";" and label in row:
+                    row[label] = re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", row[label].strip())
+                yield place, row
+    except csv.Error as error:
+        fix = "Save it as CSV in UTF-8"
+        raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", fix=fix) from None
     except UnicodeDecodeError as error:
         raise DataError(f"broken CSV: {error}", where=place, fix="Save it as CSV in UTF-8") from None
     except OSError as error:
         if isinstance(error, LoraSBError):
             raise
         raise DataError(f"cannot read the data: {error}", where=path, fix="Give a CSV file") from None
-    label = columns.get("label") if columns else "label"
-    classifies = columns or ("text" in names and not {"prompt", "messages"} & set(names))
-    if label in names and classifies:
-        _number_labels(rows, label, "," if separator == ";" else ".")
-    return rows
 
 
-def _number_labels(rows: Sequence[tuple[str, Row]], label: str, comma: str) -> None:
-    """Make numbers of labels, where all are written as such; a whole one that begins with 0 is a name."""
-    for place, row in rows:
-        row[label] = row[label].strip()
-        if not row[label]:
+def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
+    """Make numbers of the labels of CSV, where all of the task's are written as such; else they are names.
+
+    A whole number that begins with 0, or has more than 18 digits, is a name.
+
+    Raises:
+        DataError: a label is empty; or one is no number, and another has a decimal point: a column that is a number
+            but for a few cells would make a class of each.
+    """
+    for place, row in placed:
+        row["label"] = row["label"].strip()
+        if not row["label"]:
             raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
-    whole = r"[+-]?(0|[1-9]\d{0,17})"
-    fraction = rf"[+-]?(\d{{0,30}}[.{comma}]\d{{1,30}}|\d{{1,30}}[.{comma}])"
+    whole, fraction = r"[+-]?(0|[1-9]\d{0,17})", r"[+-]?(\d{0,30}\.\d{1,30}|\d{1,30}\.)"
     number = rf"{whole}|({whole}|{fraction})[eE][+-]?\d{{1,3}}|{fraction}"
-    if all(re.fullmatch(number, row[label]) for _, row in rows):
-        for _, row in rows:
-            is_whole = re.fullmatch(whole, row[label])
-            row[label] = int(row[label]) if is_whole else float(row[label].replace(",", "."))
+    odd = next(((place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])), None)
+    if odd is None:
+        for _, row in placed:
+            row["label"] = int(row["label"]) if re.fullmatch(whole, row["label"]) else float(row["label"])
+    elif any(re.fullmatch(fraction, row["label"]) for _, row in placed):
+        fix = "Remove the row, or write all labels as names or all as numbers"
+        raise DataError(f"the label {odd[1]!r} is no number, and others are", where=odd[0], fix=fix)
 
 
 def kind_of(row: Row, where: object = None) -> str:
@@ -160,7 +167,7 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
 
 
 def check_row(row: Row, kind: str, where: str) -> None:
-    for field in _FIELDS[kind]:
+    for field in FIELDS_OF[kind]:
         if field not in row:
             fix = "Every row needs it; where [tasks.NAME] has columns, they name every field"
             raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
@@ -175,8 +182,8 @@ def check_row(row: Row, kind: str, where: str) -> None:
             chat = 'Write the chat as {"messages": [{"role": …, "content": …}, …]}'
             fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes, as text"
             raise DataError(f"{field!r} is not a string", where=where, fix=fix)
-    if kind in (COMPLETION, TEXT) and not row[_FIELDS[kind][-1]].strip():
-        raise DataError(f"the {_FIELDS[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
+    if kind in (COMPLETION, TEXT) and not row[FIELDS_OF[kind][-1]].strip():
+        raise DataError(f"the {FIELDS_OF[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
 
 
 def _check_messages(messages: Any, where: str) -> None:

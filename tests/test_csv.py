@@ -36,6 +36,7 @@ LABELS = {
     "007 7": (["007", "7"], False),
     "-1.5e3 .25": ([-1500.0, 0.25], True),
     "1e-05 4": ([1e-05, 4], True),  # as pandas writes it
+    "1e5 1.": ([1e5, 1.0], True),
     "nan inf": (["nan", "inf"], False),  # names, for all we know
     f"{'9' * 5000} 0x1": (["9" * 5000, "0x1"], False),
 }
@@ -84,7 +85,8 @@ def test_bad_csv_is_refused_with_its_line(text: str | bytes, message: str, line:
 
 def test_names_with_blanks_around_them_and_twice(tmp_path: Path) -> None:
     assert rows_of(in_csv(tmp_path, "text, label\ngood, yes\n")) == [{"text": "good", "label": "yes"}]
-    with pytest.raises(DataError, match=r"two columns of one name \(.*rows\.csv:1\)"):
+    assert rows_of(in_csv(tmp_path, "text,label,,\ngood,yes,,\n"))[0]["label"] == "yes"
+    with pytest.raises(DataError, match=r"two columns called 'label' \(.*rows\.csv:1\)"):
         rows_of(in_csv(tmp_path, "text,label,label\na,b,c\n"))
 
 
@@ -106,6 +108,21 @@ def test_a_folder_of_csv(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     in_csv(tmp_path, "prompt,completion\na,b\n", "valid.csv")
     with pytest.raises(DataError, match=r"both valid\.csv and validation\.CSV"):
         load_task("t", tmp_path)
+    (tmp_path / "validation.CSV").unlink()
     (tmp_path / "train.jsonl").write_text('{"prompt": "lines", "completion": "of JSON"}')
-    assert load_task("t", tmp_path).splits == {"train": [{"prompt": "lines", "completion": "of JSON"}]}
-    assert "other.csv, train.csv, valid.csv, validation.CSV in" in caplog.text
+    mixed = load_task("t", tmp_path).splits
+    assert {split: rows[0]["prompt"] for split, rows in mixed.items()} == {"train": "lines", "valid": "a"}
+    assert "other.csv, train.csv in" in caplog.text
+
+
+def test_labels_are_numbers_in_all_splits_or_in_none(tmp_path: Path) -> None:
+    in_csv(tmp_path, "text,label\na,09\nb,10\n", "train.csv")
+    in_csv(tmp_path, "text,label\na,10\n", "valid.csv")
+    assert load_task("t", tmp_path).labels == ["09", "10"]
+    assert load_task("t", tmp_path).rows("valid")[0]["label"] == "10"
+
+
+def test_a_number_among_which_one_is_none_is_refused(tmp_path: Path) -> None:
+    path = in_csv(tmp_path, "text,label\na,0.5\nb,n/a\nc,2\n")
+    with pytest.raises(DataError, match=r"the label 'n/a' is no number, and others are \(.*rows\.csv:3\)"):
+        load_task("t", path)

@@ -104,16 +104,15 @@ def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.Monk
     assert "the file exists (said.jsonl). Choose another path, or pass --overwrite" in done.stderr
     assert Path("said.jsonl").read_text() == "mine"
     Path("folder").mkdir()
-    assert (
-        "the file exists (folder). Choose another path"
-        in lorasb("evaluate", "--predictions", "folder", "--overwrite").stderr
-    )
-    monkeypatch.chdir("folder")
-    rows = ["--data", "rows.jsonl", "--predictions", "rows.jsonl", "--overwrite"]
-    Path("rows.jsonl").write_text(GOOD)
-    done = lorasb("evaluate", "../adapters/a", *rows)
-    assert "the target holds what it is made from" in done.stderr
-    assert Path("rows.jsonl").read_text() == GOOD
+    for words in ([], ["--overwrite"]):
+        told = lorasb("evaluate", "--predictions", "folder", *words).stderr
+        assert "the file exists (folder). Choose another path\n" in told
+    Path("folder/test.jsonl").write_text(GOOD)
+    Path("folder/train.jsonl").write_text(GOOD)
+    for data in ("folder", "folder/test.jsonl"):
+        words = ["--data", data, "--predictions", "folder/test.jsonl", "--overwrite"]
+        assert "these are the rows to be scored (folder/test.jsonl)" in lorasb("evaluate", "a", *words).stderr
+    assert Path("folder/test.jsonl").read_text() == GOOD
     assert "--overwrite is for the file of --predictions" in lorasb("evaluate", "--overwrite").output
 
 
@@ -134,6 +133,16 @@ def test_a_file_without_a_line_is_not_left_behind(adapter: Adapter, monkeypatch:
 def test_where_nothing_would_be_predicted(adapter: Adapter, sums: Path) -> None:
     done = lorasb("evaluate", "a", "--metric", "loss", "--predictions", "said.jsonl")
     assert "the metric loss predicts nothing" in done.stderr
+    assert (
+        "the metric loss predicts nothing" in lorasb(*"evaluate --metric loss --predictions said.jsonl".split()).stderr
+    )
+    with Path("lorasb.toml").open("a") as file:
+        file.write("[tasks.b]\ndata = 'text.jsonl'\nhold_out = 0.5\n")
+    Path("text.jsonl").write_text("".join(json.dumps({"text": f"{i}+1"}) + "\n" for i in range(9)))
+    adapter.training = {}
+    adapter.save("adapters/b")
+    done = lorasb("evaluate", "--limit", "1", "--predictions", "all.jsonl")
+    assert (done.exit_code, [line["name"] for line in lines_of("all.jsonl")]) == (0, ["a"])
     done = lorasb("evaluate", "--resume", "--predictions", "said.jsonl")
     assert "--resume takes figures from the cards, where no predictions are" in done.stderr
     assert not Path("said.jsonl").exists()

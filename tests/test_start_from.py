@@ -71,6 +71,13 @@ def test_a_basis_that_lies_in_the_adapter_goes_on_into_the_next(llama: Path, sum
     assert after.load_basis().sha256 == start.basis_sha256
 
 
+def test_a_basis_that_lies_elsewhere_too_is_named_where_it_was_given(llama: Path, sums: Path, tmp_path: Path) -> None:
+    start = fit(str(llama), CalibrationSettings(rank=2), sums, tmp_path / "a", STILL)
+    start.load_basis().save(tmp_path / "basis")
+    fit(str(llama), tmp_path / "basis", sums, tmp_path / "b", STILL, start=Adapter.load(tmp_path / "a"))
+    assert Adapter.load(tmp_path / "b").basis_source == str(tmp_path / "basis")
+
+
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept_of_the_same_start(
     first: Adapter, llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

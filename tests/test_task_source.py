@@ -70,7 +70,7 @@ def test_subset_splits_and_revision_of_a_hub_dataset(hub: list[dict[str, Any]]) 
     assert task.source == "owner/name@v1.0"
     assert hub == [{"name": "owner/name", "revision": "v1.0"}]
     plain = load_task("t", TaskSource("owner/name", PAIR, subset="plain", hold_out=0.25))
-    assert len(plain.rows("train")) + len(plain.rows("valid")) == 20
+    assert (len(plain.rows("train")), len(plain.rows("valid"))) == (14, 6)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,13 @@ def test_rows_are_held_out_by_what_they_say(tmp_path: Path) -> None:
     assert not {row["prompt"] for row in twice[0]} & {row["prompt"] for row in twice[1]}
     assert len(twice[1]) == 2 * len(valid)
     assert len(held_out(tmp_path, rows[:3], 1e-9)[1]) == 1
+
+
+def test_rows_that_say_the_same_stay_together_whatever_else_they_have(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": good} for i in range(200) for good in (True, False)]
+    train, valid = held_out(tmp_path, rows, 0.2)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
+    assert 50 < len(valid) < 110
 
 
 def test_every_class_stays_in_training(tmp_path: Path) -> None:
@@ -205,10 +212,12 @@ def test_the_verbs_read_a_csv_of_other_columns(project: Path, tmp_path_factory: 
     held = 64 - fitted["rows"]
     assert (6 < held < 26, fitted["valid_loss"] > 0) == (True, True)
     in_csv(project, "question,answer\n1+1=,2\n", "other.csv")
+    Path("link.csv").symlink_to("rows.csv")
     for words, rows, split in (
         ([], held, "valid"),
         (["--data", "rows.csv"], held, "valid"),
         (["--data", "./rows.csv"], held, "valid"),
+        (["--data", "link.csv"], held, "valid"),
         (["--data", "other.csv"], 1, "test"),
     ):
         scored = json.loads(lorasb("evaluate", "a", "--json", *words).stdout)["evaluation"]["a"]

@@ -40,7 +40,8 @@ def differences(
     if made["data_sha256"] != task.sha256:
         found.append("other data")
     before = made.get("start_sha256")
-    replaced = before is not None and start is not None and start.folder == out  # by what came of it
+    named = str(adapter.training.get("start")).startswith(f"{out.name}, ")
+    replaced = before is not None and named and start is not None and start.folder == out  # by what came of it
     if before != (start and start.sha256) and not replaced:
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:

@@ -112,28 +112,7 @@ def load_task(name: str, source: AnySource) -> TaskData:
     path = expanded(source.path)
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
-    label = source.columns.get("label", "label")
-    files: dict[str, Path] = {}
-    if path.is_file():
-        files = {"train": path}
-        placed = {"train": list(read_rows(path, label))}
-    elif path.is_dir():
-        files = split_files(path)
-        placed = {split: list(read_rows(file, label)) for split, file in files.items()}
-        if "train" not in placed:
-            fix = "Add it, one JSON object a line, or train.csv"
-            raise DataError("no train.jsonl in the data folder", where=path, fix=fix)
-        for split in placed:
-            if split != "train" and not placed[split]:
-                raise DataError(f"{files[split].name} is empty", where=path, fix="Remove it or add rows")
-    else:
-        placed = rows_from_hub(source)
-    if source.columns:
-        placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
-    of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
-    if of_csv and kind_of(of_csv[0][1], of_csv[0][0]) == LABELLED:
-        number_labels(of_csv)
-    place = str(path.absolute()) if path.exists() else source.path
+    placed, place = _read(source, path), str(path.absolute()) if path.exists() else source.path
     if source.hold_out and "valid" not in placed:
         placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
     return replace(_checked(name, place, placed), read_as=source.options())
@@ -185,6 +164,27 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
     return task
 
 
+def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
+    """The rows of every split under the names that fields have."""
+    files = {"train": path} if path.is_file() else split_files(path) if path.is_dir() else {}
+    label = source.columns.get("label", "label")
+    placed = {split: list(read_rows(file, label)) for split, file in files.items()}
+    if path.is_dir() and "train" not in placed:
+        fix = "Add it, one JSON object a line, or train.csv"
+        raise DataError("no train.jsonl in the data folder", where=path, fix=fix)
+    for split, file in files.items():
+        if split != "train" and not placed[split]:
+            raise DataError(f"{file.name} is empty", where=path, fix="Remove it or add rows")
+    if not path.exists():
+        placed = rows_from_hub(source)
+    if source.columns:
+        placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
+    of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
+    if of_csv and kind_of(of_csv[0][1], of_csv[0][0]) == LABELLED:
+        number_labels(of_csv)
+    return placed
+
+
 def split_files(folder: Path) -> dict[str, Path]:
     """The file of each split that a data folder has: JSON lines, or else CSV.
 
@@ -221,17 +221,13 @@ def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[P
 
     A row is held out by a digest of its fields alone, so that no other rows decide over it.
     """
-    kinds = [kind_of(row, place) for place, row in placed]
-    read = [
-        [str(row.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
-        for kind, (_, row) in zip(kinds, placed, strict=True)
-    ]
-    digests = [hashlib.sha256(as_json(fields)).digest() for fields in read]
     numbers = any(isinstance(row.get("label"), float) for _, row in placed)
-    classes = [
-        str(row["label"]) if kind == LABELLED and not numbers else ""
-        for kind, (_, row) in zip(kinds, placed, strict=True)
-    ]
+    digests, classes = [], []
+    for place, row in placed:
+        kind = kind_of(row, place)
+        fields = [str(row.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
+        digests.append(hashlib.sha256(as_json(fields)).digest())
+        classes.append(str(row["label"]) if kind == LABELLED and not numbers else "")
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
         beyond = int.from_bytes(digest[:8]) >= share * 2**64

@@ -9,7 +9,7 @@ import typer
 
 from lorasb_export.choices import MAX_DROP, MOST_COMPARED, ExportFormat, Precision
 
-from .verb import Run, human_bytes
+from .verb import Run, given, human_bytes
 
 if TYPE_CHECKING:
     from lorasb_export.data import TaskData
@@ -68,11 +68,7 @@ def run(
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
     base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without its base
-    options: dict[str, Any] = {
-        "verify": verify,
-        "overwrite": overwrite,
-        "max_drop": MAX_DROP if max_drop is None else max_drop,
-    }
+    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, **given(max_drop=max_drop)}
     if into is None:
         from lorasb_export.exporting.export import export  # only now: it brings torch
 

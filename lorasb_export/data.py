@@ -15,7 +15,7 @@ from typing import Any
 
 from .choices import CAUSAL_LM, SEQ_CLS
 from .errors import DataError, SettingsError
-from .hub_dataset import rows_from_hub, warn_once
+from .hub_dataset import rows_from_hub
 from .rows import (
     FIELDS_OF,
     LABELLED,
@@ -27,6 +27,7 @@ from .rows import (
     number_labels,
     read_rows,
     refuse_unwritable,
+    warn_once,
 )
 from .storage import expanded
 from .task_source import SPLITS, AnySource, TaskSource

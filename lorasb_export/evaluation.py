@@ -137,9 +137,11 @@ def evaluate(
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
     result |= {"base": before, "adapter": after}
     if predictions:
-        names, columns = ("row", "expected", "base", "adapter"), (rows, expected, said_before, said_after)
-        of_rows = enumerate(zip(*columns, strict=True), 1)
-        result["predictions"] = [{"number": number, **dict(zip(names, row, strict=True))} for number, row in of_rows]
+        numbered = enumerate(zip(rows, expected, said_before, said_after, strict=True), 1)
+        result["predictions"] = [
+            {"number": number, "row": row, "expected": wanted, "base": base_said, "adapter": adapter_said}
+            for number, (row, wanted, base_said, adapter_said) in numbered
+        ]
     return result
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
-from .rows import Row
+from .rows import Row, warn_once
 from .task_source import TaskSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 _OF_A_WRONG_NAME = ("BuilderConfig", "Unknown split", "Unrecognized instruction")
 
@@ -71,17 +67,11 @@ def _load(source: TaskSource, **options: Any) -> Any:
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
         what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
         if "Config name" in str(error):
-            _, _, there = str(error).partition("configs: ")
-            what = f"the dataset has several parts: {there.partition(chr(10))[0]}"
+            there, _, _ = str(error).partition("configs: ")[2].partition("\n")
+            what = f"the dataset has several parts: {there}"
             fix = "Name the one to read as subset of its [tasks.NAME]"
         elif "gated dataset" in str(error):
             what, fix = "the dataset is gated", "Ask for access on its page, and log in: hf auth login"
         elif any(hint in str(error) for hint in _OF_A_WRONG_NAME):
             what, fix = first_line(error), "Correct subset or splits of its [tasks.NAME]"
         raise DataError(what, where=source.path, fix=fix) from None
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A task is read again when it is its turn."""
-    logger.warning("%s", message)

@@ -144,7 +144,7 @@ class Project:
         if not Path(word).is_dir():
             return self.find_adapter(word)
         hidden = self.adapter_folder(word)
-        if hidden.is_dir() and not hidden.samefile(word):
+        if name_problem(word) is None and hidden.is_dir() and not hidden.samefile(word):
             logger.warning("%s is taken for the folder of that name here; the adapter is adapters/%s", word, word)
         return word
 
@@ -160,8 +160,7 @@ class Project:
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
-        described = task.source(source)
-        return described if described.options() else source
+        return TaskSource.of(source, vars(task))
 
     def other_source(self, name: str, data: str, *, hold_out: bool = True) -> str | TaskSource:
         """`data` in place of a task's own: its columns are called as those are, and as many rows are held out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,14 +13,13 @@ from .adapter import Adapter, load_basis_once
 from .bars import no_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
-from .data import load_held_out, load_task, split_files
+from .data import load_held_out, load_task
 from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
 from .evaluation import evaluate, fitting_metric, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
-from .output import cannot_write
+from .predictions import PredictionsFile
 from .project import Project
-from .storage import expanded
 from .task_source import TaskSource
 
 if TYPE_CHECKING:
@@ -78,14 +76,10 @@ def evaluate_adapters(
     if resume and not into_cards:
         what = "--resume takes figures from the cards, where none are of --data, --limit, --split train or --dtype nf4"
         raise SettingsError(what, fix="Leave out either")
-    if predictions is not None:
-        if resume:
-            what = "--resume takes figures from the cards, where no predictions are"
-            raise SettingsError(what, fix="Leave out either")
-        predictions = expanded(predictions)
-        if predictions.exists() and not (overwrite and predictions.is_file()):
-            fix = "Choose another path, or pass --overwrite" if predictions.is_file() else "Choose another path"
-            raise OutputError("the file exists", where=predictions, fix=fix)
+    if resume and predictions is not None:
+        what = "--resume takes figures from the cards, where no predictions are"
+        raise SettingsError(what, fix="Leave out either")
+    file = None if predictions is None else PredictionsFile(predictions, overwrite=overwrite)
     load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
     known: dict[str, dict[str, Any]] = {}
@@ -105,15 +99,15 @@ def evaluate_adapters(
                 )
                 continue
             task = load(name, source)
-            if predictions is not None:
-                _refuse_own_data(predictions, Path(str(source)))
+            if file is not None:
+                file.refuse_rows_of(Path(str(source)))
             if all_there_are and not data and not task.splits.get(split or task.held_out()):
                 logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
                 continue
-            if all_there_are and predictions is not None and metric is None and fitting_metric(task, None) == "loss":
+            if all_there_are and file is not None and metric is None and fitting_metric(task, None) == "loss":
                 logger.warning("%s is passed over: the loss of %s predicts nothing", word, source)
                 continue
-            of_split, of_metric, _ = to_score(adapter, task, predictions=predictions is not None, **scored)
+            of_split, of_metric, _ = to_score(adapter, task, predictions=file is not None, **scored)
             figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
             if resume and figures.get("data_sha256") == task.sha256:
                 of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
@@ -138,14 +132,9 @@ def evaluate_adapters(
         )
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
-    if predictions is not None:
-        with cannot_write(predictions):
-            predictions.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not predictions.exists()
-            predictions.open("ab").close()  # or it would be found out after an hour that it cannot be written
-            if is_new:
-                predictions.unlink()
-    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": predictions is not None}
+    if file is not None:
+        file.require_writable()
+    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": file is not None}
     for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
         name, source, base = ready[word]
         outcome: dict[str, Any] | LoraSBError
@@ -161,25 +150,11 @@ def evaluate_adapters(
             logger.warning("%s is left out: %s", word, error)
             outcome = error.alone()
         else:
-            if predictions is not None:
-                _append(predictions, word, outcome, afresh=overwrite)
-                overwrite = False
+            if file is not None:
+                file.append(word, outcome)
             if into_cards:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
-
-
-def _refuse_own_data(predictions: Path, data: Path) -> None:
-    files = split_files(data).values() if data.is_dir() else [data]
-    if predictions.exists() and any(file.exists() and file.samefile(predictions) for file in files):
-        raise OutputError("these are the rows to be scored", where=predictions, fix="Give --predictions another file")
-
-
-def _append(file: Path, word: str, outcome: dict[str, Any], *, afresh: bool) -> None:
-    """Move the predictions of an adapter into the file: those that are done outlast an interruption."""
-    lines = ({"name": word, "split": outcome["split"], **row} for row in outcome.pop("predictions"))
-    with cannot_write(file), file.open("wb" if afresh else "ab") as end:
-        end.writelines(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in lines)
 
 
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:

@@ -43,9 +43,6 @@ class Task:
     weight: float = 1.0
     fit: Mapping[str, Any] = field(default_factory=dict)
 
-    def source(self, path: str) -> TaskSource:
-        return TaskSource(path, self.columns, self.hold_out, self.subset, self.splits)
-
 
 _Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
 
@@ -115,7 +112,7 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
             wrong.append(f"[tasks.{name}] weight = {table['weight']} is not a positive number")
         if not wrong:
             try:
-                Task(**table).source(table["data"])
+                TaskSource.of(table["data"], table)
             except SettingsError as error:
                 wrong.append(f"[tasks.{name}] {error.what}: {error.fix}")
         found += wrong

@@ -82,8 +82,9 @@ def write_project(
 
 def _has_labels(data: Path) -> bool:
     """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
-    with suppress(DataError, KeyError):
-        for place, row in read_rows(split_files(data)["train"] if data.is_dir() else data):
+    with suppress(DataError):
+        file = split_files(data).get("train") if data.is_dir() else data
+        for place, row in read_rows(file) if file else ():
             return kind_of(row, place) == LABELLED
     return False
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError, LoraSBError
 from .names import some
 from .storage import MAX_JSON_BYTES, parse_json
+
+logger = logging.getLogger(__name__)
 
 COMPLETION, CHAT, TEXT, LABELLED = "prompt/completion", "messages", "text", "text/label"  # the kinds of rows
 FIELDS_OF = {
@@ -38,7 +42,13 @@ def read_rows(path: Path, label: str = "label") -> Iterator[tuple[str, Row]]:
 
     Of CSV every cell is text; `number_labels` makes numbers of those of the column `label`.
     """
-    return _read_csv(path, label) if is_csv(path) else _read_json_lines(path)
+    try:
+        yield from _read_csv(path, label) if is_csv(path) else _read_json_lines(path)
+    except OSError as error:
+        if isinstance(error, LoraSBError):
+            raise
+        fix = f"Give a {'CSV' if is_csv(path) else 'JSONL'} file"
+        raise DataError(f"cannot read the data: {error}", where=path, fix=fix) from None
 
 
 def is_csv(path: Path) -> bool:
@@ -46,17 +56,12 @@ def is_csv(path: Path) -> bool:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
-                if line.strip():
-                    yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
-    except OSError as error:
-        if isinstance(error, LoraSBError):
-            raise
-        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a JSONL file") from None
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
+            if line.strip():
+                yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
 
 
 def _parse_row(line: bytes, place: str) -> Row:
@@ -97,10 +102,6 @@ def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
         raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", fix=fix) from None
     except UnicodeDecodeError as error:
         raise DataError(f"broken CSV: {error}", where=place, fix="Save it as CSV in UTF-8") from None
-    except OSError as error:
-        if isinstance(error, LoraSBError):
-            raise
-        raise DataError(f"cannot read the data: {error}", where=path, fix="Give a CSV file") from None
 
 
 def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
@@ -212,3 +213,9 @@ def refuse_unwritable(row: object, place: str) -> None:
 
 def as_json(rows: object) -> bytes:
     return json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A task is read again when it is its turn."""
+    logger.warning("%s", message)

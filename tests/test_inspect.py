@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lorasb_export.errors import ArtifactError
 from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.inspection import inspect_folder
+from lorasb_export.project import Project
 from lorasb_export.publishing.outgoing import SUMS
 from lorasb_export.storage import read_json, write_json
 
@@ -45,3 +46,16 @@ def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:
     found = inspect_folder(tmp_path)
     assert (found["kind"], found["rank"], found["target_modules"]) == ("peft", 8, ["q_proj"])
     assert (found["base_model"], found["tensors"]) == ("owner/base", 1)
+
+
+def test_a_folder_that_hides_an_adapter_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("billing", "adapters/billing"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for word in (".", "./billing", "adapters/billing"):
+        assert Project.load().find_folder(word) == word
+    assert not caplog.text
+    assert Project.load().find_folder("billing") == "billing"
+    assert "billing is taken for the folder of that name here; the adapter is adapters/billing" in caplog.text

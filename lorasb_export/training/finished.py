@@ -39,10 +39,8 @@ def differences(
     found = changes(before, now)
     if made["data_sha256"] != task.sha256:
         found.append("other data")
-    before = made.get("start_sha256")
-    named = str(adapter.training.get("start")).startswith(f"{out.name}, ")
-    replaced = before is not None and named and start is not None and start.folder == out  # by what came of it
-    if before != (start and start.sha256) and not replaced:
+    replaced = made.get("start") == out.name and start is not None and start.folder == out  # by what came of it
+    if made.get("start_sha256") != (start and start.sha256) and not replaced:
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")

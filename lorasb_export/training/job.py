@@ -66,7 +66,7 @@ class Job:
         settings: FitSettings,
         network: PreTrainedModel | None,
         measure: bool,
-        start: Adapter | None = None,
+        start: Adapter | None,
     ) -> None:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
@@ -170,7 +170,7 @@ class Job:
                 seconds = round(time.monotonic() - self._started, 1)
                 rates, used = list(self.settings.rates), outcome.training["settings"]  # those that decide nothing too
                 made = {**outcome.identity, "settings": used, "learning_rates": rates}
-                made |= {"capture": capture, "seconds": seconds}
+                made |= {"capture": capture, "seconds": seconds, "start": self._start and self._start.name}
                 with atomic_folder(out, overwrite=overwrite) as folder:
                     adapter.write_into(folder, out)
                     write_record(folder, outcome.run, outcome.entries, made)

@@ -15,6 +15,8 @@ from .verb import Run, given, parse_pairs, percentages
 if TYPE_CHECKING:
     from lorasb_export.task_source import AnySource
 
+SHARES_WORK = True
+
 
 def run(
     run: Run,
@@ -40,12 +42,16 @@ def run(
     reduction: Annotated[
         Reduction | None, typer.Option(help="The gradient's signs, as in the paper, or the gradient itself.")
     ] = None,
+    eta: Annotated[float | None, typer.Option(help="The size of the simulated first step; scales R0 alone.")] = None,
     loss: Annotated[LossMean | None, typer.Option(help="What is weighted equally: every row, or every token.")] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Rows of a backward pass: fewer take less memory.  [default: 8, or that of [fit] if less]"),
     ] = None,
-    checkpointing: Annotated[
+    max_length: Annotated[
+        int | None, typer.Option(help="Rows are cut after so many tokens.  [default: that of [fit], or 512]")
+    ] = None,
+    gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
@@ -89,8 +95,10 @@ def run(
         targets=targets,
         reduction=reduction,
         loss=loss,
+        eta=eta,
         batch_size=batch_size,
-        gradient_checkpointing=checkpointing,
+        max_length=max_length,
+        gradient_checkpointing=gradient_checkpointing,
         capture=capture,
         dtype=dtype,
         seed=seed,
@@ -98,8 +106,9 @@ def run(
     settings = project.calibration_settings(FitSettings(**project.fit), flags)
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)
-    sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in parse_pairs(data).items()}
-    unused = given(data=data, weight=weight, samples=samples, reduction=reduction, loss=loss)
+    given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
+    sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in given_data.items()}
+    unused = given(data=data, weight=weight, samples=samples, reduction=reduction, eta=eta, loss=loss)
     if settings.directions in DRAWN and unused:
         flags_given = ", ".join(f"--{name}" for name in unused)
         raise typer.BadParameter(f"{flags_given}: a basis whose directions are {settings.directions!r} needs no data")
@@ -107,7 +116,7 @@ def run(
         sources = {name: project.task_source(name) for name in project.shared_tasks()}
         if not sources:
             raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
-    weights = {**project.weights(sources), **_numbers(weight)}
+    weights = {**project.weights(sources), **given_weights}
     distributed.start()
     with ExitStack() as lock:
         if distributed.is_main():
@@ -121,7 +130,7 @@ def run(
         distributed.barrier()
     distributed.stop()
     result: dict[str, Any] = {
-        "basis": str(target),
+        "out": str(target),
         "sha256": basis.sha256,
         "rank": basis.rank,
         "modules": len(basis.modules),
@@ -149,14 +158,14 @@ def run(
         run.say(f"fit will refuse this basis: {', '.join(differing)}, says [basis] in {where}. Write there what it is")
 
 
-def _numbers(words: list[str] | None) -> dict[str, float]:
-    numbers = {}
-    for name, word in parse_pairs(words).items():
+def _weights(words: list[str] | None) -> dict[str, float]:
+    weights = {}
+    for name, word in parse_pairs("--weight", "NAME=NUMBER", words).items():
         try:
-            numbers[name] = float(word)
+            weights[name] = float(word)
         except ValueError:
-            raise typer.BadParameter(f"{word!r} is not a number") from None
-    return numbers
+            raise typer.BadParameter(f"--weight: of {name} {word!r} is not a number") from None
+    return weights
 
 
 def _table(capture: Mapping[str, Any], samples: int) -> str:

@@ -28,6 +28,7 @@ REPORTED = (
     "energy",
     "capture",
 )
+SHARES_WORK = True
 INTERRUPTED = "Go on with the same command and --resume."
 
 
@@ -75,7 +76,14 @@ def run(
             help="Peak learning rate. Several, separated by commas: train at each and keep the best.",
         ),
     ] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of a classifier's head, if another.")
+    ] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="Schedule of the learning rate.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps spent warming up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of R.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient's norm to this.")] = None,
+    scaling: Annotated[float | None, typer.Option(help="The factor s of s·B·R·A.")] = None,
     init: Annotated[
         Init | None, typer.Option(help="What R starts as: svd as in the paper, zero to start at the base model.")
     ] = None,
@@ -125,7 +133,12 @@ def run(
         accumulate=accumulate,
         optimizer=optimizer,
         learning_rate=learning_rate and _rates(learning_rate),
+        head_learning_rate=head_learning_rate,
         schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        scaling=scaling,
         init=init,
         max_length=max_length,
         checkpoint_every=checkpoint_every,
@@ -179,7 +192,7 @@ def run(
 def _summary(adapter: Adapter) -> dict[str, Any]:
     chosen = adapter.training.get("settings", {})
     of_fit = {key: chosen.get(key) for key in ("learning_rate", "metric")}
-    return {"folder": str(adapter.folder), **of_fit, **{key: adapter.training.get(key) for key in REPORTED}}
+    return {"out": str(adapter.folder), **of_fit, **{key: adapter.training.get(key) for key in REPORTED}}
 
 
 def _lines(name: str, adapter: Adapter) -> list[str]:

@@ -25,7 +25,10 @@ def run(
     from lorasb_export.project_init import write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
-    tasks = {name: _from(folder, data) for name, data in (parse_pairs(task) or {"a": "data/a"}).items()}
+    tasks = {
+        name: _from(folder, data)
+        for name, data in (parse_pairs("--task", "NAME=DATA", task) or {"a": "data/a"}).items()
+    }
     model = _from(folder, model)
     path = write_project(run.config, model, tasks, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
@@ -34,7 +37,7 @@ def run(
         run.say(f"{some(missing)} {are} not there yet: put train.jsonl into {each}, unless it is a dataset on the Hub")
     if len(missing) == len(tasks):
         run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
-    run.result({"config": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
+    run.result({"out": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
 
 
 def _from(folder: str, path: str) -> str:

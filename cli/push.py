@@ -49,6 +49,8 @@ def run(
     ] = False,
 ) -> None:
     """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
+    if basis_repo and folder is None:
+        raise typer.BadParameter("--basis-repo is for one adapter: name it, or leave --basis-repo out")
     project, target = run.project, repo or run.project.repo
     if target is None:
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'
@@ -63,20 +65,17 @@ def run(
         "message": message,
         "dry_run": dry_run,
     }
-    if found is None:
-        if basis_repo:
-            raise SettingsError("--basis-repo is for one adapter", fix="Name it, or leave --basis-repo out")
-        results: list[dict[str, Any]] = []
-        failed: dict[str, LoraSBError] = {}
+    results: list[dict[str, Any]] = []
+    failed: dict[str, LoraSBError] = {}
+    if found is not None:
+        results.append(push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options))
+    else:
         for name, outcome in push_project(project, target, with_basis=with_basis, **options):
             if isinstance(outcome, LoraSBError):
                 failed[name] = outcome
             else:
                 results.append(outcome)
-        run.result({"pushed": results}, _text(results, dry_run), failed)
-        return
-    result = push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options)
-    run.result(result, _text([result], dry_run))
+    run.result({"pushed": results}, _text(results, dry_run), failed)
 
 
 def _text(results: list[dict[str, Any]], dry_run: bool) -> str:

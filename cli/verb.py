@@ -101,6 +101,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
             signal.signal(signal.SIGINT, _stop)
         try:
+            _refuse_processes(function)
             function(run, **options)
         except KeyboardInterrupt as stop:
             raise _interrupted(run, function, stop) from None
@@ -120,6 +121,16 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _refuse_processes(function: Callable[..., None]) -> None:
+    """Raise SettingsError where torchrun has started several processes of a verb in which each would do all of it."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    verb = sys.modules[function.__module__]
+    if processes != "1" and not getattr(verb, "SHARES_WORK", False):
+        name = verb.__name__.rpartition(".")[2]
+        what = f"{processes} processes (WORLD_SIZE): only fit and calibrate share their work among several"
+        raise SettingsError(what, fix=f"Start one without torchrun: lorasb {name}, or unset WORLD_SIZE")
 
 
 _received: list[int] = []  # signals; what they raise inside of a library may come out as another error
@@ -221,16 +232,16 @@ def _lines(name: str) -> list[str]:
     return text.splitlines()
 
 
-def parse_pairs(words: list[str] | None) -> dict[str, str]:
-    """`name=path` options as a dict. Raises typer.BadParameter."""
+def parse_pairs(option: str, form: str, words: list[str] | None) -> dict[str, str]:
+    """The words of a repeatable `option` of the form `NAME=…`, as a dict. Raises typer.BadParameter."""
     pairs = {}
     for word in words or []:
-        name, equals, path = word.partition("=")
-        if not equals or not name or not path:
-            raise typer.BadParameter(f"{word!r} is not name=path")
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise typer.BadParameter(f"{option}: {word!r} is not {form}")
         if name in pairs:
-            raise typer.BadParameter(f"{name!r} is given twice")
-        pairs[name] = path
+            raise typer.BadParameter(f"{option}: {name!r} is given twice")
+        pairs[name] = value
     return pairs
 
 

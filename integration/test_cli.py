@@ -92,7 +92,7 @@ def test_verbs_without_a_project_say_what_to_do(tmp_path: Path) -> None:
 
 def test_init_then_bad_key(tmp_path: Path) -> None:
     found = result_of(lorasb("init", "--model", "base", "--task", "a=data/a", "--json", cwd=tmp_path))
-    assert (tmp_path / found["config"]).is_file()
+    assert (tmp_path / found["out"]).is_file()
     assert lorasb("init", cwd=tmp_path).returncode == 1
     with (tmp_path / "lorasb.toml").open("a") as file:
         file.write("\n[fit2]\n")
@@ -196,7 +196,9 @@ def test_push_dry_run_as_typed(project: Path) -> None:
     found = {(one["repo"], one["kind"], one["private"]) for one in pushed}
     kinds = {"basis": "basis", "a": "adapter", "b": "adapter"}
     assert found == {(f"me/{name}-lorasb", kind, True) for name, kind in kinds.items()}
-    one = result_of(lorasb("push", "a", "--repo", "me/a", "--with-basis", "--dry-run", "--json", cwd=project))
+    one = result_of(lorasb("push", "a", "--repo", "me/a", "--with-basis", "--dry-run", "--json", cwd=project))[
+        "pushed"
+    ][0]
     assert (one["repo"], one["kind"]) == ("me/a", "adapter")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
+import lorasb_export
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
@@ -287,7 +288,7 @@ def test_an_architecture_nobody_tested_is_refused_before_any_work(tmp_path: Path
 
 def test_a_lossy_graph_is_refused_with_its_figure(world: Path, tmp_path: Path, sums: Path) -> None:
     task = load_task("sums", sums)
-    result = export_onnx(world / "red", tmp_path / "int8", precision="int8", data=task)
+    result = lorasb_export.export(world / "red", tmp_path / "int8", format="onnx", precision="int8", data={"red": sums})
     assert result["verify"]["metric"] == "exact_match"
     assert result["verify"]["rows"] == len(list(task.rows(task.held_out())))
     lossy = {"prompts": 4, "equal_prompts": 1, "gap": 1.0, "metric": "exact_match", "rows": 50}

@@ -107,7 +107,7 @@ def test_a_killed_push_goes_on(hub: Hub, basis: Path, signal_number: signal.Sign
         assert process.returncode == 130
         last = "Interrupted. What was not finished is not published; the same command again sends what is missing."
         assert said.splitlines()[-1] == last
-    assert hub.lorasb(*words)["changed"] is (committed == 0)
+    assert hub.lorasb(*words)["pushed"][0]["changed"] is (committed == 0)
     assert hub.commits("me/basis") == 1
     assert sorted(hub.files("me/basis")) == ["README.md", "SHA256SUMS", "basis.safetensors", "basis_config.json"]
 

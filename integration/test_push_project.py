@@ -35,7 +35,7 @@ def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter:
     shutil.rmtree(project / "adapters" / "b")
     make_adapter(project / "adapters" / "b", basis, seed=6)
     assert changed() == {"me/basis-lorasb": True, "me/a-lorasb": False, "me/b-lorasb": True}
-    alone = any_hub.lorasb(*words, project / "adapters" / "a")
+    alone = any_hub.lorasb(*words, project / "adapters" / "a")["pushed"][0]
     assert (alone["repo"], alone["changed"], alone["kind"]) == ("me/a-lorasb", False, "adapter")
     said = any_hub.lorasb_fails(*words, "--repo", "me/one")
     assert said.startswith("Error: a project needs a repository for its basis and for each adapter (me/one).")
@@ -46,7 +46,7 @@ def test_a_project_says_whether_its_repositories_are_public(any_hub: Hub, adapte
     project = basis.parent
     (project / "lorasb.toml").write_text('[hub]\nrepo = "me/{name}-lorasb"\npublic = true\n')
     words = ["push", "--config", project / "lorasb.toml"]
-    assert any_hub.lorasb(*words, basis)["private"] is False
+    assert any_hub.lorasb(*words, basis)["pushed"][0]["private"] is False
     assert [result["private"] for result in any_hub.lorasb(*words)["pushed"]] == [False, False]
     assert [any_hub.repos[f"me/{name}-lorasb"].private for name in ("basis", "a")] == [False, False]
 
@@ -128,7 +128,7 @@ def test_a_project_with_another_basis_on_a_branch_or_in_a_pull_request(
     (basis / "README.md").write_text("Ours.\n")
     assert [changed for _, changed in pushed("--revision", "exp")] == [True, False]
     make_adapter(project / "adapters" / "b", basis, seed=5)
-    alone = any_hub.lorasb(*words, "b", "--revision", "exp")  # its basis is not on main
+    alone = any_hub.lorasb(*words, "b", "--revision", "exp")["pushed"][0]  # its basis is not on main
     assert alone["basis"] == f"me/basis-lorasb@{refs()['me/basis-lorasb']['exp']}"
 
     any_hub.lorasb(*words, basis)

@@ -85,8 +85,13 @@ class TaskData:
         return "test" if self.splits.get("test") else "valid"
 
 
-def load_held_out(name: str, source: AnySource) -> TaskData:
-    """As `load_task`, for rows to be scored on: all of a single file are held out, if it is not divided."""
+def load_held_out(name: str, source: AnySource | TaskData) -> TaskData:
+    """As `load_task`, for rows to be scored on: all of a single file are held out, if it is not divided.
+
+    A task that is loaded already is returned as it is.
+    """
+    if isinstance(source, TaskData):
+        return source
     task = load_task(name, source)
     if not expanded(str(source)).is_file() or task.splits.get("valid"):
         return task

@@ -159,7 +159,9 @@ def encode(
     left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
     if not encoded:
         enclose = "They need a turn of the assistant's, which the template may have to enclose in {% generation %}"
-        fix = "Raise max_length or shorten them" if long in left_out else enclose
+        fix = (
+            "Raise max_length or shorten them (evaluate cuts rows where training did)" if long in left_out else enclose
+        )
         raise DataError(f"there is no row to learn from: {', or '.join(left_out)}", where=f"all {unit}s", fix=fix)
     told = {f"left out: {reason}": numbers for reason, numbers in left_out.items()}
     told[f"cut at {max_length} tokens"] = cut

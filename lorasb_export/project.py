@@ -90,6 +90,8 @@ class Project:
             SettingsError: there are none; one is badly named, or has no data.
         """
         names = list(words or self.tasks)
+        if not names and data is not None:
+            raise SettingsError("--data is of a task without a name", fix="Name it: lorasb fit TASK --data …")
         if not names:
             raise self.lacks("no task to fit", "Add [tasks.NAME] data = …")
         refuse_bad_names(names)

@@ -94,7 +94,7 @@ def test_keys_and_shapes_are_those_of_a_lora(kind: str, tmp_path: Path) -> None:
     assert config["modules_to_save"] == (["classifier"] if kind == "bert" else None)
     assert read_json(tmp_path / "peft" / "lorasb.json")["kind"] == "peft"
     assert "peft" in (tmp_path / "peft" / "README.md").read_text()
-    assert result == {"folder": str(tmp_path / "peft"), "rank": 4, "modules": 2, "bytes": result["bytes"]}
+    assert result == {"out": str(tmp_path / "peft"), "rank": 4, "modules": 2, "bytes": result["bytes"]}
 
 
 def test_a_fresh_process_without_this_package_loads_the_export(tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 import typer
+from lorasb_cli import calibrate, fit
 from lorasb_cli.main import app, main
 from lorasb_cli.verb import Run, as_command
 from typer.testing import CliRunner
 
+from lorasb_export import Adapter, Basis
 from lorasb_export.network import as_base_model_error
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
 
 
@@ -64,6 +70,60 @@ def test_one_process_of_several_prints_the_error_as_json(
     done = CliRunner().invoke(app, ["fit", "--json"])
     assert (done.exit_code, len(done.stdout.splitlines())) == (1, objects)
     assert done.stderr.startswith("Error: no task to fit")
+
+
+@pytest.mark.parametrize(
+    "verb", ["evaluate", "generate why", "merge", "export", "push", "serve", "inspect ..", "quickstart"]
+)
+def test_a_verb_that_does_not_share_its_work_runs_in_one_process(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = lorasb(*verb.split())
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: 4 processes (WORLD_SIZE): only fit and calibrate share")
+    assert f"lorasb {verb.split()[0]}, or" in done.stderr
+
+
+@pytest.mark.parametrize(("verb", "settings"), [(fit, FitSettings), (calibrate, CalibrationSettings)])
+def test_every_setting_of_the_project_file_has_a_flag(verb: ModuleType, settings: type) -> None:
+    assert {setting.name for setting in fields(settings)} <= signature(verb.run).parameters.keys()
+
+
+def test_a_setting_given_as_a_flag_is_used(llama: Path, sums: Path, tmp_path: Path) -> None:
+    base = ["--model", str(llama)]
+    words = ["--data", f"a={sums}", "--rank", "4", "--samples", "4", "--eta", "0.25", "--max-length", "9"]
+    assert lorasb("calibrate", *base, *words, "--out", str(tmp_path / "basis")).exit_code == 0
+    made = Basis.load(tmp_path / "basis").calibration
+    assert (made["eta"], made["max_length"]) == (0.25, 9)
+    numbers = {"warmup": 0.5, "weight_decay": 0.125, "max_grad_norm": 2.0, "scaling": 3.0, "head_learning_rate": 0.5}
+    flags = [word for name, number in numbers.items() for word in (f"--{name.replace('_', '-')}", str(number))]
+    words = ["a", "--data", str(sums), "--basis", str(tmp_path / "basis"), "--max-steps", "1", *flags]
+    done = lorasb("fit", *base, *words, "--out", str(tmp_path / "a"))
+    assert done.exit_code == 0, done.stderr
+    assert numbers.items() <= Adapter.load(tmp_path / "a").training["settings"].items()
+
+
+def test_data_without_a_task_is_asked_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Name it: lorasb fit TASK --data" in lorasb("fit", "--data", "rows.csv").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("calibrate --data nameless", "--data: 'nameless' is not NAME=PATH"),
+        ("calibrate --weight a=", "--weight: 'a=' is not NAME=NUMBER"),
+        ("calibrate --data a=x --weight a=much", "--weight: of a 'much' is not a number"),
+        ("init --task a", "--task: 'a' is not NAME=DATA"),
+        ("push --repo me/x --basis-repo me/b", "--basis-repo is for one adapter"),
+    ],
+)
+def test_wrong_usage_names_the_option(words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = lorasb(*words.split())
+    assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), MemoryError(), None])

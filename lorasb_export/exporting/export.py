@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..choices import MAX_DROP, ExportFormat, require_choice
+from ..data import TaskData, load_held_out
 from ..errors import SettingsError
-
-if TYPE_CHECKING:
-    from ..data import TaskData
+from ..task_source import AnySource
 
 
 def export(
@@ -22,7 +21,7 @@ def export(
     precision: str = "fp32",
     routed: bool = False,
     verify: bool = True,
-    data: Mapping[str, TaskData] | None = None,
+    data: Mapping[str, AnySource | TaskData] | None = None,
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -37,21 +36,21 @@ def export(
         routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
         verify: compare an ONNX graph with the adapter in torch, of many the first 32; but not bf16, which runs on CUDA
             alone.
-        data: an adapter's name (the last part of its path) → its task, on whose held-out rows an ONNX graph is
-            compared too.
+        data: an adapter's name (the last part of its path) → its task (loaded, or as `evaluate` takes it), on whose
+            held-out rows an ONNX graph is compared too.
         max_drop: points of 100 of its metric that the graph may lose there.
 
     Of all these `peft` reads `base` and `overwrite`.
 
     Returns:
-        of `peft` the `folder`, its `rank`, the number of `modules` and the `bytes` of the weights; of a graph what its
+        of `peft` `out`, its `rank`, the number of `modules` and the `bytes` of the weights; of a graph what its
         `lorasb.json` records, `out` and `bytes`.
 
     Raises:
         SettingsError: an unknown format or precision; several adapters for a format that takes one;
             `data` lacks the adapter's name.
         ArtifactError: an adapter or its basis is bad, they do not share one, or `verify` failed.
-        DataError: `data` is of another task type than its adapter.
+        DataError: `data` cannot be read, or is of another task type than its adapter.
         BaseModelError: another base, or one of an architecture that is not exported.
         MissingPackageError: a package of the extra is not installed.
         OutputError: `out` exists, holds what it is made from, or the disk is too full.
@@ -69,7 +68,7 @@ def export(
             precision=precision,
             routed=routed,
             verify=verify,
-            data=data or {},
+            data={name: load_held_out(name, task) for name, task in (data or {}).items()},
             max_drop=max_drop,
             overwrite=overwrite,
         )
@@ -96,11 +95,11 @@ def export(
     )
 
 
-def _task_of(source: str | Path, data: Mapping[str, TaskData]) -> TaskData:
+def _task_of(source: str | Path, data: Mapping[str, AnySource | TaskData]) -> TaskData:
     """The adapter's own of several tasks. Raises SettingsError where none has its name."""
     from ..adapter import Adapter
 
     name = Adapter.load(source).name or ""
     if name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    return data[name]
+    return load_held_out(name, data[name])

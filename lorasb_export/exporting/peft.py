@@ -31,7 +31,7 @@ def export_peft(
             for GPT-2-like module names. Its weights are never loaded.
 
     Returns:
-        `folder`, `rank`, `modules` (their number) and `bytes` of the weights file.
+        `out`, `rank`, `modules` (their number) and `bytes` of the weights file.
 
     Raises:
         ArtifactError: the adapter or its basis is damaged, or they do not belong together.
@@ -49,7 +49,7 @@ def export_peft(
         record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
-    return {"folder": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
+    return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
 
 
 def write_folded(adapter: Adapter, folder: Path, *, transposed: bool = False) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorasb_export.task_source import AnySource
 
 SHARES_WORK = True
+SAVES_MEMORY = ("a smaller --batch-size", "a smaller --max-length", "--dtype bfloat16")
 
 
 def run(

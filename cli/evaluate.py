@@ -16,6 +16,8 @@ INTERRUPTED = (
     "train or --dtype nf4.) With --predictions, what is done is in its file: name the other adapters, and another file."
 )
 
+SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")
+
 
 def run(
     run: Run,

@@ -29,6 +29,7 @@ REPORTED = (
     "capture",
 )
 SHARES_WORK = True
+SAVES_MEMORY = ("a smaller --batch-size", "a smaller --max-length", "--gradient-checkpointing", "--dtype bfloat16")
 INTERRUPTED = "Go on with the same command and --resume."
 
 

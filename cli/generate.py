@@ -10,6 +10,8 @@ from lorasb_export.choices import CAUSAL_LM, LoadedDtype
 
 from .verb import Run, listed
 
+SAVES_MEMORY = ("--dtype bfloat16",)
+
 
 def run(
     run: Run,

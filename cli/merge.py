@@ -30,7 +30,7 @@ def run(
     base_dtype: Annotated[
         MergedOnto, typer.Option(help="nf4: round the base as `fit --dtype nf4` holds it; auto: take it as it is.")
     ] = "auto",
-    stored_dtype: Annotated[  # not one that is computed in, and would take less memory
+    dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Data type of the weights written; auto: as in the base's checkpoint.")
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Size of the largest file.")] = "5GB",
@@ -54,7 +54,7 @@ def run(
         out,
         base=run.project.base_elsewhere(model, first),
         base_dtype=base_dtype,
-        dtype=stored_dtype,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,
         overwrite=overwrite,

@@ -13,6 +13,7 @@ from lorasb_export.errors import SettingsError
 
 from .verb import Run, human_bytes, listed
 
+SAVES_MEMORY = ("--dtype bfloat16",)
 INTERRUPTED = "No server is left running."
 _NAMED = 20  # models that are named in the line that says what is served
 

@@ -1,4 +1,8 @@
-"""What every verb shares: --json, --quiet, --verbose, --config, one way to print, one way to fail."""
+"""What every verb shares: --json, --quiet, --verbose, --config, one way to print, one way to fail.
+
+A verb is a module with `run(run, …)`. It may also say `INTERRUPTED`, what is there after Ctrl-C and how to go on;
+`SHARES_WORK`, that several processes of torchrun divide it; and `SAVES_MEMORY`, what to try where memory is full.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,7 +113,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             if _received:
                 raise _interrupted(run, function, error) from None
             if is_out_of_memory(error):
-                error = _memory_error(error, signature.parameters)
+                error = _memory_error(error, getattr(sys.modules[function.__module__], "SAVES_MEMORY", ()))
             if not isinstance(error, LoraSBError | OSError):
                 raise
             if run.verbose:
@@ -147,17 +151,8 @@ def _interrupted(run: Run, function: Callable[..., None], stop: BaseException) -
     return typer.Exit(143 if isinstance(stop, Terminated) or signal.SIGTERM in _received else 130)
 
 
-_SAVE_MEMORY = {
-    "batch_size": "a smaller --batch-size",
-    "max_length": "a smaller --max-length",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "dtype": "--dtype bfloat16",
-}
-
-
-def _memory_error(error: Exception, options: Iterable[str]) -> Exception:
-    """With what the verb has to need less of it."""
-    ways = [way for option, way in _SAVE_MEMORY.items() if option in options]
+def _memory_error(error: Exception, ways: Sequence[str]) -> Exception:
+    """With the verb's ways to need less of it."""
     said = str(error).strip().partition("\n")[0]
     what = f"out of memory ({said})" if said else "out of memory"
     return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else "Free some, or use a larger machine")

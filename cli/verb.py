@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -56,7 +57,7 @@ class Run:
 
     def say(self, message: str) -> None:
         if not self.quiet and _is_main_process():
-            typer.echo(message, err=True)
+            typer.echo(_harmless(message), err=True)
 
     def result(self, value: dict[str, Any], text: str, failed: Mapping[str, LoraSBError] | None = None) -> None:
         """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does.
@@ -70,15 +71,31 @@ class Run:
             _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
         if failed and _is_main_process():
             lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
-            typer.echo(f"Error: not all was done, {len(failed)} failed:{lines}", err=True)
+            typer.echo(_harmless(f"Error: not all was done, {len(failed)} failed:{lines}"), err=True)
         if failed:
             raise typer.Exit(1)
+
+
+# Of control characters a terminal would obey those that a file of somebody else's has; of Unicode's that turn the
+# direction of writing, a reader might be misled. Escaped as here they are valid in JSON too.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def _harmless(text: str) -> str:
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _Harmless(logging.Formatter):
+    """Of the messages that are logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _harmless(super().format(record))
 
 
 def _print(text: str) -> None:
     """Write to stdout; where its reader has gone, as `head` goes, end as other tools do, without a word."""
     try:
-        typer.echo(text)
+        typer.echo(_harmless(text))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
         raise SystemExit(128 + signal.SIGPIPE) from None
@@ -161,7 +178,7 @@ def _memory_error(error: Exception, ways: Sequence[str]) -> Exception:
 def _fail(run: Run, error: Exception) -> None:
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         error = _in_our_words(error)
-    typer.echo(f"Error: {error}", err=True)
+    typer.echo(_harmless(f"Error: {error}"), err=True)
     if run.json:
         print_error(error, str(error))
     raise typer.Exit(1)
@@ -191,10 +208,14 @@ def _calm_libraries(run: Run) -> None:
     # Waiting OpenMP threads of torch give way soon. By default they spin, and on cores that another process uses
     # too that makes two threads slower than one; on idle cores this much shorter spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if logging.lastResort:  # it prints warnings where nobody has set up another way
+        logging.lastResort.setFormatter(_Harmless("%(message)s"))
     if hushed:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
     elif not sys.stderr.isatty():
-        logging.basicConfig(format="%(message)s")
+        printed = logging.StreamHandler()
+        printed.setFormatter(_Harmless("%(message)s"))
+        logging.basicConfig(handlers=[printed])
         logging.getLogger("lorasb_export").setLevel(logging.INFO)
     if not run.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

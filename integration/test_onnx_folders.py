@@ -10,6 +10,7 @@ import pytest
 
 from lorasb_export.errors import ArtifactError
 from lorasb_export.exporting.onnx_adapter_file import read_adapter
+from lorasb_export.exporting.onnx_record import read_record, write_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 
 pytest.importorskip("onnxruntime")
@@ -71,3 +72,26 @@ def test_an_adapter_with_nan_is_refused(tasks_onnx: Path, tmp_path: Path) -> Non
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="not finite"):
         OnnxDecoder(folder, "red")
+
+
+@pytest.mark.parametrize("kind", ["sparse_value", "sparse_values"])
+def test_a_sparse_constant_reads_no_file_of_another_folder(tasks_onnx: Path, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "hostile")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    values = onnx.TensorProto(data_type=onnx.TensorProto.FLOAT, dims=[1], name="v", data_location="EXTERNAL")
+    values.external_data.add(key="location", value="../secret")
+    sparse = onnx.SparseTensorProto(values=values, dims=[4])
+    sparse.indices.CopyFrom(onnx.numpy_helper.from_array(np.array([0], np.int64)))
+    attribute = onnx.helper.make_attribute(kind, sparse if kind == "sparse_value" else [sparse])
+    model.graph.node.add(op_type="Constant", output=["c"]).attribute.append(attribute)
+    onnx.save(model, folder / "model.onnx")
+    refused(folder, "no file beside the graph")
+
+
+def test_a_record_names_no_adapter_of_another_folder(tasks_onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks_onnx, tmp_path / "hostile")
+    record = read_record(folder)
+    record["adapters"]["../x"] = record["adapters"]["red"]
+    write_record(folder, record)
+    with pytest.raises(ArtifactError, match=r"'../x' cannot be a file of the folder"):
+        read_record(folder)

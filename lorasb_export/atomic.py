@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
-from .output import cannot_write, refuse_existing
+from .output import cannot_write, is_free, is_ours, refuse_existing
 
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
@@ -37,8 +37,6 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
     with cannot_write(target):
         prepare_target(target, overwrite)
-        for stale in _left_by_the_dead(target):
-            shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
         temporary = _temporary(target)
         temporary.mkdir()
         try:
@@ -53,18 +51,36 @@ def prepare_target(target: Path, overwrite: bool) -> None:
     """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
     put_back(target)
-    shutil.rmtree(_old(target), ignore_errors=True)
     refuse_existing(target, overwrite)
+    for stale in _left_by_the_dead(target):
+        shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
+    _remove_old(target)
 
 
 def put_back(target: Path) -> None:
     """Undo a replacement of the folder `target` that was cut short between its two renames."""
-    if _old(target).exists() and not target.exists():
+    if is_ours(_old(target)) and not target.exists():
         _old(target).rename(target)
 
 
 def _old(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
+
+
+def _remove_old(target: Path) -> None:
+    """Remove what a replacement left. Raises OutputError where a folder of the user's has its name."""
+    old = _old(target)
+    if not (is_ours(old) or is_free(old)):
+        raise OutputError("a folder that lorasb did not write has a name it needs", where=old, fix="Call it otherwise")
+    discard(old, target)
+
+
+def discard(folder: Path, target: Path) -> None:
+    """Remove a hidden sibling of `target`, under a name by which the next call knows what a kill leaves of it."""
+    with suppress(OSError):
+        dying = _temporary(target)
+        folder.rename(dying)
+        shutil.rmtree(dying, ignore_errors=True)
 
 
 def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -80,21 +96,25 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
     fsync(temporary)
     refuse_existing(target, overwrite)  # another process may have been quicker
     old = _old(target)
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
+    for tries_left in (2, 1, 0):
+        if target.exists():
+            _remove_old(target)
+            target.rename(old)
+        try:
+            temporary.rename(target)
+            break
+        except BaseException as error:
+            if tries_left and isinstance(error, OSError) and target.exists():
+                continue  # another process took it for one that was cut short, and has put `old` back
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
     try:
         fsync(target.parent)
     except OSError as error:
         what = f"it is there and whole, but the disk does not confirm its name: {error.strerror}"
         raise OutputError(what, where=target, fix="Check that disk; use it, or replace it with --overwrite") from None
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old, target)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
-_OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
+# The same model again, in its maker's own format; an adapter, which transformers would apply.
+_NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class BaseModel:
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_OTHER_WEIGHTS)
+            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_NOT_FETCHED)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property

@@ -71,9 +71,10 @@ def hide_broken_packages() -> None:
 def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
     """The environment for a Python child process in which broken packages, and those named, are hidden as well.
 
-    The child (and every Python process it starts) finds `child_site/sitecustomize.py` first on its path.
+    The child (and every Python process it starts) finds `child_site/sitecustomize.py` first on its path, and nothing
+    in the working folder.
     """
-    environment = {**os.environ, **changes}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
     if hidden := (*broken_packages(), *hidden):
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CHILD_SITE), environment.get("PYTHONPATH", "")]))

@@ -128,3 +128,12 @@ def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
 def is_blob(path: Path) -> bool:
     """Whether a file that a link led to is one of the Hub's cache, whose folders are made of links to blobs."""
     return path.parent.name == "blobs"
+
+
+def leads_out(path: Path) -> bool:
+    """Whether `path` is a link to a file out of its folder, and not into the Hub's cache.
+
+    What a folder from a stranger links to is neither copied from it nor published with it.
+    """
+    target = path.resolve()
+    return not (target.is_relative_to(path.parent.resolve()) or is_blob(target))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -49,10 +51,12 @@ ADAPTER_KEYS = {
 _TRAINING_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("task", "data", "data_sha256", "plot"), (str, NoneType)),
     **dict.fromkeys(("data_read", "learning_rates", "capture", "energy"), (dict, NoneType)),
+    **dict.fromkeys(("trainable_parameters", "lora_parameters"), (int, NoneType)),
     "labels": (list, NoneType),
     "settings": dict,
     "evaluation": dict,
 }
+_MODULE = re.compile(r"\w[\w-]*(\.\w[\w-]*)*", re.ASCII)
 _FIGURES = {"base", "adapter", "rows"}
 
 _MOST = 10  # problems told at once
@@ -105,9 +109,7 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
 def check_training(training: Mapping[str, Any], where: object) -> None:
     """Refuse a `training` object with values of a shape that the model card cannot show."""
     wrong = [key for key, types in _TRAINING_KEYS.items() if key in training and not isinstance(training[key], types)]
-    splits = training.get("evaluation", {}).values() if not wrong else ()
-    if not all(isinstance(of_split, dict) and all(map(_are_figures, of_split.values())) for of_split in splits):
-        wrong = ["evaluation"]
+    wrong = wrong or [key for key, is_right in _SHAPES.items() if training.get(key) and not is_right(training[key])]
     if wrong:
         fix = 'Write data as text, evaluation as {split: {metric: {"base", "adapter", "rows"}}}, or use another key'
         raise ArtifactError(f"training says {wrong[0]} in another shape than fit does", where=where, fix=fix)
@@ -115,6 +117,44 @@ def check_training(training: Mapping[str, Any], where: object) -> None:
 
 def _are_figures(value: Any) -> bool:
     return isinstance(value, dict) and set(value) >= _FIGURES
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be shown as a float: none of JSON's `NaN`, or of an integer of a thousand digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _have_numbers(value: Any, *keys: str) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in keys)
+
+
+def _is_capture(value: Mapping[str, Any]) -> bool:
+    by_module = value.get("by_module")
+    spread = by_module.get("basis") if isinstance(by_module, dict) else None
+    return _have_numbers(value, "basis", "own", "random") and _have_numbers(spread, "min", "max")
+
+
+def _are_losses(value: Mapping[str, Any]) -> bool:
+    """A validation loss, or None, for each learning rate."""
+    return all(_RATE.fullmatch(rate) and (loss is None or _is_number(loss)) for rate, loss in value.items())
+
+
+_RATE = re.compile(r"[0-9.eE+-]{1,24}")
+_SHAPES: Mapping[str, Callable[[Any], bool]] = {
+    "evaluation": lambda splits: all(
+        isinstance(s, dict) and all(map(_are_figures, s.values())) for s in splits.values()
+    ),
+    "learning_rates": _are_losses,
+    "capture": _is_capture,
+    "energy": lambda energy: _have_numbers(energy, "mean"),
+}
+
+
+def check_module_names(names: Iterable[Any], where: Path) -> None:
+    """Refuse what cannot be a module's dotted name. Such names are put on vLLM's command line."""
+    for name in names:
+        if not isinstance(name, str) or not _MODULE.fullmatch(name):
+            raise ArtifactError(f"{name!r:.80} is no name of a module", where=where, fix=EDITED)
 
 
 def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
@@ -130,6 +170,7 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
     rank = config["rank"]
     if not config["target_modules"]:
         raise ArtifactError("the basis has no module", where=where, fix=EDITED)
+    check_module_names(config["target_modules"], where)
     for name, shape in config["target_modules"].items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
             raise ArtifactError(f"target module {name} has no shape [out, in]", where=where, fix=EDITED)
@@ -164,6 +205,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config["task_type"] not in get_args(TaskType):
         what = f"task_type is {config['task_type']!r:.40}"
         raise ArtifactError(what, where=where, fix=f"It can be {' or '.join(get_args(TaskType))}; {AGAIN}")
+    if not abs(config["scaling"]) <= sys.float_info.max:  # nor is it NaN
+        raise ArtifactError(f"non-finite: scaling is {config['scaling']!r:.40}", where=where, fix=AGAIN)
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
+    check_module_names(config["target_modules"], where)
     check_training(config["training"], where)
     return config

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,18 +68,22 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
 
 def _open(path: Path) -> int:
     """Open a lock file, made if it is not there; to write, which a lock needs over NFS, where that is allowed."""
+    if path.is_symlink():
+        raise OutputError("the lock file is a link", where=path, fix="No run of ours makes one: remove it")
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except PermissionError:
         if not os.access(path.parent, os.W_OK):
             raise
         try:
-            return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except PermissionError as error:
             raise OutputError(f"cannot open the lock file: {error.strerror}", where=path, fix=_OF_ANOTHER) from None
-    # Whoever shares the folder may lock it, whatever our umask: it is empty. To strangers of a /tmp reading is enough.
-    with suppress(OSError):  # it is another user's, who has done so
-        os.fchmod(handle, path.parent.stat().st_mode & 0o664)
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and found.st_size == 0 and found.st_nlink == 1:
+        # Whoever shares the folder may lock it, whatever our umask. To strangers of a /tmp reading is enough.
+        with suppress(OSError):  # it is another user's, who has done so
+            os.fchmod(handle, path.parent.stat().st_mode & 0o664)
     return handle
 
 

@@ -75,7 +75,7 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
     if is_free(target):
         return
-    if not (any((target / name).is_file() for name in _OURS) or _is_our_adapter(target)):
+    if not is_ours(target):
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
@@ -84,6 +84,13 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
 def is_free(target: Path) -> bool:
     """Whether `target` does not exist, or is an empty folder."""
     return not any(target.iterdir()) if target.is_dir() else not target.exists()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether this package wrote `folder`; a link to one is none."""
+    if folder.is_symlink():
+        return False
+    return any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
 
 
 def _is_our_adapter(folder: Path) -> bool:

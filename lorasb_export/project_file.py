@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .task_source import TaskSource
 FILE_NAME = "lorasb.toml"
 MAX_BYTES = 4_000_000  # ten thousand tasks take half a million, of long names and paths a whole one
 _MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
+_LONG_KEY = re.compile(rf"""(?<![\w-])((?:"[^"\n]*"|'[^'\n]*'|[\w-]+)[ \t]*\.[ \t]*){{{_MAX_DOTS + 1}}}""")
 
 _FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 
@@ -68,8 +70,7 @@ def read_project_file(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
-        keys = [line.partition("=")[0] for line in text.splitlines() if not line.lstrip().startswith("#")]
-        if any(key.count(".") > _MAX_DOTS for key in keys):
+        if _LONG_KEY.search(text):
             raise ValueError(f"a key of more than {_MAX_DOTS} parts")
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fetch import parse_hub_id
+from .errors import ArtifactError
+from .fetch import leads_out, parse_hub_id
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
+_FROM_ROOT = re.compile(r"(?:(?<=[=,@])|^)(?:file://|~[^/,]*)?/[^,]*")
 _LONGEST = 4000  # characters of a command
 CURVE = "training.png"  # the picture of an adapter's losses
 
@@ -35,10 +38,9 @@ def command() -> str | None:
 
 
 def without_folders(word: str) -> str:
-    """Of every absolute path in `path`, `name=path`, `--option=path` or several with commas, the last part."""
-    before, equals, value = word.rpartition("=")
-    parts = [os.path.basename(os.path.normpath(part)) if os.path.isabs(part) else part for part in value.split(",")]
-    return f"{before}{equals}{','.join(parts)}"
+    """Of every path from the root or a home in `path`, `path=weight`, `name=path`, `@path`, `--option=path` or several
+    with commas, the last part."""
+    return _FROM_ROOT.sub(lambda found: os.path.basename(os.path.normpath(found[0])), word)
 
 
 def versions() -> dict[str, str]:
@@ -75,6 +77,9 @@ def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str
     training = {key: value for key, value in adapter.training.items() if key != "plot"}
     # Only under its own name: what a config calls its picture may be any path.
     if folder is not None and adapter.folder is not None and (adapter.folder / CURVE).is_file():
+        if leads_out(adapter.folder / CURVE):
+            fix = "Replace it by the file itself, or remove it"
+            raise ArtifactError("a link out of the adapter's folder", where=adapter.folder / CURVE, fix=fix)
         shutil.copyfile(adapter.folder / CURVE, folder / CURVE)
         training["plot"] = CURVE
     return training

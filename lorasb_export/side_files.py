@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import BaseModelError
-from .fetch import is_blob
+from .fetch import leads_out
 
 # Settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
 TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")
@@ -31,10 +31,12 @@ def side_files(folder: Path) -> list[Path]:
 def _refuse_foreign_link(path: Path, folder: Path) -> None:
     """Raise BaseModelError where `path` of a base's `folder`, about to be copied, links to some other file outside it.
 
-    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one.
+    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one, weights and
+    all.
     """
     target = path.resolve()
-    if target.is_relative_to(folder.resolve()) or is_blob(target) or target.name == path.name:
+    weights = {weights.resolve().parent for weights in folder.glob("model*.safetensors")}
+    if not leads_out(path) or (target.name == path.name and target.parent in weights):
         return
     fix = "Replace it by the file itself, or remove it"
     raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

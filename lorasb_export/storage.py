@@ -16,6 +16,7 @@ from .errors import ArtifactError, LoraSBError
 
 MAX_JSON_BYTES = 12_000_000  # the largest index published, of a model of 671 B parameters, has 9 MB
 _MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred times its own size
+_MAX_DIMENSIONS = 16  # a product of many large numbers takes minutes
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -90,8 +91,10 @@ def _tensor_info(entry: Any, offset: int) -> TensorInfo:
     shape, ends = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(ends, list) and len(ends) == 2 and isinstance(entry["dtype"], str)):
         raise ValueError("a tensor's dtype, shape or data_offsets is of another type")
-    if not all(type(number) is int and number >= 0 for number in (*shape, *ends)):
-        raise ValueError("a tensor's shape or data_offsets are not whole numbers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *ends)):
+        raise ValueError("a tensor's shape or data_offsets are not whole numbers of 63 bits")
     return TensorInfo(entry["dtype"], tuple(shape), offset + ends[0], offset + ends[1])
 
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .errors import BaseModelError
 
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise BaseModelError for a quantized base, for one of more than text, and for one that neither generates nor
-    classifies."""
+    """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, or of
+    which transformers would load other weights than those that are checked."""
+    _check_types(config, folder)
+    if "transformers_weights" in config:
+        raise BaseModelError(
+            "config.json names the file of its weights itself (transformers_weights)",
+            where=folder / "config.json",
+            fix="Remove that key; the weights are those of model.safetensors, or of its index",
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            "the base's folder holds an adapter too, which transformers would apply",
+            where=folder / "adapter_config.json",
+            fix="Copy the folder without adapter_config.json and the adapter's weights",
+        )
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", "unknown")
@@ -34,6 +48,22 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
             f"{named} takes images or audio beside text, which is not supported",
             where=folder / "config.json",
             fix="Use a model of text alone, whose class ends in ForCausalLM",
+        )
+
+
+def _check_types(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what is read here with a value of another type than transformers writes."""
+    architectures = config.get("architectures") or []
+    right = {
+        "architectures": isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
+        "model_type": isinstance(config.get("model_type", ""), str | NoneType),
+        "type_vocab_size": isinstance(config.get("type_vocab_size", 0), int),
+        "quantization_config": isinstance(config.get("quantization_config"), dict | NoneType),
+    }
+    for key in (key for key, is_right in right.items() if not is_right):
+        what = f"{key} is {config[key]!r:.40}"
+        raise BaseModelError(
+            what, where=folder / "config.json", fix="Fetch it again: transformers writes no such value"
         )
 
 

@@ -65,6 +65,10 @@ def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Pa
     for target, link in links.items():
         target.write_text(link)
         (base / link).symlink_to(target)
+    with pytest.raises(BaseModelError, match=r"a link to another file, .*shared/merges.txt"):  # of no shared model yet
+        merge(adapter, tmp_path / "model")
+    shutil.move(base / "model.safetensors", tmp_path / "shared" / "model.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "shared" / "model.safetensors")
     with pytest.raises(BaseModelError, match=r"a link to another file, .*secret \(.*notes.txt\)"):
         merge(adapter, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -29,7 +29,7 @@ def test_dry_run_gives_the_exact_command(folder: Path) -> None:
     adapters = {"a": folder / "a", "b": str(folder / "b")}
     described = dry_run(adapters, port=8123, dtype="float32", extra=["--max-model-len", "64"])
     assert described["command"] == [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(folder / "base"), "--served-model-name", "base"),
         *("--host", "127.0.0.1", "--port", "8123", "--dtype", "float32", "--shutdown-timeout", "20"),
         *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import time
@@ -150,3 +151,27 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
     body = json.dumps({"lora_name": "x", "lora_path": path}).encode()
     assert answered(Updates(Response()), scope, body) == status
+
+
+def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared.updates import LOAD, Updates
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD, "headers": []}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=None))
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 1024, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(Updates(Response())(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert b"more than 65536 bytes" in sent[1]["body"]

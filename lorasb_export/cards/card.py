@@ -9,7 +9,8 @@ from typing import Any
 
 from ..atomic import atomic_file
 from ..choices import NF4, SEQ_CLS
-from ..fetch import is_hub_id
+from ..errors import ArtifactError
+from ..fetch import is_hub_id, leads_out
 from ..names import some
 from ..storage import utf8
 from .readme import assemble, update
@@ -17,6 +18,7 @@ from .sections import (
     NOTHING,
     Facts,
     adapters,
+    as_words,
     base_link,
     basis_shown,
     capture,
@@ -45,6 +47,8 @@ def write(folder: Path, card: str) -> None:
         ArtifactError: the existing card is not UTF-8, or its front matter not valid YAML.
     """
     path = folder / "README.md"
+    if leads_out(path):
+        raise ArtifactError("a link out of the folder", where=path, fix="Replace it by the file itself, or remove it")
     old = utf8(path.read_bytes(), path) if path.is_file() else ""
     with atomic_file(path) as temporary:
         temporary.write_text(update(old, card, where=path), encoding="utf-8")
@@ -159,7 +163,7 @@ def _outputs(training: Mapping[str, Any]) -> str:
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a merged model from its lorasb.json; `name` is what a reader loads it by."""
     base, task_type, training = base_of(provenance), provenance.get("task_type"), provenance.get("training", {})
-    several = [str(one["name"]) for one in provenance.get("adapters", [])]
+    several = [as_words(str(one["name"])) for one in provenance.get("adapters", [])]
     title, what = _task(training), "a LoRA-SB adapter"
     if several:
         title, what = " + ".join(several[:10]) + " + …" * (len(several) > 10), f"{len(several)} LoRA-SB adapters"
@@ -223,7 +227,7 @@ adapters.load(folder + "/{tasks[0]}.onnx_adapter", "{tasks[0]}")  # generator.se
 
 
 def _task(training: Mapping[str, Any]) -> str:
-    return str(training.get("task") or "One task")
+    return as_words(str(training.get("task") or "One task"))
 
 
 def _of_update(provenance: Mapping[str, Any]) -> dict[str, Any]:

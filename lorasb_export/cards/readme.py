@@ -100,7 +100,7 @@ def front_matter(card: str, where: object = None) -> dict[str, Any]:
     """The metadata of a card. Raises ArtifactError where somebody has edited it into no YAML."""
     try:
         return dict(yaml.safe_load(_split(card)[0]) or {})
-    except (yaml.YAMLError, TypeError, ValueError):
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         fix = "Correct the lines between the first two `---`"
         raise ArtifactError("the card's front matter is not valid YAML", where=where, fix=fix) from None
 

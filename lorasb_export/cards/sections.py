@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..fetch import is_hub_id, parse_hub_id
+from ..provenance import CURVE
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
 _OF_ADAPTERS = ("lorasb", "peft")  # libraries
@@ -91,7 +93,7 @@ def source_of(base: Mapping[str, Any]) -> str:
     """The arguments that `from_pretrained` loads the base by."""
     if not is_hub_id(base.get("name_or_path")):
         return '"path/to/the/base/model"'
-    revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
+    revision = f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
     return f'"{base["name_or_path"]}"{revision}'
 
 
@@ -100,8 +102,8 @@ def basis_shown(basis: Mapping[str, Any]) -> str:
     source = str(basis.get("source", ""))
     if source == "embedded":
         return "a basis that lies in this folder"
-    repo, at, commit = source.partition("@")
-    if at:
+    repo, commit = parse_hub_id(source) or ("", None)
+    if commit:
         return f"the basis [{repo}](https://huggingface.co/{repo}) at `{commit[:12]}`"
     return f"the basis with sha256 `{basis['sha256'][:12]}…`"
 
@@ -163,9 +165,9 @@ def training_table(training: Mapping[str, Any]) -> str:
     """The curve, what the run reports, what the basis holds of the task, the settings."""
     rest = {key: value for key, value in training.items() if key not in _ELSEWHERE}
     rows = [[name.replace("_", " ").replace(".", ", "), value] for name, value in _flat(rest).items()]
-    image = f"![Loss while training]({training['plot']})" if training.get("plot") else ""
+    image = f"![Loss while training]({CURVE})" if training.get("plot") == CURVE else ""
     settings = [
-        f"`{name}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
+        f"`{_shown(name)}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
     ]
     after = f"\nSettings: {', '.join(settings)}.\n" if settings else ""
     return grid("Training", ["", ""], rows, before=image) + _held_by_basis(training) + _by_rate(training) + after
@@ -177,7 +179,8 @@ def _by_rate(training: Mapping[str, Any]) -> str:
         return ""
     found = {rate: "not finite" if value is None else f"{float(value):.4g}" for rate, value in values.items()}
     told = ", ".join(f"{value} at {rate}" for rate, value in found.items())
-    return f"\nTrained at each of these learning rates: `{training['settings']['metric']}` {told}.\n"
+    metric = training.get("settings", {}).get("metric", "loss")
+    return f"\nTrained at each of these learning rates: `{_shown(metric)}` {told}.\n"
 
 
 def _held_by_basis(training: Mapping[str, Any]) -> str:
@@ -285,4 +288,10 @@ def _shown(value: object) -> str:
     text = str(value)
     if os.path.isabs(text) or text.startswith((".", "~")):
         text = os.path.basename(os.path.normpath(text))
-    return text.replace("|", "\\|").replace("\n", " ")
+    return as_words(text).replace("|", "\\|")
+
+
+def as_words(text: str) -> str:
+    """What others wrote, on one line and without a meaning in Markdown: no tag, comment, link or image."""
+    plain = " ".join(text.split()).replace("<", "&lt;")
+    return plain.replace("[", "\\[") if "](" in plain else plain

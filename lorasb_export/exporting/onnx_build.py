@@ -94,7 +94,7 @@ def _ask_as_we_do(out: Path) -> None:
 
 def _run(command: list[str], scratch: Path, folder: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, "-P", "-m", *command],
         cwd=scratch,
         env=child_environment("accelerate", "PIL", "torchvision", "triton"),  # 45 MB, of no use here
         stdout=subprocess.PIPE,

@@ -102,6 +102,8 @@ def _in_attributes(node: NodeProto) -> Iterator[TensorProto]:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
         if attribute.HasField("g"):
             yield from _in_graph(attribute.g)
         for graph in attribute.graphs:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..cards import card
 from ..errors import ArtifactError
 from ..format import check_seal, sealed
+from ..names import name_problem
 from ..provenance import command, of_adapter, published_training, versions
 from ..storage import folder_bytes, read_json, write_json
 from .onnx_precision import PRECISIONS
@@ -34,6 +35,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if record.get("kind") not in ("onnx", "onnx-adapters"):
         raise ArtifactError("not an ONNX export", where=folder, fix="Give what `lorasb export --format onnx` wrote")
     check_seal(record, folder / RECORD)
+    problems = [name_problem(name, "be a file of the folder") for name in record.get("adapters", ())]
+    if problem := next(filter(None, problems), None):
+        raise ArtifactError(problem, where=folder / RECORD, fix="Export it again")
     del record["config_sha256"]
     return record
 

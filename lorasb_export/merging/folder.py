@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file, fsync, prepare_target, put_in_place
+from ..atomic import atomic_file, discard, fsync, prepare_target, put_in_place
+from ..errors import OutputError
 from ..lock import only_writer
-from ..output import cannot_write
+from ..output import cannot_write, is_free
 from ..storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -78,17 +79,17 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
     target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
     with only_writer(target), cannot_write(target):
         prepare_target(target, overwrite)
-        folder = _open(_work_path(target), identity)
+        folder = _open(target, identity)
         try:
             yield folder
             put_in_place(folder.path, target, overwrite)
             MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards
         except KeyboardInterrupt:
             if not folder.marks():
-                shutil.rmtree(folder.path, ignore_errors=True)
+                discard(folder.path, target)
             raise
         except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            discard(folder.path, target)
             raise
 
 
@@ -102,16 +103,19 @@ def _work_path(target: Path) -> Path:
     return target.parent / f".{target.name}.merge"
 
 
-def _open(work: Path, identity: str) -> MergeFolder:
-    folder = MergeFolder(work)
+def _open(target: Path, identity: str) -> MergeFolder:
+    work = _work_path(target)
+    folder, known = MergeFolder(work), work / _IDENTITY
+    if work.is_symlink() or not (known.is_file() or is_free(work)):
+        fix = "Call it otherwise"
+        raise OutputError("a file or folder that lorasb did not write has a name it needs", where=work, fix=fix)
     if work.is_dir():
-        known = work / _IDENTITY
         if known.is_file() and known.read_text() == identity:
             folder.forget_all_but_shards()
             return folder
         if folder.marks():
             logger.info("the base, the adapter or a setting changed: the interrupted merge is not resumed")
-        shutil.rmtree(work)
+        discard(work, target)
     work.mkdir()
     (work / _IDENTITY).write_text(identity)
     return folder

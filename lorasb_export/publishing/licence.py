@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ..cards.readme import LICENCE_KEYS, front_matter
 from ..errors import ArtifactError, ServerError
 from ..fetch import is_hub_id
 from ..hub_calls import hub_errors, with_retries
 from ..storage import expanded
+
+_MAX_NAMES, _MAX_LENGTH = 10, 300
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
 def licence(
@@ -36,14 +39,20 @@ def licence(
         keys = front_matter(path.read_text(encoding="utf-8"), path)
     except (ArtifactError, UnicodeDecodeError):
         return {}
-    found = {key: str(keys[key]) for key in LICENCE_KEYS if keys.get(key)}
+    found = {key: text for key in LICENCE_KEYS if (text := _text(keys.get(key)))}
     link = found.get("license_link", "")
-    if link and link not in beside and not urlsplit(link).scheme:
+    if link and link not in beside and not _SCHEME.match(link):
         del found["license_link"]
         if not folder.is_dir():
             name = f"datasets/{source}" if dataset else source
             found["license_link"] = f"https://huggingface.co/{name}/blob/{revision or 'main'}/{link}"
     return found
+
+
+def _text(value: object) -> str:
+    """A licence's name or link, or several names; a card can be anybody's, and hold anything."""
+    names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+    return ", ".join(names[:_MAX_NAMES])[:_MAX_LENGTH]
 
 
 def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:

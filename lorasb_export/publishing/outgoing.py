@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import ArtifactError
 from ..fetch import ADAPTER_FILES, BASIS_FILES
 from ..format import sealed
 from ..kind import artifact_kind
+from ..provenance import without_folders
 from ..side_files import LICENCES, TEXTS
 from ..storage import read_json, to_json, version_of
 
@@ -175,7 +177,7 @@ def refuse_tokens(files: Files) -> None:
 
     in_use = (get_token() or "").encode()
     for name, file in files.items():
-        if any(fnmatch(name, pattern) for pattern in (*_WEIGHTS, "*.png")):
+        if any(fnmatch(name, pattern) for pattern in _WEIGHTS):
             continue
         text = content_of(file)
         if _TOKEN.search(text) or (in_use and in_use in text):
@@ -195,12 +197,23 @@ def mark(paths: Iterable[str]) -> str | None:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: entry if key == "labels" else _without_paths(entry) for key, entry in value.items()}
+        return {key: _CLEANED.get(key, _without_paths)(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_without_paths(entry) for entry in value]
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.basename(os.path.normpath(value))
     return value
+
+
+def _without_folders(command: Any) -> Any:
+    """A recorded command as `provenance.command` makes it: earlier releases left more of some paths."""
+    try:
+        return shlex.join(map(without_folders, shlex.split(command)))
+    except (AttributeError, TypeError, ValueError):  # no command of ours
+        return _without_paths(command)
+
+
+_CLEANED: Mapping[str, Callable[[Any], Any]] = {"labels": lambda labels: labels, "command": _without_folders}
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

@@ -49,7 +49,8 @@ class ServePlan:
         The module is started and not `vllm serve`, which does not start when vLLM is installed under another
         distribution name, as its CPU build is.
         """
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        # -P: or a file of the working folder that is called as a package is would be imported in its place.
+        command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.base.folder), flags.SERVED_NAMES, _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings, changes
 from ..storage import read_json
 
+_OF_A_RUN = re.compile(r"(checkpoint|rate|best|basis|capture)-.+|\..+")  # hidden: what atomic and lock leave
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
 SAME = "Resume with the same settings and data, or start afresh with --overwrite"
 RESUME = "Free or repair that disk, then go on with the same command and --resume"
@@ -32,9 +34,13 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
     """Make the working folder of a run, empty unless it is resumed.
 
     Raises:
-        OutputError: an interrupted run would be lost.
+        OutputError: an interrupted run would be lost; or it is a link, or holds what no run leaves.
         TrainingError: the one to be resumed had learning rates that are not in `settings`.
     """
+    others = [path.name for path in folder.glob("*") if not _OF_A_RUN.fullmatch(path.name)]
+    if folder.is_symlink() or (others and not resume):  # and would be removed
+        what = "the working folder of this run is a link" if folder.is_symlink() else f"a run never wrote {others[0]!r}"
+        raise OutputError(what, where=folder, fix="Call it otherwise, or remove it")
     begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
     if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
         raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)

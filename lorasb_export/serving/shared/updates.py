@@ -25,6 +25,7 @@ from .loading import FILES, copy_adapter, load_R
 from .versions import Versions
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
+_REQUEST_BYTES = 1 << 16
 _REQUEST = 'Send {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}'
 _FOLDER = "Name a folder in the adapters' folder that holds a whole adapter of this basis, without links out of it"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -122,8 +123,13 @@ class Updates:
 
 
 async def _read(request: Request) -> dict[str, str]:
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > _REQUEST_BYTES:
+            raise SettingsError(f"the request has more than {_REQUEST_BYTES} bytes", fix=_REQUEST)
     try:
-        body = parse_json(await request.body())
+        body = parse_json(bytes(content))
     except ValueError as error:
         raise SettingsError(f"the request is not a JSON object: {error}", fix=_REQUEST) from None
     if "lora_name" not in body or not all(isinstance(v, str) for v in body.values()):

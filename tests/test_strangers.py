@@ -186,6 +186,16 @@ def test_a_recorded_command_keeps_of_a_path_the_last_part(word: str, kept: str) 
     assert json.loads(content)["command"] == f"lorasb merge {kept}"
 
 
+@pytest.mark.parametrize("command", [None, 5, ["/home/me/x"], "lorasb 'merge /home/me/x", ""])
+def test_a_command_that_is_none_is_published_without_paths(command: Any) -> None:
+    files: dict[str, Path | bytes] = {"lorasb.json": json.dumps({"command": command}).encode()}
+    take_out_paths(files)
+    content = files["lorasb.json"]
+    assert isinstance(content, bytes)
+    assert b"/home" not in content
+    assert type(json.loads(content)["command"]) is type(command)
+
+
 @pytest.mark.parametrize("shape", [[10**17] * 100_000, [10**4000] * 400, [2**63]])
 def test_a_header_of_huge_shapes_is_refused_at_once(shape: list[int], tmp_path: Path) -> None:
     """Their product would take half a minute, and of the 12 MB that a header may have hours."""

@@ -207,10 +207,12 @@ def _without_paths(value: Any) -> Any:
 
 def _without_folders(command: Any) -> Any:
     """A recorded command as `provenance.command` makes it: earlier releases left more of some paths."""
+    if not isinstance(command, str):  # of another program than ours it is None
+        return _without_paths(command)
     try:
         return shlex.join(map(without_folders, shlex.split(command)))
-    except (AttributeError, TypeError, ValueError):  # no command of ours
-        return _without_paths(command)
+    except ValueError:  # cut short in a quotation, or no command
+        return " ".join(map(without_folders, command.split()))
 
 
 _CLEANED: Mapping[str, Callable[[Any], Any]] = {"labels": lambda labels: labels, "command": _without_folders}

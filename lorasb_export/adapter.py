@@ -268,7 +268,13 @@ class Adapter:
 
 
 def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    return {name: _whole(t) if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def _whole(shard: Any) -> torch.Tensor:
+    """Of FSDP2: on the device of its mesh, since shards that are offloaded to the CPU cannot meet there."""
+    gathered: torch.Tensor = shard.to(shard.device_mesh.device_type).full_tensor()
+    return gathered
 
 
 def _check_tensors(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:

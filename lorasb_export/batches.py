@@ -16,9 +16,9 @@ def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
 
     For SEQ_CLS also attention_mask (n, t) and labels (n,). For a causal model `logits_to_keep` (kept,), the positions
     from which any row predicts a label, and labels (n, kept), the token after each of them, or IGNORE: all other logits
-    would cost time and memory and teach nothing. Known here on the host, so that the training step need not ask the
-    device. It gets no mask: padding comes after the labels, where none of them looks, and torch's attention is faster
-    without one.
+    would cost time and memory and teach nothing. Known here on the host, so that nothing of ours waits for the device
+    in a training step. It gets no mask: padding comes after the labels, where none of them looks, and torch's attention
+    is faster without one. (transformers then looks whether rows are packed, and waits for the device once.)
     """
     longest = max(len(row["input_ids"]) for row in batch)
 

@@ -119,8 +119,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Unwinds like Ctrl-C, so that every `finally` runs; the CLI exits with 143."""
 
 
+# Of the CPU's allocator, of Apple's GPU, of cuBLAS, which takes memory of its own.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """On a GPU torch has a class for it; on a CPU it is a RuntimeError of its allocator."""
+    """On a GPU torch has a class for it; elsewhere it is a RuntimeError of an allocator."""
     torch = sys.modules.get("torch")  # without it, it was not torch
     of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return of_torch or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return of_torch or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -28,7 +28,7 @@ from .inject import remove
 from .lock import only_writer
 from .metrics import exact_match, of_predictions
 from .names import name_of
-from .network import evaluating, require_dtype, require_outputs
+from .network import evaluating, refuse_spread, require_dtype, require_outputs
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .storage import read_json, write_json
@@ -104,6 +104,8 @@ def evaluate(
     else:
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)
+        if metric != "exact_match":
+            refuse_spread(network)
     remove(network)  # what is on it must not count as the base
     if metric == "exact_match":
         ends = end_ids(tokenizer, network.generation_config.eos_token_id)

@@ -49,7 +49,8 @@ def inject(
 
     Raises:
         ArtifactError: the model lacks a module, or its shape differs from the basis's.
-        BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, or quantized (but for nf4).
+        BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4), or
+            offloaded.
     """
     remove(model)
     refuse_peft(model)
@@ -63,7 +64,11 @@ def inject(
         shape = shape_of(found[name])
         if shape != module.shape:
             raise ArtifactError(f"module {name} is {shape}, the basis was made for {module.shape}", fix=fix)
-        state_of(weight_of(found[name]))
+        weight = weight_of(found[name])
+        if weight.is_meta:  # accelerate brings it in for the layer's own forward alone: ours would compute with nothing
+            fix = "Load the model whole, or spread it over more GPUs"
+            raise BaseModelError(f"the weight of {name} is not in memory (offloaded, or on `meta`)", fix=fix)
+        state_of(weight)
     model.requires_grad_(False)
     layers = {name: LoRASBLinear(found[name], module, R[name], scaling, route) for name, module in factors.items()}
     for name, layer in layers.items():

@@ -46,19 +46,31 @@ class Stack:
         self._model = model
         self._route = Route()
         start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
-        live = inject(model, basis.modules, start, first.scaling, self._route)
-        self.layers: list[torch.Tensor] = [live[name] for name in basis.modules]
-        with torch.no_grad():
-            self.values = torch.stack(self.layers, dim=1)  # one adapter's R lie together
+        self._live = inject(model, basis.modules, start, first.scaling, self._route)
+        self._adapters = list(adapters.values())
+        self.values = self._stacked()
         self.bind()
-        for k, adapter in enumerate(adapters.values()):
-            adapter.R = {name: self.values[k, place] for place, name in enumerate(basis.modules)}
         self.use(self.names[0])
 
+    @property
+    def layers(self) -> list[torch.nn.Parameter]:
+        """The (k, r, r) of every module that are on the model now."""
+        return list(self._live.values())
+
+    def _stacked(self) -> torch.Tensor:
+        return torch.stack([layer.detach() for layer in self.layers], dim=1)  # one adapter's R lie together
+
     def bind(self) -> None:
-        """Make the layers' parameters views of `values` (again: `model.to` may have copied them)."""
+        """Make the layers' parameters, and each adapter's `R`, views of `values`: again, where `model.to` copied them.
+
+        `values` follows a model that has gone to another device.
+        """
+        if self.values.device != self.layers[0].device:
+            self.values = self._stacked()
         for place, parameter in enumerate(self.layers):
             parameter.data = self.values[:, place]
+        for k, adapter in enumerate(self._adapters):
+            adapter.R = {name: self.values[k, place] for place, name in enumerate(self._live)}
 
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
@@ -73,7 +85,7 @@ class Stack:
             if name is not None and name not in self.names:
                 raise SettingsError(f"no adapter {name!r} is attached", fix=f"Choose from {', '.join(self.names)}")
         indices = [-1 if name is None else self.names.index(name) for name in chosen]
-        self.use_rows(torch.tensor(indices, device=self.values.device))
+        self.use_rows(torch.tensor(indices, device=self.layers[0].device))
 
     def use_rows(self, rows: torch.Tensor) -> None:
         """As `use`, by index into `names`: (n,) long, or (1,) for every row; -1 is the base."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..exact import exact_products
+
 EXACT_UP_TO = 1024  # below this size the exact SVD costs no more than the randomized one
 OVERSAMPLE = 16  # extra columns of the randomized SVD, cut afterwards: the last wanted directions come out better
 POWER_ITERATIONS = 10  # as in the authors' code
@@ -22,6 +24,7 @@ def svd_device(model_device: torch.device) -> torch.device:
     return model_device if model_device.type == "cuda" else torch.device("cpu")
 
 
+@exact_products()
 def truncated_svd(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `rank` largest singular triplets of `matrix` (m, n): U (m, r), S (r,) descending, Vh (r, n).
 
@@ -72,6 +75,7 @@ class CaptureRatios:
         self._squares: dict[str, float] = {}
         self._total = 0.0
 
+    @exact_products()
     def add(self, name: str, g: torch.Tensor, **ways: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Measure g (out, in) of module `name` in each of `ways`: a pair B (out, r), A (r, in)."""
         energy = float(g.square().sum())

@@ -19,6 +19,7 @@ from ..data import TaskData
 from ..encoding import encode, prompt_ids
 from ..errors import ArtifactError, DataError
 from ..evaluation import fitting_metric, trained_length
+from ..exact import exact_products
 from ..inference import answers_of_ids, expected_answers, max_answer_tokens
 from ..inject import remove
 from ..metrics import exact_match, of_predictions
@@ -40,6 +41,7 @@ _METRIC_ROWS, _BATCH_ROWS = 128, 16
 _TIE = 0.01  # logits: fp32 in another order of summation differs by about 1e-4
 
 
+@exact_products()
 def verify_folder(
     out: Path,
     base: BaseModel,
@@ -91,6 +93,7 @@ def verify_folder(
     return results
 
 
+@exact_products()
 def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskData | None) -> dict[str, Any]:
     """Ask an exported classifier and torch in fp32 for the same logits.
 

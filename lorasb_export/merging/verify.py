@@ -18,6 +18,7 @@ from ..base import BaseModel, default_device
 from ..data import TaskData, load_task
 from ..encoding import encode
 from ..errors import ArtifactError, DataError, SettingsError, is_out_of_memory
+from ..exact import exact_products
 from ..streamed import add_updates, streamed_model, was_read
 from ..task_source import TaskSource
 from .rounding import NOT_ROUNDED, Rounding
@@ -41,6 +42,7 @@ _WHOLE = 1 << 20  # tokens: no row is left out for its length
 _TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
 
 
+@exact_products()
 def compare_logits(
     base: BaseModel, adapters: Sequence[Adapter], merged: Path, rounding: Rounding = NOT_ROUNDED
 ) -> dict[str, Any]:

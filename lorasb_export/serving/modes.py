@@ -24,6 +24,7 @@ _VERSIONS = "updates"  # in the temporary folder: what was loaded since the star
 # What vLLM computes as one layer, with room for an adapter of each.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
+_MOST_SLOTS = 16  # folded, on an accelerator: a slot takes hundreds of MiB beside the weights of a large model
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -42,9 +43,11 @@ class Folded:
     def slots(self) -> int:
         if self.max_loras is not None:
             return self.max_loras
-        # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
-        # adapter lies there. One slot that is never filled holds zeros and makes them right.
-        return len(self.adapters) + runs_on_cpu()
+        if runs_on_cpu():
+            # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
+            # adapter lies there. One slot that is never filled holds zeros and makes them right.
+            return len(self.adapters) + 1
+        return min(len(self.adapters), _MOST_SLOTS)
 
     @property
     def _numbers(self) -> int:
@@ -63,7 +66,10 @@ class Folded:
         if not self.adapters:
             return []
         paths = {name: Path(folder) / name for name in self.adapters}
-        return _lora_flags(self.adapters, self.slots, paths)
+        flags = _lora_flags(self.adapters, self.slots, paths)
+        if self.slots < len(self.adapters):  # in host memory, where else there are as many as have a slot
+            flags += ["--max-cpu-loras", str(len(self.adapters))]
+        return flags
 
     def environment(self, folder: str | Path) -> dict[str, str]:
         # A value exported for another server would switch the plugin on.

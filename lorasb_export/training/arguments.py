@@ -41,5 +41,6 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         disable_tqdm=True,
         **(options if settings.gradient_checkpointing else {}),
     )
+    arguments.mixed_precision = "no"  # accelerate's environment would have the whole network under autocast
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs are for several processes, never for DataParallel
     return arguments

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -214,7 +214,9 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     """The Trainer seeds python, numpy and torch, and so whatever the caller draws after it."""
     python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        of_mps = torch.random.fork_rng([0], device_type="mps") if device.type == "mps" else nullcontext()
+        cudas = range(torch.cuda.device_count()) if device.type == "cuda" else ()  # the Trainer seeds them all
+        with of_mps, torch.random.fork_rng(list(cudas)):
             yield
     finally:
         random.setstate(python)

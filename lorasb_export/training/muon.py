@@ -37,7 +37,10 @@ class Muon(torch.optim.AdamW):
             raise ValueError(
                 "Muon needs groups that say which are R: pass lorasb_export.training.muon.groups_of(model)"
             )
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        of_head = [p for group in groups if not group["orthogonal"] for p in group["params"]]
+        # Fused on a GPU: otherwise each step of a resumed run would ask the device how many there were.
+        fused = True if of_head and all(p.is_cuda for p in of_head) else None
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=fused)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,0 +1,109 @@
+"""What differs between devices, as far as a machine without an accelerator can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasb_export import Adapter, FitSettings, Stack, evaluate
+from lorasb_export.base import BaseModel
+from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
+from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
+from lorasb_export.exact import exact_products
+from lorasb_export.training.arguments import trainer_arguments
+from tests import serving
+from tests.merging import MODULES, adapter_for
+from tests.serving import dry_run, value_of
+
+folder = serving.folder
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Adapter:
+    return Adapter.load(adapter_for(llama, tmp_path / "a"))
+
+
+def test_a_base_that_is_offloaded_is_refused(llama: Path, adapter: Adapter) -> None:
+    """accelerate brings such a weight in for the forward of its own layer alone."""
+    network = BaseModel.resolve(llama).load()
+    network.get_submodule(MODULES[0]).to("meta")
+    with pytest.raises(BaseModelError, match=rf"the weight of {MODULES[0]} is not in memory"):
+        adapter.inject(network)
+
+
+def test_a_stack_follows_its_model(llama: Path, adapter: Adapter) -> None:
+    network = BaseModel.resolve(llama).load()
+    stack = Stack(network, {"a": adapter})
+    network.to("meta")
+    stack.bind()
+    assert {stack.values.device.type, *(R.device.type for R in adapter.R.values())} == {"meta"}
+    assert all(R._base is stack.values for R in adapter.R.values())
+    assert {layer.device.type for layer in stack.layers} == {"meta"}
+    stack.use("a")
+    assert network(torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_products_are_exact_within_and_as_allowed_before(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision(allowed)
+    seen_by = {"eigh": torch.linalg.eigh}
+
+    def eigh(matrix: torch.Tensor) -> object:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return seen_by["eigh"](matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    try:
+        truncated_svd(torch.randn(8, 4), 2, 0)
+        CaptureRatios().add("x", torch.randn(8, 4), basis=(torch.eye(8, 2), torch.eye(2, 4)))
+        with pytest.raises(KeyError), exact_products():
+            raise KeyError
+        assert seen == [False]
+        assert torch.get_float32_matmul_precision() == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == (allowed != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_are_exact_for_who_uses_the_newer_switches() -> None:
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        with exact_products():
+            assert switch.fp32_precision == "ieee"
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
+
+
+def test_the_environment_of_accelerate_does_not_choose_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trainer_arguments(FitSettings(learning_rate=1e-3), tmp_path, 1, "a").mixed_precision == "no"
+
+
+def test_a_loss_is_not_taken_over_several_devices(llama: Path, adapter: Adapter, sums: Path) -> None:
+    network = BaseModel.resolve(llama).load()
+    network.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(SettingsError, match="lies on several devices"):
+        evaluate(adapter, sums, network=network, metric="loss")
+
+
+@pytest.mark.parametrize("words", ["MPS backend out of memory (MPS allocated: 1 GB)", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_full_memory_is_known_by_its_words(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_folded_adapters_take_turns_in_sixteen_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving.install(monkeypatch, "vllm")
+    named = {f"a{number}": folder / "a" for number in range(40)}
+    command = dry_run(named, mode="folded")["command"]
+    assert (value_of(command, "--max-loras"), value_of(command, "--max-cpu-loras")) == ("16", "40")
+    few = dry_run({"a": folder / "a"}, mode="folded")["command"]
+    assert (value_of(few, "--max-loras"), "--max-cpu-loras" in few) == ("1", False)

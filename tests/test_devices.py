@@ -42,7 +42,6 @@ def test_a_stack_follows_its_model(llama: Path, adapter: Adapter) -> None:
     assert all(R._base is stack.values for R in adapter.R.values())
     assert {layer.device.type for layer in stack.layers} == {"meta"}
     stack.use("a")
-    assert network(torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.shape[:2] == (1, 3)
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])

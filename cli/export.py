@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.choices import MAX_DROP, MOST_COMPARED, ExportFormat, Precision
+from lorasb_export.choices import MAX_COMPARED, MAX_DROP, ExportFormat, Precision
 
 from .verb import Run, given, human_bytes
 
@@ -97,7 +97,7 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
     from lorasb_export.errors import DataError
 
     found = {}
-    for folder in folders[:MOST_COMPARED]:
+    for folder in folders[:MAX_COMPARED]:
         loaded = Adapter.load(folder)
         name, source = run.project.task_of(loaded, data)
         task = None

@@ -197,7 +197,7 @@ def _summary(adapter: Adapter) -> dict[str, Any]:
 
 
 def _lines(name: str, adapter: Adapter) -> list[str]:
-    from lorasb_export.calibration.capture import words
+    from lorasb_export.calibration.capture import one_line
 
     training, folder = adapter.training, adapter.folder
     if not {"settings", "steps", "rows", "train_loss", "valid_loss"} <= training.keys():
@@ -214,7 +214,7 @@ def _lines(name: str, adapter: Adapter) -> list[str]:
     if training.get("learning_rates"):
         lines.append(f"  {_compared(training['learning_rates'], settings)}")
     if training.get("capture") and training.get("energy"):
-        lines.append(f"  {words(training['capture'])}")
+        lines.append(f"  {one_line(training['capture'])}")
         lines.append(f"  and keeps {percentages(training['energy'])} of its first step's energy")
     return lines
 

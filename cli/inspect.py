@@ -10,7 +10,7 @@ import typer
 
 from .verb import Run, human_bytes
 
-_MOST = 40  # lines of one part, as there may be of adapters or modules
+_MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 
 
 def run(
@@ -39,19 +39,19 @@ def run(
     found = inspect_folder(folder, data=source, base=model, verify=verify)
     shown = {**found, **({"bytes": human_bytes(found["bytes"])} if "bytes" in found else {})}
     if data is not None:
-        from lorasb_export.calibration.capture import words
+        from lorasb_export.calibration.capture import one_line
 
-        shown["capture"] = f"{words(found['capture'])}; --json lists every module"
+        shown["capture"] = f"{one_line(found['capture'])}; --json lists every module"
     run.result(found, "\n".join(_lines(shown)))
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
-    for key, entry in islice(value.items(), _MOST):
+    for key, entry in islice(value.items(), _MAX_LINES):
         if isinstance(entry, dict):
             lines += [f"{indent}{key}:", *_lines(entry, indent + "  ")]
         else:
             lines.append(f"{indent}{key}: {f'{entry:.4g}' if isinstance(entry, float) else entry}")
-    if len(value) > _MOST:
-        lines.append(f"{indent}… and {len(value) - _MOST:,} more (--json lists all)")
+    if len(value) > _MAX_LINES:
+        lines.append(f"{indent}… and {len(value) - _MAX_LINES:,} more (--json lists all)")
     return lines

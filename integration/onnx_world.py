@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lorasb_export.adapter import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.factors import ModuleBasis
 from tests.tiny import VOCABULARY, save_tokenizer
 

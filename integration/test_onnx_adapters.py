@@ -130,7 +130,7 @@ def test_of_many_adapters_each_is_written_in_turn_and_the_first_are_compared(
 
     monkeypatch.setattr(onnx_adapters, "values", values_of)
     monkeypatch.setattr(onnx_adapters, "write_adapter", write)
-    monkeypatch.setattr(onnx_adapters, "MOST_COMPARED", 1)
+    monkeypatch.setattr(onnx_adapters, "MAX_COMPARED", 1)
     result = export_onnx_adapters([world / "red", world / "blue"], tmp_path / "tasks")
     assert held == ["values of red", "file of red", "values of blue", "file of blue"]
     assert (list(result["adapters"]), list(result["verify"])) == (["red", "blue"], ["base", "red"])

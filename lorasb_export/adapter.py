@@ -227,10 +227,10 @@ class Adapter:
             raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=AGAIN)
         expected = {f"{name}.R": [rank, rank] for name in modules}
         path = folder / "adapter.safetensors"
-        header, _ = read_header(path)
+        header = read_header(path)
         head = head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])
-        source_of_basis = basis_source.found(config["basis"]["source"], folder, hub_source)
+        source_of_basis = basis_source.resolved(config["basis"]["source"], folder, hub_source)
         if source_of_basis is None and hub_source is not None:
             resolve_folder(hub_source, BASIS_FILES)
         return cls(

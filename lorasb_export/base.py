@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import checkpoint_tensors
+from .base_tensors import checkpoint_tensors
 from .choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
 from .errors import BaseModelError
 from .fetch import parse_hub_id, snapshot
-from .network import amend, as_base_model_error, read_network, tokenizer_of
+from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, expanded, read_json
 from .supported import check_supported
@@ -97,7 +97,7 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """See `checkpoint.checkpoint_tensors`."""
+        """See `base_tensors.checkpoint_tensors`."""
         return checkpoint_tensors(self.folder)
 
     def tensor_key(self, name: str) -> str | None:
@@ -209,8 +209,6 @@ class BaseModel:
             )
 
         require_choice("dtype", dtype, LoadedDtype)
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
         device = torch.device(device or default_device())
         empty = None
         if dtype == NF4:
@@ -220,13 +218,12 @@ class BaseModel:
             options = loading_options(empty, device)
         else:
             options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         if num_labels is not None:
             options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         if device.type != "cpu":
             gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
-        network = read_network(self.folder, loader, options, seed, empty)
+        network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
         network.to(device)  # type: ignore[arg-type]
         return network
@@ -239,11 +236,10 @@ class BaseModel:
         """
         import torch
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoConfig
 
         from .tensors import TORCH_DTYPES
 
-        loader: Any = AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
         stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
         with as_base_model_error(self.folder), init_empty_weights():
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
@@ -251,13 +247,13 @@ class BaseModel:
                 config.num_labels = num_labels
             as_stored = dtype in ("auto", NF4)
             wanted = (config.dtype or next(stored, torch.float32)) if as_stored else getattr(torch, dtype)
-            network: PreTrainedModel = loader.from_config(config, dtype=wanted)
+            network: PreTrainedModel = _auto_class(task_type).from_config(config, dtype=wanted)
         network.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(network, task_type)
         return network
 
     def _prepare(self, network: PreTrainedModel, task_type: str) -> None:
-        amend(network)
+        mend_defaults(network)
         network.requires_grad_(False).eval()
         if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
             network.config.pad_token_id = self.tokenizer.pad_token_id
@@ -287,6 +283,12 @@ class BaseModel:
 
 
 AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one
+
+
+def _auto_class(task_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
 
 
 def default_device() -> torch.device:

@@ -11,7 +11,7 @@ from .fetch import parse_hub_id
 EMBEDDED = "embedded"
 
 
-def found(named: str, folder: Path, hub_source: str | None) -> str | None:
+def resolved(named: str, folder: Path, hub_source: str | None) -> str | None:
     """`Adapter.basis_source`, given what the config names. Raises ArtifactError where nobody else could find it."""
     if named == EMBEDDED:
         return None

@@ -29,7 +29,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 ServingMode = Literal["shared", "folded", "auto"]
 
 MAX_DROP = 2.0  # points of a metric that an ONNX graph may lose, unless told otherwise
-MOST_COMPARED = 32  # adapters on one ONNX graph whose answers are compared with torch's: each takes seconds
+MAX_COMPARED = 32  # adapters on one ONNX graph whose answers are compared with torch's: each takes seconds
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:

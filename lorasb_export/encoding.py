@@ -56,7 +56,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
     return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
 
 
-def one_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def fixed_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What makes the chat template write one and the same date every day.
 
     Some put today's before every prompt. Rows get Llama 3's own default instead, so that a run trains on the same
@@ -82,9 +82,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
         DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
     """
     question, _ = question_and_answer(row, where)
-    asked = prompt_ids(tokenizer, question, where, **one_day(tokenizer))
+    asked = prompt_ids(tokenizer, question, where, **fixed_date(tokenizer))
     if kind_of(row) == CHAT:
-        ids = _chat_ids(tokenizer, row["messages"], where, **one_day(tokenizer))
+        ids = _chat_ids(tokenizer, row["messages"], where, **fixed_date(tokenizer))
     else:
         ids, _ = _tokens(row, tokenizer, where)
     return ids[len(asked) :] if ids[: len(asked)] == asked else None
@@ -213,7 +213,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     if kind == TEXT:
         ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"], where, **one_day(tokenizer))
+    prompt = prompt_ids(tokenizer, row["prompt"], where, **fixed_date(tokenizer))
     completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
     return prompt + completion, [IGNORE] * len(prompt) + completion
 
@@ -262,7 +262,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
 
 def _marked(turns: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Chat:
     """By a template that marks what the assistant says with {% generation %}."""
-    told: Any = {**tokenizer.special_tokens_map, **one_day(tokenizer)}
+    told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer)}
     rendered: Any = render_jinja_template([turns], return_assistant_tokens_mask=True, **told)
     (text,), (spans,) = rendered
     return text, spans
@@ -278,7 +278,7 @@ def _bounded(turns: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -
     """
 
     def written(part: list[Any], **options: Any) -> str:
-        return _written(tokenizer, part, **one_day(tokenizer), **options)
+        return _written(tokenizer, part, **fixed_date(tokenizer), **options)
 
     text, spans = written(turns), []
     for i, turn in enumerate(turns):

@@ -75,16 +75,16 @@ class ServerError(LoraSBError, RuntimeError):
 
     Attributes:
         silent: whether the Hub could say neither yes nor no: it was not reached, or fails (5xx).
-        of_all: whether another repository would fare no better: the Hub is silent or refuses the token, or its client
-            does not work here.
+        of_every_repository: whether another one would fare no better: the Hub is silent or refuses the token, or its
+            client does not work here.
     """
 
     silent = False
-    of_all = False
+    of_every_repository = False
 
 
 # Where one command takes several tasks or adapters in turn, these errors end the current one alone.
-OF_ONE_ITEM = (DataError, ArtifactError, TrainingError)
+PER_ITEM_ERRORS = (DataError, ArtifactError, TrainingError)
 
 
 class Problems:

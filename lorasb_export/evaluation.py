@@ -26,9 +26,9 @@ from .head import head_parameters
 from .inference import answers, expected_answers, max_answer_tokens
 from .inject import remove
 from .lock import only_writer
-from .metrics import exact_match, of_predictions
+from .metrics import exact_match, prediction_metrics
 from .names import name_of
-from .network import evaluating, refuse_spread, require_dtype, require_outputs
+from .network import evaluating, refuse_several_devices, require_dtype, require_outputs
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .storage import read_json, write_json
@@ -105,7 +105,7 @@ def evaluate(
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)
         if metric != "exact_match":
-            refuse_spread(network)
+            refuse_several_devices(network)
     remove(network)  # what is on it must not count as the base
     if metric == "exact_match":
         ends = end_ids(tokenizer, network.generation_config.eos_token_id)
@@ -121,7 +121,7 @@ def evaluate(
         if metric == "loss":
             return mean_loss(scores), []
         predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-        value = of_predictions(predicted, labels, regression=task.regression)[metric]
+        value = prediction_metrics(predicted, labels, regression=task.regression)[metric]
         return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
 
     result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
@@ -165,7 +165,7 @@ def to_score(
         raise SettingsError(f"limit is {limit}", fix="Give at least 1, or leave it out for all rows")
     if split is not None:
         require_choice("split", split, Split)
-    metric = fitting_metric(task, metric)
+    metric = metric_for(task, metric)
     if predictions and metric == "loss":
         fix = "Leave predictions out, or take another metric"
         raise SettingsError("the metric loss predicts nothing", where=task.source, fix=fix)
@@ -189,7 +189,7 @@ def trained_length(adapter: Adapter) -> int:
     return int(adapter.training.get("settings", {}).get("max_length", FitSettings.max_length))
 
 
-def fitting_metric(task: TaskData, metric: str | None) -> str:
+def metric_for(task: TaskData, metric: str | None) -> str:
     """`metric`, or the default of the task's kind of rows. Raises SettingsError when it does not fit them."""
     fitting = ("pearson",) if task.regression else _METRICS[task.kind]
     if metric is not None and metric not in fitting:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
-from .storage import expanded, sha256_file
+from .storage import absolute, expanded, sha256_file
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors")
@@ -54,7 +53,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     Raises:
         ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
     """
-    path = Path(os.path.abspath(expanded(source)))
+    path = absolute(source)
     if path.is_dir():
         return path, str(path)
     name, commit, folder = snapshot(str(source), files, ArtifactError)

@@ -59,7 +59,7 @@ _TRAINING_KEYS: Mapping[str, Any] = {
 _MODULE = re.compile(r"\w[\w-]*(\.\w[\w-]*)*", re.ASCII)
 _FIGURES = {"base", "adapter", "rows"}
 
-_MOST = 10  # problems told at once
+_MAX_PROBLEMS = 10  # problems told at once
 AGAIN = "Train or fetch it again"
 EDITED = "Written by another version, or edited by hand"
 
@@ -100,8 +100,8 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
     for key in sorted(set(keys) & set(found)):
         if not isinstance(found[key], keys[key]) or isinstance(found[key], bool):
             problems.append(f"{key:.80} is {found[key]!r:.40}")
-    if len(problems) > _MOST:
-        problems[_MOST:] = [f"and {len(problems) - _MOST} more"]
+    if len(problems) > _MAX_PROBLEMS:
+        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
     if problems:
         raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=EDITED)
 
@@ -181,7 +181,7 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
 
 def basis_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, path: Path) -> dict[str, list[int]]:
     """The shapes of what the `basis.safetensors` at `path` must hold: B, A and S of every module, or its block."""
-    if any(name.endswith(".block") for name in read_header(path)[0]):
+    if any(name.endswith(".block") for name in read_header(path)):
         return {f"{name}.block": [2, 2] for name in shapes}
     expected: dict[str, list[int]] = {}
     for name, (rows, columns) in shapes.items():

@@ -18,7 +18,7 @@ _SECRET = re.compile(r"hf_\w+|Bearer\s+\S+")
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # in hf_xet's words, after two minutes of trying
 _WAITS = (1, 2, 4, 8)  # seconds before each new try, where the Hub does not say how long
 _SAID = 5  # seconds: a wait of so long that the Hub asks for is logged
-_LONGEST = 300  # seconds: for a longer one we give up
+_MAX_WAIT = 300  # seconds: for a longer one we give up
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
     403: ("this token may not do that", "Use a token that may, with write access for a push"),
@@ -40,11 +40,11 @@ def with_retries(call: Callable[[], T]) -> T:
             pause = retry_after(error)
             if pause is None:
                 raise
-            rest(pause or wait)
+            wait_for(pause or wait)
     return call()
 
 
-def rest(seconds: float) -> None:
+def wait_for(seconds: float) -> None:
     """Wait, and say so where it takes long enough to wonder."""
     if seconds >= _SAID:
         logger.warning("the Hub asks to wait %.0f s", seconds)
@@ -59,7 +59,7 @@ def retry_after(error: BaseException) -> float | None:
         answer = getattr(cause, "response", None)
         if answer is not None and (answer.status_code in (408, 429) or answer.status_code >= 500):
             seconds = _asked(answer.status_code, answer.headers)
-            return seconds if seconds <= _LONGEST else None
+            return seconds if seconds <= _MAX_WAIT else None
         if isinstance(cause, (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError, httpx2.ReadTimeout)):
             return 0.0
     return None
@@ -142,7 +142,7 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
             failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
             own = hidden or any(isinstance(e, DisabledRepoError) for e in chain)
-            failure.of_all = failure.silent or (status in _OF_THE_TOKEN and not own)
+            failure.of_every_repository = failure.silent or (status in _OF_THE_TOKEN and not own)
         raise failure from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of hf_xet, which logs to the cache when it is first used
@@ -151,5 +151,5 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
         fix = "Let HF_HOME be a folder that can be written, or set HF_HUB_DISABLE_XET=1"
         failure = kind(f"{before}hf_xet cannot work: {reason}", where=where, fix=fix)
         if isinstance(failure, ServerError):
-            failure.of_all = True
+            failure.of_every_repository = True
         raise failure from None

@@ -67,7 +67,7 @@ def inspect_folder(
     if kind == "merged" and on_disk:
         found["tensors"] = len(BaseModel.resolve(folder).tensors)
     if kind == "peft" and on_disk:
-        found["tensors"] = len(read_header(folder / "adapter_model.safetensors")[0])
+        found["tensors"] = len(read_header(folder / "adapter_model.safetensors"))
     if kind == "peft" and not (folder / "lorasb.json").is_file():
         return found | _stock_peft(read_json(folder / "adapter_config.json"))
     record = read_record(folder) if kind.startswith("onnx") else read_json(folder / "lorasb.json")

@@ -38,7 +38,7 @@ def pearson(found: Sequence[float], expected: Sequence[float]) -> float:
     return covariance / (norm_found * math.hypot(*(b - mean_expected for b in expected)))
 
 
-def of_predictions(predicted: Sequence[float], expected: Sequence[float], *, regression: bool) -> dict[str, float]:
+def prediction_metrics(predicted: Sequence[float], expected: Sequence[float], *, regression: bool) -> dict[str, float]:
     """Pearson's correlation for regression; accuracy and Matthews' correlation for classes."""
     if regression:
         return {"pearson": pearson(predicted, expected)}

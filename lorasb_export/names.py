@@ -15,7 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
 # adapter, and would answer a request for the base with it.
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
-_MOST_UNNAMED = 32  # each answer takes seconds, and what is asked is told at the end
+_MAX_UNNAMED = 32  # each answer takes seconds, and what is asked is told at the end
 
 
 def name_problem(name: str, use: str = "be served as a name") -> str | None:
@@ -112,8 +112,8 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
 
 def refuse_many(names: Collection[str], where: Path) -> None:
     """Raise SettingsError for more adapters than one question should go to though nobody named them."""
-    if len(names) > _MOST_UNNAMED:
-        what = f"there are {len(names):,} adapters, and at most {_MOST_UNNAMED} are asked where none is named"
+    if len(names) > _MAX_UNNAMED:
+        what = f"there are {len(names):,} adapters, and at most {_MAX_UNNAMED} are asked where none is named"
         raise SettingsError(what, where=where, fix="Name some with --adapters")
 
 

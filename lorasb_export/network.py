@@ -20,7 +20,7 @@ _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretra
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
-def amend(network: PreTrainedModel) -> None:
+def mend_defaults(network: PreTrainedModel) -> None:
     """Mends, in place, what transformers does wrongly or slowly by default.
 
     Gemma 2 bounds its attention scores; of the implementations the default leaves that out in silence.
@@ -69,13 +69,13 @@ def read_network(
     with torch.random.fork_rng(devices), as_base_model_error(folder, fix):
         torch.default_generator.manual_seed(seed)
         network, found = loader.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
-        made_up = {*found["missing_keys"], *(name for name, *_ in found.get("mismatched_keys", ()))}
+        newly_initialized = {*found["missing_keys"], *(name for name, *_ in found.get("mismatched_keys", ()))}
         if empty is not None:
-            made_up |= other_shapes(network, empty)
+            newly_initialized |= other_shapes(network, empty)
             torch.default_generator.manual_seed(seed)
-            renew_head(network, empty, made_up)
+            renew_head(network, empty, newly_initialized)
             keep_layout(network)
-    refuse_made_up(network, made_up, folder)
+    refuse_newly_initialized(network, newly_initialized, folder)
     return network
 
 
@@ -139,7 +139,7 @@ def require_positions(network: PreTrainedModel, max_length: int) -> None:
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
-def refuse_spread(network: PreTrainedModel) -> None:
+def refuse_several_devices(network: PreTrainedModel) -> None:
     """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
     if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
         fix = "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model"
@@ -175,7 +175,7 @@ def require_outputs(network: PreTrainedModel, num_labels: int | None) -> None:
         raise SettingsError(f"the network that was given is {theirs}, the rows need {ours}", fix=fix)
 
 
-def refuse_made_up(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
+def refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
 
     A head may be new: a classifier's is. The pooler, which checkpoints of language models lack, lies in the body: it is

@@ -5,19 +5,16 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from .choices import NF4
 from .errors import BaseModelError, MissingPackageError, SettingsError
-from .network import other_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +75,7 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
     """What a weight (out, in) is once it has been packed."""
     from bitsandbytes.functional import quantize_4bit
 
-    return dense(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
+    return dequantized(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
 
 
 def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:
@@ -92,10 +89,10 @@ def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:
     }
 
 
-def renew_head(network: PreTrainedModel, empty: PreTrainedModel, made_up: Collection[str]) -> None:
-    """Draw a classifier's head on the host where parameters of it were `made_up`, as for a base that is not packed."""
+def renew_head(network: PreTrainedModel, empty: PreTrainedModel, newly_initialized: Collection[str]) -> None:
+    """Draw a classifier's head on the host, where parameters of it are new, as for a base that is not packed."""
     for name, head in empty.named_children():
-        if name != empty.base_model_prefix and any(parameter.startswith(f"{name}.") for parameter in made_up):
+        if name != empty.base_model_prefix and any(parameter.startswith(f"{name}.") for parameter in newly_initialized):
             head.to_empty(device="cpu")
             head.apply(empty._init_weights)
             setattr(network, name, head.to(network.device))
@@ -138,7 +135,7 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def dense(weight: torch.Tensor, state: Any) -> torch.Tensor:
+def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
     """The weight (out, in) that a packed one stands for; one that is not packed (`state` None) as it is."""
     if state is None:
         return weight
@@ -148,9 +145,9 @@ def dense(weight: torch.Tensor, state: Any) -> torch.Tensor:
     return found
 
 
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """`dense`, of a weight that knows its state."""
-    return dense(weight, state_of(weight))
+def dequantize(weight: torch.Tensor) -> torch.Tensor:
+    """`dequantized`, of a weight that knows its state."""
+    return dequantized(weight, state_of(weight))
 
 
 def keep_layout(network: nn.Module) -> None:
@@ -164,41 +161,10 @@ def keep_layout(network: nn.Module) -> None:
 
 
 @contextmanager
-def with_adapters(network: nn.Module) -> Iterator[None]:
+def as_if_with_peft(network: nn.Module) -> Iterator[None]:
     """transformers' Trainer refuses a packed network without PEFT's adapters: within, it takes them to be there."""
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
     try:
         yield
     finally:
         del network._hf_peft_config_loaded
-
-
-class _Gradient(torch.autograd.Function):
-    """x·Wᵀ + bias of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, _: torch.Tensor, module: nn.Linear, keep: Callable[[torch.Tensor], None]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.module, ctx.keep = module, keep
-        return linear(x, whole(module.weight).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
-        return (grad @ whole(ctx.module.weight).to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None, None
-
-
-def gradients_kept(
-    modules: Mapping[str, nn.Module], keep: Callable[[str, torch.Tensor], None]
-) -> AbstractContextManager[None]:
-    """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
-    wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
-
-    def forward(name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Gradient.apply(x, wanted, module, partial(keep, name))
-        return y
-
-    return other_forwards({module: partial(forward, name, module) for name, module in modules.items()})

@@ -14,8 +14,8 @@ from .bars import no_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import load_held_out, load_task
-from .errors import OF_ONE_ITEM, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
-from .evaluation import evaluate, fitting_metric, record_evaluation, to_score
+from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
+from .evaluation import evaluate, metric_for, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
 from .predictions import PredictionsFile
@@ -104,7 +104,7 @@ def evaluate_adapters(
             if all_there_are and not data and not task.splits.get(split or task.held_out()):
                 logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
                 continue
-            if all_there_are and file is not None and metric is None and fitting_metric(task, None) == "loss":
+            if all_there_are and file is not None and metric is None and metric_for(task, None) == "loss":
                 logger.warning("%s is passed over: the loss of %s predicts nothing", word, source)
                 continue
             of_split, of_metric, _ = to_score(adapter, task, predictions=file is not None, **scored)
@@ -144,7 +144,7 @@ def evaluate_adapters(
             kind = base, adapter.task_type, adapter.num_labels
             # No name for the network here: it would keep it beside the next one.
             outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **scored, **options)
-        except OF_ONE_ITEM as error:
+        except PER_ITEM_ERRORS as error:
             if len(ready) + len(known) == 1:
                 raise
             logger.warning("%s is left out: %s", word, error)

@@ -13,10 +13,10 @@ from . import distributed, project_basis
 from .adapter import Adapter
 from .bars import no_bar
 from .base import BaseModel
-from .calibration.calibrate import MOST_MEASURED
+from .calibration.calibrate import MAX_MEASURED
 from .choices import CAUSAL_LM
 from .data import load_task
-from .errors import OF_ONE_ITEM, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
+from .errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
 from .loaded import LastLoaded
 from .names import some
 from .output import is_free, refuse_existing
@@ -25,7 +25,7 @@ from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
 from .task_source import AnySource
 from .training.fit import fit, train_together
-from .training.requirements import require_fitting
+from .training.requirements import check_requirements
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def fit_tasks(
 
     Raises:
         OutputError: an adapter is there already; nothing was trained.
-        DataError, MissingPackageError: see `require_fitting`; nothing was trained.
+        DataError, MissingPackageError: see `check_requirements`; nothing was trained.
         SettingsError: `data` or `out` with several tasks; tasks of different bases or settings, or a single one,
             together; the project's basis is not as its file has it.
     """
@@ -117,7 +117,7 @@ def fit_tasks(
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
     del network
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MOST_MEASURED}
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MAX_MEASURED}
     options["start"] = started
     if together:
         (found,) = shared.values()
@@ -147,7 +147,7 @@ def fit_tasks(
             alone = distributed.world_size() == 1
             full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit
             met_by_all = alone or isinstance(error, TrainingError)  # else the others wait within their training
-            if len(places) == 1 or not (full or (isinstance(error, OF_ONE_ITEM) and met_by_all)):
+            if len(places) == 1 or not (full or (isinstance(error, PER_ITEM_ERRORS) and met_by_all)):
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone() if isinstance(error, LoraSBError) else _out_of_memory(name)
@@ -165,12 +165,12 @@ def _out_of_memory(name: str) -> TrainingError:
 def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
     """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
     for used in {own.get(name, settings) for name in places}:
-        require_fitting([], used)  # what is wrong with no task is told once
+        check_requirements([], used)  # what is wrong with no task is told once
     types, problems = set(), Problems()
     for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
         with problems:
             task = load_task(name, source)
-            require_fitting([task], own.get(name, settings))
+            check_requirements([task], own.get(name, settings))
             types.add(task.task_type)
         if len(problems.found) == 10:
             break

@@ -37,8 +37,8 @@ model = {model}  # a folder or a Hub id
 # repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
 """
 
-OF_TEXT: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}
-_OF_LABELS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}
+TEXT_DEFAULTS: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}
+_CLASSIFIER_DEFAULTS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}
 
 
 def write_project(
@@ -68,7 +68,7 @@ def write_project(
     labelled = any(_has_labels(path.parent / os.path.expanduser(data)) for data in tasks.values())
     text = _TEMPLATE.format(
         model=_toml(model),
-        basis=_lines(basis or (_OF_LABELS if labelled else OF_TEXT)),
+        basis=_lines(basis or (_CLASSIFIER_DEFAULTS if labelled else TEXT_DEFAULTS)),
         fit=_lines(fit or {"epochs": FitSettings.epochs}),
         tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
     )

@@ -19,7 +19,7 @@ from .format import read_adapter_config
 from .kind import artifact_kind
 from .project import Project
 from .publishing.hub import push
-from .storage import expanded
+from .storage import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def push_project(
 def _is_of_one(error: LoraSBError) -> bool:
     """Whether an adapter's error is of its files or its repository, and the next one may fare better."""
     if isinstance(error, ServerError):
-        return not error.of_all
+        return not error.of_every_repository
     return isinstance(error, (ArtifactError, OutputError))
 
 
@@ -123,7 +123,7 @@ def push_folder(
 
     Args and errors: as for `push_project` and `push`.
     """
-    folder = Path(os.path.abspath(expanded(folder)))
+    folder = absolute(folder)
     undecided = PLACE in repo and not with_basis and basis_repo is None
     if undecided and (basis := _local_basis(folder)):
         basis_repo = repo.replace(PLACE, _name(project, basis))
@@ -139,5 +139,5 @@ def _local_basis(folder: Path) -> Path | None:
     """The folder of the basis that this adapter names; None of one on the Hub or inside, and of what is no adapter."""
     if artifact_kind(folder) != "adapter":
         return None
-    source = basis_source.found(read_adapter_config(folder)["basis"]["source"], folder, None)
+    source = basis_source.resolved(read_adapter_config(folder)["basis"]["source"], folder, None)
     return Path(source) if source is not None and Path(source).is_absolute() else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 _FROM_ROOT = re.compile(r"(?:(?<=[=,@])|^)(?:file://|~[^/,]*)?/[^,]*")
-_LONGEST = 4000  # characters of a command
+_MAX_COMMAND = 4000  # characters of a command
 CURVE = "training.png"  # the picture of an adapter's losses
 
 
@@ -34,7 +34,7 @@ def command() -> str | None:
         return None
     words = list(map(without_folders, sys.argv[1:]))
     text = shlex.join(["lorasb", *words])
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(words):,} words)"
+    return text if len(text) <= _MAX_COMMAND else f"{text[:_MAX_COMMAND]} … ({len(words):,} words)"
 
 
 def without_folders(word: str) -> str:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("lorasb", "torch", "transformers")}
 
 
-def of_adapter(adapter: Adapter) -> dict[str, Any]:
+def adapter_provenance(adapter: Adapter) -> dict[str, Any]:
     """What `lorasb.json` of a folder made from `adapter` says about it."""
     made = {"name": adapter.name, "sha256": adapter.sha256}
     basis = {"sha256": adapter.basis_sha256}
@@ -68,18 +68,24 @@ def of_adapter(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
-    """What a folder made from `adapter` says about its training.
-
-    Args:
-        folder: takes a copy of the picture of the curve, where the adapter has one; without, it is not spoken of.
-    """
+def published_training(adapter: Adapter, *, with_curve: bool = False) -> dict[str, Any]:
+    """What a folder made from `adapter` says about its training; of the picture of its curve, if that lies there."""
     training = {key: value for key, value in adapter.training.items() if key != "plot"}
+    return training | {"plot": CURVE} if with_curve else training
+
+
+def copy_curve(adapter: Adapter, folder: Path) -> bool:
+    """Put the picture of the adapter's losses into `folder`; returns whether there is one.
+
+    Raises:
+        ArtifactError: it is a link out of the adapter's folder.
+    """
     # Only under its own name: what a config calls its picture may be any path.
-    if folder is not None and adapter.folder is not None and (adapter.folder / CURVE).is_file():
-        if leads_out(adapter.folder / CURVE):
-            fix = "Replace it by the file itself, or remove it"
-            raise ArtifactError("a link out of the adapter's folder", where=adapter.folder / CURVE, fix=fix)
-        shutil.copyfile(adapter.folder / CURVE, folder / CURVE)
-        training["plot"] = CURVE
-    return training
+    curve = adapter.folder / CURVE if adapter.folder is not None else None
+    if curve is None or not curve.is_file():
+        return False
+    if leads_out(curve):
+        fix = "Replace it by the file itself, or remove it"
+        raise ArtifactError("a link out of the adapter's folder", where=curve, fix=fix)
+    shutil.copyfile(curve, folder / CURVE)
+    return True

@@ -174,7 +174,7 @@ class FitSettings:
             return ()
         return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
-    def of_result(self) -> dict[str, Any]:
+    def decisive(self) -> dict[str, Any]:
         """Those that decide what is learnt; not how much memory it takes, how often it is saved, or who is told."""
         return {name: value for name, value in asdict(self).items() if name not in _NOT_LEARNT}
 

@@ -30,6 +30,11 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def absolute(path: str | Path) -> Path:
+    """`expanded`, absolute and without `..`; links stay as they are."""
+    return Path(os.path.abspath(expanded(path)))
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as its safetensors header describes it; `start` and `end` are absolute file offsets."""
@@ -44,8 +49,8 @@ class TensorInfo:
         return self.end - self.start
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors (in file order) and metadata of a safetensors file, without reading a byte of weights.
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, in file order, without reading a byte of weights.
 
     Raises:
         ArtifactError: the file is missing, truncated, or its header contradicts itself.
@@ -81,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         position = info.end
     if position != size:
         raise bad(f"truncated: the header promises {position} bytes, the file has {size}")
-    return infos, metadata
+    return infos
 
 
 def _tensor_info(entry: Any, offset: int) -> TensorInfo:

@@ -58,7 +58,7 @@ def check_tensors(path: Path, expected: Mapping[str, list[int]], digest: str) ->
     Args:
         digest: the sha256 the file must have.
     """
-    header, _ = read_header(path)
+    header = read_header(path)
     check_keys(header, dict.fromkeys(expected, TensorInfo), path)
     for name, shape in expected.items():
         only = {"F32"} if name.endswith((".R", ".S")) else {"I64"} if name.endswith(".block") else FLOATS

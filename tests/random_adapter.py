@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lorasb_export.adapter import Adapter, Basis
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
+from lorasb_export.basis import Basis
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.factors import Factors, ModuleBasis

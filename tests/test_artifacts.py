@@ -9,7 +9,7 @@ import pytest
 
 from lorasb_export import Adapter, Basis
 from lorasb_export.errors import ArtifactError, OutputError
-from lorasb_export.provenance import of_adapter, published_training
+from lorasb_export.provenance import adapter_provenance, copy_curve, published_training
 from lorasb_export.storage import read_header
 from tests.artifacts import copy, edit
 
@@ -36,7 +36,7 @@ def test_oracle_22_save_load_save_is_byte_stable(folders: tuple[Path, Path]) -> 
 
 def test_oracle_22_the_file_holds_R_alone_in_one_block(folders: tuple[Path, Path]) -> None:
     """Oracle 22: the R-only file is r²·modules·4 bytes and a header; keys sorted."""
-    header, _ = read_header(folders[1] / "adapter.safetensors")
+    header = read_header(folders[1] / "adapter.safetensors")
     assert list(header) == sorted(header)
     assert all(name.endswith(".R") and info.dtype == "F32" for name, info in header.items())
     assert sum(info.nbytes for info in header.values()) == 14 * 4 * 4 * 4
@@ -83,7 +83,7 @@ def test_an_adapter_is_where_and_what_it_was_saved_as(
     assert (adapter.name, adapter.folder) == ("mine", tmp_path / "mine")
     adapter.hub_source = "me/theirs@0123"
     adapter.save("copy")
-    assert (adapter.name, of_adapter(adapter)) == ("copy", of_adapter(Adapter.load("copy")))
+    assert (adapter.name, adapter_provenance(adapter)) == ("copy", adapter_provenance(Adapter.load("copy")))
 
 
 def test_an_adapter_or_a_basis_is_a_key(folders: tuple[Path, Path]) -> None:
@@ -104,7 +104,8 @@ def test_the_picture_of_the_curve_goes_where_the_adapter_is_published(
             (adapter / "training.png").write_bytes(b"curve")
         into = tmp_path / f"into-{with_picture}"
         into.mkdir()
-        assert published_training(Adapter.load(adapter), into).get("plot") == plot
+        loaded = Adapter.load(adapter)
+        assert published_training(loaded, with_curve=copy_curve(loaded, into)).get("plot") == plot
         assert [path.read_bytes() for path in into.iterdir()] == [b"curve"] * with_picture
     assert "plot" not in published_training(Adapter.load(adapter))  # nowhere to copy it to
 

@@ -12,7 +12,7 @@ from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
 
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.encoding import IGNORE, encode, one_day, prompt_ids
+from lorasb_export.encoding import IGNORE, encode, fixed_date, prompt_ids
 from lorasb_export.errors import DataError
 from lorasb_export.rows import question_and_answer
 from tests.rows import CHAT_LINE, MARKED
@@ -51,7 +51,7 @@ def test_rows_have_the_same_tokens_whatever_the_day(llama: Path) -> None:
     assert asked == f"{date.today().year}<s>1</s><s>"
 
     tokenizer.chat_template = dates
-    written = tokenizer.apply_chat_template(chat["messages"], tokenize=False, **one_day(tokenizer))
+    written = tokenizer.apply_chat_template(chat["messages"], tokenize=False, **fixed_date(tokenizer))
     assert written == "\n26 Jul 2024, Friday 26 July, 2024-07-26"
 
 

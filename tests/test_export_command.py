@@ -99,13 +99,13 @@ def test_only_adapters_that_are_compared_have_their_rows_read(
     monkeypatch.setattr(
         onnx_adapters, "export_onnx_adapters", lambda *_, **options: calls.append(options) or {"bytes": 0}
     )
-    monkeypatch.setattr("lorasb_cli.export.MOST_COMPARED", 2)
+    monkeypatch.setattr("lorasb_cli.export.MAX_COMPARED", 2)
     folders = [str(tmp_path / name) for name in names]
     command = ["export", *folders, "--format", "onnx-adapters", "--precision", "int8", "--data", str(sums)]
     CliRunner().invoke(app, command, catch_exceptions=False)
     assert list(calls[0]["data"]) == ["a", "b"]
 
-    monkeypatch.setattr(onnx_adapters, "MOST_COMPARED", 2)
+    monkeypatch.setattr(onnx_adapters, "MAX_COMPARED", 2)
     loaded = {name: Adapter.load(tmp_path / name) for name in names}
     assert list(onnx_adapters._first(loaded)) == ["a", "b"]
     assert "The first 2 adapters are compared with torch, 1 are not" in caplog.text

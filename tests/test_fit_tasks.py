@@ -158,7 +158,7 @@ def test_a_full_disk_ends_the_tasks_that_are_left(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(found.adapter_folder("b")))
 
-    monkeypatch.setattr("lorasb_export.training.job.write_record", full)
+    monkeypatch.setattr("lorasb_export.training.job.write_training_record", full)
     with pytest.raises(OutputError, match="No space left"):
         fit_all(found, ["b", "a"], SETTINGS)
 

@@ -61,7 +61,7 @@ def test_a_panic_of_hf_xet_is_our_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "of_all"),
+    ("error", "of_every_repository"),
     [
         ((401, HfHubHTTPError), True),
         ((403, HfHubHTTPError), True),
@@ -75,16 +75,16 @@ def test_a_panic_of_hf_xet_is_our_error() -> None:
     ],
 )
 def test_an_error_says_whether_other_repositories_would_meet_it(
-    error: tuple[int, type[HfHubHTTPError]], of_all: bool
+    error: tuple[int, type[HfHubHTTPError]], of_every_repository: bool
 ) -> None:
     status, kind = error
     answer = httpx2.Response(status, request=httpx2.Request("GET", "http://hub"))
     with pytest.raises(ServerError) as caught, hub_errors("me/a", ServerError):
         raise kind("refused", response=answer)
-    assert caught.value.of_all is of_all
+    assert caught.value.of_every_repository is of_every_repository
     with pytest.raises(ServerError) as caught, hub_errors("me/a", ServerError):
         raise ConnectionError("no route")
-    assert caught.value.of_all
+    assert caught.value.of_every_repository
 
 
 def test_no_token_in_an_error() -> None:

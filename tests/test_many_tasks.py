@@ -92,7 +92,7 @@ def test_of_many_tasks_none_is_measured(
     """It would take as long as to train them."""
     found = project(tmp_path, llama, products, "abc", '[basis]\npath = "basis"\n')
     calibrate(str(llama), {"of": sums}, CalibrationSettings(rank=4)).save(tmp_path / "basis")
-    monkeypatch.setattr(module, "MOST_MEASURED", 2)
+    monkeypatch.setattr(module, "MAX_MEASURED", 2)
     few = dict(fit_tasks(found, ["a", "b"], SETTINGS))
     assert all(isinstance(one, Adapter) and one.training["capture"] is not None for one in few.values())
     many = dict(fit_tasks(found, list("abc"), SETTINGS, overwrite=True))

@@ -47,8 +47,8 @@ def test_scores_are_probabilities_whatever_the_base_was_for(
 def test_the_heads_that_the_base_was_trained_with_stay_behind(moods: TaskData, tmp_path: Path) -> None:
     """transformers passes over them, vLLM refuses a classifier that has them."""
     folder = merged(make_bert(tmp_path / "base", kind=BertForPreTraining), moods, tmp_path)
-    assert any(name.startswith("cls.") for name in read_header(tmp_path / "base" / "model.safetensors")[0])
-    bodies = {name.partition(".")[0] for name in read_header(folder / "model.safetensors")[0]}
+    assert any(name.startswith("cls.") for name in read_header(tmp_path / "base" / "model.safetensors"))
+    bodies = {name.partition(".")[0] for name in read_header(folder / "model.safetensors")}
     assert bodies == {"bert", "classifier"}
 
 

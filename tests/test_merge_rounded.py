@@ -17,7 +17,7 @@ from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import BaseModelError, SettingsError
 from lorasb_export.merging.rounding import NOT_ROUNDED
 from lorasb_export.merging.verify import compare_logits
-from lorasb_export.nf4 import whole
+from lorasb_export.nf4 import dequantize
 from tests import families, test_weight_readers
 from tests.conftest import lorasb
 from tests.random_adapter import BERT_MODULES, LLAMA_MODULES, save_adapter
@@ -74,7 +74,7 @@ def test_it_answers_as_beside_a_base_in_four_bits(name: str, bert: Path, tmp_pat
         module = name.removesuffix(".weight")
         if module in layers and module not in adapter.R:
             turned = isinstance(merged.get_submodule(module), Conv1D)
-            expected = whole(layers[module].weight)
+            expected = dequantize(layers[module].weight)
             assert torch.equal(parameter, expected.T if turned else expected), name
             assert not torch.equal(parameter, exact.get_parameter(name)), name
         elif module not in adapter.R and name not in adapter.head:
@@ -93,12 +93,12 @@ def test_a_base_in_sixteen_bits_is_rounded_in_them(dtype: str, tmp_path: Path) -
     for name, R in adapter.R.items():
         factors = adapter.load_basis().modules[name]
         update = adapter.scaling * factors.B.double() @ R.double() @ factors.A.double()
-        expected = whole(packed.get_submodule(name).weight) + update
+        expected = dequantize(packed.get_submodule(name).weight) + update
         found = merged.get_submodule(name).weight
         assert found.dtype == stored
         assert (found != expected.to(stored)).sum() <= 1
     untouched = "model.layers.0.self_attn.k_proj"
-    expected = whole(packed.get_submodule(untouched).weight).to(stored)
+    expected = dequantize(packed.get_submodule(untouched).weight).to(stored)
     assert torch.equal(merged.get_submodule(untouched).weight, expected)
 
 

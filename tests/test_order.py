@@ -7,7 +7,8 @@ import random
 import pytest
 
 from lorasb_export.settings import FitSettings
-from lorasb_export.training.order import RowOrder, learning_rate_factor
+from lorasb_export.training.optimizer import learning_rate_factor
+from lorasb_export.training.order import RowOrder
 
 
 def test_a_single_step_is_taken_at_the_whole_rate() -> None:

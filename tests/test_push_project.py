@@ -75,7 +75,7 @@ def test_an_error_that_all_would_meet_ends_the_push(
     for name in ("b", "c"):
         shutil.copytree(adapter, adapter.with_name(name))
     if isinstance(error, ServerError):
-        error.of_all = pushed == 2
+        error.of_every_repository = pushed == 2
 
     def push(folder: Path, *_: Any, **__: Any) -> dict[str, Any]:
         if folder.name == "b":

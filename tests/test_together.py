@@ -100,7 +100,7 @@ def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(
     first = task_of("first", {"train": list(tasks["plus"].rows("train"))[:6]})
     out = tmp_path / "out"
     fit(str(llama), basis, first, out / "first", SETTINGS)
-    write = job.write_record
+    write = job.write_training_record
 
     def killed(folder: Path, run: TaskRun, *rest: Any) -> None:
         if run.task.name == "plus":
@@ -108,7 +108,7 @@ def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(
         write(folder, run, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_record", killed)
+        patch.setattr(job, "write_training_record", killed)
         with pytest.raises(KeyboardInterrupt):
             fit_together(str(llama), basis, [first, *tasks.values()], out, SETTINGS, resume=True)
     assert (out / "minus").exists()

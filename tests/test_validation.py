@@ -129,7 +129,9 @@ def test_killed_after_an_early_stop_the_run_only_writes(
     )
     inputs = (str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.training.job.write_record", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        patch.setattr(
+            "lorasb_export.training.job.write_training_record", lambda *_: (_ for _ in ()).throw(OSError("disk"))
+        )
         with pytest.raises(OSError, match="disk"):
             fit(*inputs)
     stopped = counted_forwards["steps"]

@@ -77,7 +77,7 @@ def make_bert(folder: Path, kind: type[PreTrainedModel] = BertModel) -> Path:
 def write_index(folder: Path) -> None:
     """Make all safetensors files of a model folder parts of one checkpoint."""
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    weight_map = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)[0]}
+    weight_map = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 

@@ -12,7 +12,7 @@ from lorasb_export.data import TaskData
 from lorasb_export.encoding import encode
 from lorasb_export.evaluation import row_scores
 from lorasb_export.inference import answers, max_answer_tokens
-from lorasb_export.metrics import exact_match, of_predictions
+from lorasb_export.metrics import exact_match, prediction_metrics
 from lorasb_export.rows import Row
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit:
     if task.task_type == SEQ_CLS:
         rows = encode(some(task.rows("test"), limit), tokenizer, task.task_type, task.labels, MAX_LENGTH)
         predicted = [prediction for _, _, prediction in row_scores(model, rows, tokenizer.pad_token_id)]
-        found = of_predictions(predicted, [row["labels"] for row in rows], regression=False)
+        found = prediction_metrics(predicted, [row["labels"] for row in rows], regression=False)
         metric = "mcc" if task.name == "cola" else "accuracy"
         return metric, found[metric]
     if task.name == "e2e":

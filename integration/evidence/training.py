@@ -30,7 +30,8 @@ from lorasb_export.layer import weight_of
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of
-from lorasb_export.training.order import RowOrder, learning_rate_factor
+from lorasb_export.training.optimizer import learning_rate_factor
+from lorasb_export.training.order import RowOrder
 
 from .cells import DATA, Cell, calibrated_on
 from .models import base_of

@@ -29,14 +29,14 @@ from ..inject import remove
 from ..layer import shape_of
 from ..lock import only_writer
 from ..names import some
-from ..network import refuse_spread, require_dtype, require_outputs, require_positions
+from ..network import refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from ..targets import WHERE_TARGETS, find_targets
 from ..task_source import AnySource
 from .capture import capture_of_rows, record
-from .gradients import LEAST, draw, gradients_of_rows
+from .gradients import MIN_ROWS, draw, gradients_of_rows
 from .random_basis import random_factors
 from .subspace import (
     EXACT_UP_TO,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 # A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
 # as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
 _ROWS_OF_MANY = 1024
-MOST_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that somebody asks for
+MAX_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that somebody asks for
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +105,17 @@ def calibrate(
     require_outputs(network, classes)
     remove(network)  # the gradient is wanted at W0
     targets = _targets(network, settings)
-    refuse_spread(network)
+    refuse_several_devices(network)
     require_positions(network, settings.max_length)
 
     tokenizer = base.tokenizer
-    least = min(LEAST, math.ceil(_ROWS_OF_MANY / len(data)))
+    least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
     rows, tasks = {}, []
     for task in _one_by_one(data):
         rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
         tasks.append(replace(task, splits={}))
     every_row = [row for of_task in rows.values() for row in of_task]
-    of = ", ".join(rows) if len(rows) <= MOST_MEASURED else f"{len(rows)} tasks"
+    of = ", ".join(rows) if len(rows) <= MAX_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)
     every_weight = [weights.get(name, 1.0) for name, of_task in rows.items() for _ in of_task]
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
@@ -126,7 +126,7 @@ def calibrate(
     if len(tasks) == 1:  # the basis is the task's own
         own = {name: of_module | {"own": of_module["basis"]} for name, of_module in by_name.items()}
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
-    elif settings.capture and len(tasks) <= MOST_MEASURED:
+    elif settings.capture and len(tasks) <= MAX_MEASURED:
         logger.info("Measuring how much of each task's gradient it holds")
         captured = {
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)

@@ -101,7 +101,7 @@ def is_little(found: Mapping[str, Any]) -> bool:
     return bool(found["basis"] < found["random"] + _LITTLE * (found["own"] - found["random"]))
 
 
-def words(found: Mapping[str, Any]) -> str:
+def one_line(found: Mapping[str, Any]) -> str:
     """An overview, in one line for people."""
     spread = found["by_module"]["basis"]
     return (

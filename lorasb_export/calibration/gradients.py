@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,14 +26,14 @@ from ..encoding import Encoded, encode
 from ..errors import BaseModelError
 from ..layer import shape_of, weight_of
 from ..network import evaluating, is_checkpointing, other_forwards
-from ..nf4 import gradients_kept, state_of
+from ..nf4 import dequantize, state_of
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-LEAST = 32  # rows of a task, where nobody says how many
+MIN_ROWS = 32  # rows of a task, where nobody says how many
 
 
 def draw(
@@ -40,7 +42,7 @@ def draw(
     labels: Sequence[Any],
     settings: CalibrationSettings,
     *,
-    least: int = LEAST,
+    least: int = MIN_ROWS,
 ) -> list[Encoded]:
     """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
 
@@ -119,7 +121,7 @@ def gradient_sums(
     checkpointed = wanted or is_checkpointing(network)
     with (
         _only_trainable(network, plain, keep),
-        gradients_kept(packed, keep),
+        _gradients_of_packed(packed, keep),
         _checkpointed(network) if checkpointed else nullcontext(),
     ):
         for batch in batches:
@@ -200,3 +202,37 @@ def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:
     return other_forwards(
         {m: partial(checkpoint, m.forward, use_reentrant=False, preserve_rng_state=False) for m in layers}
     )
+
+
+class _PackedGradient(torch.autograd.Function):
+    """x·Wᵀ + bias of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, _: torch.Tensor, module: nn.Linear, keep: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.keep = module, keep
+        return linear(
+            x, dequantize(module.weight).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
+        grad_x = grad @ dequantize(ctx.module.weight).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
+
+
+def _gradients_of_packed(
+    modules: Mapping[str, nn.Module], keep: Callable[[str, torch.Tensor], None]
+) -> AbstractContextManager[None]:
+    """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
+    wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
+
+    def forward(name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _PackedGradient.apply(x, wanted, module, partial(keep, name))
+        return y
+
+    return other_forwards({module: partial(forward, name, module) for name, module in modules.items()})

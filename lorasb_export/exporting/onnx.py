@@ -20,7 +20,7 @@ from .onnx_build import build
 from .onnx_exporter import exporter_for
 from .onnx_precision import PRECISIONS, check_request, parameters
 from .onnx_quantize import quantize
-from .onnx_record import finish, provenance, write_record
+from .onnx_record import finish, onnx_provenance, write_record
 from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def export_onnx(
         build(exporter, scratch / "merged", folder, precision, scratch, source.task_type)
         if wanted.bits:
             quantize(folder, wanted.bits)
-        record = {"kind": "onnx", "exporter": exporter, **provenance(source, precision)}
+        record = {"kind": "onnx", "exporter": exporter, **onnx_provenance(source, precision)}
         write_record(folder, record)
         if compared:
             merged = BaseModel.resolve(scratch / "merged")

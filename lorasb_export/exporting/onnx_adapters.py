@@ -19,7 +19,7 @@ import numpy as np
 from ..adapter import Adapter, check_same_basis
 from ..atomic import atomic_folder, link_or_copy, put_back
 from ..base import BaseModel, BaseRef
-from ..choices import CAUSAL_LM, MAX_DROP, MOST_COMPARED
+from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..evaluation import require_same_kind
@@ -34,7 +34,7 @@ from .onnx_exporter import GENAI, exporter_for, genai_outputs
 from .onnx_graph import read_graph
 from .onnx_precision import PRECISIONS, check_request, parameters
 from .onnx_quantize import quantize
-from .onnx_record import RECORD, finish, provenance, read_record, write_record
+from .onnx_record import RECORD, finish, onnx_provenance, read_record, write_record
 from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
 from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
 
@@ -104,7 +104,7 @@ def export_onnx_adapters(
             add_basis(folder / GRAPH, basis, genai_outputs(basis.modules), np.dtype(wanted.dtype))
         else:
             make_swappable(folder / GRAPH, basis)
-        record = {"kind": "onnx-adapters", "exporter": exporter, **provenance(first, precision), "routed": routed}
+        record = {"kind": "onnx-adapters", "exporter": exporter, **onnx_provenance(first, precision), "routed": routed}
         del record["adapter"], record["scaling"], record["training"]  # those of the first; each adapter's are listed
         record["adapters"] = {}
         _add(folder, record, loaded)
@@ -214,9 +214,9 @@ def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) 
 
 def _first(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """Those whose answers are compared with torch's; of the others it is said that they are not."""
-    if (left := len(adapters) - MOST_COMPARED) > 0:
-        logger.warning("The first %d adapters are compared with torch, %d are not", MOST_COMPARED, left)
-    return dict(islice(adapters.items(), MOST_COMPARED))
+    if (left := len(adapters) - MAX_COMPARED) > 0:
+        logger.warning("The first %d adapters are compared with torch, %d are not", MAX_COMPARED, left)
+    return dict(islice(adapters.items(), MAX_COMPARED))
 
 
 def _verify(

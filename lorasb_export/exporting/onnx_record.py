@@ -11,7 +11,7 @@ from ..cards import card
 from ..errors import ArtifactError
 from ..format import check_seal, sealed
 from ..names import name_problem
-from ..provenance import command, of_adapter, published_training, versions
+from ..provenance import adapter_provenance, command, published_training, versions
 from ..storage import folder_bytes, read_json, write_json
 from .onnx_precision import PRECISIONS
 
@@ -42,11 +42,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
+def onnx_provenance(adapter: Adapter, precision: str) -> dict[str, Any]:
     """What `lorasb.json` says of every ONNX export."""
     distributions = packages_distributions()  # the GPU builds are called onnxruntime-gpu and onnxruntime-genai-cuda
     names = [distributions[package][0] for package in ("onnx", "onnxruntime", "onnxruntime_genai")]
-    record = {**of_adapter(adapter), "precision": precision, "execution_provider": PRECISIONS[precision].provider}
+    record = {
+        **adapter_provenance(adapter),
+        "precision": precision,
+        "execution_provider": PRECISIONS[precision].provider,
+    }
     record |= {"command": command(), "training": published_training(adapter)}
     return record | {"versions": versions() | {name: version(name) for name in names}}
 

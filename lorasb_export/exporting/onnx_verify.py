@@ -18,11 +18,11 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData
 from ..encoding import encode, prompt_ids
 from ..errors import ArtifactError, DataError
-from ..evaluation import fitting_metric, trained_length
+from ..evaluation import metric_for, trained_length
 from ..exact import exact_products
 from ..inference import answers_of_ids, expected_answers, max_answer_tokens
 from ..inject import remove
-from ..metrics import exact_match, of_predictions
+from ..metrics import exact_match, prediction_metrics
 from ..rows import TEXT, has_answer, question_and_answer
 from ..streamed import streamed_model
 from .onnx_run import OnnxDecoder, open_session, run_classifier
@@ -130,12 +130,12 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
         result["equal_prompts"] = int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
     if data is None:
         return result
-    metric, labels = fitting_metric(data, None), [row["labels"] for row in rows]
+    metric, labels = metric_for(data, None), [row["labels"] for row in rows]
 
     def score(logits: Sequence[torch.Tensor]) -> float:
         every = torch.cat(list(logits))
         predicted = every[:, 0] if adapter.regression else every.argmax(-1)
-        return of_predictions(predicted.tolist(), labels, regression=adapter.regression)[metric]
+        return prediction_metrics(predicted.tolist(), labels, regression=adapter.regression)[metric]
 
     in_torch, in_onnx = score(expected[1:]), score(found[1:])
     drop = round(100 * (in_torch - in_onnx), 2)

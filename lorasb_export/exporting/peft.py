@@ -12,7 +12,7 @@ from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
 from ..output import refuse_existing, refuse_own_input
-from ..provenance import command, of_adapter, published_training
+from ..provenance import adapter_provenance, command, copy_curve, published_training
 from ..storage import expanded, write_json
 from ..tensors import save_tensors
 
@@ -45,8 +45,8 @@ def export_peft(
     transposed = _stores_transposed(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
-        record = {"kind": "peft", **of_adapter(source), "command": command()}
-        record["training"] = published_training(source, folder)
+        record = {"kind": "peft", **adapter_provenance(source), "command": command()}
+        record["training"] = published_training(source, with_curve=copy_curve(source, folder))
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
     return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}

@@ -11,7 +11,7 @@ import torch
 
 from ..adapter import Adapter
 from ..errors import ArtifactError, SettingsError
-from ..provenance import of_adapter
+from ..provenance import adapter_provenance
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
 Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters
@@ -54,10 +54,10 @@ def _of_one_basis(group: Weighted) -> Adapter:
     return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type, basis=first.basis)
 
 
-def provenance(weighted: Weighted) -> list[dict[str, Any]]:
+def combined_record(weighted: Weighted) -> list[dict[str, Any]]:
     """What `lorasb.json` says about each adapter of a combination."""
     found = []
     for adapter, weight in weighted:
-        said = of_adapter(adapter)
+        said = adapter_provenance(adapter)
         found.append({**said["adapter"], "weight": weight} | {key: said[key] for key in ("basis", "rank", "scaling")})
     return found

@@ -23,7 +23,7 @@ from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..network import as_base_model_error
 from ..output import free_bytes
-from ..provenance import command, of_adapter, published_training
+from ..provenance import adapter_provenance, command, copy_curve, published_training
 from ..storage import expanded, read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
@@ -169,10 +169,11 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
 
 def _provenance(plan: MergePlan, folder: Path) -> dict[str, Any]:
     """The content of `lorasb.json`: one adapter and its training, or every one of a combination with its weight."""
-    said = {"kind": "merged", **of_adapter(plan.adapters[0]), "base_dtype": plan.rounding.base_dtype}
+    adapter = plan.adapters[0]
+    said = {"kind": "merged", **adapter_provenance(adapter), "base_dtype": plan.rounding.base_dtype}
     said |= {"dtype": plan.dtype, "modules": len(plan.touched)}
     if not plan.combined:
-        return said | {"training": published_training(plan.adapters[0], folder)}
+        return said | {"training": published_training(adapter, with_curve=copy_curve(adapter, folder))}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
         del said[key]
     return said | {"adapters": plan.combined}

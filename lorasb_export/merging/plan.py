@@ -19,12 +19,12 @@ from ..basis import Basis
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
-from ..provenance import of_adapter
+from ..provenance import adapter_provenance
 from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
-from .combine import Weighted, Weights, combine, provenance
+from .combine import Weighted, Weights, combine, combined_record
 from .folder import bytes_of_an_earlier_try
 from .rounding import Rounding
 
@@ -101,7 +101,7 @@ class MergePlan:
         files = sorted({tensor.source[0] for shard in self.shards for tensor in shard if tensor.source is not None})
         stats = [path.stat() for path in files]
         parts = [
-            [of_adapter(adapter) for adapter in self.adapters],
+            [adapter_provenance(adapter) for adapter in self.adapters],
             self.dtype,
             self.rounding.base_dtype,
             [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)],
@@ -189,7 +189,7 @@ def plan_merge(
         if isinstance(adapter, str | Path | Adapter):
             loaded = (weighted[0][0],)
         else:
-            loaded, combined = combine(weighted), provenance(weighted)
+            loaded, combined = combine(weighted), combined_record(weighted)
         base_model = loaded[0].base.resolve(base)
         for one, _ in weighted:
             refuse_own_input(out, one.folder, one.basis_source)

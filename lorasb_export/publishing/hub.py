@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +15,10 @@ from ..basis_source import EMBEDDED
 from ..cards import card, readme
 from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError, SettingsError
-from ..fetch import BASIS_FILES, parse_hub_id, resolve_folder
+from ..fetch import BASIS_FILES, is_hub_id, parse_hub_id, resolve_folder
 from ..format import read_basis_config
 from ..hub_calls import hub_errors, with_retries
-from ..storage import expanded, parse_json, read_json, sha256_file, to_json, utf8
+from ..storage import absolute, parse_json, read_json, sha256_file, to_json, utf8
 from . import outgoing
 from .checksums import checksums, digest
 from .licence import licence
@@ -82,7 +81,7 @@ def push(
             folder's were both edited: nothing was written.
         ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
     """
-    folder = Path(os.path.abspath(expanded(folder)))
+    folder = absolute(folder)
     kind = outgoing.pushed_kind(folder)
     _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
     files, skipped = outgoing.collect(folder, kind)
@@ -125,7 +124,7 @@ def _check_options(
     folder: Path, kind: str, repo: str, basis_repo: str | None, with_basis: bool, branch_and_pr: bool
 ) -> None:
     for name in filter(None, (repo, basis_repo and basis_repo.partition("@")[0])):
-        if "@" in name or parse_hub_id(name) is None:
+        if not is_hub_id(name):
             raise SettingsError("not a Hub repository", where=name, fix="Give owner/name")
     if branch_and_pr:
         raise SettingsError("create_pr and revision exclude each other", fix="Leave one out")

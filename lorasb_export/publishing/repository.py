@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ArtifactError, OutputError, ServerError
 from ..fetch import git_hash
-from ..hub_calls import hub_errors, rest, retry_after, status_of, with_retries
+from ..hub_calls import hub_errors, retry_after, status_of, wait_for, with_retries
 from ..storage import utf8
 from .checksums import digest, parse
 from .outgoing import SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
@@ -161,7 +161,7 @@ class Repository:
                     pause = retry_after(error)
                     if pause is None or create_pr or attempt == _TRIES:  # a second try may open a second request
                         raise
-                    rest(pause or attempt)
+                    wait_for(pause or attempt)
                     now = self.read()
                     if now.commit != head.commit:
                         return self._landed(files, now)

@@ -32,7 +32,7 @@ from ..inject import remove
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..project import Project
-from ..project_init import OF_TEXT, write_project
+from ..project_init import TEXT_DEFAULTS, write_project
 from ..provenance import versions
 from ..serving.launcher import running_server
 from ..serving.shared import runs_on_cpu
@@ -131,7 +131,7 @@ def quickstart(
             temporary / "lorasb.toml",
             base.name_or_path,
             {name: f"data/{name}" for name in data},
-            basis={**OF_TEXT, "samples": 16},
+            basis={**TEXT_DEFAULTS, "samples": 16},
             fit={"epochs": 1, "batch_size": 4},
         )
     tasks = {name: load_task(name, out / "data" / name) for name in data}

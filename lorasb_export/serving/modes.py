@@ -24,7 +24,7 @@ _VERSIONS = "updates"  # in the temporary folder: what was loaded since the star
 # What vLLM computes as one layer, with room for an adapter of each.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
-_MOST_SLOTS = 16  # folded, on an accelerator: a slot takes hundreds of MiB beside the weights of a large model
+_MAX_SLOTS = 16  # folded, on an accelerator: a slot takes hundreds of MiB beside the weights of a large model
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -47,7 +47,7 @@ class Folded:
             # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
             # adapter lies there. One slot that is never filled holds zeros and makes them right.
             return len(self.adapters) + 1
-        return min(len(self.adapters), _MOST_SLOTS)
+        return min(len(self.adapters), _MAX_SLOTS)
 
     @property
     def _numbers(self) -> int:

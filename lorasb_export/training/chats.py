@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ..data import TaskData
-from ..encoding import IGNORE, Encoded, one_day, prompt_ids
+from ..encoding import IGNORE, Encoded, fixed_date, prompt_ids
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _warn_of_other_contexts(task: TaskData, encoded: Sequence[Encoded], tokenize
         if not before or last["role"] != "assistant":
             continue
         try:
-            asked = prompt_ids(tokenizer, before, **one_day(tokenizer))
+            asked = prompt_ids(tokenizer, before, **fixed_date(tokenizer))
         except DataError:  # as it stands nobody can ask it
             continue
         ids, (start, stop) = row["input_ids"], _last_run(row["labels"])

@@ -35,7 +35,7 @@ def differences(
     adapter = Adapter.load(out)
     rates = made.get("learning_rates", [made["settings"]["learning_rate"]])
     before = made["settings"] | {"learning_rate": sorted(rates)}
-    now = settings.of_result() | {"learning_rate": sorted(settings.rates)}
+    now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
     if made["data_sha256"] != task.sha256:
         found.append("other data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from ..data import TaskData, load_task, load_tasks
 from ..errors import Problems, SettingsError, TrainingError
 from ..output import is_free
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import expanded
+from ..storage import absolute
 from ..task_source import AnySource
 from .checkpoints import refuse_run_of_others, runs_together, together_folder
 from .job import Job
@@ -74,7 +73,7 @@ def fit(
         MissingPackageError: `report_to` names one that is not installed.
         Terminated: SIGTERM came; a checkpoint was saved.
     """
-    out = Path(os.path.abspath(expanded(out)))
+    out = absolute(out)
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
     working, settings = out.parent / f".{out.name}.run", settings or FitSettings()
     job = Job(base, basis, [task], [out], working, settings, network, measure, start)
@@ -143,7 +142,7 @@ def train_together(
         raise SettingsError(
             "classifiers do not train together: each has its own head", fix="Fit them one after another"
         )
-    folder = Path(os.path.abspath(expanded(folder)))
+    folder = absolute(folder)
     distributed.start()
     trained: dict[str, Adapter | TrainingError] = {}
     ordered = sorted(tasks, key=lambda task: task.name)  # the same run in whatever order they are named

@@ -26,13 +26,13 @@ from ..data import TaskData
 from ..errors import SettingsError, TrainingError
 from ..inject import remove
 from ..lock import only_writer
-from ..network import is_checkpointing, refuse_spread, require_dtype, require_outputs, require_positions
+from ..network import is_checkpointing, refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
-from .record import write_record
-from .requirements import require_fitting, require_start
+from .record import write_training_record
+from .requirements import check_requirements, require_start
 from .run_basis import captured_once, own_basis, share_of_layers
 from .runs import TrainingRuns
 
@@ -71,11 +71,11 @@ class Job:
         distributed.start()
         self.tasks, self.outs, self.folder = tasks, outs, folder
         self._started = time.monotonic()
-        require_fitting(tasks, settings)
+        check_requirements(tasks, settings)
         self.base = BaseModel.resolve(base)
         self.base.refuse_merged()
         if network is not None:
-            refuse_spread(network)
+            refuse_several_devices(network)
             require_dtype(network, settings.dtype)
             require_outputs(network, tasks[0].num_labels)
         if not isinstance(basis, CalibrationSettings):
@@ -173,7 +173,7 @@ class Job:
                 made |= {"capture": capture, "seconds": seconds, "start": self._start and self._start.name}
                 with atomic_folder(out, overwrite=overwrite) as folder:
                     adapter.write_into(folder, out)
-                    write_record(folder, outcome.run, outcome.entries, made)
+                    write_training_record(folder, outcome.run, outcome.entries, made)
             adapter.folder = out
             results.append(adapter)
         distributed.barrier()

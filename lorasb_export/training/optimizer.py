@@ -1,14 +1,14 @@
-"""The optimizer of a run: for each task a group of its R and one of its head, each at its own rate."""
+"""The optimizer of a run, for each task a group of its R and one of its head, each at its own rate; the schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from ..settings import FitSettings
 from .muon import Muon
-from .order import learning_rate_factor
 
 
 def make_optimizer(
@@ -43,3 +43,18 @@ def make_scheduler(
     """Each task's rate by its own number of `steps`."""
     factors = [learning_rate_factor(settings, steps[group["task"]]) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def learning_rate_factor(settings: FitSettings, steps: int) -> Callable[[int], float]:
+    """step → share of the peak rate: linear warm-up, then the schedule, 0 after `steps`."""
+    warmup = min(math.ceil(settings.warmup * steps), steps - 1)  # a single step begins at the peak, not at 0
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        left = max(0.0, (steps - step) / max(1, steps - warmup))
+        return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant_with_warmup": 1.0}[
+            settings.schedule
+        ]
+
+    return factor

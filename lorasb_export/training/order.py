@@ -1,10 +1,10 @@
-"""Which rows every optimizer step sees, at which learning rate: fixed by the settings and the seed alone, so that a
+"""Which rows every optimizer step sees: fixed by the settings and the seed alone, so that a
 run can be resumed, split over processes, or mixed with other tasks' runs and still be the same run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -54,18 +54,3 @@ class RowOrder:
         whole = steps if len(steps[-1]) == size else steps[:-1]
         mixed = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
         return mixed + steps[len(whole) :]
-
-
-def learning_rate_factor(settings: FitSettings, steps: int) -> Callable[[int], float]:
-    """step → share of the peak rate: linear warm-up, then the schedule, 0 after `steps`."""
-    warmup = min(math.ceil(settings.warmup * steps), steps - 1)  # a single step begins at the peak, not at 0
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        left = max(0.0, (steps - step) / max(1, steps - warmup))
-        return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant_with_warmup": 1.0}[
-            settings.schedule
-        ]
-
-    return factor

@@ -52,7 +52,7 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
     }
 
 
-def write_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str, Any]) -> None:
+def write_training_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str, Any]) -> None:
     """Write `training_log.jsonl`, the curve and `lorasb.json` into an adapter's folder.
 
     Args:

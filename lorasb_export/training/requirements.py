@@ -11,12 +11,12 @@ from ..basis import Basis
 from ..choices import SEQ_CLS
 from ..data import TaskData, refuse_single_class
 from ..errors import DataError, MissingPackageError, SettingsError
-from ..evaluation import fitting_metric, require_same_kind
+from ..evaluation import metric_for, require_same_kind
 from ..names import some
 from ..settings import FitSettings
 
 
-def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
+def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None:
     """Raise where `settings` ask for what this machine or one of `tasks` does not have. Loads no model.
 
     Raises:
@@ -39,7 +39,7 @@ def require_fitting(tasks: Sequence[TaskData], settings: FitSettings) -> None:
             refuse_single_class(task.labels, task.source)
         if task.splits.get("valid"):
             if settings.metric != "loss":
-                fitting_metric(task, settings.metric)
+                metric_for(task, settings.metric)
         else:
             _refuse_without_valid_rows(task, settings)
 

@@ -15,7 +15,7 @@ from ..atomic import atomic_file
 from ..base import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import calibrate, calibrated_once
-from ..calibration.capture import capture, is_little, overview, recorded, words
+from ..calibration.capture import capture, is_little, one_line, overview, recorded
 from ..data import TaskData
 from ..settings import DRAWN, CalibrationSettings
 from ..storage import read_json, write_json
@@ -82,6 +82,6 @@ def captured_once(
         logger.warning(
             "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
             task.name,
-            words(overview(found)),
+            one_line(overview(found)),
         )
     return found

@@ -125,7 +125,7 @@ class TrainingRuns:
     def _identity(self, rate: float) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {
-            "settings": self._at(rate).of_result(),
+            "settings": self._at(rate).decisive(),
             "data_sha256": [task.sha256 for task in self.tasks],
             "basis_sha256": self.basis.sha256,
             "base_fingerprint": self.basis.base.fingerprint,

@@ -23,7 +23,7 @@ from .. import distributed
 from ..atomic import atomic_file, fsync
 from ..batches import row_losses
 from ..errors import OutputError, TrainingError, first_line
-from ..nf4 import with_adapters
+from ..nf4 import as_if_with_peft
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import write_json
@@ -82,7 +82,7 @@ class RTrainer(Trainer):
             self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
         distributed.send_only_trained(network)
         steps = max(run.order.steps for run in runs)
-        with with_adapters(network):
+        with as_if_with_peft(network):
             super().__init__(
                 model=network,
                 args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),

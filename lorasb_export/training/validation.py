@@ -11,7 +11,7 @@ from .. import distributed
 from ..encoding import Encoded
 from ..evaluation import mean_loss, row_scores
 from ..inference import answers_of_ids
-from ..metrics import exact_match, of_predictions
+from ..metrics import exact_match, prediction_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class Validation:
         found = {"loss": mean_loss(scored)}
         if not isinstance(expected[0], list):
             predicted = [prediction for _, _, prediction in scored]
-            found |= of_predictions(predicted, expected, regression=isinstance(expected[0], float))
+            found |= prediction_metrics(predicted, expected, regression=isinstance(expected[0], float))
         if self.asked:
             pairs = distributed.all_gather(list(zip(given, (answer for _, answer in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])

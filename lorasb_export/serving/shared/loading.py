@@ -11,11 +11,10 @@ import torch
 
 from ...basis import Basis
 from ...errors import ArtifactError
+from ...fetch import ADAPTER_FILES
 from ...format import AGAIN, read_adapter_config
 from ...output import cannot_write
 from ...storage import read_header, read_json
-
-FILES = ("adapter.safetensors", "adapter_config.json")
 
 
 class LoadedR(NamedTuple):
@@ -38,7 +37,7 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
             "trained in another basis than this server's", where=where, fix="Serve it by a server of its own"
         )
     path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
-    header, _ = read_header(path)
+    header = read_header(path)
     if set(header) != {f"{name}.R" for name in basis.modules}:
         raise ArtifactError("the tensors are not one R for each module of the basis", where=path, fix=AGAIN)
     for name, info in header.items():
@@ -69,7 +68,7 @@ def copy_adapter(source: Path, target: Path) -> None:
     """
     with cannot_write(target, "Set TMPDIR to a larger disk"):
         target.mkdir()
-        for file in FILES:
+        for file in ADAPTER_FILES:
             try:
                 content = (source / file).read_bytes()
             except OSError as error:

@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
+from ...fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
 from ...output import cannot_write
 from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
-from .loading import FILES, copy_adapter, load_R
+from .loading import copy_adapter, load_R
 from .versions import Versions
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
@@ -97,7 +98,7 @@ class Updates:
         return folder
 
     def _check(self, path: str, folder: Path) -> None:
-        for item in (folder, *(folder / file for file in FILES)):
+        for item in (folder, *(folder / file for file in ADAPTER_FILES)):
             try:
                 real = item.resolve()
             except (OSError, RuntimeError):  # a link to itself

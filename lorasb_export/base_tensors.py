@@ -23,7 +23,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
             where=folder,
             fix="Load it once with transformers, save_pretrained(new_folder), and copy the tokenizer's files there",
         )
-    found = {name: (file, info) for file in files for name, info in read_header(file)[0].items()}
+    found = {name: (file, info) for file in files for name, info in read_header(file).items()}
     if weight_map is not None and set(found) != set(weight_map):
         odd = sorted(set(found) ^ set(weight_map))[0]
         raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")

@@ -146,7 +146,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _refuse_processes(function: Callable[..., None]) -> None:
     """Raise SettingsError where torchrun has started several processes of a verb in which each would do all of it."""
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE") or "1"
     verb = sys.modules[function.__module__]
     if processes != "1" and not getattr(verb, "SHARES_WORK", False):
         name = verb.__name__.rpartition(".")[2]

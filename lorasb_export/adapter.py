@@ -84,7 +84,8 @@ class Adapter:
 
         Raises:
             ArtifactError: the model lacks a module of the basis, or its shape differs.
-            BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, or quantized (but for nf4).
+            BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4), or
+                offloaded.
             SettingsError: `init` is another word.
         """
         from .head import labels_of, train_head  # only now: these bring transformers

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
-from .output import cannot_write, is_free, is_ours, refuse_existing
+from .output import cannot_write, is_ours, refuse_existing, replaced
 
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
@@ -54,25 +54,14 @@ def prepare_target(target: Path, overwrite: bool) -> None:
     refuse_existing(target, overwrite)
     for stale in _left_by_the_dead(target):
         shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
-    _remove_old(target)
+    discard(replaced(target), target)
 
 
 def put_back(target: Path) -> None:
     """Undo a replacement of the folder `target` that was cut short between its two renames."""
-    if is_ours(_old(target)) and not target.exists():
-        _old(target).rename(target)
-
-
-def _old(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"
-
-
-def _remove_old(target: Path) -> None:
-    """Remove what a replacement left. Raises OutputError where a folder of the user's has its name."""
-    old = _old(target)
-    if not (is_ours(old) or is_free(old)):
-        raise OutputError("a folder that lorasb did not write has a name it needs", where=old, fix="Call it otherwise")
-    discard(old, target)
+    old = replaced(target)
+    if is_ours(old) and not old.is_symlink() and not target.exists():
+        old.rename(target)
 
 
 def discard(folder: Path, target: Path) -> None:
@@ -94,11 +83,11 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
         if path.is_file() or path.is_dir():  # no link that leads nowhere, no socket
             fsync(path)
     fsync(temporary)
-    refuse_existing(target, overwrite)  # another process may have been quicker
-    old = _old(target)
+    old = replaced(target)
     for tries_left in (2, 1, 0):
+        refuse_existing(target, overwrite)  # another process may have been quicker
         if target.exists():
-            _remove_old(target)
+            discard(old, target)
             target.rename(old)
         try:
             temporary.rename(target)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
-# The same model again, in its maker's own format; an adapter, which transformers would apply.
-_NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "adapter_config.json", "adapter_model.safetensors"]
+_OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
+_LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `check_supported` asks for
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class BaseModel:
             folder = path.resolve()
         else:
             before = "the base model was not found: "
-            name, revision, folder = snapshot(name, ["config.json"], BaseModelError, before, revision)
+            name, revision, folder = snapshot(name, _LOOKED_AT_FIRST, BaseModelError, before, revision)
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_NOT_FETCHED)
+            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_OTHER_WEIGHTS)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property

@@ -75,7 +75,9 @@ def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
     in the working folder.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
+    # An empty entry is the working folder too, and `PYTHONPATH=$PYTHONPATH:x` often has one.
+    path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
     if hidden := (*broken_packages(), *hidden):
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CHILD_SITE), environment.get("PYTHONPATH", "")]))
-    return environment
+        path.insert(0, str(_CHILD_SITE))
+    return environment | {"PYTHONPATH": os.pathsep.join(path)}

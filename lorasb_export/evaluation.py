@@ -213,6 +213,7 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     path = folder / "adapter_config.json"
     if not path.is_file():  # the lock would make the folder anew
         raise ArtifactError("the adapter was removed while it was scored", where=folder, fix="Train or fetch it again")
+    card.own_readme(folder)  # or its figures would stand in the config alone
     with only_writer(path, wait=True):  # another evaluation of it may end at this moment
         with atomic_file(path) as temporary:
             config = read_json(path)

@@ -129,10 +129,10 @@ def is_blob(path: Path) -> bool:
     return path.parent.name == "blobs"
 
 
-def leads_out(path: Path) -> bool:
-    """Whether `path` is a link to a file out of its folder, and not into the Hub's cache.
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether `path`, somewhere in `folder`, is a link to a file out of it, and not into the Hub's cache.
 
     What a folder from a stranger links to is neither copied from it nor published with it.
     """
     target = path.resolve()
-    return not (target.is_relative_to(path.parent.resolve()) or is_blob(target))
+    return not (target.is_relative_to(folder.resolve()) or is_blob(target))

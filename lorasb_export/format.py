@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -51,12 +51,11 @@ ADAPTER_KEYS = {
 _TRAINING_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("task", "data", "data_sha256", "plot"), (str, NoneType)),
     **dict.fromkeys(("data_read", "learning_rates", "capture", "energy"), (dict, NoneType)),
-    **dict.fromkeys(("trainable_parameters", "lora_parameters"), (int, NoneType)),
     "labels": (list, NoneType),
     "settings": dict,
     "evaluation": dict,
 }
-_MODULE = re.compile(r"\w[\w-]*(\.\w[\w-]*)*", re.ASCII)
+_MODULE = re.compile(r"[^\s.-][^\s.]*(\.[^\s.-][^\s.]*)*")  # a part with a dash before it would be a flag
 _FIGURES = {"base", "adapter", "rows"}
 
 _MAX_PROBLEMS = 10  # problems told at once
@@ -109,7 +108,9 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
 def check_training(training: Mapping[str, Any], where: object) -> None:
     """Refuse a `training` object with values of a shape that the model card cannot show."""
     wrong = [key for key, types in _TRAINING_KEYS.items() if key in training and not isinstance(training[key], types)]
-    wrong = wrong or [key for key, is_right in _SHAPES.items() if training.get(key) and not is_right(training[key])]
+    splits = training.get("evaluation", {}).values() if not wrong else ()
+    if not all(isinstance(of_split, dict) and all(map(_are_figures, of_split.values())) for of_split in splits):
+        wrong = ["evaluation"]
     if wrong:
         fix = 'Write data as text, evaluation as {split: {metric: {"base", "adapter", "rows"}}}, or use another key'
         raise ArtifactError(f"training says {wrong[0]} in another shape than fit does", where=where, fix=fix)
@@ -119,39 +120,8 @@ def _are_figures(value: Any) -> bool:
     return isinstance(value, dict) and set(value) >= _FIGURES
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it can be shown as a float: none of JSON's `NaN`, or of an integer of a thousand digits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _have_numbers(value: Any, *keys: str) -> bool:
-    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in keys)
-
-
-def _is_capture(value: Mapping[str, Any]) -> bool:
-    by_module = value.get("by_module")
-    spread = by_module.get("basis") if isinstance(by_module, dict) else None
-    return _have_numbers(value, "basis", "own", "random") and _have_numbers(spread, "min", "max")
-
-
-def _are_losses(value: Mapping[str, Any]) -> bool:
-    """A validation loss, or None, for each learning rate."""
-    return all(_RATE.fullmatch(rate) and (loss is None or _is_number(loss)) for rate, loss in value.items())
-
-
-_RATE = re.compile(r"[0-9.eE+-]{1,24}")
-_SHAPES: Mapping[str, Callable[[Any], bool]] = {
-    "evaluation": lambda splits: all(
-        isinstance(s, dict) and all(map(_are_figures, s.values())) for s in splits.values()
-    ),
-    "learning_rates": _are_losses,
-    "capture": _is_capture,
-    "energy": lambda energy: _have_numbers(energy, "mean"),
-}
-
-
 def check_module_names(names: Iterable[Any], where: Path) -> None:
-    """Refuse what cannot be a module's dotted name. Such names are put on vLLM's command line."""
+    """Refuse what is no module's dotted name. The last parts of such names are words of vLLM's command line."""
     for name in names:
         if not isinstance(name, str) or not _MODULE.fullmatch(name):
             raise ArtifactError(f"{name!r:.80} is no name of a module", where=where, fix=EDITED)

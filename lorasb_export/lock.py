@@ -80,10 +80,12 @@ def _open(path: Path) -> int:
         except PermissionError as error:
             raise OutputError(f"cannot open the lock file: {error.strerror}", where=path, fix=_OF_ANOTHER) from None
     found = os.fstat(handle)
-    if stat.S_ISREG(found.st_mode) and found.st_size == 0 and found.st_nlink == 1:
-        # Whoever shares the folder may lock it, whatever our umask. To strangers of a /tmp reading is enough.
-        with suppress(OSError):  # it is another user's, who has done so
-            os.fchmod(handle, path.parent.stat().st_mode & 0o664)
+    if not stat.S_ISREG(found.st_mode) or found.st_size or found.st_nlink > 1:
+        os.close(handle)
+        raise OutputError("a file that is no lock has its name", where=path, fix="Remove it, or call it otherwise")
+    # Whoever shares the folder may lock it, whatever our umask: it is empty. To strangers of a /tmp reading is enough.
+    with suppress(OSError):  # it is another user's, who has done so
+        os.fchmod(handle, path.parent.stat().st_mode & 0o664)
     return handle
 
 

@@ -142,7 +142,9 @@ def require_positions(network: PreTrainedModel, max_length: int) -> None:
 def refuse_several_devices(network: PreTrainedModel) -> None:
     """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
     if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
-        fix = "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model"
+        fix = (
+            "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model, if none is offloaded"
+        )
         raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
 
 

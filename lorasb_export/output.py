@@ -73,6 +73,9 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
     if target.is_mount():
         fix = f"Choose a folder in it, as {target / 'model'}"
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
+    if (old := replaced(target)).is_symlink() or not (is_free(old) or is_ours(old)):
+        fix_old = "Remove it if an interrupted run has left it, or choose another path"
+        raise OutputError("what lorasb did not write has a name that it needs", where=old, fix=fix_old)
     if is_free(target):
         return
     if not is_ours(target):
@@ -81,15 +84,19 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target exists", where=target, fix=fix)
 
 
+def replaced(target: Path) -> Path:
+    """Where what was at `target` lies, links followed, while another folder takes its place."""
+    target = Path(os.path.realpath(target))
+    return target.parent / f".{target.name}.old"
+
+
 def is_free(target: Path) -> bool:
     """Whether `target` does not exist, or is an empty folder."""
     return not any(target.iterdir()) if target.is_dir() else not target.exists()
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this package wrote `folder`; a link to one is none."""
-    if folder.is_symlink():
-        return False
+    """Whether this package wrote `folder`."""
     return any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
 
 

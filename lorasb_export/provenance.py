@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -12,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError
 from .fetch import leads_out, parse_hub_id
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FROM_ROOT = re.compile(r"(?:(?<=[=,@])|^)(?:file://|~[^/,]*)?/[^,]*")
 _MAX_COMMAND = 4000  # characters of a command
+logger = logging.getLogger(__name__)
+
 CURVE = "training.png"  # the picture of an adapter's losses
 
 
@@ -75,17 +77,13 @@ def published_training(adapter: Adapter, *, with_curve: bool = False) -> dict[st
 
 
 def copy_curve(adapter: Adapter, folder: Path) -> bool:
-    """Put the picture of the adapter's losses into `folder`; returns whether there is one.
-
-    Raises:
-        ArtifactError: it is a link out of the adapter's folder.
-    """
+    """Put the picture of the adapter's losses into `folder`; returns whether there is one."""
     # Only under its own name: what a config calls its picture may be any path.
     curve = adapter.folder / CURVE if adapter.folder is not None else None
     if curve is None or not curve.is_file():
         return False
-    if leads_out(curve):
-        fix = "Replace it by the file itself, or remove it"
-        raise ArtifactError("a link out of the adapter's folder", where=curve, fix=fix)
+    if leads_out(curve, curve.parent):
+        logger.warning("%s is left out: a link out of the adapter's folder", curve)
+        return False
     shutil.copyfile(curve, folder / CURVE)
     return True

@@ -63,7 +63,7 @@ class Stack:
     def bind(self) -> None:
         """Make the layers' parameters, and each adapter's `R`, views of `values`: again, where `model.to` copied them.
 
-        `values` follows a model that has gone to another device.
+        `values` follows a model that has gone to another device; an optimizer is to be made after that.
         """
         if self.values.device != self.layers[0].device:
             self.values = self._stacked()

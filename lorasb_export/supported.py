@@ -15,7 +15,7 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
     """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, or of
     which transformers would load other weights than those that are checked."""
     _check_types(config, folder)
-    if "transformers_weights" in config:
+    if config.get("transformers_weights") is not None:
         raise BaseModelError(
             "config.json names the file of its weights itself (transformers_weights)",
             where=folder / "config.json",
@@ -25,7 +25,7 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
         raise BaseModelError(
             "the base's folder holds an adapter too, which transformers would apply",
             where=folder / "adapter_config.json",
-            fix="Copy the folder without adapter_config.json and the adapter's weights",
+            fix="Use a folder, or a repository, of the model alone: a copy without adapter_config.json will do",
         )
     quantization = config.get("quantization_config")
     if quantization is not None:

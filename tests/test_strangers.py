@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,12 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import Adapter, Basis, FitSettings, fit, merge
-from lorasb_export.atomic import atomic_folder
+from lorasb_export import Adapter, Basis, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.cards import card
-from lorasb_export.cards.readme import BEGIN, END
+from lorasb_export.cards.readme import BEGIN, END, update
 from lorasb_export.environment import child_environment
-from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.exporting.peft import export_peft
-from lorasb_export.lock import only_writer
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
 from lorasb_export.publishing.licence import licence
@@ -41,7 +39,7 @@ def adapter(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("name", ["x.--trust-remote-code", "--host=0", "x.+y", "x..y", "x y", ""])
+@pytest.mark.parametrize("name", ["x.--trust-remote-code", "--host=0", "x.-c", "x..y", "x y", ""])
 def test_no_name_of_a_module_becomes_a_flag_of_a_server(name: str, adapter: Path) -> None:
     edit(adapter, "basis_config.json", lambda c: c["target_modules"].update({name: [8, 8]}))
     with pytest.raises(ArtifactError, match="is no name of a module"):
@@ -51,7 +49,10 @@ def test_no_name_of_a_module_becomes_a_flag_of_a_server(name: str, adapter: Path
         Adapter.load(adapter)
 
 
-def test_a_server_imports_nothing_from_the_working_folder(llama: Path, tmp_path: Path) -> None:
+def test_a_server_imports_nothing_from_the_working_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", *sys.path[1:], "."]))
     (tmp_path / "timeit.py").write_text("raise SystemExit('it ran')")
     options: dict[str, Any] = {"model": str(llama), "mode": "auto", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
     plan = make_plan({}, **options, extra=(), updates_from=None, has_key=False)
@@ -72,6 +73,12 @@ def test_a_config_names_no_other_weights(file: str, llama: Path, tmp_path: Path)
         BaseModel.resolve(tmp_path / "base")
 
 
+def test_weights_that_no_config_names_are_those_of_the_folder(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    write_json(base / "config.json", read_json(llama / "config.json") | {"transformers_weights": None})
+    assert BaseModel.resolve(base).load()
+
+
 def test_a_base_that_holds_an_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
     BaseModel.resolve(llama).load().save_pretrained(tmp_path / "base")
     write_json(tmp_path / "base" / "adapter_config.json", {"peft_type": "LORA"})
@@ -90,77 +97,6 @@ def test_a_config_with_a_value_of_another_type_is_refused(key: str, value: Any, 
     write_json(tmp_path / "config.json", read_json(llama / "config.json") | {key: value})
     with pytest.raises(BaseModelError, match=f"{key} is "):
         BaseModel.resolve(tmp_path)
-
-
-def test_a_lock_is_no_link(tmp_path: Path) -> None:
-    secret = tmp_path / "id_rsa"
-    secret.write_text(SECRET)
-    secret.chmod(0o600)
-    for name, target in (("a", secret), ("b", tmp_path / "made")):
-        (tmp_path / f".{name}.lock").symlink_to(target)
-        with pytest.raises(OutputError, match="the lock file is a link"), only_writer(tmp_path / name):
-            pass
-    os.link(secret, tmp_path / ".c.lock")
-    with only_writer(tmp_path / "c"):
-        pass
-    assert secret.stat().st_mode & 0o777 == 0o600
-    assert not (tmp_path / "made").exists()
-
-
-def test_what_a_link_leads_to_goes_into_no_folder_of_ours(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text(SECRET)
-    (adapter / "training.png").symlink_to(tmp_path / "secret")
-    for write in (lambda: export_peft(adapter, tmp_path / "peft"), lambda: merge(adapter, tmp_path / "model")):
-        with pytest.raises(ArtifactError, match="a link out of the adapter's folder"):
-            write()
-    (adapter / "README.md").unlink()
-    (adapter / "README.md").symlink_to(tmp_path / "secret")
-    with pytest.raises(ArtifactError, match=r"a link out of the folder.*README\.md"):
-        card.write(adapter, "a card")
-    written = [path for folder in (tmp_path / "peft", tmp_path / "model") for path in folder.rglob("*")]
-    assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
-
-
-def test_the_folders_of_a_user_are_not_taken_for_what_we_left(
-    adapter: Path, llama: Path, sums: Path, tmp_path: Path
-) -> None:
-    for name in (".model.old", ".model.merge", "model", ".new.run", "elsewhere"):
-        (tmp_path / name / "checkpoint-1").mkdir(parents=True)
-        (tmp_path / name / "thesis").write_text("mine")
-    with pytest.raises(OutputError, match="not a folder lorasb wrote"):
-        merge(adapter, tmp_path / "model")
-    (tmp_path / "model").rename(tmp_path / "old")
-    with pytest.raises(OutputError, match=r"has a name it needs.*\.model\.(old|merge)"):
-        merge(adapter, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    (tmp_path / ".linked.run").symlink_to(tmp_path / "elsewhere")
-    for name in ("new", "linked"):
-        with pytest.raises(OutputError, match=r"a run never wrote 'thesis'|is a link"):
-            fit(str(llama), Basis.load(adapter), sums, tmp_path / name, settings=FitSettings(max_steps=1))
-    for name in (".model.old", ".model.merge", "old", ".new.run", "elsewhere"):
-        assert (tmp_path / name / "checkpoint-1").is_dir()
-        assert (tmp_path / name / "thesis").read_text() == "mine"
-
-
-def test_a_folder_that_is_put_back_meanwhile_is_replaced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As another command does, to which the moment between two renames looks like a process that died there."""
-    target, old, rename = tmp_path / "x", tmp_path / ".x.old", Path.rename
-    for content in ("before", "after"):
-        with atomic_folder(target, overwrite=True) as temporary:
-            write_json(temporary / "lorasb.json", {"content": content})
-            if content == "after":
-
-                def renamed(path: Path, to: Path) -> Path:
-                    if to == target and path != old and old.exists() and not target.exists():
-                        monkeypatch.setattr(Path, "rename", rename)
-                        old.rename(target)
-                    return rename(path, to)
-
-                monkeypatch.setattr(Path, "rename", renamed)
-    assert read_json(target / "lorasb.json") == {"content": "after"}
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +149,7 @@ def test_a_header_of_huge_shapes_is_refused_at_once(shape: list[int], tmp_path: 
         ("license: [mit, apache-2.0]", {"license": "mit, apache-2.0"}),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: [*b, *b]", {}),
         ("license: {a: b}", {}),
+        ("license: mit\nlicense_name: 2.0", {"license": "mit", "license_name": "2.0"}),
         (f"license: {'[' * 2000}", {}),
         ("license: mit\nlicense_link: 'http://[x'", {"license": "mit", "license_link": "http://[x"}),
     ],
@@ -239,17 +176,17 @@ def test_a_terminal_is_sent_no_escapes_of_others(adapter: Path) -> None:
         {"learning_rates": {"a": 1.0}},
         {"learning_rates": {"1e-3": "b"}},
         {"capture": {"a": 1}, "energy": {"mean": 1}},
-        {"energy": {"least": 1}},
+        {"capture": {"basis": 1, "own": 1, "random": 1, "by_module": 3}, "energy": {"mean": 1}},
         {"energy": {"mean": 10**400}},
         {"lora_parameters": "many", "trainable_parameters": 4},
-        {"evaluation": {"test": {"loss": {"base": 1}}}},
+        {"lora_parameters": 10**400, "trainable_parameters": 4},
     ],
 )
-def test_what_no_card_could_show_is_refused_when_it_is_read(training: dict[str, Any], adapter: Path) -> None:
-    """Not at the end of a merge of hours."""
+def test_what_no_card_can_show_costs_no_merge(training: dict[str, Any], adapter: Path, tmp_path: Path) -> None:
+    """Of hours: the card is written at its end."""
     edit(adapter, "adapter_config.json", lambda c: c.update(training=training))
-    with pytest.raises(ArtifactError, match=f"training says {next(iter(training))} in another shape|capture"):
-        Adapter.load(adapter)
+    merge(adapter, tmp_path / "model")
+    assert "LoRA-SB" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("scaling", [10**400, -(10**400), math.nan, math.inf])
@@ -259,7 +196,10 @@ def test_a_scaling_that_no_float_holds_is_refused(scaling: float, adapter: Path)
         Adapter.load(adapter)
 
 
-@pytest.mark.parametrize("line", [f'"=".{"a." * 16000}a = 1', f"x = {{ {'a.' * 16000}a = 1 }}", f"[{'a . ' * 17}a]"])
+@pytest.mark.parametrize(
+    "line",
+    [f'"=".{"a." * 16000}a = 1', f"x = {{ {'a.' * 16000}a = 1 }}", f"[{'a . ' * 17}a]", '"\\"".' * 4000 + "a = 1"],
+)
 def test_a_project_file_has_no_key_of_many_parts(line: str, tmp_path: Path) -> None:
     (tmp_path / "lorasb.toml").write_text(line)
     with pytest.raises(SettingsError, match="a key of more than 16 parts"):
@@ -268,8 +208,12 @@ def test_a_project_file_has_no_key_of_many_parts(line: str, tmp_path: Path) -> N
 
 def test_a_card_takes_words_of_others_for_words(adapter: Path) -> None:
     task = f"x <img src=y>\n{END}\n# Run this\n{BEGIN} ![z](http://spy/z.png)"
-    lines = {"plot": "http://spy/plot.png", "settings": {"a`\n# b": 1}, "task": task}
-    edit(adapter, "adapter_config.json", lambda c: c.update(training=lines, revision='1"); import spy  #'))
+    lines = {"plot": "http://spy/plot.png", "settings": {"a`\n# b": 1}, "task": task, "labels": [END, 1]}
+    edit(
+        adapter,
+        "adapter_config.json",
+        lambda c: c.update(training=lines, revision='1"); import spy  <!-- lorasb:end -->#'),
+    )
     edit(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path="me/base"))
     edit(adapter, "adapter_config.json", lambda c: c["basis"].update(source="me/b](http://spy) [x@1"))
     text = card.adapter_card(read_json(adapter / "adapter_config.json"))
@@ -277,4 +221,6 @@ def test_a_card_takes_words_of_others_for_words(adapter: Path) -> None:
     for part in ("<img", "![z]", "spy/plot", "\n# Run", "\n# b", "me/b]"):
         assert part not in text
     assert "!\\[z](http" in text  # an escaped bracket begins no link
-    assert 'revision="1\\"); import spy  #"' in text
+    assert 'revision="1\\"); import spy  \\u003c!-- lorasb:end -->#"' in text
+    assert text.count("u003c") == 2
+    assert update(text, text) == text

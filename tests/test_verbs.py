@@ -84,6 +84,8 @@ def test_a_verb_that_does_not_share_its_work_runs_in_one_process(
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: 4 processes (WORLD_SIZE): only fit and calibrate share")
     assert f"lorasb {verb.split()[0]}, or" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert "WORLD_SIZE" not in lorasb("inspect", "x").stderr
 
 
 @pytest.mark.parametrize(("verb", "settings"), [(fit, FitSettings), (calibrate, CalibrationSettings)])

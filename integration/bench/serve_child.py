@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorasb_export import environment
+from integration import child_environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.exporting.peft import write_folded
 from lorasb_export.serving.shared import BASIS_VARIABLE
@@ -38,7 +38,7 @@ class Child:
         self, base: Path, folders: list[Path], ids: int = 0, basis: Path | None = None, **options: Any
     ) -> None:
         command = [sys.executable, "-m", "integration.bench.serve_engine", str(base), str(ids), json.dumps(options)]
-        variables = environment.child_environment(**VARIABLES, **({BASIS_VARIABLE: str(basis)} if basis else {}))
+        variables = child_environment(**VARIABLES, **({BASIS_VARIABLE: str(basis)} if basis else {}))
         self.process = subprocess.Popen(
             [*command, *map(str, folders)],
             stdin=subprocess.PIPE,

@@ -28,13 +28,13 @@ def fork_exporters() -> None:
 
 
 def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-    if command[:2] == [sys.executable, "-m"] and command[2] in _EXPORTERS:
-        return _forked(command, options["cwd"])
+    if command[:3] == [sys.executable, "-P", "-m"] and command[3] in _EXPORTERS:
+        return _forked(command[3:], options["cwd"])
     return _run_program(command, **options)
 
 
 def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A fork that runs in `folder` and becomes `command`; what it writes to either stream is read."""
+    """A fork that runs in `folder` and becomes `command` (a module, its words); what either stream of it says is read."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -43,8 +43,8 @@ def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
         for stream in (1, 2):
             os.dup2(writing, stream)
         os.close(writing)
-        sys.argv = command[2:]
-        end_with(lambda: runpy.run_module(command[2], run_name="__main__", alter_sys=True))
+        sys.argv = command
+        end_with(lambda: runpy.run_module(command[0], run_name="__main__", alter_sys=True))
     os.close(writing)
     try:
         with open(reading, encoding="utf-8", errors="replace") as said:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from integration import child_environment
 from integration.torture.forks import end_with, fork_exporters
-from lorasb_export import environment
 
 
 class Zygote:
@@ -26,7 +26,7 @@ class Zygote:
     def __init__(self, **variables: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "integration.torture.zygote"],
-            env={**environment.child_environment(), "OMP_NUM_THREADS": "1", **variables},
+            env={**child_environment(), "OMP_NUM_THREADS": "1", **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

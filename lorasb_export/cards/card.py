@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from .sections import (
     metadata,
     method,
     provenance_table,
+    quoted,
     retained,
     source_of,
     training_table,
@@ -44,14 +44,20 @@ def write(folder: Path, card: str) -> None:
     """Write `card` as README.md of `folder`; the user's own text and front-matter keys there are kept.
 
     Raises:
-        ArtifactError: the existing card is not UTF-8, or its front matter not valid YAML.
+        ArtifactError: the existing card is not UTF-8, its front matter not valid YAML; or it is a link out of `folder`.
     """
-    path = folder / "README.md"
-    if leads_out(path):
-        raise ArtifactError("a link out of the folder", where=path, fix="Replace it by the file itself, or remove it")
+    path = own_readme(folder)
     old = utf8(path.read_bytes(), path) if path.is_file() else ""
     with atomic_file(path) as temporary:
         temporary.write_text(update(old, card, where=path), encoding="utf-8")
+
+
+def own_readme(folder: Path) -> Path:
+    """Where the card of `folder` lies. Raises ArtifactError where that is a link out of it."""
+    path = folder / "README.md"
+    if leads_out(path, folder):
+        raise ArtifactError("a link out of the folder", where=path, fix="Replace it by the file itself, or remove it")
+    return path
 
 
 def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -155,7 +161,7 @@ def _outputs(training: Mapping[str, Any]) -> str:
     """The argument with which a classifier's base gets a head of the right size, and its classes their names."""
     if training.get("regression"):
         return ", num_labels=1"
-    names = (json.dumps(str(label), ensure_ascii=False) for label in training.get("labels") or [])
+    names = (quoted(str(label)) for label in training.get("labels") or [])
     named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
     return f", id2label={{{named}}}" if named else ""
 

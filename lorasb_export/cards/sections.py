@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,7 @@ def source_of(base: Mapping[str, Any]) -> str:
     """The arguments that `from_pretrained` loads the base by."""
     if not is_hub_id(base.get("name_or_path")):
         return '"path/to/the/base/model"'
-    revision = f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
+    revision = f", revision={quoted(base['revision'])}" if base.get("revision") else ""
     return f'"{base["name_or_path"]}"{revision}'
 
 
@@ -112,7 +113,7 @@ def method(numbers: Mapping[str, Any]) -> str:
     """Rank and sizes, the trained parameters beside those of LoRA."""
     shown = {key: value for key, value in numbers.items() if value is not None}
     ours, lora = shown.get("trained parameters"), shown.get("LoRA of this rank on these modules")
-    if ours and lora:
+    if _are_numbers(ours, lora) and ours:
         shown["LoRA of this rank on these modules"] = f"{lora:,} parameters, {lora / ours:.1f} times as many"
     return grid("Method", ["", ""], shown.items(), before=_METHOD)
 
@@ -174,10 +175,10 @@ def training_table(training: Mapping[str, Any]) -> str:
 
 
 def _by_rate(training: Mapping[str, Any]) -> str:
-    values = training.get("learning_rates")
-    if not values:
+    values = training.get("learning_rates") or {}
+    if not values or not _are_numbers(*(value for value in values.values() if value is not None)):
         return ""
-    found = {rate: "not finite" if value is None else f"{float(value):.4g}" for rate, value in values.items()}
+    found = {_shown(rate): "not finite" if value is None else f"{value:.4g}" for rate, value in values.items()}
     told = ", ".join(f"{value} at {rate}" for rate, value in found.items())
     metric = training.get("settings", {}).get("metric", "loss")
     return f"\nTrained at each of these learning rates: `{_shown(metric)}` {told}.\n"
@@ -185,10 +186,10 @@ def _by_rate(training: Mapping[str, Any]) -> str:
 
 def _held_by_basis(training: Mapping[str, Any]) -> str:
     """What `fit` found out about the basis and this task."""
-    found, energy = training.get("capture"), training.get("energy")
-    if not found or not energy:
+    found, energy = training.get("capture") or {}, training.get("energy") or {}
+    by_module = _at(found, "by_module", "basis") or {}
+    if not _are_numbers(*map(found.get, ("basis", "own", "random")), by_module.get("min"), _at(energy, "mean")):
         return ""
-    by_module = found["by_module"]["basis"]
     return (
         f"\nThe basis holds {found['basis']:.0%} of this task's gradient (by module {by_module['min']:.0%} to "
         f"{by_module['max']:.0%}); one of the task's own would hold {found['own']:.0%}, a random one "
@@ -268,6 +269,21 @@ def grid(title: str, header: list[str], rows: Iterable[Iterable[object]], *, bef
     return "\n".join([*head, *lines, ""])
 
 
+def _at(value: Any, *keys: str) -> Any:
+    """What lies under nested keys; None where there is none: `training` may be another program's."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _are_numbers(*values: Any) -> bool:
+    """Whether each can be shown as a float: none is a word, NaN, or an integer of a thousand digits."""
+    return all(
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        for value in values
+    )
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Scalars of nested objects under dotted names; lists and large objects are left out."""
     flat: dict[str, Any] = {}
@@ -289,6 +305,11 @@ def _shown(value: object) -> str:
     if os.path.isabs(text) or text.startswith((".", "~")):
         text = os.path.basename(os.path.normpath(text))
     return as_words(text).replace("|", "\\|")
+
+
+def quoted(text: str) -> str:
+    """A string of Python, which may stand in a card: no mark of its end is in it."""
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def as_words(text: str) -> str:

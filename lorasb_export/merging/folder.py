@@ -107,8 +107,8 @@ def _open(target: Path, identity: str) -> MergeFolder:
     work = _work_path(target)
     folder, known = MergeFolder(work), work / _IDENTITY
     if work.is_symlink() or not (known.is_file() or is_free(work)):
-        fix = "Call it otherwise"
-        raise OutputError("a file or folder that lorasb did not write has a name it needs", where=work, fix=fix)
+        fix = "Remove it if an interrupted run has left it, or choose another path"
+        raise OutputError("what lorasb did not write has a name that it needs", where=work, fix=fix)
     if work.is_dir():
         if known.is_file() and known.read_text() == identity:
             folder.forget_all_but_shards()

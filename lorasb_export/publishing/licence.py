@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from datetime import date
 from pathlib import Path
 
 from ..cards.readme import LICENCE_KEYS, front_matter
@@ -51,8 +52,9 @@ def licence(
 
 def _text(value: object) -> str:
     """A licence's name or link, or several names; a card can be anybody's, and hold anything."""
-    names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
-    return ", ".join(names[:_MAX_NAMES])[:_MAX_LENGTH]
+    said = value if isinstance(value, list) else [value]
+    names = [str(name) for name in said[:_MAX_NAMES] if isinstance(name, str | int | float | date)]  # `2.0`, say
+    return ", ".join(names)[:_MAX_LENGTH]
 
 
 def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:

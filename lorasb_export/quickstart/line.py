@@ -175,6 +175,7 @@ def quickstart(
         say("vLLM is not installed (or --no-serve): the column 'served' stays empty")
 
     result = {
+        "out": str(out),
         "base_model": base.name_or_path,
         "basis": str(out / "basis"),
         "adapters": {name: str(folder) for name, folder in folders.items()},

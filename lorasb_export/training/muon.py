@@ -41,6 +41,7 @@ class Muon(torch.optim.AdamW):
         # Fused on a GPU: otherwise each step of a resumed run would ask the device how many there were.
         fused = True if of_head and all(p.is_cuda for p in of_head) else None
         super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+        self._step_supports_amp_scaling = False  # fused AdamW does, the step of R does not: GradScaler looks for infs
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

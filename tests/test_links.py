@@ -1,0 +1,164 @@
+"""Links lead nowhere, and what a user has beside a folder is not taken for what a run of ours left there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorasb_export import Adapter, FitSettings, fit, merge
+from lorasb_export.atomic import atomic_folder
+from lorasb_export.cards import card
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
+from lorasb_export.evaluation import record_evaluation
+from lorasb_export.exporting.peft import export_peft
+from lorasb_export.lock import only_writer
+from lorasb_export.storage import read_json, write_json
+from tests.merging import adapter_for
+
+SECRET = "a secret of the user's"
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Path:
+    adapter_for(llama, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_a_lock_is_no_link(tmp_path: Path) -> None:
+    secret = tmp_path / "id_rsa"
+    secret.write_text(SECRET)
+    secret.chmod(0o600)
+    for name, target in (("a", secret), ("b", tmp_path / "made")):
+        (tmp_path / f".{name}.lock").symlink_to(target)
+        with pytest.raises(OutputError, match="the lock file is a link"), only_writer(tmp_path / name):
+            pass
+    os.link(secret, tmp_path / ".c.lock")
+    (tmp_path / ".d.lock").write_text("mine")
+    for name in "cd":
+        with pytest.raises(OutputError, match="a file that is no lock has its name"), only_writer(tmp_path / name):
+            pass
+    assert (tmp_path / ".d.lock").read_text() == "mine"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_a_link_leads_to_goes_into_no_folder_of_ours(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    (adapter / "training.png").symlink_to(tmp_path / "secret")
+    export_peft(adapter, tmp_path / "peft")
+    merge(adapter, tmp_path / "model")
+    written = [path for folder in (tmp_path / "peft", tmp_path / "model") for path in folder.rglob("*")]
+    assert len(written) > 5
+    assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
+    (adapter / "README.md").unlink()
+    (adapter / "README.md").symlink_to(tmp_path / "secret")
+    before = (adapter / "adapter_config.json").read_bytes()
+    for write in (
+        lambda: card.write(adapter, "a card"),
+        lambda: record_evaluation(Adapter.load(adapter), {"split": "test", "metric": "loss"}),
+    ):
+        with pytest.raises(ArtifactError, match=r"a link out of the folder.*README\.md"):
+            write()
+    assert (adapter / "adapter_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_of_templates_may_link_within_the_base(
+    inside: bool, adapter: Path, llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    home = base if inside else tmp_path
+    (home / "x.jinja").write_text("text")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").symlink_to(home / "x.jinja")
+    if inside:
+        merge(adapter, tmp_path / "model", base=base)
+        assert (tmp_path / "model" / "additional_chat_templates" / "tool.jinja").read_text() == "text"
+        return
+    with pytest.raises(BaseModelError, match="a link to another file"):
+        merge(adapter, tmp_path / "model", base=base)
+
+
+@pytest.mark.parametrize("name", [".model.old", ".model.merge", ".a.run"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_folders_of_a_user_are_not_taken_for_what_we_left(
+    name: str, linked: bool, adapter: Path, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / ("mine" if linked else name)
+    (mine / "checkpoint-1").mkdir(parents=True)
+    (mine / "thesis").write_text("mine")
+    if linked:
+        (tmp_path / name).symlink_to(mine)
+    shutil.copytree(adapter, tmp_path / "basis")
+    if name == ".a.run":
+        shutil.rmtree(adapter)
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=r"a run never wrote 'thesis'|is a link"):
+                fit(str(llama), tmp_path / "basis", sums, adapter, settings=FitSettings(max_steps=1), resume=resume)
+    else:
+        with pytest.raises(OutputError, match=r"has a name that it needs.*\.model\.(old|merge)"):
+            merge(adapter, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert (mine / "checkpoint-1").is_dir()
+    assert (mine / "thesis").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_a_link_leads_to_is_replaced_where_we_wrote_it(overwrite: bool, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "disk" / "model")
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    before = (tmp_path / "disk" / "model").stat().st_ino
+    if not overwrite:
+        with pytest.raises(OutputError, match="the target exists"):
+            merge(adapter, tmp_path / "model")
+        return
+    merge(adapter, tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk" / "model").stat().st_ino != before
+
+
+@pytest.mark.parametrize("content", ["mine", "lorasb.json"])
+def test_what_appears_while_a_folder_is_put_in_place_stays(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "x", Path.rename
+
+    def renamed(path: Path, to: Path) -> Path:
+        if to == target:
+            monkeypatch.setattr(Path, "rename", rename)
+            target.mkdir()
+            (target / content).write_text("{}")
+        return rename(path, to)
+
+    def write() -> None:
+        with atomic_folder(target) as temporary:
+            write_json(temporary / "lorasb.json", {})
+            monkeypatch.setattr(Path, "rename", renamed)
+
+    with pytest.raises(OutputError, match="the target exists"):
+        write()
+    assert [path.name for path in target.iterdir()] == [content]
+
+
+def test_a_folder_that_is_put_back_meanwhile_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another command does, to which the moment between two renames looks like a process that died there."""
+    target, old, rename = tmp_path / "x", tmp_path / ".x.old", Path.rename
+    for content in ("before", "after"):
+        with atomic_folder(target, overwrite=True) as temporary:
+            write_json(temporary / "lorasb.json", {"content": content})
+            if content == "after":
+
+                def renamed(path: Path, to: Path) -> Path:
+                    if to == target and path != old and old.exists() and not target.exists():
+                        monkeypatch.setattr(Path, "rename", rename)
+                        old.rename(target)
+                    return rename(path, to)
+
+                monkeypatch.setattr(Path, "rename", renamed)
+    assert read_json(target / "lorasb.json") == {"content": "after"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -34,7 +34,7 @@ def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]
 
 
 def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A fork that runs in `folder` and becomes `command` (a module, its words); what either stream of it says is read."""
+    """A fork that runs in `folder` and becomes `command`, a module and its words; what it says is read."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:

@@ -28,7 +28,7 @@ _hosts: dist.ProcessGroup | None = None  # in which they wait so long, without t
 def start() -> None:
     """Join the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs), once."""
     global _hosts
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _hosts is None:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and _hosts is None:
         from accelerate import PartialState
 
         PartialState()  # also selects this process's GPU

@@ -75,8 +75,8 @@ def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
     in the working folder.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
-    # An empty entry is the working folder too, and `PYTHONPATH=$PYTHONPATH:x` often has one.
-    path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
+    # Others are of the working folder: the empty one too, which `PYTHONPATH=$PYTHONPATH:/x` often has.
+    path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     if hidden := (*broken_packages(), *hidden):
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
         path.insert(0, str(_CHILD_SITE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,5 +135,5 @@ def leads_out(path: Path, folder: Path) -> bool:
 
     What a folder from a stranger links to is neither copied from it nor published with it.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     return not (target.is_relative_to(folder.resolve()) or is_blob(target))

@@ -111,6 +111,7 @@ def check_training(training: Mapping[str, Any], where: object) -> None:
     splits = training.get("evaluation", {}).values() if not wrong else ()
     if not all(isinstance(of_split, dict) and all(map(_are_figures, of_split.values())) for of_split in splits):
         wrong = ["evaluation"]
+    wrong = wrong or [key for key, value in training.items() if not _is_text(value)]
     if wrong:
         fix = 'Write data as text, evaluation as {split: {metric: {"base", "adapter", "rows"}}}, or use another key'
         raise ArtifactError(f"training says {wrong[0]} in another shape than fit does", where=where, fix=fix)
@@ -118,6 +119,15 @@ def check_training(training: Mapping[str, Any], where: object) -> None:
 
 def _are_figures(value: Any) -> bool:
     return isinstance(value, dict) and set(value) >= _FIGURES
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all that is said in it can be written to a file: JSON can have half of a character (`"\\ud800"`)."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_module_names(names: Iterable[Any], where: Path) -> None:

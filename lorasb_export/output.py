@@ -70,10 +70,10 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
 
     Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
     """
-    if target.is_mount():
+    if Path(os.path.realpath(target)).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
         fix = f"Choose a folder in it, as {target / 'model'}"
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
-    if (old := replaced(target)).is_symlink() or not (is_free(old) or is_ours(old)):
+    if (old := replaced(target)).is_symlink() or not (is_ours(old) or is_free(old)):
         fix_old = "Remove it if an interrupted run has left it, or choose another path"
         raise OutputError("what lorasb did not write has a name that it needs", where=old, fix=fix_old)
     if is_free(target):
@@ -92,7 +92,10 @@ def replaced(target: Path) -> Path:
 
 def is_free(target: Path) -> bool:
     """Whether `target` does not exist, or is an empty folder."""
-    return not any(target.iterdir()) if target.is_dir() else not target.exists()
+    try:
+        return not any(target.iterdir()) if target.is_dir() else not target.exists()
+    except FileNotFoundError:  # another process has just moved it
+        return True
 
 
 def is_ours(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from .task_source import TaskSource
 FILE_NAME = "lorasb.toml"
 MAX_BYTES = 4_000_000  # ten thousand tasks take half a million, of long names and paths a whole one
 _MAX_DOTS = 16  # before Python 3.14 tomllib takes minutes over a key of many parts
-_LONG_KEY = re.compile(rf"""(?<![\w-])((?:"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[\w-]+)[ \t]*\.[ \t]*){{{_MAX_DOTS + 1}}}""")
+_LONG_KEY = re.compile(rf"""(?<![\w\\-])((?:"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[\w-]+)[ \t]*\.[ \t]*){{{_MAX_DOTS + 1}}}""")
 
 _FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 

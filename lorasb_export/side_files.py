@@ -36,7 +36,7 @@ def _refuse_foreign_link(path: Path, folder: Path) -> None:
     """
     target = path.resolve()
     weights = {weights.resolve().parent for weights in folder.glob("model*.safetensors")}
-    if not leads_out(path, folder) or (target.name == path.name and target.parent in weights):
+    if not leads_out(path, folder) or target in {home / path.relative_to(folder) for home in weights}:
         return
     fix = "Replace it by the file itself, or link the weights (model.safetensors) to that folder too"
     raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
 from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
 from lorasb_export.exact import exact_products
 from lorasb_export.training.arguments import trainer_arguments
+from lorasb_export.training.muon import Muon
 from tests import serving
 from tests.merging import MODULES, adapter_for
 from tests.serving import dry_run, value_of
@@ -67,6 +69,37 @@ def test_products_are_exact_within_and_as_allowed_before(allowed: str, monkeypat
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_switch_that_follows_the_general_one_follows_it_afterwards() -> None:
+    general, switch = torch.backends, torch.backends.cuda.matmul
+    before = general.fp32_precision, switch.fp32_precision
+    general.fp32_precision, switch.fp32_precision = "tf32", "none"
+    try:
+        with exact_products():
+            assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == "tf32"
+        general.fp32_precision = "ieee"
+        assert switch.fp32_precision == "ieee"
+    finally:
+        general.fp32_precision, switch.fp32_precision = before
+
+
+def test_infs_of_a_scaled_loss_reach_no_R(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused AdamW, as of a head on a GPU, would tell GradScaler that the step looks after them itself."""
+    R, head = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.ones(2))
+    init = torch.optim.AdamW.__init__
+
+    def fused(self: torch.optim.AdamW, *args: Any, **options: Any) -> None:
+        init(self, *args, **{**options, "fused": True})
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", fused)
+    groups = [{"params": [R], "orthogonal": True}, {"params": [head], "orthogonal": False}]
+    optimizer, scaler = Muon(groups, lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    scaler.scale((R.sum() + head.sum()) * 1e30).backward()
+    scaler.step(optimizer)
+    assert torch.equal(R, torch.eye(2))
+    assert torch.equal(head, torch.ones(2))
+
+
 def test_products_are_exact_for_who_uses_the_newer_switches() -> None:
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"
@@ -104,5 +137,7 @@ def test_folded_adapters_take_turns_in_sixteen_slots(folder: Path, monkeypatch: 
     named = {f"a{number}": folder / "a" for number in range(40)}
     command = dry_run(named, mode="folded")["command"]
     assert (value_of(command, "--max-loras"), value_of(command, "--max-cpu-loras")) == ("16", "40")
+    many = dry_run({f"a{number}": folder / "a" for number in range(80)}, mode="folded")
+    assert value_of(many["command"], "--max-cpu-loras") == "64"
     few = dry_run({"a": folder / "a"}, mode="folded")["command"]
     assert (value_of(few, "--max-loras"), "--max-cpu-loras" in few) == ("1", False)

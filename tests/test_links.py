@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lorasb_export import Adapter, FitSettings, fit, merge
 from lorasb_export.atomic import atomic_folder
 from lorasb_export.cards import card
-from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, TrainingError
 from lorasb_export.evaluation import record_evaluation
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.lock import only_writer
@@ -65,21 +66,24 @@ def test_what_a_link_leads_to_goes_into_no_folder_of_ours(adapter: Path, tmp_pat
     assert (adapter / "adapter_config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_folder_of_templates_may_link_within_the_base(
-    inside: bool, adapter: Path, llama: Path, tmp_path: Path
-) -> None:
-    base = shutil.copytree(llama, tmp_path / "base")
-    home = base if inside else tmp_path
-    (home / "x.jinja").write_text("text")
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tool.jinja").symlink_to(home / "x.jinja")
-    if inside:
+@pytest.mark.parametrize("home", ["base", "shared", "elsewhere"])
+def test_a_folder_of_templates_may_link_within_the_base(home: str, adapter: Path, llama: Path, tmp_path: Path) -> None:
+    """Or to the one that all of a folder of links lead to."""
+    base, name = shutil.copytree(llama, tmp_path / "base"), "additional_chat_templates/tool.jinja"
+    (base / name).parent.mkdir()
+    target = tmp_path / home / ("x.jinja" if home == "base" else name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("text")
+    (base / name).symlink_to(target)
+    if home == "shared":
+        shutil.move(base / "model.safetensors", tmp_path / "shared" / "model.safetensors")
+        (base / "model.safetensors").symlink_to(tmp_path / "shared" / "model.safetensors")
+    if home == "elsewhere":
+        with pytest.raises(BaseModelError, match="a link to another file"):
+            merge(adapter, tmp_path / "model", base=base)
+    else:
         merge(adapter, tmp_path / "model", base=base)
-        assert (tmp_path / "model" / "additional_chat_templates" / "tool.jinja").read_text() == "text"
-        return
-    with pytest.raises(BaseModelError, match="a link to another file"):
-        merge(adapter, tmp_path / "model", base=base)
+        assert (tmp_path / "model" / name).read_text() == "text"
 
 
 @pytest.mark.parametrize("name", [".model.old", ".model.merge", ".a.run"])
@@ -96,7 +100,7 @@ def test_the_folders_of_a_user_are_not_taken_for_what_we_left(
     if name == ".a.run":
         shutil.rmtree(adapter)
         for resume in (False, True):
-            with pytest.raises(OutputError, match=r"a run never wrote 'thesis'|is a link"):
+            with pytest.raises(OutputError, match=r"a run never wrote this file .*thesis|is a link"):
                 fit(str(llama), tmp_path / "basis", sums, adapter, settings=FitSettings(max_steps=1), resume=resume)
     else:
         with pytest.raises(OutputError, match=r"has a name that it needs.*\.model\.(old|merge)"):
@@ -104,6 +108,30 @@ def test_the_folders_of_a_user_are_not_taken_for_what_we_left(
     assert not (tmp_path / "model").exists()
     assert (mine / "checkpoint-1").is_dir()
     assert (mine / "thesis").read_text() == "mine"
+
+
+def test_a_link_to_another_disk_is_no_mounted_disk(adapter: Path, tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other disk here")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as disk:
+        merge(adapter, Path(disk, "model"))
+        (tmp_path / "model").symlink_to(Path(disk, "model"))
+        merge(adapter, tmp_path / "model", overwrite=True)
+        with pytest.raises(OutputError, match="the target exists"):
+            merge(adapter, tmp_path / "model")
+
+
+def test_an_adapter_whose_replacement_was_cut_short_is_there_when_its_training_goes_on(
+    adapter: Path, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    """Between the two renames: before, the run trained to its end and then found the old one in its place."""
+    basis = shutil.copytree(adapter, tmp_path / "basis")
+    fit(str(llama), basis, sums, tmp_path / "b", settings=FitSettings(max_steps=1))
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    with pytest.raises(TrainingError, match="the adapter that is there was trained otherwise"):
+        fit(str(llama), basis, sums, tmp_path / "b", settings=FitSettings(max_steps=2), resume=True)
+    assert (tmp_path / "b" / "adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -52,7 +52,7 @@ def test_no_name_of_a_module_becomes_a_flag_of_a_server(name: str, adapter: Path
 def test_a_server_imports_nothing_from_the_working_folder(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", *sys.path[1:], "."]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", *sys.path[1:], ".", "./"]))
     (tmp_path / "timeit.py").write_text("raise SystemExit('it ran')")
     options: dict[str, Any] = {"model": str(llama), "mode": "auto", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
     plan = make_plan({}, **options, extra=(), updates_from=None, has_key=False)
@@ -149,6 +149,9 @@ def test_a_header_of_huge_shapes_is_refused_at_once(shape: list[int], tmp_path: 
         ("license: [mit, apache-2.0]", {"license": "mit, apache-2.0"}),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: [*b, *b]", {}),
         ("license: {a: b}", {}),
+        ("license: no", {}),
+        ("license: .nan", {}),
+        (f"license: 0x{'f' * 5000}", {}),
         ("license: mit\nlicense_name: 2.0", {"license": "mit", "license_name": "2.0"}),
         (f"license: {'[' * 2000}", {}),
         ("license: mit\nlicense_link: 'http://[x'", {"license": "mit", "license_link": "http://[x"}),
@@ -177,6 +180,8 @@ def test_a_terminal_is_sent_no_escapes_of_others(adapter: Path) -> None:
         {"learning_rates": {"1e-3": "b"}},
         {"capture": {"a": 1}, "energy": {"mean": 1}},
         {"capture": {"basis": 1, "own": 1, "random": 1, "by_module": 3}, "energy": {"mean": 1}},
+        {"capture": {"basis": 1, "own": 1, "random": 1, "by_module": {"basis": 3}}, "energy": {"mean": 1}},
+        {"capture": {"basis": 1, "own": 1, "random": 1, "by_module": {"basis": {"min": 1}}}, "energy": {"mean": 1}},
         {"energy": {"mean": 10**400}},
         {"lora_parameters": "many", "trainable_parameters": 4},
         {"lora_parameters": 10**400, "trainable_parameters": 4},
@@ -187,6 +192,13 @@ def test_what_no_card_can_show_costs_no_merge(training: dict[str, Any], adapter:
     edit(adapter, "adapter_config.json", lambda c: c.update(training=training))
     merge(adapter, tmp_path / "model")
     assert "LoRA-SB" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("training", [{"task": "\ud800"}, {"labels": ["\ud800"]}, {"mine": {"x": "\udfff"}}])
+def test_half_a_character_is_refused_when_it_is_read(training: dict[str, Any], adapter: Path) -> None:
+    edit(adapter, "adapter_config.json", lambda c: c.update(training=training))
+    with pytest.raises(ArtifactError, match=f"training says {next(iter(training))} in another shape"):
+        Adapter.load(adapter)
 
 
 @pytest.mark.parametrize("scaling", [10**400, -(10**400), math.nan, math.inf])
@@ -204,6 +216,12 @@ def test_a_project_file_has_no_key_of_many_parts(line: str, tmp_path: Path) -> N
     (tmp_path / "lorasb.toml").write_text(line)
     with pytest.raises(SettingsError, match="a key of more than 16 parts"):
         Project.load(tmp_path / "lorasb.toml")
+
+
+def test_a_long_line_of_quotes_is_read_at_once(tmp_path: Path) -> None:
+    """Of the 4 MB that a project file may have, a search from each quote to the end would take a day."""
+    (tmp_path / "lorasb.toml").write_text('model = "' + '\\"' * 1_000_000 + '"')
+    assert Project.load(tmp_path / "lorasb.toml").model == '"' * 1_000_000
 
 
 def test_a_card_takes_words_of_others_for_words(adapter: Path) -> None:

@@ -187,12 +187,12 @@ def _by_rate(training: Mapping[str, Any]) -> str:
 def _held_by_basis(training: Mapping[str, Any]) -> str:
     """What `fit` found out about the basis and this task."""
     found, energy = training.get("capture") or {}, training.get("energy") or {}
-    by_module = _at(found, "by_module", "basis") or {}
-    if not _are_numbers(*map(found.get, ("basis", "own", "random")), by_module.get("min"), _at(energy, "mean")):
+    least, most = (_at(found, "by_module", "basis", end) for end in ("min", "max"))
+    if not _are_numbers(*map(found.get, ("basis", "own", "random")), least, most, _at(energy, "mean")):
         return ""
     return (
-        f"\nThe basis holds {found['basis']:.0%} of this task's gradient (by module {by_module['min']:.0%} to "
-        f"{by_module['max']:.0%}); one of the task's own would hold {found['own']:.0%}, a random one "
+        f"\nThe basis holds {found['basis']:.0%} of this task's gradient (by module {least:.0%} to "
+        f"{most:.0%}); one of the task's own would hold {found['own']:.0%}, a random one "
         f"{found['random']:.0%}. It keeps {energy['mean']:.0%} of the energy of the task's first step.\n"
     )
 

@@ -53,8 +53,13 @@ def licence(
 def _text(value: object) -> str:
     """A licence's name or link, or several names; a card can be anybody's, and hold anything."""
     said = value if isinstance(value, list) else [value]
-    names = [str(name) for name in said[:_MAX_NAMES] if isinstance(name, str | int | float | date)]  # `2.0`, say
+    names = [str(name) for name in said[:_MAX_NAMES] if isinstance(name, str | date) or _is_version(name)]
     return ", ".join(names)[:_MAX_LENGTH]
+
+
+def _is_version(value: object) -> bool:
+    """`license_name: 2.0` is a number to YAML; `no` is not, nor what is too long to be written."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | None:

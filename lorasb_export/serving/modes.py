@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ _VERSIONS = "updates"  # in the temporary folder: what was loaded since the star
 # What vLLM computes as one layer, with room for an adapter of each.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ROOM = 32  # slots for adapters that come while the server runs; beyond that the least recently used make way
-_HOST_SHARE = 0.25  # of the memory, for folded adapters without a slot
+_MAX_ON_HOST = 64  # folded ones; every process of a tensor-parallel server holds as many
 _MAX_SLOTS = 16  # folded, on an accelerator: a slot takes hundreds of MiB beside the weights of a large model
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -70,14 +69,13 @@ class Folded:
         paths = {name: Path(folder) / name for name in self.adapters}
         flags = _lora_flags(self.adapters, self.slots, paths)
         if self.slots < len(self.adapters):  # without the flag vLLM would hold as many as have a slot
-            flags += ["--max-cpu-loras", str(max(self.slots, min(len(self.adapters), self._fit_on_host)))]
+            flags += ["--max-cpu-loras", str(self._on_host)]
         return flags
 
     @property
-    def _fit_on_host(self) -> int:
-        """How many, in 16 bits, take a share of this machine's memory; vLLM reads the others again when asked."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(_HOST_SHARE * memory * len(self.adapters) / (2 * self._numbers))
+    def _on_host(self) -> int:
+        """How many vLLM holds in host memory, those with a slot too; it reads others again when they are asked for."""
+        return max(self.slots, min(len(self.adapters), _MAX_ON_HOST))
 
     def environment(self, folder: str | Path) -> dict[str, str]:
         # A value exported for another server would switch the plugin on.
@@ -99,7 +97,7 @@ class Folded:
         return {
             "slots": self.slots,
             "slots_bytes": self.slots * slot,
-            "host_bytes": number_bytes * self._numbers,
+            "host_bytes": number_bytes * self._numbers * min(self._on_host, len(self.adapters)) // len(self.adapters),
             "disk_bytes": 4 * self._numbers,
         }
 

@@ -38,9 +38,10 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
         TrainingError: the one to be resumed had learning rates that are not in `settings`.
     """
     others = [path.name for path in folder.glob("*") if not _OF_A_RUN.fullmatch(path.name)]
-    if folder.is_symlink() or others:  # and would be removed, now or at the end
-        what = "the working folder of this run is a link" if folder.is_symlink() else f"a run never wrote {others[0]!r}"
-        raise OutputError(what, where=folder, fix="Remove it, or choose another path")
+    if folder.is_symlink():
+        raise OutputError("the working folder of this run is a link", where=folder, fix="Remove the link")
+    if others:  # which would be removed, now or at the end
+        raise OutputError("a run never wrote this file", where=folder / others[0], fix="Move it to another folder")
     begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
     if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
         raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)

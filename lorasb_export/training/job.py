@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 import time
@@ -17,7 +18,7 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
-from ..atomic import atomic_folder
+from ..atomic import atomic_folder, put_back
 from ..base import AnyBase, BaseModel, default_device
 from ..basis import Basis
 from ..calibration.capture import overview
@@ -122,12 +123,11 @@ class Job:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         for out in sorted(self.outs):
             locks.enter_context(only_writer(out))
+            put_back(Path(os.path.realpath(out)))
+            refuse_existing(out, overwrite or resume)
         interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
         if resume and not interrupted and self._finished(overwrite):
             return True
-        if not resume:
-            for out in self.outs:
-                refuse_existing(out, overwrite)
         with cannot_write(self.folder, RESUME):
             open_folder(self.folder, self.settings, resume, overwrite)
         return False

@@ -13,7 +13,7 @@ from .hub_calls import hub_errors, with_retries
 from .storage import absolute, expanded, sha256_file
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
-ADAPTER_FILES = ("adapter_config.json", "adapter.safetensors")
+ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
 BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 

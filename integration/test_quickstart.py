@@ -73,7 +73,9 @@ def test_the_project_can_be_used_on(quickstart: Quickstart) -> None:
     assert lorasb(folder, *inspect)["basis_matches"]
     assert lorasb(folder, *generate, "--max-tokens", "16")["answers"]["dates"].startswith("2031-")
     assert {"dates", "orders"} <= set(lorasb(folder, *serve, "--dry-run")["models"])
-    assert [one["private"] for one in lorasb(folder, *push, "--dry-run")["pushed"]] == [True]
+    pushed = lorasb(folder, *push, "--dry-run")["pushed"]
+    assert pushed
+    assert all(one["private"] for one in pushed)
     assert lorasb(folder, "merge", "--out", "again/", "--dry-run")["modules"] == 30
 
 

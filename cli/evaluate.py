@@ -9,7 +9,7 @@ import typer
 from lorasb_export.choices import LoadedDtype, Metric, Split
 from lorasb_export.errors import LoraSBError
 
-from .verb import Run
+from .verb import Run, score
 
 INTERRUPTED = (
     "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
@@ -85,8 +85,6 @@ def run(
             failed[word] = result
             continue
         results[word] = result
-        digits = ".1%" if result["metric"] in ("exact_match", "accuracy") else ".4f"
-        base = "-" if result["base"] is None else format(result["base"], digits)
-        scores = f"{base:>6} {result['adapter']:>8{digits}}"
-        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {scores}")
+        base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
+        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
     run.result({"evaluation": results}, "\n".join(lines) if results else "", failed)

@@ -1,4 +1,4 @@
-"""`lorasb inspect`: what is this folder?"""
+"""`lorasb inspect`: what is this folder, or what does this project have?"""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .verb import Run, human_bytes
+from .verb import Run, human_bytes, score
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 
 
 def run(
     run: Run,
-    path: Annotated[str, typer.Argument(help="Any folder, an adapter of the project by name, or a Hub id.")],
+    path: Annotated[
+        str | None,
+        typer.Argument(help="Any folder, an adapter of the project by name, or a Hub id. Default: the project itself."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="TASK|PATH", help="For a basis: measure how much of this task's gradient it captures."),
@@ -27,9 +30,17 @@ def run(
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
 ) -> None:
-    """Say what a folder is. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    """Say what a folder is, or what a project has. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
+    if path is None and (data is not None or verify):
+        raise typer.BadParameter(f"{'--verify' if verify else '--data'} is for one folder: name it")
     if model is not None and data is None:
         raise typer.BadParameter("--model is for --data: nothing else loads the base")
+    if path is None:
+        from lorasb_export.project_inspect import inspect_project
+
+        project = inspect_project(run.project)
+        run.result(project, "\n".join(_project_lines(project)))
+        return
     folder = run.project.find_folder(path)
     if data is not None and data in run.project.tasks and Path(data).exists():
         run.say(f"{data} is taken for the task: ./{data} names the path")
@@ -43,6 +54,41 @@ def run(
 
         shown["capture"] = f"{one_line(found['capture'])}; --json lists every module"
     run.result(found, "\n".join(_lines(shown)))
+
+
+def _project_lines(found: dict[str, Any]) -> list[str]:
+    """The basis, and a line for every adapter; of what it was scored on, the test rows if any."""
+    lines = [f"base model: {found['base_model'] or 'not named'}", f"basis: {_basis_line(found['basis'])}"]
+    if found["adapters"]:
+        lines.append(f"{'adapter':20} {'state':10} {'basis':8} {'valid loss':>10}  scored")
+    for name, adapter in found["adapters"].items():
+        said = f"{name:20} {adapter['state']:10}"
+        if "problem" in adapter:
+            said += f" {adapter['problem']}"
+        elif adapter["state"] == "fitted":
+            loss = score("loss", adapter["valid_loss"])
+            basis = adapter["basis"] if adapter["basis"] in ("shared", "own") else "other"
+            said += f" {basis:8} {loss:>10}  {_scores(adapter['evaluation'])}"
+        lines.append(said.rstrip())
+    more = "interrupted or still going; lorasb fit --resume goes on"
+    return lines + [f"unfinished run: {path} ({more})" for path in found["unfinished"]]
+
+
+def _basis_line(basis: dict[str, Any] | None) -> str:
+    if basis is None:
+        return "not made yet"
+    if "problem" in basis:
+        return f"{basis['state']}: {basis['problem']}"
+    return f"{basis['path']}, rank {basis['rank']}, {basis['modules']} modules, sha256 {basis['sha256'][:12]}"
+
+
+def _scores(evaluation: dict[str, Any]) -> str:
+    split = "test" if "test" in evaluation else next(iter(evaluation), "")
+    said = []
+    for metric, figures in evaluation.get(split, {}).items():
+        base, after = (score(metric, figures[which]) for which in ("base", "adapter"))
+        said.append(f"{metric} {after} (base {base}, {figures['rows']} {split} rows)")
+    return "; ".join(said)
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:

@@ -275,6 +275,13 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def score(metric: str, value: object) -> str:
+    """A value of one of our metrics; what is no number, as None of a base that has no score, as a dash."""
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.1%}" if metric in ("exact_match", "accuracy") else f"{value:.4f}"
+
+
 def percentages(spread: Mapping[str, float]) -> str:
     """A mean over modules, with the least and the greatest."""
     return f"{spread['mean']:.0%} (by module {spread['min']:.0%} to {spread['max']:.0%})"

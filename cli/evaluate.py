@@ -37,8 +37,8 @@ def run(
     metric: Annotated[
         Metric | None,
         typer.Option(
-            help="exact_match or loss of answers, loss of text, accuracy or mcc of classes, pearson of numbers; "
-            "the first by default."
+            help="exact_match or loss of answers, loss of text, accuracy, mcc or f1 of classes, pearson or rmse of "
+            "numbers; the first by default."
         ),
     ] = None,
     batch_size: Annotated[

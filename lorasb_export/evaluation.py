@@ -42,8 +42,9 @@ _METRICS = {
     COMPLETION: ("exact_match", "loss"),
     CHAT: ("exact_match", "loss"),
     TEXT: ("loss",),
-    LABELLED: ("accuracy", "mcc"),
+    LABELLED: ("accuracy", "mcc", "f1"),
 }
+_OF_NUMBERS = ("pearson", "rmse")
 
 
 def evaluate(
@@ -68,8 +69,8 @@ def evaluate(
         split: `valid`, `test` or `train`; the task's held-out split when None.
         limit: only the first so many rows, at least 1.
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
-            the mean over their tokens; for plain text `loss`; for classes `accuracy` or `mcc`; for regression
-            `pearson`. The first of these when None.
+            the mean over their tokens; for plain text `loss`; for classes `accuracy`, `mcc` or `f1`
+            (the mean over classes); for regression `pearson` or `rmse`. The first of these when None.
         batch_size: rows at once; it changes nothing beyond rounding.
         predictions: also return what is said of each row; not for the metric `loss`.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
@@ -191,7 +192,7 @@ def trained_length(adapter: Adapter) -> int:
 
 def metric_for(task: TaskData, metric: str | None) -> str:
     """`metric`, or the default of the task's kind of rows. Raises SettingsError when it does not fit them."""
-    fitting = ("pearson",) if task.regression else _METRICS[task.kind]
+    fitting = _OF_NUMBERS if task.regression else _METRICS[task.kind]
     if metric is not None and metric not in fitting:
         kind = "regression" if task.regression else task.kind
         fix = f"Use {' or '.join(fitting)}"

@@ -27,6 +27,16 @@ def mcc(found: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
     return covariance / math.sqrt(spread) if spread else 0.0
 
 
+def f1(found: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
+    """Mean over the classes, each counting once (macro), of F1: the harmonic mean of precision and recall.
+
+    A class that is neither expected nor found does not count.
+    """
+    right = Counter(a for a, b in zip(found, expected, strict=True) if a == b)
+    both = Counter(found) + Counter(expected)
+    return math.fsum(2 * right[label] / both[label] for label in both) / len(both)
+
+
 def pearson(found: Sequence[float], expected: Sequence[float]) -> float:
     """Pearson's correlation, -1 to 1; 0 when either side is constant."""
     pairs = list(zip(found, expected, strict=True))
@@ -38,15 +48,19 @@ def pearson(found: Sequence[float], expected: Sequence[float]) -> float:
     return covariance / (norm_found * math.hypot(*(b - mean_expected for b in expected)))
 
 
+def rmse(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Root of the mean squared error, in the unit of the numbers."""
+    return math.dist(found, expected) / math.sqrt(len(expected))
+
+
 def prediction_metrics(predicted: Sequence[float], expected: Sequence[float], *, regression: bool) -> dict[str, float]:
-    """Pearson's correlation for regression; accuracy and Matthews' correlation for classes."""
-    if regression:
-        return {"pearson": pearson(predicted, expected)}
-    return {"accuracy": accuracy(predicted, expected), "mcc": mcc(predicted, expected)}
+    """All that apply, of numbers (regression) or of classes."""
+    of_kind = (pearson, rmse) if regression else (accuracy, mcc, f1)
+    return {metric.__name__: metric(predicted, expected) for metric in of_kind}
 
 
 def better(metric: str, value: float, than: float) -> bool:
-    """Whether `value` beats `than`: lower for the loss, higher for all else. NaN beats nothing, and all beat NaN."""
+    """Whether `value` beats `than`: lower for loss and error, else higher. NaN beats nothing, all beat NaN."""
     if math.isnan(than):
         return not math.isnan(value)
-    return value < than if metric == "loss" else value > than
+    return value < than if metric in ("loss", "rmse") else value > than

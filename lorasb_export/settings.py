@@ -112,7 +112,8 @@ class FitSettings:
         evaluate_every: optimizer steps between evaluations on the valid split. None is a quarter of the run; with
             patience, a quarter of the run divided by that.
         metric: what the best checkpoint is chosen by, and patience counts: `loss`; `exact_match` (answers the
-            valid prompts, which takes time) for text generation; `accuracy` or `mcc` for classes; `pearson`.
+            valid prompts, which takes time) for text generation; `accuracy`, `mcc` or `f1` for classes;
+            `pearson` or `rmse`.
         keep: `best`, the R of the best evaluation, or `last`. Without a valid split it is the last.
         patience: stop after so many evaluations without a better one; never when None.
         checkpoint_every: optimizer steps between checkpoints.

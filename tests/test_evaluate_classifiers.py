@@ -41,8 +41,8 @@ def test_metrics_of_classes(bert: Path, tmp_path: Path) -> None:
     assert evaluate(tmp_path / "b", tmp_path / "d", split="train", base=bert) == found | {"task": "d"}
     mcc = evaluate(adapter, task, split="train", metric="mcc")["adapter"]
     assert abs(mcc) in (0, pytest.approx(0.5))  # one of three wrong, or two; 0 where one class is answered to all
-    for metric in ("pearson", "f1"):
-        expected = rf"metric '{metric}' does not fit text/label rows \(.*\)\. Use accuracy or mcc"
+    for metric in ("pearson", "rouge"):
+        expected = rf"metric '{metric}' does not fit text/label rows \(.*\)\. Use accuracy or mcc or f1"
         with pytest.raises(SettingsError, match=expected):
             evaluate(adapter, task, split="train", metric=metric)
 
@@ -113,6 +113,8 @@ def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) 
     result = evaluate(adapter, task_of(lines, tmp_path / "data"), split="train")
     assert (result["metric"], result["base"]) == ("pearson", None)
     assert result["adapter"] == pytest.approx(1, abs=1e-4)
+    error = evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="rmse")["adapter"]
+    assert error == pytest.approx((sum((x + 1) ** 2 for x in found) / 3) ** 0.5, rel=1e-3)
     with pytest.raises(SettingsError, match="metric 'accuracy' does not fit regression rows"):
         evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="accuracy")
     with pytest.raises(DataError, match=r"the data is SEQ_CLS, the adapter SEQ_CLS \(regression\)"):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorasb_export.metrics import accuracy, exact_match, mcc, pearson
+from lorasb_export.metrics import accuracy, better, exact_match, f1, mcc, pearson, rmse
 
 
 def test_exact_match_and_accuracy() -> None:
@@ -28,6 +28,24 @@ def test_mcc() -> None:
     a, b = a - a.mean(0), b - b.mean(0)
     assert mcc(found, expected) == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())))
     assert mcc([1, 1, 1], [0, 1, 1]) == mcc([0, 1, 1], [1, 1, 1]) == mcc([1, 1], [1, 1]) == 0
+
+
+def test_f1_counts_every_class_once() -> None:
+    found, expected = list("aabbc"), list("ababa")
+    of_a, of_b, of_c = 2 * 1 / (2 + 3), 2 * 1 / (2 + 2), 0.0  # 2·right / (found + expected)
+    assert f1(found, expected) == pytest.approx((of_a + of_b + of_c) / 3)
+    tp, fp, fn, tn = 6, 1, 2, 3
+    found, expected = [1] * (tp + fp) + [0] * (fn + tn), [1] * tp + [0] * fp + [1] * fn + [0] * tn
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    of_zero = 2 * tn / (2 * tn + fp + fn)
+    assert f1(found, expected) == pytest.approx((2 * precision * recall / (precision + recall) + of_zero) / 2)
+    assert (f1([1, 1], [1, 1]), f1([0, 0], [1, 1])) == (1, 0)
+
+
+def test_rmse_is_in_the_unit_of_the_numbers_and_less_is_better() -> None:
+    assert rmse([1.0, 2.0, 6.0], [1.0, 5.0, 2.0]) == pytest.approx(5 / math.sqrt(3))
+    assert better("rmse", 0.5, 0.75)
+    assert not better("rmse", 0.75, 0.5)
 
 
 def test_pearson() -> None:

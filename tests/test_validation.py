@@ -195,5 +195,5 @@ def test_metrics_of_the_valid_split(
     (folder / "valid.jsonl").write_text(rows)
     own = CalibrationSettings(rank=8)
     classified = fit(str(bert), own, folder, tmp_path / "c", FitSettings(epochs=15, learning_rate=2e-2, metric="mcc"))
-    assert set(classified.training["valid_metrics"]) == {"accuracy", "mcc"}
+    assert set(classified.training["valid_metrics"]) == {"accuracy", "mcc", "f1"}
     assert classified.training["valid_metrics"]["accuracy"] > 0.9

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .errors import OutputError
 from .output import cannot_write, is_ours, refuse_existing, replaced
+from .storage import real
 
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
@@ -34,7 +35,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: the target exists and `overwrite` is false, or the disk does not take it.
     """
-    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
+    target = real(target)  # a link stays one, and what it leads to is replaced
     with cannot_write(target):
         prepare_target(target, overwrite)
         temporary = _temporary(target)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
-from .storage import absolute, expanded, sha256_file
+from .storage import absolute, expanded, real, sha256_file
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
@@ -135,5 +134,5 @@ def leads_out(path: Path, folder: Path) -> bool:
 
     What a folder from a stranger links to is neither copied from it nor published with it.
     """
-    target = Path(os.path.realpath(path))
+    target = real(path)
     return not (target.is_relative_to(folder.resolve()) or is_blob(target))

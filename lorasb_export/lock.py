@@ -14,6 +14,7 @@ from typing import IO
 
 from .errors import OutputError
 from .output import cannot_write
+from .storage import real
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
         OutputError: another process holds it and `wait` is false, the parent cannot be written, its disk has no locks,
             or the lock file is another user's and out of reach.
     """
-    target = Path(os.path.realpath(target))  # a link to a folder is no second folder
+    target = real(target)  # a link to a folder is no second folder
     with cannot_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         path = target.parent / f".{target.name}.lock"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .errors import LoraSBError, OutputError
 from .kind import PEFT_TYPE
+from .storage import real
 
 _OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
@@ -70,12 +71,11 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
 
     Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
     """
-    if Path(os.path.realpath(target)).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
+    if real(target).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
         fix = f"Choose a folder in it, as {target / 'model'}"
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
-    if (old := replaced(target)).is_symlink() or not (is_ours(old) or is_free(old)):
-        fix_old = "Remove it if an interrupted run has left it, or choose another path"
-        raise OutputError("what lorasb did not write has a name that it needs", where=old, fix=fix_old)
+    old = replaced(target)
+    refuse_foreign(old, is_ours(old))
     if is_free(target):
         return
     if not is_ours(target):
@@ -84,9 +84,20 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target exists", where=target, fix=fix)
 
 
+def refuse_foreign(path: Path, ours: bool) -> None:
+    """Raise OutputError where something at `path`, a hidden name that we write to, may be the user's.
+
+    Args:
+        ours: whether it is known to be one of ours; a link never is.
+    """
+    if path.is_symlink() or not (ours or is_free(path)):
+        fix = "Remove it if an interrupted run has left it, or choose another path"
+        raise OutputError("what lorasb did not write has a name that it needs", where=path, fix=fix)
+
+
 def replaced(target: Path) -> Path:
     """Where what was at `target` lies, links followed, while another folder takes its place."""
-    target = Path(os.path.realpath(target))
+    target = real(target)
     return target.parent / f".{target.name}.old"
 
 

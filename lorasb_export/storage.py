@@ -35,6 +35,11 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(expanded(path)))
 
 
+def real(path: str | Path) -> Path:
+    """`path`, absolute, with links followed. Not by Path.resolve, which raises where links go in a circle."""
+    return Path(os.path.realpath(path))
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as its safetensors header describes it; `start` and `end` are absolute file offsets."""

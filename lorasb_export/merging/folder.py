@@ -7,7 +7,6 @@ A shard is finished when its mark, `.SHARD.json`, exists: the mark is written af
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_file, discard, fsync, prepare_target, put_in_place
-from ..errors import OutputError
 from ..lock import only_writer
-from ..output import cannot_write, is_free
-from ..storage import read_json, write_json
+from ..output import cannot_write, refuse_foreign
+from ..storage import read_json, real, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         OutputError: another process is writing `target`, the target exists and `overwrite` is false, or its
             parent cannot be written.
     """
-    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is replaced
+    target = real(target)  # a link stays one, and what it leads to is replaced
     with only_writer(target), cannot_write(target):
         prepare_target(target, overwrite)
         folder = _open(target, identity)
@@ -95,7 +93,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
 
 def bytes_of_an_earlier_try(target: Path) -> int:
     """Room on the disk that a killed merge into `target` takes: it will be used again, or freed."""
-    work = _work_path(Path(os.path.realpath(target)))
+    work = _work_path(real(target))
     return sum(path.stat().st_blocks * 512 for path in work.iterdir()) if work.is_dir() else 0
 
 
@@ -106,9 +104,7 @@ def _work_path(target: Path) -> Path:
 def _open(target: Path, identity: str) -> MergeFolder:
     work = _work_path(target)
     folder, known = MergeFolder(work), work / _IDENTITY
-    if work.is_symlink() or not (known.is_file() or is_free(work)):
-        fix = "Remove it if an interrupted run has left it, or choose another path"
-        raise OutputError("what lorasb did not write has a name that it needs", where=work, fix=fix)
+    refuse_foreign(work, known.is_file())
     if work.is_dir():
         if known.is_file() and known.read_text() == identity:
             folder.forget_all_but_shards()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import shutil
 import time
@@ -30,6 +29,7 @@ from ..lock import only_writer
 from ..network import is_checkpointing, refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
+from ..storage import real
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_training_record
@@ -123,7 +123,7 @@ class Job:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         for out in sorted(self.outs):
             locks.enter_context(only_writer(out))
-            put_back(Path(os.path.realpath(out)))
+            put_back(real(out))
             refuse_existing(out, overwrite or resume)
         interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
         if resume and not interrupted and self._finished(overwrite):

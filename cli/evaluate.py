@@ -42,7 +42,7 @@ def run(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows at once; fewer take less memory, and change nothing.")
+        int, typer.Option(min=1, help="Rows at once; fewer need less memory, and the scores stay the same.")
     ] = 16,
     predictions: Annotated[
         str | None,

@@ -215,7 +215,7 @@ def _lines(name: str, adapter: Adapter) -> list[str]:
         lines.append(f"  {_compared(training['learning_rates'], settings)}")
     if training.get("capture") and training.get("energy"):
         lines.append(f"  {one_line(training['capture'])}")
-        lines.append(f"  and keeps {percentages(training['energy'])} of its first step's energy")
+        lines.append(f"  and keeps {percentages(training['energy'])} of the energy of the step it was made from")
     return lines
 
 

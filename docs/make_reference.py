@@ -26,8 +26,8 @@ stderr, and exits with 0 (done), 1 (an expected failure, explained in one line),
 Paths written in `lorasb.toml` are relative to that file, paths on the command line to the working folder.
 
 With `--json` the result is one object. What was written is under `out`. A verb that does several things has an entry
-for each of them, under `adapters` (`fit`), `evaluation` or `pushed`, and those that failed under `failed`. An error is
-`{"error": {"type", "message", "what", "where", "fix"}}`.
+for each of them, by name under `adapters` (`fit`) or `evaluation`, or in the list `pushed`, and those that failed
+under `failed`. An error is `{"error": {"type", "message", "what", "where", "fix"}}`.
 """
 
 MARK = "<!-- From here on made by `make docs` from the docstrings; do not edit. -->\n"
@@ -38,7 +38,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "evaluation.py": ["evaluate"],
     "merging/merge.py": ["merge"],
     "exporting/export.py": ["export"],
-    "exporting/onnx_run.py": ["OnnxDecoder: __init__ use generate"],
+    "exporting/onnx_run.py": ["OnnxDecoder: __init__ use generate", "classify"],
     "publishing/hub.py": ["push"],
     "serving/launcher.py": ["serve", "running_server"],
     "serving/server.py": ["RunningServer: wait"],
@@ -81,16 +81,16 @@ Shown = ast.FunctionDef | ast.ClassDef
 
 def cli_page() -> str:
     parts = [CLI]
-    for verb in VERBS:
+    for words in [[], *([verb] for verb in VERBS)]:
         text = subprocess.run(
-            [sys.executable, "-m", "lorasb_cli", verb, "--help"],
+            [sys.executable, "-m", "lorasb_cli", *words, "--help"],
             env={**os.environ, "COLUMNS": "110", "TERMINAL_WIDTH": "110", "NO_COLOR": "1"},
             capture_output=True,
             text=True,
             check=True,
         ).stdout.replace("python -m lorasb_cli", "lorasb")
         lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
-        parts.append(f"## lorasb {verb}\n\n```text\n{lines}\n```\n")
+        parts.append(f"## {' '.join(['lorasb', *words])}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)
 
 
@@ -134,7 +134,8 @@ def _errors() -> Iterator[str]:
 def _lines(source: Sequence[str], node: Shown, methods: Sequence[str]) -> Iterator[str]:
     """The lines of a definition without its body: decorators, signature and docstring, fields, chosen methods."""
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    yield from source[first - 1 : node.body[0].end_lineno]  # a definition shown begins with its docstring
+    end = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+    yield from source[first - 1 : end]
     if isinstance(node, ast.FunctionDef):
         return
     fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]

@@ -60,7 +60,8 @@ class CalibrationSettings:
             measure it of further tasks either.
         dtype: `auto` (the checkpoint's) or a torch float type; B and A are stored in it. Or `nf4`: the base's linear
             layers in four bits, B and A in the checkpoint's type.
-        seed: draws the rows and the random start of the SVD. The global RNG is left alone.
+        seed: draws the rows, a random basis or block, a classifier's head whose gradient is taken, and the random start
+            of the SVD. The global RNG is left alone.
     """
 
     rank: int = 64
@@ -97,7 +98,7 @@ class FitSettings:
         group_by_length: batches of rows of like length: less padding, a less random order.
         optimizer: of R: `muon`, or `adamw` (the paper). A classifier's head is trained by AdamW in any case.
         learning_rate: peak rate. None is 3e-3 for text generation (AdamW: 6e-3), 1e-3 for classes and numbers; three
-            times that in a basis drawn at random. These hold for r = 64 on all linear layers; with Muon they are
+            times that in a random basis or a block. These hold for r = 64 on all linear layers; with Muon they are
             multiplied by 3 at r = 16, divided by 3 at r = 256, and doubled where a quarter of the layers is trained.
             A tuple trains at each rate and keeps the best on the valid split.
         head_learning_rate: of a classifier's head. None is the learning rate, or 1e-3 where that is None too.

@@ -192,7 +192,7 @@ def test_what_the_basis_holds_of_the_task_is_one_line() -> None:
     text = adapter(training={"steps": 3, "capture": found, "energy": {"min": 0.5, "mean": 0.75, "max": 1.0}})
     assert (
         "\nThe basis holds 50% of this task's gradient (by module 25% to 75%); one of the task's own would hold 62%, a "
-        "random one 12%. It keeps 75% of the energy of the task's first step.\n"
+        "random one 12%. The basis keeps 75% of the energy of the first step it was made from.\n"
     ) in text
     assert "| capture" not in text
 

@@ -34,7 +34,7 @@ def test_no_verb_is_described_by_half_a_sentence() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *("merge --dtype foo", "fit --optimizer sgd", "calibrate --reduction max", "evaluate --metric f1"),
+        *("merge --dtype foo", "fit --optimizer sgd", "calibrate --reduction max", "evaluate --metric rouge"),
         *("export --format gguf", "export --precision int3", "serve --mode fast"),
     ],
 )

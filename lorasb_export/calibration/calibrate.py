@@ -70,9 +70,9 @@ def calibrate(
 ) -> Basis:
     """Calibrate one basis for `base` over one task or a mixture of tasks.
 
-    Its `calibration["capture"]` says how much of the gradient it was made from it holds: `basis`; `random`, what a
-    basis drawn at random would; both by module in `modules`; and in `tasks`, of up to 32, task name → the same of the
-    task's own gradient, with `own`, what a basis made for it alone would hold.
+    Its `calibration["capture"]` says what share the basis holds of the gradient that it was made from: `basis`;
+    `random`, what a basis drawn at random would; both by module in `modules`; and in `tasks`, of up to 32, task name →
+    the same of the task's own gradient, with `own`, what a basis made for it alone would hold.
 
     With `directions` random or block it is made without data: `data` and `weights` are not read, and nothing is
     recorded of gradients.

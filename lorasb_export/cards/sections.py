@@ -193,7 +193,8 @@ def _held_by_basis(training: Mapping[str, Any]) -> str:
     return (
         f"\nThe basis holds {found['basis']:.0%} of this task's gradient (by module {least:.0%} to "
         f"{most:.0%}); one of the task's own would hold {found['own']:.0%}, a random one "
-        f"{found['random']:.0%}. It keeps {energy['mean']:.0%} of the energy of the task's first step.\n"
+        f"{found['random']:.0%}. The basis keeps {energy['mean']:.0%} of the energy of the first step it was made "
+        "from.\n"
     )
 
 

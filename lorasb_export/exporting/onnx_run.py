@@ -64,7 +64,7 @@ class OnnxDecoder:
     """An exported decoder on the CPU.
 
     Args:
-        folder: what `export_onnx` or `export_onnx_adapters` wrote.
+        folder: what `export` wrote, in the format `onnx` or `onnx-adapters`.
         adapter: the name of one of the folder's adapters, or an `.onnx_adapter` file made for it; None runs the graph's
             own weights. `use` changes it.
         threads: onnxruntime's threads; None takes all cores.
@@ -257,9 +257,19 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ArtifactError(what, where=folder, fix="Export it again") from error
 
 
-def classify(folder: Path, batch: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Logits (rows, classes) of an exported classifier, for the arrays its tokenizer returns."""
-    return run_classifier(open_session(folder), batch)
+def classify(folder: str | Path, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Logits (rows, classes) of an exported classifier, of a regression (rows, 1).
+
+    Args:
+        folder: what `export` wrote, in the format `onnx`.
+        batch: the arrays that its tokenizer returns, by name.
+
+    Raises:
+        ArtifactError: the graph is damaged or missing, or does not run on the CPU.
+        DataError: the batch lacks an array that the graph reads.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    return run_classifier(open_session(expanded(folder)), batch)
 
 
 def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -73,7 +73,10 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the rows drawn, or of a random basis.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: basis]")] = None,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace an existing folder, unless adapters of the project were trained in it.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing folder, unless adapters of the project were trained in it."
+        ),
     ] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
@@ -85,25 +88,11 @@ def run(
     from lorasb_export.lock import only_writer
     from lorasb_export.output import refuse_existing
     from lorasb_export.project_basis import is_shared, refuse_to_strand
-    from lorasb_export.settings import DRAWN, FitSettings
+    from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
     from lorasb_export.storage import expanded
 
     project = run.project
-    flags = given(
-        rank=rank,
-        directions=directions,
-        samples=samples,
-        targets=targets,
-        reduction=reduction,
-        loss=loss,
-        eta=eta,
-        batch_size=batch_size,
-        max_length=max_length,
-        gradient_checkpointing=gradient_checkpointing,
-        capture=capture,
-        dtype=dtype,
-        seed=seed,
-    )
+    flags = run.given(CalibrationSettings)
     settings = project.calibration_settings(FitSettings(**project.fit), flags)
     target = expanded(out) if out else project.path(project.basis_path)
     refuse_to_strand(project, target)

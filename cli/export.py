@@ -50,7 +50,9 @@ def run(
         float | None,
         typer.Option(min=0, help=f"Points of the metric an ONNX graph may lose there.  [default: {MAX_DROP}]"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, or an adapter in --into.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder, or an adapter in --into.")
+    ] = False,
 ) -> None:
     """Write adapters in another format."""
     if into is not None and (routed or out is not None or precision is not None):

@@ -10,7 +10,7 @@ import typer
 from lorasb_export.choices import Init, Keep, LoadedDtype, Metric, Optimizer, Schedule, Tracker
 from lorasb_export.errors import LoraSBError
 
-from .verb import Run, given, percentages
+from .verb import Run, percentages
 
 if TYPE_CHECKING:
     from lorasb_export.adapter import Adapter
@@ -118,7 +118,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace existing adapters and interrupted runs.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing adapters and interrupted runs.")
+    ] = False,
     out: Annotated[str | None, typer.Option(help="Adapter folder of TASK.  [default: adapters/TASK]")] = None,
     rank: Annotated[str | None, _OF_THE_BASIS] = None,
     targets: Annotated[str | None, _OF_THE_BASIS] = None,
@@ -127,32 +129,9 @@ def run(
     """Train one adapter per task in a frozen basis."""
     from lorasb_export.settings import FitSettings
 
-    flags = given(
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        optimizer=optimizer,
-        learning_rate=learning_rate and _rates(learning_rate),
-        head_learning_rate=head_learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        scaling=scaling,
-        init=init,
-        max_length=max_length,
-        checkpoint_every=checkpoint_every,
-        group_by_length=group_by_length,
-        gradient_checkpointing=gradient_checkpointing,
-        evaluate_every=evaluate_every,
-        metric=metric,
-        keep=keep,
-        patience=patience,
-        report_to=report_to,
-        dtype=dtype,
-        seed=seed,
-    )
+    flags = run.given(FitSettings)
+    if learning_rate:
+        flags["learning_rate"] = _rates(learning_rate)
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(task, data)
     with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]

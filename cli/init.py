@@ -18,7 +18,7 @@ def run(
     task: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DATA", help="A task and its data; repeatable.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.names import some

@@ -40,7 +40,9 @@ def run(
         typer.Option(metavar="FILE.json", help="Write how much of its update each module keeps, and a plot beside it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder, and the report's files.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder, and the report's files.")
+    ] = False,
 ) -> None:
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
     if dry_run and (verify or report is not None):

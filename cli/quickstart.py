@@ -17,7 +17,7 @@ def run(
     run: Run,
     out: Annotated[str, typer.Option(help="Project folder to make.")] = "quickstart",
     serve: Annotated[bool, typer.Option(help="Start vLLM too, where it is installed.")] = True,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Two tasks on one basis: fit, merge, export, serve and compare. A few minutes on two cores."""
     from lorasb_export.quickstart.line import quickstart

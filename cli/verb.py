@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +48,11 @@ class Run:
     quiet: bool
     verbose: bool
     config: str | None
+    options: Mapping[str, Any]  # the verb's own
+
+    def given(self, settings: type) -> dict[str, Any]:
+        """The options that were given, of those that are called as a field of the dataclass `settings`."""
+        return given(**{field.name: self.options.get(field.name) for field in fields(settings)})
 
     @functools.cached_property
     def project(self) -> Project:
@@ -116,7 +121,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**options: Any) -> None:
-        run = Run(**{name: options.pop(name) for name in _SHARED})
+        run = Run(**{name: options.pop(name) for name in _SHARED}, options=options)
         _calm_libraries(run)
         signal.signal(signal.SIGTERM, _stop)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it

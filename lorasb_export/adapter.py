@@ -27,7 +27,7 @@ from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, 
 from .kind import PEFT_TYPE
 from .names import name_of
 from .network import classifies
-from .storage import expanded, read_header, read_json, write_json
+from .storage import absolute, expanded, read_header, read_json, write_json
 from .tensors import all_finite, head_shapes, load_tensors
 
 
@@ -197,7 +197,7 @@ class Adapter:
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite) as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
-        self.folder, self.hub_source = Path(os.path.abspath(folder)), None
+        self.folder, self.hub_source = absolute(folder), None
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""
@@ -268,14 +268,12 @@ class Adapter:
         return self.scaling * (module.B.float() @ R), module.A.float()
 
 
-def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: _whole(t) if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
-
-
-def _whole(shard: Any) -> torch.Tensor:
-    """Of FSDP2: on the device of its mesh, since shards that are offloaded to the CPU cannot meet there."""
-    gathered: torch.Tensor = shard.to(shard.device_mesh.device_type).full_tensor()
-    return gathered
+def _gathered(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors of FSDP2's shards, on the device of their mesh: offloaded to the CPU they cannot meet there."""
+    return {
+        name: t.to(t.device_mesh.device_type).full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in tensors.items()
+    }
 
 
 def _check_tensors(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:

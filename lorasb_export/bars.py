@@ -1,13 +1,15 @@
-"""When a progress bar is shown."""
+"""The progress bars."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
+
+from tqdm import tqdm
 
 
-def no_bar() -> bool | None:
-    """What tqdm takes as `disable`: None, which shows a bar on a terminal alone; true where TQDM_DISABLE is set.
-
-    tqdm reads that itself, but what it is given wins.
-    """
-    return bool(os.environ.get("TQDM_DISABLE")) or None
+def progress_bar(*arguments: Any, **options: Any) -> Any:
+    """tqdm's, shown on a terminal alone, and not where TQDM_DISABLE is set."""
+    # None: on a terminal alone. tqdm reads that variable itself only where it is not told `disable`.
+    disable = bool(os.environ.get("TQDM_DISABLE")) or None
+    return tqdm(*arguments, disable=disable, **options)

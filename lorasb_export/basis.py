@@ -6,7 +6,6 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .provenance import versions
 from .settings import GRADIENT, changes
-from .storage import expanded, read_json, version_of, write_json
+from .storage import absolute, expanded, read_json, version_of, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
@@ -137,7 +136,7 @@ class Basis:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
         if not parse_hub_id(self.source or ""):
-            object.__setattr__(self, "source", os.path.abspath(folder))  # all else of it stays frozen
+            object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
 
     def write_into(self, folder: Path) -> None:
         """Write `basis.safetensors` and `basis_config.json` into an existing folder.

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from .adapter import Adapter
 from .answer_end import end_ids
 from .atomic import atomic_file
-from .bars import no_bar
+from .bars import progress_bar
 from .base import AnyBase
 from .batches import collate, row_losses
 from .cards import card
@@ -239,7 +238,7 @@ def row_scores(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # the most memory first
     found: dict[int, tuple[float, int, float]] = {}
     with evaluating(network):
-        for start in tqdm(range(0, len(order), batch_size), desc="score", disable=no_bar(), leave=False):
+        for start in progress_bar(range(0, len(order), batch_size), desc="score", leave=False):
             places = order[start : start + batch_size]
             inputs = {key: v.to(network.device) for key, v in collate([encoded[i] for i in places], pad_id).items()}
             labels = inputs.pop("labels")

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from .adapter import Adapter, load_basis_once
 from .answer_end import before_end, end_ids
-from .bars import no_bar
+from .bars import progress_bar
 from .base import BaseModel
 from .basis import Basis
 from .choices import CAUSAL_LM
@@ -45,7 +44,7 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the most memory first
     answers: dict[int, list[int]] = {}
     with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
-        for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=no_bar(), leave=False):
+        for start in progress_bar(range(0, len(order), batch_size), desc="generate", leave=False):
             rows = order[start : start + batch_size]
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import SettingsError
 from .factors import Factors
-from .nf4 import compute_dtype, dequantize, dequantized, state_of
+from .nf4 import dequantize, state_of
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
@@ -62,7 +62,7 @@ class _LoRASBFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
         state = state_of(weight)
-        y = linear(x, dequantized(weight, state).to(dtype), None if bias is None else bias.to(dtype))
+        y = linear(x, dequantize(weight, state).to(dtype), None if bias is None else bias.to(dtype))
         u = _onto(x, A)
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
         _add(y.view(-1, y.shape[-1]), v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
@@ -82,7 +82,7 @@ class _LoRASBFunction(torch.autograd.Function):
                 grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
             if ctx.needs_input_grad[0]:
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
-                grad_x = _add(grad @ dequantized(weight, ctx.state).to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
+                grad_x = _add(grad @ dequantize(weight, ctx.state).to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
         return grad_x, None, None, None, grad_R, None, None, None
 
 
@@ -144,7 +144,7 @@ class LoRASBLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight = weight_of(base)
-        dtype = compute_dtype(weight)
+        dtype = getattr(state_of(weight), "dtype", weight.dtype)  # of the numbers in it, packed or not
         self.base = base
         self.scaling = scaling
         self.route = route

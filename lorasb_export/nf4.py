@@ -75,7 +75,7 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
     """What a weight (out, in) is once it has been packed."""
     from bitsandbytes.functional import quantize_4bit
 
-    return dequantized(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
+    return dequantize(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
 
 
 def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:
@@ -129,25 +129,19 @@ def state_of(weight: torch.Tensor) -> Any:
     raise BaseModelError(what, fix=f"Load the base in a float type or, with --dtype {NF4}, in four bits")
 
 
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of the numbers in a weight, packed or not."""
-    dtype: torch.dtype = getattr(state_of(weight), "dtype", weight.dtype)
-    return dtype
+def dequantize(weight: torch.Tensor, state: Any = None) -> torch.Tensor:
+    """The weight (out, in) that a packed one stands for; one that is not packed as it is.
 
-
-def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """The weight (out, in) that a packed one stands for; one that is not packed (`state` None) as it is."""
+    Args:
+        state: `state_of` the weight, where that does not know it any longer, as in a backward pass.
+    """
+    state = state_of(weight) if state is None else state
     if state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
     found: torch.Tensor = dequantize_4bit(weight, state)
     return found
-
-
-def dequantize(weight: torch.Tensor) -> torch.Tensor:
-    """`dequantized`, of a weight that knows its state."""
-    return dequantized(weight, state_of(weight))
 
 
 def keep_layout(network: nn.Module) -> None:

@@ -15,7 +15,7 @@ from .fetch import may_be_dataset, parse_hub_id
 from .names import adapters_in, find_adapter, name_problem, some
 from .project_file import FILE_NAME, Task, nearest, read_project_file
 from .settings import CalibrationSettings, FitSettings
-from .storage import expanded
+from .storage import absolute, expanded
 from .task_source import TaskSource
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Project:
 
     def path(self, relative: str) -> Path:
         """A path written in the project file, which is relative to that file; absolute, and without `..`."""
-        return Path(os.path.abspath(self.folder / os.path.expanduser(relative)))
+        return absolute(self.folder / expanded(relative))
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from .format import read_adapter_config
 from .names import some
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
-from .storage import sha256_file
+from .storage import absolute, sha256_file
 from .task_source import AnySource
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def find(project: Project, name: str) -> str:
 
 def is_shared(project: Project, source: str | Path) -> bool:
     """Whether `source`, as it is written here, is the folder of the basis that the project's tasks share."""
-    return os.path.abspath(os.path.expanduser(source)) == str(project.path(project.basis_path))
+    return absolute(source) == project.path(project.basis_path)
 
 
 def load_or_make(

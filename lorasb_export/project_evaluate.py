@@ -7,14 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from .adapter import Adapter, load_basis_once
-from .bars import no_bar
+from .bars import progress_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import load_held_out, load_task
-from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, OutputError, Problems, SettingsError
+from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
 from .evaluation import evaluate, metric_for, record_evaluation, to_score
 from .fetch import is_blob
 from .loaded import LastLoaded
@@ -87,7 +85,7 @@ def evaluate_adapters(
     kinds: dict[str, tuple[str, str, int]] = {}
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     problems = Problems()
-    for word, folder in tqdm(adapters.items(), desc="check", disable=no_bar()):
+    for word, folder in progress_bar(adapters.items(), desc="check"):
         with problems:
             adapter = Adapter.load(folder)
             name, source = project.task_of(adapter, data)
@@ -164,5 +162,5 @@ def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
     if not (config.is_symlink() and is_blob(config.resolve())):  # a folder of the Hub's cache may be named too
         try:
             record_evaluation(adapter, result)
-        except (OSError, ArtifactError, OutputError) as error:
+        except (OSError, ArtifactError) as error:
             logger.warning("The card of %s stays as it was: %s", word, error)

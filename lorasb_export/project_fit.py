@@ -7,11 +7,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from . import distributed, project_basis
 from .adapter import Adapter
-from .bars import no_bar
+from .bars import progress_bar
 from .base import BaseModel
 from .calibration.calibrate import MAX_MEASURED
 from .choices import CAUSAL_LM
@@ -167,7 +165,7 @@ def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mappin
     for used in {own.get(name, settings) for name in places}:
         check_requirements([], used)  # what is wrong with no task is told once
     types, problems = set(), Problems()
-    for name, source in tqdm(places.items(), desc="check", disable=no_bar()):
+    for name, source in progress_bar(places.items(), desc="check"):
         with problems:
             task = load_task(name, source)
             check_requirements([task], own.get(name, settings))

@@ -9,10 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from . import basis_source
-from .bars import no_bar
+from .bars import progress_bar
 from .errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
 from .fetch import BASIS_FILES
 from .format import read_adapter_config
@@ -70,7 +68,7 @@ def push_project(
             raise SettingsError(what, where=basis, fix=fix)
     folders = [*bases, *adapters]
     to_come: set[Path | None] = set()  # bases that a dry run does not find on the Hub
-    for number, folder in enumerate(tqdm(folders, desc="push", disable=no_bar(), leave=False), 1):
+    for number, folder in enumerate(progress_bar(folders, desc="push", leave=False), 1):
         logger.info("%d of %d: %s", number, len(folders), os.path.relpath(folder, project.folder))
         outcome: dict[str, Any] | LoraSBError
         try:

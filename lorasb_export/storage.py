@@ -40,6 +40,12 @@ def real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def cache_folder() -> Path | None:
+    """Where the user's programs keep what can be made again, in a folder of ours; None for a user without a home."""
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return folder / "lorasb" if folder.is_absolute() else None
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as its safetensors header describes it; `start` and `end` are absolute file offsets."""

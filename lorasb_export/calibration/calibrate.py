@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from .. import distributed
-from ..bars import no_bar
+from ..bars import progress_bar
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
@@ -241,7 +240,7 @@ def _decompose(
                 fix=f"Calibrate on more rows, or leave it out: {WHERE_TARGETS}",
             )
     modules, energy, ratios = {}, {}, CaptureRatios()
-    for name in tqdm(sorted(sums), desc="SVD", disable=no_bar()):
+    for name in progress_bar(sorted(sums), desc="SVD"):
         gradient = sums.pop(name).to(device)
         step = -settings.eta * reduced(gradient, settings.reduction)
         U, S, Vh = truncated_svd(step, settings.rank, settings.seed)

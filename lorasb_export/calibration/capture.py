@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from ..bars import no_bar
+from ..bars import progress_bar
 from ..base import BaseModel
 from ..basis import Basis
 from ..data import TaskData
@@ -58,7 +56,7 @@ def capture_of_rows(
     """What `capture` returns, of the gradient over `rows` in the factors `modules` of a basis."""
     sums = gradients_of_rows(network, {name: network.get_submodule(name) for name in modules}, rows, pad_id, settings)
     ratios = CaptureRatios()
-    for name in tqdm(sorted(sums), desc="capture", disable=no_bar()):
+    for name in progress_bar(sorted(sums), desc="capture"):
         g = sums.pop(name).to(svd_device(network.device))
         U, _, Vh = truncated_svd(reduced(g, settings.reduction), settings.rank, settings.seed)
         ratios.add(name, g, basis=(modules[name].B, modules[name].A), own=(U, Vh))

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..bars import no_bar
+from ..bars import progress_bar
 from ..batches import collate, row_losses
 from ..data import TaskData
 from ..distributed import rank, world_size
@@ -78,7 +77,7 @@ def gradients_of_rows(
     return gradient_sums(
         network,
         targets,
-        tqdm(batches, desc="gradients", disable=no_bar()),
+        progress_bar(batches, desc="gradients"),
         loss=settings.loss,
         gradient_checkpointing=settings.gradient_checkpointing,
     )

@@ -42,26 +42,7 @@ def export_onnx(
     The folder holds `model.onnx`, `model.onnx_data`, the tokenizer with its chat template, `config.json`,
     `generation_config.json`, `lorasb.json` and a card; from onnxruntime-genai's builder also `genai_config.json`.
 
-    Args:
-        adapter: a LoRA-SB adapter folder, or one on the Hub.
-        base: another place of the base model than the one the adapter names; the weights must be the same.
-        precision: `fp32`, `int8`, `int4` (graphs for the CPU), `fp16` or `bf16` (graphs for CUDA).
-        verify: compare with the merged model in torch: greedy answers, or a classifier's logits; fp32 fails when they
-            differ, any precision when nothing agrees. A bf16 graph does not run on the CPU and is not compared.
-        data: to `verify` on its held-out rows too: the metric in torch and in the graph.
-        max_drop: points of that metric the graph may lose.
-
-    Returns:
-        what `lorasb.json` records, with `out` and the `bytes` written.
-
-    Raises:
-        ArtifactError: `verify` failed.
-        DataError: `data` is of another task type than the adapter.
-        BaseModelError: an architecture that is not exported, or not the base of the adapter.
-        MissingPackageError: a package of the extra is not installed.
-        OutputError: `out` exists, or holds the adapter or its basis, or the disk is too full.
-        ServerError: the exporter failed.
-        SettingsError: unknown precision.
+    Arguments and errors: as for `export`. int8 and int4 make graphs for the CPU, bf16 one for CUDA alone.
     """
     check_request(precision, PRECISIONS)
     wanted = PRECISIONS[precision]

@@ -55,24 +55,11 @@ def export_onnx_adapters(
 ) -> dict[str, Any]:
     """Write one ONNX folder for several adapters of one basis.
 
-    Args:
-        adapters: LoRA-SB adapter folders, or ones on the Hub; the last part of each path is its name.
-        base: another place of the base model than the one the adapters name; the weights must be the same.
-        precision: of the base's weights: `fp32`, `int8`, `int4` or `fp16`. Only fp16 changes that of B, A and R.
-        routed: every task's R in the graph, chosen by the input `adapter_ids`, instead of a file per task.
-        verify: compare the greedy answers of the graph without an adapter with the base's in torch, and those of each
-            of the first 32 adapters with those of base + adapter; fp32 fails when they differ.
-        data: adapter's name → its task, to `verify` on its held-out rows too.
-        max_drop: points of its metric that a task may lose.
-
-    Returns:
-        what `lorasb.json` records, with `out` and the `bytes` written.
+    Arguments and errors: as for `export`. The last part of an adapter's path is its name. `precision` is that of the
+    base's weights; only fp16 changes that of B, A and R. The graph without an adapter is compared with the base.
 
     Raises:
-        ArtifactError: the adapters do not share one basis, or `verify` failed.
-        DataError: `data` is of another task type than its adapter.
         SettingsError: no adapter, two of one name (capitals aside), or a name that is no plain file name, or `base`.
-        and what `export_onnx` raises.
     """
     check_request(precision, [name for name in PRECISIONS if name != "bf16"])  # numpy has no bf16
     wanted = PRECISIONS[precision]

@@ -25,18 +25,8 @@ def export_peft(
 ) -> dict[str, Any]:
     """Write `adapter` as a PEFT LoRA folder that `PeftModel.from_pretrained` and vLLM load as it is.
 
-    Args:
-        adapter: an adapter folder, or a Hub id.
-        base: where the base model is. When given it is checked against the adapter; otherwise it is only looked at
-            for GPT-2-like module names. Its weights are never loaded.
-
-    Returns:
-        `out`, `rank`, `modules` (their number) and `bytes` of the weights file.
-
-    Raises:
-        ArtifactError: the adapter or its basis is damaged, or they do not belong together.
-        BaseModelError: the base is not the one the adapter was trained on, or is needed and missing.
-        OutputError: `out` exists and `overwrite` is false, holds the adapter or its basis, or cannot be written.
+    Arguments and errors: as for `export`. The base's weights are never loaded: a given one is checked against the
+    adapter, the adapter's own is only looked at for module names like GPT-2's.
     """
     out = expanded(out)
     refuse_existing(out, overwrite)

@@ -10,12 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter
 from ..answer_end import write_end_ids
-from ..bars import no_bar
+from ..bars import progress_bar
 from ..base import AnyBase, BaseModel
 from ..cards import card
 from ..choices import NF4, SEQ_CLS
@@ -145,7 +144,7 @@ def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retai
     reused = 0
     marks: list[Future[None]] = []
     with (
-        tqdm(total=plan.nbytes, desc="merge", unit="B", unit_scale=True, disable=no_bar()) as bar,
+        progress_bar(total=plan.nbytes, desc="merge", unit="B", unit_scale=True) as bar,
         ThreadPoolExecutor(1) as marking,  # a shard goes to the disk while the next one is computed
         worker_threads() as pool,
     ):

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ArtifactError
 from ..fetch import resolve_folder
 from ..names import some
-from ..storage import sha256_file
+from ..storage import sha256_file, version_of
 from .outgoing import SUMS, Files, is_publishable
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")
@@ -27,12 +27,11 @@ def digest(file: Path | bytes) -> str:
     """Hex sha256 of a file or of its content; a file is read once, as long as it does not change."""
     if isinstance(file, bytes):
         return hashlib.sha256(file).hexdigest()
-    found = file.stat()
-    return _digest(file, found.st_size, found.st_mtime_ns)
+    return _digest(file, version_of(file))
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(path: Path, size: int, modified: int) -> str:
+def _digest(path: Path, version: tuple[int, ...]) -> str:
     return sha256_file(path)
 
 

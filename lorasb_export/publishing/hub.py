@@ -18,7 +18,7 @@ from ..errors import ArtifactError, ServerError, SettingsError
 from ..fetch import BASIS_FILES, is_hub_id, parse_hub_id, resolve_folder
 from ..format import read_basis_config
 from ..hub_calls import hub_errors, with_retries
-from ..storage import absolute, parse_json, read_json, sha256_file, to_json, utf8
+from ..storage import absolute, parse_json, read_json, to_json, utf8
 from . import outgoing
 from .checksums import checksums, digest
 from .licence import licence
@@ -244,7 +244,7 @@ def _readme(files: Files, kind: str, repo: str, folder: Path, theirs: str, reach
     mine = utf8(outgoing.content_of(files.get("README.md", b"")), folder / "README.md")
     made = read_json(folder / "lorasb.json") if "lorasb.json" in files else {}
     if kind == "adapter":
-        made = {"adapter sha256": sha256_file(folder / "adapter.safetensors"), **made}
+        made = {"adapter sha256": config["sha256"], **made}
     facts = _facts(config, made, files) if reached else Facts(made=made)
     return readme.merge(mine, theirs, make(config, repo, facts), where="README.md")
 

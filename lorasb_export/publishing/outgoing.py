@@ -206,7 +206,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _without_folders(command: Any) -> Any:
-    """A recorded command as `provenance.command` makes it: earlier releases left more of some paths."""
+    """A recorded command as `provenance.command` makes it, whoever wrote this one."""
     if not isinstance(command, str):  # of another program than ours it is None
         return _without_paths(command)
     try:

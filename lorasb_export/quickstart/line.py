@@ -162,8 +162,11 @@ def quickstart(
         line.ask("merged", _MERGED, BaseModel.resolve(out / "model").load(dtype=_DTYPE), tokenizer)
     with line.step("peft", f"Exporting {_MERGED} to PEFT"):
         export_peft(adapter, out / "peft")
-        line.ask("peft", _MERGED, _load_peft(network, out / "peft"), tokenizer)
-    del network
+        from peft import PeftModel  # only now: it takes seconds
+
+        with_peft: Any = PeftModel.from_pretrained(network, str(out / "peft")).eval()
+        line.ask("peft", _MERGED, with_peft, tokenizer)
+    del network, with_peft
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below
         line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
@@ -194,12 +197,6 @@ def _record(line: _Line, name: str, adapter: Adapter) -> None:
     scores = line.scores()[name]
     found = {"base": scores["base"], "adapter": scores["adapter"], "rows": len(line.prompts(name))}
     record_evaluation(adapter, {"split": "test", "metric": "exact_match", **found})
-
-
-def _load_peft(network: PreTrainedModel, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(network, str(folder)).eval()
 
 
 def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:

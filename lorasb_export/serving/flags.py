@@ -46,10 +46,6 @@ _READ_FLAGS = {
 }
 
 
-def engines(extra: Sequence[str]) -> str:
-    return values(extra).get("--data-parallel-size", "1")
-
-
 def number(extra: Sequence[str], flag: str) -> int | None:
     """The value the user gives vLLM by `flag`, or None; what is no number vLLM itself refuses."""
     value = values(extra).get(flag, "")

@@ -15,7 +15,7 @@ from typing import Any
 from .. import environment
 from ..errors import OutputError, SettingsError, Terminated
 from ..names import resolve_adapters
-from ..storage import expanded
+from ..storage import cache_folder, expanded
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder
@@ -168,10 +168,10 @@ def _keep_inside(folder: str) -> dict[str, str]:
 
 def _compiler_cache(folder: str) -> str:
     """Where it outlasts the server, being worth a minute at the next start: at home, since what lies in it is run."""
+    cache = (cache_folder() or Path(folder)) / "torchinductor"
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorasb" / "torchinductor"
         cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home
+    except OSError:  # a home that cannot be written
         return os.path.join(folder, "torchinductor")
     return str(cache)
 

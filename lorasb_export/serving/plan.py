@@ -153,8 +153,9 @@ def make_plan(
 
 
 def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
+    engines = flags.values(extra).get("--data-parallel-size", "1")
     if updates_from is not None:
-        if flags.engines(extra) != "1":
+        if engines != "1":
             fix = "Run several servers behind a load balancer, and send each of them the updates"
             raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
         mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
@@ -168,7 +169,7 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
         loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
-        return Shared(adapters, updates_from, loras, in_memory, flags.engines(extra))
+        return Shared(adapters, updates_from, loras, in_memory, engines)
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         if updates_from is not None:

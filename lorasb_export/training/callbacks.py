@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .. import distributed
-from ..bars import no_bar
+from ..bars import progress_bar
 from ..errors import Terminated
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class Progress(TrainerCallback):
         self.losses: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=f"fit {self.title}", total=state.max_steps, unit="step", disable=no_bar())
+        self.bar = progress_bar(desc=f"fit {self.title}", total=state.max_steps, unit="step")
         self.spoke = time.monotonic()
         self.began = self.spoke, state.global_step
 

@@ -82,7 +82,7 @@ class TrainingRuns:
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
-        folders = {rate: self._folder(rate) for rate in settings.rates}
+        folders = {rate: rate_folder(folder, rate, settings) for rate in settings.rates}
         self._begun = distributed.on_main(lambda: {rate: last_complete(at) for rate, at in folders.items()})
         for rate, checkpoint in self._begun.items():
             if checkpoint is not None:
@@ -119,9 +119,6 @@ class TrainingRuns:
     def _at(self, rate: float) -> FitSettings:
         return replace(self.settings, learning_rate=rate)
 
-    def _folder(self, rate: float) -> Path:
-        return rate_folder(self.folder, rate, self.settings)
-
     def _identity(self, rate: float) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {
@@ -134,7 +131,7 @@ class TrainingRuns:
 
     def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
         """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""
-        settings, folder = self._at(rate), self._folder(rate)
+        settings, folder = self._at(rate), rate_folder(self.folder, rate, self.settings)
         checkpoint, identity = self._begun[rate], self._identity(rate)
         trainer = self._trainer(settings, folder, identity)
         if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:

@@ -58,27 +58,30 @@ def run(
 
 def _project_lines(found: dict[str, Any]) -> list[str]:
     """The basis, and a line for every adapter; of what it was scored on, the test rows if any."""
+    names = {name: _in_line(name) for name in found["adapters"]}
+    width = min(40, max([len("adapter"), *map(len, names.values())]))
     lines = [f"base model: {found['base_model'] or 'not named'}", f"basis: {_basis_line(found['basis'])}"]
-    if found["adapters"]:
-        lines.append(f"{'adapter':20} {'state':10} {'basis':8} {'valid loss':>10}  scored")
+    if names:
+        lines.append(f"{'adapter':{width}} {'state':10} {'basis':8} {'valid loss':>10}  scored")
     for name, adapter in found["adapters"].items():
-        said = f"{name:20} {adapter['state']:10}"
+        said = f"{names[name]:{width}} {adapter['state'].replace('_', ' '):10}"
         if "problem" in adapter:
-            said += f" {adapter['problem']}"
+            said += f" {_in_line(adapter['problem'])}"
         elif adapter["state"] == "fitted":
             loss = score("loss", adapter["valid_loss"])
-            basis = adapter["basis"] if adapter["basis"] in ("shared", "own") else "other"
-            said += f" {basis:8} {loss:>10}  {_scores(adapter['evaluation'])}"
+            said += f" {adapter['basis']:8} {loss:>10}  {_scores(adapter['evaluation'])}"
+        if not adapter["task"]:
+            said += "  (of no task)"
         lines.append(said.rstrip())
-    more = "interrupted or still going; lorasb fit --resume goes on"
-    return lines + [f"unfinished run: {path} ({more})" for path in found["unfinished"]]
+    more = "interrupted or still going; the same command with --resume goes on"
+    return lines + [f"unfinished run: {_in_line(path)} ({more})" for path in found["unfinished"]]
 
 
-def _basis_line(basis: dict[str, Any] | None) -> str:
-    if basis is None:
-        return "not made yet"
-    if "problem" in basis:
-        return f"{basis['state']}: {basis['problem']}"
+def _basis_line(basis: dict[str, Any]) -> str:
+    if basis["state"] == "missing":
+        return f"none at {basis['path']}"
+    if basis["state"] == "damaged":
+        return f"damaged: {_in_line(basis['problem'])}"
     return f"{basis['path']}, rank {basis['rank']}, {basis['modules']} modules, sha256 {basis['sha256'][:12]}"
 
 
@@ -87,8 +90,13 @@ def _scores(evaluation: dict[str, Any]) -> str:
     said = []
     for metric, figures in evaluation.get(split, {}).items():
         base, after = (score(metric, figures[which]) for which in ("base", "adapter"))
-        said.append(f"{metric} {after} (base {base}, {figures['rows']} {split} rows)")
+        said.append(f"{_in_line(metric)} {after} (base {base}, {figures['rows']} {_in_line(split)} rows)")
     return "; ".join(said)
+
+
+def _in_line(text: str) -> str:
+    """Without line breaks: what others wrote must not look like a line of ours."""
+    return " ".join(text.split())
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:

@@ -82,8 +82,9 @@ class Run:
 
 
 # Of control characters a terminal would obey those that a file of somebody else's has; of Unicode's that turn the
-# direction of writing, a reader might be misled. Escaped as here they are valid in JSON too.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# direction of writing, a reader might be misled; and bytes of a file's name that are no UTF-8 may not be printed at
+# all. Escaped as here they are valid in JSON too.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _harmless(text: str) -> str:
@@ -282,7 +283,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 def score(metric: str, value: object) -> str:
     """A value of one of our metrics; what is no number, as None of a base that has no score, as a dash."""
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return "-"
     return f"{value:.1%}" if metric in ("exact_match", "accuracy") else f"{value:.4f}"
 

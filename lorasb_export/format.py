@@ -77,7 +77,11 @@ def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path
 
 def check_seal(config: Mapping[str, Any], where: Path) -> None:
     """Refuse a config that is not as `sealed` made it."""
-    if config.get("config_sha256") != sealed(config)["config_sha256"]:
+    try:
+        digest = sealed(config)["config_sha256"]
+    except RecursionError:
+        raise ArtifactError("the config is nested too deeply", where=where, fix=EDITED) from None
+    if config.get("config_sha256") != digest:
         raise ArtifactError("the config is not as it was written: its config_sha256 differs", where=where, fix=EDITED)
 
 

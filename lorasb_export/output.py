@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,8 +74,7 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
     if real(target).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
         fix = f"Choose a folder in it, as {target / 'model'}"
         raise OutputError("the target is a mounted disk, which cannot be put in place whole", where=target, fix=fix)
-    old = replaced(target)
-    refuse_foreign(old, is_ours(old))
+    refuse_foreign(replaced(target), is_ours)
     if is_free(target):
         return
     if not is_ours(target):
@@ -84,13 +83,13 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target exists", where=target, fix=fix)
 
 
-def refuse_foreign(path: Path, ours: bool) -> None:
+def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
     """Raise OutputError where something at `path`, a hidden name that we write to, may be the user's.
 
     Args:
-        ours: whether it is known to be one of ours; a link never is.
+        ours: whether a folder is known to be one of ours; a link never is.
     """
-    if path.is_symlink() or not (ours or is_free(path)):
+    if path.is_symlink() or not (ours(path) or is_free(path)):
         fix = "Remove it if an interrupted run has left it, or choose another path"
         raise OutputError("what lorasb did not write has a name that it needs", where=path, fix=fix)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from .basis_source import EMBEDDED
-from .errors import ArtifactError
+from . import basis_source
+from .errors import ArtifactError, SettingsError
+from .fetch import parse_hub_id
 from .format import read_adapter_config, read_basis_config
+from .kind import artifact_kind
 from .project import Project
 
 
@@ -14,69 +19,112 @@ def inspect_project(project: Project) -> dict[str, Any]:
     """What the configs of a project's folders say. No weights are read: ten thousand adapters take seconds.
 
     Returns:
-        `path`; `kind`, which is `project`; the `base_model`; the shared `basis`, None where it is not made yet; the
-        `adapters` by name, first the file's tasks and then those of no task; and `unfinished`, the working folders of
-        runs, interrupted or still going. A basis or adapter that cannot be read has only `state`, `damaged`, and
-        `problem`.
+        `path`; `kind`, which is `project`; `base_model`; `basis`, the shared one, with its `path` and `state` (`made`,
+        `missing`, `damaged`) and, if it is made, `rank`, `modules` (their number), `sha256` and `calibrated_on` (names
+        of tasks); `adapters` by name, those of the file's tasks first; and `unfinished`, the working folders of runs,
+        interrupted or still going. Each adapter has `task` (whether the file has a task of its name), `path` and
+        `state` (`fitted`, `not_fitted`, `damaged`; `not_ours` is another program's). A fitted one has `basis`
+        (`shared`; `own`, inside of it; `other`, with a place of its own; `missing`, which it is of no use without),
+        `rank`, `modules`, `steps`, `valid_loss` and `evaluation`, {split: {metric: {base, adapter, rows}}}. What is
+        damaged has `problem`.
 
     Raises:
         SettingsError: the folder is no project and has no adapters.
     """
     names = dict.fromkeys([*project.tasks, *project.adapter_names()])
     if project.file is None and not names:
-        raise project.lacks("nothing to inspect", "Name a folder")
-    basis = _basis(project)
-    sha256 = basis.get("sha256") if basis else None
+        fix = "Name the folder to inspect, or change to the project's"
+        raise SettingsError("there is no lorasb.toml here", where=project.folder, fix=fix)
+    shared = project.path(project.basis_path)
+    basis = _basis(shared)
+    sha256_of: dict[Path, str | None] = {shared: basis.get("sha256")}
+    adapters = {
+        name: {"task": name in project.tasks, **_adapter(project.adapter_folder(name), shared, sha256_of)}
+        for name in names
+    }
     return {
         "path": str(project.folder),
         "kind": "project",
         "base_model": project.model,
         "basis": basis,
-        "adapters": {name: _adapter(project, name, sha256) for name in names},
+        "adapters": adapters,
         "unfinished": sorted(str(path) for path in (project.folder / "adapters").glob(".*.run") if path.is_dir()),
     }
 
 
-def _basis(project: Project) -> dict[str, Any] | None:
-    folder = project.path(project.basis_path)
-    if not (folder / "basis_config.json").is_file():
-        return None
-    found: dict[str, Any] = {"path": str(folder)}
+def _basis(folder: Path) -> dict[str, Any]:
+    found = {"path": str(folder), "state": "missing"}
     try:
+        if not (folder / "basis_config.json").is_file():
+            return found
         config, shapes = read_basis_config(folder)
-    except ArtifactError as error:
+    except (ArtifactError, OSError) as error:
         return found | {"state": "damaged", "problem": str(error)}
-    made_for = [source.get("name") for source in config["calibration"].get("data", [])]
+    data = config["calibration"].get("data")
+    sources = [source for source in data if isinstance(source, dict)] if isinstance(data, list) else []
     return found | {
         "state": "made",
         "rank": config["rank"],
         "modules": len(shapes),
         "sha256": config["sha256"],
-        "calibrated_on": made_for,
+        "calibrated_on": [source.get("name") for source in sources],
     }
 
 
-def _adapter(project: Project, name: str, shared: str | None) -> dict[str, Any]:
+def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> dict[str, Any]:
     """Of one adapter.
 
     Args:
-        shared: sha256 of the basis that the project's tasks share.
+        shared: the basis that the project's tasks share.
+        sha256_of: basis folder → its digest, None where there is no basis that can be read; kept for the next adapter.
     """
-    folder = project.adapter_folder(name)
-    if not (folder / "adapter_config.json").is_file():
-        return {"state": "not fitted"}
+    found = {"path": str(folder), "state": "not_fitted"}
     try:
+        if not (folder / "adapter_config.json").is_file():
+            return found
+        if artifact_kind(folder) != "adapter":
+            return found | {"state": "not_ours"}
         config = read_adapter_config(folder)
-    except ArtifactError as error:
-        return {"state": "damaged", "problem": str(error)}
-    source, training = config["basis"]["source"], config["training"]
-    of_adapter = "own" if source == EMBEDDED else source
-    return {
+    except (ArtifactError, OSError) as error:
+        return found | {"state": "damaged", "problem": str(error)}
+    training = config["training"]
+    return found | {
         "state": "fitted",
-        "basis": "shared" if config["basis"]["sha256"] == shared else of_adapter,
+        "basis": _place(config["basis"], folder, shared, sha256_of),
         "rank": config["r"],
         "modules": len(config["target_modules"]),
         "steps": training.get("steps"),
-        "valid_loss": training.get("valid_loss"),
-        "evaluation": training.get("evaluation", {}),
+        "valid_loss": _finite(training.get("valid_loss")),
+        "evaluation": {
+            split: {metric: _figures(figures) for metric, figures in of_split.items()}
+            for split, of_split in training.get("evaluation", {}).items()
+        },
     }
+
+
+def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> str:
+    source = basis_source.resolved(named["source"], folder, None)
+    if source is None:
+        return "own"
+    if parse_hub_id(source):
+        return "other"  # it is looked for when it is needed
+    place = Path(source)
+    if not place.is_absolute():  # as no verb writes it
+        return "missing"
+    if place not in sha256_of:
+        sha256_of[place] = _basis(place).get("sha256")
+    if sha256_of[place] != named["sha256"]:
+        return "missing"
+    return "shared" if place == shared else "other"
+
+
+def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _finite(figures[key]) for key in ("base", "adapter", "rows")}
+
+
+def _finite(value: Any) -> float | None:
+    """A number, as others' JSON can say it; None for whatever else a config has in its place."""
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # a whole number too large for arithmetic
+        return None

@@ -41,9 +41,12 @@ def real(path: str | Path) -> Path:
 
 
 def cache_folder() -> Path | None:
-    """Where the user's programs keep what can be made again, in a folder of ours; None for a user without a home."""
-    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return folder / "lorasb" if folder.is_absolute() else None
+    """Where programs keep what can be made again (XDG's base directories), a folder of ours; None without a home.
+
+    A relative XDG_CACHE_HOME is passed over, as that specification says.
+    """
+    named, home = expanded(os.environ.get("XDG_CACHE_HOME", "")), expanded("~/.cache")
+    return next((folder / "lorasb" for folder in (named, home) if folder.is_absolute()), None)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def export(
         precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
         routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
         verify: compare an ONNX graph with the adapter in torch, of many the first 32; but not bf16, which runs on CUDA
-            alone.
+            alone. fp32 fails where greedy answers, or a classifier's logits, differ; any precision where none agrees.
         data: an adapter's name (the last part of its path) → its task (loaded, or as `evaluate` takes it), on whose
             held-out rows an ONNX graph is compared too.
         max_drop: points of 100 of its metric that the graph may lose there.

@@ -55,8 +55,9 @@ def export_onnx_adapters(
 ) -> dict[str, Any]:
     """Write one ONNX folder for several adapters of one basis.
 
-    Arguments and errors: as for `export`. The last part of an adapter's path is its name. `precision` is that of the
-    base's weights; only fp16 changes that of B, A and R. The graph without an adapter is compared with the base.
+    Arguments and errors: as for `export`, but the tasks of `data` are loaded. The last part of an adapter's path is its
+    name. `precision` is that of the base's weights; only fp16 changes that of B, A and R. The graph without an adapter
+    is compared with the base.
 
     Raises:
         SettingsError: no adapter, two of one name (capitals aside), or a name that is no plain file name, or `base`.

@@ -118,6 +118,7 @@ def quickstart(
     Raises:
         OutputError: `out` exists.
         MissingPackageError: PEFT is not installed, which the comparison needs.
+        SettingsError, ServerError: the small model cannot be had, see `small_model`.
     """
     require_packages("peft")
     out = expanded(out).absolute()

@@ -6,6 +6,7 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -157,7 +158,7 @@ class Adapter:
             "scaling": self.scaling,
             "target_modules": sorted(self.R),
             "basis": {"sha256": self.basis_sha256, "source": source},
-            "training": dict(self.training),
+            "training": json.loads(json.dumps(self.training, default=_plain)),
             "sha256": self.sha256,
         }
         return sealed(content)
@@ -266,6 +267,11 @@ class Adapter:
         module = self.load_basis().modules[name]
         R = self.R[name].to(module.B.device, torch.float32)  # of a model on a GPU, maybe
         return self.scaling * (module.B.float() @ R), module.A.float()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON cannot say, as it can: a number of numpy's or torch's as a number, all else as text."""
+    return value.item() if getattr(value, "shape", None) == () else str(value)
 
 
 def _gathered(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

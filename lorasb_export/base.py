@@ -122,6 +122,14 @@ class BaseModel:
         )
 
     @property
+    def head_labels(self) -> list[Any]:
+        """What the outputs of the base's own classification head are called, in order; empty where nothing says so."""
+        names = self.config.get("id2label")
+        if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
+            return []
+        return [names[key] for key in sorted(names, key=int)]
+
+    @property
     def generates(self) -> bool:
         """Whether it is a causal language model; one whose config.json does not say is taken for one."""
         architecture: str = (self.config.get("architectures") or ["ForCausalLM"])[0]

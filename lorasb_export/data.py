@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .hub_dataset import rows_from_hub
 from .rows import (
     FIELDS_OF,
     LABELLED,
+    TEXT,
     Row,
     as_json,
     check_row,
@@ -45,6 +46,7 @@ class TaskData:
     splits: Mapping[str, Sequence[Row]]
     sha256: str
     read_as: Mapping[str, Any] = field(default_factory=dict)  # the options of its TaskSource
+    label_order: Sequence[Any] = ()  # of a head that has learnt these very labels
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
@@ -63,10 +65,11 @@ class TaskData:
 
     @property
     def labels(self) -> list[Any]:
-        """The distinct training labels, sorted; empty for CAUSAL_LM and for regression."""
+        """The distinct training labels, in the order of `label_order` if they are the same, else sorted; empty for
+        CAUSAL_LM and for regression."""
         if self.task_type != SEQ_CLS or self.regression:
             return []
-        return sorted({row["label"] for row in self.splits["train"]})
+        return in_order({row["label"] for row in self.splits["train"]}, self.label_order)
 
     @property
     def num_labels(self) -> int | None:
@@ -80,9 +83,18 @@ class TaskData:
             raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=fix)
         return self.splits[split]
 
+    def split_sha256(self) -> dict[str, str]:
+        """Split → a digest of its rows."""
+        return {split: hashlib.sha256(as_json(rows)).hexdigest() for split, rows in self.splits.items()}
+
     def held_out(self) -> str:
         """The split to report on: `test` where there is one, else `valid`."""
         return "test" if self.splits.get("test") else "valid"
+
+
+def in_order(labels: Collection[Any], order: Sequence[Any]) -> list[Any]:
+    """`labels` in the order of a head's outputs, where it has learnt the same ones; else sorted."""
+    return list(order) if sorted(map(repr, order)) == sorted(map(repr, labels)) else sorted(labels)
 
 
 def load_held_out(name: str, source: AnySource | TaskData) -> TaskData:
@@ -157,10 +169,11 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
     kind = kind_of(placed["train"][0][1], placed["train"][0][0])
     for place, row in (placed_row for rows in placed.values() for placed_row in rows):
-        if kind_of(row, place) != kind:
-            raise DataError(
-                f"a {kind_of(row)} row among {kind} rows", where=place, fix="Give each kind of row a task of its own"
-            )
+        if (other := kind_of(row, place)) != kind:
+            what, fix = f"a {other} row among {kind} rows", "Give each kind of row a task of its own"
+            if (other, kind) == (TEXT, LABELLED):
+                fix = "Add its label, or take rows without labels out of the task's folder"
+            raise DataError(what, where=place, fix=fix)
         check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(as_json(splits)).hexdigest()
@@ -173,7 +186,7 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
 def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
     """The rows of every split under the names that fields have."""
     files = {"train": path} if path.is_file() else split_files(path) if path.is_dir() else {}
-    label = source.columns.get("label", "label")
+    label = source.columns.get("label") if source.columns else "label"
     placed = {split: list(read_rows(file, label)) for split, file in files.items()}
     if path.is_dir() and "train" not in placed:
         fix = "Add it, one JSON object a line, or train.csv"
@@ -186,8 +199,8 @@ def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
     if source.columns:
         placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
     of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
-    if of_csv and kind_of(of_csv[0][1], of_csv[0][0]) == LABELLED:
-        number_labels(of_csv)
+    if labelled := [(place, row) for place, row in of_csv if "text" in row and "label" in row]:
+        number_labels(labelled)
     return placed
 
 

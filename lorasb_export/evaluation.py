@@ -177,6 +177,13 @@ def to_score(
     return split, metric, rows
 
 
+def was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
+    """Whether the training passed over these rows, as far as it is recorded: neither they nor the training rows have
+    changed since. Of rows divided anew, or moved between files, some may have been trained on."""
+    then, now = adapter.training.get("splits_sha256") or {}, task.split_sha256()
+    return not then or any(then.get(part) == now.get(part) for part in (split, "train"))
+
+
 def require_same_kind(adapter: Adapter, task: TaskData) -> None:
     """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
     if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):

@@ -32,7 +32,11 @@ def mend_defaults(network: PreTrainedModel) -> None:
         network.set_attn_implementation("eager")
     head = network.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: tuple(hidden.contiguous() for hidden in inputs))
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(hidden.contiguous() for hidden in inputs)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from .basis import Basis
 from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate, calibrated_once
 from .errors import OutputError, SettingsError
+from .fetch import parse_hub_id
 from .format import read_adapter_config
 from .names import some
 from .project import OWN_BASIS, Project
@@ -55,12 +56,16 @@ def load_or_make(
         base.verify(basis.base, basis.modules)
         return basis
 
+    folder = project.path(project.basis_path)
+    if parse_hub_id(project.basis_path) and not folder.parent.is_dir():  # a new basis would take the place of that one
+        fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
+        raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
+
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
-    folder = project.path(project.basis_path)
     basis = calibrated_once(folder, make)
     if differing := basis.differences(project.calibration):
         raise SettingsError(

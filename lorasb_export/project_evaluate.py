@@ -13,7 +13,7 @@ from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import load_held_out, load_task
 from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
-from .evaluation import evaluate, metric_for, record_evaluation, to_score
+from .evaluation import evaluate, metric_for, record_evaluation, to_score, was_held_out
 from .fetch import is_blob
 from .loaded import LastLoaded
 from .predictions import PredictionsFile
@@ -83,6 +83,7 @@ def evaluate_adapters(
     known: dict[str, dict[str, Any]] = {}
     ready: dict[str, tuple[str, str | TaskSource, BaseModel]] = {}
     kinds: dict[str, tuple[str, str, int]] = {}
+    changed: set[str] = set()  # adapters whose data is not what it was when they were trained
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     problems = Problems()
     for word, folder in progress_bar(adapters.items(), desc="check"):
@@ -111,6 +112,10 @@ def evaluate_adapters(
                 of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
                 known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
                 continue
+            if into_cards and not was_held_out(adapter, task, of_split):
+                what = f"{word}: its data has changed since the training, and {of_split} rows may have been trained on"
+                logger.warning("%s. The figures do not go into its card: fit it again", what)
+                changed.add(word)
             of_base = adapter.base, frozenset(adapter.R)
             if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
                 found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
@@ -150,7 +155,7 @@ def evaluate_adapters(
         else:
             if file is not None:
                 file.append(word, outcome)
-            if into_cards:
+            if into_cards and word not in changed:
                 _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
 

@@ -37,10 +37,10 @@ Row = dict[str, Any]
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
-def read_rows(path: Path, label: str = "label") -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, label: str | None = "label") -> Iterator[tuple[str, Row]]:
     """The rows of a file of JSON lines, or of CSV, each with its place, `file:line`. Raises DataError naming it.
 
-    Of CSV every cell is text; `number_labels` makes numbers of those of the column `label`.
+    Of CSV every cell is text; `number_labels` makes numbers of those of the column `label`, if there is one.
     """
     try:
         yield from _read_csv(path, label) if is_csv(path) else _read_json_lines(path)
@@ -76,7 +76,7 @@ def _parse_row(line: bytes, place: str) -> Row:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
-def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
+def _read_csv(path: Path, label: str | None) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(MAX_JSON_BYTES)
     place = str(path)
     try:
@@ -94,7 +94,7 @@ def _read_csv(path: Path, label: str) -> Iterator[tuple[str, Row]]:
                     fix = "Put a cell with a separator or a line break in quotes"
                     raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
                 row = dict(zip(names, cells, strict=True))
-                if separator == ";" and label in row:
+                if label is not None and separator == ";" and label in row:
                     row[label] = re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", row[label].strip())
                 yield place, row
     except csv.Error as error:

@@ -118,9 +118,9 @@ def _tensor_info(entry: Any, offset: int) -> TensorInfo:
 
 
 def utf8(data: bytes, where: object) -> str:
-    """The text of a file. Raises ArtifactError when it is not UTF-8."""
+    """The text of a file, without a byte order mark. Raises ArtifactError when it is not UTF-8."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ArtifactError("not UTF-8 text", where=where, fix="Save it as UTF-8, or write it again") from None
 

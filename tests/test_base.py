@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -181,3 +182,10 @@ def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> Non
     (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
     tokenizer = BaseModel.resolve(base).tokenizer
     assert tokenizer.chat_template == TEMPLATE
+
+
+def test_a_loaded_network_can_be_pickled(llama: Path) -> None:
+    network = BaseModel.resolve(llama).load()
+    again = pickle.loads(pickle.dumps(network))
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids).logits, network(ids).logits)

@@ -160,15 +160,17 @@ def test_a_classifier_names_its_class_and_labels() -> None:
     text = adapter(task_type="SEQ_CLS", training={"labels": ["no", 'so "so"', 2]})
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert "import AutoModelForSequenceClassification as AutoModel" in text
-    assert 'from_pretrained("owner/base", revision="abc", id2label={0: "no", 1: "so \\"so\\"", 2: "2"})' in text
+    arguments = 'id2label={0: "no", 1: "so \\"so\\"", 2: "2"}, ignore_mismatched_sizes=True'
+    assert f'from_pretrained("owner/base", revision="abc", {arguments})' in text
     assert "lorasb serve" not in text  # which refuses classifiers
     assert "lorasb serve" in adapter()
     made = Facts(made={"training": {"labels": ["no", "yes"]}})
     text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
-    assert 'revision="abc", id2label={0: "no", 1: "yes"}), ' in text
+    assert 'revision="abc", id2label={0: "no", 1: "yes"}, ignore_mismatched_sizes=True), ' in text
     made = Facts(made={"training": {"regression": True}})
     text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
-    assert 'from_pretrained(AutoModel.from_pretrained("owner/base", revision="abc", num_labels=1), ' in text
+    arguments = 'revision="abc", num_labels=1, ignore_mismatched_sizes=True'
+    assert f'from_pretrained(AutoModel.from_pretrained("owner/base", {arguments}), ' in text
 
 
 def test_a_basis_names_the_class_it_was_calibrated_on() -> None:

@@ -127,3 +127,10 @@ def test_a_published_licence_stays_until_the_folder_says_another() -> None:
     assert licence("---\nlicense: gpl-3.0\n---\n", published) == "gpl-3.0"
     named = merge("", "", card.adapter_card(ADAPTER, "me/a", Facts({"license": "other", "license_name": "llama3"})))
     assert "license_name" not in front_matter(merge("---\nlicense: gpl-3.0\n---\n", named, adapter()))
+
+
+def test_a_byte_order_mark_hides_no_licence(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\nMine.\n")
+    card.write(tmp_path, card.adapter_card(ADAPTER))
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (front_matter(text)["license"], text.count("license:")) == ("mit", 1)

@@ -126,3 +126,18 @@ def test_a_number_among_which_one_is_none_is_refused(tmp_path: Path) -> None:
     path = in_csv(tmp_path, "text,label\na,0.5\nb,n/a\nc,2\n")
     with pytest.raises(DataError, match=r"the label 'n/a' is no number, and others are \(.*rows\.csv:3\)"):
         load_task("t", path)
+
+
+def test_rows_to_predict_that_have_no_labels_are_named(tmp_path: Path) -> None:
+    """As a competition gives them out."""
+    in_csv(tmp_path, "id,text,label\n1,a,x\n2,b,y\n", "train.csv")
+    in_csv(tmp_path, "id,text\n3,c\n", "test.csv")
+    with pytest.raises(DataError, match=r"a text row among text/label rows \(.*test\.csv:2\)\. Add its label, or"):
+        load_task("t", tmp_path)
+
+
+def test_an_answer_with_a_decimal_comma_stays_as_it_is(tmp_path: Path) -> None:
+    file = in_csv(tmp_path, "q;label\nhow much?;1,5\n")
+    assert rows_of(file, columns={"prompt": "q", "completion": "label"})[0]["completion"] == "1,5"
+    labelled = in_csv(tmp_path, "text;price\na;1,5\nb;2\n", "labels.csv")
+    assert rows_of(labelled, columns={"text": "text", "label": "price"})[0]["label"] == 1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import BaseModelError, OutputError
 from lorasb_export.exporting.peft import export_peft
-from lorasb_export.storage import read_json
+from lorasb_export.storage import read_json, write_json
 from tests.random_adapter import save_adapter, save_base, write_in
 
 from peft import PeftModel  # isort: skip
@@ -165,3 +166,29 @@ def test_an_existing_target_is_kept_unless_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not a folder lorasb wrote"):
         export_peft(tmp_path / "adapter", tmp_path / "foreign", overwrite=True)
     assert (tmp_path / "foreign" / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("family", "heard"), [("glm4_moe", False), ("qwen2_moe", True), ("llama", True)])
+def test_what_peft_would_take_for_experts_is_refused(family: str, heard: bool, tmp_path: Path) -> None:
+    """PEFT loads it with a warning, and answers as the base: measured with GLM-4-MoE's dense first layer."""
+    model = llama()
+    base = save_base(model, tmp_path / "base")
+    save_adapter(base, model, tmp_path / "adapter", ["model.layers.0.mlp.down_proj"])
+    experts = {} if family == "llama" else {"n_routed_experts": 4}
+    write_json(base / "config.json", read_json(base / "config.json") | {"model_type": family, **experts})
+    if heard:
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+    else:
+        with pytest.raises(BaseModelError, match=r"down_proj for parameters of experts.*Use `lorasb merge`"):
+            export_peft(tmp_path / "adapter", tmp_path / "peft")
+    shutil.rmtree(base)  # then nothing is known of it
+    export_peft(tmp_path / "adapter", tmp_path / "again")
+
+
+def test_a_layer_whose_weight_others_read_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[0].mlp.dt_proj = torch.nn.Linear(32, 48)
+    base = save_base(model, tmp_path / "base")
+    save_adapter(base, model, tmp_path / "adapter", ["model.layers.0.mlp.dt_proj"])
+    with pytest.raises(BaseModelError, match=r"around model\.layers\.0\.mlp\.dt_proj"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")

@@ -17,7 +17,7 @@ from lorasb_export.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.storage import read_header, read_json, write_json
 from tests.merging import adapter_for, logits, unmerged_logits
-from tests.tiny import make_bert, make_gpt2
+from tests.tiny import make_bert, make_gpt2, make_llama
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,13 @@ def test_classifier_with_its_head(tmp_path: Path) -> None:
     assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
     assert all(torch.equal(p, adapter.head[name]) for name, p in head_parameters(model).items())
     assert (logits(model.eval()) - unmerged_logits(base, tmp_path / "a", SEQ_CLS)).abs().max() < 1e-5
+
+
+def test_a_pad_token_without_an_embedding_does_not_pad_what_is_merged(moods: TaskData, tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(base)
+    assert tokenizer.pad_token_id >= read_json(base / "config.json")["vocab_size"]
+    classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), batch_size=2)
+    assert len(classify(["a", "bca"])) == 2

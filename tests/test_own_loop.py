@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,3 +101,10 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     assert evaluate(loaded, load_task("numbers", tmp_path / "numbers.jsonl"), split="train")["rows"] == 2
     assert torch.equal(loaded.head["classifier.weight"], adapter.head["classifier.weight"])
     assert not torch.equal(loaded.head["classifier.weight"], before)
+
+
+def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:
+    adapter = Adapter.start(Basis.load(basis))
+    adapter.training = {"loss": np.float32(0.5), "steps": torch.tensor(3), "folder": tmp_path, "all": [np.int64(1)]}
+    adapter.save(tmp_path / "a")
+    assert Adapter.load(tmp_path / "a").training == {"loss": 0.5, "steps": 3, "folder": str(tmp_path), "all": [1]}

@@ -135,3 +135,14 @@ def test_a_random_basis_is_made_from_the_shapes_of_the_weights_alone(
     network = base.load(dtype=dtype)
     monkeypatch.delattr(BaseModel, "load")
     assert calibrate(base, {}, settings).sha256 == calibrate(base, {}, settings, network=network).sha256
+
+
+def test_a_path_that_reads_like_the_hub_is_not_made_anew(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace("rank = 4", 'rank = 4\npath = "me/basis-lorasb"'))
+    done = lorasb("fit", "--max-steps", "1", "--overwrite")
+    assert (done.exit_code, "path reads like a basis of the Hub ([basis])" in done.stderr) == (1, True)
+    assert not (project / "me").exists()
+    file.write_text(file.read_text().replace("me/basis", "./me/basis"))
+    assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
+    assert (project / "me/basis-lorasb/basis.safetensors").is_file()

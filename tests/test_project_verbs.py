@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from lorasb_export import Adapter, Basis, calibrate, evaluate
+from lorasb_export import Adapter, Basis, calibrate, evaluate, load_task
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import DataError, LoraSBError
 from lorasb_export.exporting import onnx
@@ -214,3 +214,31 @@ def test_what_needs_no_base_is_made_without_one(project: Path, llama: Path) -> N
     file.write_text(file.read_text().replace(str(llama), "gone"))
     assert lorasb("export", "a", "--out", "peft").exit_code == 0
     assert f"is not there ({gone}). Put it back, or say with --model" in lorasb("merge", "a").stderr
+
+
+def test_figures_of_rows_that_were_trained_on_do_not_go_into_the_card(
+    project: Path, sums: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not of rows that are divided anew; but of rows that are added as a split of their own, and of the same ones."""
+    shutil.copytree(sums, "data")
+    (project / "data/test.jsonl").unlink()
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace(str(sums), "data"))
+    adapter = Adapter.load("adapters/a")
+    adapter.training = {"task": "a", "splits_sha256": load_task("a", project / "data").split_sha256()}
+    adapter.save("adapters/a", overwrite=True)
+
+    def in_card() -> dict[str, Any]:
+        assert lorasb("evaluate", "--metric", "loss").exit_code == 0
+        return dict(Adapter.load("adapters/a").training.get("evaluation", {}))
+
+    rows = (project / "data/valid.jsonl").read_text()
+    (project / "data/valid.jsonl").write_text(rows + (project / "data/train.jsonl").read_text().splitlines()[0] + "\n")
+    (project / "data/train.jsonl").write_text(rows)
+    assert in_card() == {}
+    assert "a: its data has changed since the training, and valid rows may have been trained on" in caplog.text
+    (project / "data/valid.jsonl").write_text(rows)
+    assert list(in_card()) == ["valid"]
+    shutil.copy(sums / "train.jsonl", "data/train.jsonl")
+    shutil.copy(sums / "test.jsonl", "data/test.jsonl")
+    assert list(in_card()) == ["test", "valid"]

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import load_task
+from lorasb_export.data import load_task, task_of
 from lorasb_export.evaluation import evaluate
 from lorasb_export.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
+from tests.tiny import make_bert, save_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,29 @@ def test_a_narrow_head_is_given_back_as_it_was(bert: Path, parity: Path, tmp_pat
     assert all(tensor.dtype == torch.float32 for tensor in adapter.head.values())
     after = head_parameters(network)
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_head_that_has_learnt_these_classes_keeps_their_order(tmp_path: Path) -> None:
+    """Were they sorted, training would begin with a head that names every class as another one."""
+    names = ["no", "maybe", "yes"]
+    network = BertForSequenceClassification.from_pretrained(
+        make_bert(tmp_path / "body"), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    )
+    base = tmp_path / "base"
+    network.save_pretrained(base)
+    save_tokenizer(base)
+    rows = [{"text": "ab"[i % 2] * (1 + i % 5), "label": names[i % 3]} for i in range(12)]
+    task = task_of("t", {"train": rows, "valid": rows})
+    frozen = FitSettings(max_steps=1, learning_rate=1e-12, init="zero", keep="last")
+    adapter = fit(base, CalibrationSettings(rank=4), task, tmp_path / "a", frozen)
+    assert adapter.labels == names
+    encoded = AutoTokenizer.from_pretrained(base)([str(row["text"]) for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = network.eval()(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).logits
+    right = sum(names[int(k)] == row["label"] for k, row in zip(logits.argmax(-1), rows, strict=True))
+    assert adapter.training["valid_metrics"]["accuracy"] == pytest.approx(right / 12, abs=1e-6)
+    again = fit(base, adapter.load_basis(), task, tmp_path / "b", frozen, start=adapter)
+    assert again.labels == names
+    others = [{**row, "label": f"{row['label']}!"} for row in rows]
+    other = fit(base, CalibrationSettings(rank=4), task_of("o", {"train": others}), tmp_path / "c", frozen)
+    assert other.labels == ["maybe!", "no!", "yes!"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
 from lorasb_export.merging import verify
 from lorasb_export.merging.verify import compare_logits
+from lorasb_export.storage import read_json, write_json
 from lorasb_export.streamed import add_updates, streamed_model
 from tests.random_adapter import save_adapter
+from tests.rows import task_of
+from tests.tiny import make_gpt2
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")]
 IDS = torch.tensor([[1, 20, 21, 22, 23, 2]])
@@ -90,3 +94,16 @@ def test_a_wrong_folder_is_seen(value: float, llama: Path, adapter: Adapter, tmp
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ArtifactError, match="the merged logits differ"):
         compare_logits(BaseModel.resolve(llama), [adapter], tmp_path / "model")
+
+
+def test_rows_longer_than_learned_positions_are_cut(tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "base")
+    long = task_of(json.dumps({"prompt": "1" * 300, "completion": "2"}) + "\n", tmp_path / "data")
+    write_json(base / "config.json", read_json(base / "config.json") | {"n_positions": 64})
+    weights = load_file(base / "model.safetensors")
+    (learned,) = [name for name in weights if name.endswith("wpe.weight")]
+    save_file(weights | {learned: weights[learned][:64].clone()}, base / "model.safetensors")
+    network = BaseModel.resolve(base).load()
+    adapter = save_adapter(base, network, tmp_path / "a", ["transformer.h.0.mlp.c_fc"])
+    adapter.training = {"data": long.source, "data_sha256": long.sha256}
+    assert merge(adapter, tmp_path / "m", verify=True)["verify"]["rows"] == 1

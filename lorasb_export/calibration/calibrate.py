@@ -21,7 +21,7 @@ from ..bars import progress_bar
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..data import TaskData, load_tasks, refuse_single_class
+from ..data import TaskData, in_order, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError
 from ..factors import ModuleBasis
 from ..inject import remove
@@ -98,6 +98,7 @@ def calibrate(
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
     task_type, labels = _common_kind(_one_by_one(data))
+    labels = in_order(labels, base.head_labels)
     classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
     if network is None:
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
@@ -180,6 +181,7 @@ def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[st
     name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
     if settings.rank > min(smallest):
         fix = f"Set rank in [basis] of lorasb.toml, or --rank of calibrate, to {min(smallest)} or less"
+        fix += f", or leave that module out: {WHERE_TARGETS}"
         raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {smallest}", fix=fix)
     return targets
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..bars import progress_bar
 from ..base import BaseModel
 from ..basis import Basis
-from ..data import TaskData
+from ..data import TaskData, in_order
 from ..encoding import Encoded
 from ..factors import Factors
 from ..inject import remove
@@ -42,7 +42,7 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     same = {key: basis.calibration[key] for key in _SAME if key in basis.calibration}
     settings = CalibrationSettings(rank=basis.rank, **same)
     tokenizer = base.tokenizer
-    rows = draw(task, tokenizer, task.labels, settings)
+    rows = draw(task, tokenizer, in_order(task.labels, base.head_labels), settings)
     return capture_of_rows(network, basis.modules, rows, tokenizer.pad_token_id, settings)
 
 

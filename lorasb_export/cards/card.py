@@ -158,12 +158,15 @@ model = PeftModel.from_pretrained({loaded}, "{name}")
 
 
 def _outputs(training: Mapping[str, Any]) -> str:
-    """The argument with which a classifier's base gets a head of the right size, and its classes their names."""
+    """The arguments with which a classifier's base gets a head of the right size, and its classes their names.
+
+    That head comes with the adapter: one of another size, which the base may have, is passed over.
+    """
     if training.get("regression"):
-        return ", num_labels=1"
+        return ", num_labels=1, ignore_mismatched_sizes=True"
     names = (quoted(str(label)) for label in training.get("labels") or [])
     named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
-    return f", id2label={{{named}}}" if named else ""
+    return f", id2label={{{named}}}, ignore_mismatched_sizes=True" if named else ""
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
+from ..errors import BaseModelError, LoraSBError
+from ..fetch import snapshot
 from ..output import refuse_existing, refuse_own_input
 from ..provenance import adapter_provenance, command, copy_curve, published_training
-from ..storage import expanded, write_json
+from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
 
 _PREFIX = "base_model.model."
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}
+_UNHEARD = (".gate", ".gate_proj", ".up_proj", ".down_proj")
+# What configs of the families call the number of experts.
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 
 
 def export_peft(
@@ -33,6 +40,7 @@ def export_peft(
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
     transposed = _stores_transposed(source, base)
+    _refuse_unheard(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
@@ -80,6 +88,35 @@ def peft_config(adapter: Adapter, *, transposed: bool) -> dict[str, Any]:
         "target_modules": sorted(adapter.R),
         "modules_to_save": sorted({name.partition(".")[0] for name in adapter.head}) or None,
     }
+
+
+def _refuse_unheard(adapter: Adapter, base: str | Path | None) -> None:
+    """Raise BaseModelError where PEFT would load the adapter, and its answers would be the base's, or nearly.
+
+    Of models with experts it takes layers of these names for parameters of the experts (`_UNHEARD`), whatever they are.
+    """
+    fix = "Use `lorasb merge`"
+    if name := next((name for name in sorted(adapter.R) if name.endswith(".dt_proj")), None):
+        what = f"PEFT would put a layer around {name}, whose weight Mamba's kernel reads itself"
+        raise BaseModelError(what, where=adapter.folder, fix=fix)
+    name = next((name for name in sorted(adapter.R) if name.endswith(_UNHEARD)), None)
+    config = _base_config(adapter, base) if name else {}
+    experts = any(isinstance(value, int) and value > 1 for key, value in config.items() if key in _EXPERTS)
+    if experts and config.get("model_type") != "qwen2_moe":
+        what = f"PEFT would take {name} for parameters of experts, and leave its adapter out"
+        raise BaseModelError(what, where=adapter.folder, fix=fix)
+
+
+def _base_config(adapter: Adapter, base: str | Path | None) -> Mapping[str, Any]:
+    """The base's config.json; empty where it cannot be had. No weights are fetched for it."""
+    folder = expanded(base or adapter.base.name_or_path)
+    with suppress(LoraSBError):
+        if not folder.is_dir():
+            _, _, folder = snapshot(
+                str(base or adapter.base.name_or_path), ("config.json",), BaseModelError, revision=adapter.base.revision
+            )
+        return read_json(folder / "config.json")
+    return {}
 
 
 def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:

@@ -244,7 +244,13 @@ def _code_on_the_hub(base: BaseModel) -> dict[str, str]:
 
 
 def _name_padding(plan: MergePlan, folder: Path) -> None:
-    """A classifier's config has the id of the pad token; without its name the tokenizer makes no batches."""
-    path = folder / "tokenizer_config.json"
-    if path.is_file() and (config := read_json(path)).get("pad_token") is None:
-        write_json(path, config | {"pad_token": plan.base.tokenizer.pad_token})
+    """A classifier's config has the id of the pad token. Without its name the tokenizer makes no batches, and with the
+    name of another, one without an embedding, batches that the model cannot take."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if not path.is_file() or (name != "tokenizer_config.json" and "pad_token" not in read_json(path)):
+            continue
+        config, token = read_json(path), plan.base.tokenizer.pad_token
+        named = config.get("pad_token")
+        if (named.get("content") if isinstance(named, dict) else named) != token:
+            write_json(path, config | {"pad_token": token})

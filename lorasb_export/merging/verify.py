@@ -7,6 +7,7 @@ fit in memory; only where checkpoint or model do not allow that (`streamed`), th
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,8 @@ def compare_logits(
     expected, found = streamed or _whole(base, merged_base, adapters, batch, rounding)
     stored = merged_base.tensors[merged_base.weight_key(next(iter(adapter.R)))][1].dtype
     difference = float((expected - found).abs().max())
-    relative = difference / float(expected.abs().max())
+    largest = float(expected.abs().max())
+    relative = difference / largest if largest else math.inf if difference else 0.0
     if not relative <= _TOLERANCE[stored]:  # nor NaN
         raise ArtifactError(
             f"the merged logits differ by {relative:.1e} of the largest, more than {_TOLERANCE[stored]:.0e}",
@@ -129,7 +131,9 @@ def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
         return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0
     rows = task.rows(task.held_out() if task.splits.get(task.held_out()) else "train")[:_ROWS]
     encoded = encode(rows, tokenizer, adapter.task_type, adapter.labels, _WHOLE)
-    inputs = [{key: row[key][:_TOKENS] for key in tokenizer.model_input_names if key in row} for row in encoded]
+    ends = (base.config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    most = min([_TOKENS, *filter(None, ends)])  # learned positions may end before
+    inputs = [{key: row[key][:most] for key in tokenizer.model_input_names if key in row} for row in encoded]
     return tokenizer.pad(inputs, return_tensors="pt"), len(inputs)
 
 

@@ -70,11 +70,13 @@ class Job:
         start: Adapter | None,
     ) -> None:
         distributed.start()
-        self.tasks, self.outs, self.folder = tasks, outs, folder
+        self.outs, self.folder = outs, folder
         self._started = time.monotonic()
         check_requirements(tasks, settings)
         self.base = BaseModel.resolve(base)
         self.base.refuse_merged()
+        order = self.base.head_labels if start is None else start.labels  # of the head that training begins with
+        self.tasks = tasks = [replace(task, label_order=order) for task in tasks]
         if network is not None:
             refuse_several_devices(network)
             require_dtype(network, settings.dtype)

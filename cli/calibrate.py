@@ -87,14 +87,14 @@ def run(
     from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.lock import only_writer
     from lorasb_export.output import refuse_existing
-    from lorasb_export.project_basis import is_shared, refuse_to_strand
+    from lorasb_export.project_basis import is_shared, refuse_to_strand, shared_folder
     from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
     from lorasb_export.storage import expanded
 
     project = run.project
     flags = run.given(CalibrationSettings)
     settings = project.calibration_settings(FitSettings(**project.fit), flags)
-    target = expanded(out) if out else project.path(project.basis_path)
+    target = expanded(out) if out else shared_folder(project)
     refuse_to_strand(project, target)
     given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
     sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in given_data.items()}

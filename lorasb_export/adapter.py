@@ -44,9 +44,10 @@ class Adapter:
         R: module → (r, r) fp32. Of `attach` these are the live parameters of the model; of `fit` and `load`, plain
             tensors on the CPU.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
-        training: what `fit` reports about the run; JSON. Keys of your own may hold anything. Those that the card shows
-            are as `fit` and `evaluate` write them: `task` and `data` text, `labels` a list, `settings` by name,
-            `evaluation` {split: {metric: {"base", "adapter", "rows"}}}.
+        training: what `fit` reports about the run; JSON. Keys of your own may hold anything: what is no JSON is
+            saved as numbers or text. Those that the card shows are as `fit` and `evaluate` write them: `task` and
+            `data` text, `labels` a list, `settings` by name, `evaluation`
+            {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
         basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
         hub_source: of one from the Hub, `owner/name@commit`.
@@ -158,7 +159,7 @@ class Adapter:
             "scaling": self.scaling,
             "target_modules": sorted(self.R),
             "basis": {"sha256": self.basis_sha256, "source": source},
-            "training": json.loads(json.dumps(self.training, default=_plain)),
+            "training": json.loads(json.dumps(dict(self.training), default=_plain)),
             "sha256": self.sha256,
         }
         return sealed(content)
@@ -270,8 +271,10 @@ class Adapter:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON cannot say, as it can: a number of numpy's or torch's as a number, all else as text."""
-    return value.item() if getattr(value, "shape", None) == () else str(value)
+    """What JSON cannot say, as it can: numbers of numpy's or torch's as numbers, all else as text."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _gathered(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -83,9 +83,9 @@ class TaskData:
             raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=fix)
         return self.splits[split]
 
-    def split_sha256(self) -> dict[str, str]:
-        """Split → a digest of its rows."""
-        return {split: hashlib.sha256(as_json(rows)).hexdigest() for split, rows in self.splits.items()}
+    def split_sha256(self, split: str) -> str:
+        """A digest of the rows of `split`."""
+        return hashlib.sha256(as_json(self.splits[split])).hexdigest()
 
     def held_out(self) -> str:
         """The split to report on: `test` where there is one, else `valid`."""
@@ -172,7 +172,7 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
         if (other := kind_of(row, place)) != kind:
             what, fix = f"a {other} row among {kind} rows", "Give each kind of row a task of its own"
             if (other, kind) == (TEXT, LABELLED):
-                fix = "Add its label, or take rows without labels out of the task's folder"
+                fix = "Add its label, or take rows without labels out of the task's data"
             raise DataError(what, where=place, fix=fix)
         check_row(row, kind, place)
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
@@ -199,7 +199,7 @@ def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
     if source.columns:
         placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
     of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
-    if labelled := [(place, row) for place, row in of_csv if "text" in row and "label" in row]:
+    if labelled := [(place, row) for place, row in of_csv if kind_of(row, place) == LABELLED]:
         number_labels(labelled)
     return placed
 

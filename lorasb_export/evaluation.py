@@ -178,10 +178,10 @@ def to_score(
 
 
 def was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
-    """Whether the training passed over these rows, as far as it is recorded: neither they nor the training rows have
-    changed since. Of rows divided anew, or moved between files, some may have been trained on."""
-    then, now = adapter.training.get("splits_sha256") or {}, task.split_sha256()
-    return not then or any(then.get(part) == now.get(part) for part in (split, "train"))
+    """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
+    as then. Of rows divided anew, or moved between files, some may have been trained on."""
+    then = adapter.training.get("splits_sha256")
+    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))
 
 
 def require_same_kind(adapter: Adapter, task: TaskData) -> None:

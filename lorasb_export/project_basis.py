@@ -31,6 +31,19 @@ def find(project: Project, name: str) -> str:
     return str(project.path(own)) if own != OWN_BASIS and project.path(own).exists() else own
 
 
+def shared_folder(project: Project) -> Path:
+    """Where the basis that the project's tasks share is, or is to be made.
+
+    Raises:
+        SettingsError: it reads like one of the Hub, whose place a new basis would take.
+    """
+    folder = project.path(project.basis_path)
+    if parse_hub_id(project.basis_path) and not folder.parent.is_dir():
+        fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
+        raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
+    return folder
+
+
 def is_shared(project: Project, source: str | Path) -> bool:
     """Whether `source`, as it is written here, is the folder of the basis that the project's tasks share."""
     return absolute(source) == project.path(project.basis_path)
@@ -56,16 +69,12 @@ def load_or_make(
         base.verify(basis.base, basis.modules)
         return basis
 
-    folder = project.path(project.basis_path)
-    if parse_hub_id(project.basis_path) and not folder.parent.is_dir():  # a new basis would take the place of that one
-        fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
-        raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
-
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
         return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
 
+    folder = shared_folder(project)
     basis = calibrated_once(folder, make)
     if differing := basis.differences(project.calibration):
         raise SettingsError(

@@ -43,7 +43,7 @@ def evaluate_adapters(
     resume: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
     """Score adapters beside their bases. The figures of a whole held-out split go into the adapter's card, unless the
-    base is in four bits: they would be read as those of the base itself.
+    base is in four bits, where they would be read as those of the base itself, or the rows may have been trained on.
 
     All of them are looked at before the first network runs; what is wrong, with up to ten of them, is told at once.
 
@@ -113,7 +113,7 @@ def evaluate_adapters(
                 known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
                 continue
             if into_cards and not was_held_out(adapter, task, of_split):
-                what = f"{word}: its data has changed since the training, and {of_split} rows may have been trained on"
+                what = f"{word}: `fit` did not have these rows, and some {of_split} rows may have been trained on"
                 logger.warning("%s. The figures do not go into its card: fit it again", what)
                 changed.add(word)
             of_base = adapter.base, frozenset(adapter.R)

@@ -100,6 +100,8 @@ def fit_tasks(
         raise SettingsError(
             "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
         )
+    if any(project_basis.is_shared(project, source) for source in sources.values()):
+        project_basis.shared_folder(project)  # before the base is loaded
     same = calibration.dtype == settings.dtype
     loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
     network = loaded.get(base, CAUSAL_LM) if generates and same else None

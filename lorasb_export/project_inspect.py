@@ -23,7 +23,7 @@ def inspect_project(project: Project) -> dict[str, Any]:
         `missing`, `damaged`) and, if it is made, `rank`, `modules` (their number), `sha256` and `calibrated_on` (names
         of tasks); `adapters` by name, those of the file's tasks first; and `unfinished`, the working folders of runs,
         interrupted or still going. Each adapter has `task` (whether the file has a task of its name), `path` and
-        `state` (`fitted`, `not_fitted`, `damaged`; `not_ours` is another program's). A fitted one has `basis`
+        `state` (`fitted`, `not_fitted`, `damaged`; `not_ours` is no LoRA-SB adapter). A fitted one has `basis`
         (`shared`; `own`, inside of it; `other`, with a place of its own; `missing`, which it is of no use without),
         `rank`, `modules`, `steps`, `valid_loss` and `evaluation`, {split: {metric: {base, adapter, rows}}}. What is
         damaged has `problem`.
@@ -93,7 +93,7 @@ def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> d
         "basis": _place(config["basis"], folder, shared, sha256_of),
         "rank": config["r"],
         "modules": len(config["target_modules"]),
-        "steps": training.get("steps"),
+        "steps": _finite(training.get("steps")),
         "valid_loss": _finite(training.get("valid_loss")),
         "evaluation": {
             split: {metric: _figures(figures) for metric, figures in of_split.items()}
@@ -105,7 +105,7 @@ def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> d
 def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> str:
     source = basis_source.resolved(named["source"], folder, None)
     if source is None:
-        return "own"
+        return "own" if _basis(folder).get("sha256") == named["sha256"] else "missing"
     if parse_hub_id(source):
         return "other"  # it is looked for when it is needed
     place = Path(source)

@@ -141,3 +141,8 @@ def test_an_answer_with_a_decimal_comma_stays_as_it_is(tmp_path: Path) -> None:
     assert rows_of(file, columns={"prompt": "q", "completion": "label"})[0]["completion"] == "1,5"
     labelled = in_csv(tmp_path, "text;price\na;1,5\nb;2\n", "labels.csv")
     assert rows_of(labelled, columns={"text": "text", "label": "price"})[0]["label"] == 1.5
+
+
+def test_a_column_called_label_beside_prompts_is_left_alone(tmp_path: Path) -> None:
+    rows = rows_of(in_csv(tmp_path, "prompt,completion,text,label\na,b,c,\nd,e,f,1\n"))
+    assert [row["label"] for row in rows] == ["", "1"]

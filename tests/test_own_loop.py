@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -105,6 +106,8 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
 
 def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:
     adapter = Adapter.start(Basis.load(basis))
-    adapter.training = {"loss": np.float32(0.5), "steps": torch.tensor(3), "folder": tmp_path, "all": [np.int64(1)]}
+    said = {"loss": np.float32(0.5), "steps": torch.tensor(3), "all": [np.int64(1)], "some": np.array([0.25])}
+    adapter.training = MappingProxyType({**said, "folder": tmp_path, "own": MappingProxyType({"x": 1})})
     adapter.save(tmp_path / "a")
-    assert Adapter.load(tmp_path / "a").training == {"loss": 0.5, "steps": 3, "folder": str(tmp_path), "all": [1]}
+    expected = {"loss": 0.5, "steps": 3, "all": [1], "some": [0.25], "folder": str(tmp_path), "own": {"x": 1}}
+    assert Adapter.load(tmp_path / "a").training == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_export import Adapter, Basis, fit
+from lorasb_export import Adapter, Basis, fit, load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
 from lorasb_export.lock import only_writer
 from lorasb_export.settings import FitSettings
@@ -34,6 +34,8 @@ def test_it_learns_and_writes_the_whole_folder(llama: Path, sums: Path, basis: P
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     loaded = Adapter.load(out)
     assert loaded.training == json.loads(json.dumps(adapter.training))
+    task = load_task("sums", sums)
+    assert loaded.training["splits_sha256"] == {split: task.split_sha256(split) for split in ("train", "valid", "test")}
     assert loaded.load_basis().sha256 == Basis.load(basis).sha256
     assert not (out.parent / ".learns.run").exists()
 

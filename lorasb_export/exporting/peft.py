@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,16 @@ from ..provenance import adapter_provenance, command, copy_curve, published_trai
 from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "base_model.model."
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc"}
-_UNHEARD = (".gate", ".gate_proj", ".up_proj", ".down_proj")
-# What configs of the families call the number of experts.
-_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+# transformers has fused the experts of these families, and PEFT takes every layer of these names for one of them.
+_FUSED = frozenset(
+    "afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe "
+    "glm4_moe_lite glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next solar_open".split()
+)
+_TAKEN_FOR_EXPERTS = (".gate", ".gate_proj", ".up_proj", ".down_proj")
 
 
 def export_peft(
@@ -33,14 +37,14 @@ def export_peft(
     """Write `adapter` as a PEFT LoRA folder that `PeftModel.from_pretrained` and vLLM load as it is.
 
     Arguments and errors: as for `export`. The base's weights are never loaded: a given one is checked against the
-    adapter, the adapter's own is only looked at for module names like GPT-2's.
+    adapter; of the adapter's own the type is looked at, and for module names like GPT-2's how it stores weights.
     """
     out = expanded(out)
     refuse_existing(out, overwrite)
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
     transposed = _stores_transposed(source, base)
-    _refuse_unheard(source, base)
+    _refuse_what_peft_ignores(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
@@ -90,33 +94,31 @@ def peft_config(adapter: Adapter, *, transposed: bool) -> dict[str, Any]:
     }
 
 
-def _refuse_unheard(adapter: Adapter, base: str | Path | None) -> None:
-    """Raise BaseModelError where PEFT would load the adapter, and its answers would be the base's, or nearly.
-
-    Of models with experts it takes layers of these names for parameters of the experts (`_UNHEARD`), whatever they are.
-    """
+def _refuse_what_peft_ignores(adapter: Adapter, base: str | Path | None) -> None:
+    """Raise BaseModelError where PEFT would load the adapter, and answer as the base does, or nearly."""
     fix = "Use `lorasb merge`"
     if name := next((name for name in sorted(adapter.R) if name.endswith(".dt_proj")), None):
-        what = f"PEFT would put a layer around {name}, whose weight Mamba's kernel reads itself"
+        what = f"PEFT would put a layer around {name}, whose weight Mamba's layers read without asking it"
         raise BaseModelError(what, where=adapter.folder, fix=fix)
-    name = next((name for name in sorted(adapter.R) if name.endswith(_UNHEARD)), None)
-    config = _base_config(adapter, base) if name else {}
-    experts = any(isinstance(value, int) and value > 1 for key, value in config.items() if key in _EXPERTS)
-    if experts and config.get("model_type") != "qwen2_moe":
-        what = f"PEFT would take {name} for parameters of experts, and leave its adapter out"
+    name = next((name for name in sorted(adapter.R) if name.endswith(_TAKEN_FOR_EXPERTS)), None)
+    family = _family(adapter, base) if name else None
+    if family in _FUSED:
+        what = f"in models of the type {family} PEFT takes {name} for an expert, and would leave its adapter out"
         raise BaseModelError(what, where=adapter.folder, fix=fix)
 
 
-def _base_config(adapter: Adapter, base: str | Path | None) -> Mapping[str, Any]:
-    """The base's config.json; empty where it cannot be had. No weights are fetched for it."""
-    folder = expanded(base or adapter.base.name_or_path)
-    with suppress(LoraSBError):
+def _family(adapter: Adapter, base: str | Path | None) -> str | None:
+    """The base's model type, by its config.json alone: no weights are fetched. None where that is not at hand."""
+    source = str(base or adapter.base.name_or_path)
+    folder, revision = expanded(source), None if base else adapter.base.revision
+    try:
         if not folder.is_dir():
-            _, _, folder = snapshot(
-                str(base or adapter.base.name_or_path), ("config.json",), BaseModelError, revision=adapter.base.revision
-            )
-        return read_json(folder / "config.json")
-    return {}
+            _, _, folder = snapshot(source, ("config.json",), BaseModelError, revision=revision)
+        return str(read_json(folder / "config.json").get("model_type"))
+    except LoraSBError as error:
+        what = "the type of the base could not be looked up, and in some mixtures of experts PEFT leaves layers out"
+        logger.warning("%s: %s", what, error)
+        return None
 
 
 def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:

@@ -104,7 +104,7 @@ def _work_path(target: Path) -> Path:
 def _open(target: Path, identity: str) -> MergeFolder:
     work = _work_path(target)
     folder, known = MergeFolder(work), work / _IDENTITY
-    refuse_foreign(work, lambda folder: (folder / _IDENTITY).is_file())
+    refuse_foreign(work, lambda path: (path / _IDENTITY).is_file())
     if work.is_dir():
         if known.is_file() and known.read_text() == identity:
             folder.forget_all_but_shards()

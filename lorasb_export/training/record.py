@@ -35,7 +35,7 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
         "data": run.task.source,
         "data_read": dict(run.task.read_as) or None,
         "data_sha256": run.task.sha256,
-        "splits_sha256": run.task.split_sha256(),
+        "splits_sha256": {split: run.task.split_sha256(split) for split in run.task.splits},
         "rows": len(run.rows),
         "rows_left_out": len(run.task.splits["train"]) - len(run.rows),
         "rows_cut": sum(row["cut"] for row in run.rows),

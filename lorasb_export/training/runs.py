@@ -124,6 +124,7 @@ class TrainingRuns:
         return {
             "settings": self._at(rate).decisive(),
             "data_sha256": [task.sha256 for task in self.tasks],
+            "labels": [task.labels for task in self.tasks],
             "basis_sha256": self.basis.sha256,
             "base_fingerprint": self.basis.base.fingerprint,
             "start_sha256": self.start and self.start.sha256,

@@ -69,7 +69,7 @@ def run(
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
-    base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without it
+    base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without its weights
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, **given(max_drop=max_drop)}
     if into is None:
         from lorasb_export.exporting.export import export  # only now: it brings torch

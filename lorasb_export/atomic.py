@@ -60,6 +60,7 @@ def prepare_target(target: Path, overwrite: bool) -> None:
 
 def put_back(target: Path) -> None:
     """Undo a replacement of the folder `target` that was cut short between its two renames."""
+    target = real(target)
     old = replaced(target)
     if is_ours(old) and not old.is_symlink() and not target.exists():
         old.rename(target)

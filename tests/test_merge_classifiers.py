@@ -108,5 +108,10 @@ def test_a_pad_token_without_an_embedding_does_not_pad_what_is_merged(moods: Tas
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     tokenizer.save_pretrained(base)
     assert tokenizer.pad_token_id >= read_json(base / "config.json")["vocab_size"]
-    classify = pipeline("text-classification", str(merged(base, moods, tmp_path)), batch_size=2)
+    file = base / "tokenizer_config.json"  # as older tokenizers say it
+    write_json(file, read_json(file) | {"pad_token": {"content": "<new>", "__type": "AddedToken"}})
+    write_json(base / "special_tokens_map.json", {"pad_token": "<new>"})
+    folder = merged(base, moods, tmp_path)
+    assert read_json(folder / "special_tokens_map.json") == {"pad_token": tokenizer.eos_token}
+    classify = pipeline("text-classification", str(folder), batch_size=2)
     assert len(classify(["a", "bca"])) == 2

@@ -167,7 +167,7 @@ def exported_record(folder: Path) -> dict[str, Any]:
         ArtifactError: not such a folder, or a damaged one.
     """
     with cannot_write(folder):
-        put_back(folder.resolve())  # it is read before it is written
+        put_back(folder)  # it is read before it is written
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
     return read_record(folder)

@@ -13,7 +13,7 @@ from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
 from ..errors import BaseModelError, LoraSBError
-from ..fetch import snapshot
+from ..fetch import resolve_folder
 from ..output import refuse_existing, refuse_own_input
 from ..provenance import adapter_provenance, command, copy_curve, published_training
 from ..storage import expanded, read_json, write_json
@@ -109,11 +109,10 @@ def _refuse_what_peft_ignores(adapter: Adapter, base: str | Path | None) -> None
 
 def _family(adapter: Adapter, base: str | Path | None) -> str | None:
     """The base's model type, by its config.json alone: no weights are fetched. None where that is not at hand."""
-    source = str(base or adapter.base.name_or_path)
-    folder, revision = expanded(source), None if base else adapter.base.revision
+    ref = adapter.base
+    source = base or (f"{ref.name_or_path}@{ref.revision}" if ref.revision else ref.name_or_path)
     try:
-        if not folder.is_dir():
-            _, _, folder = snapshot(source, ("config.json",), BaseModelError, revision=revision)
+        folder, _ = resolve_folder(source, ("config.json",))
         return str(read_json(folder / "config.json").get("model_type"))
     except LoraSBError as error:
         what = "the type of the base could not be looked up, and in some mixtures of experts PEFT leaves layers out"

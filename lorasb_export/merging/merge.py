@@ -246,11 +246,11 @@ def _code_on_the_hub(base: BaseModel) -> dict[str, str]:
 def _name_padding(plan: MergePlan, folder: Path) -> None:
     """A classifier's config has the id of the pad token. Without its name the tokenizer makes no batches, and with the
     name of another, one without an embedding, batches that the model cannot take."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file() or (name != "tokenizer_config.json" and "pad_token" not in read_json(path)):
-            continue
-        config, token = read_json(path), plan.base.tokenizer.pad_token
+    token = plan.base.tokenizer.pad_token
+    for path in filter(Path.is_file, (folder / "tokenizer_config.json", folder / "special_tokens_map.json")):
+        config = read_json(path)
+        if path.name == "special_tokens_map.json" and "pad_token" not in config:
+            continue  # an old tokenizer's, which need not name every token
         named = config.get("pad_token")
         if (named.get("content") if isinstance(named, dict) else named) != token:
             write_json(path, config | {"pad_token": token})

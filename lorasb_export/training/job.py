@@ -29,7 +29,6 @@ from ..lock import only_writer
 from ..network import is_checkpointing, refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import real
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_training_record
@@ -125,7 +124,7 @@ class Job:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         for out in sorted(self.outs):
             locks.enter_context(only_writer(out))
-            put_back(real(out))
+            put_back(out)
             refuse_existing(out, overwrite or resume)
         interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
         if resume and not interrupted and self._finished(overwrite):

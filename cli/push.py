@@ -26,7 +26,8 @@ def run(
     repo: Annotated[
         str | None,
         typer.Option(
-            metavar="OWNER/NAME", help="Where to; [hub] repo by default. {name} in it: the adapter's name, or basis."
+            metavar="OWNER/NAME",
+            help="Where to; [hub] repo by default. {name} in it stands for the adapter's name, or basis: one for each.",
         ),
     ] = None,
     public: Annotated[
@@ -53,7 +54,7 @@ def run(
         raise typer.BadParameter("--basis-repo is for one adapter: name it, or leave --basis-repo out")
     project, target = run.project, repo or run.project.repo
     if target is None:
-        fix = 'Pass --repo owner/name, or set [hub] repo = "owner/{name}-lorasb" in lorasb.toml'
+        fix = 'Pass --repo owner/name, or set [hub] repo = "owner/name" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
     found = None if folder is None else project.find_folder(folder)
     from lorasb_export.project_push import push_folder, push_project  # only now: it brings torch

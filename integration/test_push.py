@@ -174,6 +174,7 @@ import shutil, sys
 from pathlib import Path
 from lorasb_export.publishing import hub
 from lorasb_export import push
+from lorasb_export.errors import ArtifactError
 adapter, folder, other, name = sys.argv[1:]
 function = getattr(hub, name)
 def replace_before(*args):
@@ -183,12 +184,12 @@ def replace_before(*args):
 setattr(hub, name, replace_before)
 try:
     push(adapter, "me/a", with_basis=True)
-except hub.ArtifactError as error:
+except ArtifactError as error:
     print(error)
 finally:
     setattr(hub, name, function)  # the process goes on
 """
-    said = any_hub.run(replace, adapter, replaced, other, "_look" if what == "adapter" else "_readme")
+    said = any_hub.run(replace, adapter, replaced, other, "look" if what == "adapter" else "folder_card")
     assert said.startswith(f"the folder was replaced while it was pushed ({replaced})")
     assert said.endswith("Push again: nothing was published")
     assert not any(path.endswith(".safetensors") for path in any_hub.files("me/a"))

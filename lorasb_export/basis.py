@@ -20,7 +20,7 @@ from .base import BaseRef
 from .cards import card
 from .errors import ArtifactError
 from .factors import BlockBasis, Factors, ModuleBasis
-from .fetch import BASIS_FILES, parse_hub_id, resolve_folder
+from .fetch import BASIS_FILES, parse_hub_folder, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .provenance import versions
 from .settings import GRADIENT, changes
@@ -135,7 +135,7 @@ class Basis:
         with atomic_folder(folder, overwrite=overwrite) as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
-        if not parse_hub_id(self.source or ""):
+        if not parse_hub_folder(self.source or ""):
             object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
 
     def write_into(self, folder: Path) -> None:

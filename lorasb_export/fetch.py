@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
@@ -17,6 +18,10 @@ BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+# A folder in the repository of a whole project (publishing/project_repository.py). Any other path is one of this disk.
+_HUB_FOLDER = re.compile(
+    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(basis|(?:bases|adapters)/[A-Za-z0-9][\w.-]*))?(?:@([\w./-]+))?"
+)
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv")
 
@@ -25,6 +30,26 @@ def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
     """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
     match = _HUB_ID.fullmatch(str(source))
     return None if match is None or ".." in str(source) else (match.group(1), match.group(2))
+
+
+class HubFolder(NamedTuple):
+    """A folder of a repository on the Hub; `path` is empty for the repository itself."""
+
+    repo: str
+    path: str = ""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.repo, self.path))) + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_hub_folder(source: str | Path) -> HubFolder | None:
+    """What reads like a Hub id, or like a basis or an adapter in such a repository: `owner/name/basis`,
+    `owner/name/adapters/a`. All with or without `@revision`."""
+    match = _HUB_FOLDER.fullmatch(str(source))
+    if match is None or ".." in str(source):
+        return None
+    return HubFolder(match.group(1), match.group(2) or "", match.group(3))
 
 
 def is_hub_id(name: object) -> bool:
@@ -43,12 +68,13 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     """The folder behind `source`, and the name to remember it by.
 
     Args:
-        source: a local folder, or a Hub id `owner/name` or `owner/name@revision`.
+        source: a local folder, or a Hub id `owner/name` or `owner/name@revision`, or of a folder in a repository,
+            `owner/name/folder@revision`.
         files: what is wanted of it. Of a Hub repository only these are fetched, and checked against the hashes that
             the Hub names.
 
     Returns:
-        (absolute folder, the same as text), or (its snapshot, `owner/name@commit`).
+        (absolute folder, the same as text), or (its snapshot, `owner/name@commit` or `owner/name/folder@commit`).
 
     Raises:
         ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
@@ -56,14 +82,20 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     path = absolute(source)
     if path.is_dir():
         return path, str(path)
-    name, commit, folder = snapshot(str(source), files, ArtifactError)
-    found = [file for file in files if (folder / file).is_file()]
+    asked = parse_hub_folder(source)
+    if asked is None or path.exists() or expanded(asked.repo).exists():
+        raise neither_folder_nor_id(source, ArtifactError)
+    inside = f"{asked.path}/" if asked.path else ""
+    wanted = [inside + file for file in files]
+    name, commit, root = snapshot(str(asked._replace(path="")), wanted, ArtifactError)
+    found, where = [file for file in wanted if (root / file).is_file()], str(HubFolder(name, asked.path, commit))
     if not found:
+        which = "folder of that repository" if asked.path else "repository"
         fix = "See what it is: lorasb inspect"
-        raise ArtifactError(f"that repository has no {' or '.join(files)}", where=f"{name}@{commit}", fix=fix)
-    for damaged in (file for file in found if not _is_intact(folder / file)):
-        _fetch_again(name, commit, folder, damaged)
-    return folder, f"{name}@{commit}"
+        raise ArtifactError(f"that {which} has no {' or '.join(files)}", where=where, fix=fix)
+    for damaged in (file for file in found if not _is_intact(root / file)):
+        _fetch_again(name, commit, root, damaged)
+    return root / asked.path, where
 
 
 def snapshot(
@@ -86,8 +118,7 @@ def snapshot(
 
     parsed = parse_hub_id(source)
     if parsed is None or expanded(source).exists():
-        fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
-        raise kind(f"{before}neither a folder nor a Hub id", where=source, fix=fix)
+        raise neither_folder_nor_id(source, kind, before)
     name, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
         folder = with_retries(
@@ -96,6 +127,12 @@ def snapshot(
             )
         )
     return name, Path(folder).name, Path(folder)
+
+
+def neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: str = "") -> LoraSBError:
+    """To raise for a `source` that cannot be found anywhere."""
+    fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
+    return kind(f"{before}neither a folder nor a Hub id", where=str(source), fix=fix)
 
 
 def _is_intact(path: Path) -> bool:

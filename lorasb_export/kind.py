@@ -8,7 +8,7 @@ from .errors import ArtifactError
 from .storage import read_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
-_RECORDED = ("merged", "onnx", "onnx-adapters", "quickstart")
+_RECORDED = ("merged", "onnx", "onnx-adapters", "project", "quickstart")
 
 
 def artifact_kind(folder: Path) -> str:

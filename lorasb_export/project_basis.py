@@ -11,7 +11,7 @@ from .basis import Basis
 from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate, calibrated_once
 from .errors import OutputError, SettingsError
-from .fetch import parse_hub_id
+from .fetch import parse_hub_folder
 from .format import read_adapter_config
 from .names import some
 from .project import OWN_BASIS, Project
@@ -38,7 +38,7 @@ def shared_folder(project: Project) -> Path:
         SettingsError: it reads like one of the Hub, whose place a new basis would take.
     """
     folder = project.path(project.basis_path)
-    if parse_hub_id(project.basis_path) and not folder.parent.is_dir():
+    if parse_hub_folder(project.basis_path) and not folder.parent.is_dir():
         fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
         raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
     return folder

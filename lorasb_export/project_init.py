@@ -34,7 +34,7 @@ model = {model}  # a folder or a Hub id
 {tasks}# each also: columns ({{ prompt = "question", completion = "answer" }}), hold_out (0.1 as valid), basis ("own")
 
 # [hub]
-# repo = "me/{{name}}-lorasb"  # one for the basis and for each adapter
+# repo = "me/NAME"  # for all of it; with {{name}} in it, one for the basis and for each adapter
 """
 
 TEXT_DEFAULTS: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import basis_source
 from .errors import ArtifactError, SettingsError
-from .fetch import parse_hub_id
+from .fetch import parse_hub_folder
 from .format import read_adapter_config, read_basis_config
 from .kind import artifact_kind
 from .project import Project
@@ -106,7 +106,7 @@ def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict
     source = basis_source.resolved(named["source"], folder, None)
     if source is None:
         return "own" if _basis(folder).get("sha256") == named["sha256"] else "missing"
-    if parse_hub_id(source):
+    if parse_hub_folder(source):
         return "other"  # it is looked for when it is needed
     place = Path(source)
     if not place.is_absolute():  # as no verb writes it

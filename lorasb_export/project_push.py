@@ -1,4 +1,4 @@
-"""Push a project: its basis once, and every adapter, each to a repository of its own."""
+"""Push a project: its basis once, and every adapter, each to a repository of its own or all to one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .format import read_adapter_config
 from .kind import artifact_kind
 from .project import Project
 from .publishing.hub import push
+from .publishing.project_repository import ADAPTERS, BASES, BASIS, push_parts
 from .storage import absolute
 
 logger = logging.getLogger(__name__)
 
-PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for `basis`
-BASIS = "basis"
+PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for BASIS
 
 
 def push_project(
@@ -35,31 +35,35 @@ def push_project(
 
     Args:
         repo: `owner/{name}-lorasb`, where {name} becomes the adapter's name; `basis` for the project's own basis, the
-            folder's name for another.
+            folder's name for another. Without {name}: one repository for all, as `push_parts` fills it.
         with_basis: put the basis inside every adapter instead.
         options: of `push`.
 
     Yields:
         the bases and then the adapters: what {name} became, and what `push` returns; or its error, where an adapter or
         its repository alone is at fault: the next one is pushed all the same. The error of a single adapter is raised.
+        Of one repository: the adapters that are left out, with their errors, and then `repo` and what `push` returns.
 
     Raises:
-        SettingsError: there is no adapter, `repo` names a single repository, two folders would go to one, or a pull
-            request would bring a new basis.
+        SettingsError: there is no adapter, two folders would go to one place, a pull request would bring a new basis,
+            or `with_basis` for one repository.
         and what `push` raises.
     """
     names = project.adapter_names()
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
-    if PLACE not in repo:
-        fix = f"Write {PLACE} in it, as in me/{PLACE}-lorasb, or name the folder to push"
-        raise SettingsError("a project needs a repository for its basis and for each adapter", where=repo, fix=fix)
+    if PLACE not in repo and with_basis:
+        fix = f"Leave out --with-basis, or write {PLACE} in it, for a repository for each adapter"
+        raise SettingsError("in one repository the basis lies beside the adapters", where=repo, fix=fix)
     adapters = [project.adapter_folder(name) for name in names]
     basis_of: dict[Path, Path | None] = dict.fromkeys(adapters)
     for folder in () if with_basis else adapters:
         with suppress(ArtifactError):  # it is told in its turn
             basis_of[folder] = _local_basis(folder)
     bases = list(dict.fromkeys(basis for basis in basis_of.values() if basis))
+    if PLACE not in repo:
+        yield from _push_to_one(project, repo, bases, basis_of, options)
+        return
     _refuse_same(project, [*bases, *adapters])
     for basis in bases if options.get("create_pr") else ():
         if _would_change(push_folder(project, basis, repo, **{**options, "dry_run": True})):
@@ -85,6 +89,18 @@ def push_project(
         yield _name(project, folder), outcome
 
 
+def _push_to_one(
+    project: Project, repo: str, bases: Sequence[Path], basis_of: Mapping[Path, Path | None], options: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+    _refuse_same(project, bases, "folder")
+    place = {basis: BASIS if _name(project, basis) == BASIS else f"{BASES}/{basis.name}" for basis in bases}
+    place |= {adapter: f"{ADAPTERS}/{adapter.name}" for adapter in basis_of}
+    beside = {place[adapter]: place[basis] for adapter, basis in basis_of.items() if basis}
+    done, failed = push_parts({part: folder for folder, part in place.items()}, beside, repo, **options)
+    yield from failed.items()
+    yield repo, done
+
+
 def _is_of_one(error: LoraSBError) -> bool:
     """Whether an adapter's error is of its files or its repository, and the next one may fare better."""
     if isinstance(error, ServerError):
@@ -92,13 +108,13 @@ def _is_of_one(error: LoraSBError) -> bool:
     return isinstance(error, (ArtifactError, OutputError))
 
 
-def _refuse_same(project: Project, folders: Sequence[Path]) -> None:
-    """Raise SettingsError where two of `folders` would go to one repository."""
+def _refuse_same(project: Project, folders: Sequence[Path], place: str = "repository") -> None:
+    """Raise SettingsError where two of `folders` would go to one place."""
     of_name: dict[str, Path] = {}
     for folder in folders:
         name = _name(project, folder)
         if name in of_name:
-            what, fix = f"{of_name[name]} and {folder} would go to one repository", "Rename a task, or a basis's folder"
+            what, fix = f"{of_name[name]} and {folder} would go to one {place}", "Rename a task, or a basis's folder"
             raise SettingsError(what, where=name, fix=fix)
         of_name[name] = folder
 

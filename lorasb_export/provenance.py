@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fetch import leads_out, parse_hub_id
+from .fetch import leads_out, parse_hub_folder
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -56,7 +56,7 @@ def adapter_provenance(adapter: Adapter) -> dict[str, Any]:
     basis = {"sha256": adapter.basis_sha256}
     if adapter.hub_source is not None:
         made["source"] = adapter.hub_source
-    if adapter.basis_source is not None and parse_hub_id(adapter.basis_source):
+    if adapter.basis_source is not None and parse_hub_folder(adapter.basis_source):
         basis["source"] = adapter.basis_source
     return {
         "base": asdict(adapter.base),

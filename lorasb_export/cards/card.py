@@ -27,8 +27,9 @@ from .sections import (
     limits,
     metadata,
     method,
+    model_class_of,
+    outputs,
     provenance_table,
-    quoted,
     retained,
     source_of,
     training_table,
@@ -63,7 +64,7 @@ def own_readme(folder: Path) -> Path:
 def basis_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
     """The card of a basis folder from its basis_config.json; `name` is what a reader loads it by."""
     base, rank, calibration = base_of(config), config["rank"], config["calibration"]
-    energy, model_class = calibration.get("energy") or {}, _model_class(calibration.get("task_type"))
+    energy, model_class = calibration.get("energy") or {}, model_class_of(calibration.get("task_type"))
     numbers = {
         "rank": rank,
         "modules": len(config["target_modules"]),
@@ -122,9 +123,9 @@ With the Python package `lorasb`:
 
 ```python
 from lorasb_export import Adapter
-from transformers import {_model_class(task_type)} as AutoModel
+from transformers import {model_class_of(task_type)} as AutoModel
 
-model = AutoModel.from_pretrained({source_of(base)}{_outputs(training)})
+model = AutoModel.from_pretrained({source_of(base)}{outputs(training)})
 Adapter.load("{name}").inject(model)
 ```
 
@@ -140,7 +141,7 @@ def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHIN
     """The card of a PEFT export from its adapter_config.json; `name` is what a reader loads it by."""
     base, task_type = base_of(config), config.get("task_type")
     training = facts.made.get("training", {})
-    loaded = f"AutoModel.from_pretrained({source_of(base)}{_outputs(training)})"
+    loaded = f"AutoModel.from_pretrained({source_of(base)}{outputs(training)})"
     body = f"""# {_task(training)}: a LoRA for {base_link(base)}
 
 A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` and `s·B·R`.
@@ -149,24 +150,12 @@ A LoRA-SB adapter folded into a stock PEFT LoRA of rank {config.get("r")}: `A` a
 
 ```python
 from peft import PeftModel
-from transformers import {_model_class(task_type)} as AutoModel
+from transformers import {model_class_of(task_type)} as AutoModel
 
 model = PeftModel.from_pretrained({loaded}, "{name}")
 ```
 {_trained(training, facts, _BEFORE)}"""
     return _card(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
-
-
-def _outputs(training: Mapping[str, Any]) -> str:
-    """The arguments with which a classifier's base gets a head of the right size, and its classes their names.
-
-    That head comes with the adapter: one of another size, which the base may have, is passed over.
-    """
-    if training.get("regression"):
-        return ", num_labels=1, ignore_mismatched_sizes=True"
-    names = (quoted(str(label)) for label in training.get("labels") or [])
-    named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
-    return f", id2label={{{named}}}, ignore_mismatched_sizes=True" if named else ""
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -184,7 +173,7 @@ An ordinary model that needs no adapter library: `W + s·B·R·A` of every adapt
 ## How to load it
 
 ```python
-from transformers import {_model_class(task_type)} as AutoModel, AutoTokenizer
+from transformers import {model_class_of(task_type)} as AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
@@ -276,7 +265,3 @@ def base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         config.get("base") or config.get("base_model") or flat | {"fingerprint": config.get("base_fingerprint")}
     )
     return base
-
-
-def _model_class(task_type: str | None) -> str:
-    return "AutoModelForSequenceClassification" if task_type == SEQ_CLS else "AutoModelForCausalLM"

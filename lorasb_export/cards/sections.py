@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..fetch import is_hub_id, parse_hub_id
+from ..fetch import is_hub_id, parse_hub_folder, parse_hub_id
 from ..provenance import CURVE
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
@@ -99,14 +99,33 @@ def source_of(base: Mapping[str, Any]) -> str:
     return f'"{base["name_or_path"]}"{revision}'
 
 
+def model_class_of(task_type: str | None) -> str:
+    """What transformers loads the base with."""
+    return "AutoModelForSequenceClassification" if task_type == SEQ_CLS else "AutoModelForCausalLM"
+
+
+def outputs(training: Mapping[str, Any]) -> str:
+    """The arguments with which a classifier's base gets a head of the right size, and its classes their names.
+
+    That head comes with the adapter: one of another size, which the base may have, is passed over.
+    """
+    if training.get("regression"):
+        return ", num_labels=1, ignore_mismatched_sizes=True"
+    names = (quoted(str(label)) for label in training.get("labels") or [])
+    named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
+    return f", id2label={{{named}}}, ignore_mismatched_sizes=True" if named else ""
+
+
 def basis_shown(basis: Mapping[str, Any]) -> str:
     """Where the basis of an adapter is."""
     source = str(basis.get("source", ""))
     if source == "embedded":
         return "a basis that lies in this folder"
-    repo, commit = parse_hub_id(source) or ("", None)
-    if commit:
-        return f"the basis [{repo}](https://huggingface.co/{repo}) at `{commit[:12]}`"
+    found = parse_hub_folder(source)
+    if found and (found.revision or found.path):
+        place = f"/tree/{found.revision or 'main'}/{found.path}" if found.path else ""
+        commit = f" at `{found.revision[:12]}`" if found.revision else ""
+        return f"the basis [{found._replace(revision=None)}](https://huggingface.co/{found.repo}{place}){commit}"
     return f"the basis with sha256 `{basis['sha256'][:12]}…`"
 
 

@@ -10,16 +10,17 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError
-from ..fetch import resolve_folder
+from ..fetch import parse_hub_folder, resolve_folder
 from ..names import some
-from ..storage import sha256_file, version_of
+from ..storage import absolute, sha256_file, version_of
 from .outgoing import SUMS, Files, is_publishable
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")
-_UNLISTED = (SUMS, "README.md")
+_UNLISTED = (SUMS, "README.md")  # in any folder
 _SHOWN = 3  # files in an error
 
 
@@ -35,17 +36,17 @@ def _digest(path: Path, version: tuple[int, ...]) -> str:
     return sha256_file(path)
 
 
-def checksums(files: Files) -> bytes:
-    """The content of SHA256SUMS for `files`."""
-    lines = [f"{digest(file)}  {path}\n" for path, file in sorted(files.items()) if path not in _UNLISTED]
-    return "".join(lines).encode()
+def checksums(files: Files, others: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The content of SHA256SUMS for `files` and for `others`, path → sha256, that stay where they are."""
+    digests = {path: digest(file) for path, file in files.items() if not _is_unlisted(path)}
+    return "".join(f"{sha256}  {path}\n" for path, sha256 in sorted({**others, **digests}.items())).encode()
 
 
 def verify(source: str | Path) -> dict[str, Any]:
     """Compare every file that SHA256SUMS lists with its hash there. Of a Hub repository all of them are fetched.
 
     Args:
-        source: a folder, or a Hub id.
+        source: a folder, or a Hub id; of a folder in a repository what the list says of that one.
 
     Returns:
         files (how many are listed), bytes (theirs), unlisted (of a folder: files that nothing was said about).
@@ -53,11 +54,16 @@ def verify(source: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: there is no SHA256SUMS, it is not ours, or files are missing or differ; which ones is said.
     """
-    folder, where = resolve_folder(source, (SUMS,))
+    asked = None if absolute(source).is_dir() else parse_hub_folder(source)
+    inside = f"{asked.path}/" if asked and asked.path else ""
+    folder, where = resolve_folder(str(asked._replace(path="")) if asked else source, (SUMS,))
     if not (folder / SUMS).is_file():
         fix = "A folder gets one when it is pushed: fetch it from there, or inspect it without --verify"
         raise ArtifactError(f"no {SUMS}: there is nothing to compare with", where=where, fix=fix)
-    listed = parse((folder / SUMS).read_text(encoding="utf-8", errors="replace"), folder / SUMS)
+    published = parse((folder / SUMS).read_text(encoding="utf-8", errors="replace"), folder / SUMS)
+    listed = {path: sha256 for path, sha256 in published.items() if path.startswith(inside)}
+    if not listed:
+        raise ArtifactError(f"{SUMS} lists no file in {inside}", where=where, fix="Check the name of the folder")
     on_disk = where == str(folder)
     if not on_disk:
         folder, _ = resolve_folder(where, tuple(listed))
@@ -67,13 +73,18 @@ def verify(source: str | Path) -> dict[str, Any]:
         found = ((missing, "missing"), (changed, "changed"))
         what = "; ".join(f"{some(paths, _SHOWN)} {word}" for paths, word in found if paths)
         raise ArtifactError(f"not as published: {what}", where=where, fix="Fetch it again, or ask its owner")
-    there = [path for path in folder.rglob("*") if path.is_file()] if on_disk else []
-    inside = [path.relative_to(folder).as_posix() for path in there]
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if on_disk else []
     return {
         "files": len(listed),
         "bytes": sum((folder / path).stat().st_size for path in listed),
-        "unlisted": sorted(path for path in inside if path not in (*listed, *_UNLISTED) and not path.startswith(".")),
+        "unlisted": sorted(
+            path for path in there if path not in listed and not _is_unlisted(path) and not path.startswith(".")
+        ),
     }
+
+
+def _is_unlisted(path: str) -> bool:
+    return path.rpartition("/")[2] in _UNLISTED
 
 
 def parse(text: str, where: object) -> Mapping[str, str]:

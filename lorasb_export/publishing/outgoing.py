@@ -24,6 +24,7 @@ Files = dict[str, "Path | bytes"]  # path in the repository → the file of weig
 Seen = dict[Path, tuple[int, ...]]  # file → what tells it from another one of its name
 
 SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
+PROJECT = "project"  # the kind of a repository with a project's basis and adapters
 
 _GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
 _ALWAYS = ("README.md", *LICENCES, "lorasb.json", "*.png")
@@ -36,12 +37,17 @@ _ALLOWED = {
     "onnx": (*_GRAPHS, *TEXTS, *_ALWAYS),
     "onnx-adapters": (*_GRAPHS, *TEXTS, *_ALWAYS),
 }
+# In the repository of a whole project: the basis that its tasks share, other bases, adapters.
+_PARTS = {"basis": "basis", "bases/*": "basis", "adapters/*": "adapter"}
+_PART = re.compile(r"(?:basis|bases/[^/]+|adapters/[^/]+)(?=/)")
+_IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in _PARTS.items() for pattern in _ALLOWED[kind])
 # Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
 _NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
 _DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand as they are
 # Left in the repository by an earlier push, these would be loaded together with the new files.
 _STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
 _MARKS = {
+    "adapters/*/adapter.safetensors": PROJECT,
     "adapter.safetensors": "adapter",  # first: an embedded basis lies beside it
     "basis.safetensors": "basis",
     "adapter_model.safetensors": "peft",
@@ -133,8 +139,8 @@ def size_of(file: Path | bytes) -> int:
 
 
 def is_publishable(path: str) -> bool:
-    """Whether a folder of some kind may publish this; never a path that leaves the folder."""
-    return any(_matches(path, patterns) for patterns in _ALLOWED.values())
+    """Whether a folder of some kind, or a project, may publish this; never a path that leaves the folder."""
+    return any(_matches(path, patterns) for patterns in (*_ALLOWED.values(), _IN_PARTS))
 
 
 def take_out_paths(files: Files) -> None:
@@ -185,8 +191,24 @@ def refuse_tokens(files: Files) -> None:
 
 
 def stale(there: Iterable[str], published: Collection[str], files: Files) -> list[str]:
-    """Paths of the repository that must go: the folder no longer has them, and they are weights or `published` once."""
-    return [path for path in there if path not in files and (path in published or _matches(path, _STALE))]
+    """Paths of the repository that must go: the folder no longer has them, and they are weights or `published` once.
+
+    Of a project's repository only what lies in folders that are among `files`: the others may be of other people.
+    """
+    parts = {part_of(path) for path in files}
+    return [
+        path
+        for path in there
+        if path not in files
+        and part_of(path) in parts
+        and (path in published or _matches(path.removeprefix(f"{part_of(path)}/"), _STALE))
+    ]
+
+
+def part_of(path: str) -> str:
+    """The basis or adapter that a file in a project's repository is of, as in `adapters/a`; empty of all else."""
+    found = _PART.match(path)
+    return found[0] if found else ""
 
 
 def mark(paths: Iterable[str]) -> str | None:
@@ -219,6 +241,6 @@ _CLEANED: Mapping[str, Callable[[Any], Any]] = {"labels": lambda labels: labels,
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
-    return not path.startswith(".") and any(
+    return not any(part.startswith(".") for part in path.split("/")) and any(
         fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns
     )

@@ -12,7 +12,7 @@ from ..fetch import git_hash
 from ..hub_calls import hub_errors, retry_after, status_of, wait_for, with_retries
 from ..storage import utf8
 from .checksums import digest, parse
-from .outgoing import SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
+from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
 
 _TRIES = 4  # of a commit
 
@@ -33,7 +33,7 @@ class Head:
     Attributes:
         commit: None where the repository is still to be made.
         reached: whether the Hub answered.
-        published: what its SHA256SUMS lists; anything else was put there by hand.
+        published: what its SHA256SUMS lists, path → sha256; anything else was put there by hand.
     """
 
     commit: str | None = None
@@ -41,7 +41,7 @@ class Head:
     files: Mapping[str, Stored] = field(default_factory=dict)
     has_branch: bool = True
     reached: bool = True
-    published: frozenset[str] = frozenset()
+    published: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class Repository:
             if isinstance(item, RepoFile)
         }
 
-    def _published(self, head: Head) -> frozenset[str]:
+    def _published(self, head: Head) -> Mapping[str, str]:
         try:
             text = self.text(head, SUMS)
-            return frozenset(parse(text, f"{self.name}/{SUMS}")) if text else frozenset()
+            return parse(text, f"{self.name}/{SUMS}") if text else {}
         except ArtifactError:  # not written by a push: it says nothing of what one left
-            return frozenset()
+            return {}
 
     def text(self, head: Head, path: str) -> str:
         """A text file as it is there; empty where there is none.
@@ -172,7 +172,7 @@ class Repository:
         if head.commit is None:
             with_retries(lambda: self._api.create_repo(self.name, private=not public, exist_ok=True))
             head = self.read()
-        refuse_other(files, head, public, self.name)
+        refuse_other(mark(files), head, public, self.name)
         if self.revision and not head.has_branch:
             branch = self.revision
             with_retries(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True))
@@ -207,20 +207,22 @@ class Repository:
 
 def compare(files: Files, head: Head) -> Changes:
     """What would change."""
-    written = [path for path, file in sorted(files.items()) if not _is_stored(file, head.files.get(path))]
+    written = [path for path, file in sorted(files.items()) if not is_stored(file, head.files.get(path))]
     return Changes(written, stale(head.files, head.published, files))
 
 
-def refuse_other(files: Files, head: Head, public: bool, name: str) -> None:
-    """Raise OutputError before anything is written to a repository that is public unasked, or of another kind."""
+def refuse_other(kind: str | None, head: Head, public: bool, name: str) -> None:
+    """Raise OutputError before anything is written to a repository that is public unasked, or of another `mark`."""
     if head.commit is not None and not head.private and not public:
         raise OutputError("the repository is public", where=name, fix="Pass --public, or choose another one")
-    if mark(head.files) not in (None, mark(files)):
+    if mark(head.files) not in (None, kind):
         fix = "Give each artifact a repository of its own"
+        if mark(head.files) == PROJECT:
+            fix = "Name no folder, to push the project; or choose another repository"
         raise OutputError(f"the repository holds another kind ({mark(head.files)})", where=name, fix=fix)
 
 
-def _is_stored(file: Path | bytes, there: Stored | None) -> bool:
+def is_stored(file: Path | bytes, there: Stored | None) -> bool:
     if there is None or there.size != size_of(file):
         return False
     if there.large:

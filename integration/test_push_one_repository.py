@@ -1,0 +1,180 @@
+"""A project in one repository: pushed in one commit, used by name, shared by two people."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from integration.hub_client import CLI, Hub, make_adapter, make_basis
+from lorasb_export import Adapter
+from lorasb_export.publishing.outgoing import SUMS
+
+REPO = "me/support"
+
+
+@pytest.fixture
+def project(adapter: Path, basis: Path) -> Path:
+    """With two adapters in one basis."""
+    make_adapter(basis.parent / "adapters" / "b", basis, seed=5)
+    (basis.parent / "lorasb.toml").write_text(f'[hub]\nrepo = "{REPO}"\n')
+    return basis.parent
+
+
+def pushed(hub: Hub, project: Path, *more: object) -> dict[str, Any]:
+    [result] = hub.lorasb("push", "--config", project / "lorasb.toml", *more)["pushed"]
+    return dict(result)
+
+
+def test_one_commit_brings_all_and_only_what_changed_is_sent(any_hub: Hub, project: Path) -> None:
+    plan = pushed(any_hub, project, "--dry-run")
+    assert list(any_hub.repos) == ["owner/base"]
+    result = pushed(any_hub, project)
+    assert (result["repo"], result["kind"], result["private"], result["changed"]) == (REPO, "project", True, True)
+    assert any_hub.commits(REPO) == 1
+    files = any_hub.files(REPO)
+    assert [file["path"] for file in plan["files"]] == sorted(files)
+    one = ["README.md", "adapter.safetensors", "adapter_config.json"]
+    parts = {"basis": ["README.md", "basis.safetensors", "basis_config.json"], "adapters/a": one, "adapters/b": one}
+    assert sorted(files) == sorted(
+        ["README.md", "SHA256SUMS", "lorasb.json", *(f"{part}/{name}" for part, of in parts.items() for name in of)]
+    )
+    config = json.loads(any_hub.content(REPO, "adapters/b/adapter_config.json"))
+    assert config["basis"]["source"] == "../../basis"
+    assert pushed(any_hub, project)["changed"] is False
+
+    shutil.rmtree(project / "adapters" / "b")
+    make_adapter(project / "adapters" / "b", project / "basis", seed=6)
+    plan = pushed(any_hub, project, "--dry-run")
+    changed = {file["path"] for file in plan["files"] if file["change"] != "same"}
+    in_b = {f"adapters/b/{name}" for name in one}
+    assert changed == in_b | {"SHA256SUMS", "lorasb.json"}
+    assert pushed(any_hub, project)["changed"]
+    assert any_hub.commits(REPO) == 2
+
+
+def test_an_adapter_is_used_by_its_place(any_hub: Hub, project: Path, tmp_path: Path) -> None:
+    """Its basis is the one of the same commit, though another has taken its place."""
+    first = pushed(any_hub, project)["commit"]
+    found = any_hub.lorasb("inspect", f"{REPO}/adapters/a", "--verify")
+    assert (found["kind"], found["path"]) == ("adapter", f"{REPO}/adapters/a@{first}")
+    assert (found["basis_source"], found["basis_matches"]) == (f"{REPO}/basis@{first}", True)
+    assert (found["verified"]["against"], found["verified"]["files"]) == (SUMS, 2)
+    whole = any_hub.lorasb("inspect", REPO, "--verify")
+    assert (whole["kind"], whole["verified"]["files"]) == ("project", 7)
+    assert sorted(whole["parts"]) == ["adapters/a", "adapters/b", "basis"]
+
+    for name in ("basis", "adapters/a", "adapters/b"):
+        shutil.rmtree(project / name)
+    make_basis(project / "basis", any_hub.base, seed=7)
+    for name in "ab":
+        make_adapter(project / "adapters" / name, project / "basis", seed=8)
+    second = pushed(any_hub, project)["commit"]
+    for commit in (first, second):
+        out = tmp_path / commit
+        any_hub.run(CLI, "merge", f"{REPO}/adapters/a@{commit}", "--out", out)
+        made = json.loads((out / "lorasb.json").read_text())
+        assert made["adapter"]["source"] == f"{REPO}/adapters/a@{commit}"
+        assert made["basis"]["source"] == f"{REPO}/basis@{commit}"
+    said = any_hub.lorasb_fails("inspect", f"{REPO}/adapters/c")
+    assert "that folder of that repository has no" in said
+    assert f"{REPO}/adapters/c@{second}" in said
+
+
+def test_a_download_of_it_is_whole(any_hub: Hub, project: Path, tmp_path: Path) -> None:
+    pushed(any_hub, project)
+    for path in any_hub.files(REPO):
+        there = tmp_path / "copy" / path
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(any_hub.content(REPO, path))
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=tmp_path / "copy", check=True)
+    adapter = Adapter.load(tmp_path / "copy" / "adapters" / "b")
+    adapter.load_basis()
+    own = Adapter.load(project / "adapters" / "b")
+    assert all(torch.equal(adapter.R[name], own.R[name]) for name in own.R)
+
+
+def test_two_people_with_different_tasks_share_one(any_hub: Hub, project: Path, tmp_path: Path) -> None:
+    pushed(any_hub, project)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(project / "basis", theirs / "basis")
+    make_adapter(theirs / "adapters" / "c", theirs / "basis", seed=9)
+    (theirs / "lorasb.toml").write_text(f'[hub]\nrepo = "{REPO}"\n')
+    result = pushed(any_hub, theirs)
+    assert result["deleted"] == []
+    index = json.loads(any_hub.content(REPO, "lorasb.json"))
+    assert sorted(index["parts"]) == ["adapters/a", "adapters/b", "adapters/c", "basis"]
+    assert "# 3 LoRA-SB adapters" in any_hub.content(REPO, "README.md").decode()
+    assert any_hub.lorasb("inspect", REPO, "--verify")["verified"]["files"] == 9
+    assert pushed(any_hub, project)["changed"] is False
+
+    # A basis of their own would take away that of a and b.
+    shutil.rmtree(theirs / "basis")
+    shutil.rmtree(theirs / "adapters")
+    make_adapter(theirs / "adapters" / "c", make_basis(theirs / "basis", any_hub.base, seed=7), seed=9)
+    said = any_hub.lorasb_fails("push", "--config", theirs / "lorasb.toml")
+    assert "adapters there that are not here (a, b) were trained in a basis that this push replaces" in said
+    assert any_hub.commits(REPO) == 2
+
+
+def test_what_cannot_be_published_is_left_out(any_hub: Hub, project: Path) -> None:
+    """What was published of it before stays."""
+    pushed(any_hub, project)
+    (project / "adapters" / "b" / "adapter.safetensors").write_bytes(b"damaged")
+    (project / "adapters" / "a" / "README.md").write_text("Ours.\n")
+    exit_code, said, errors = any_hub.start(CLI, "push", "--config", project / "lorasb.toml", "--json")
+    printed = json.loads(said.splitlines()[-1])
+    assert (exit_code, list(printed["failed"])) == (1, ["b"])
+    assert printed["pushed"][0]["changed"]
+    assert "Ours." in any_hub.content(REPO, "adapters/a/README.md").decode()
+    assert "adapters/b/adapter.safetensors" in any_hub.files(REPO)
+    assert "1 failed:\n  1. b: " in errors
+    (project / "adapters" / "a" / "adapter.safetensors").write_bytes(b"damaged")
+    before = any_hub.commits(REPO)
+    any_hub.lorasb_fails("push", "--config", project / "lorasb.toml")
+    assert any_hub.commits(REPO) == before
+
+
+def test_a_card_that_was_edited_there_keeps_its_text(any_hub: Hub, project: Path) -> None:
+    pushed(any_hub, project)
+    for path in ("README.md", "adapters/a/README.md"):
+        edited = any_hub.content(REPO, path) + b"\nMine.\n"
+        repo = any_hub.repos[REPO]
+        repo.commit("main", {**repo.commits[repo.refs["main"]], path: any_hub.store.regular(edited)}, "edited")
+    make_adapter(project / "adapters" / "c", project / "basis", seed=9)
+    assert pushed(any_hub, project)["changed"]
+    for path in ("README.md", "adapters/a/README.md"):
+        assert any_hub.content(REPO, path).endswith(b"\nMine.\n")
+
+
+def test_one_folder_is_not_pushed_over_a_project(any_hub: Hub, project: Path) -> None:
+    pushed(any_hub, project)
+    said = " ".join(any_hub.lorasb_fails("push", project / "adapters" / "a", "--repo", REPO, "--with-basis").split())
+    assert f"the repository holds another kind (project) ({REPO}). Name no folder, to push the project" in said
+    said = " ".join(any_hub.lorasb_fails("push", "--config", project / "lorasb.toml", "--with-basis").split())
+    assert "in one repository the basis lies beside the adapters" in said
+
+
+def test_a_project_with_two_bases(any_hub: Hub, project: Path) -> None:
+    other = make_basis(project / "basis_s", any_hub.base, seed=8)
+    make_adapter(project / "adapters" / "s", other, seed=5)
+    pushed(any_hub, project)
+    config = json.loads(any_hub.content(REPO, "adapters/s/adapter_config.json"))
+    assert config["basis"]["source"] == "../../bases/basis_s"
+    assert any_hub.lorasb("inspect", f"{REPO}/adapters/s")["basis_matches"]
+
+
+def test_on_a_branch_and_in_a_pull_request(any_hub: Hub, project: Path) -> None:
+    """The basis comes along, so that a new one is no obstacle."""
+    branch = pushed(any_hub, project, "--revision", "exp")
+    assert branch["url"].endswith(f"{REPO}/tree/exp")
+    assert any_hub.lorasb("inspect", f"{REPO}/adapters/a@exp")["basis_matches"]
+    request = pushed(any_hub, project, "--create-pr")
+    assert request["changed"]
+    assert set(any_hub.repos[REPO].refs) == {"main", "exp", "refs/pr/1"}
+    assert any_hub.lorasb("inspect", f"{REPO}/adapters/a@refs/pr/1")["basis_matches"]

@@ -1,0 +1,79 @@
+"""The card of a repository that holds a whole project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..choices import SEQ_CLS
+from ..fetch import is_hub_id
+from .readme import assemble
+from .sections import Facts, base_link, grid, limits, metadata, model_class_of, outputs, provenance_table, source_of
+
+_MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
+
+
+def project_card(index: Mapping[str, Any], name: str, facts: Facts) -> str:
+    """From the index of the repository (`lorasb.json`); `name` is what a reader loads it by."""
+    base, parts = index["base"], index["parts"]
+    adapters = {part: about for part, about in parts.items() if "basis_sha256" in about}
+    bases = {part: about for part, about in parts.items() if part not in adapters}
+    first, about = next(iter(adapters.items()))
+    task_type = about["task_type"]
+    elsewhere = "" if is_hub_id(base["name_or_path"]) else " --model path/to/the/base/model"
+    body = f"""# {len(adapters):,} LoRA-SB adapters for {base_link(base)}
+
+Each adds `s·B·R·A` to the weights of linear layers, and is a file of its `R` alone.{_shared(bases)}
+
+## How to load one
+
+With the Python package `lorasb`:
+
+```python
+from lorasb_export import Adapter
+from transformers import {model_class_of(task_type)} as AutoModel
+
+model = AutoModel.from_pretrained({source_of(base)}{outputs(about)})
+Adapter.load("{name}/{first}").inject(model)
+```
+
+```bash
+lorasb merge {name}/{first} --out model{elsewhere}    # a plain model folder
+{_serve(name, [part for part in adapters if adapters[part]["task_type"] != SEQ_CLS], elsewhere)}```
+{_table(adapters)}"""
+    keys = metadata(base, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
+    made = {f"{part} sha256": about["sha256"] for part, about in bases.items()}
+    return assemble(keys, f"{body.rstrip()}\n{limits(base, {}, facts)}{provenance_table(base, made)}")
+
+
+def _shared(bases: Mapping[str, Any]) -> str:
+    """Where `B` and `A` are; those of some adapters may lie inside of them, or elsewhere on the Hub."""
+    if not bases:
+        return ""
+    places = ", ".join(f"`{part}`" for part in bases)
+    return f" The frozen `B` and `A`, which many share, lie here once: {places}."
+
+
+def _serve(name: str, parts: Sequence[str], elsewhere: str) -> str:
+    if not parts:
+        return ""
+    named = ",".join(f"{name}/{part}" for part in parts[:2])
+    return f"lorasb serve --adapters {named}{elsewhere}    # OpenAI-compatible\n"
+
+
+def _table(adapters: Mapping[str, Any]) -> str:
+    """What every adapter scores on held-out rows, beside the base."""
+    rows = [row for part, about in adapters.items() for row in _figures(part, about["evaluation"])]
+    more = f"The first {_MAX_ROWS:,} of {len(rows):,} figures; `lorasb.json` has all." if len(rows) > _MAX_ROWS else ""
+    return grid("Adapters", ["adapter", "split", "metric", "rows", "base", "with it"], rows[:_MAX_ROWS], before=more)
+
+
+def _figures(part: str, evaluation: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """A line for each figure; for an adapter without any, one that says so."""
+    name = part.partition("/")[2]
+    if not any(evaluation.values()):
+        yield [name, *["-"] * 5]
+    for split, metrics in evaluation.items():
+        for metric, found in metrics.items():
+            base = "-" if found["base"] is None else found["base"]
+            yield [name, split, metric, found["rows"], base, found["adapter"]]

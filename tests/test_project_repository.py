@@ -1,0 +1,129 @@
+"""A project for one repository, as far as it goes without a network; and names of what lies in one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_export import basis_source
+from lorasb_export.cards.project_card import project_card
+from lorasb_export.cards.sections import NOTHING
+from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
+from lorasb_export.fetch import HubFolder, parse_hub_folder
+from lorasb_export.project import Project
+from lorasb_export.project_push import push_project
+from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
+from lorasb_export.storage import read_json, write_json
+from tests.pushing import make
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("me/support/adapters/a@v1", HubFolder("me/support", "adapters/a", "v1")),
+        ("me/support/basis", HubFolder("me/support", "basis")),
+        ("me/support/bases/own", HubFolder("me/support", "bases/own")),
+        ("me/support@refs/pr/1", HubFolder("me/support", "", "refs/pr/1")),
+        ("me/support/adapters/a/b", None),
+        ("me/support/adapters/..", None),
+        ("me/support/models/a", None),
+        ("./support/adapters/a", None),
+        ("/me/support/adapters/a", None),
+        ("adapters/a", HubFolder("adapters/a")),
+    ],
+)
+def test_what_reads_like_a_folder_of_the_hub(source: str, found: HubFolder | None) -> None:
+    assert parse_hub_folder(source) == found
+    assert found is None or str(found) == source
+
+
+@pytest.mark.parametrize(
+    "named", ["../..", "../../../other/basis", "../../adapters/a/../../../x", "basis", "/disk/basis"]
+)
+def test_a_basis_beside_an_adapter_lies_in_its_repository(named: str, tmp_path: Path) -> None:
+    where = "me/support/adapters/a@1f3c"
+    assert basis_source.resolved("../../basis", tmp_path, where) == "me/support/basis@1f3c"
+    assert basis_source.resolved("me/other/basis@77", tmp_path, where) == "me/other/basis@77"
+    with pytest.raises(ArtifactError, match="its basis is a folder on somebody else's disk"):
+        basis_source.resolved(named, tmp_path, where)
+
+
+def test_what_lies_in_other_parts_is_never_stale() -> None:
+    there = ["basis/basis.safetensors", "adapters/a/basis.safetensors", "adapters/a/by-hand.txt"]
+    there += ["adapters/b/adapter.safetensors", "adapters/a/training.png", "old.safetensors"]
+    files: dict[str, Any] = {"README.md": b"", "adapters/a/adapter.safetensors": b""}
+    published = [path for path in there if path != "adapters/a/by-hand.txt"]
+    gone = ["adapters/a/basis.safetensors", "adapters/a/training.png", "old.safetensors"]
+    assert stale(there, published, files) == gone
+    assert [part_of(path) for path in there[:2]] == ["basis", "adapters/a"]
+
+
+@pytest.mark.parametrize(
+    ("path", "may"),
+    [
+        ("adapters/a/adapter.safetensors", True),
+        ("bases/own/basis_config.json", True),
+        ("basis/basis.safetensors", True),
+        ("adapters/../adapter.safetensors", False),
+        ("adapters/.a/adapter.safetensors", False),
+        ("adapters/a/model.safetensors", False),
+        ("adapters/a/b/adapter.safetensors", False),
+        ("basis/adapter.safetensors", False),
+    ],
+)
+def test_what_a_list_of_checksums_may_name(path: str, may: bool) -> None:
+    assert is_publishable(path) is may
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_plan_without_the_hub(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    for name in ("b", "c"):
+        shutil.copytree(adapter, adapter.with_name(name))
+    (adapter.with_name("b") / "adapter.safetensors").write_bytes(b"damaged")
+    config = read_json(adapter.with_name("c") / "adapter_config.json")
+    write_json(adapter.with_name("c") / "adapter_config.json", config | {"base_model_name_or_path": "owner/other"})
+    found = dict(push_project(Project(tmp_path), "me/support", dry_run=True))
+    assert list(found) == ["b", "c", "me/support"]
+    assert all(isinstance(found[name], ArtifactError) for name in "bc")
+    plan = found["me/support"]
+    assert not isinstance(plan, LoraSBError)
+    assert (plan["kind"], plan["reached"], plan["deleted"]) == ("project", False, [])
+    folders = {part_of(file["path"]) for file in plan["files"]}
+    assert folders == {"", "basis", "adapters/a"}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_one_repository_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    for repo, options, said in [
+        ("me/support", {"with_basis": True}, "in one repository the basis lies beside the adapters"),
+        ("support", {}, "not a Hub repository"),
+        ("me/support", {"revision": "x", "create_pr": True}, "create_pr and revision exclude each other"),
+    ]:
+        with pytest.raises(SettingsError, match=said):
+            list(push_project(Project(tmp_path), repo, dry_run=True, **options))
+
+
+def test_the_card_lists_every_figure() -> None:
+    figures = {"base": None, "adapter": 0.5, "rows": 100}
+    about = {"sha256": "a" * 64, "basis_sha256": "b" * 64, "task_type": "SEQ_CLS", "evaluation": {}}
+    parts: dict[str, Any] = {
+        "adapters/a": about | {"evaluation": {"test": {"accuracy": figures}}, "labels": ["x|y", "z"]},
+        "adapters/b": about | {"task_type": "CAUSAL_LM"},
+        "basis": {"sha256": "b" * 64, "rank": 4},
+    }
+    base = {"name_or_path": "owner/base", "revision": None}
+    text = project_card({"base": base, "parts": parts}, "me/support", NOTHING)
+    assert "# 2 LoRA-SB adapters for `owner/base`" in text
+    assert "| a | test | accuracy | 100 | - | 0.5 |" in text
+    assert "| b | - | - | - | - | - |" in text
+    assert 'id2label={0: "x|y", 1: "z"}' in text
+    assert "lorasb serve --adapters me/support/adapters/b " in text  # vLLM serves no classifier
+    parts |= {f"adapters/{number}": parts["adapters/a"] for number in range(1000)}
+    text = project_card({"base": base, "parts": parts}, "me/support", NOTHING)
+    assert "The first 1,000 of 1,002 figures" in text
+    assert text.count("| accuracy |") == 999

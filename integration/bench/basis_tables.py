@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 
 from integration.evidence.best import Best, Identity, Line, changed, identity
-from integration.evidence.cells import LEARNT, Cell, cell
+from integration.evidence.cells import GENERATING, LEARNT, Cell, cell
 from lorasb_export.metrics import pearson
 from lorasb_export.settings import DRAWN
 
@@ -21,12 +21,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = ("own", "mixture", "mixture, balanced", "without", "another task", "wsvd", *DRAWN)
-# Those that have not seen the task.
-UNSEEN = {
+ORIGINS = {
     "one other task": "another task",
-    "all tasks of its kind but this": "without",
+    "all other tasks": "without",
+    "all tasks": "mixture",
     "the weights' directions": "wsvd",
+    "random": "random",
 }
+REDUCTIONS = {"sign": "signs", "raw": "the gradient itself"}
+_SAID = {"own": "its own", "mixture": "all tasks", "mixture, balanced": "all, balanced", "without": "all other tasks"}
+_SAID |= {"another task": "one other task", "wsvd": "the weights' directions"}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -71,23 +75,41 @@ def basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line
         yield section
 
 
-def unseen(best: Mapping[Identity, Best]) -> str:
-    """Loss in bases that have not seen the task, less that in the task's own, seed by seed: r = 64, by Muon."""
-    lines: dict[str, list[str]] = {name: [] for name in UNSEEN}
+def origins(best: Mapping[Identity, Best], rank: int) -> str:
+    """Loss in bases of other origin, less that in the task's own, seed by seed: all linear layers, by Muon."""
+    lines: dict[str, list[str]] = {name: [] for name in ORIGINS}
     for task in TASKS:
-        own = identity(cell(task, **METHODS["own basis, r=64"]).fields)
+        own = identity(cell(task, **{**METHODS["own basis, r=64"], "rank": rank}).fields)
         kin = {
             _column(b.lines[0]): found
             for i, b in best.items()
             if changed(i, basis="own") == own and (found := comparable(best, i))
         }
-        for name, column in UNSEEN.items():
+        for name, column in ORIGINS.items():
             of = kin.get(column)
             less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
             lines[name].append(f"{mean_error(less, 3)}{'' if of.closed else ' *'}" if less else "")
     shown = [k for k in range(len(TASKS)) if any(cells[k] for cells in lines.values())]
     rows = [[name, *(cells[k] for k in shown)] for name, cells in lines.items()]
     return table(["made from", *(TASKS[k] for k in shown)], rows)
+
+
+def captured(captures: Mapping[Identity, Line]) -> str:
+    """The capture ratio in bases of every origin, mean of the tasks that generate text, in per cent."""
+    found: dict[tuple[int, str, int], dict[str, list[float]]] = {}
+    for line in captures.values():
+        if line["task"] in GENERATING:
+            variant = found.setdefault((line["rank"], line["reduction"], line["samples"]), {})
+            variant.setdefault(_column(line), []).append(100 * line["capture"])
+    names = [name for name in COLUMNS if any(name in of for of in found.values())]
+    rows = [
+        [
+            f"r = {rank}, {REDUCTIONS[reduction]}, {samples} rows a task",
+            *(f"{statistics.mean(of[name]):.0f}" if len(of.get(name, ())) == len(GENERATING) else "" for name in names),
+        ]
+        for (rank, reduction, samples), of in sorted(found.items())
+    ]
+    return table(["", *(_SAID.get(name, name) for name in names)], rows)
 
 
 def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None:

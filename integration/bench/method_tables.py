@@ -20,6 +20,7 @@ CHOSEN = {
     "PEFT's LoRA, r = 8": "LoRA r=8",
     "PEFT's rsLoRA, r = 32": "rsLoRA r=32",
     "as published: own basis, r = 64, AdamW": "as published: own basis, r=64, AdamW",
+    "LoRA-XS, r = 64, AdamW": "LoRA-XS r=64",
     "own basis, r = 64": "own basis, r=64",
     "a basis made from all tasks, r = 64": "shared basis, r=64",
     "one random basis for all tasks, r = 64": "random basis, r=64",
@@ -142,6 +143,28 @@ def sharing(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
             of_tasks = ([whole[basis][task] for task in tasks] if basis in whole else None for basis in SHARED.values())
             rows.append([name, *itertools.chain.from_iterable((_mean_of(of) if of else "", "") for of in of_tasks)])
     return table(["", *itertools.chain.from_iterable((f"{name}: points", "loss") for name in SHARED)], rows)
+
+
+def optimizers(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """What the same R gains by Muon over AdamW, in the task's own basis: seed by seed."""
+    rows: dict[str, list[str]] = {"score, points": [], "loss": []}
+    for task in LEARNT:
+        muon, adamw = (found[name, task] for name in ("own basis, r=64", "as published: own basis, r=64, AdamW"))
+        points = [100 * difference for difference in differences(muon["values"], adamw["values"])]
+        rows["score, points"].append(mean_error(points, 1))
+        rows["loss"].append(mean_error(differences(muon["losses"], adamw["losses"]), 3))
+    return table(["", *LEARNT], [[name, *cells] for name, cells in rows.items()])
+
+
+def unfinished(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """How far the cells are from what the tables promise: each at its best rate, three seeds."""
+    trained = [of for of in found.values() if of["steps"]]
+    learnt = [of for (_, task), of in found.items() if of["steps"] and task in LEARNT]
+    counts = [(sum(not of["closed"] for of in some), sum(of["seeds"] < 3 for of in some)) for some in (trained, learnt)]
+    return (
+        f"Of {len(trained)} cells {counts[0][0]} have a search that has not ended, and {counts[0][1]} fewer than three "
+        f"seeds; of the {len(learnt)} of tasks that are learnt, {counts[1][0]} and {counts[1][1]}."
+    )
 
 
 def differences(of: Mapping[int, float], less: Mapping[int, float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from integration.evidence.best import Best, Identity, Line, best_rates, identity
 from integration.evidence.cells import RESULTS, RUNS, Results
 
-from .basis_tables import basis_tables, pairs, prediction, unseen
+from .basis_tables import basis_tables, captured, origins, pairs, prediction
 from .basis_tables import plot as plot_bases
 from .method_tables import (
     CHOSEN,
@@ -21,9 +21,11 @@ from .method_tables import (
     loss,
     methods_table,
     metric,
+    optimizers,
     settled,
     settled_means,
     sharing,
+    unfinished,
 )
 from .tradeoff import plot as plot_methods
 
@@ -59,10 +61,12 @@ def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> d
     ]
     of_quality = {
         "main": methods_table(found, settled_means, CHOSEN, MAIN_TASKS),
-        "metrics": methods_table(found, metric),
+        "metrics": f"{methods_table(found, metric)}\n\n{unfinished(found)}",
         "losses": methods_table(found, loss),
         "sharing": sharing(found),
-        "unseen": unseen(best),
+        **{f"origins-{rank}": origins(best, rank) for rank in (16, 64, 128)},
+        "captured": captured(captures),
+        "optimizers": optimizers(found),
         "longer": longer(by_method(best, steps=600)),
     }
     of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS)}

@@ -31,7 +31,10 @@ def run(
     model: Annotated[str | None, typer.Option(help="A merged folder to serve alone, or the adapters' base.")] = None,
     adapters_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the adapters; without --adapters, all in it are served."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the adapters, or owner/name/adapters on the Hub; without --adapters, all in it are served.",
+        ),
     ] = None,
     mode: Annotated[
         ServingMode,
@@ -52,11 +55,11 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
+    from lorasb_export.fetch import adapters_folder
     from lorasb_export.names import adapters_in, resolve_adapters
-    from lorasb_export.storage import expanded
 
     project = run.project
-    folder = project.folder / "adapters" if adapters_dir is None else expanded(adapters_dir)
+    folder = project.folder / "adapters" if adapters_dir is None else adapters_folder(adapters_dir)
     words = adapters_in(folder) if adapters is None else listed(adapters)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:

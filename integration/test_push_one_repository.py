@@ -86,6 +86,16 @@ def test_an_adapter_is_used_by_its_place(any_hub: Hub, project: Path, tmp_path: 
     assert f"{REPO}/adapters/c@{second}" in said
 
 
+def test_all_of_them_are_served(any_hub: Hub, project: Path) -> None:
+    commit = pushed(any_hub, project)["commit"]
+    for source in (f"{REPO}/adapters", f"{REPO}/adapters@{commit}"):
+        plan = any_hub.lorasb("serve", "--adapters-dir", source, "--dry-run")
+        assert plan["models"] == ["owner/base", "a", "b"]
+        assert plan["mode"] == "shared"
+    said = any_hub.lorasb_fails("serve", "--adapters-dir", "me/nothing/adapters", "--dry-run")
+    assert "the Hub has no such repository" in said
+
+
 def test_a_download_of_it_is_whole(any_hub: Hub, project: Path, tmp_path: Path) -> None:
     pushed(any_hub, project)
     for path in any_hub.files(REPO):

@@ -22,6 +22,8 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _HUB_FOLDER = re.compile(
     r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(basis|(?:bases|adapters)/[A-Za-z0-9][\w.-]*))?(?:@([\w./-]+))?"
 )
+_HUB_ADAPTERS = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/adapters(@[\w./-]+)?")
+_OF_PROJECT = {"adapters/*": ADAPTER_FILES + BASIS_FILES, "basis": BASIS_FILES, "bases/*": BASIS_FILES}
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv")
 
@@ -98,6 +100,23 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     return root / asked.path, where
 
 
+def adapters_folder(source: str) -> Path:
+    """The folder behind `source` that holds adapters by their names: one of this disk, or `owner/name/adapters` (with
+    or without `@revision`) of a project on the Hub, which is fetched with its bases.
+
+    Raises:
+        ArtifactError: as for `resolve_folder`.
+    """
+    match = None if expanded(source).exists() else _HUB_ADAPTERS.fullmatch(source)
+    if match is None:
+        return expanded(source)
+    wanted = [f"{part}/{file}" for part, files in _OF_PROJECT.items() for file in files]
+    name, commit, root = snapshot(match.group(1) + (match.group(2) or ""), wanted, ArtifactError)
+    for file in sorted(path for path in root.rglob("*") if path.is_file() and not _is_intact(path)):
+        _fetch_again(name, commit, root, file.relative_to(root).as_posix())
+    return root / "adapters"
+
+
 def snapshot(
     source: str,
     patterns: Sequence[str],
@@ -162,8 +181,10 @@ def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
 
 
 def is_blob(path: Path) -> bool:
-    """Whether a file that a link led to is one of the Hub's cache, whose folders are made of links to blobs."""
-    return path.parent.name == "blobs"
+    """Whether a file that a link led to is one of the Hub's cache, whose folders are made of links to `blobs/HASH`;
+    since huggingface_hub 2.4 those of large files lead on to `blobs/HA/HASH`, which all repositories share."""
+    shared = path.parent.parent.name == "blobs" and path.parent.name == path.name[:2]
+    return shared or path.parent.name == "blobs"
 
 
 def leads_out(path: Path, folder: Path) -> bool:

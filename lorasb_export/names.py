@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import Problems, SettingsError
+from .fetch import leads_out
 from .storage import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -118,9 +119,8 @@ def refuse_many(names: Collection[str], where: Path) -> None:
 
 
 def _refuse_links_out(folder: Path, adapters_dir: Path) -> None:
-    root = adapters_dir.resolve()
     for item in (folder, *folder.glob("*")):
-        if not item.resolve().is_relative_to(root):
+        if leads_out(item, adapters_dir):
             raise SettingsError(f"{item} is a link that leads out of {adapters_dir}", fix="Give its path instead")
 
 

@@ -78,6 +78,21 @@ def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Pa
         assert (tmp_path / "model" / name).read_text() == name
 
 
+def test_a_large_file_that_repositories_share_in_the_hubs_cache_comes_along(llama: Path, tmp_path: Path) -> None:
+    """As huggingface_hub 2.4 keeps it: a link to the repository's blob, which is a link to one for all."""
+    snapshot, blobs, shared = (
+        tmp_path / "hub" / part for part in ("models--me--x/snapshots/1", "models--me--x/blobs", "blobs/0a")
+    )
+    shutil.copytree(llama, snapshot)
+    for folder in (blobs, shared):
+        folder.mkdir(parents=True)
+    (shared / "0a1b").write_text("words")
+    (blobs / "77").symlink_to("../../blobs/0a/0a1b")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/77")
+    merge(adapter_for(snapshot, tmp_path / "a"), tmp_path / "model")
+    assert (tmp_path / "model" / "vocab.txt").read_text() == "words"
+
+
 def test_code_that_stays_on_the_hub_is_named_there(llama: Path, tmp_path: Path) -> None:
     """A base of the Hub is fetched without it, and whoever trusts remote code would look for it in the folder."""
     base = shutil.copytree(llama, tmp_path / "base")

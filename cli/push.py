@@ -57,8 +57,11 @@ def run(
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/name" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
     found = None if folder is None else project.find_folder(folder)
-    from lorasb_export.project_push import push_folder, push_project  # only now: it brings torch
+    from lorasb_export.project_push import PLACE, push_folder, push_project  # only now: it brings torch
 
+    to_project = found is None or (repo is None and PLACE not in target)  # not to a repository of the folder's own
+    if basis_repo and to_project:
+        raise typer.BadParameter("--basis-repo is for one adapter in a repository of its own: name that with --repo")
     options: dict[str, Any] = {
         "public": project.public if public is None else public,
         "revision": revision,
@@ -68,10 +71,10 @@ def run(
     }
     results: list[dict[str, Any]] = []
     failed: dict[str, LoraSBError] = {}
-    if found is not None:
+    if found is not None and not to_project:
         results.append(push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options))
     else:
-        for name, outcome in push_project(project, target, with_basis=with_basis, **options):
+        for name, outcome in push_project(project, target, only=found, with_basis=with_basis, **options):
             if isinstance(outcome, LoraSBError):
                 failed[name] = outcome
             else:

@@ -189,7 +189,7 @@ except ArtifactError as error:
 finally:
     setattr(hub, name, function)  # the process goes on
 """
-    said = any_hub.run(replace, adapter, replaced, other, "look" if what == "adapter" else "folder_card")
+    said = any_hub.run(replace, adapter, replaced, other, "Repository" if what == "adapter" else "folder_card")
     assert said.startswith(f"the folder was replaced while it was pushed ({replaced})")
     assert said.endswith("Push again: nothing was published")
     assert not any(path.endswith(".safetensors") for path in any_hub.files("me/a"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -90,8 +91,8 @@ PER_ITEM_ERRORS = (DataError, ArtifactError, TrainingError)
 class Problems:
     """Collects errors of this package from `with` blocks, so that a user reads all of them at once."""
 
-    def __init__(self) -> None:
-        self.found: list[LoraSBError] = []
+    def __init__(self, found: Iterable[LoraSBError] = ()) -> None:
+        self.found = list(found)
 
     def __enter__(self) -> None:
         pass

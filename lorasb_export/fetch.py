@@ -18,12 +18,13 @@ BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-# A folder in the repository of a whole project (publishing/project_repository.py). Any other path is one of this disk.
-_HUB_FOLDER = re.compile(
-    r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(basis|(?:bases|adapters)/[A-Za-z0-9][\w.-]*))?(?:@([\w./-]+))?"
-)
-_HUB_ADAPTERS = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/adapters(@[\w./-]+)?")
-_OF_PROJECT = {"adapters/*": ADAPTER_FILES + BASIS_FILES, "basis": BASIS_FILES, "bases/*": BASIS_FILES}
+# The folders of the repository of a whole project; in the last two lie folders with names, as names.name_problem has
+# them. A path of any other form is one of this disk.
+BASIS, BASES, ADAPTERS = "basis", "bases", "adapters"
+_PART = rf"{BASIS}|(?:{BASES}|{ADAPTERS})/[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}"
+_HUB_FOLDER = re.compile(rf"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/({_PART}))?(?:@([\w./-]+))?")
+_HUB_ADAPTERS = re.compile(rf"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/{ADAPTERS}(@[\w./-]+)?")
+_OF_PROJECT = {f"{ADAPTERS}/*": ADAPTER_FILES + BASIS_FILES, BASIS: BASIS_FILES, f"{BASES}/*": BASIS_FILES}
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv")
 
@@ -114,7 +115,7 @@ def adapters_folder(source: str) -> Path:
     name, commit, root = snapshot(match.group(1) + (match.group(2) or ""), wanted, ArtifactError)
     for file in sorted(path for path in root.rglob("*") if path.is_file() and not _is_intact(path)):
         _fetch_again(name, commit, root, file.relative_to(root).as_posix())
-    return root / "adapters"
+    return root / ADAPTERS
 
 
 def snapshot(
@@ -151,6 +152,8 @@ def snapshot(
 def neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: str = "") -> LoraSBError:
     """To raise for a `source` that cannot be found anywhere."""
     fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
+    if re.match(r"[\w-]+/[\w.-]+/(adapter|bas)", str(source)):
+        fix += f"; of a project's repository owner/name/{ADAPTERS}/NAME"
     return kind(f"{before}neither a folder nor a Hub id", where=str(source), fix=fix)
 
 

@@ -109,8 +109,13 @@ def is_free(target: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this package wrote `folder`."""
-    return any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
+    """Whether this package wrote `folder`, and it is one thing: a clone of a project from the Hub is the user's."""
+    is_one = any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
+    return is_one and not _is_project(folder / "lorasb.json")
+
+
+def _is_project(record: Path) -> bool:
+    return record.is_file() and b'"kind": "project"' in record.read_bytes()
 
 
 def _is_our_adapter(folder: Path) -> bool:

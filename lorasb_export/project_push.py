@@ -11,13 +11,14 @@ from typing import Any
 
 from . import basis_source
 from .bars import progress_bar
-from .errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
-from .fetch import BASIS_FILES
+from .errors import ArtifactError, LoraSBError, SettingsError
+from .fetch import ADAPTERS, BASES, BASIS, BASIS_FILES
 from .format import read_adapter_config
 from .kind import artifact_kind
 from .project import Project
 from .publishing.hub import push
-from .publishing.project_repository import ADAPTERS, BASES, BASIS, push_parts
+from .publishing.project_repository import push_parts
+from .publishing.repository import is_of_one
 from .storage import absolute
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or fo
 
 
 def push_project(
-    project: Project, repo: str, *, with_basis: bool = False, **options: Any
+    project: Project, repo: str, *, only: str | Path | None = None, with_basis: bool = False, **options: Any
 ) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
     """Push the bases that lie on this disk beside the adapters, and then all adapters of the project.
 
@@ -36,6 +37,7 @@ def push_project(
     Args:
         repo: `owner/{name}-lorasb`, where {name} becomes the adapter's name; `basis` for the project's own basis, the
             folder's name for another. Without {name}: one repository for all, as `push_parts` fills it.
+        only: to one repository: this adapter, and its basis, instead of all.
         with_basis: put the basis inside every adapter instead.
         options: of `push`.
 
@@ -45,8 +47,8 @@ def push_project(
         Of one repository: the adapters that are left out, with their errors, and then `repo` and what `push` returns.
 
     Raises:
-        SettingsError: there is no adapter, two folders would go to one place, a pull request would bring a new basis,
-            or `with_basis` for one repository.
+        SettingsError: there is no adapter, `only` is none of the project's, two folders would go to one place, a pull
+            request would bring a new basis, or `with_basis` for one repository.
         and what `push` raises.
     """
     names = project.adapter_names()
@@ -56,6 +58,11 @@ def push_project(
         fix = f"Leave out --with-basis, or write {PLACE} in it, for a repository for each adapter"
         raise SettingsError("in one repository the basis lies beside the adapters", where=repo, fix=fix)
     adapters = [project.adapter_folder(name) for name in names]
+    if only is not None:
+        if absolute(only) not in adapters:
+            fix = "Pass --repo owner/name for this folder, or name an adapter of the project"
+            raise SettingsError(f"{repo} is for the project's basis and adapters", where=only, fix=fix)
+        adapters = [absolute(only)]
     basis_of: dict[Path, Path | None] = dict.fromkeys(adapters)
     for folder in () if with_basis else adapters:
         with suppress(ArtifactError):  # it is told in its turn
@@ -79,7 +86,7 @@ def push_project(
             comes = basis_of.get(folder) in to_come
             outcome = push_folder(project, folder, repo, with_basis=with_basis, basis_to_come=comes, **options)
         except LoraSBError as error:
-            if number <= len(bases) or len(adapters) == 1 or not _is_of_one(error):
+            if number <= len(bases) or len(adapters) == 1 or not is_of_one(error):
                 raise
             logger.warning("%s is left out: %s", folder.name, error)
             outcome = error.alone()
@@ -99,13 +106,6 @@ def _push_to_one(
     done, failed = push_parts({part: folder for folder, part in place.items()}, beside, repo, **options)
     yield from failed.items()
     yield repo, done
-
-
-def _is_of_one(error: LoraSBError) -> bool:
-    """Whether an adapter's error is of its files or its repository, and the next one may fare better."""
-    if isinstance(error, ServerError):
-        return not error.of_every_repository
-    return isinstance(error, (ArtifactError, OutputError))
 
 
 def _refuse_same(project: Project, folders: Sequence[Path], place: str = "repository") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..choices import SEQ_CLS
-from ..fetch import is_hub_id
+from ..fetch import ADAPTERS, is_hub_id
 from .readme import assemble
 from .sections import Facts, base_link, grid, limits, metadata, model_class_of, outputs, provenance_table, source_of
 
@@ -16,7 +16,7 @@ _MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
 def project_card(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """From the index of the repository (`lorasb.json`); `name` is what a reader loads it by."""
     base, parts = index["base"], index["parts"]
-    adapters = {part: about for part, about in parts.items() if "basis_sha256" in about}
+    adapters = {part: about for part, about in parts.items() if part.startswith(f"{ADAPTERS}/")}
     bases = {part: about for part, about in parts.items() if part not in adapters}
     first, about = next(iter(adapters.items()))
     task_type = about["task_type"]

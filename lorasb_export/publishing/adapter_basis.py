@@ -8,18 +8,107 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..adapter import Adapter
+from ..basis_source import EMBEDDED
 from ..errors import ArtifactError, ServerError
 from ..fetch import BASIS_FILES, HubFolder, parse_hub_folder, resolve_folder
 from ..format import read_basis_config
 from ..hub_calls import hub_errors, with_retries
-from ..storage import parse_json, read_json
+from ..storage import parse_json, read_json, to_json
 from . import outgoing
 from .checksums import digest
 from .outgoing import Files, Seen
 from .repository import Head, Repository
 
 
-def embed(adapter: Adapter, files: Files) -> Seen:
+class AdapterBases:
+    """Settles where the bases of adapters are that are pushed to one repository, which holds `head` now."""
+
+    def __init__(self, repository: Repository, head: Head, *, public: bool, dry_run: bool) -> None:
+        self._repository, self._head, self._public, self._dry_run = repository, head, public, dry_run
+        self._pinned: dict[tuple[HubFolder, str], str | None] = {}  # what was asked of the Hub
+
+    def settle(
+        self, adapter: Adapter, files: Files, source: str, *, place: str = "", to_come: bool = False
+    ) -> tuple[str, Seen]:
+        """What `basis.source` of the published adapter says; its files get the basis, or lose one, accordingly.
+
+        Args:
+            source: `embedded`, or where the basis is looked for.
+            place: of the adapter in its repository, as in `adapters/a/`.
+            to_come: in a dry run do not look for it: it is pushed before the adapter.
+
+        Returns:
+            that source, and the basis's own files, none if they lie in the adapter's folder.
+
+        Raises:
+            ArtifactError: nobody else could find it, it is damaged, another one, or private and the adapter is not.
+            ServerError: the Hub refuses, fails or cannot be reached.
+        """
+        if source == EMBEDDED:
+            return EMBEDDED, _embed(adapter, files)
+        for name in BASIS_FILES:
+            files.pop(name, None)
+        return self._name(adapter, source, place, to_come), {}
+
+    def _name(self, adapter: Adapter, source: str, place: str, to_come: bool) -> str:
+        """`owner/name@commit` of the adapter's basis; the one published before, as long as it holds the same basis.
+
+        A dry run takes a basis whose repository is not there as one that is still to be pushed.
+        """
+        basis = parse_hub_folder(source)
+        if basis is None:
+            fix = "Push the basis first and name it with --basis-repo, or upload it in the adapter with --with-basis"
+            raise ArtifactError("nobody else could find this adapter's basis, a local folder", where=source, fix=fix)
+        if basis.revision is None:
+            published = _published_basis(self._repository.text(self._head, f"{place}adapter_config.json"))
+            before = parse_hub_folder(str(published.get("source")))
+            is_same = published.get("sha256") == adapter.basis_sha256
+            basis = before if is_same and before and before._replace(revision=None) == basis else basis
+        if not self._head.reached or (self._dry_run and to_come and basis.revision is None):
+            return source
+        key = basis, adapter.basis_sha256
+        try:
+            if key not in self._pinned:
+                self._pinned[key] = self._pin(*key)
+        except ServerError as error:
+            if not (self._dry_run and error.silent):
+                raise
+            return source
+        return self._pinned[key] or source
+
+    def _pin(self, basis: HubFolder, sha256: str) -> str | None:
+        """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is
+        public. None where a dry run finds none."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+        name = str(basis._replace(revision=None))
+        with hub_errors(name, ServerError, "the adapter's basis: "):
+            try:
+                path, commit = _basis_config(basis, self._repository.revision)
+            except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
+                if not self._dry_run or isinstance(error, GatedRepoError):
+                    raise
+                return None
+            elsewhere = basis.repo != self._repository.name
+            if elsewhere and self._public and with_retries(lambda: HfApi().model_info(basis.repo)).private:
+                fix = "Make the basis public in its settings, or push the adapter privately"
+                raise ArtifactError("the adapter would be public, its basis is private", where=name, fix=fix)
+        found = read_json(path).get("sha256")
+        if found != sha256:
+            what = f"the basis there is {str(found)[:12]}, the adapter was trained in {sha256[:12]}"
+            raise ArtifactError(what, where=name, fix="Push the adapter's own basis first")
+        return str(basis._replace(revision=commit))
+
+
+def name_in_config(files: Files, source: str) -> None:
+    """Write `source` as where the adapter's basis is."""
+    config = parse_json(outgoing.content_of(files["adapter_config.json"]))
+    config["basis"]["source"] = source
+    files["adapter_config.json"] = to_json(config)
+
+
+def _embed(adapter: Adapter, files: Files) -> Seen:
     """Put the adapter's basis among the files; returns the basis's own files, none if they lie in its folder."""
     if adapter.basis_source is None:
         adapter.load_basis()
@@ -37,42 +126,6 @@ def embed(adapter: Adapter, files: Files) -> Seen:
     return seen
 
 
-def name_basis(
-    adapter: Adapter,
-    source: str,
-    repository: Repository,
-    head: Head,
-    *,
-    place: str = "",
-    public: bool,
-    to_come: bool = False,
-    dry_run: bool,
-) -> str:
-    """`owner/name@commit` of the adapter's basis; the one published before, as long as it holds the same basis.
-
-    A dry run takes a basis whose repository is not there as one that is still to be pushed.
-
-    Args:
-        place: of the adapter in its repository, as in `adapters/a/`.
-    """
-    basis = parse_hub_folder(source)
-    if basis is None:
-        fix = "Push the basis first and name it with --basis-repo, or upload it in the adapter with --with-basis"
-        raise ArtifactError("nobody else could find this adapter's basis, a local folder", where=source, fix=fix)
-    published = _published_basis(repository.text(head, f"{place}adapter_config.json"))
-    if basis.revision is None and published.get("sha256") == adapter.basis_sha256:
-        before = parse_hub_folder(str(published.get("source")))
-        basis = before if before and before._replace(revision=None) == basis else basis
-    if not head.reached or (dry_run and to_come and basis.revision is None):
-        return source
-    try:
-        return _pin(basis, repository.revision, adapter.basis_sha256, public, dry_run) or source
-    except ServerError as error:
-        if not (dry_run and error.silent):
-            raise
-        return source
-
-
 def _published_basis(config: str) -> Mapping[str, Any]:
     """What the `adapter_config.json` of a repository says of its basis; empty where it is missing, or not of ours."""
     try:
@@ -80,32 +133,6 @@ def _published_basis(config: str) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _pin(basis: HubFolder, branch: str | None, sha256: str, public: bool, dry_run: bool) -> str | None:
-    """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is public.
-
-    None where a dry run finds none.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
-
-    name = str(basis._replace(revision=None))
-    with hub_errors(name, ServerError, "the adapter's basis: "):
-        try:
-            path, commit = _basis_config(basis, branch)
-        except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
-            if not dry_run or isinstance(error, GatedRepoError):
-                raise
-            return None
-        if public and with_retries(lambda: HfApi().model_info(basis.repo)).private:
-            fix = "Make the basis public in its settings, or push the adapter privately"
-            raise ArtifactError("the adapter would be public, its basis is private", where=name, fix=fix)
-    found = read_json(path).get("sha256")
-    if found != sha256:
-        what = f"the basis there is {str(found)[:12]}, the adapter was trained in {sha256[:12]}"
-        raise ArtifactError(what, where=name, fix="Push the adapter's own basis first")
-    return str(basis._replace(revision=commit))
 
 
 def _basis_config(basis: HubFolder, branch: str | None) -> tuple[Path, str]:

@@ -17,10 +17,10 @@ from ..errors import ArtifactError
 from ..fetch import parse_hub_folder, resolve_folder
 from ..names import some
 from ..storage import absolute, sha256_file, version_of
-from .outgoing import SUMS, Files, is_publishable
+from .outgoing import SUMS, Files, is_publishable, part_of
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")
-_UNLISTED = (SUMS, "README.md")  # in any folder
+_UNLISTED = (SUMS, "README.md")  # in the folder, or a part of a project
 _SHOWN = 3  # files in an error
 
 
@@ -31,7 +31,7 @@ def digest(file: Path | bytes) -> str:
     return _digest(file, version_of(file))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=100_000)  # a project's adapters, each read three times
 def _digest(path: Path, version: tuple[int, ...]) -> str:
     return sha256_file(path)
 
@@ -84,7 +84,7 @@ def verify(source: str | Path) -> dict[str, Any]:
 
 
 def _is_unlisted(path: str) -> bool:
-    return path.rpartition("/")[2] in _UNLISTED
+    return path.removeprefix(f"{part_of(path)}/") in _UNLISTED
 
 
 def parse(text: str, where: object) -> Mapping[str, str]:

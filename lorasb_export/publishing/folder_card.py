@@ -56,13 +56,22 @@ class Licences:
         return self._known[key]
 
 
-def folder_card(files: Files, kind: str, name: str, folder: Path, theirs: str, licences: Licences | None) -> str:
+def folder_card(
+    files: Files,
+    kind: str,
+    name: str,
+    folder: Path,
+    theirs: str,
+    licences: Licences | None,
+    where: str = "README.md",
+) -> str:
     """README.md with its generated part brought up to date, so that it names the repository.
 
     Args:
         name: what a reader loads it by.
         theirs: the published card; empty where there is none.
         licences: None where the Hub cannot be asked.
+        where: it lies in the repository, for errors.
 
     Raises:
         ArtifactError: the folder's own card is not UTF-8, or a card is no card.
@@ -75,4 +84,4 @@ def folder_card(files: Files, kind: str, name: str, folder: Path, theirs: str, l
     if kind == "adapter":
         made = {"adapter sha256": config["sha256"], **made}
     facts = licences.facts(config, made, files) if licences else Facts(made=made)
-    return readme.merge(mine, theirs, make(config, name, facts), where="README.md")
+    return readme.merge(mine, theirs, make(config, name, facts), where=where)

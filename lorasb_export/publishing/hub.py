@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,15 @@ from ..adapter import Adapter
 from ..basis import Basis
 from ..basis_source import EMBEDDED
 from ..cards import readme
-from ..errors import ServerError, SettingsError
-from ..fetch import BASIS_FILES, is_hub_id, parse_hub_folder
-from ..storage import absolute, read_json, to_json
+from ..errors import SettingsError
+from ..fetch import parse_hub_folder
+from ..storage import absolute
 from . import outgoing
-from .adapter_basis import embed, name_basis
+from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums
 from .folder_card import Licences, folder_card
-from .outgoing import Files
-from .repository import Head, Repository, compare, refuse_other
+from .plan import card_change, check_target, planned
+from .repository import Repository, refuse_other
 
 
 def push(
@@ -68,29 +67,24 @@ def push(
     """
     folder = absolute(folder)
     kind = outgoing.pushed_kind(folder)
-    _check_options(folder, kind, repo, basis_repo, with_basis, create_pr and revision is not None)
+    check_target(repo, revision, create_pr)
+    _check_basis_options(folder, kind, basis_repo, with_basis)
     files, skipped = outgoing.collect(folder, kind)
     outgoing.refuse_incomplete(files, kind, folder)
     seen = outgoing.pin(files)
     repository = Repository(repo, revision)
-    head, theirs = look(repository, dry_run)
+    head, theirs = repository.look(dry_run)
     refuse_other(outgoing.mark(files), head, public, repo)
     basis = None
     if kind == "basis":
         Basis.load(folder)
     elif kind == "adapter":
         adapter = Adapter.load(folder)
-        source = basis_repo or adapter.basis_source or EMBEDDED
-        if with_basis or source == EMBEDDED:
-            basis = EMBEDDED
-            seen |= embed(adapter, files)
-        else:
-            basis = name_basis(adapter, source, repository, head, public=public, to_come=basis_to_come, dry_run=dry_run)
-            for name in BASIS_FILES:
-                files.pop(name, None)
-        config = read_json(folder / "adapter_config.json")
-        config["basis"]["source"] = basis
-        files["adapter_config.json"] = to_json(config)
+        source = EMBEDDED if with_basis else basis_repo or adapter.basis_source or EMBEDDED
+        bases = AdapterBases(repository, head, public=public, dry_run=dry_run)
+        basis, of_basis = bases.settle(adapter, files, source, to_come=basis_to_come)
+        seen |= of_basis
+        name_in_config(files, basis)
     text = folder_card(files, kind, repo, folder, theirs, Licences() if head.reached else None)
     files["README.md"] = text.encode()
     outgoing.take_out_paths(files)
@@ -104,56 +98,10 @@ def push(
     return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
 
 
-def _check_options(
-    folder: Path, kind: str, repo: str, basis_repo: str | None, with_basis: bool, branch_and_pr: bool
-) -> None:
-    if not is_hub_id(repo):
-        raise SettingsError("not a Hub repository", where=repo, fix="Give owner/name")
+def _check_basis_options(folder: Path, kind: str, basis_repo: str | None, with_basis: bool) -> None:
     if basis_repo and parse_hub_folder(basis_repo) is None:
         raise SettingsError("not a Hub repository", where=basis_repo, fix="Give owner/name")
-    if branch_and_pr:
-        raise SettingsError("create_pr and revision exclude each other", fix="Leave one out")
     if basis_repo and with_basis:
         raise SettingsError("basis_repo and with_basis exclude each other", fix="Leave one out")
     if (basis_repo or with_basis) and kind != "adapter":
         raise SettingsError("basis_repo and with_basis are for adapters", where=folder, fix="Leave it out")
-
-
-def look(repository: Repository, dry_run: bool) -> tuple[Head, str]:
-    """The repository now, and its card; a dry run does without, where the Hub cannot be reached or fails."""
-    try:
-        head = repository.read()
-        return head, repository.text(head, "README.md")
-    except ServerError as error:
-        if not (dry_run and error.silent):
-            raise
-        return Head(reached=False), ""
-
-
-def card_change(theirs: str, text: str, head: Head) -> dict[str, Any]:
-    """What a dry run says beside its plan."""
-    diff = difflib.unified_diff(theirs.splitlines(), text.splitlines(), "on the Hub", "to be pushed", lineterm="")
-    return {"card_diff": "\n".join(diff), "reached": head.reached}
-
-
-def planned(repository: Repository, files: Files, head: Head, kind: str, public: bool, message: str) -> dict[str, Any]:
-    changes = compare(files, head)
-    sizes = {path: outgoing.size_of(file) for path, file in sorted(files.items())}
-
-    def change(path: str) -> str:
-        if path not in changes.written:
-            return "same"
-        return "changed" if path in head.files else "added"
-
-    return {
-        "repo": repository.name,
-        "url": repository.url,
-        "kind": kind,
-        "private": head.private if head.commit else not public,
-        "files": [{"path": path, "bytes": size, "change": change(path)} for path, size in sizes.items()],
-        "deleted": changes.deleted,
-        "bytes": sum(sizes.values()),
-        "sent": sum(sizes[path] for path in changes.written),
-        "message": message,
-        "parent": head.commit,
-    }

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..base import BaseModel
 from ..errors import ArtifactError
-from ..fetch import ADAPTER_FILES, BASIS_FILES
+from ..fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES
 from ..format import sealed
 from ..kind import artifact_kind
 from ..provenance import without_folders
@@ -38,8 +38,8 @@ _ALLOWED = {
     "onnx-adapters": (*_GRAPHS, *TEXTS, *_ALWAYS),
 }
 # In the repository of a whole project: the basis that its tasks share, other bases, adapters.
-_PARTS = {"basis": "basis", "bases/*": "basis", "adapters/*": "adapter"}
-_PART = re.compile(r"(?:basis|bases/[^/]+|adapters/[^/]+)(?=/)")
+_PARTS = {BASIS: "basis", f"{BASES}/*": "basis", f"{ADAPTERS}/*": "adapter"}
+_PART = re.compile(rf"(?:{BASIS}|(?:{BASES}|{ADAPTERS})/[^/]+)(?=/)")
 _IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in _PARTS.items() for pattern in _ALLOWED[kind])
 # Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
 _NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
@@ -47,12 +47,12 @@ _DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand 
 # Left in the repository by an earlier push, these would be loaded together with the new files.
 _STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
 _MARKS = {
-    "adapters/*/adapter.safetensors": PROJECT,
     "adapter.safetensors": "adapter",  # first: an embedded basis lies beside it
     "basis.safetensors": "basis",
     "adapter_model.safetensors": "peft",
     "*.onnx": "onnx",
     "*.safetensors": "merged",
+    **{f"{part}/{kind}.safetensors": PROJECT for part, kind in _PARTS.items()},
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
@@ -63,6 +63,9 @@ _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 def pushed_kind(folder: Path) -> str:
     """What is pushed. Raises ArtifactError for a folder of a kind that is not."""
     kind = artifact_kind(folder)
+    if kind == PROJECT:
+        fix = "Run lorasb push in it, without a folder, or name one of its adapters"
+        raise ArtifactError("a whole project is not pushed as a folder", where=folder, fix=fix)
     if kind not in _ALLOWED:
         fix = f"Push a folder written by lorasb ({', '.join(_ALLOWED)})"
         raise ArtifactError(f"a folder of kind {kind!r} is not pushed", where=folder, fix=fix)
@@ -193,16 +196,18 @@ def refuse_tokens(files: Files) -> None:
 def stale(there: Iterable[str], published: Collection[str], files: Files) -> list[str]:
     """Paths of the repository that must go: the folder no longer has them, and they are weights or `published` once.
 
-    Of a project's repository only what lies in folders that are among `files`: the others may be of other people.
+    Of a project's repository only what lies in the parts that are among `files`: others may be of other people, and
+    what lies beside the parts was put there by hand.
     """
     parts = {part_of(path) for path in files}
-    return [
-        path
-        for path in there
-        if path not in files
-        and part_of(path) in parts
-        and (path in published or _matches(path.removeprefix(f"{part_of(path)}/"), _STALE))
-    ]
+
+    def is_stale(path: str) -> bool:
+        if path in files or (part := part_of(path)) not in parts:
+            return False
+        inside = path.removeprefix(f"{part}/")
+        return path in published or (_matches(inside, _STALE) and (part != "" or parts == {""}))
+
+    return [path for path in there if is_stale(path)]
 
 
 def part_of(path: str) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, OutputError, ServerError
+from ..errors import ArtifactError, LoraSBError, OutputError, ServerError
 from ..fetch import git_hash
 from ..hub_calls import hub_errors, retry_after, status_of, wait_for, with_retries
 from ..storage import utf8
 from .checksums import digest, parse
-from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, refuse_replaced, size_of, stale
+from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, part_of, refuse_replaced, size_of, stale
 
 _TRIES = 4  # of a commit
 
@@ -88,6 +88,20 @@ class Repository:
             assert info.sha is not None
             head = Head(info.sha, bool(info.private), self._files(info.sha), has_branch)
             return replace(head, published=self._published(head))
+
+    def look(self, dry_run: bool) -> tuple[Head, str]:
+        """What it holds now, and its card; a dry run does without, where the Hub cannot be reached or fails.
+
+        Raises:
+            OutputError, ServerError: as for `read`; ArtifactError: the card is not UTF-8.
+        """
+        try:
+            head = self.read()
+            return head, self.text(head, "README.md")
+        except ServerError as error:
+            if not (dry_run and error.silent):
+                raise
+            return Head(reached=False), ""
 
     def _files(self, commit: str) -> dict[str, Stored]:
         from huggingface_hub import RepoFile
@@ -172,6 +186,8 @@ class Repository:
         if head.commit is None:
             with_retries(lambda: self._api.create_repo(self.name, private=not public, exist_ok=True))
             head = self.read()
+            if set(head.files) - {".gitattributes"} and compare(files, head):
+                raise self._changed()  # made by somebody else since we looked; what we send was made for an empty one
         refuse_other(mark(files), head, public, self.name)
         if self.revision and not head.has_branch:
             branch = self.revision
@@ -197,9 +213,12 @@ class Repository:
     def _landed(self, files: Files, now: Head) -> dict[str, Any]:
         """After a failed try the branch has moved, by our commit, whose answer was lost, or by somebody else's."""
         if compare(files, now):
-            what = "the repository changed meanwhile; nothing of this push was committed"
-            raise ServerError(what, where=self.name, fix="Push again: no file is sent twice")
+            raise self._changed()
         return self._result(now.commit, now, changed=True)
+
+    def _changed(self) -> ServerError:
+        what = "the repository changed meanwhile; nothing of this push was committed"
+        return ServerError(what, where=self.name, fix="Push again: no file is sent twice")
 
     def _result(self, commit: str | None, head: Head, *, changed: bool) -> dict[str, Any]:
         return {"commit": commit, "changed": changed, "private": head.private, "url": self.url}
@@ -215,11 +234,19 @@ def refuse_other(kind: str | None, head: Head, public: bool, name: str) -> None:
     """Raise OutputError before anything is written to a repository that is public unasked, or of another `mark`."""
     if head.commit is not None and not head.private and not public:
         raise OutputError("the repository is public", where=name, fix="Pass --public, or choose another one")
-    if mark(head.files) not in (None, kind):
+    there = PROJECT if any(map(part_of, head.published)) else mark(head.files)
+    if there not in (None, kind):
         fix = "Give each artifact a repository of its own"
-        if mark(head.files) == PROJECT:
+        if there == PROJECT:
             fix = "Name no folder, to push the project; or choose another repository"
-        raise OutputError(f"the repository holds another kind ({mark(head.files)})", where=name, fix=fix)
+        raise OutputError(f"the repository holds another kind ({there})", where=name, fix=fix)
+
+
+def is_of_one(error: LoraSBError) -> bool:
+    """Whether an adapter's error is of its files or its repository, and the next one may fare better."""
+    if isinstance(error, ServerError):
+        return not error.of_every_repository
+    return isinstance(error, ArtifactError | OutputError)
 
 
 def is_stored(file: Path | bytes, there: Stored | None) -> bool:

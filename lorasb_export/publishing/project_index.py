@@ -1,0 +1,108 @@
+"""`lorasb.json` of a project's repository: what is said of each basis and adapter in it (docs/reference/files.md)."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..cards.card import base_of
+from ..errors import ArtifactError, OutputError
+from ..fetch import ADAPTERS
+from ..format import check_training
+from ..names import name_problem, some
+from ..storage import parse_json
+from .outgoing import PROJECT, part_of
+from .repository import Head, Repository
+
+INDEX = "lorasb.json"
+
+About = Mapping[str, Any]
+
+_OF_TRAINING = ("evaluation", "labels", "regression")  # what is taken from it
+_OF_BASIS = {"sha256": str, "rank": int, "base_model": str}
+_OF_ADAPTER = {"sha256": str, "basis": str, "basis_sha256": str, "base_model": str, "task_type": str}
+
+
+def kind_of(part: str) -> str:
+    """`adapter` of `adapters/NAME`, `basis` of `basis` and `bases/NAME`."""
+    return "adapter" if part.startswith(f"{ADAPTERS}/") else "basis"
+
+
+def about(kind: str, config: Mapping[str, Any]) -> About:
+    """What the index says of a folder with this config."""
+    found = {"sha256": config["sha256"], "base_model": base_of(config)["name_or_path"]}
+    if kind == "basis":
+        return found | {"rank": config["rank"]}
+    training = {key: config["training"][key] for key in _OF_TRAINING if key in config["training"]}
+    basis = {"basis": config["basis"]["source"], "basis_sha256": config["basis"]["sha256"]}
+    return found | basis | {"task_type": config["task_type"], "evaluation": {}, **training}
+
+
+def make_index(base: Mapping[str, Any], parts: Mapping[str, About]) -> dict[str, Any]:
+    """Its content. `parts`: by where they lie, as in `adapters/a`."""
+    named = {"name_or_path": base["name_or_path"], "revision": base.get("revision")}
+    return {"kind": PROJECT, "base": named, "parts": dict(sorted(parts.items()))}
+
+
+def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[str, About]:
+    """What is there and not among `mine`; told by the index, or by their configs where that does not know them.
+
+    Anybody may have written both: what is not in the form of ours is left out.
+    """
+    try:
+        said = parse_json(repository.text(head, INDEX)).get("parts")
+    except ValueError:
+        said = None
+    known = said if isinstance(said, dict) else {}
+    found = {}
+    for part in sorted({part_of(path) for path in head.files} - {"", *mine}):
+        kind = kind_of(part)
+        weights = head.files.get(f"{part}/{kind}.safetensors")
+        if weights is None or name_problem(posixpath.basename(part)):
+            continue
+        one = _checked(kind, known.get(part))
+        if one is None or (weights.large and weights.digest != one["sha256"]):
+            one = _checked(kind, _from_config(kind, repository.text(head, f"{part}/{kind}_config.json")))
+        if one is not None:
+            found[part] = one
+    return found
+
+
+def refuse_lost(mine: Mapping[str, About], others: Mapping[str, About], where: str) -> None:
+    """Raise OutputError where a push of `mine` would leave adapters among `others` without their basis, or beside
+    those of another base model."""
+    adapters = {part: one for part, one in others.items() if kind_of(part) == "adapter"}
+    bases = {one["base_model"] for one in mine.values()}
+    foreign = [part for part, one in adapters.items() if one["base_model"] not in bases]
+    if foreign:
+        what = f"adapters there ({some(foreign)}) are for another base model, {adapters[foreign[0]]['base_model']}"
+        raise OutputError(what, where=where, fix="Choose another repository")
+    lost = []
+    for part, one in adapters.items():
+        beside = posixpath.normpath(posixpath.join(part, one["basis"]))  # of another source it is no part
+        if one["basis"].startswith(".") and beside in mine and mine[beside]["sha256"] != one["basis_sha256"]:
+            lost.append(part)
+    if lost:
+        what = f"adapters there that are not sent ({some(lost)}) were trained in a basis that this push replaces"
+        raise OutputError(what, where=where, fix="Choose another repository, or delete them in that one")
+
+
+def _from_config(kind: str, text: str) -> About | None:
+    try:
+        return about(kind, parse_json(text))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _checked(kind: str, said: Any) -> About | None:
+    """`said`, of its keys those that we write; None where it is not in that form."""
+    form = _OF_BASIS if kind == "basis" else _OF_ADAPTER
+    if not isinstance(said, dict) or not all(isinstance(said.get(key), of) for key, of in form.items()):
+        return None
+    of_training = {key: said[key] for key in _OF_TRAINING if key in said and kind == "adapter"}
+    try:
+        check_training(of_training, INDEX)
+    except ArtifactError:
+        return None
+    return {key: said[key] for key in form} | ({"evaluation": {}, **of_training} if kind == "adapter" else {})

@@ -72,6 +72,28 @@ print(inspect_folder("me/a")["basis_matches"])
     assert read_json(tmp_path / "peft" / "lorasb.json")["adapter"]["source"] == f"me/a@{refs['me/a']}"
 
 
+def test_a_base_whose_large_files_came_by_xet(hub: Hub, llama: Path, tmp_path: Path) -> None:
+    """As every large file of the Hub does: in its cache they are links to files that all repositories share."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"\xff\x00 words")
+    upload = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo("me/large")
+print(HfApi().upload_folder(repo_id="me/large", folder_path=sys.argv[1]))
+"""
+    hub.run(upload, base)
+    basis = make_basis(tmp_path / "basis", base)
+    config = read_json(basis / "basis_config.json")
+    config["base_model"]["name_or_path"] = "me/large"
+    write_json(basis / "basis_config.json", sealed(config))
+    adapter = make_adapter(tmp_path / "a", basis)
+    hub.lorasb("merge", adapter, "--out", tmp_path / "model", "--verify")
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == b"\xff\x00 words"
+    snapshot = next((hub.home / "hub" / "models--me--large" / "snapshots").iterdir())
+    assert (snapshot / "tokenizer.model").resolve().parents[1].name == "blobs"  # or this has shown nothing
+
+
 def test_what_is_not_in_the_cache_needs_a_connection(hub: Hub) -> None:
     said = hub.lorasb_fails("inspect", "me/never", HF_HUB_OFFLINE="1")
     assert said == (

@@ -26,6 +26,15 @@ llama, sums = fast_tests.llama, fast_tests.sums
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Begun first, longest first, so that no core waits at the end for one long file.
+_LONG = ("test_quickstart", "test_onnx_families", "test_training", "test_torture", "test_serve_shared", "test_onnx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
+
+
 @dataclass(frozen=True)
 class Quickstart:
     """What `lorasb quickstart --json` printed, and where."""

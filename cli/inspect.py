@@ -53,7 +53,20 @@ def run(
         from lorasb_export.calibration.capture import one_line
 
         shown["capture"] = f"{one_line(found['capture'])}; --json lists every module"
-    run.result(found, "\n".join(_lines(shown)))
+    run.result(found, "\n".join(_repository_lines(found) if found["kind"] == "project" else _lines(shown)))
+
+
+def _repository_lines(found: dict[str, Any]) -> list[str]:
+    """Of a project's repository: a line for each basis and each adapter."""
+    width = min(50, max(map(len, found["parts"]), default=0))
+    lines = [f"path: {found['path']}", "kind: project", f"base model: {_in_line(found['base_model'] or 'not named')}"]
+    for part, about in found["parts"].items():
+        rank = f"rank {about['rank']}, " if "rank" in about else ""
+        said = f"{rank}sha256 {about['sha256'][:12]}  {_scores(about.get('evaluation', {}))}"
+        lines.append(f"{_in_line(part):{width}}  {_in_line(said)}".rstrip())
+    if "verified" in found:
+        lines.append(f"verified: {found['verified']['files']} files against {found['verified']['against']}")
+    return lines
 
 
 def _project_lines(found: dict[str, Any]) -> list[str]:

@@ -68,6 +68,9 @@ def test_an_adapter_is_used_by_its_place(any_hub: Hub, project: Path, tmp_path: 
     whole = any_hub.lorasb("inspect", REPO, "--verify")
     assert (whole["kind"], whole["verified"]["files"]) == ("project", 7)
     assert sorted(whole["parts"]) == ["adapters/a", "adapters/b", "basis"]
+    assert whole["base_model"] == "owner/base"
+    lines = any_hub.start(CLI, "inspect", REPO)[1].splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["path:", "kind:", "base", "adapters/a", "adapters/b", "basis"]
 
     for name in ("basis", "adapters/a", "adapters/b"):
         shutil.rmtree(project / name)

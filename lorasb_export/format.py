@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -123,6 +124,22 @@ def check_training(training: Mapping[str, Any], where: object) -> None:
 
 def _are_figures(value: Any) -> bool:
     return isinstance(value, dict) and set(value) >= _FIGURES
+
+
+def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation of that shape, {split: {metric: {base, adapter, rows}}}, with nothing but numbers, or None."""
+    return {
+        split: {metric: {key: finite(of_one[key]) for key in sorted(_FIGURES)} for metric, of_one in of_split.items()}
+        for split, of_split in evaluation.items()
+    }
+
+
+def finite(value: Any) -> float | None:
+    """A number, as others' JSON can say it; None for whatever else a config has in its place."""
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # a whole number too large for arithmetic
+        return None
 
 
 def _is_text(value: Any) -> bool:

@@ -16,9 +16,11 @@ from .data import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
+from .format import figures
 from .kind import artifact_kind
 from .publishing import checksums
-from .publishing.outgoing import SUMS
+from .publishing.outgoing import PROJECT, SUMS
+from .publishing.project_index import INDEX, read_index
 from .settings import DRAWN
 from .storage import folder_bytes, read_header, read_json, sha256_file
 from .task_source import AnySource
@@ -70,6 +72,13 @@ def inspect_folder(
         found["tensors"] = len(read_header(folder / "adapter_model.safetensors"))
     if kind == "peft" and not (folder / "lorasb.json").is_file():
         return found | _stock_peft(read_json(folder / "adapter_config.json"))
+    if kind == PROJECT:
+        index = read_index(read_json(folder / INDEX))
+        parts = {
+            part: {**about, "evaluation": figures(about["evaluation"])} if "evaluation" in about else about
+            for part, about in index["parts"].items()
+        }
+        return found | {"base_model": index["base"], "parts": parts}
     record = read_record(folder) if kind.startswith("onnx") else read_json(folder / "lorasb.json")
     return found | {key: value for key, value in record.items() if key not in _FOUND}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from . import basis_source
 from .errors import ArtifactError, SettingsError
 from .fetch import parse_hub_folder
-from .format import read_adapter_config, read_basis_config
+from .format import figures, finite, read_adapter_config, read_basis_config
 from .kind import artifact_kind
 from .project import Project
 
@@ -93,12 +92,9 @@ def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> d
         "basis": _place(config["basis"], folder, shared, sha256_of),
         "rank": config["r"],
         "modules": len(config["target_modules"]),
-        "steps": _finite(training.get("steps")),
-        "valid_loss": _finite(training.get("valid_loss")),
-        "evaluation": {
-            split: {metric: _figures(figures) for metric, figures in of_split.items()}
-            for split, of_split in training.get("evaluation", {}).items()
-        },
+        "steps": finite(training.get("steps")),
+        "valid_loss": finite(training.get("valid_loss")),
+        "evaluation": figures(training.get("evaluation", {})),
     }
 
 
@@ -116,15 +112,3 @@ def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict
     if sha256_of[place] != named["sha256"]:
         return "missing"
     return "shared" if place == shared else "other"
-
-
-def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _finite(figures[key]) for key in ("base", "adapter", "rows")}
-
-
-def _finite(value: Any) -> float | None:
-    """A number, as others' JSON can say it; None for whatever else a config has in its place."""
-    try:
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:  # a whole number too large for arithmetic
-        return None

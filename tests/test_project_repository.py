@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorasb_cli.main import app
+from typer.testing import CliRunner
 
 from lorasb_export import basis_source
 from lorasb_export.cards.project_card import project_card
 from lorasb_export.cards.sections import NOTHING
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.fetch import HubFolder, parse_hub_folder
+from lorasb_export.inspection import inspect_folder
 from lorasb_export.project import Project
 from lorasb_export.project_push import push_project
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
@@ -127,3 +130,23 @@ def test_the_card_lists_every_figure() -> None:
     text = project_card({"base": base, "parts": parts}, "me/support", NOTHING)
     assert "The first 1,000 of 1,002 figures" in text
     assert text.count("| accuracy |") == 999
+
+
+@pytest.mark.usefixtures("no_network")
+def test_inspect_of_a_copy_takes_what_strangers_write(tmp_path: Path) -> None:
+    about = {"sha256": "a" * 64, "basis": "../../basis", "basis_sha256": "b" * 64, "base_model": "x", "task_type": "y"}
+    figures = {"base": None, "adapter": "<b>", "rows": 10**400}
+    parts: dict[str, Any] = {
+        "adapters/a": about | {"evaluation": {"test": {"accuracy": figures}}, "more": 1},
+        "adapters/b": about | {"evaluation": []},
+        "adapters/../c": about,
+        "basis": 5,
+        "elsewhere": about,
+    }
+    write_json(tmp_path / "lorasb.json", {"kind": "project", "base": "x", "parts": parts})
+    found = inspect_folder(tmp_path)
+    assert (found["kind"], found["base_model"], list(found["parts"])) == ("project", None, ["adapters/a"])
+    evaluation = {"test": {"accuracy": {"base": None, "adapter": None, "rows": None}}}
+    assert found["parts"]["adapters/a"] == about | {"evaluation": evaluation}
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert (done.exit_code, "adapters/a" in done.stdout) == (0, True)

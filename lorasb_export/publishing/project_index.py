@@ -45,23 +45,31 @@ def make_index(base: Mapping[str, Any], parts: Mapping[str, About]) -> dict[str,
     return {"kind": PROJECT, "base": named, "parts": dict(sorted(parts.items()))}
 
 
+def read_index(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`base`, the name of the base model, and `parts` of an index that anybody may have written: what is not in the
+    form of ours is left out."""
+    base, parts = (found if isinstance(found := content.get(key), dict) else {} for key in ("base", "parts"))
+    name = base.get("name_or_path")
+    read = {part: _checked(kind_of(part), said) for part, said in parts.items() if part_of(f"{part}/") == part}
+    return {"base": name if isinstance(name, str) else None, "parts": {p: one for p, one in read.items() if one}}
+
+
 def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[str, About]:
     """What is there and not among `mine`; told by the index, or by their configs where that does not know them.
 
-    Anybody may have written both: what is not in the form of ours is left out.
+    What is in neither in the form of ours is left out.
     """
     try:
-        said = parse_json(repository.text(head, INDEX)).get("parts")
+        known = read_index(parse_json(repository.text(head, INDEX)))["parts"]
     except ValueError:
-        said = None
-    known = said if isinstance(said, dict) else {}
+        known = {}
     found = {}
     for part in sorted({part_of(path) for path in head.files} - {"", *mine}):
         kind = kind_of(part)
         weights = head.files.get(f"{part}/{kind}.safetensors")
         if weights is None or name_problem(posixpath.basename(part)):
             continue
-        one = _checked(kind, known.get(part))
+        one = known.get(part)
         if one is None or (weights.large and weights.digest != one["sha256"]):
             one = _checked(kind, _from_config(kind, repository.text(head, f"{part}/{kind}_config.json")))
         if one is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.hub_client import BASE, Hub, make_adapter, make_basis, serve
+from integration.hub_client import BASE, CLI, Hub, make_adapter, make_basis, serve
 from lorasb_export.format import sealed
 from lorasb_export.storage import read_json, write_json
 
@@ -92,6 +92,25 @@ print(HfApi().upload_folder(repo_id="me/large", folder_path=sys.argv[1]))
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == b"\xff\x00 words"
     snapshot = next((hub.home / "hub" / "models--me--large" / "snapshots").iterdir())
     assert (snapshot / "tokenizer.model").resolve().parents[1].name == "blobs"  # or this has shown nothing
+
+
+def test_a_base_that_others_have_fetched_is_used_offline(hub: Hub, tmp_path: Path) -> None:
+    """They leave out its card, and all that an online look had listed is asked for otherwise."""
+    fetch = """
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:]))
+"""
+    home = {"HF_HOME": str(tmp_path / "home")}
+    for words in ((BASE, "config.json"), ("me/a", "adapter*"), ("me/basis", "basis*")):
+        hub.run(fetch, *words, **home)
+    hub.lorasb("inspect", BASE, **home)  # keeps a list of what there is
+    words = ("merge", "me/a", "--out", tmp_path / "model")
+    assert "the base model was not found" in hub.lorasb_fails(*words, HF_HUB_OFFLINE="1", **home)
+    hub.run(fetch, BASE, "*.safetensors", "*.json", **home)
+    exit_code, _, errors = hub.start(CLI, *words, HF_HUB_OFFLINE="1", **home)
+    assert (exit_code, "what is in the cache of it is taken" in errors) == (0, True)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_what_is_not_in_the_cache_needs_a_connection(hub: Hub) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
-_OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]  # the same model again, in its maker's own format
+# The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
+_NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
 _LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `check_supported` asks for
 
 
@@ -92,7 +93,7 @@ class BaseModel:
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_OTHER_WEIGHTS)
+            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property
@@ -131,9 +132,12 @@ class BaseModel:
 
     @property
     def generates(self) -> bool:
-        """Whether it is a causal language model; one whose config.json does not say is taken for one."""
-        architecture: str = (self.config.get("architectures") or ["ForCausalLM"])[0]
-        return architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        """Whether it is a causal language model; one whose config.json does not say is taken for one if it can be."""
+        if architectures := self.config.get("architectures"):
+            return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     @property
     def stores_transposed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import NamedTuple
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
 from .storage import absolute, expanded, real, sha256_file
+
+logger = logging.getLogger(__name__)
 
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
@@ -125,6 +128,7 @@ def snapshot(
     before: str = "",
     revision: str | None = None,
     but: Sequence[str] = (),
+    cached: Path | None = None,
 ) -> tuple[str, str, Path]:
     """Fetch what `patterns` admit, `but` some, of a Hub repository: its name, the commit it is at, its folder.
 
@@ -133,19 +137,28 @@ def snapshot(
     Args:
         source: `owner/name` or `owner/name@revision`; `revision` wins.
         kind: of the error raised; `before` begins its message.
+        cached: where what there is will do, as long as it has weights: of a base that another program has fetched some
+            text may be missing, such as its card.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     parsed = parse_hub_id(source)
     if parsed is None or expanded(source).exists():
         raise neither_folder_nor_id(source, kind, before)
     name, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
-        folder = with_retries(
-            lambda: snapshot_download(
-                name, revision=revision or tagged, allow_patterns=list(patterns), ignore_patterns=list(but)
+        try:
+            folder = with_retries(
+                lambda: snapshot_download(
+                    name, revision=revision or tagged, allow_patterns=list(patterns), ignore_patterns=list(but)
+                )
             )
-        )
+        except LocalEntryNotFoundError:
+            if cached is None or not any(cached.glob("*.safetensors")):
+                raise
+            logger.warning("%s cannot be looked at on the Hub: what is in the cache of it is taken", source)
+            return name, cached.name, cached
     return name, Path(folder).name, Path(folder)
 
 

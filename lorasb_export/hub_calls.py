@@ -21,9 +21,11 @@ _SAID = 5  # seconds: a wait of so long that the Hub asks for is logged
 _MAX_WAIT = 300  # seconds: for a longer one we give up
 _ANSWERS = {
     401: ("the Hub asks for a valid token", "Run `hf auth login`, or set HF_TOKEN"),
+    402: ("the Hub asks for a payment: a quota is used up", "See the settings of the account there"),
     403: ("this token may not do that", "Use a token that may, with write access for a push"),
     404: ("the Hub has no such repository or revision, or hides it", "Check the name; if it is private, log in"),
     412: ("the repository changed meanwhile; nothing was committed", "Push again: no file is sent twice"),
+    413: ("that is more than the Hub takes at once", "Push fewer adapters at a time"),
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
 }
 _OF_THE_TOKEN = (401, 403, 429)  # what it may, and how often

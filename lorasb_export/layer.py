@@ -45,7 +45,8 @@ class Route:
 class _LoRASBFunction(torch.autograd.Function):
     """Saves u = x·Aᵀ (tokens, r) for the backward pass and nothing of size (tokens, in).
 
-    R is (r, r) with `rows` None; or a stack (k, r, r), of which row i of x (n, t, in) goes through R[rows[i]].
+    R is (r, r) with `rows` None; or a stack (k, r, r), of which row i of x (n, t, in) goes through R[rows[i]]. y is
+    (tokens, out): given the shape of x in here it would be a view, which a model could not change in place (DeBERTa).
     """
 
     @staticmethod
@@ -62,10 +63,11 @@ class _LoRASBFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
         state = state_of(weight)
-        y = linear(x, dequantize(weight, state).to(dtype), None if bias is None else bias.to(dtype))
+        flat = x.reshape(-1, x.shape[-1])
+        y = linear(flat, dequantize(weight, state).to(dtype), None if bias is None else bias.to(dtype))
         u = _onto(x, A)
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
-        _add(y.view(-1, y.shape[-1]), v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
+        _add(y, v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
         ctx.save_for_backward(u, weight, R, rows)
         ctx.B, ctx.A, ctx.scaling, ctx.state = B, A, scaling, state
         return y
@@ -195,4 +197,4 @@ class LoRASBLinear(nn.Module):
             y: torch.Tensor = _LoRASBFunction.apply(
                 x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
             )
-        return y
+        return y.view(*x.shape[:-1], -1)

@@ -77,7 +77,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ArtifactError("file not found", where=path, fix="Check the path")
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            fix = "Run git lfs pull in that folder"
+            raise ArtifactError("a pointer of git-lfs, not the file itself", where=path, fix=fix)
         if size < 8 or length > size - 8:
             raise bad("not a safetensors file, or truncated in its header")
         if length > MAX_JSON_BYTES:

@@ -18,7 +18,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data import TaskData
 from lorasb_export.encoding import encode
-from lorasb_export.errors import BaseModelError, SettingsError
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import GOOD
 from tests.tiny import TEMPLATE, make_bert, make_llama
@@ -189,3 +189,16 @@ def test_a_loaded_network_can_be_pickled(llama: Path) -> None:
     again = pickle.loads(pickle.dumps(network))
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(again(ids).logits, network(ids).logits)
+
+
+@pytest.mark.parametrize(("family", "generates"), [("llama", True), ("gpt2", True), ("deberta-v2", False)])
+def test_a_config_that_names_no_architecture(family: str, generates: bool, tmp_path: Path) -> None:
+    base = BaseModel("x", None, tmp_path, {"model_type": family})
+    assert base.generates is generates
+
+
+def test_a_pointer_of_git_lfs_says_so(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ArtifactError, match=r"a pointer of git-lfs, not the file itself .* Run git lfs pull"):
+        _ = BaseModel.resolve(base).tensors

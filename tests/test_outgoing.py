@@ -158,3 +158,14 @@ def test_a_card_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         push(basis, "me/basis", dry_run=True)
     assert str(caught.value) == (f"not UTF-8 text ({basis / 'README.md'}). Save it as UTF-8, or write it again")
+
+
+def test_a_long_list_of_tokens_hides_no_path() -> None:
+    """`tokenizer_config.json` of some bases has megabytes of added tokens."""
+    content = {
+        "name_or_path": "/home/me/secret/base",
+        "added_tokens_decoder": {str(k): "x" * 60 for k in range(20_000)},
+    }
+    files: outgoing.Files = {"tokenizer_config.json": json.dumps(content).encode()}
+    outgoing.take_out_paths(files)
+    assert json.loads(outgoing.content_of(files["tokenizer_config.json"])) == content | {"name_or_path": "base"}

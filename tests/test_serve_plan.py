@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.errors import OutputError, SettingsError
+from lorasb_export.errors import BaseModelError, OutputError, SettingsError
 from lorasb_export.quickstart import line
 from lorasb_export.serving import plan
 from lorasb_export.storage import read_json, write_json
@@ -59,6 +60,24 @@ def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Pa
         command = dry_run({}, model=str(base), extra=["--seed", "1"])["command"]
         assert ("--override-generation-config" in command) == given
     assert value_of(command, "--override-generation-config") == '{"repetition_penalty": 1.0}'
+
+
+def test_weights_in_mistrals_own_format_are_not_those_that_are_served(folder: Path, tmp_path: Path) -> None:
+    """vLLM would take them, and the config and tokenizer beside them, where another program has fetched all files."""
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    (base / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(BaseModelError, match=r"vLLM would read weights twice \(.*consolidated.safetensors\)"):
+        dry_run({}, model=str(base))
+    write_json(base / "model.safetensors.index.json", {"weight_map": dict.fromkeys(_names(base), "model.safetensors")})
+    command = dry_run({}, model=str(base), extra=["--load-format", "auto"])["command"]
+    given = [value_of(command, flag) for flag in ("--config-format", "--tokenizer-mode", "--load-format")]
+    assert given == ["hf", "hf", "hf"]
+    assert command[-2:] == ["--load-format", "auto"]  # the last counts
+
+
+def _names(base: Path) -> list[str]:
+    with safe_open(base / "model.safetensors", "pt") as weights:
+        return list(weights.keys())
 
 
 def test_dry_run_counts_the_memory_of_the_adapters(folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.factors import ModuleBasis
 from lorasb_export.inference import answers
 from lorasb_export.inject import inject
 from lorasb_export.layer import LoRASBLinear
@@ -26,6 +27,23 @@ def random_adapter(basis: Basis, seed: int) -> Adapter:
     adapter = Adapter.start(basis, scaling=2.0)
     adapter.R = {n: torch.randn(4, 4, generator=generator, dtype=torch.float64) for n in adapter.R}
     return adapter
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_comes_out_may_be_changed_in_place(bias: bool) -> None:
+    """As DeBERTa's attention does; of the base's layer it may be, and its gradient is then R's too."""
+    linear = torch.nn.Linear(5, 4, bias=bias)
+    factors = ModuleBasis(torch.linalg.qr(torch.randn(4, 2))[0], torch.linalg.qr(torch.randn(5, 2))[0].T, torch.ones(2))
+    layer = LoRASBLinear(linear, factors, torch.randn(2, 2), 1.0)
+    x = torch.randn(2, 3, 5)
+    y = layer(x)
+    y /= 2
+    y.square().sum().backward()
+    found, layer.R.grad = layer.R.grad, None
+    (layer(x) / 2).square().sum().backward()
+    assert found is not None
+    assert layer.R.grad is not None
+    assert torch.equal(found, layer.R.grad)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_one_module_is_in_memory_at_a_time(llama: Path, adapter: Adapter) -> Non
         assert torch.allclose(network(IDS).logits, whole(IDS).logits, rtol=1e-5, atol=1e-6)
     assert max(most) == 0  # after its call every module has forgotten its weights
     assert all(p.is_meta for p in network.parameters())
+
+
+def test_weights_of_several_dtypes_are_held_to_the_coarsest(llama: Path, tmp_path: Path) -> None:
+    """Whichever module comes first."""
+    weights = load_file(llama / "model.safetensors")
+    for coarse in ("q_proj", "down_proj"):
+        base = shutil.copytree(llama, tmp_path / coarse)
+        mixed = {k: w.bfloat16() if coarse in k else w for k, w in weights.items()}
+        save_file(mixed, base / "model.safetensors", {"format": "pt"})
+        network = BaseModel.resolve(base).load()
+        found = save_adapter(base, network, tmp_path / f"a-{coarse}", MODULES, relative_size=0.3)
+        assert merge(found, tmp_path / f"model-{coarse}", verify=True)["verify"]["tolerance"] == 0.15
 
 
 def test_rows_of_the_task_where_they_still_lie(llama: Path, adapter: Adapter, sums: Path, tmp_path: Path) -> None:

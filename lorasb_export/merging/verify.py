@@ -56,27 +56,28 @@ def compare_logits(
         task it was measured on (0: built-in text), and whether the weights stayed on the disk (`streamed`).
 
     Raises:
-        ArtifactError: the relative difference exceeds the tolerance of the dtype the weights are stored in.
+        ArtifactError: the relative difference exceeds the tolerance of the coarsest dtype of the adapted weights.
     """
     adapter = adapters[0]
     batch, rows = _batch(base, adapter)
     merged_base = BaseModel.resolve(merged)
     streamed = _streamed(base, merged_base, adapters, batch, rounding)
     expected, found = streamed or _whole(base, merged_base, adapters, batch, rounding)
-    stored = merged_base.tensors[merged_base.weight_key(next(iter(adapter.R)))][1].dtype
+    modules = {name for one in adapters for name in one.R}
+    tolerance = max(_TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
     difference = float((expected - found).abs().max())
     largest = float(expected.abs().max())
     relative = difference / largest if largest else math.inf if difference else 0.0
-    if not relative <= _TOLERANCE[stored]:  # nor NaN
+    if not relative <= tolerance:  # nor NaN
         raise ArtifactError(
-            f"the merged logits differ by {relative:.1e} of the largest, more than {_TOLERANCE[stored]:.0e}",
+            f"the merged logits differ by {relative:.1e} of the largest, more than {tolerance:.0e}",
             where=merged,
             fix="Nothing was written; merge with --dtype float32, or serve the adapter unmerged",
         )
     return {
         "max_difference": difference,
         "relative_difference": relative,
-        "tolerance": _TOLERANCE[stored],
+        "tolerance": tolerance,
         "rows": rows,
         "streamed": streamed is not None,
     }

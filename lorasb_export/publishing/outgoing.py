@@ -55,6 +55,7 @@ _MARKS = {
     **{f"{part}/{kind}.safetensors": PROJECT for part, kind in _PARTS.items()},
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
+_CONFIGS = ("config.json", "tokenizer_config.json")  # of transformers; the second lists all added tokens
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
 _WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
@@ -156,7 +157,7 @@ def take_out_paths(files: Files) -> None:
         ArtifactError: a file of ours is no JSON.
     """
     for name, file in files.items():
-        if not name.endswith(".json") or (name not in _OURS and size_of(file) > _TEXT_BYTES):
+        if not name.endswith(".json") or (name not in (*_OURS, *_CONFIGS) and size_of(file) > _TEXT_BYTES):
             continue
         try:
             content = json.loads(content_of(file))

@@ -15,7 +15,7 @@ from ..adapter import Adapter, load_basis_once
 from ..base import BaseModel, BaseRef
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
-from ..errors import LoraSBError, SettingsError
+from ..errors import BaseModelError, LoraSBError, SettingsError
 from ..names import served_name_problem
 from ..storage import read_json
 from . import flags
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+_MISTRALS_OWN = "consolidated*.safetensors"  # the same weights in the format of their maker
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
 
 
@@ -54,6 +55,8 @@ class ServePlan:
         command += ["--model", str(self.base.folder), flags.SERVED_NAMES, _base_name(self.base)]
         command += ["--host", self.host, "--port", str(self.port), "--dtype", self.dtype]
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
+        if any(self.base.folder.glob(_MISTRALS_OWN)):  # or vLLM would read those weights, and that config and tokenizer
+            command += ["--config-format", "hf", "--tokenizer-mode", "hf", "--load-format", "hf"]
         if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
             command += ["--override-generation-config", '{"repetition_penalty": 1.0}']
         command += self.mode.flags(folder)
@@ -145,6 +148,7 @@ def make_plan(
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
     chosen = _choose_mode(mode, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
+    _check_weights(plan)
     _check_dtype(plan)
     _check_length(plan)
     if os.environ.get(_UPDATING, "0") != "0":
@@ -220,6 +224,15 @@ def _check_length(plan: ServePlan) -> None:
     if size > limit:
         what = f"vLLM's command for {len(plan.names)} adapters is {size:,} bytes, longer than this system's {limit:,}"
         raise SettingsError(what, fix="Serve fewer, under shorter names, with a shorter TMPDIR, or raise `ulimit -s`")
+
+
+def _check_weights(plan: ServePlan) -> None:
+    """Raise BaseModelError where vLLM would read other weights besides those that the fingerprint is of."""
+    folder = plan.base.folder
+    others = sorted(path.name for path in folder.glob(_MISTRALS_OWN))
+    if others and not (folder / "model.safetensors.index.json").is_file():
+        fix = f"Serve a folder without {others[0]}, for example a merged model, or a copy of this one"
+        raise BaseModelError("vLLM would read weights twice", where=folder / others[0], fix=fix)
 
 
 def _penalizes_repetition(base: BaseModel) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from integration.hub_client import BASE, CLI, Hub, make_adapter, make_basis, serve
 from lorasb_export.format import sealed
@@ -75,6 +76,8 @@ print(inspect_folder("me/a")["basis_matches"])
 def test_a_base_whose_large_files_came_by_xet(hub: Hub, llama: Path, tmp_path: Path) -> None:
     """As every large file of the Hub does: in its cache they are links to files that all repositories share."""
     base = shutil.copytree(llama, tmp_path / "base")
+    weights = {name: 2 * weight for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})  # others: of a file it has the Hub sends nothing
     (base / "tokenizer.model").write_bytes(b"\xff\x00 words")
     upload = """
 import sys

@@ -6,29 +6,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
+from integration import one_repository
 from integration.hub_client import CLI, Hub, make_adapter, make_basis
+from integration.one_repository import REPO, copied, pushed
 from lorasb_export import Adapter
 from lorasb_export.publishing.outgoing import SUMS
 
-REPO = "me/support"
-
-
-@pytest.fixture
-def project(adapter: Path, basis: Path) -> Path:
-    """With two adapters in one basis."""
-    make_adapter(basis.parent / "adapters" / "b", basis, seed=5)
-    (basis.parent / "lorasb.toml").write_text(f'[hub]\nrepo = "{REPO}"\n')
-    return basis.parent
-
-
-def pushed(hub: Hub, project: Path, *more: object) -> dict[str, Any]:
-    [result] = hub.lorasb("push", "--config", project / "lorasb.toml", *more)["pushed"]
-    return dict(result)
+project = one_repository.project
 
 
 def test_one_commit_brings_all_and_only_what_changed_is_sent(any_hub: Hub, project: Path) -> None:
@@ -101,12 +88,9 @@ def test_all_of_them_are_served(any_hub: Hub, project: Path) -> None:
 
 def test_a_download_of_it_is_whole(any_hub: Hub, project: Path, tmp_path: Path) -> None:
     pushed(any_hub, project)
-    for path in any_hub.files(REPO):
-        there = tmp_path / "copy" / path
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(any_hub.content(REPO, path))
-    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=tmp_path / "copy", check=True)
-    adapter = Adapter.load(tmp_path / "copy" / "adapters" / "b")
+    copy = copied(any_hub, tmp_path / "copy")
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=copy, check=True)
+    adapter = Adapter.load(copy / "adapters" / "b")
     adapter.load_basis()
     own = Adapter.load(project / "adapters" / "b")
     assert all(torch.equal(adapter.R[name], own.R[name]) for name in own.R)

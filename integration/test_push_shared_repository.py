@@ -7,26 +7,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from integration import one_repository
 from integration.hub_client import CLI, Hub, make_adapter, make_basis
+from integration.one_repository import REPO, copied, pushed
 from lorasb_export import Adapter
 from lorasb_export.format import sealed
 from lorasb_export.publishing.outgoing import SUMS
 from lorasb_export.storage import read_json, write_json
 
-REPO = "me/support"
+project = one_repository.project
 Edit = Callable[[str, "bytes | None"], None]
-
-
-@pytest.fixture
-def project(adapter: Path, basis: Path) -> Path:
-    """With two adapters in one basis."""
-    make_adapter(basis.parent / "adapters" / "b", basis, seed=5)
-    (basis.parent / "lorasb.toml").write_text(f'[hub]\nrepo = "{REPO}"\n')
-    return basis.parent
 
 
 @pytest.fixture
@@ -49,11 +42,6 @@ def edit(any_hub: Hub) -> Edit:
         repo.commit("main", files | ({} if content is None else {path: any_hub.store.regular(content)}), "by hand")
 
     return edit
-
-
-def push(hub: Hub, project: Path, *more: object) -> dict[str, Any]:
-    [result] = hub.lorasb("push", "--config", project / "lorasb.toml", *more)["pushed"]
-    return dict(result)
 
 
 def refused(hub: Hub, project: Path, *more: object) -> str:
@@ -79,7 +67,7 @@ def parts(hub: Hub) -> list[str]:
 
 @pytest.mark.parametrize("index", ["as pushed", "without an entry", "gone"])
 def test_no_adapter_loses_its_basis(any_hub: Hub, project: Path, theirs: Path, edit: Edit, index: str) -> None:
-    push(any_hub, theirs)
+    pushed(any_hub, theirs)
     if index == "without an entry":
         said = json.loads(any_hub.content(REPO, "lorasb.json"))
         said["parts"]["adapters/c"]["evaluation"] = None
@@ -94,7 +82,7 @@ def test_no_adapter_loses_its_basis(any_hub: Hub, project: Path, theirs: Path, e
 
 def test_a_basis_that_moves_takes_nothing_away(any_hub: Hub, project: Path, theirs: Path) -> None:
     """Though the push holds the old one, under another name."""
-    push(any_hub, theirs)
+    pushed(any_hub, theirs)
     old = shutil.copytree(project / "basis", project / "old")
     renewed(project, any_hub, "b")
     make_adapter(project / "adapters" / "a", old, seed=1)
@@ -103,13 +91,13 @@ def test_a_basis_that_moves_takes_nothing_away(any_hub: Hub, project: Path, thei
 
 def test_an_adapter_that_names_a_commit_keeps_its_basis(any_hub: Hub, project: Path, theirs: Path) -> None:
     """In a private repository, whatever the push says of public ones."""
-    push(any_hub, project)
+    pushed(any_hub, project)
     config = read_json(theirs / "adapters" / "c" / "adapter_config.json")
     config["basis"]["source"] = f"{REPO}/basis@{any_hub.repos[REPO].refs['main']}"
     write_json(theirs / "adapters" / "c" / "adapter_config.json", sealed(config))
-    push(any_hub, theirs, "--public")
+    pushed(any_hub, theirs, "--public")
     renewed(project, any_hub, "a", "b")
-    push(any_hub, project)
+    pushed(any_hub, project)
     assert any_hub.lorasb("inspect", f"{REPO}/adapters/c")["basis_matches"]
 
 
@@ -136,7 +124,7 @@ except ServerError as error:
     said = any_hub.run(race, project, theirs, REPO)
     assert said.startswith("the repository changed meanwhile; nothing of this push was committed")
     assert parts(any_hub) == ["adapters/c", "basis"]
-    push(any_hub, project)
+    pushed(any_hub, project)
     assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/c", "basis"]
 
 
@@ -144,7 +132,7 @@ def test_a_damaged_basis_inside_an_adapter_is_not_published(any_hub: Hub, projec
     adapter = Adapter.load(project / "adapters" / "b")
     adapter.load_basis()
     adapter.save(project / "adapters" / "e", embed=True)
-    push(any_hub, project)
+    pushed(any_hub, project)
     assert any_hub.lorasb("inspect", f"{REPO}/adapters/e")["basis_matches"]
     for damage in (b"damaged", None):
         os.unlink(project / "adapters" / "e" / "basis.safetensors")
@@ -156,11 +144,11 @@ def test_a_damaged_basis_inside_an_adapter_is_not_published(any_hub: Hub, projec
 
 
 def test_what_was_put_beside_the_parts_stays(any_hub: Hub, project: Path, edit: Edit) -> None:
-    push(any_hub, project)
+    pushed(any_hub, project)
     for path in ("model.onnx", "full.safetensors", "adapters/a/notes.txt"):
         edit(path, b"by hand")
     make_adapter(project / "adapters" / "d", project / "basis", seed=4)
-    assert push(any_hub, project)["deleted"] == []
+    assert pushed(any_hub, project)["deleted"] == []
     assert {"model.onnx", "full.safetensors", "adapters/a/notes.txt"} <= set(any_hub.files(REPO))
 
 
@@ -192,34 +180,34 @@ def test_an_adapter_whose_basis_is_gone_is_left_out(any_hub: Hub, project: Path)
 
 
 def test_an_index_of_another_hand_harms_nobody(any_hub: Hub, project: Path, edit: Edit) -> None:
-    push(any_hub, project)
+    pushed(any_hub, project)
     index = json.loads(any_hub.content(REPO, "lorasb.json"))
     index["parts"] |= {"bases/z": {"sha256": "x", "rank": 4, "base_model": "y", "basis_sha256": "y"}, "adapters/0": 7}
     for path in ("bases/z/basis.safetensors", "bases/z/basis_config.json", "adapters/0/adapter.safetensors"):
         edit(path, b"{}")
     edit("lorasb.json", json.dumps(index).encode())
     make_adapter(project / "adapters" / "d", project / "basis", seed=4)
-    push(any_hub, project)
+    pushed(any_hub, project)
     assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/d", "bases/z", "basis"]
 
 
 def test_checksums_of_another_hand_are_not_overwritten(any_hub: Hub, project: Path, theirs: Path, edit: Edit) -> None:
-    push(any_hub, project)
+    pushed(any_hub, project)
     edit(SUMS, any_hub.content(REPO, SUMS) + b"a line\n")
     assert f"{SUMS} there is not as a push writes it" in refused(any_hub, theirs)
 
 
 def test_one_adapter_by_its_name(any_hub: Hub, project: Path) -> None:
     """With the repository in lorasb.toml; the others stay as they are."""
-    made = push(any_hub, project, "a")
+    made = pushed(any_hub, project, "a")
     assert made["kind"] == "project"
     assert parts(any_hub) == ["adapters/a", "basis"]
-    push(any_hub, project)
+    pushed(any_hub, project)
     for name in "ab":
         shutil.rmtree(project / "adapters" / name)
         make_adapter(project / "adapters" / name, project / "basis", seed=6)
     before = any_hub.content(REPO, "adapters/a/adapter.safetensors")
-    push(any_hub, project, "b")
+    pushed(any_hub, project, "b")
     assert any_hub.content(REPO, "adapters/a/adapter.safetensors") == before
     for folder in (project / "basis", any_hub.base):
         assert f"{REPO} is for the project's basis and adapters" in refused(any_hub, project, folder)
@@ -228,14 +216,11 @@ def test_one_adapter_by_its_name(any_hub: Hub, project: Path) -> None:
 
 
 def test_a_copy_of_it_is_not_overwritten(any_hub: Hub, project: Path, tmp_path: Path) -> None:
-    push(any_hub, project)
-    for path in any_hub.files(REPO):
-        there = tmp_path / "copy" / path
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(any_hub.content(REPO, path))
-    words = ("merge", project / "adapters" / "a", "--out", tmp_path / "copy", "--overwrite")
+    pushed(any_hub, project)
+    copy = copied(any_hub, tmp_path / "copy")
+    words = ("merge", project / "adapters" / "a", "--out", copy, "--overwrite")
     assert "the target exists and is not a folder lorasb wrote" in any_hub.lorasb_fails(*words)
-    said = any_hub.lorasb_fails("push", tmp_path / "copy", "--repo", "me/other")
+    said = any_hub.lorasb_fails("push", copy, "--repo", "me/other")
     assert "a whole project is not pushed as a folder" in said
     said = any_hub.lorasb_fails("merge", f"{REPO}/adapter/a")
     assert "of a project's repository owner/name/adapters/NAME" in " ".join(said.split())

@@ -20,22 +20,17 @@ ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
 BASIS_FILES = ("basis_config.json", "basis.safetensors")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # The folders of the repository of a whole project; in the last two lie folders with names, as names.name_problem has
 # them. A path of any other form is one of this disk.
 BASIS, BASES, ADAPTERS = "basis", "bases", "adapters"
+PARTS = {BASIS: "basis", f"{BASES}/*": "basis", f"{ADAPTERS}/*": "adapter"}  # and what each is
+
+_REPO, _REVISION = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", r"(?:@([\w./-]+))?"
 _PART = rf"{BASIS}|(?:{BASES}|{ADAPTERS})/[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}"
-_HUB_FOLDER = re.compile(rf"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/({_PART}))?(?:@([\w./-]+))?")
-_HUB_ADAPTERS = re.compile(rf"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/{ADAPTERS}(@[\w./-]+)?")
-_OF_PROJECT = {f"{ADAPTERS}/*": ADAPTER_FILES + BASIS_FILES, BASIS: BASIS_FILES, f"{BASES}/*": BASIS_FILES}
+_HUB_FOLDER = re.compile(rf"{_REPO}(?:/({_PART}))?{_REVISION}")
+_HUB_ADAPTERS = re.compile(rf"{_REPO}/{ADAPTERS}{_REVISION}")
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv")
-
-
-def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
-    """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
-    match = _HUB_ID.fullmatch(str(source))
-    return None if match is None or ".." in str(source) else (match.group(1), match.group(2))
 
 
 class HubFolder(NamedTuple):
@@ -56,6 +51,12 @@ def parse_hub_folder(source: str | Path) -> HubFolder | None:
     if match is None or ".." in str(source):
         return None
     return HubFolder(match.group(1), match.group(2) or "", match.group(3))
+
+
+def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
+    """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
+    found = parse_hub_folder(source)
+    return None if found is None or found.path else (found.repo, found.revision)
 
 
 def is_hub_id(name: object) -> bool:
@@ -114,8 +115,10 @@ def adapters_folder(source: str) -> Path:
     match = None if expanded(source).exists() else _HUB_ADAPTERS.fullmatch(source)
     if match is None:
         return expanded(source)
-    wanted = [f"{part}/{file}" for part, files in _OF_PROJECT.items() for file in files]
-    name, commit, root = snapshot(match.group(1) + (match.group(2) or ""), wanted, ArtifactError)
+    files = {"adapter": (*ADAPTER_FILES, *BASIS_FILES), "basis": BASIS_FILES}
+    wanted = [f"{part}/{file}" for part, kind in PARTS.items() for file in files[kind]]
+    repo = HubFolder(match.group(1), revision=match.group(2))
+    name, commit, root = snapshot(str(repo), wanted, ArtifactError)
     for file in sorted(path for path in root.rglob("*") if path.is_file() and not _is_intact(path)):
         _fetch_again(name, commit, root, file.relative_to(root).as_posix())
     return root / ADAPTERS

@@ -9,9 +9,10 @@ from typing import Any
 from ..atomic import atomic_file
 from ..choices import NF4, SEQ_CLS
 from ..errors import ArtifactError
-from ..fetch import is_hub_id, leads_out
+from ..fetch import leads_out
 from ..names import some
 from ..storage import utf8
+from .loading import adapter_lines, model_class_of, outputs, source_of
 from .readme import assemble, update
 from .sections import (
     NOTHING,
@@ -27,11 +28,8 @@ from .sections import (
     limits,
     metadata,
     method,
-    model_class_of,
-    outputs,
     provenance_table,
     retained,
-    source_of,
     training_table,
 )
 
@@ -109,8 +107,6 @@ def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOT
         "trained parameters": training.get("trainable_parameters"),
         "LoRA of this rank on these modules": training.get("lora_parameters"),
     }
-    elsewhere = "" if is_hub_id(base.get("name_or_path")) else " --model path/to/the/base/model"
-    served = f"lorasb serve --adapters {name}{elsewhere}    # OpenAI-compatible\n" if task_type != SEQ_CLS else ""
     body = f"""# {_task(training)}: a LoRA-SB adapter for {base_link(base)}
 
 One trained {config["r"]} × {config["r"]} matrix `R` for each of {len(config["target_modules"])} linear layers.
@@ -119,19 +115,7 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 
 ## How to load it
 
-With the Python package `lorasb`:
-
-```python
-from lorasb_export import Adapter
-from transformers import {model_class_of(task_type)} as AutoModel
-
-model = AutoModel.from_pretrained({source_of(base)}{outputs(training)})
-Adapter.load("{name}").inject(model)
-```
-
-```bash
-lorasb merge {name} --out model{elsewhere}    # a plain model folder
-{served}```
+{adapter_lines(base, task_type, training, name, [name] if task_type != SEQ_CLS else [])}
 {method(numbers)}{_trained(training, facts)}"""
     made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
     return _card(body, base, made, facts, name, task_type, training, library="lorasb")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..choices import SEQ_CLS
-from ..fetch import ADAPTERS, is_hub_id
+from ..fetch import ADAPTERS
+from .loading import adapter_lines
 from .readme import assemble
-from .sections import Facts, base_link, grid, limits, metadata, model_class_of, outputs, provenance_table, source_of
+from .sections import Facts, base_link, figure_rows, grid, limits, metadata, provenance_table
 
 _MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
 
@@ -20,26 +21,14 @@ def project_card(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     bases = {part: about for part, about in parts.items() if part not in adapters}
     first, about = next(iter(adapters.items()))
     task_type = about["task_type"]
-    elsewhere = "" if is_hub_id(base["name_or_path"]) else " --model path/to/the/base/model"
+    served = [f"{name}/{part}" for part in adapters if adapters[part]["task_type"] != SEQ_CLS][:2]
     body = f"""# {len(adapters):,} LoRA-SB adapters for {base_link(base)}
 
 Each adds `s·B·R·A` to the weights of linear layers, and is a file of its `R` alone.{_shared(bases)}
 
 ## How to load one
 
-With the Python package `lorasb`:
-
-```python
-from lorasb_export import Adapter
-from transformers import {model_class_of(task_type)} as AutoModel
-
-model = AutoModel.from_pretrained({source_of(base)}{outputs(about)})
-Adapter.load("{name}/{first}").inject(model)
-```
-
-```bash
-lorasb merge {name}/{first} --out model{elsewhere}    # a plain model folder
-{_serve(name, [part for part in adapters if adapters[part]["task_type"] != SEQ_CLS], elsewhere)}```
+{adapter_lines(base, task_type, about, f"{name}/{first}", served)}
 {_table(adapters)}"""
     keys = metadata(base, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
     made = {f"{part} sha256": about["sha256"] for part, about in bases.items()}
@@ -54,13 +43,6 @@ def _shared(bases: Mapping[str, Any]) -> str:
     return f" The frozen `B` and `A`, which many share, lie here once: {places}."
 
 
-def _serve(name: str, parts: Sequence[str], elsewhere: str) -> str:
-    if not parts:
-        return ""
-    named = ",".join(f"{name}/{part}" for part in parts[:2])
-    return f"lorasb serve --adapters {named}{elsewhere}    # OpenAI-compatible\n"
-
-
 def _table(adapters: Mapping[str, Any]) -> str:
     """What every adapter scores on held-out rows, beside the base."""
     rows = [row for part, about in adapters.items() for row in _figures(part, about["evaluation"])]
@@ -73,7 +55,5 @@ def _figures(part: str, evaluation: Mapping[str, Any]) -> Iterator[list[Any]]:
     name = part.partition("/")[2]
     if not any(evaluation.values()):
         yield [name, *["-"] * 5]
-    for split, metrics in evaluation.items():
-        for metric, found in metrics.items():
-            base = "-" if found["base"] is None else found["base"]
-            yield [name, split, metric, found["rows"], base, found["adapter"]]
+    for figures in figure_rows(evaluation):
+        yield [name, *figures]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,31 +88,6 @@ def base_link(base: Mapping[str, Any]) -> str:
     if is_hub_id(name):
         return f"`{name}`"
     return f"`{_shown(name)}` (a base model that is not on the Hub)" if name else "a base model"
-
-
-def source_of(base: Mapping[str, Any]) -> str:
-    """The arguments that `from_pretrained` loads the base by."""
-    if not is_hub_id(base.get("name_or_path")):
-        return '"path/to/the/base/model"'
-    revision = f", revision={quoted(base['revision'])}" if base.get("revision") else ""
-    return f'"{base["name_or_path"]}"{revision}'
-
-
-def model_class_of(task_type: str | None) -> str:
-    """What transformers loads the base with."""
-    return "AutoModelForSequenceClassification" if task_type == SEQ_CLS else "AutoModelForCausalLM"
-
-
-def outputs(training: Mapping[str, Any]) -> str:
-    """The arguments with which a classifier's base gets a head of the right size, and its classes their names.
-
-    That head comes with the adapter: one of another size, which the base may have, is passed over.
-    """
-    if training.get("regression"):
-        return ", num_labels=1, ignore_mismatched_sizes=True"
-    names = (quoted(str(label)) for label in training.get("labels") or [])
-    named = ", ".join(f"{k}: {name}" for k, name in enumerate(names))
-    return f", id2label={{{named}}}, ignore_mismatched_sizes=True" if named else ""
 
 
 def basis_shown(basis: Mapping[str, Any]) -> str:
@@ -233,20 +207,21 @@ def evaluation(training: Mapping[str, Any], note: str) -> str:
         return ""
     chosen_on = "valid" if training.get("best_step") is not None or training.get("learning_rates") else None
     rows = [
-        [
-            f"{split} (these rows also chose the checkpoint)" if split == chosen_on else split,
-            metric,
-            found["rows"],
-            "-" if found["base"] is None else found["base"],
-            found["adapter"],
-        ]
-        for split, metrics in training.get("evaluation", {}).items()
-        for metric, found in metrics.items()
+        [f"{split} (these rows also chose the checkpoint)" if split == chosen_on else split, *figures]
+        for split, *figures in figure_rows(training.get("evaluation", {}))
     ]
     if not rows:
         return "\n## Evaluation\n\nNot evaluated on held-out rows beside the base.\n"
     before = f"On held-out rows, the base asked the same way; greedy decoding where the metric is of answers.{note}"
     return grid("Evaluation", ["split", "metric", "rows", "base", "adapter"], rows, before=before)
+
+
+def figure_rows(evaluation: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Split, metric, rows, the base's figure and the adapter's."""
+    for split, metrics in evaluation.items():
+        for metric, found in metrics.items():
+            base = "-" if found["base"] is None else found["base"]
+            yield [split, metric, found["rows"], base, found["adapter"]]
 
 
 def capture(found: Mapping[str, Any]) -> str:
@@ -326,11 +301,6 @@ def _shown(value: object) -> str:
     if os.path.isabs(text) or text.startswith((".", "~")):
         text = os.path.basename(os.path.normpath(text))
     return as_words(text).replace("|", "\\|")
-
-
-def quoted(text: str) -> str:
-    """A string of Python, which may stand in a card: no mark of its end is in it."""
-    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def as_words(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..base import BaseModel
 from ..errors import ArtifactError
-from ..fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES
+from ..fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
 from ..format import sealed
 from ..kind import artifact_kind
 from ..provenance import without_folders
@@ -37,10 +37,8 @@ _ALLOWED = {
     "onnx": (*_GRAPHS, *TEXTS, *_ALWAYS),
     "onnx-adapters": (*_GRAPHS, *TEXTS, *_ALWAYS),
 }
-# In the repository of a whole project: the basis that its tasks share, other bases, adapters.
-_PARTS = {BASIS: "basis", f"{BASES}/*": "basis", f"{ADAPTERS}/*": "adapter"}
 _PART = re.compile(rf"(?:{BASIS}|(?:{BASES}|{ADAPTERS})/[^/]+)(?=/)")
-_IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in _PARTS.items() for pattern in _ALLOWED[kind])
+_IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in PARTS.items() for pattern in _ALLOWED[kind])
 # Without it a folder is of no use. The weights of the other kinds are read, and so found missing.
 _NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
 _DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand as they are
@@ -52,7 +50,7 @@ _MARKS = {
     "adapter_model.safetensors": "peft",
     "*.onnx": "onnx",
     "*.safetensors": "merged",
-    **{f"{part}/{kind}.safetensors": PROJECT for part, kind in _PARTS.items()},
+    **{f"{part}/{kind}.safetensors": PROJECT for part, kind in PARTS.items()},
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _CONFIGS = ("config.json", "tokenizer_config.json")  # of transformers; the second lists all added tokens

@@ -32,7 +32,7 @@ from .folder_card import Licences, folder_card
 from .outgoing import PROJECT, SUMS, Files, Seen
 from .plan import card_change, check_target, planned
 from .project_index import INDEX, About, about, kind_of, make_index, others, refuse_lost
-from .repository import Head, Repository, compare, is_of_one, is_stored, refuse_other
+from .repository import Head, Repository, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,9 @@ def push_parts(
     kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *read}}
     files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
     message = message or "Upload project with lorasb"
-    if (changed := len(compare(files, head).written)) > _MANY:
-        logger.warning("%s files in one commit: if the Hub gives up, push some adapters by their names first", changed)
     plan = planned(repository, files, head, PROJECT, public, message)
+    if (changed := sum(file["change"] != "same" for file in plan["files"])) > _MANY:
+        logger.warning("%s files in one commit: if the Hub gives up, push some adapters by their names first", changed)
     plan |= {"skipped": [path for one in read.values() for path in one.skipped], "card": readme.front_matter(text)}
     if dry_run:
         return plan | card_change(theirs, text, head), failed

@@ -7,12 +7,15 @@ from pathlib import Path
 from .errors import BaseModelError
 from .storage import FLOATS, TensorInfo, read_header, read_json
 
+_OUTPUT_EMBEDDING = "lm_head.weight"
+
 
 def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Checkpoint tensor name → (file, header entry), in file order; no weights are read.
 
     Raises:
-        BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats.
+        BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats. An
+            output embedding that none holds is left to transformers: it ties many to the input's.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     weight_map = None if whole.is_file() or not index.is_file() else _weight_map(index)
@@ -24,9 +27,9 @@ def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
             fix="Load it once with transformers, save_pretrained(new_folder), and copy the tokenizer's files there",
         )
     found = {name: (file, info) for file in files for name, info in read_header(file).items()}
-    if weight_map is not None and set(found) != set(weight_map):
-        odd = sorted(set(found) ^ set(weight_map))[0]
-        raise BaseModelError(f"index and files disagree about tensor {odd}", where=index, fix="Fetch it again")
+    if missing := sorted(set(weight_map or ()) - set(found) - {_OUTPUT_EMBEDDING}):
+        what = f"the index names tensor {missing[0]}, which no file holds"
+        raise BaseModelError(what, where=index, fix="Fetch it again")
     for name, (file, info) in found.items():
         if name.endswith(".weight") and info.dtype not in FLOATS:
             fix = "Use a full-precision checkpoint"

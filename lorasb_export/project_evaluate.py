@@ -60,8 +60,8 @@ def evaluate_adapters(
         resume: take figures of the same data that are in a card from there.
 
     Yields:
-        each word and what `evaluate` gives; or its error, where it alone is at fault: the next one is scored all the
-        same. The error of a single one is raised.
+        each word and what `evaluate` gives, with `recorded`, whether its card has the figures; or its error, where it
+        alone is at fault: the next one is scored all the same. The error of a single one is raised.
 
     Raises:
         SettingsError: an adapter does not say what it was trained on; `resume` where no card would have the figures, or
@@ -110,7 +110,7 @@ def evaluate_adapters(
             figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
             if resume and figures.get("data_sha256") == task.sha256:
                 of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
-                known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows}
+                known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows, "recorded": True}
                 continue
             if into_cards and not was_held_out(adapter, task, of_split):
                 what = f"{word}: `fit` did not have these rows, and some {of_split} rows may have been trained on"
@@ -155,17 +155,21 @@ def evaluate_adapters(
         else:
             if file is not None:
                 file.append(word, outcome)
-            if into_cards and word not in changed:
-                _record(word, adapter, {**outcome, "data_sha256": task.sha256})
+            into_card = into_cards and word not in changed
+            outcome["recorded"] = into_card and _record(word, adapter, {**outcome, "data_sha256": task.sha256})
         yield word, outcome
 
 
-def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> None:
+def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> bool:
+    """Put the figures into the adapter's card, if it lies in a folder of the user's; returns whether they are there."""
     if adapter.folder is None or adapter.hub_source is not None:
-        return
+        return False
     config = adapter.folder / "adapter_config.json"
-    if not (config.is_symlink() and is_blob(config.resolve())):  # a folder of the Hub's cache may be named too
-        try:
-            record_evaluation(adapter, result)
-        except (OSError, ArtifactError) as error:
-            logger.warning("The card of %s stays as it was: %s", word, error)
+    if config.is_symlink() and is_blob(config.resolve()):  # a folder of the Hub's cache may be named too
+        return False
+    try:
+        record_evaluation(adapter, result)
+    except (OSError, ArtifactError) as error:
+        logger.warning("The card of %s stays as it was: %s", word, error)
+        return False
+    return True

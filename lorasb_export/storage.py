@@ -142,7 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         if isinstance(error, LoraSBError):
             raise
-        raise ArtifactError(f"unreadable JSON: {error}", where=path, fix="Write or fetch it again") from None
+        fix = "Correct it, or write or fetch it again"
+        raise ArtifactError(f"unreadable JSON: {error}", where=path, fix=fix) from None
 
 
 def parse_json(text: str | bytes) -> dict[str, Any]:

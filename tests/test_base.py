@@ -20,8 +20,9 @@ from lorasb_export.data import TaskData
 from lorasb_export.encoding import encode
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.storage import read_json, write_json
 from tests.rows import GOOD
-from tests.tiny import TEMPLATE, make_bert, make_llama
+from tests.tiny import TEMPLATE, make_bert, make_llama, write_index
 from tests.training import SETTINGS
 
 
@@ -202,3 +203,22 @@ def test_a_pointer_of_git_lfs_says_so(tmp_path: Path) -> None:
     (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ArtifactError, match=r"a pointer of git-lfs, not the file itself .* Run git lfs pull"):
         _ = BaseModel.resolve(base).tensors
+
+
+def test_an_index_that_names_an_output_embedding_which_is_tied(tmp_path: Path) -> None:
+    """transformers ties it; what it would have to invent is refused."""
+    base = make_llama(tmp_path / "base")
+    write_index(base)
+    index = read_json(base / "model.safetensors.index.json")
+
+    def name_too(tensor: str) -> BaseModel:
+        weight_map = index["weight_map"] | {tensor: "model-1.safetensors"}
+        write_json(base / "model.safetensors.index.json", index | {"weight_map": weight_map})
+        return BaseModel.resolve(base)
+
+    found = name_too("lm_head.weight")
+    network = found.load()
+    assert "lm_head.weight" not in found.tensors
+    assert torch.equal(network.lm_head.weight, network.model.embed_tokens.weight)
+    with pytest.raises(BaseModelError, match=r"names tensor model.norm2.weight, which no file holds"):
+        _ = name_too("model.norm2.weight").tensors

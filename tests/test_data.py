@@ -239,3 +239,13 @@ def test_rows_in_memory(tmp_path: Path) -> None:
 def test_bad_rows_in_memory_are_named(splits: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         task_of("t", splits)
+
+
+@pytest.mark.parametrize(("labels", "warns"), [([0.0, 1.0], True), ([0.5, 1.0], False), ([0, 1], False)])
+def test_classes_that_are_written_as_numbers_with_a_fraction_are_told_of(
+    labels: list[float], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As pandas writes a column of whole numbers that had an empty cell."""
+    task = task_of(f"of {labels}", {"train": [{"text": "a", "label": label} for label in labels]})
+    assert ("learnt as numbers (regression). Write 1 for 1.0" in caplog.text) == warns
+    assert task.regression == isinstance(labels[0], float)

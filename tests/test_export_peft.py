@@ -187,6 +187,17 @@ def test_what_peft_would_take_for_experts_is_refused(
     assert "the type of the base could not be looked up" in caplog.text
 
 
+def test_what_peft_refuses_in_models_of_mambas_kind_is_refused_here(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[0].mlp.out_proj = torch.nn.Linear(32, 48)
+    base = save_base(model, tmp_path / "base")
+    save_adapter(base, model, tmp_path / "adapter", ["model.layers.0.mlp.out_proj"])
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    write_json(base / "config.json", read_json(base / "config.json") | {"model_type": "mamba2"})
+    with pytest.raises(BaseModelError, match=r"mamba2 PEFT takes no adapter for model.layers.0.mlp.out_proj"):
+        export_peft(tmp_path / "adapter", tmp_path / "again")
+
+
 def test_a_layer_whose_weight_others_read_is_refused(tmp_path: Path) -> None:
     model = llama()
     model.model.layers[0].mlp.dt_proj = torch.nn.Linear(32, 48)

@@ -232,15 +232,14 @@ def _decompose(
 ) -> tuple[dict[str, ModuleBasis], dict[str, float], CaptureRatios]:
     """Every gradient sum as its factors, the share of the step's energy they keep, and of the gradient itself.
 
-    Sums are freed as they are used. Raises BaseModelError for one that is zero.
+    Sums are freed as they are used. Raises BaseModelError where some are zero.
     """
-    for name, gradient in sums.items():
-        if not gradient.any():
-            raise BaseModelError(
-                "the module received no gradient: these rows never use it",
-                where=name,
-                fix=f"Calibrate on more rows, or leave it out: {WHERE_TARGETS}",
-            )
+    if without := sorted(name for name, gradient in sums.items() if not gradient.any()):
+        raise BaseModelError(
+            f"{len(without)} of {len(sums)} modules received no gradient: these rows never use them",
+            where=some(without),
+            fix=f"Calibrate on more rows, or leave them out: {WHERE_TARGETS}",
+        )
     modules, energy, ratios = {}, {}, CaptureRatios()
     for name in progress_bar(sorted(sums), desc="SVD"):
         gradient = sums.pop(name).to(device)

@@ -29,6 +29,7 @@ _FUSED = frozenset(
     "glm4_moe_lite glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next solar_open".split()
 )
 _TAKEN_FOR_EXPERTS = (".gate", ".gate_proj", ".up_proj", ".down_proj")
+_MAMBA = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())  # whose out_proj PEFT refuses
 
 
 def export_peft(
@@ -95,16 +96,22 @@ def peft_config(adapter: Adapter, *, transposed: bool) -> dict[str, Any]:
 
 
 def _refuse_what_peft_ignores(adapter: Adapter, base: str | Path | None) -> None:
-    """Raise BaseModelError where PEFT would load the adapter, and answer as the base does, or nearly."""
-    fix = "Use `lorasb merge`"
-    if name := next((name for name in sorted(adapter.R) if name.endswith(".dt_proj")), None):
-        what = f"PEFT would put a layer around {name}, whose weight Mamba's layers read without asking it"
-        raise BaseModelError(what, where=adapter.folder, fix=fix)
-    name = next((name for name in sorted(adapter.R) if name.endswith(_TAKEN_FOR_EXPERTS)), None)
-    family = _family(adapter, base) if name else None
-    if family in _FUSED:
-        what = f"in models of the type {family} PEFT takes {name} for an expert, and would leave its adapter out"
-        raise BaseModelError(what, where=adapter.folder, fix=fix)
+    """Raise BaseModelError where PEFT would refuse the adapter, or load it and answer as the base does, or nearly."""
+
+    def first(*endings: str) -> str | None:
+        return next((name for name in sorted(adapter.R) if name.endswith(endings)), None)
+
+    def refuse(what: str) -> None:
+        raise BaseModelError(what, where=adapter.folder, fix="Use `lorasb merge`")
+
+    if name := first(".dt_proj"):
+        refuse(f"PEFT would put a layer around {name}, whose weight Mamba's layers read without asking it")
+    taken, out_proj = first(*_TAKEN_FOR_EXPERTS), first(".out_proj")
+    family = _family(adapter, base) if taken or out_proj else None
+    if taken and family in _FUSED:
+        refuse(f"in models of the type {family} PEFT takes {taken} for an expert, and would leave its adapter out")
+    if out_proj and family in _MAMBA:
+        refuse(f"in models of the type {family} PEFT takes no adapter for {out_proj}")
 
 
 def _family(adapter: Adapter, base: str | Path | None) -> str | None:
@@ -115,7 +122,9 @@ def _family(adapter: Adapter, base: str | Path | None) -> str | None:
         folder, _ = resolve_folder(source, ("config.json",))
         return str(read_json(folder / "config.json").get("model_type"))
     except LoraSBError as error:
-        what = "the type of the base could not be looked up, and in some mixtures of experts PEFT leaves layers out"
+        what = (
+            "the type of the base could not be looked up, and in some families PEFT leaves layers out, or refuses them"
+        )
         logger.warning("%s: %s", what, error)
         return None
 

@@ -22,7 +22,7 @@ SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")
 def run(
     run: Run,
     adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, folders or Hub ids; all by default.")
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="Names, folders or Hub ids; all by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data to score on, if not the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,

@@ -20,7 +20,7 @@ def run(
     adapter: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ADAPTER]...",
+            metavar="ADAPTER",
             help="Names, folders or Hub ids. Default: the first task's; for a new onnx-adapters export, all.",
         ),
     ] = None,

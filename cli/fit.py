@@ -48,7 +48,7 @@ _OF_THE_BASIS = typer.Option(hidden=True, expose_value=False, callback=_refuse)
 
 def run(
     run: Run,
-    task: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="Tasks; all by default.")] = None,
+    task: Annotated[list[str] | None, typer.Argument(metavar="TASK", help="Tasks; all by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hub id.")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Data of TASK, in place of what lorasb.toml lists.")

@@ -20,7 +20,7 @@ _NAMED = 20  # models that are named in the line that says what is served
 
 def run(
     run: Run,
-    flags: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM FLAGS]", help="Passed to vLLM.")] = None,
+    flags: Annotated[list[str] | None, typer.Argument(metavar="-- VLLM FLAGS", help="Passed to vLLM.")] = None,
     adapters: Annotated[
         str | None,
         typer.Option(

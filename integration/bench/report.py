@@ -14,6 +14,7 @@ from .basis_tables import plot as plot_bases
 from .method_tables import (
     CHOSEN,
     CHOSEN_TASKS,
+    MAIN,
     MAIN_TASKS,
     by_method,
     costs,
@@ -60,7 +61,7 @@ def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> d
         prediction(pairs(best, captures), CAPTURE_PICTURE),
     ]
     of_quality = {
-        "main": methods_table(found, settled_means, CHOSEN, MAIN_TASKS),
+        "main": methods_table(found, settled_means, MAIN, MAIN_TASKS),
         "metrics": f"{methods_table(found, metric)}\n\n{unfinished(found)}",
         "losses": methods_table(found, loss),
         "sharing": sharing(found),

@@ -120,8 +120,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Unwinds like Ctrl-C, so that every `finally` runs; the CLI exits with 143."""
 
 
-# Of the CPU's allocator, of Apple's GPU, of cuBLAS, which takes memory of its own.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Of the CPU's allocator, of Apple's GPU, of what CUDA and cuBLAS take besides torch's allocator.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:

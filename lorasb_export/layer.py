@@ -69,12 +69,15 @@ class _LoRASBFunction(torch.autograd.Function):
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
         _add(y, v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
         ctx.save_for_backward(u, weight, R, rows)
-        ctx.B, ctx.A, ctx.scaling, ctx.state = B, A, scaling, state
+        ctx.B, ctx.A, ctx.scaling, ctx.state, ctx.rows = B, A, scaling, state, rows
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, weight, R, rows = ctx.saved_tensors
+        if rows is not ctx.rows and not torch.equal(rows, ctx.rows):  # they were saved anew, by checkpointing
+            what = "another adapter was chosen between a forward pass and its backward pass, which computes it again"
+            raise SettingsError(what, fix="With gradient checkpointing call backward before the next `use`")
         dtype = u.dtype
         grad = grads[0].reshape(-1, grads[0].shape[-1])  # once: a gradient out of attention is not contiguous
         with _without_autocast(grad.device.type):

@@ -12,6 +12,7 @@ from .choices import NF4
 from .errors import BaseModelError, LoraSBError, SettingsError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -143,13 +144,25 @@ def require_positions(network: PreTrainedModel, max_length: int) -> None:
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
-def refuse_several_devices(network: PreTrainedModel) -> None:
-    """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
+def refuse_several_devices(network: Module) -> None:
+    """Raise SettingsError where accelerate has spread `network`: which logits are wanted, or which of several adapters
+    a row takes, is told on one device only."""
     if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
-        fix = (
-            "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model, if none is offloaded"
-        )
+        fix = "Load it onto one, or use one adapter, in a loop of your own: Adapter.attach takes such a model"
         raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
+
+
+def require_first_device(device: torch.device) -> None:
+    """Raise SettingsError for another than the first of several: transformers' Trainer takes that in a process alone,
+    and would leave what lies elsewhere behind."""
+    import torch
+
+    if device.type == "cpu":
+        return
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    if index != 0:
+        fix = f"Start the process with CUDA_VISIBLE_DEVICES={index}, in which it is the first"
+        raise SettingsError(f"the base is on {device.type}:{index}, training takes {device.type}:0", fix=fix)
 
 
 def require_dtype(network: PreTrainedModel, dtype: str) -> None:

@@ -10,6 +10,7 @@ from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
 from .inject import inject, remove
 from .layer import Route
+from .network import refuse_several_devices
 
 
 class Stack:
@@ -28,7 +29,9 @@ class Stack:
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
+            SettingsError: the model lies on several devices.
         """
+        refuse_several_devices(model)
         first = next(iter(adapters.values()), None)
         if first is None:
             raise ArtifactError("no adapter to attach", fix="Give at least one")
@@ -45,7 +48,8 @@ class Stack:
         self.names = list(adapters)
         self._model = model
         self._route = Route()
-        start = {name: torch.stack([a.R[name] for a in adapters.values()]) for name in basis.modules}
+        # On the CPU, where that of a loaded adapter is: one that was attached lies where its model did.
+        start = {name: torch.stack([a.R[name].cpu() for a in adapters.values()]) for name in basis.modules}
         self._live = inject(model, basis.modules, start, first.scaling, self._route)
         self._adapters = list(adapters.values())
         self.values = self._stacked()
@@ -74,6 +78,8 @@ class Stack:
 
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
+
+        With gradient checkpointing, which computes passes again, not before `backward` of the last one.
 
         Raises:
             SettingsError: no adapter of that name is attached, or none is named.

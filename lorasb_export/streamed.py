@@ -28,11 +28,12 @@ def streamed_model(
     base: BaseModel,
     task_type: str,
     *,
+    device: torch.device | None = None,
     num_labels: int | None = None,
     head: Mapping[str, torch.Tensor] | None = None,
     read: Read = read_tensor,
 ) -> PreTrainedModel | None:
-    """The model of `base`, computing in fp32.
+    """The model of `base`, computing in fp32 on `device`, by default as `BaseModel.load`.
 
     Args:
         num_labels, head: of a classifier whose head the checkpoint lacks.
@@ -46,7 +47,7 @@ def streamed_model(
     sources = _sources(network, base, head or {})
     if sources is None:
         return None
-    device = default_device()
+    device = device or default_device()
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

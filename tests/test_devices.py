@@ -13,6 +13,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
 from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
 from lorasb_export.exact import exact_products
+from lorasb_export.network import require_first_device
 from lorasb_export.training.arguments import trainer_arguments
 from lorasb_export.training.muon import Muon
 from tests import serving
@@ -124,9 +125,22 @@ def test_a_loss_is_not_taken_over_several_devices(llama: Path, adapter: Adapter,
     network.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(SettingsError, match="lies on several devices"):
         evaluate(adapter, sums, network=network, metric="loss")
+    with pytest.raises(SettingsError, match="lies on several devices"):
+        Stack(network, {"a": adapter})
 
 
-@pytest.mark.parametrize("words", ["MPS backend out of memory (MPS allocated: 1 GB)", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_training_by_itself_is_refused_on_another_than_the_first_device() -> None:
+    """transformers' Trainer takes the first, and would leave what lies elsewhere behind."""
+    for device in ("cpu", "cuda:0", "mps:0"):
+        require_first_device(torch.device(device))
+    with pytest.raises(SettingsError, match=r"the base is on cuda:1, .* CUDA_VISIBLE_DEVICES=1"):
+        require_first_device(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["MPS backend out of memory (MPS allocated: 1 GB)", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"],
+)
 def test_a_full_memory_is_known_by_its_words(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))

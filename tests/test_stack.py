@@ -208,6 +208,28 @@ def test_autocast_and_gradient_checkpointing_keep_the_gradient(llama: Path, basi
         assert (a - b).norm() < 0.05 * b.norm()
 
 
+def test_a_choice_between_a_pass_and_its_backward_does_not_go_unseen_where_the_pass_is_made_again(
+    llama: Path, basis: Basis
+) -> None:
+    """Gradient checkpointing would compute it with the R of the other adapter."""
+    model = BaseModel.resolve(llama).load(dtype="float32")
+    stack = Stack(model, {"a": random_adapter(basis, 1), "b": random_adapter(basis, 2)})
+
+    def gradient(meanwhile: str) -> torch.Tensor:
+        model.zero_grad()
+        stack.use("a")
+        loss = model.train()(IDS, labels=IDS).loss
+        stack.use(meanwhile)
+        loss.backward()
+        return torch.stack([R.grad for R in stack.layers])
+
+    plain = gradient("b")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.allclose(gradient("a"), plain, atol=1e-6)
+    with pytest.raises(SettingsError, match=r"another adapter was chosen .* call backward before the next"):
+        gradient("b")
+
+
 def test_a_model_that_flattens_its_rows(tmp_path: Path) -> None:
     """OPT's feed-forward layers get (n·t, in)."""
     base = make(tmp_path / "base", "opt")

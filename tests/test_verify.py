@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,24 @@ def test_an_update_that_is_not_kept_is_told(
     assert "serve the adapter unmerged" not in caplog.text
     merge(adapter, tmp_path / "coarse", dtype="bfloat16")
     assert "serve the adapter unmerged" in caplog.text
+
+
+def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
+    llama: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that fits into the host's memory, a finished merge is not thrown away."""
+    on, devices = verify._on, []
+
+    def full(device: torch.device, *args: Any) -> Any:
+        devices.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return on(device, *args)
+
+    monkeypatch.setattr(verify, "_on", full)
+    monkeypatch.setattr(verify, "default_device", lambda: torch.device("cuda"))
+    assert merge(adapter, tmp_path / "model", verify=True)["verify"]["streamed"]
+    assert devices == ["cuda", "cpu"]
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

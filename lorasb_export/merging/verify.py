@@ -61,8 +61,17 @@ def compare_logits(
     adapter = adapters[0]
     batch, rows = _batch(base, adapter)
     merged_base = BaseModel.resolve(merged)
-    streamed = _streamed(base, merged_base, adapters, batch, rounding)
-    expected, found = streamed or _whole(base, merged_base, adapters, batch, rounding)
+    device = default_device()
+    try:
+        of_device = _on(device, base, merged_base, adapters, batch, rounding)
+    except Exception as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        of_device = None
+    if of_device is None:  # only now: the error held what was in memory
+        logger.info("%s has no room to compare logits: the CPU does it", device)
+        of_device = _on(torch.device("cpu"), base, merged_base, adapters, batch, rounding)
+    (expected, found), streamed = of_device
     modules = {name for one in adapters for name in one.R}
     tolerance = max(_TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
     difference = float((expected - found).abs().max())
@@ -79,22 +88,38 @@ def compare_logits(
         "relative_difference": relative,
         "tolerance": tolerance,
         "rows": rows,
-        "streamed": streamed is not None,
+        "streamed": streamed,
     }
 
 
+def _on(
+    device: torch.device,
+    base: BaseModel,
+    merged: BaseModel,
+    adapters: Sequence[Adapter],
+    batch: Inputs,
+    rounding: Rounding,
+) -> tuple[Logits, bool]:
+    """The logits, and whether the weights stayed on the disk."""
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    if streamed := _streamed(base, merged, adapters, inputs, rounding):
+        return streamed, True
+    return _whole(base, merged, adapters, inputs, rounding), False
+
+
 def _streamed(
-    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs, rounding: Rounding
+    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], inputs: Inputs, rounding: Rounding
 ) -> Logits | None:
     """With the weights on the disk; None of a model that this is not possible with."""
-    first = adapters[0]
-    unmerged = streamed_model(base, first.task_type, num_labels=first.num_labels, head=first.head, read=rounding.read)
-    network = streamed_model(merged, first.task_type)
+    first, device = adapters[0], inputs["input_ids"].device
+    options: dict[str, Any] = {"num_labels": first.num_labels, "head": first.head, "read": rounding.read}
+    unmerged = streamed_model(base, first.task_type, device=device, **options)
+    network = streamed_model(merged, first.task_type, device=device)
     if unmerged is None or network is None:
         return None
     add_updates(unmerged, adapters)
     try:
-        logits = _logits(unmerged, batch), _logits(network, batch)
+        logits = _logits(unmerged, inputs), _logits(network, inputs)
     except RuntimeError as error:
         if is_out_of_memory(error) or type(error) not in (RuntimeError, NotImplementedError):  # the device's
             raise
@@ -103,14 +128,14 @@ def _streamed(
 
 
 def _whole(
-    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], batch: Inputs, rounding: Rounding
+    base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], inputs: Inputs, rounding: Rounding
 ) -> Logits:
     from ..head import load_head  # only now: Conv1D brings torch.distributed.tensor
     from ..layer import weight_of
 
     logger.info("the model cannot be run with its weights on the disk: it is loaded whole to compare logits")
-    first = adapters[0]
-    network = base.load(first.task_type, dtype="float32", num_labels=first.num_labels)
+    first, device = adapters[0], inputs["input_ids"].device
+    network = base.load(first.task_type, dtype="float32", device=device, num_labels=first.num_labels)
     load_head(network, first.head)
     for name, parameter in network.named_parameters():
         if (source := base.tensors.get(base.tensor_key(name) or "")) and source in rounding.sources:
@@ -119,9 +144,9 @@ def _whole(
         for name in adapter.R:
             weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.delta(name)
             weight.data.addmm_(sBR.to(weight), A.to(weight))
-    expected = _logits(network, batch)
+    expected = _logits(network, inputs)
     del network
-    return expected, _logits(merged.load(first.task_type, dtype="float32"), batch)
+    return expected, _logits(merged.load(first.task_type, dtype="float32", device=device), inputs)
 
 
 def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
@@ -151,9 +176,8 @@ def _task(adapter: Adapter) -> TaskData | None:
     return task if task.sha256 == adapter.training.get("data_sha256") else None
 
 
-def _logits(network: PreTrainedModel, batch: Inputs) -> torch.Tensor:
-    """Logits at real tokens: (tokens, vocabulary), or (rows, classes)."""
-    inputs = {name: tensor.to(default_device()) for name, tensor in batch.items()}
+def _logits(network: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """Logits at real tokens, on the CPU: (tokens, vocabulary), or (rows, classes)."""
     with torch.inference_mode():
         logits: torch.Tensor = network(**inputs).logits.float().cpu()
-    return logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits
+    return logits[inputs["attention_mask"].bool().cpu()] if logits.dim() == 3 else logits

@@ -26,7 +26,14 @@ from ..data import TaskData
 from ..errors import SettingsError, TrainingError
 from ..inject import remove
 from ..lock import only_writer
-from ..network import is_checkpointing, refuse_several_devices, require_dtype, require_outputs, require_positions
+from ..network import (
+    is_checkpointing,
+    refuse_several_devices,
+    require_dtype,
+    require_first_device,
+    require_outputs,
+    require_positions,
+)
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
@@ -76,8 +83,11 @@ class Job:
         self.base.refuse_merged()
         order = self.base.head_labels if start is None else start.labels  # of the head that training begins with
         self.tasks = tasks = [replace(task, label_order=order) for task in tasks]
+        if distributed.world_size() == 1:
+            require_first_device(default_device())
         if network is not None:
             refuse_several_devices(network)
+            require_first_device(network.device)
             require_dtype(network, settings.dtype)
             require_outputs(network, tasks[0].num_labels)
         if not isinstance(basis, CalibrationSettings):

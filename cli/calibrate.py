@@ -109,9 +109,12 @@ def run(
     weights = {**project.weights(sources), **given_weights}
     distributed.start()
     with ExitStack() as lock:
-        if distributed.is_main():
+
+        def take() -> None:
             lock.enter_context(only_writer(target))
             refuse_existing(target, overwrite)
+
+        distributed.on_main(take)
         base = BaseModel.resolve(model or project.require_model())
         basis = calibrate(base, sources, settings, weights=weights)
         if distributed.is_main():

@@ -21,7 +21,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
-    from lorasb_export.names import some
+    from lorasb_export.errors import some
     from lorasb_export.project_init import write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)

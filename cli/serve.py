@@ -59,7 +59,7 @@ def run(
     from lorasb_export.names import adapters_in, resolve_adapters
 
     project = run.project
-    folder = project.folder / "adapters" if adapters_dir is None else adapters_folder(adapters_dir)
+    folder = project.adapters_folder if adapters_dir is None else adapters_folder(adapters_dir)
     words = adapters_in(folder) if adapters is None else listed(adapters)
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:

@@ -11,47 +11,27 @@ from typing import TYPE_CHECKING, Any
 from . import environment
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .base import BaseModel
-    from .basis import Basis
-    from .calibration.calibrate import calibrate
-    from .data import load_task, task_of
-    from .errors import LoraSBError
-    from .evaluation import evaluate
-    from .exporting.export import export
-    from .exporting.onnx_run import OnnxDecoder
-    from .inference import answers
-    from .merging.merge import merge
-    from .publishing.hub import push
-    from .serving.launcher import running_server, serve
-    from .settings import CalibrationSettings, FitSettings
-    from .stack import Stack
-    from .task_source import TaskSource
-    from .training.fit import fit, fit_together
-
-__all__ = [
-    "Adapter",
-    "BaseModel",
-    "Basis",
-    "CalibrationSettings",
-    "FitSettings",
-    "LoraSBError",
-    "OnnxDecoder",
-    "Stack",
-    "TaskSource",
-    "answers",
-    "calibrate",
-    "evaluate",
-    "export",
-    "fit",
-    "fit_together",
-    "load_task",
-    "merge",
-    "push",
-    "running_server",
-    "serve",
-    "task_of",
-]
+    from .adapter import Adapter as Adapter
+    from .base import BaseModel as BaseModel
+    from .basis import Basis as Basis
+    from .calibration.calibrate import calibrate as calibrate
+    from .data import load_task as load_task
+    from .data import task_of as task_of
+    from .errors import LoraSBError as LoraSBError
+    from .evaluation import evaluate as evaluate
+    from .exporting.export import export as export
+    from .exporting.onnx_run import OnnxDecoder as OnnxDecoder
+    from .inference import answers as answers
+    from .merging.merge import merge as merge
+    from .publishing.hub import push as push
+    from .serving.launcher import running_server as running_server
+    from .serving.launcher import serve as serve
+    from .settings import CalibrationSettings as CalibrationSettings
+    from .settings import FitSettings as FitSettings
+    from .stack import Stack as Stack
+    from .task_source import TaskSource as TaskSource
+    from .training.fit import fit as fit
+    from .training.fit import fit_together as fit_together
 
 _HOMES = {
     "Adapter": "adapter",
@@ -76,6 +56,7 @@ _HOMES = {
     "serve": "serving.launcher",
     "task_of": "data",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -36,6 +36,12 @@ class LoraSBError(Exception):
     def alone(self) -> Self:
         """The same error without its traceback, which holds all that was in memory then."""
         return type(self)(self.what, where=self.where, fix=self.fix)
+
+
+def some(items: Collection[object], most: int = 10) -> str:
+    """Names or numbers for an error or a heading: the first of them, where there are thousands."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(map(str, list(items)[:most])) + more
 
 
 def first_line(error: BaseException) -> str:
@@ -93,6 +99,11 @@ class Problems:
 
     def __init__(self, found: Iterable[LoraSBError] = ()) -> None:
         self.found = list(found)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many as somebody reads at once: ten."""
+        return len(self.found) >= 10
 
     def __enter__(self) -> None:
         pass

@@ -25,6 +25,12 @@ MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config
 BASIS, BASES, ADAPTERS = "basis", "bases", "adapters"
 PARTS = {BASIS: "basis", f"{BASES}/*": "basis", f"{ADAPTERS}/*": "adapter"}  # and what each is
 
+
+def kind_of_part(part: str) -> str:
+    """`adapter` of `adapters/NAME`, `basis` of `basis` and `bases/NAME`."""
+    return "adapter" if part.startswith(f"{ADAPTERS}/") else "basis"
+
+
 _REPO, _REVISION = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", r"(?:@([\w./-]+))?"
 _PART = rf"{BASIS}|(?:{BASES}|{ADAPTERS})/[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}"
 _HUB_FOLDER = re.compile(rf"{_REPO}(?:/({_PART}))?{_REVISION}")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -135,9 +134,10 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finite(value: Any) -> float | None:
-    """A number, as others' JSON can say it; None for whatever else a config has in its place."""
+    """A number, as others' JSON can say it; None for whatever else a config has in its place, also for NaN."""
     try:
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and math.isfinite(value) else None
     except OverflowError:  # a whole number too large for arithmetic
         return None
 
@@ -206,7 +206,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config["task_type"] not in get_args(TaskType):
         what = f"task_type is {config['task_type']!r:.40}"
         raise ArtifactError(what, where=where, fix=f"It can be {' or '.join(get_args(TaskType))}; {AGAIN}")
-    if not abs(config["scaling"]) <= sys.float_info.max:  # nor is it NaN
+    if finite(config["scaling"]) is None:
         raise ArtifactError(f"non-finite: scaling is {config['scaling']!r:.40}", where=where, fix=AGAIN)
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
     check_module_names(config["target_modules"], where)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from .errors import Problems, SettingsError
+from .errors import Problems, SettingsError, some
 from .fetch import leads_out
 from .storage import expanded
 
@@ -62,12 +62,6 @@ def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> 
         if (folder / "adapter_config.json").is_file():
             return folder
     raise _unknown(word, adapters_dir, tasks)
-
-
-def some(names: Collection[str], most: int = 10) -> str:
-    """Names for an error or a heading: the first of them, where there are thousands."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
 
 
 def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsError:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, BaseModelError, SettingsError
+from .errors import ArtifactError, BaseModelError, SettingsError, some
 from .fetch import may_be_dataset, parse_hub_id
-from .names import adapters_in, find_adapter, name_problem, some
+from .names import adapters_in, find_adapter, name_problem
 from .project_file import FILE_NAME, Task, nearest, read_project_file
 from .settings import CalibrationSettings, FitSettings
 from .storage import absolute, expanded
@@ -73,12 +73,16 @@ class Project:
         """A path written in the project file, which is relative to that file; absolute, and without `..`."""
         return absolute(self.folder / expanded(relative))
 
+    @property
+    def adapters_folder(self) -> Path:
+        return self.folder / "adapters"
+
     def adapter_folder(self, name: str) -> Path:
-        return self.folder / "adapters" / name
+        return self.adapters_folder / name
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters there are, sorted."""
-        return adapters_in(self.folder / "adapters")
+        return adapters_in(self.adapters_folder)
 
     def tasks_to_fit(self, words: Sequence[str] | None, data: str | None) -> list[str]:
         """The tasks named, or all of the project.
@@ -139,7 +143,7 @@ class Project:
             word = ordered[0]
             if len(names) > 1:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, some(ordered))
-        return str(find_adapter(word, self.folder / "adapters", self.tasks))
+        return str(find_adapter(word, self.adapters_folder, self.tasks))
 
     def find_folder(self, word: str) -> str:
         """As `find_adapter`, but any existing folder of that name comes first; an adapter that it hides is told of."""

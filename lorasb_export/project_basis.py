@@ -10,10 +10,9 @@ from .base import BaseModel
 from .basis import Basis
 from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate, calibrated_once
-from .errors import OutputError, SettingsError
+from .errors import OutputError, SettingsError, some
 from .fetch import parse_hub_folder
 from .format import read_adapter_config
-from .names import some
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import absolute, sha256_file

@@ -123,7 +123,7 @@ def evaluate_adapters(
             # The rows are read again in their turn: all may be more than memory holds.
             ready[word] = name, source, found[of_base]
             kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
-        if len(problems.found) == 10:
+        if problems.is_full:
             break
     problems.raise_all("nothing was scored")
     if known:

@@ -14,9 +14,8 @@ from .base import BaseModel
 from .calibration.calibrate import MAX_MEASURED
 from .choices import CAUSAL_LM
 from .data import load_task
-from .errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory
+from .errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
 from .loaded import LastLoaded
-from .names import some
 from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
@@ -172,7 +171,7 @@ def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mappin
             task = load_task(name, source)
             check_requirements([task], own.get(name, settings))
             types.add(task.task_type)
-        if len(problems.found) == 10:
+        if problems.is_full:
             break
     problems.raise_all("nothing was trained")
     return types

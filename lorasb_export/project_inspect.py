@@ -47,7 +47,7 @@ def inspect_project(project: Project) -> dict[str, Any]:
         "base_model": project.model,
         "basis": basis,
         "adapters": adapters,
-        "unfinished": sorted(str(path) for path in (project.folder / "adapters").glob(".*.run") if path.is_dir()),
+        "unfinished": sorted(str(path) for path in project.adapters_folder.glob(".*.run") if path.is_dir()),
     }
 
 

@@ -70,13 +70,13 @@ def adapter_provenance(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def published_training(adapter: Adapter, *, with_curve: bool = False) -> dict[str, Any]:
-    """What a folder made from `adapter` says about its training; of the picture of its curve, if that lies there."""
+def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
+    """What a folder made from `adapter` says of its training. The picture of its curve, if any, goes to `folder`."""
     training = {key: value for key, value in adapter.training.items() if key != "plot"}
-    return training | {"plot": CURVE} if with_curve else training
+    return training | {"plot": CURVE} if folder and _copy_curve(adapter, folder) else training
 
 
-def copy_curve(adapter: Adapter, folder: Path) -> bool:
+def _copy_curve(adapter: Adapter, folder: Path) -> bool:
     """Put the picture of the adapter's losses into `folder`; returns whether there is one."""
     # Only under its own name: what a config calls its picture may be any path.
     curve = adapter.folder / CURVE if adapter.folder is not None else None

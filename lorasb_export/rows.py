@@ -17,8 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, LoraSBError
-from .names import some
+from .errors import DataError, LoraSBError, some
 from .storage import MAX_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ def kind_of(row: Row, where: object = None) -> str:
         return COMPLETION
     if "text" in row:
         return LABELLED if "label" in row else TEXT
-    has = some([str(field) for field in row])
+    has = some(row)
     kinds = 'Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}'
     raise DataError(
         f"the row has neither 'prompt' nor 'text' nor 'messages' (it has {has})",

@@ -50,7 +50,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path, sums: Pat
         return found
 
     found = resumed(load_task("a", sums).sha256)
-    assert found["a"] == {"task": "a", "split": "test", "metric": "loss", **in_card}
+    assert found["a"] == {"task": "a", "split": "test", "metric": "loss", "recorded": True, **in_card}
     assert found["b"]["adapter"] == pytest.approx(found["b"]["base"])  # it is as training starts
     assert resumed("of other data")["a"]["base"] == found["b"]["base"]
     assert lorasb("evaluate", "--metric", "loss", "--resume").exit_code == 0  # nothing is left

@@ -16,8 +16,7 @@ import pytest
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export import project_fit as module
 from lorasb_export.base import BaseModel, BaseRef
-from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError
-from lorasb_export.names import some
+from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError, some
 from lorasb_export.project import Project
 from lorasb_export.project_evaluate import evaluate_adapters
 from lorasb_export.project_fit import fit_tasks

@@ -22,12 +22,11 @@ from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData, in_order, load_tasks, refuse_single_class
-from ..errors import BaseModelError, DataError, SettingsError
+from ..errors import BaseModelError, DataError, SettingsError, some
 from ..factors import ModuleBasis
 from ..inject import remove
 from ..layer import shape_of
 from ..lock import only_writer
-from ..names import some
 from ..network import refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import is_free
 from ..provenance import command

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..atomic import atomic_file
 from ..choices import NF4, SEQ_CLS
-from ..errors import ArtifactError
+from ..errors import ArtifactError, some
 from ..fetch import leads_out
-from ..names import some
 from ..storage import utf8
 from .loading import adapter_lines, model_class_of, outputs, source_of
 from .readme import assemble, update

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..choices import SEQ_CLS
-from ..fetch import ADAPTERS
+from ..fetch import kind_of_part
 from .loading import adapter_lines
 from .readme import assemble
 from .sections import Facts, base_link, figure_rows, grid, limits, metadata, provenance_table
@@ -17,7 +17,7 @@ _MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
 def project_card(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """From the index of the repository (`lorasb.json`); `name` is what a reader loads it by."""
     base, parts = index["base"], index["parts"]
-    adapters = {part: about for part, about in parts.items() if part.startswith(f"{ADAPTERS}/")}
+    adapters = {part: about for part, about in parts.items() if kind_of_part(part) == "adapter"}
     bases = {part: about for part, about in parts.items() if part not in adapters}
     first, about = next(iter(adapters.items()))
     task_type = about["task_type"]

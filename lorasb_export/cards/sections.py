@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..basis_source import EMBEDDED
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..fetch import is_hub_id, parse_hub_folder, parse_hub_id
+from ..format import finite
 from ..provenance import CURVE
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
@@ -93,7 +94,7 @@ def base_link(base: Mapping[str, Any]) -> str:
 def basis_shown(basis: Mapping[str, Any]) -> str:
     """Where the basis of an adapter is."""
     source = str(basis.get("source", ""))
-    if source == "embedded":
+    if source == EMBEDDED:
         return "a basis that lies in this folder"
     found = parse_hub_folder(source)
     if found and (found.revision or found.path):
@@ -274,10 +275,7 @@ def _at(value: Any, *keys: str) -> Any:
 
 def _are_numbers(*values: Any) -> bool:
     """Whether each can be shown as a float: none is a word, NaN, or an integer of a thousand digits."""
-    return all(
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        for value in values
-    )
+    return all(finite(value) is not None for value in values)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 from ..answer_end import before_end, end_ids
 from ..choices import CAUSAL_LM
 from ..environment import require_packages
-from ..errors import ArtifactError, DataError, SettingsError, first_line
-from ..names import refuse_many, some
+from ..errors import ArtifactError, DataError, SettingsError, first_line, some
+from ..names import refuse_many
 from ..network import tokenizer_of
 from ..storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter

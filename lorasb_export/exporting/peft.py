@@ -15,7 +15,7 @@ from ..cards.sections import Facts
 from ..errors import BaseModelError, LoraSBError
 from ..fetch import resolve_folder
 from ..output import refuse_existing, refuse_own_input
-from ..provenance import adapter_provenance, command, copy_curve, published_training
+from ..provenance import adapter_provenance, command, published_training
 from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
 
@@ -49,7 +49,7 @@ def export_peft(
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
-        record["training"] = published_training(source, with_curve=copy_curve(source, folder))
+        record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
     return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}

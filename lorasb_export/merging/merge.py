@@ -22,7 +22,7 @@ from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
 from ..network import as_base_model_error
 from ..output import free_bytes
-from ..provenance import adapter_provenance, command, copy_curve, published_training
+from ..provenance import adapter_provenance, command, published_training
 from ..storage import expanded, read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
@@ -172,7 +172,7 @@ def _provenance(plan: MergePlan, folder: Path) -> dict[str, Any]:
     said = {"kind": "merged", **adapter_provenance(adapter), "base_dtype": plan.rounding.base_dtype}
     said |= {"dtype": plan.dtype, "modules": len(plan.touched)}
     if not plan.combined:
-        return said | {"training": published_training(adapter, with_curve=copy_curve(adapter, folder))}
+        return said | {"training": published_training(adapter, folder)}
     for key in ("adapter", "basis", "rank", "scaling"):  # these are each adapter's own
         del said[key]
     return said | {"adapters": plan.combined}

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, some
 from ..fetch import parse_hub_folder, resolve_folder
-from ..names import some
 from ..storage import absolute, sha256_file, version_of
 from .outgoing import SUMS, Files, is_publishable, part_of
 

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..cards.card import base_of
-from ..errors import ArtifactError, OutputError
-from ..fetch import ADAPTERS
+from ..errors import ArtifactError, OutputError, some
+from ..fetch import kind_of_part
 from ..format import check_training
-from ..names import name_problem, some
+from ..names import name_problem
 from ..storage import parse_json
 from .outgoing import PROJECT, part_of
 from .repository import Head, Repository
@@ -22,11 +22,6 @@ About = Mapping[str, Any]
 _OF_TRAINING = ("evaluation", "labels", "regression")  # what is taken from it
 _OF_BASIS = {"sha256": str, "rank": int, "base_model": str}
 _OF_ADAPTER = {"sha256": str, "basis": str, "basis_sha256": str, "base_model": str, "task_type": str}
-
-
-def kind_of(part: str) -> str:
-    """`adapter` of `adapters/NAME`, `basis` of `basis` and `bases/NAME`."""
-    return "adapter" if part.startswith(f"{ADAPTERS}/") else "basis"
 
 
 def about(kind: str, config: Mapping[str, Any]) -> About:
@@ -50,7 +45,7 @@ def read_index(content: Mapping[str, Any]) -> dict[str, Any]:
     form of ours is left out."""
     base, parts = (found if isinstance(found := content.get(key), dict) else {} for key in ("base", "parts"))
     name = base.get("name_or_path")
-    read = {part: _checked(kind_of(part), said) for part, said in parts.items() if part_of(f"{part}/") == part}
+    read = {part: _checked(kind_of_part(part), said) for part, said in parts.items() if part_of(f"{part}/") == part}
     return {"base": name if isinstance(name, str) else None, "parts": {p: one for p, one in read.items() if one}}
 
 
@@ -65,7 +60,7 @@ def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[st
         known = {}
     found = {}
     for part in sorted({part_of(path) for path in head.files} - {"", *mine}):
-        kind = kind_of(part)
+        kind = kind_of_part(part)
         weights = head.files.get(f"{part}/{kind}.safetensors")
         if weights is None or name_problem(posixpath.basename(part)):
             continue
@@ -80,7 +75,7 @@ def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[st
 def refuse_lost(mine: Mapping[str, About], others: Mapping[str, About], where: str) -> None:
     """Raise OutputError where a push of `mine` would leave adapters among `others` without their basis, or beside
     those of another base model."""
-    adapters = {part: one for part, one in others.items() if kind_of(part) == "adapter"}
+    adapters = {part: one for part, one in others.items() if kind_of_part(part) == "adapter"}
     bases = {one["base_model"] for one in mine.values()}
     foreign = [part for part, one in adapters.items() if one["base_model"] not in bases]
     if foreign:

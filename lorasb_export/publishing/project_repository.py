@@ -22,7 +22,7 @@ from ..cards.card import base_of
 from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
 from ..errors import ArtifactError, LoraSBError, OutputError, Problems
-from ..fetch import BASIS_FILES
+from ..fetch import BASIS_FILES, kind_of_part
 from ..names import name_problem
 from ..storage import to_json
 from . import outgoing
@@ -31,7 +31,7 @@ from .checksums import checksums
 from .folder_card import Licences, folder_card
 from .outgoing import PROJECT, SUMS, Files, Seen
 from .plan import card_change, check_target, planned
-from .project_index import INDEX, About, about, kind_of, make_index, others, refuse_lost
+from .project_index import INDEX, About, about, make_index, others, refuse_lost
 from .repository import Head, Repository, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,11 @@ def push_parts(
         try:
             read[part] = reader.read(part, folder)
         except LoraSBError as error:
-            if kind_of(part) == "basis" or not is_of_one(error):
+            if kind_of_part(part) == "basis" or not is_of_one(error):
                 raise
             logger.warning("%s is left out: %s", folder.name, error)
             failed[folder.name] = error.alone()
-    if not any(kind_of(part) == "adapter" for part in read):
+    if not any(kind_of_part(part) == "adapter" for part in read):
         Problems(failed.values()).raise_all("nothing was pushed")
     mine, there = {part: one.about for part, one in read.items()}, others(repository, head, read)
     refuse_lost(mine, there, repo)
@@ -137,7 +137,7 @@ class _Reader:
             OutputError: its card was edited here and there.
             ServerError: the Hub refuses, fails or cannot be reached.
         """
-        kind = kind_of(part)
+        kind = kind_of_part(part)
         if problem := name_problem(folder.name, "name a folder on the Hub"):
             raise ArtifactError(problem, where=folder, fix="Rename it")
         files, skipped = outgoing.collect(folder, kind)
@@ -176,11 +176,11 @@ class _Reader:
     def _card(self, part: str, folder: Path, files: Files) -> str:
         """Its README.md. The published one is asked for where it is not what is made anyway."""
         name, path = f"{self._repository.name}/{part}", f"{part}/README.md"
-        made = folder_card(files, kind_of(part), name, folder, "", self.licences, path)
+        made = folder_card(files, kind_of_part(part), name, folder, "", self.licences, path)
         if path not in self._head.files or is_stored(made.encode(), self._head.files[path]):
             return made
         theirs = self._repository.text(self._head, path)
-        return folder_card(files, kind_of(part), name, folder, theirs, self.licences, path)
+        return folder_card(files, kind_of_part(part), name, folder, theirs, self.licences, path)
 
     def _check_base(self, base: Mapping[str, Any], folder: Path) -> None:
         named = [(one.get("name_or_path"), one.get("revision")) for one in (base, self.base or base)]

@@ -115,8 +115,7 @@ def fit_together(
     options["start"] = start
     outcomes = train_together(base, basis, tasks, folder, settings or FitSettings(), **options)
     adapters = [outcome for outcome in outcomes if isinstance(outcome, Adapter)]
-    failed = Problems()
-    failed.found += [outcome for outcome in outcomes if isinstance(outcome, TrainingError)]
+    failed = Problems(outcome for outcome in outcomes if isinstance(outcome, TrainingError))
     failed.raise_all(f"{len(adapters)} of {len(outcomes)} adapters were written")
     return adapters
 

@@ -10,9 +10,8 @@ from ..adapter import Adapter, check_same_basis
 from ..basis import Basis
 from ..choices import SEQ_CLS
 from ..data import TaskData, refuse_single_class
-from ..errors import DataError, MissingPackageError, SettingsError
+from ..errors import DataError, MissingPackageError, SettingsError, some
 from ..evaluation import metric_for, require_same_kind
-from ..names import some
 from ..settings import FitSettings
 
 
@@ -56,7 +55,7 @@ def require_start(start: Adapter, basis: Basis, tasks: Sequence[TaskData], setti
     for task in tasks:
         require_same_kind(start, task)
         if task.labels != start.labels:
-            what = f"the data has labels {_listed(task.labels)}, the adapter to start from {_listed(start.labels)}"
+            what = f"the data has labels {some(task.labels)}, the adapter to start from {some(start.labels)}"
             raise DataError(what, where=task.source, fix="Start from an adapter of the same labels")
     if settings.scaling != start.scaling:
         what = f"scaling is {settings.scaling:g}, and {start.scaling:g} in the adapter to start from"
@@ -72,7 +71,3 @@ def _refuse_without_valid_rows(task: TaskData, settings: FitSettings) -> None:
         if asked:
             fix = f"Add valid.jsonl or hold_out, or {fix}"
             raise DataError(f"task {task.name} has no valid rows, so {what}", where=task.source, fix=fix)
-
-
-def _listed(labels: Sequence[object]) -> str:
-    return some([str(label) for label in labels])

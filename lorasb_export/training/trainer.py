@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from .. import distributed
 from ..atomic import atomic_file, fsync
 from ..batches import row_losses
-from ..errors import OutputError, TrainingError, first_line
+from ..errors import OutputError, TrainingError, first_line, some
 from ..nf4 import as_if_with_peft
 from ..settings import FitSettings
 from ..stack import Stack
@@ -191,7 +191,7 @@ class RTrainer(Trainer):
             if k not in self.diverged:
                 run = self.runs[k]
                 rows = [run.rows[i]["row"] for part in run.order.step(step) for i in part]
-                self._leave_out(k, "the loss", f"at step {step + 1}, on training rows {_shown(rows)}")
+                self._leave_out(k, "the loss", f"at step {step + 1}, on training rows {some(rows, 16)}")
 
     def _leave_out(self, k: int, what: str, place: str) -> None:
         """Task `k` has diverged; the others train on."""
@@ -296,7 +296,3 @@ class RTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
         for k in range(len(self.runs)):
             self.read_log(k)
-
-
-def _shown(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")

@@ -25,9 +25,9 @@ from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
+from .given_network import classifies
 from .kind import PEFT_TYPE
 from .names import name_of
-from .network import classifies
 from .storage import absolute, expanded, read_header, read_json, write_json
 from .tensors import all_finite, head_shapes, load_tensors
 

@@ -241,6 +241,7 @@ def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
     if tokenizer.chat_template is None:
         raise DataError(
             "the rows hold messages, but the tokenizer has no chat template",
+            where=f"{where}, {tokenizer.name_or_path}",
             fix="Use prompt/completion rows for single turns, or give the base a chat template",
         )
     with _refusals(where):

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .adapter import Adapter
 from .answer_end import end_ids
-from .atomic import atomic_file
-from .bars import progress_bar
 from .base import AnyBase
-from .batches import collate, row_losses
-from .cards import card
 from .choices import CAUSAL_LM, Split, require_choice
 from .data import TaskData, load_held_out
-from .encoding import Encoded, encode
-from .errors import ArtifactError, DataError, SettingsError
-from .format import sealed
+from .encoding import encode
+from .errors import DataError, SettingsError
+from .given_network import refuse_several_devices, require_dtype, require_outputs
 from .head import head_parameters
 from .inference import answers, expected_answers, max_answer_tokens
 from .inject import remove
-from .lock import only_writer
 from .metrics import exact_match, prediction_metrics
 from .names import name_of
-from .network import evaluating, refuse_several_devices, require_dtype, require_outputs
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
+from .scores import mean_loss, row_scores
 from .settings import FitSettings
-from .storage import read_json, write_json
 from .task_source import AnySource
 
 if TYPE_CHECKING:
@@ -177,13 +169,6 @@ def to_score(
     return split, metric, rows
 
 
-def was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
-    """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
-    as then. Of rows divided anew, or moved between files, some may have been trained on."""
-    then = adapter.training.get("splits_sha256")
-    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))
-
-
 def require_same_kind(adapter: Adapter, task: TaskData) -> None:
     """Raise DataError when `task` is not of the task type that `adapter` was trained for."""
     if (task.task_type, task.regression) != (adapter.task_type, adapter.regression):
@@ -204,64 +189,3 @@ def metric_for(task: TaskData, metric: str | None) -> str:
         fix = f"Use {' or '.join(fitting)}"
         raise SettingsError(f"metric {metric!r} does not fit {kind} rows", where=task.source, fix=fix)
     return metric or fitting[0]
-
-
-def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
-    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric.
-
-    `data_sha256` of the task may stand beside them.
-
-    Raises:
-        ArtifactError: there is another adapter by now.
-        OutputError: the folder cannot be written, or its disk has no locks.
-    """
-    folder = adapter.folder
-    assert folder is not None
-    path = folder / "adapter_config.json"
-    if not path.is_file():  # the lock would make the folder anew
-        raise ArtifactError("the adapter was removed while it was scored", where=folder, fix="Train or fetch it again")
-    card.own_readme(folder)  # or its figures would stand in the config alone
-    with only_writer(path, wait=True):  # another evaluation of it may end at this moment
-        with atomic_file(path) as temporary:
-            config = read_json(path)
-            if config["sha256"] != adapter.sha256:
-                what = "the adapter was replaced while it was scored"
-                raise ArtifactError(what, where=folder, fix="Evaluate it again")
-            split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
-            split[result["metric"]] = {
-                key: result[key] for key in ("base", "adapter", "rows", "data_sha256") if key in result
-            }
-            write_json(temporary, sealed(config))
-        card.write(folder, card.adapter_card(config))
-
-
-def row_scores(
-    network: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, *, batch_size: int = 16
-) -> list[tuple[float, int, float]]:
-    """For every row its summed loss, the number of labels behind it, and the prediction.
-
-    The prediction is the class of a classifier, the number of a regression, and 0 for a causal language model.
-    """
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # the most memory first
-    found: dict[int, tuple[float, int, float]] = {}
-    with evaluating(network):
-        for start in progress_bar(range(0, len(order), batch_size), desc="score", leave=False):
-            places = order[start : start + batch_size]
-            inputs = {key: v.to(network.device) for key, v in collate([encoded[i] for i in places], pad_id).items()}
-            labels = inputs.pop("labels")
-            with torch.inference_mode():
-                logits = network(**inputs).logits
-            # Row by row: a loss copies its logits in fp32, and those of a batch could take more than its training.
-            of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
-            losses, counts = map(torch.cat, zip(*of_rows, strict=True))
-            if labels.dim() == 2:
-                predicted = torch.zeros(len(places))
-            else:
-                predicted = logits[:, 0].float() if labels.is_floating_point() else logits.argmax(dim=-1)
-            found |= zip(places, zip(losses.tolist(), counts.tolist(), predicted.tolist(), strict=True), strict=True)
-    return [found[i] for i in range(len(encoded))]
-
-
-def mean_loss(scores: Sequence[tuple[float, int, float]]) -> float:
-    """The mean loss of a label; of a token, for a causal language model."""
-    return sum(loss for loss, _, _ in scores) / sum(count for _, count, _ in scores)

@@ -16,8 +16,8 @@ from .basis import Basis
 from .choices import CAUSAL_LM
 from .encoding import answer_ids, prompt_ids
 from .errors import ArtifactError, DataError, SettingsError
+from .given_network import evaluating, positions
 from .inject import refuse_rows
-from .network import evaluating, positions
 from .rows import Prompt, Row, question_and_answer
 
 if TYPE_CHECKING:

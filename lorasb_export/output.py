@@ -132,7 +132,8 @@ def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:
     """
     for source in inputs:
         if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
-            raise OutputError("the target holds what it is made from", where=target, fix="Choose another --out")
+            fix = "Choose another --out"
+            raise OutputError(f"the target holds what it is made from, {source}", where=target, fix=fix)
 
 
 def free_bytes(target: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from .adapter import Adapter, load_basis_once
 from .bars import progress_bar
 from .base import BaseModel, BaseRef
 from .choices import NF4
-from .data import load_held_out, load_task
+from .data import TaskData, load_held_out, load_task
 from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
-from .evaluation import evaluate, metric_for, record_evaluation, to_score, was_held_out
+from .evaluation import evaluate, metric_for, to_score
 from .fetch import is_blob
+from .figures import record_evaluation, was_held_out
 from .loaded import LastLoaded
 from .predictions import PredictionsFile
 from .project import Project
@@ -79,11 +81,9 @@ def evaluate_adapters(
         raise SettingsError(what, fix="Leave out either")
     file = None if predictions is None else PredictionsFile(predictions, overwrite=overwrite)
     load = load_task if data is None else load_held_out
-    scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric}
+    scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric, "predictions": file is not None}
     known: dict[str, dict[str, Any]] = {}
-    ready: dict[str, tuple[str, str | TaskSource, BaseModel]] = {}
-    kinds: dict[str, tuple[str, str, int]] = {}
-    changed: set[str] = set()  # adapters whose data is not what it was when they were trained
+    ready: list[_Ready] = []
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     problems = Problems()
     for word, folder in progress_bar(adapters.items(), desc="check"):
@@ -93,36 +93,33 @@ def evaluate_adapters(
             if source is None and not all_there_are:
                 raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
             if source is None:
-                logger.warning(
-                    "%s is passed over: it does not say what it was trained on (--data names its rows)", word
-                )
+                what = "it does not say what it was trained on (--data names its rows)"
+                logger.warning("%s is passed over: %s", word, what)
                 continue
             task = load(name, source)
             if file is not None:
                 file.refuse_rows_of(Path(str(source)))
-            if all_there_are and not data and not task.splits.get(split or task.held_out()):
-                logger.warning("%s is passed over: its task has no %s rows (%s)", word, split or "held-out", source)
+            if all_there_are and (why := _passed_over(task, data, split, metric, file)):
+                logger.warning("%s is passed over: %s (%s)", word, why, source)
                 continue
-            if all_there_are and file is not None and metric is None and metric_for(task, None) == "loss":
-                logger.warning("%s is passed over: the loss of %s predicts nothing", word, source)
-                continue
-            of_split, of_metric, _ = to_score(adapter, task, predictions=file is not None, **scored)
+            of_split, of_metric, _ = to_score(adapter, task, **scored)
             figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
             if resume and figures.get("data_sha256") == task.sha256:
                 of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
                 known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows, "recorded": True}
                 continue
+            into_card = into_cards
             if into_cards and not was_held_out(adapter, task, of_split):
                 what = f"{word}: `fit` did not have these rows, and some {of_split} rows may have been trained on"
                 logger.warning("%s. The figures do not go into its card: fit it again", what)
-                changed.add(word)
+                into_card = False
             of_base = adapter.base, frozenset(adapter.R)
             if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
                 found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
                 found[of_base].verify(*of_base)
+            network = found[of_base], adapter.task_type, adapter.num_labels
             # The rows are read again in their turn: all may be more than memory holds.
-            ready[word] = name, source, found[of_base]
-            kinds[word] = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0
+            ready.append(_Ready(word, name, source, network, into_card))
         if problems.is_full:
             break
     problems.raise_all("nothing was scored")
@@ -137,27 +134,53 @@ def evaluate_adapters(
     bases: dict[str, Basis] = {}
     if file is not None:
         file.require_writable()
-    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "predictions": file is not None}
-    for word in sorted(ready, key=kinds.__getitem__):  # those of one network one after another
-        name, source, base = ready[word]
+    for one in sorted(ready, key=_Ready.of_network):
+        base, *_ = one.network
         outcome: dict[str, Any] | LoraSBError
         try:
-            adapter, task = Adapter.load(adapters[word]), load(name, source)
+            adapter, task = Adapter.load(adapters[one.word]), load(one.task, one.source)
             load_basis_once(adapter, bases)
-            kind = base, adapter.task_type, adapter.num_labels
             # No name for the network here: it would keep it beside the next one.
-            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **scored, **options)
+            options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **scored}
+            outcome = evaluate(adapter, task, base=base, network=loaded.get(*one.network), **options)
         except PER_ITEM_ERRORS as error:
             if len(ready) + len(known) == 1:
                 raise
-            logger.warning("%s is left out: %s", word, error)
+            logger.warning("%s is left out: %s", one.word, error)
             outcome = error.alone()
         else:
             if file is not None:
-                file.append(word, outcome)
-            into_card = into_cards and word not in changed
-            outcome["recorded"] = into_card and _record(word, adapter, {**outcome, "data_sha256": task.sha256})
-        yield word, outcome
+                file.append(one.word, outcome)
+            data_sha256 = {"data_sha256": task.sha256}
+            outcome["recorded"] = one.into_card and _record(one.word, adapter, outcome | data_sha256)
+        yield one.word, outcome
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An adapter that has been looked at: its task and rows, the network it is for, and whether its card is written."""
+
+    word: str
+    task: str
+    source: str | TaskSource
+    network: tuple[BaseModel, str, int | None]
+    into_card: bool
+
+    def of_network(self) -> tuple[str, str, int]:
+        """What to sort by: adapters of one network come one after another."""
+        base, task_type, num_labels = self.network
+        return str(base.folder), task_type, num_labels or 0
+
+
+def _passed_over(
+    task: TaskData, data: str | None, split: str | None, metric: str | None, file: PredictionsFile | None
+) -> str | None:
+    """Why an adapter that nobody named is passed over; None of one that can be scored."""
+    if not data and not task.splits.get(split or task.held_out()):
+        return f"its task has no {split or 'held-out'} rows"
+    if file is not None and metric is None and metric_for(task, None) == "loss":
+        return "the loss predicts nothing"
+    return None
 
 
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> bool:

@@ -8,9 +8,9 @@ import torch
 
 from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
+from .given_network import refuse_several_devices
 from .inject import inject, remove
 from .layer import Route
-from .network import refuse_several_devices
 
 
 class Stack:

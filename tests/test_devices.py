@@ -13,7 +13,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
 from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
 from lorasb_export.exact import exact_products
-from lorasb_export.network import require_first_device
+from lorasb_export.given_network import require_first_device
 from lorasb_export.training.arguments import trainer_arguments
 from lorasb_export.training.muon import Muon
 from tests import serving

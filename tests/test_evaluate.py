@@ -11,17 +11,18 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lorasb_export import Adapter, evaluation, fit, inference
+from lorasb_export import Adapter, fit, inference, scores
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate, row_losses
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.encoding import encode
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.evaluation import evaluate, row_scores
+from lorasb_export.evaluation import evaluate
 from lorasb_export.exporting.onnx_verify import HeldOut
 from lorasb_export.inference import answers
 from lorasb_export.layer import LoRASBLinear
+from lorasb_export.scores import row_scores
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import adapter_on, save_adapter
 from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, task_of
@@ -77,7 +78,7 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
     with torch.inference_mode():
         losses, counts = row_losses(network(**batch).logits, batch["labels"])
     watched = Mock(side_effect=row_losses)
-    monkeypatch.setattr(evaluation, "row_losses", watched)
+    monkeypatch.setattr(scores, "row_losses", watched)
     found = row_scores(network, rows, tokenizer.pad_token_id)
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()

@@ -14,7 +14,7 @@ from lorasb_export import calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
-from lorasb_export.network import is_checkpointing
+from lorasb_export.given_network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 

@@ -20,7 +20,7 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.encoding import IGNORE, Encoded, encode
 from lorasb_export.errors import BaseModelError
-from lorasb_export.network import is_checkpointing
+from lorasb_export.given_network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets
 from tests.tiny import make_gpt2

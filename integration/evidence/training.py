@@ -24,9 +24,9 @@ from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.encoding import Encoded, encode
-from lorasb_export.evaluation import mean_loss, row_scores
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
+from lorasb_export.scores import mean_loss, row_scores
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of

@@ -24,10 +24,10 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData, in_order, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError, some
 from ..factors import ModuleBasis
+from ..given_network import refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..inject import remove
 from ..layer import shape_of
 from ..lock import only_writer
-from ..network import refuse_several_devices, require_dtype, require_outputs, require_positions
 from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
@@ -217,12 +217,13 @@ def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:
                 fix=f"Calibrate one basis for each kind: lorasb calibrate --data {name}={task.source} --out {own}, "
                 f'then [tasks.{name}] basis = "{own}" in lorasb.toml',
             )
+        if {type(label) for label in labels} - {type(label) for label in task.labels}:
+            what, where = "the labels of some tasks are names, of others numbers", f"{first.name} and {task.name}"
+            raise DataError(what, where=where, fix="Use one kind")
         labels.update(task.labels)
     if first is None:
         raise DataError("no data to calibrate on", fix="Name at least one task")
-    if len({type(label) for label in labels}) > 1:
-        raise DataError("the labels of some tasks are names, of others numbers", fix="Use one kind")
-    refuse_single_class(sorted(labels))
+    refuse_single_class(sorted(labels), first.source)
     return first.task_type, sorted(labels)
 
 

@@ -23,8 +23,8 @@ from ..data import TaskData
 from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
+from ..given_network import evaluating, is_checkpointing
 from ..layer import shape_of, weight_of
-from ..network import evaluating, is_checkpointing, other_forwards
 from ..nf4 import dequantize, state_of
 from ..settings import CalibrationSettings
 
@@ -198,7 +198,7 @@ def _only_trainable(
 def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:
     """Keep of every layer its inputs alone. transformers does it only in training mode, with dropout on."""
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return other_forwards(
+    return _other_forwards(
         {m: partial(checkpoint, m.forward, use_reentrant=False, preserve_rng_state=False) for m in layers}
     )
 
@@ -234,4 +234,19 @@ def _gradients_of_packed(
         y: torch.Tensor = _PackedGradient.apply(x, wanted, module, partial(keep, name))
         return y
 
-    return other_forwards({module: partial(forward, name, module) for name, module in modules.items()})
+    return _other_forwards({module: partial(forward, name, module) for name, module in modules.items()})
+
+
+@contextmanager
+def _other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Module → what is called within in place of its `forward`; someone else's wrapper is put back afterwards."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, wrapper in before.items():
+            del module.forward
+            if wrapper is not None:
+                module.forward = wrapper

@@ -12,6 +12,7 @@ from ..errors import ArtifactError, some
 from ..fetch import leads_out
 from ..storage import utf8
 from .loading import adapter_lines, model_class_of, outputs, source_of
+from .metadata import metadata
 from .readme import assemble, update
 from .sections import (
     NOTHING,
@@ -25,7 +26,6 @@ from .sections import (
     data_of_training,
     evaluation,
     limits,
-    metadata,
     method,
     provenance_table,
     retained,

@@ -8,8 +8,9 @@ from typing import Any
 from ..choices import SEQ_CLS
 from ..fetch import kind_of_part
 from .loading import adapter_lines
+from .metadata import metadata
 from .readme import assemble
-from .sections import Facts, base_link, figure_rows, grid, limits, metadata, provenance_table
+from .sections import Facts, base_link, figure_rows, grid, limits, provenance_table
 
 _MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
 

@@ -24,9 +24,7 @@ from ..calibration.capture import overview
 from ..choices import NF4
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
-from ..inject import remove
-from ..lock import only_writer
-from ..network import (
+from ..given_network import (
     is_checkpointing,
     refuse_several_devices,
     require_dtype,
@@ -34,6 +32,8 @@ from ..network import (
     require_outputs,
     require_positions,
 )
+from ..inject import remove
+from ..lock import only_writer
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..encoding import Encoded
-from ..evaluation import mean_loss, row_scores
 from ..inference import answers_of_ids
 from ..metrics import exact_match, prediction_metrics
+from ..scores import mean_loss, row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -37,10 +37,10 @@ def run(
     if onnx is not None:
         if model is not None or dtype != "auto":
             raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
-        from lorasb_export.exporting.onnx_run import answers
+        from lorasb_export.side_by_side import ask_onnx
         from lorasb_export.storage import expanded
 
-        _print(run, prompt, answers(expanded(onnx), prompt, chosen, max_tokens=max_tokens))
+        _print(run, prompt, ask_onnx(expanded(onnx), prompt, chosen, max_tokens=max_tokens))
         return
     if chosen is None:
         from lorasb_export.names import refuse_many
@@ -51,9 +51,9 @@ def run(
     folders = {name: run.project.find_adapter(name) for name in chosen}
     first = next(iter(folders.values()), None)
     base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()
-    from lorasb_export.inference import side_by_side  # only now: it brings torch
+    from lorasb_export.side_by_side import ask_adapters  # only now: it brings torch
 
-    found = side_by_side(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
+    found = ask_adapters(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
     _print(run, prompt, found)
 
 

@@ -27,9 +27,10 @@ from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_build import GRAPH
 from lorasb_export.exporting.onnx_exporter import GENAI, TORCH, exporter_for
 from lorasb_export.exporting.onnx_graph import read_graph
-from lorasb_export.exporting.onnx_run import OnnxDecoder, answers, classify, run_classifier
+from lorasb_export.exporting.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.exporting.onnx_verify import require_equal
 from lorasb_export.settings import BLOCK, RANDOM
+from lorasb_export.side_by_side import ask_onnx
 from lorasb_export.storage import read_json, write_json
 from tests.conftest import write_splits
 from tests.families import CONFIGS, SIZES
@@ -164,9 +165,9 @@ def test_others_answers_end_where_ours_do_without_penalties(family: str, tmp_pat
     assert decoder.eos_ids == {97, 2}
     asked = prompt_ids(BaseModel.resolve(tmp_path / "base").tokenizer, "1+1=")
     said = decoder.generate([asked], 1)[0]
-    assert answers(tmp_path / "onnx", "1+1=", max_tokens=1)["base"]
+    assert ask_onnx(tmp_path / "onnx", "1+1=", max_tokens=1)["base"]
     write_json(tmp_path / "onnx" / "generation_config.json", found | {"eos_token_id": [*said, 2]})
-    assert answers(tmp_path / "onnx", "1+1=")["base"] == ""  # nor is an end that is no special token a part of it
+    assert ask_onnx(tmp_path / "onnx", "1+1=")["base"] == ""  # nor is an end that is no special token a part of it
 
 
 def test_gpt2_is_quantized(tmp_path: Path) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from .adapter import Adapter, load_basis_once
 from .answer_end import before_end, end_ids
 from .bars import progress_bar
-from .base import BaseModel
-from .basis import Basis
-from .choices import CAUSAL_LM
 from .encoding import answer_ids, prompt_ids
-from .errors import ArtifactError, DataError, SettingsError
+from .errors import DataError
 from .given_network import evaluating, positions
 from .inject import refuse_rows
 from .rows import Prompt, Row, question_and_answer
@@ -163,48 +159,6 @@ def expected_answers(
         else:
             expected += tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
     return expected
-
-
-def side_by_side(
-    prompt: str,
-    adapters: Mapping[str, str],
-    *,
-    base: str | None,
-    max_tokens: int,
-    dtype: str,
-) -> dict[str, str]:
-    """The base's answer to one prompt, then each adapter's, on one loaded base.
-
-    Args:
-        adapters: name → adapter folder or Hub id, all of one base.
-        base: the base, where the adapters do not find it; needed when there are none.
-
-    Raises:
-        ArtifactError: an adapter is a classifier.
-        BaseModelError: an adapter belongs to another base.
-        SettingsError: an adapter is called `base`.
-    """
-    if "base" in adapters:
-        what = "an adapter called 'base' would hide the base's answer"
-        raise SettingsError(what, where=adapters["base"], fix="Ask for it by its path")
-    loaded = {name: Adapter.load(source) for name, source in adapters.items()}
-    for name, adapter in loaded.items():
-        if adapter.task_type != CAUSAL_LM:
-            fix = "Leave it out, and score it with `lorasb evaluate`"
-            raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
-    first = next(iter(loaded.values()), None)
-    base_model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
-    bases: dict[str, Basis] = {}
-    for adapter in loaded.values():
-        base_model.verify(adapter.base, adapter.R)
-        load_basis_once(adapter, bases)
-    tokenizer = base_model.tokenizer
-    network = base_model.load(dtype=dtype)
-    found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}
-    for name, adapter in loaded.items():
-        adapter.inject(network)
-        found[name] = answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]
-    return found
 
 
 def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> int:

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..answer_end import before_end, end_ids
-from ..choices import CAUSAL_LM
+from ..answer_end import end_ids
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
-from ..names import refuse_many
 from ..network import tokenizer_of
 from ..storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
@@ -102,7 +100,7 @@ class OnnxDecoder:
         """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""
         generation = self.folder / "generation_config.json"
         config = read_json(generation if generation.is_file() else self.folder / "config.json")
-        return end_ids(_tokenizer(self.folder), config.get("eos_token_id"))
+        return end_ids(tokenizer_in(self.folder), config.get("eos_token_id"))
 
     def use(self, adapter: str | Path | None) -> None:
         """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
@@ -208,48 +206,8 @@ class OnnxDecoder:
         return answers
 
 
-def answers(
-    folder: Path, prompt: str, adapters: Sequence[str] | None = None, *, max_tokens: int = 128
-) -> dict[str, str]:
-    """Greedy answers of an exported decoder to one prompt, asked as in training.
-
-    Args:
-        adapters: of an `onnx-adapters` folder; None takes all, of a few.
-
-    Returns:
-        of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
-
-    Raises:
-        ArtifactError: not an ONNX export, one of a classifier, a damaged one, or it has no such adapter.
-        SettingsError: `adapters` of a folder that has one merged in; None where there are many.
-    """
-    record = read_record(folder)
-    if record["task_type"] != CAUSAL_LM:
-        fix = "Call lorasb_export.exporting.onnx_run.classify, or score its adapter with `lorasb evaluate`"
-        raise ArtifactError("the graph is a classifier, which answers nothing", where=folder, fix=fix)
-    if record["kind"] == "onnx" and adapters is not None:
-        raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")
-    if adapters is None:
-        refuse_many(record.get("adapters", ()), folder)
-
-    from ..encoding import prompt_ids
-
-    tokenizer = _tokenizer(folder)
-    ids = prompt_ids(tokenizer, prompt)
-    decoder = OnnxDecoder(folder)
-    if record["kind"] == "onnx":
-        names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}
-    else:
-        names = {"base": None} | {name: name for name in (record["adapters"] if adapters is None else adapters)}
-    found = {}
-    for name, adapter in names.items():
-        decoder.use(adapter)
-        answer = before_end(decoder.generate([ids], max_tokens)[0], decoder.eos_ids)
-        found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
-    return found
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    """An exported folder's. Raises ArtifactError when it is damaged."""
     try:
         return tokenizer_of(folder)
     except Exception as error:  # of a dozen types

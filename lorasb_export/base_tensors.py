@@ -15,7 +15,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
     Raises:
         BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats. An
-            output embedding that none holds is left to transformers: it ties many to the input's.
+            output embedding that none holds may be tied to the input's: `network.read_network` refuses one that is not.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     weight_map = None if whole.is_file() or not index.is_file() else _weight_map(index)

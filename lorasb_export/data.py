@@ -285,7 +285,7 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
     if task.regression:
         if all(float(row["label"]).is_integer() for _, row in rows):
             what = "have decimal points and are whole: they are learnt as numbers (regression)"
-            warn_once(f"The labels of task {task.name} {what}. Write 1 for 1.0 if they are classes")
+            warn_once(f"The labels of task {task.name} ({task.source}) {what}. Write 1 for 1.0 if they are classes")
         return
     known = set(task.labels)
     for place, row in rows:

@@ -48,24 +48,25 @@ def require_positions(network: PreTrainedModel, max_length: int) -> None:
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
 
 
-def refuse_several_devices(network: Module) -> None:
-    """Raise SettingsError where accelerate has spread `network`: which logits are wanted, or which of several adapters
-    a row takes, is told on one device only."""
+def refuse_several_devices(network: PreTrainedModel) -> None:
+    """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
     if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
-        fix = "Load it onto one, or use one adapter, in a loop of your own: Adapter.attach takes such a model"
+        fix = (
+            "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model, if none is offloaded"
+        )
         raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
 
 
 def require_first_device(device: torch.device) -> None:
-    """Raise SettingsError for another than the first of several: transformers' Trainer takes that in a process alone,
-    and would leave what lies elsewhere behind."""
+    """Raise SettingsError for a device other than the first: in a single process transformers' Trainer takes the first,
+    and would leave behind what lies elsewhere."""
     import torch
 
     if device.type == "cpu":
         return
     index = torch.accelerator.current_device_index() if device.index is None else device.index
     if index != 0:
-        fix = f"Start the process with CUDA_VISIBLE_DEVICES={index}, in which it is the first"
+        fix = "Start the process so that it sees that device alone (of CUDA's by CUDA_VISIBLE_DEVICES)"
         raise SettingsError(f"the base is on {device.type}:{index}, training takes {device.type}:0", fix=fix)
 
 

@@ -75,7 +75,7 @@ class _LoRASBFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, weight, R, rows = ctx.saved_tensors
-        if rows is not ctx.rows and not torch.equal(rows, ctx.rows):  # they were saved anew, by checkpointing
+        if rows is not ctx.rows and not torch.equal(rows, ctx.rows):  # saved anew, by non-reentrant checkpointing
             what = "another adapter was chosen between a forward pass and its backward pass, which computes it again"
             raise SettingsError(what, fix="With gradient checkpointing call backward before the next `use`")
         dtype = u.dtype

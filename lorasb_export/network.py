@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .choices import NF4
 from .errors import BaseModelError, LoraSBError, first_line, is_out_of_memory
+from .given_network import classifies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,14 +97,14 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
-    """Refuse a body with weights that the checkpoint lacks and transformers drew at random.
+    """Refuse weights that the checkpoint lacks and transformers drew at random.
 
-    A head may be new: a classifier's is. The pooler, which checkpoints of language models lack, lies in the body: it is
+    A classifier's head may be new. The pooler, which checkpoints of language models lack, lies in the body: it is
     frozen, and no file would keep what was drawn.
     """
     prefix = f"{network.base_model_prefix}."
     for name in sorted(missing):
-        if name.startswith(prefix):
+        if name.startswith(prefix) or not classifies(network):
             pooler = ".pooler." in name
             fix = f"Use a checkpoint that has it, or {_SAVE_POOLER}" if pooler else _FETCH
             what = f"the checkpoint lacks {name}, or has it in another shape"

@@ -140,9 +140,10 @@ def evaluate_adapters(
         try:
             adapter, task = Adapter.load(adapters[one.word]), load(one.task, one.source)
             load_basis_once(adapter, bases)
-            # No name for the network here: it would keep it beside the next one.
+            kind = base, adapter.task_type, adapter.num_labels  # anew: it may have been fitted again meanwhile
             options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **scored}
-            outcome = evaluate(adapter, task, base=base, network=loaded.get(*one.network), **options)
+            # No name for the network here: it would keep it beside the next one.
+            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **options)
         except PER_ITEM_ERRORS as error:
             if len(ready) + len(known) == 1:
                 raise

@@ -8,7 +8,6 @@ import torch
 
 from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
-from .given_network import refuse_several_devices
 from .inject import inject, remove
 from .layer import Route
 
@@ -29,9 +28,8 @@ class Stack:
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
-            SettingsError: the model lies on several devices.
+            SettingsError: the layers lie on several devices.
         """
-        refuse_several_devices(model)
         first = next(iter(adapters.values()), None)
         if first is None:
             raise ArtifactError("no adapter to attach", fix="Give at least one")
@@ -51,6 +49,10 @@ class Stack:
         # On the CPU, where that of a loaded adapter is: one that was attached lies where its model did.
         start = {name: torch.stack([a.R[name].cpu() for a in adapters.values()]) for name in basis.modules}
         self._live = inject(model, basis.modules, start, first.scaling, self._route)
+        if len({layer.device for layer in self.layers}) > 1:  # which adapter a row takes is told on one of them only
+            remove(model)
+            fix = "Load it onto one, or attach one adapter"
+            raise SettingsError("the layers of the adapters lie on several devices", fix=fix)
         self._adapters = list(adapters.values())
         self.values = self._stacked()
         self.bind()
@@ -79,7 +81,8 @@ class Stack:
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
 
-        With gradient checkpointing, which computes passes again, not before `backward` of the last one.
+        With gradient checkpointing, which computes passes again, not before `backward` of the last one: of the
+        non-reentrant kind that is an error, the reentrant kind does not notice.
 
         Raises:
             SettingsError: no adapter of that name is attached, or none is named.

@@ -220,5 +220,10 @@ def test_an_index_that_names_an_output_embedding_which_is_tied(tmp_path: Path) -
     network = found.load()
     assert "lm_head.weight" not in found.tensors
     assert torch.equal(network.lm_head.weight, network.model.embed_tokens.weight)
-    with pytest.raises(BaseModelError, match=r"names tensor model.norm2.weight, which no file holds"):
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {"tie_word_embeddings": False})
+    with pytest.raises(BaseModelError, match=r"the checkpoint lacks lm_head\.weight"):
+        BaseModel.resolve(base).load()
+    write_json(base / "config.json", config)
+    with pytest.raises(BaseModelError, match=r"names tensor model\.norm2\.weight, which no file holds"):
         _ = name_too("model.norm2.weight").tensors

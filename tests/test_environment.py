@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -32,3 +33,6 @@ def test_to_import_this_package_is_cheap() -> None:
 def test_the_names_at_the_top() -> None:
     assert dir(lorasb_export) == sorted(lorasb_export.__all__)
     assert all(callable(getattr(lorasb_export, name)) for name in lorasb_export.__all__)
+    source = ast.parse(Path(lorasb_export.__file__).read_text())
+    for_types = {alias.asname for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert for_types - {None} == set(lorasb_export.__all__)

@@ -206,6 +206,7 @@ def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:
         DataError: there is no task, or they are of different kinds.
     """
     first: TaskData | None = None
+    sources: list[str] = []
     labels: set[Any] = set()
     for task in tasks:
         first = first or task
@@ -221,9 +222,10 @@ def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:
             what, where = "the labels of some tasks are names, of others numbers", f"{first.name} and {task.name}"
             raise DataError(what, where=where, fix="Use one kind")
         labels.update(task.labels)
+        sources.append(task.source)
     if first is None:
         raise DataError("no data to calibrate on", fix="Name at least one task")
-    refuse_single_class(sorted(labels), first.source)
+    refuse_single_class(sorted(labels), some(sources))
     return first.task_type, sorted(labels)
 
 

@@ -45,7 +45,7 @@ def export_peft(
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
     transposed = _stores_transposed(source, base)
-    _refuse_what_peft_ignores(source, base)
+    _refuse_what_peft_does_not_take(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
@@ -95,7 +95,7 @@ def peft_config(adapter: Adapter, *, transposed: bool) -> dict[str, Any]:
     }
 
 
-def _refuse_what_peft_ignores(adapter: Adapter, base: str | Path | None) -> None:
+def _refuse_what_peft_does_not_take(adapter: Adapter, base: str | Path | None) -> None:
     """Raise BaseModelError where PEFT would refuse the adapter, or load it and answer as the base does, or nearly."""
 
     def first(*endings: str) -> str | None:

@@ -69,7 +69,7 @@ def compare_logits(
             raise
         of_device = None
     if of_device is None:  # only now: the error held what was in memory
-        logger.info("%s has no room to compare logits: the CPU does it", device)
+        logger.warning("%s has no room to compare logits: the CPU does it, which takes longer", device)
         of_device = _on(torch.device("cpu"), base, merged_base, adapters, batch, rounding)
     (expected, found), streamed = of_device
     modules = {name for one in adapters for name in one.R}

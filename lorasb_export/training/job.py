@@ -87,7 +87,6 @@ class Job:
             require_first_device(default_device())
         if network is not None:
             refuse_several_devices(network)
-            require_first_device(network.device)
             require_dtype(network, settings.dtype)
             require_outputs(network, tasks[0].num_labels)
         if not isinstance(basis, CalibrationSettings):

@@ -23,7 +23,7 @@ from .factors import BlockBasis, Factors, ModuleBasis
 from .fetch import BASIS_FILES, parse_hub_folder, resolve_folder
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .provenance import versions
-from .settings import GRADIENT, changes
+from .settings import GRADIENT, CalibrationSettings, changes
 from .storage import absolute, expanded, read_json, version_of, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
@@ -86,8 +86,10 @@ class Basis:
 
         Only what it records, and what the result depends on, is compared: not `samples`, of which it knows the rows.
         """
-        made = {**self.calibration, "directions": self.directions, "rank": self.rank}
-        return changes({key: made[key] for key in settings if key in _DECISIVE and key in made}, settings)
+        made, now = {**self.calibration, "directions": self.directions, "rank": self.rank}, settings
+        if "targets" in settings:
+            now = {**settings, "targets": CalibrationSettings(targets=settings["targets"]).targets}
+        return changes({key: made[key] for key in settings if key in _DECISIVE and key in made}, now)
 
     @property
     def is_blocks(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
 from .answer_end import end_ids
 from .base import AnyBase
-from .choices import CAUSAL_LM, Split, require_choice
+from .choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
 from .data import TaskData, load_held_out
 from .encoding import encode
 from .errors import DataError, SettingsError
@@ -81,6 +82,7 @@ def evaluate(
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     task = task if isinstance(task, TaskData) else load_held_out(name_of(Path(str(task))), task)
+    task = with_labels_of(adapter, task)
     split, metric, rows = to_score(adapter, task, split=split, limit=limit, metric=metric, predictions=predictions)
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}", fix="Give at least 1")
@@ -137,6 +139,24 @@ def evaluate(
             for number, (row, wanted, base_said, adapter_said) in numbered
         ]
     return result
+
+
+def with_labels_of(adapter: Adapter, task: TaskData) -> TaskData:
+    """`task` with its labels as the adapter has them: of a few rows alone another kind may be told.
+
+    Whole numbers are numbers of a regression; and a number may be the name that was learnt, as `1` in a column of CSV
+    that had other names too.
+    """
+    if task.task_type != SEQ_CLS or adapter.task_type != SEQ_CLS:
+        return task
+
+    def as_learnt(label: Any) -> Any:
+        if isinstance(label, str) or label in adapter.labels:
+            return label
+        return float(label) if adapter.regression else str(label) if str(label) in adapter.labels else label
+
+    rows = {split: [{**r, "label": as_learnt(r["label"])} for r in of_split] for split, of_split in task.splits.items()}
+    return replace(task, splits=rows)
 
 
 def to_score(

@@ -30,6 +30,7 @@ class PredictionsFile:
 
     def refuse_rows_of(self, data: Path) -> None:
         """Raise OutputError where it is the data to be scored, or a file of it."""
+        data = expanded(data)
         files = split_files(data).values() if data.is_dir() else [data]
         if self.path.exists() and any(file.exists() and file.samefile(self.path) for file in files):
             raise OutputError("these are the rows to be scored", where=self.path, fix="Give --predictions another file")

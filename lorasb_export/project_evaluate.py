@@ -14,7 +14,7 @@ from .base import BaseModel, BaseRef
 from .choices import NF4
 from .data import TaskData, load_held_out, load_task
 from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
-from .evaluation import evaluate, metric_for, to_score
+from .evaluation import evaluate, metric_for, to_score, with_labels_of
 from .fetch import is_blob
 from .figures import record_evaluation, was_held_out
 from .loaded import LastLoaded
@@ -96,7 +96,7 @@ def evaluate_adapters(
                 what = "it does not say what it was trained on (--data names its rows)"
                 logger.warning("%s is passed over: %s", word, what)
                 continue
-            task = load(name, source)
+            task = with_labels_of(adapter, load(name, source))
             if file is not None:
                 file.refuse_rows_of(Path(str(source)))
             if all_there_are and (why := _passed_over(task, data, split, metric, file)):
@@ -119,7 +119,7 @@ def evaluate_adapters(
                 found[of_base].verify(*of_base)
             network = found[of_base], adapter.task_type, adapter.num_labels
             # The rows are read again in their turn: all may be more than memory holds.
-            ready.append(_Ready(word, name, source, network, into_card))
+            ready.append(_Ready(word, name, source, network, adapter.basis_sha256, into_card))
         if problems.is_full:
             break
     problems.raise_all("nothing was scored")
@@ -139,6 +139,8 @@ def evaluate_adapters(
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(adapters[one.word]), load(one.task, one.source)
+            if adapter.basis_sha256 not in bases:
+                bases.clear()  # or those that lie in their adapters would fill the memory, one after another
             load_basis_once(adapter, bases)
             kind = base, adapter.task_type, adapter.num_labels  # anew: it may have been fitted again meanwhile
             options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **scored}
@@ -165,12 +167,13 @@ class _Ready:
     task: str
     source: str | TaskSource
     network: tuple[BaseModel, str, int | None]
+    basis_sha256: str
     into_card: bool
 
-    def of_network(self) -> tuple[str, str, int]:
-        """What to sort by: adapters of one network come one after another."""
+    def of_network(self) -> tuple[str, str, int, str]:
+        """What to sort by: adapters of one network, and of one basis, come one after another."""
         base, task_type, num_labels = self.network
-        return str(base.folder), task_type, num_labels or 0
+        return str(base.folder), task_type, num_labels or 0, self.basis_sha256
 
 
 def _passed_over(

@@ -15,12 +15,14 @@ from .calibration.calibrate import MAX_MEASURED
 from .choices import CAUSAL_LM
 from .data import load_task
 from .errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
+from .given_network import require_positions
 from .loaded import LastLoaded
 from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
 from .task_source import AnySource
+from .training.checkpoints import refuse_begun, working_folder
 from .training.fit import fit, train_together
 from .training.requirements import check_requirements
 
@@ -65,7 +67,7 @@ def fit_tasks(
         may meet: of data or of an artifact, which each reads for itself.
 
     Raises:
-        OutputError: an adapter is there already; nothing was trained.
+        OutputError: an adapter, or an interrupted run, is there already; nothing was trained.
         DataError, MissingPackageError: see `check_requirements`; nothing was trained.
         SettingsError: `data` or `out` with several tasks; tasks of different bases or settings, or a single one,
             together; the project's basis is not as its file has it.
@@ -77,6 +79,8 @@ def fit_tasks(
     if not resume:
         for target in targets.values():  # before the first of them is trained
             refuse_existing(target, overwrite, _THERE)
+            if not (overwrite or together):
+                refuse_begun(working_folder(target))
     places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
     own = own or {}
     generates = _checked(places, settings, own) == {CAUSAL_LM}
@@ -104,6 +108,9 @@ def fit_tasks(
     same = calibration.dtype == settings.dtype
     loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
     network = loaded.get(base, CAUSAL_LM) if generates and same else None
+    if network is not None:
+        for name in names:
+            require_positions(network, own.get(name, settings).max_length)
     shared = {
         source: project_basis.load_or_make(
             project,

@@ -80,6 +80,8 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, list | tuple):  # as PEFT takes them
+            if not all(isinstance(target, str) for target in self.targets):
+                raise SettingsError(f"targets is {self.targets!r:.60}", fix="Give endings of module names, in quotes")
             object.__setattr__(self, "targets", ",".join(self.targets))
         _check(self, positive=("rank", "eta", "batch_size", "max_length"))
         if self.samples is not None and (self.samples <= 0 or (self.samples > 1 and self.samples != int(self.samples))):

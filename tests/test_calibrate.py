@@ -119,6 +119,17 @@ def test_targets_by_ending(llama: Path, sums: Path) -> None:
     assert len(basis.modules) == 4
 
 
+def test_targets_as_a_list_are_those_with_commas_between(llama: Path, sums: Path) -> None:
+    """As lorasb.toml may say it, with which the basis is compared."""
+    settings = CalibrationSettings(rank=4, targets=["q_proj", "mlp.down_proj"])  # type: ignore[arg-type]
+    basis = calibrate(str(llama), {"sums": sums}, settings)
+    assert len(basis.modules) == 4
+    assert basis.differences({"targets": ["q_proj", "mlp.down_proj"]}) == []
+    assert basis.differences({"targets": ["q_proj"]}) == ["targets q_proj,mlp.down_proj, not q_proj"]
+    with pytest.raises(SettingsError, match=r"targets is \[1\]. Give endings of module names, in quotes"):
+        CalibrationSettings(targets=[1])  # type: ignore[arg-type]
+
+
 def test_module_without_gradient_is_reported(llama: Path, sums: Path, tmp_path: Path) -> None:
     base = BaseModel.resolve(make_llama(tmp_path / "dead"))
     network = base.load()

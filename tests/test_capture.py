@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from lorasb_export import calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
+from lorasb_export.calibration import capture as module
 from lorasb_export.calibration.capture import capture, is_little, overview, recorded
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.data import load_task
@@ -111,3 +113,22 @@ def test_a_basis_of_very_many_tasks_takes_few_rows_of_each_and_nobody_measures_i
     rows = {of_task["rows"] for of_task in basis.calibration["data"]}
     assert (rows, basis.calibration["capture"]["tasks"], recorded(basis, task)) == ({1024 // 128}, {}, None)
     assert fit(base, basis, task, tmp_path / "a", FitSettings(max_steps=1)).training["capture"] is None
+
+
+def test_a_fit_measures_with_no_more_memory_than_it_trains_with(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis = random_basis(calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4)))
+    base, task = BaseModel.resolve(llama), load_task("sums", sums)
+    usual = capture(base, base.load(), basis, task)
+    seen: list[tuple[int, bool]] = []
+    of_rows = module.gradients_of_rows
+
+    def watched(*arguments: Any) -> Any:
+        seen.append((arguments[-1].batch_size, arguments[-1].gradient_checkpointing))
+        return of_rows(*arguments)
+
+    monkeypatch.setattr(module, "gradients_of_rows", watched)
+    sparing = capture(base, base.load(), basis, task, FitSettings(batch_size=2, gradient_checkpointing=True))
+    assert seen == [(2, True)]
+    assert sparing["basis"] == pytest.approx(usual["basis"], rel=1e-4)

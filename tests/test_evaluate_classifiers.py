@@ -120,3 +120,18 @@ def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) 
         evaluate(adapter, task_of(lines, tmp_path / "data"), split="train", metric="accuracy")
     with pytest.raises(DataError, match=r"the data is SEQ_CLS, the adapter SEQ_CLS \(regression\)"):
         evaluate(adapter, task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data"), split="train")
+
+
+def test_a_few_rows_have_labels_as_the_adapter_has_them(bert: Path, tmp_path: Path) -> None:
+    """Of themselves they would be told for others: whole numbers for classes, numbers among names for numbers."""
+    numbers = adapter_on(bert, tmp_path / "numbers", SEQ_CLS, labels=[])
+    numbers.training["regression"] = True
+    rows = [{"text": text, "label": label} for text, label in (("a", 3), ("b", 4), ("c", 5))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(numbers, tmp_path / "rows.jsonl", metric="rmse")["rows"] == 3
+    names = adapter_on(bert, tmp_path / "names", SEQ_CLS, labels=["1", "unknown"])
+    (tmp_path / "part.csv").write_text("text,label\na,1\nb,1\n")
+    assert evaluate(names, tmp_path / "part.csv")["rows"] == 2
+    (tmp_path / "other.csv").write_text("text,label\na,1\nb,2\n")
+    with pytest.raises(DataError, match="label 2 is not among the training labels '1', 'unknown'"):
+        evaluate(names, tmp_path / "other.csv")

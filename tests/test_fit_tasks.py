@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, OutputError, TrainingError
+from lorasb_export.errors import BaseModelError, DataError, OutputError, SettingsError, TrainingError
 from lorasb_export.project import Project
 from lorasb_export.project_fit import fit_tasks
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from tests.tiny import make_llama
+from tests.tiny import make_gpt2, make_llama
 
 SETTINGS = FitSettings(max_steps=1)
 
@@ -293,3 +293,21 @@ def test_bars_are_turned_off_on_a_terminal_too(
     monkeypatch.setenv("TQDM_DISABLE", off)
     fit(str(llama), CalibrationSettings(rank=4), sums, tmp_path / "a", SETTINGS)
     assert [bar in stderr.getvalue() for bar in ("gradients", "SVD", "fit a", "score")] == [not off] * 4
+
+
+def test_an_interrupted_run_of_one_task_is_told_before_another_trains(llama: Path, sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path / "p", llama, sums, '[tasks.b]\ndata = "data"\n')
+    left = tmp_path / "p/adapters/.b.run/checkpoint-1/complete.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    with pytest.raises(OutputError, match=r"an interrupted run is there \(.*\.b\.run\)"):
+        fit_all(found, ["a", "b"], SETTINGS)
+    assert not (tmp_path / "p/adapters/a").exists()
+
+
+def test_rows_longer_than_the_base_reaches_are_told_before_another_task_trains(sums: Path, tmp_path: Path) -> None:
+    found = project(tmp_path / "p", make_gpt2(tmp_path / "gpt2"), sums, '[tasks.b]\ndata = "data"\n')
+    own = {"b": FitSettings(max_steps=1, max_length=5000)}
+    with pytest.raises(SettingsError, match=r"max_length is 5000, the base's positions end at"):
+        fit_all(found, ["a", "b"], FitSettings(max_steps=1, max_length=64), own=own)
+    assert not (tmp_path / "p/adapters/a").exists()

@@ -47,6 +47,15 @@ def test_the_best_rate_on_the_valid_rows_is_kept(llama: Path, sums: Path, basis:
     assert "Trained at each of these learning rates" in (tmp_path / "a" / "README.md").read_text()
 
 
+def test_the_rate_that_was_kept_may_be_written_down(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
+    """`fit --resume` finds the adapter trained as it should be."""
+    best = fit(str(llama), basis, sums, tmp_path / "a", at(*RATES))
+    kept, other = sorted(RATES, key=lambda rate: rate != best.training["settings"]["learning_rate"])
+    assert fit(str(llama), basis, sums, tmp_path / "a", at(kept), resume=True).sha256 == best.sha256
+    with pytest.raises(TrainingError, match=r"was trained otherwise: learning_rate \[1e-05, 0.01\], not"):
+        fit(str(llama), basis, sums, tmp_path / "a", at(other), resume=True)
+
+
 def test_an_interrupted_search_goes_on_with_the_rate_it_was_at(
     llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasb_export import Adapter, calibrate, fit, merge
+from lorasb_export import Adapter, calibrate, export, fit, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -53,6 +53,22 @@ def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(BaseModelError, match="not those the artifact was made for"):
         merge(adapter, tmp_path / "twice", base=tmp_path / "model")
     assert not (tmp_path / "twice").exists()
+
+
+def test_adapters_of_two_bases_in_one_block_are_not_put_together(llama: Path, tmp_path: Path) -> None:
+    """The sha256 of their bases is one and the same."""
+    other = shutil.copytree(llama, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.1 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    a, b = (adapter_for(base, tmp_path / name, directions="block") for base, name in ((llama, "a"), (other, "b")))
+    assert Adapter.load(a).basis_sha256 == Adapter.load(b).basis_sha256
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        merge({a: 1.0, b: 1.0}, tmp_path / "out")
+    pytest.importorskip("onnxruntime_genai")
+    for adapters in ([a, b], [b, a]):
+        with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+            export(adapters, tmp_path / "out", format="onnx-adapters")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merged_model_is_the_base_of_nothing(llama: Path, sums: Path, tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def test_onto_another_base_than_in_training_is_told(
     assert "was trained beside" not in caplog.text
     merge(adapter, tmp_path / "other", base_dtype=base_dtype)
     assert "was trained beside" in caplog.text
+    merge([(adapter, 0.5)], tmp_path / "weighted", base_dtype=base_dtype)
+    assert "Some of the adapters were trained beside" in caplog.text
 
 
 def test_weights_under_other_names_are_refused(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

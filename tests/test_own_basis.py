@@ -32,3 +32,13 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     assert (tmp_path / "a" / "basis.safetensors").is_file()
     assert adapter.basis_source is None
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
+
+
+def test_the_head_that_a_basis_is_made_with_is_drawn_by_its_own_seed(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """Whatever seed the training has."""
+    made = [
+        fit(str(bert), CalibrationSettings(rank=2), parity, tmp_path / str(seed), replace(SETTINGS, seed=seed))
+        for seed in (0, 1)
+    ]
+    assert made[0].basis_sha256 == made[1].basis_sha256
+    assert made[0].sha256 != made[1].sha256

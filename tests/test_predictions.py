@@ -164,3 +164,14 @@ def test_the_size_of_a_batch_takes_memory_alone(
     assert seen == 2 * [2, 2, 1]
     with pytest.raises(SettingsError, match=r"batch_size is 0\. Give at least 1"):
         evaluate(adapter, sums, batch_size=0)
+
+
+def test_the_rows_that_are_scored_are_not_written_over_by_whatever_name(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell expands `~` behind `--data=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(GOOD)
+    done = lorasb("evaluate", "a", "--data=~/rows.jsonl", "--predictions=~/rows.jsonl", "--overwrite")
+    assert "these are the rows to be scored" in done.stderr
+    assert (tmp_path / "rows.jsonl").read_text() == GOOD

@@ -75,6 +75,24 @@ def test_weights_in_mistrals_own_format_are_not_those_that_are_served(folder: Pa
     assert command[-2:] == ["--load-format", "auto"]  # the last counts
 
 
+def test_weights_that_vllm_would_read_besides_are_refused(folder: Path, tmp_path: Path) -> None:
+    """It takes every file where no index tells which, the last one last; and an index before model.safetensors."""
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", base / "model_old.safetensors")
+    with pytest.raises(BaseModelError, match=r"vLLM would read weights twice \(.*model_old.safetensors\)"):
+        dry_run({}, model=str(base))
+    (base / "model_old.safetensors").rename(base / "model-1.safetensors")
+    weight_map = dict.fromkeys(_names(base), "model-1.safetensors")
+    write_json(base / "model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises(
+        BaseModelError,
+        match=r"those of model.safetensors.index.json too .*model-1.safetensors\). Serve a folder without",
+    ):
+        dry_run({}, model=str(base))
+    (base / "model.safetensors").unlink()
+    assert dry_run({}, model=str(base))["models"]
+
+
 def _names(base: Path) -> list[str]:
     with safe_open(base / "model.safetensors", "pt") as weights:
         return list(weights.keys())

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorasb_export.serving import launcher, plan
 from lorasb_export.serving import server as server_module
 from lorasb_export.serving.launcher import running_server, serve
 from lorasb_export.serving.server import RunningServer
+from lorasb_export.serving.shared import VERSIONS_VARIABLE
 from tests import serving
 
 folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
@@ -208,6 +210,24 @@ def test_another_server_that_started_on_the_port_is_not_taken_for_ours(
     finally:
         second.stop()
         first.stop()
+
+
+def test_an_adapter_that_a_client_has_loaded_before_we_ask_is_ours(
+    free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who deploys tries to load until it works, and may be quicker."""
+    monkeypatch.setattr(server_module, "listens", lambda session, port: None)  # where the system does not tell
+    loaded = ANSWERS_TWICE.replace("the/model", str(tmp_path / "versions" / "a-0123"))
+    command = [sys.executable, "-c", loaded, str(free_port), PAUSE]
+    for versions, is_ours in (("versions", True), ("others", False)):
+        variables = {**os.environ, VERSIONS_VARIABLE: str(tmp_path / versions)}
+        server = RunningServer(command, variables, f"http://127.0.0.1:{free_port}", echo=False)
+        try:
+            with nullcontext() if is_ours else pytest.raises(OutputError, match="another server answers there"):
+                server.start()
+        finally:
+            server.stop()
+        assert server.models == (["base"] if is_ours else [])
 
 
 def test_a_server_that_fails_before_it_names_its_models_is_not_another(free_port: int) -> None:

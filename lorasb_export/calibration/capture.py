@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..bars import progress_bar
@@ -12,7 +13,7 @@ from ..data import TaskData, in_order
 from ..encoding import Encoded
 from ..factors import Factors
 from ..inject import remove
-from ..settings import CalibrationSettings
+from ..settings import CalibrationSettings, FitSettings
 from .gradients import draw, gradients_of_rows
 from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd
 
@@ -25,7 +26,9 @@ WAYS = ("basis", "own", "random")
 _SAME = ("reduction", "loss", "seed", "batch_size", "max_length", "gradient_checkpointing")
 
 
-def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData) -> dict[str, Any]:
+def capture(
+    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, sparing: FitSettings | None = None
+) -> dict[str, Any]:
     """The capture ratio ‖Bᵀ·g·Aᵀ‖_F / ‖g‖_F of the task's gradient g at W0, over rows drawn from its training split.
 
     Beside it stand what a random basis of this rank captures (the expected value, r/√(out·in)), and what the
@@ -34,6 +37,7 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
 
     Args:
         network: the loaded base; an adapter on it is taken off.
+        sparing: take no larger batches than these settings, and gradient checkpointing where they do: memory alone.
 
     Returns:
         `rows`, the overall ratios `basis`, `own` and `random` (of summed squares), and `modules`: the same by name.
@@ -41,6 +45,12 @@ def capture(base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskD
     remove(network)
     same = {key: basis.calibration[key] for key in _SAME if key in basis.calibration}
     settings = CalibrationSettings(rank=basis.rank, **same)
+    if sparing is not None:
+        settings = replace(
+            settings,
+            batch_size=min(settings.batch_size, sparing.batch_size),
+            gradient_checkpointing=settings.gradient_checkpointing or sparing.gradient_checkpointing,
+        )
     tokenizer = base.tokenizer
     rows = draw(task, tokenizer, in_order(task.labels, base.head_labels), settings)
     return capture_of_rows(network, basis.modules, rows, tokenizer.pad_token_id, settings)

@@ -77,7 +77,8 @@ def export_onnx_adapters(
                 fix="Export each one merged: --format onnx",
             )
     base_model = first.base.resolve(base)
-    base_model.verify(basis.base, basis.modules)
+    for ref in {basis.base, *(adapter.base for adapter in loaded.values())}:  # blocks of several may have one sha256
+        base_model.verify(ref, basis.modules)
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     asked = held_out(data, base_model) if verify else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -147,6 +148,9 @@ def add_onnx_adapters(
                     where=folder,
                     fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
                 )
+            if adapter.base.fingerprint != record["base"]["fingerprint"]:
+                what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
+                raise ArtifactError(what, where=folder, fix="Export it with others of that base")
         with atomic_folder(folder, overwrite=True) as new:
             _copy(folder, new)
             _add(new, record, loaded)

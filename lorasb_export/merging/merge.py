@@ -20,7 +20,7 @@ from ..cards import card
 from ..choices import NF4, SEQ_CLS
 from ..errors import OutputError, SettingsError
 from ..fetch import parse_hub_id
-from ..network import as_base_model_error
+from ..network import as_base_model_error, tokenizer_of
 from ..output import free_bytes
 from ..provenance import adapter_provenance, command, published_training
 from ..storage import expanded, read_json, write_json
@@ -120,12 +120,12 @@ def merge(
 
 def _warn_of_another_base(plan: MergePlan) -> None:
     """Where an adapter says that it was trained beside weights in four bits, or not, and goes onto the others."""
-    for adapter in plan.adapters:
-        dtype = adapter.training.get("settings", {}).get("dtype")
-        if dtype is not None and (dtype == NF4) != (plan.rounding.base_dtype == NF4):
-            beside = "a base in four bits" if dtype == NF4 else "the weights as they are"
-            fix = "with --base-dtype nf4" if dtype == NF4 else "without --base-dtype"
-            logger.warning("The adapter was trained beside %s: it may score more merged %s", beside, fix)
+    onto = plan.rounding.base_dtype == NF4
+    if any(dtype is not None and (dtype == NF4) != onto for dtype in plan.trained_beside):
+        beside = "the weights as they are" if onto else "a base in four bits"
+        fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
+        who = "Some of the adapters were" if plan.combined else "The adapter was"
+        logger.warning("%s trained beside %s, and may score more merged %s", who, beside, fix)
 
 
 def _check_report(report: Path, *, may_exist: bool) -> None:
@@ -197,6 +197,10 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
         with as_base_model_error(plan.base.folder):  # not by AutoTokenizer, whose import takes seconds and 200 MB
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         write_end_ids(folder, tokenizer)
+    elif (folder / "tokenizer_config.json").is_file():
+        with as_base_model_error(plan.base.folder):
+            slow = tokenizer_of(folder)
+        write_end_ids(folder, slow)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

@@ -59,6 +59,7 @@ class MergePlan:
     Attributes:
         adapters: one for each basis; the bases stay on the disk (`Basis.open`).
         combined: of a combination, what `lorasb.json` says of each adapter in it.
+        trained_beside: the dtypes of the bases beside which they were trained, as far as they say so.
     """
 
     adapters: tuple[Adapter, ...]
@@ -68,6 +69,7 @@ class MergePlan:
     side_files: list[Path]
     combined: list[dict[str, Any]]
     rounding: Rounding
+    trained_beside: Collection[str | None]
 
     @property
     def nbytes(self) -> int:
@@ -176,6 +178,7 @@ def plan_merge(
     limit, base_model = 0, None
     loaded: tuple[Adapter, ...] = ()
     combined: list[dict[str, Any]] = []
+    weighted: Weighted = ()
     with problems:
         refuse_existing(out, overwrite)
     with problems:
@@ -196,7 +199,8 @@ def plan_merge(
     if base_model is None:
         problems.raise_all("nothing was written")
     assert base_model is not None
-    for one in loaded:
+    # Of all that are combined: blocks of another base may have the same sha256.
+    for one in {(one.base, frozenset(one.R)): one for one, _ in weighted}.values():
         _check_modules(one, base_model, problems)
     problems.raise_all("nothing was written")
     with problems:
@@ -209,7 +213,8 @@ def plan_merge(
     beside = [
         path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
     ]
-    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding)
+    dtypes = {one.training.get("settings", {}).get("dtype") for one, _ in weighted}
+    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, dtypes)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapter import Adapter, load_basis_once
 from ..base import BaseModel, BaseRef
+from ..base_tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..errors import BaseModelError, LoraSBError, SettingsError
@@ -227,12 +228,15 @@ def _check_length(plan: ServePlan) -> None:
 
 
 def _check_weights(plan: ServePlan) -> None:
-    """Raise BaseModelError where vLLM would read other weights besides those that the fingerprint is of."""
+    """Raise BaseModelError where vLLM would read other files than those that the fingerprint is of: those that an index
+    names, or else all there are."""
     folder = plan.base.folder
-    others = sorted(path.name for path in folder.glob(_MISTRALS_OWN))
-    if others and not (folder / "model.safetensors.index.json").is_file():
+    index, ours = folder / INDEX, {path.name for path, _ in plan.base.tensors.values()}
+    read = set(weight_map(index).values()) if index.is_file() else {path.name for path in folder.glob("*.safetensors")}
+    if others := sorted(read - ours):
+        what = "vLLM would read weights twice" + (f", those of {INDEX} too" if index.is_file() else "")
         fix = f"Serve a folder without {others[0]}, for example a merged model, or a copy of this one"
-        raise BaseModelError("vLLM would read weights twice", where=folder / others[0], fix=fix)
+        raise BaseModelError(what, where=folder / others[0], fix=fix)
 
 
 def _penalizes_repetition(base: BaseModel) -> bool:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
@@ -22,6 +23,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ..errors import OutputError, ServerError
 from . import guard
 from .listening import listens
+from .shared import VERSIONS_VARIABLE
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
 _LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
@@ -126,10 +128,12 @@ class RunningServer:
         is_child = listens(self.pid, port)
         if is_child is False:
             raise self._failed() if self._ends() else another
-        words = set(self._command)
+        words, versions = set(self._command), self._variables.get(VERSIONS_VARIABLE)
         try:
             cards = json.loads(self._get("/v1/models"))["data"]
-            are_ours = all(card["root"] in words or f"{card['id']}={card['root']}" in words for card in cards)
+            roots = [card["root"] for card in cards if f"{card['id']}={card['root']}" not in words]
+            # Those under `versions` were loaded by a client who was quicker than we are.
+            are_ours = all(r in words or (versions and Path(r).is_relative_to(versions)) for r in roots)
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
             if self._ends():
                 raise self._failed() from None

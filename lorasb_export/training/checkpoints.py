@@ -46,14 +46,22 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
     if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
         raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
     if not resume:
-        if begun and not overwrite:
-            raise OutputError(
-                "an interrupted run is there",
-                where=folder,
-                fix="Continue it with --resume, or start afresh with --overwrite",
-            )
+        if not overwrite:
+            refuse_begun(folder)
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_begun(folder: Path) -> None:
+    """Raise OutputError where an interrupted run in `folder` would be lost."""
+    if any(folder.glob(f"**/checkpoint-*/{COMPLETE}")):
+        fix = "Continue it with --resume, or start afresh with --overwrite"
+        raise OutputError("an interrupted run is there", where=folder, fix=fix)
+
+
+def working_folder(out: Path) -> Path:
+    """Where the run that makes the adapter `out` keeps its checkpoints."""
+    return out.parent / f".{out.name}.run"
 
 
 def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:

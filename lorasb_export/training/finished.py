@@ -33,7 +33,10 @@ def differences(
     if "settings" not in made:
         return []
     adapter = Adapter.load(out)
-    rates = made.get("learning_rates", [made["settings"]["learning_rate"]])
+    kept = made["settings"]["learning_rate"]
+    rates = made.get("learning_rates", [kept])
+    if settings.rates == (kept,):  # as it came out of a search, it is written down
+        rates = [kept]
     before = made["settings"] | {"learning_rate": sorted(rates)}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)

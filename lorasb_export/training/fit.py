@@ -17,7 +17,7 @@ from ..output import is_free
 from ..settings import CalibrationSettings, FitSettings
 from ..storage import absolute
 from ..task_source import AnySource
-from .checkpoints import refuse_run_of_others, runs_together, together_folder
+from .checkpoints import refuse_run_of_others, runs_together, together_folder, working_folder
 from .job import Job
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def fit(
     """
     out = absolute(out)
     task = data if isinstance(data, TaskData) else load_task(out.name, data)
-    working, settings = out.parent / f".{out.name}.run", settings or FitSettings()
+    working, settings = working_folder(out), settings or FitSettings()
     job = Job(base, basis, [task], [out], working, settings, network, measure, start)
     (outcome,) = job.train(resume=resume, overwrite=overwrite)
     if isinstance(outcome, TrainingError):

@@ -114,8 +114,8 @@ class Job:
             locks.enter_context(cannot_write(self.folder, RESUME))
             distributed.require_same_disk(self.folder)
             basis = self._basis
-            if isinstance(basis, CalibrationSettings) and basis.dtype != self.settings.dtype:
-                # Before the network is loaded, as it takes a base of its own: two at once might not fit.
+            if isinstance(basis, CalibrationSettings) and self._takes_another_base(basis):
+                # Before the network is loaded: two at once might not fit.
                 basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
             if self.settings.dtype == NF4:
                 logger.warning(_IN_FOUR_BITS)
@@ -128,6 +128,12 @@ class Job:
                 )
             with _left_as_found(network), _random_state_kept(network.device):
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
+
+    def _takes_another_base(self, basis: CalibrationSettings) -> bool:
+        """Whether the task's own basis is made with another network than it is trained with: in another dtype, or with
+        a classifier's head that is drawn by another seed."""
+        other_head = self.tasks[0].num_labels is not None and basis.seed != self.settings.seed
+        return basis.dtype != self.settings.dtype or other_head
 
     def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
@@ -166,7 +172,8 @@ class Job:
         names = [task.name for task in self.tasks]
         events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
         runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events, self._start)
-        captured = [captured_once(self.base, network, basis, task, self.folder, self._measure) for task in self.tasks]
+        options = self.folder, self.settings, self._measure
+        captured = [captured_once(self.base, network, basis, task, *options) for task in self.tasks]
         results: list[Adapter | TrainingError] = []
         for outcome, capture, out in zip(runs.best(), captured, self.outs, strict=True):
             if isinstance(outcome, TrainingError):

@@ -17,7 +17,7 @@ from ..basis import Basis
 from ..calibration.calibrate import calibrate, calibrated_once
 from ..calibration.capture import capture, is_little, one_line, overview, recorded
 from ..data import TaskData
-from ..settings import DRAWN, CalibrationSettings
+from ..settings import DRAWN, CalibrationSettings, FitSettings
 from ..storage import read_json, write_json
 from ..targets import find_targets, linear_layers
 
@@ -53,7 +53,13 @@ def own_basis(
 
 
 def captured_once(
-    base: BaseModel, network: PreTrainedModel, basis: Basis, task: TaskData, folder: Path, measure: bool
+    base: BaseModel,
+    network: PreTrainedModel,
+    basis: Basis,
+    task: TaskData,
+    folder: Path,
+    settings: FitSettings,
+    measure: bool,
 ) -> dict[str, Any] | None:
     """How much of the task's gradient the basis holds: recorded at calibration, or measured and kept in `folder`.
 
@@ -61,6 +67,7 @@ def captured_once(
     it was told not to, or had too many. Warns where it is little.
 
     Args:
+        settings: those of the run, whose memory has to do for this too.
         measure: where it is not recorded.
     """
     if basis.directions in DRAWN or basis.calibration.get("capture", {}).get("tasks") == {}:
@@ -73,7 +80,7 @@ def captured_once(
         if not measure:
             return None
         logger.info("%s: measuring how much of its gradient the basis holds", task.name)
-        found = capture(base, network, basis, task)
+        found = capture(base, network, basis, task, settings)
         distributed.barrier()
         if distributed.is_main():
             with atomic_file(path) as temporary:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
-from ...fetch import ADAPTER_FILES
+from ...fetch import ADAPTER_FILES, leads_out
 from ...names import name_problem, served_name_problem
 from ...output import cannot_write
 from ...storage import parse_json
@@ -99,11 +99,7 @@ class Updates:
 
     def _check(self, path: str, folder: Path) -> None:
         for item in (folder, *(folder / file for file in ADAPTER_FILES)):
-            try:
-                real = item.resolve()
-            except (OSError, RuntimeError):  # a link to itself
-                raise ArtifactError(f"{path!r} leads nowhere", fix=_FOLDER) from None
-            if not real.is_relative_to(self.source):
+            if leads_out(item, self.source):
                 raise SettingsError(f"{path!r} leads out of the adapters' folder", fix=_FOLDER)
             if not (item.is_dir() if item == folder else item.is_file()):
                 what = f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}"

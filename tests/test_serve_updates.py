@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,16 +132,27 @@ def test_a_bad_request_for_an_update_is_answered(
     assert answered(AsksForKey(Updates(Response())), scope, body) == status
 
 
-@pytest.mark.parametrize(("path", "status"), [("loop", 400), ("a", 507)])
-def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_the_clients(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, status: int
+@pytest.mark.parametrize(("path", "status"), [("loop", 400), ("linked", 400), ("a", 507), ("of-the-hub", 507)])
+def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_or_out_the_clients(
+    adapter: Adapter,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    status: int,
 ) -> None:
+    """Of a folder of the Hub's cache every file is a link into its store."""
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
     from lorasb_export.serving.shared.updates import LOAD, Updates
 
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, store in (("linked", "store"), ("of-the-hub", "blobs")):
+        files = shutil.copytree(tmp_path / "a", tmp_path_factory.mktemp("elsewhere") / store)
+        (tmp_path / name).mkdir()
+        for file in files.iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
     (tmp_path / "versions").mkdir()
     variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
     for name, folder in variables.items():

@@ -84,6 +84,7 @@ def evaluate_adapters(
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric, "predictions": file is not None}
     known: dict[str, dict[str, Any]] = {}
     ready: list[_Ready] = []
+    places: dict[str, int] = {}  # of the bases, by their sha256
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     problems = Problems()
     for word, folder in progress_bar(adapters.items(), desc="check"):
@@ -118,8 +119,9 @@ def evaluate_adapters(
                 found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
                 found[of_base].verify(*of_base)
             network = found[of_base], adapter.task_type, adapter.num_labels
+            place = places.setdefault(adapter.basis_sha256, len(places))
             # The rows are read again in their turn: all may be more than memory holds.
-            ready.append(_Ready(word, name, source, network, adapter.basis_sha256, into_card))
+            ready.append(_Ready(word, name, source, network, place, into_card))
         if problems.is_full:
             break
     problems.raise_all("nothing was scored")
@@ -167,13 +169,13 @@ class _Ready:
     task: str
     source: str | TaskSource
     network: tuple[BaseModel, str, int | None]
-    basis_sha256: str
+    place_of_basis: int
     into_card: bool
 
-    def of_network(self) -> tuple[str, str, int, str]:
+    def of_network(self) -> tuple[str, str, int, int]:
         """What to sort by: adapters of one network, and of one basis, come one after another."""
         base, task_type, num_labels = self.network
-        return str(base.folder), task_type, num_labels or 0, self.basis_sha256
+        return str(base.folder), task_type, num_labels or 0, self.place_of_basis
 
 
 def _passed_over(

@@ -140,7 +140,8 @@ def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
     settings = FitSettings(max_steps=2, learning_rate=(1e-3, 1e-2))
     done = fit(str(llama), basis, sums, out, settings)
     assert fit(str(llama), basis, sums, out, settings, resume=True).sha256 == done.sha256
-    one_rate = replace(settings, learning_rate=done.training["settings"]["learning_rate"])
+    kept = done.training["settings"]["learning_rate"]
+    one_rate = replace(settings, learning_rate=next(rate for rate in (1e-3, 1e-2) if rate != kept))
     calibrate(str(llama), {"sums": sums}, replace(own, seed=1)).save(tmp_path / "other")
     for inputs, differing in (
         ((basis, sums, replace(settings, max_steps=3)), "max_steps 2, not 3"),

@@ -83,6 +83,10 @@ class TaskData:
             raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=fix)
         return self.splits[split]
 
+    def unit(self, split: str) -> str:
+        """What errors call a row of `split`; its number, from 1, follows."""
+        return f"{self.name}: {split} row"
+
     def split_sha256(self, split: str) -> str:
         """A digest of the rows of `split`."""
         return hashlib.sha256(as_json(self.splits[split])).hexdigest()

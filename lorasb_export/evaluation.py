@@ -89,7 +89,7 @@ def evaluate(
     base = adapter.base.resolve(base)
     base.verify(adapter.base, adapter.R)
     tokenizer = base.tokenizer
-    encoded, unit = [], f"{task.name}: {split} row"
+    encoded, unit = [], task.unit(split)
     expected: list[Any] = [row.get("label") for row in rows]
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
@@ -147,16 +147,21 @@ def with_labels_of(adapter: Adapter, task: TaskData) -> TaskData:
     Whole numbers are numbers of a regression; and a number may be the name that was learnt, as `1` in a column of CSV
     that had other names too.
     """
-    if task.task_type != SEQ_CLS or adapter.task_type != SEQ_CLS:
+    if task.task_type != SEQ_CLS or adapter.task_type != SEQ_CLS or task.regression:
         return task
-
-    def as_learnt(label: Any) -> Any:
-        if isinstance(label, str) or label in adapter.labels:
-            return label
-        return float(label) if adapter.regression else str(label) if str(label) in adapter.labels else label
-
-    rows = {split: [{**r, "label": as_learnt(r["label"])} for r in of_split] for split, of_split in task.splits.items()}
-    return replace(task, splits=rows)
+    labels = {row["label"] for rows in task.splits.values() for row in rows}
+    learnt: dict[Any, Any]
+    if adapter.regression:
+        learnt = {label: float(label) for label in labels if not isinstance(label, str)}
+    else:
+        learnt = {x: str(x) for x in labels if x not in adapter.labels and str(x) in adapter.labels}
+    if not learnt:
+        return task
+    splits = {
+        split: [{**row, "label": learnt.get(row["label"], row["label"])} for row in rows]
+        for split, rows in task.splits.items()
+    }
+    return replace(task, splits=splits)
 
 
 def to_score(

@@ -118,10 +118,10 @@ def evaluate_adapters(
             if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
                 found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
                 found[of_base].verify(*of_base)
-            network = found[of_base], adapter.task_type, adapter.num_labels
             place = places.setdefault(adapter.basis_sha256, len(places))
+            order = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0, place
             # The rows are read again in their turn: all may be more than memory holds.
-            ready.append(_Ready(word, name, source, network, place, into_card))
+            ready.append(_Ready(word, name, source, found[of_base], order, into_card))
         if problems.is_full:
             break
     problems.raise_all("nothing was scored")
@@ -136,18 +136,17 @@ def evaluate_adapters(
     bases: dict[str, Basis] = {}
     if file is not None:
         file.require_writable()
-    for one in sorted(ready, key=_Ready.of_network):
-        base, *_ = one.network
+    for one in sorted(ready, key=lambda one: one.order):
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(adapters[one.word]), load(one.task, one.source)
             if adapter.basis_sha256 not in bases:
                 bases.clear()  # or those that lie in their adapters would fill the memory, one after another
             load_basis_once(adapter, bases)
-            kind = base, adapter.task_type, adapter.num_labels  # anew: it may have been fitted again meanwhile
+            kind = one.base, adapter.task_type, adapter.num_labels  # anew: it may have been fitted again meanwhile
             options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **scored}
             # No name for the network here: it would keep it beside the next one.
-            outcome = evaluate(adapter, task, base=base, network=loaded.get(*kind), **options)
+            outcome = evaluate(adapter, task, base=one.base, network=loaded.get(*kind), **options)
         except PER_ITEM_ERRORS as error:
             if len(ready) + len(known) == 1:
                 raise
@@ -163,19 +162,17 @@ def evaluate_adapters(
 
 @dataclass(frozen=True)
 class _Ready:
-    """An adapter that has been looked at: its task and rows, the network it is for, and whether its card is written."""
+    """An adapter that has been looked at: its task and rows, its base, and whether its card is written.
+
+    By `order` adapters of one network, and of one basis, come one after another.
+    """
 
     word: str
     task: str
     source: str | TaskSource
-    network: tuple[BaseModel, str, int | None]
-    place_of_basis: int
+    base: BaseModel
+    order: tuple[str, str, int, int]
     into_card: bool
-
-    def of_network(self) -> tuple[str, str, int, int]:
-        """What to sort by: adapters of one network, and of one basis, come one after another."""
-        base, task_type, num_labels = self.network
-        return str(base.folder), task_type, num_labels or 0, self.place_of_basis
 
 
 def _passed_over(

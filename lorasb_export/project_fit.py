@@ -109,8 +109,7 @@ def fit_tasks(
     loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
     network = loaded.get(base, CAUSAL_LM) if generates and same else None
     if network is not None:
-        for name in names:
-            require_positions(network, own.get(name, settings).max_length)
+        require_positions(network, max(own.get(name, settings).max_length for name in names))
     shared = {
         source: project_basis.load_or_make(
             project,

@@ -11,9 +11,10 @@ import torch
 from lorasb_export import merge
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import SEQ_CLS
+from lorasb_export.data import load_task
 from lorasb_export.encoding import encode
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.evaluation import evaluate
+from lorasb_export.evaluation import evaluate, with_labels_of
 from lorasb_export.scores import row_scores
 from tests.random_adapter import LLAMA_MODULES, adapter_on, save_adapter
 from tests.rows import CLASS, task_of
@@ -122,13 +123,18 @@ def test_regression_merged_predicts_the_same_number(bert: Path, tmp_path: Path) 
         evaluate(adapter, task_of(CLASS + CLASS.replace("yes", "no"), tmp_path / "data"), split="train")
 
 
+def write_rows(path: Path, labels: list[float]) -> Path:
+    path.write_text("".join(json.dumps({"text": f"row {i}", "label": x}) + "\n" for i, x in enumerate(labels)))
+    return path
+
+
 def test_a_few_rows_have_labels_as_the_adapter_has_them(bert: Path, tmp_path: Path) -> None:
     """Of themselves they would be told for others: whole numbers for classes, numbers among names for numbers."""
     numbers = adapter_on(bert, tmp_path / "numbers", SEQ_CLS, labels=[])
     numbers.training["regression"] = True
-    rows = [{"text": text, "label": label} for text, label in (("a", 3), ("b", 4), ("c", 5))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluate(numbers, tmp_path / "rows.jsonl", metric="rmse")["rows"] == 3
+    assert evaluate(numbers, write_rows(tmp_path / "rows.jsonl", [3, 4, 5]), metric="rmse")["rows"] == 3
+    mixed = load_task("mixed", write_rows(tmp_path / "mixed.jsonl", [3, 4.5]))
+    assert with_labels_of(numbers, mixed) is mixed  # or its rows would not be those that were trained on
     names = adapter_on(bert, tmp_path / "names", SEQ_CLS, labels=["1", "unknown"])
     (tmp_path / "part.csv").write_text("text,label\na,1\nb,1\n")
     assert evaluate(names, tmp_path / "part.csv")["rows"] == 2

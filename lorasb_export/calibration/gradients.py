@@ -53,7 +53,7 @@ def draw(
         wanted = max(least, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
     drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
-    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=f"{task.name}: train row")
+    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=task.unit("train"))
 
 
 def gradients_of_rows(

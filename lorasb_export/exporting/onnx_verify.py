@@ -112,7 +112,7 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     rows = []
     if data is not None:
         held_out = data.rows(data.held_out())[:_METRIC_ROWS]
-        unit = f"{data.name}: {data.held_out()} row"
+        unit = data.unit(data.held_out())
         rows = encode(held_out, tokenizer, SEQ_CLS, adapter.labels, trained_length(adapter), unit)
     batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
     for start in range(0, len(rows), _BATCH_ROWS):
@@ -153,7 +153,7 @@ class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
     def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._unit = tokenizer, f"{task.name}: {task.held_out()} row"
+        self._tokenizer, self._unit = tokenizer, task.unit(task.held_out())
         first = task.rows(task.held_out())[:_METRIC_ROWS]
         numbered = [(number, row) for number, row in enumerate(first, 1) if has_answer(row)]
         self._rows = [row for _, row in numbered]

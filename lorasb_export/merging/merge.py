@@ -193,14 +193,11 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     _write_config(plan, folder)
     if plan.adapters[0].task_type == SEQ_CLS:
         _name_padding(plan, folder)
-    elif (folder / "tokenizer.json").is_file():
-        with as_base_model_error(plan.base.folder):  # not by AutoTokenizer, whose import takes seconds and 200 MB
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        write_end_ids(folder, tokenizer)
-    elif (folder / "tokenizer_config.json").is_file():
+    elif any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        is_fast = (folder / "tokenizer.json").is_file()  # AutoTokenizer's import takes seconds and 200 MB
         with as_base_model_error(plan.base.folder):
-            slow = tokenizer_of(folder)
-        write_end_ids(folder, slow)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if is_fast else tokenizer_of(folder)
+        write_end_ids(folder, tokenizer)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

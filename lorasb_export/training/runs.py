@@ -203,8 +203,8 @@ class TrainingRuns:
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
-        length, unit = self.settings.max_length, f"{task.name}: {split} row"
-        return encode(task.rows(split), self.base.tokenizer, task.task_type, task.labels, length, unit)
+        length = self.settings.max_length
+        return encode(task.rows(split), self.base.tokenizer, task.task_type, task.labels, length, task.unit(split))
 
     def _validation(self, task: TaskData) -> Validation | None:
         rows = task.splits.get("valid")
@@ -213,7 +213,7 @@ class TrainingRuns:
         encoded = self._rows(task, "valid")
         if self.settings.metric != "exact_match":
             return Validation(encoded, self.base.tokenizer)
-        unit = f"{task.name}: valid row"
+        unit = task.unit("valid")
         questions = [question_and_answer(row, f"{unit} {number}")[0] for number, row in enumerate(rows, 1)]
         limit = max_answer_tokens(self.base.tokenizer, rows)
         ids = checked_prompt_ids(self.network, self.base.tokenizer, questions, max_tokens=limit, unit=unit)

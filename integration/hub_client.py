@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -134,7 +133,6 @@ class Hub(HubServer):
             self._client.kill()
             self._client.wait()
         self._errors.close()
-        self.shutdown()
 
     def push(self, folder: Path, repo: str, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """What `push` returns, or {"error": its type, "text": …}."""
@@ -165,8 +163,7 @@ class Hub(HubServer):
 
 def serve(root: Path, base: Path, **changes: str) -> Iterator[Hub]:
     """A running Hub. At the end: no token is in any file that a client or the server wrote."""
-    with Hub(root, base, **changes) as hub:
-        Thread(target=hub.serve_forever, daemon=True).start()
+    with Hub(root, base, **changes).running() as hub:
         yield hub
         hub.stop()
         files = [path for path in root.rglob("*") if path.is_file()]

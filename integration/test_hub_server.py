@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from threading import Thread
 
 import httpx2
 
@@ -12,10 +11,8 @@ from integration.hub_server import HubServer
 
 
 def test_the_server_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    with HubServer(tmp_path) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with HubServer(tmp_path).running() as server:
         assert httpx2.post(f"{server.url}/api/anything", trust_env=False).status_code == 501
         assert httpx2.put(f"{server.url}/lfs/{'0' * 64}?size=1", content=b"x", trust_env=False).status_code == 400
-        server.shutdown()
-        assert len(server.violations) == 2
-        assert os.listdir(server.store.blobs) == []
+    assert len(server.violations) == 2
+    assert os.listdir(server.store.blobs) == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar
+from threading import Lock, Thread
+from typing import Any, ClassVar, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .store import Repo, Store
@@ -63,6 +65,16 @@ class BaseServer(ThreadingHTTPServer):
         self.violations: list[str] = []
         self.faults: list[Fault] = []
         self._heads = self._bodies = 0
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Serve in a thread. It ends with the block: it would poll the number of the closed socket forever."""
+        with self:
+            Thread(target=self.serve_forever, daemon=True).start()
+            try:
+                yield self
+            finally:
+                self.shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away, or a connection cut on purpose

@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 from random import Random
-from threading import Thread
 
 from integration.hub_server import HubServer
 from integration.torture.project import VERBS, done, entries, make, prepared, undisturbed, weights
@@ -29,9 +28,8 @@ _REPO = "me/a"
 def run(n: int, seed: int) -> Tally:
     """`n` pairs of each kind."""
     tally, random = Tally("concurrency", seed), Random(seed)
-    with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder, "server")) as server:
+    with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder, "server")).running() as server:
         root = Path(folder)
-        Thread(target=server.serve_forever, daemon=True).start()
         variables = server.environment(root / "home", HF_HUB_DISABLE_XET="1")
         both = Zygote(**variables), Zygote(**variables)
         try:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from threading import Thread
 
 from integration.hub_server import HubServer
 from integration.torture.faulty_disk import FAULTS, FaultyDisk, spread
@@ -101,8 +100,7 @@ def published(server: HubServer, repo: str) -> dict[str, str]:
 
 @contextmanager
 def _hub(root: Path, home: Path, **variables: str) -> Iterator[_Hub]:
-    with HubServer(root / "server") as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with HubServer(root / "server").running() as server:
         zygote = Zygote(**server.environment(home, **variables))
         try:
             make(root / "start")

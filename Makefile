@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 
 quickstart: .venv  ## the whole line on a small real model, on a CPU
 	rm -rf build && $(BIN)/pip install --quiet '.[cpu]'
-	$(BIN)/lorasb quickstart --out quickstart --overwrite
+	$(BIN)/lorasb quickstart --out quickstart
 
 test: lint  ## what CI runs
 	$(PYTEST) tests integration

@@ -71,7 +71,7 @@ def run(
         typer.Option(help="Data type of the base model; auto: the checkpoint's; nf4: four bits."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rows drawn, or of a random basis.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: basis]")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write the basis to.  [default: the project's]")] = None,
     overwrite: Annotated[
         bool,
         typer.Option(

@@ -16,6 +16,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
 # adapter, and would answer a request for the base with it.
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())
+# What else has a name where adapters have theirs.
+_TAKEN = {"base": "the base model answers by it", "runs": "TensorBoard's files lie in the folder of that name"}
 _MAX_UNNAMED = 32  # each answer takes seconds, and what is asked is told at the end
 
 
@@ -28,6 +30,13 @@ def name_problem(name: str, use: str = "be served as a name") -> str | None:
     if _NAME.fullmatch(name) and ".." not in name:
         return None
     return f"{name!r} cannot {use}: use letters, digits, '.', '_' and '-', at most 96, no '..'"
+
+
+def task_name_problem(name: str) -> str | None:
+    """What is wrong with `name` as that of a project's task, or None."""
+    if name in _TAKEN:
+        return f"{name!r} cannot name a task: {_TAKEN[name]}"
+    return name_problem(name)
 
 
 def served_name_problem(name: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, BaseModelError, SettingsError, some
 from .fetch import may_be_dataset, parse_hub_id
-from .names import adapters_in, find_adapter, name_problem
+from .names import adapters_in, find_adapter, name_problem, task_name_problem
 from .project_file import FILE_NAME, Task, nearest, read_project_file
 from .settings import CalibrationSettings, FitSettings
 from .storage import absolute, expanded
@@ -243,6 +243,6 @@ class Project:
 
 def refuse_bad_names(names: Iterable[str]) -> None:
     """Raise SettingsError for a task name that is not fit for a folder and a served model."""
-    problems = [problem for problem in map(name_problem, names) if problem]
+    problems = list(filter(None, map(task_name_problem, names)))
     if problems:
         raise SettingsError("; ".join(problems), where="tasks", fix="Rename the task")

@@ -10,7 +10,8 @@ from lorasb_cli.verb import listed
 from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.names import name_problem, resolve_adapters, served_name_problem
+from lorasb_export.names import name_problem, resolve_adapters, served_name_problem, task_name_problem
+from lorasb_export.project import Project
 
 
 def folder(path: Path) -> Path:
@@ -102,6 +103,17 @@ def test_a_task_may_have_a_name_that_is_not_served() -> None:
     assert "'text' cannot be served" in str(served_name_problem("text"))
     assert served_name_problem("texts") is None
     assert served_name_problem("a/b") == name_problem("a/b")
+
+
+@pytest.mark.parametrize("name", ["base", "runs"])
+def test_what_lies_or_answers_where_adapters_do_names_no_task(name: str, tmp_path: Path) -> None:
+    assert name_problem(name) is None
+    (tmp_path / "lorasb.toml").write_text(f'[tasks.{name}]\ndata = "a"\n')
+    with pytest.raises(SettingsError, match=f"'{name}' cannot name a task"):
+        Project.load(tmp_path / "lorasb.toml")
+    with pytest.raises(SettingsError, match=f"'{name}' cannot name a task"):
+        Project.load(None).tasks_to_fit([name], "rows.jsonl")
+    assert task_name_problem("bases") is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import pytest
 
 from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, serve
 from integration.onnx_world import make_world
+from integration.torture.forks import exporters_by
+from integration.torture.zygote import shared_zygote
 from lorasb_export.base import BaseModel
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.quickstart.model import small_model
@@ -27,11 +29,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Begun first, longest first, so that no core waits at the end for one long file.
-_LONG = ("test_quickstart", "test_onnx_families", "test_training", "test_torture", "test_serve_shared", "test_onnx")
+_LONG = "quickstart onnx_families training torture serve_shared onnx serve hub_names merge evidence distributed".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(_LONG)}
+    order = {f"test_{name}": place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
 
 
@@ -60,6 +62,18 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 
 @pytest.fixture(scope="module")
+def quick_exporters() -> Iterator[None]:
+    """ONNX exporters are forks. Those of the quickstart and of the real model are started as they are for users."""
+
+    def forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        return shared_zygote().run(*command, folder=folder, together=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", exporters_by(forked))
+        yield
+
+
+@pytest.fixture(scope="session")
 def xet(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
     """A Hub whose transport is xet."""
     yield from serve(tmp_path_factory.mktemp("xet"), llama)

@@ -1,4 +1,7 @@
-"""The command line as it is typed, in child processes: exit codes, streams, the project file, the docs."""
+"""The command line as it is typed, in child processes: exit codes, streams, the project file, the docs.
+
+Most are forks of one that has imported everything (`lorasb`); what is about starting is started (`started`).
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,18 @@ import pytest
 from lorasb_export import Adapter
 from lorasb_export.storage import read_json
 
+from .torture.zygote import shared_zygote
+
 VERBS = "init calibrate fit evaluate generate merge export push serve inspect quickstart".split()
 
 
-def lorasb(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def started(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lorasb_cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def lorasb(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return shared_zygote().run("lorasb_cli", *map(str, words), folder=cwd)
 
 
 def result_of(done: subprocess.CompletedProcess[str]) -> Any:
@@ -41,7 +50,7 @@ def project(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -
         f'model = "{llama}"\n[basis]\nrank = 4\n[fit]\nmax_steps = 3\n'
         '[tasks.a]\ndata = "data/a"\n[tasks.b]\ndata = "data/b"\n[hub]\nrepo = "me/{name}-lorasb"\n'
     )
-    found = result_of(lorasb("fit", "--json", cwd=folder))
+    found = result_of(started("fit", "--json", cwd=folder))
     assert set(found["adapters"]) == {"a", "b"}
     return folder
 
@@ -61,25 +70,25 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_the_shared_options(verb: str) -> None:
-    text = lorasb(verb, "--help").stdout
+    text = started(verb, "--help").stdout
     for option in ("--json", "--quiet", "--verbose", "--config"):
         assert option in text
 
 
 def test_usage_errors_exit_2() -> None:
-    assert lorasb("merg").returncode == 2
-    assert lorasb("merge", "--no-such-option").returncode == 2
-    assert lorasb("calibrate", "--data", "nameless").returncode == 2
+    assert started("merg").returncode == 2
+    assert started("merge", "--no-such-option").returncode == 2
+    assert started("calibrate", "--data", "nameless").returncode == 2
 
 
 def test_expected_failures_exit_1_with_one_line(tmp_path: Path) -> None:
-    done = lorasb("inspect", tmp_path / "nowhere")
+    done = started("inspect", tmp_path / "nowhere")
     assert (done.returncode, done.stdout) == (1, "")
     fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
     assert done.stderr == f"Error: neither a folder nor a Hub id ({tmp_path / 'nowhere'}). {fix}\n"
-    failed = lorasb("inspect", tmp_path / "nowhere", "--json")
+    failed = lorasb("inspect", tmp_path / "nowhere", "--json", cwd=tmp_path)
     assert json.loads(failed.stdout)["error"]["what"] == "neither a folder nor a Hub id"
-    assert "Traceback" in lorasb("inspect", tmp_path / "nowhere", "--verbose").stderr
+    assert "Traceback" in lorasb("inspect", tmp_path / "nowhere", "--verbose", cwd=tmp_path).stderr
 
 
 def test_verbs_without_a_project_say_what_to_do(tmp_path: Path) -> None:

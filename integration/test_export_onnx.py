@@ -45,6 +45,8 @@ ort = pytest.importorskip("onnxruntime")
 og = pytest.importorskip("onnxruntime_genai")
 onnx = pytest.importorskip("onnx")
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 
 @pytest.fixture(scope="module")
 def red_onnx(world: Path) -> Path:

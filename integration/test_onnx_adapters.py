@@ -29,6 +29,8 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnx")
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 
 def test_an_adapter_of_another_graph_is_refused(tasks_onnx: Path, tmp_path: Path) -> None:
     own = read_adapter(tasks_onnx / "red.onnx_adapter")

@@ -39,6 +39,8 @@ from tests.tiny import VOCABULARY, save_tokenizer
 
 from .reference import greedy, random_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 TOKENS = 16
 PROMPTS = random_prompts(3, 26, 9, 1, 40)
 SPLIT = ("q_proj", "v_proj", "down_proj")

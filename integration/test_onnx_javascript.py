@@ -37,6 +37,8 @@ PAGE = """<!doctype html><meta charset="utf-8">
 }}</script>
 <script type="module">
 import { env } from "@huggingface/transformers";
+
+pytestmark = pytest.mark.usefixtures("quick_exporters")
 env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // else from a CDN
 env.backends.onnx.wasm.numThreads = 1;
 </script>

@@ -16,6 +16,8 @@ import torch
 _EXPORTERS = ("onnxruntime_genai.models.builder", "lorasb_export.exporting.onnx_torch")
 _run_program = subprocess.run
 
+Run = Callable[..., subprocess.CompletedProcess[Any]]
+
 
 def fork_exporters() -> None:
     """From now on `subprocess.run` of `python -m` and an exporter is a fork of this process."""
@@ -24,13 +26,18 @@ def fork_exporters() -> None:
 
     assert onnxruntime_genai.models.builder  # imported
     assert torch.onnx
-    subprocess.run = _run  # type: ignore[assignment]
+    subprocess.run = exporters_by(_forked)  # type: ignore[assignment]
 
 
-def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-    if command[:3] == [sys.executable, "-P", "-m"] and command[3] in _EXPORTERS:
-        return _forked(command[3:], options["cwd"])
-    return _run_program(command, **options)
+def exporters_by(forked: Callable[[list[str], Path], subprocess.CompletedProcess[str]]) -> Run:
+    """`subprocess.run`, but an exporter, a module and its words to be run in a folder, is run by `forked`."""
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if command[:3] == [sys.executable, "-P", "-m"] and command[3] in _EXPORTERS:
+            return forked(command[3:], options["cwd"])
+        return _run_program(command, **options)
+
+    return run
 
 
 def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,20 +1,23 @@
-"""A process that has imported everything and forks a `lorasb` for each line it reads: starting one takes no time.
+"""A process that has imported everything and forks a `python -m` for each line it reads: starting one takes no time.
 
-In: {"folder", "words", "log", "signal", "after"}; out, when the child has ended: {"code", "seconds"}, where the code is
-negative for a signal that killed it.
+In: {"folder", "command", "logs", "signal", "after"}, where the command is a module and its words, and stdout and stderr
+go to the two logs; out, when the child has ended: {"code", "seconds"}, where the code is negative for a signal that
+killed it. The process ends when its stdin does.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from integration import child_environment
 from integration.torture.forks import end_with, fork_exporters
@@ -34,9 +37,12 @@ class Zygote:
 
     def start(self, folder: Path, *words: str, log: Path, number: int = signal.SIGKILL, after: float = 600) -> None:
         """Begin `lorasb WORDS` in `folder`; it gets signal `number` if it runs `after` seconds. It writes to `log`."""
-        asked = {"folder": str(folder), "words": words, "log": str(log), "signal": int(number), "after": after}
+        self._ask(folder, ("lorasb_cli", *words), (log, log), number, after)
+
+    def _ask(self, folder: Path, command: tuple[str, ...], logs: tuple[Path, Path], number: int, after: float) -> None:
+        asked = {"folder": str(folder), "command": command, "signal": int(number), "after": after}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps({**asked, "logs": [str(log) for log in logs]}) + "\n")
         self._process.stdin.flush()
 
     def wait(self) -> tuple[int, float]:
@@ -45,15 +51,30 @@ class Zygote:
         ended = json.loads(self._process.stdout.readline())
         return ended["code"], ended["seconds"]
 
+    def run(self, *command: str, folder: Path, together: bool = False) -> subprocess.CompletedProcess[str]:
+        """What `python -m MODULE WORDS` does in `folder`; `together`: what it says on stderr comes on stdout."""
+        with tempfile.TemporaryDirectory() as place:
+            out, errors = Path(place, "out"), Path(place, "out" if together else "errors")
+            self._ask(folder, command, (out, errors), signal.SIGKILL, 600)
+            code, _ = self.wait()
+            said = out.read_text(errors="replace"), "" if together else errors.read_text(errors="replace")
+            return subprocess.CompletedProcess(command, code, *said)
+
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
 
 
+@functools.cache
+def shared_zygote() -> Zygote:
+    """One for all tests of this process."""
+    return Zygote()
+
+
 def _serve() -> None:
+    import lorasb_cli.main  # noqa: F401
     import torch
     import transformers
-    from lorasb_cli.main import main
 
     from lorasb_export import calibrate, fit, merge, push  # noqa: F401
     from lorasb_export.exporting import onnx, peft  # noqa: F401
@@ -65,7 +86,7 @@ def _serve() -> None:
         asked, started = json.loads(line), time.monotonic()
         pid = os.fork()
         if not pid:
-            _run(asked, main)
+            _become(asked)
         while time.monotonic() - started < asked["after"]:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break
@@ -76,17 +97,16 @@ def _serve() -> None:
         print(json.dumps({"code": code, "seconds": time.monotonic() - started}), flush=True)
 
 
-def _run(asked: dict[str, object], main: Callable[[], object]) -> NoReturn:
-    """In the child: become `lorasb WORDS`."""
-    os.chdir(str(asked["folder"]))
-    log = os.open(str(asked["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    words = asked["words"]
-    assert isinstance(words, list)
-    sys.argv = ["lorasb", *words]
+def _become(asked: dict[str, Any]) -> NoReturn:
+    """In the child: become `python -m MODULE WORDS`."""
+    os.chdir(asked["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream, log in enumerate(asked["logs"], 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    module = asked["command"][0]
+    sys.argv = asked["command"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_with(main)
+    end_with(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
 
 
 if __name__ == "__main__":

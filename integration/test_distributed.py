@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -13,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from integration import child_environment
 from lorasb_export import distributed
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
@@ -111,7 +111,7 @@ def torchrun(script: str, folder: Path, code: int = 0) -> subprocess.CompletedPr
     """Two processes of `script` in `folder`."""
     (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = child_environment("bitsandbytes", OMP_NUM_THREADS="1")  # which takes a second to import
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     return done

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, calibrate
 from lorasb_export.environment import child_environment
 from lorasb_export.settings import CalibrationSettings
-from tests.conftest import write_splits
+from tests.conftest import lorasb, write_splits
 from tests.tiny import make_llama
 
 PROJECT = """
@@ -89,19 +91,31 @@ main()
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORLD = [*TORCHRUN, "-m", "lorasb_cli"]
-ALONE = [sys.executable, "-m", "lorasb_cli"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project, and what one process trains in it: `alone/plus`, and both tasks in `together`. Not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    make_llama(folder / "llama")
+    for name, sign in (("plus", 1), ("minus", -1)):
+        rows = [{"prompt": f"{a}{name}{b}=", "completion": str(a + sign * b)} for a in range(5) for b in range(5)]
+        write_splits(folder / name, {"train": rows[:17], "valid": rows[17:]})
+    data = {name: folder / name for name in ("plus", "minus")}
+    calibrate(str(folder / "llama"), data, CalibrationSettings(rank=4, dtype="float64")).save(folder / "basis")
+    (folder / "lorasb.toml").write_text(PROJECT)
+    for place, how in (("alone", "plus"), ("together", "--together")):
+        with chdir(folder):
+            done = lorasb("fit", how)
+        assert done.exit_code == 0, done.output
+        (folder / "adapters").rename(folder / place)
+    return folder
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    make_llama(tmp_path / "llama")
-    for name, sign in (("plus", 1), ("minus", -1)):
-        rows = [{"prompt": f"{a}{name}{b}=", "completion": str(a + sign * b)} for a in range(5) for b in range(5)]
-        write_splits(tmp_path / name, {"train": rows[:17], "valid": rows[17:]})
-    data = {name: tmp_path / name for name in ("plus", "minus")}
-    calibrate(str(tmp_path / "llama"), data, CalibrationSettings(rank=4, dtype="float64")).save(tmp_path / "basis")
-    (tmp_path / "lorasb.toml").write_text(PROJECT)
-    return tmp_path
+def project(made: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    return copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -118,24 +132,21 @@ def finish(command: list[str], folder: Path) -> str:
     return printed
 
 
-def differences(project: Path, name: str) -> float:
-    """Between an adapter and the one set aside as `alone`: the largest entry, and their reports."""
-    one, two = (
-        load_file(folder / name / "adapter.safetensors") for folder in (project / "adapters", project / "alone")
-    )
+def difference(found: Path, expected: Path) -> float:
+    """The largest entry of the difference of two adapters."""
+    one, two = (load_file(folder / "adapter.safetensors") for folder in (found, expected))
     return max(float((one[key] - two[key]).abs().max()) for key in two)
 
 
-@pytest.mark.parametrize("how", [["plus"], ["--together"]], ids=["one-task", "together"])
-def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None:
+@pytest.mark.parametrize("how", ["plus", "--together"], ids=["one-task", "together"])
+def test_two_processes_train_the_R_of_one(how: str, project: Path) -> None:
     """17 rows, 4 a batch: the last batch has one row, of which the second process has none. Only one of them prints."""
-    finish([*ALONE, "fit", *how], project)
-    (project / "adapters").rename(project / "alone")
-    printed = json.loads(finish([*WORLD, "fit", *how, "--json"], project))
-    assert set(printed["adapters"]) == ({"plus"} if how == ["plus"] else {"plus", "minus"})
+    printed = json.loads(finish([*WORLD, "fit", how, "--json"], project))
+    assert set(printed["adapters"]) == ({"plus"} if how == "plus" else {"plus", "minus"})
     for name, report in printed["adapters"].items():
-        assert differences(project, name) < 1e-6
-        alone = Adapter.load(project / "alone" / name).training
+        expected = project / ("alone" if how == "plus" else "together") / name
+        assert difference(project / "adapters" / name, expected) < 1e-6
+        alone = Adapter.load(expected).training
         assert report["valid_loss"] == pytest.approx(alone["valid_loss"], abs=1e-5)
         assert report["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
     assert not list((project / "adapters").glob(".*"))
@@ -145,15 +156,13 @@ def test_two_processes_train_the_R_of_one(how: list[str], project: Path) -> None
 def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(how: list[str], project: Path) -> None:
     """It is the rows of one process that tell; both must leave it out at the same step."""
     (project / "poison.py").write_text(POISON)
-    finish([*ALONE, "fit", "plus"], project)
-    (project / "adapters").rename(project / "alone")
     child = start([*TORCHRUN, "poison.py", "fit", *how, "--json"], project)
     printed, messages = child.communicate(timeout=300)
     found = json.loads(printed)
     assert (child.returncode, list(found["adapters"]), list(found["failed"])) == (1, ["plus"], ["minus"]), messages
     assert "the loss of minus is not finite at step 2, on training rows" in found["failed"]["minus"]["what"]
     assert messages.count("Error: not all was done, 1 failed") == 1
-    assert differences(project, "plus") < 1e-6
+    assert difference(project / "adapters" / "plus", project / "alone" / "plus") < 1e-6
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
@@ -174,20 +183,20 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
     assert not (project / "adapters" / "plus").exists(), messages
     assert list(run.glob("checkpoint-*/complete.json"))
     finish([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20", "--resume"], project)
-    (project / "adapters").rename(project / "alone")
+    (project / "adapters").rename(project / "resumed")
     finish([*WORLD, "fit", "plus", "--max-steps", "400", "--checkpoint-every", "20"], project)
-    assert differences(project, "plus") == 0
+    assert difference(project / "resumed" / "plus", project / "adapters" / "plus") == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fsdp2_shards_the_model_and_trains_the_same_R(optimizer: str, project: Path) -> None:
     """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
     (project / "script.py").write_text(FSDP)
-    finish([sys.executable, "script.py", "alone/a", "plain", optimizer], project)
+    finish([sys.executable, "script.py", "one-process/a", "plain", optimizer], project)
     for policy, tolerance in (("plain", 1e-6), ("mixed", 2e-2)):
         finish([*TORCHRUN, "script.py", "adapters/a", policy, optimizer], project)
         start = Adapter.start(Adapter.load(project / "adapters" / "a").load_basis())
-        assert differences(project, "a") < tolerance
+        assert difference(project / "adapters" / "a", project / "one-process" / "a") < tolerance
         moved = Adapter.load(project / "adapters" / "a").R
         assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in moved.items())
         (project / "adapters").rename(project / policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -35,7 +36,6 @@ data = "plus"
 data = "minus"
 """
 FSDP = """
-import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -43,27 +43,32 @@ from lorasb_export import Adapter, Basis, distributed
 from lorasb_export.base import BaseModel
 from lorasb_export.training.muon import Muon, groups_of
 
+def train(sharding, optimizer):
+    model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()
+    adapter = Adapter.attach(model, Basis.load("basis"))
+    if sharding != "whole":
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if sharding == "mixed" else MixedPrecisionPolicy()
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    if optimizer == "muon":
+        steps = Muon(groups_of(model), lr=1e-2)
+    else:
+        # eps: an entry whose gradient bf16 cannot tell from zero would take a whole step, to this side or that.
+        steps = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+    for step in range(3):
+        ids = torch.randint(3, 98, (4, 12), generator=torch.Generator().manual_seed(step))
+        mine = ids[distributed.rank() :: distributed.world_size()]
+        model(mine, labels=mine, use_cache=False).loss.backward()
+        steps.step()
+        steps.zero_grad()
+    adapter.save(f"{sharding}/{optimizer}")
+
 distributed.start()
-model = BaseModel.resolve("llama").load(dtype="float32", device="cpu").train()
-adapter = Adapter.attach(model, Basis.load("basis"))
-if distributed.world_size() > 1:
-    mesh = init_device_mesh("cpu", (distributed.world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if sys.argv[2] == "mixed" else MixedPrecisionPolicy()
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-if sys.argv[3] == "muon":
-    optimizer = Muon(groups_of(model), lr=1e-2)
-else:
-    # eps: an entry whose gradient bf16 cannot tell from zero would take a whole step, to this side or that.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
-for step in range(3):
-    ids = torch.randint(3, 98, (4, 12), generator=torch.Generator().manual_seed(step))
-    mine = ids[distributed.rank() :: distributed.world_size()]
-    model(mine, labels=mine, use_cache=False).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-adapter.save(sys.argv[1])
+for sharding in ("plain", "mixed") if distributed.world_size() > 1 else ("whole",):
+    for optimizer in ("adamw", "muon"):
+        train(sharding, optimizer)
 distributed.stop()
 """
 POISON = """
@@ -188,18 +193,27 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path) -> None:
     assert difference(project / "resumed" / "plus", project / "adapters" / "plus") == 0
 
 
+@pytest.fixture(scope="module")
+def sharded(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, and in it what `FSDP` trains: `whole` in this process; in two `plain` and `mixed`."""
+    folder = copytree(made, tmp_path_factory.mktemp("sharded") / "project")
+    (folder / "script.py").write_text(FSDP)
+    with chdir(folder):
+        runpy.run_path("script.py")
+    finish([*TORCHRUN, "script.py"], folder)
+    return folder
+
+
+@pytest.mark.parametrize(("sharding", "tolerance"), [("plain", 1e-6), ("mixed", 2e-2)], ids=["plain", "mixed"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_fsdp2_shards_the_model_and_trains_the_same_R(optimizer: str, project: Path) -> None:
+def test_fsdp2_shards_the_model_and_trains_the_same_R(
+    optimizer: str, sharding: str, tolerance: float, sharded: Path
+) -> None:
     """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
-    (project / "script.py").write_text(FSDP)
-    finish([sys.executable, "script.py", "one-process/a", "plain", optimizer], project)
-    for policy, tolerance in (("plain", 1e-6), ("mixed", 2e-2)):
-        finish([*TORCHRUN, "script.py", "adapters/a", policy, optimizer], project)
-        start = Adapter.start(Adapter.load(project / "adapters" / "a").load_basis())
-        assert difference(project / "adapters" / "a", project / "one-process" / "a") < tolerance
-        moved = Adapter.load(project / "adapters" / "a").R
-        assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in moved.items())
-        (project / "adapters").rename(project / policy)
+    assert difference(sharded / sharding / optimizer, sharded / "whole" / optimizer) < tolerance
+    trained = Adapter.load(sharded / sharding / optimizer)
+    start = Adapter.start(trained.load_basis())
+    assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in trained.R.items())
 
 
 def test_the_loop_of_ones_own_in_the_readme_runs_as_printed(project: Path) -> None:

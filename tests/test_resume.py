@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.environment import child_environment
 from lorasb_export.errors import OutputError, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.storage import read_json
@@ -48,11 +49,12 @@ def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
         "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[6:]))"
     )
     arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a"), optimizer]
-    assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL
+    variables = child_environment("bitsandbytes")  # which takes a second to import
+    assert subprocess.run(arguments, capture_output=True, env=variables).returncode == -signal.SIGKILL
     assert not (folder / "a").exists()
     with pytest.raises(OutputError, match="an interrupted run is there"):
         fit(str(llama), basis, sums, folder / "a", undisturbed)
-    resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True)
+    resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env=variables)
     assert resumed.returncode == 0, resumed.stderr
     fit(str(llama), basis, sums, folder / "undisturbed", undisturbed)
     one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
@@ -213,7 +215,8 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
     command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
     command += ["--data", str(sums), "--out", str(out), "--max-steps", "100000"]
     command += ["--checkpoint-every", str(every), "--evaluate-every", "20"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    variables = child_environment("bitsandbytes")
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=variables)
     end = time.monotonic() + 120
     while not list(out.parent.glob(f".a.run/{sign}")):
         if child.poll() is not None or time.monotonic() > end:

@@ -29,7 +29,7 @@ class Zygote:
     def __init__(self, **variables: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "integration.torture.zygote"],
-            env={**child_environment(), "OMP_NUM_THREADS": "1", **variables},
+            env={**child_environment("bitsandbytes"), "OMP_NUM_THREADS": "1", **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -128,7 +128,7 @@ def run(
         "rank": basis.rank,
         "modules": len(basis.modules),
         "samples": basis.calibration["samples"],
-        "energy": spread(list(basis.calibration["energy"].values())),
+        "energy": spread(basis.calibration["energy"].values()),
         "capture": None,
     }
     made_from = "random numbers" if settings.directions in DRAWN else f"{result['samples']} rows"

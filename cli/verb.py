@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -114,7 +115,7 @@ def _is_main_process() -> bool:
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command from a verb's `run(run, …)`: adds the shared options, turns known errors into exit codes."""
     signature = inspect.signature(function, eval_str=True)
-    own = list(signature.parameters.values())[1:]
+    own, verb = list(signature.parameters.values())[1:], sys.modules[function.__module__]
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in _SHARED.items()
@@ -128,15 +129,15 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
             signal.signal(signal.SIGINT, _stop)
         try:
-            _refuse_processes(function)
+            _refuse_processes(verb)
             function(run, **options)
         except KeyboardInterrupt as stop:
-            raise _interrupted(run, function, stop) from None
+            raise _interrupted(run, verb, stop) from None
         except Exception as error:
             if _received:
-                raise _interrupted(run, function, error) from None
+                raise _interrupted(run, verb, error) from None
             if is_out_of_memory(error):
-                error = _memory_error(error, getattr(sys.modules[function.__module__], "SAVES_MEMORY", ()))
+                error = _memory_error(error, getattr(verb, "SAVES_MEMORY", ()))
             if not isinstance(error, LoraSBError | OSError):
                 raise
             if run.verbose:
@@ -150,10 +151,9 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _refuse_processes(function: Callable[..., None]) -> None:
+def _refuse_processes(verb: ModuleType) -> None:
     """Raise SettingsError where torchrun has started several processes of a verb in which each would do all of it."""
     processes = os.environ.get("WORLD_SIZE") or "1"
-    verb = sys.modules[function.__module__]
     if processes != "1" and not getattr(verb, "SHARES_WORK", False):
         name = verb.__name__.rpartition(".")[2]
         what = f"{processes} processes (WORLD_SIZE): only fit and calibrate share their work among several"
@@ -168,9 +168,9 @@ def _stop(number: int, _: object) -> None:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _interrupted(run: Run, function: Callable[..., None], stop: BaseException) -> typer.Exit:
+def _interrupted(run: Run, verb: ModuleType, stop: BaseException) -> typer.Exit:
     """Say what is there and how to go on."""
-    run.say(f"Interrupted. {getattr(sys.modules[function.__module__], 'INTERRUPTED', NOTHING_WRITTEN)}")
+    run.say(f"Interrupted. {getattr(verb, 'INTERRUPTED', NOTHING_WRITTEN)}")
     return typer.Exit(143 if isinstance(stop, Terminated) or signal.SIGTERM in _received else 130)
 
 

@@ -265,7 +265,8 @@ def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
     expected = evaluate(Adapter.load(tmp_path / "a"), task)
     assert expected["adapter"] == pytest.approx(1, abs=1e-6)
 
-    found = export_onnx(tmp_path / "a", tmp_path / "onnx", precision=precision, data=task, max_drop=100)["verify"]
+    made = export_onnx(tmp_path / "a", tmp_path / "onnx", precision=precision, data={"a": task}, max_drop=100)
+    found = made["verify"]
     assert (found["metric"], found["rows"]) == (expected["metric"], len(rows))
     assert found["torch"] == pytest.approx(expected["adapter"], abs=1e-6)
     assert found["drop"] == round(100 * (found["torch"] - found["onnx"]), 2)
@@ -275,9 +276,9 @@ def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
 
     monkeypatch.setattr(onnx_verify, "run_classifier", lambda *arguments: -run_classifier(*arguments))
     with pytest.raises(ArtifactError, match=f"{precision} loses .* points of {expected['metric']} on 8 held-out rows"):
-        export_onnx(tmp_path / "a", tmp_path / "wrong", precision=precision, data=task)
+        export_onnx(tmp_path / "a", tmp_path / "wrong", precision=precision, data={"a": task})
     with pytest.raises(DataError, match="the data is CAUSAL_LM"):
-        export_onnx(tmp_path / "a", tmp_path / "wrong", data=TaskData("sums", "memory", CAUSAL_LM, {}, "0"))
+        export_onnx(tmp_path / "a", tmp_path / "wrong", data={"a": TaskData("sums", "memory", CAUSAL_LM, {}, "0")})
     assert not (tmp_path / "wrong").exists()
 
 

@@ -249,6 +249,13 @@ class Adapter:
             hub_source=hub_source,
         )
 
+    def find_basis(self) -> str | Path:
+        """Where its basis lies. Raises ArtifactError when nothing says so."""
+        source = self.basis_source or self.folder
+        if source is None:
+            raise ArtifactError("the adapter names no basis", fix="Give it one: adapter.basis = Basis.load(folder)")
+        return source
+
     def load_basis(self) -> Basis:
         """This adapter's basis, read once and checked against the adapter.
 
@@ -256,10 +263,7 @@ class Adapter:
             ArtifactError: it is missing, or is not the basis the adapter was trained in.
         """
         if self.basis is None:
-            source = self.basis_source or self.folder
-            if source is None:
-                raise ArtifactError("the adapter names no basis", fix="Give it one: adapter.basis = Basis.load(folder)")
-            self.basis = Basis.load(source)
+            self.basis = Basis.load(self.find_basis())
         check_same_basis(self, self.basis)
         return self.basis
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from .errors import MissingPackageError
 
 _SUSPECTS = ("torchaudio", "torchcodec")
+_INSTALL = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
 _CHILD_SITE = Path(__file__).parent / "child_site"
 
 
@@ -38,11 +39,10 @@ def broken_packages() -> tuple[str, ...]:
     return tuple(broken)
 
 
-def require_packages(*names: str) -> None:
+def require_packages(*names: str, fix: str = _INSTALL) -> None:
     """Raise MissingPackageError for the first of `names` that is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            fix = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
             raise MissingPackageError(f"the package {name.replace('_', '-')} is not installed", fix=fix)
 
 

@@ -17,7 +17,7 @@ from .encoding import encode
 from .errors import DataError, SettingsError
 from .given_network import refuse_several_devices, require_dtype, require_outputs
 from .head import head_parameters
-from .inference import answers, expected_answers, max_answer_tokens
+from .inference import answers, question_of
 from .inject import remove
 from .metrics import exact_match, prediction_metrics
 from .names import name_of
@@ -103,13 +103,13 @@ def evaluate(
     remove(network)  # what is on it must not count as the base
     if metric == "exact_match":
         ends = end_ids(tokenizer, network.generation_config.eos_token_id)
-        expected = expected_answers(tokenizer, rows, ends, unit=unit)
-        questions, most = [question_and_answer(row)[0] for row in rows], max_answer_tokens(tokenizer, rows)
+        of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
+        questions, expected, rooms = map(list, zip(*of_rows, strict=True))
 
     def score() -> tuple[float, Sequence[Any]]:
         """The metric, and what is predicted of each row: nothing where the metric is the loss."""
         if metric == "exact_match":
-            said = answers(network, tokenizer, questions, max_tokens=most, batch_size=batch_size, unit=unit)
+            said = answers(network, tokenizer, questions, max_tokens=max(rooms), batch_size=batch_size, unit=unit)
             return exact_match(said, expected), said
         scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
         if metric == "loss":

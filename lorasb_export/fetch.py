@@ -59,15 +59,15 @@ def parse_hub_folder(source: str | Path) -> HubFolder | None:
     return HubFolder(match.group(1), match.group(2) or "", match.group(3))
 
 
-def parse_hub_id(source: str | Path) -> tuple[str, str | None] | None:
-    """(`owner/name`, revision) of what reads like `owner/name` or `owner/name@revision`; else None."""
+def parse_hub_id(source: str | Path) -> HubFolder | None:
+    """As `parse_hub_folder`, but of a whole repository."""
     found = parse_hub_folder(source)
-    return None if found is None or found.path else (found.repo, found.revision)
+    return None if found is None or found.path else found
 
 
 def is_hub_id(name: object) -> bool:
     """Whether `name` can be a Hub repository, `owner/name`. A bare name is none: a push shortens paths to that."""
-    return isinstance(name, str) and parse_hub_id(name) == (name, None)
+    return isinstance(name, str) and parse_hub_id(name) == HubFolder(name)
 
 
 def may_be_dataset(source: str, folder: Path) -> bool:
@@ -155,7 +155,7 @@ def snapshot(
     parsed = parse_hub_id(source)
     if parsed is None or expanded(source).exists():
         raise neither_folder_nor_id(source, kind, before)
-    name, tagged = parsed
+    name, _, tagged = parsed
     with hub_errors(source, kind, f"{before}no such folder, and "):
         try:
             folder = with_retries(

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from .choices import TaskType
-from .errors import ArtifactError
+from .errors import ArtifactError, some
 from .kind import PEFT_TYPE
 from .storage import read_header, read_json
 
@@ -58,7 +58,6 @@ _TRAINING_KEYS: Mapping[str, Any] = {
 _MODULE = re.compile(r"[^\s.-][^\s.]*(\.[^\s.-][^\s.]*)*")  # a part with a dash before it would be a flag
 _FIGURES = {"base", "adapter", "rows"}
 
-_MAX_PROBLEMS = 10  # problems told at once
 AGAIN = "Train or fetch it again"
 EDITED = "Written by another version, or edited by hand"
 
@@ -103,10 +102,8 @@ def check_keys(found: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -
     for key in sorted(set(keys) & set(found)):
         if not isinstance(found[key], keys[key]) or isinstance(found[key], bool):
             problems.append(f"{key:.80} is {found[key]!r:.40}")
-    if len(problems) > _MAX_PROBLEMS:
-        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
     if problems:
-        raise ArtifactError(f"wrong keys: {', '.join(problems)}", where=where, fix=EDITED)
+        raise ArtifactError(f"wrong keys: {some(problems)}", where=where, fix=EDITED)
 
 
 def check_training(training: Mapping[str, Any], where: object) -> None:

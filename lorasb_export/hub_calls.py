@@ -111,18 +111,21 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
     import httpx2
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    unreached = httpx2.TransportError, ConnectionError
     try:
         yield
     except LoraSBError:
         raise
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-        chain = _chain(error)
-        status = status_of(error)
+        chain, status = _chain(error), status_of(error)
+
+        def is_from(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(e, kinds) for e in chain)
+
         what, fix = _clean(str(error)), "Try again"
-        hidden = any(isinstance(e, RepositoryNotFoundError) for e in chain)  # by status 401 for who is not logged in
-        if any(isinstance(e, GatedRepoError) for e in chain):
+        if is_from(GatedRepoError):
             what, fix = "the repository is gated", "Ask for access on its page, then try again"
-        elif hidden:
+        elif is_from(RepositoryNotFoundError):  # by status 401 for who is not logged in
             what, fix = _ANSWERS[404]
         elif status in _ANSWERS:
             what, fix = _ANSWERS[status]
@@ -133,17 +136,16 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = f"the Hub does not take it: {what}", "Nothing was published; push again"
         elif status >= 500:
             what, fix = f"the Hub fails ({status})", "Try again later: nothing is sent or fetched twice"
-        elif kind is ServerError and any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        elif kind is ServerError and is_from(OfflineModeIsEnabled):
             what, fix = "HF_HUB_OFFLINE is set: nothing can be pushed", "Unset it"
-        elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        elif is_from(OfflineModeIsEnabled):
             what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
-        elif any(isinstance(e, (httpx2.TransportError, ConnectionError)) for e in chain):
+        elif is_from(*unreached):
             what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
         failure = kind(before + what, where=where, fix=fix)
         if isinstance(failure, ServerError):
-            unreached = (OfflineModeIsEnabled, httpx2.TransportError, ConnectionError)
-            failure.silent = status >= 500 or (not status and any(isinstance(e, unreached) for e in chain))
-            own = hidden or any(isinstance(e, DisabledRepoError) for e in chain)
+            failure.silent = status >= 500 or (not status and is_from(OfflineModeIsEnabled, *unreached))
+            own = is_from(RepositoryNotFoundError, DisabledRepoError)
             failure.of_every_repository = failure.silent or (status in _OF_THE_TOKEN and not own)
         raise failure from None
     except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -139,30 +139,26 @@ def answers_of_ids(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def expected_answers(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], ends: Collection[int], *, unit: str
-) -> list[str]:
-    """What a model that says exactly what `rows` train is read to say: what its answers are compared with.
+class Question(NamedTuple):
+    """A row's question; what a model that says exactly what the row trains is read to say; and tokens to allow it."""
 
-    Not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer normalize it. It is the
-    row's text where the answer is learnt after something else than the question.
+    prompt: Prompt
+    expected: str
+    max_tokens: int
+
+
+def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int] = ()) -> Question:
+    """How a row is asked.
+
+    What is expected is not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer
+    normalize it. It is the row's text where the answer is learnt after something else than the question.
 
     Args:
         ends: the tokens that end an answer (`end_ids`).
-        unit: what errors call a row; its number, from 1, follows.
     """
-    expected = []
-    for number, row in enumerate(rows, 1):
-        ids = answer_ids(tokenizer, row, f"{unit} {number}")
-        if ids is None:
-            expected.append(question_and_answer(row)[1])
-        else:
-            expected += tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
-    return expected
-
-
-def max_answer_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> int:
-    """Tokens to allow an answer: those of the longest reference and a few more, or with all that a template adds."""
-    expected = [tokenizer(question_and_answer(row)[1], add_special_tokens=False).input_ids for row in rows]
-    learnt = [answer_ids(tokenizer, row, "a row") or [] for row in rows]
-    return max(max(map(len, expected)) + 8, *map(len, learnt))
+    prompt, answer = question_and_answer(row, where)
+    room = len(tokenizer(answer, add_special_tokens=False).input_ids) + 8
+    ids = answer_ids(tokenizer, row, where)
+    if ids is not None:
+        (answer,) = tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
+    return Question(prompt, answer, max(room, len(ids or ())))

@@ -100,7 +100,7 @@ def _basis(basis: Basis) -> dict[str, Any]:
         "calibrated_on": [source["name"] for source in made.get("data", [])],
         "samples": made.get("samples"),
         "reduction": made.get("reduction"),
-        "energy": spread(list(made.get("energy", {}).values())),
+        "energy": spread(made.get("energy", {}).values()),
     }
     return found | calibrated | _recorded(made.get("capture", {}))
 

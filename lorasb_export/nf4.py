@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .choices import NF4
-from .errors import BaseModelError, MissingPackageError, SettingsError
+from .environment import require_packages
+from .errors import BaseModelError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +34,7 @@ def quantization(empty: PreTrainedModel) -> Any:
         MissingPackageError: bitsandbytes is not installed.
         SettingsError: the base is in float64.
     """
-    if find_spec("bitsandbytes") is None:
-        raise MissingPackageError(f"dtype {NF4} needs the package bitsandbytes", fix="pip install bitsandbytes")
+    require_packages("bitsandbytes", fix=f"For dtype {NF4}: pip install bitsandbytes")
     if empty.dtype == torch.float64:
         raise SettingsError(f"dtype is {NF4}, the base float64", fix="Take a base in 16 or 32 bits, or another dtype")
     from transformers import BitsAndBytesConfig

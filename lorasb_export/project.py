@@ -154,7 +154,7 @@ class Project:
             logger.warning("%s is taken for the folder of that name here; the adapter is adapters/%s", word, word)
         return word
 
-    def task_source(self, name: str) -> str | TaskSource:
+    def task_source(self, name: str) -> TaskSource:
         """The data of a task: an absolute path, or what may be a Hub dataset id; with how it is read, where its table
         says that.
 
@@ -168,20 +168,20 @@ class Project:
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
         return TaskSource.of(source, vars(task))
 
-    def other_source(self, name: str, data: str, *, hold_out: bool = True) -> str | TaskSource:
+    def other_source(self, name: str, data: str, *, hold_out: bool = True) -> TaskSource:
         """`data` in place of a task's own: its columns are called as those are, and as many rows are held out.
 
         The task's own data is read as the project says; data of no task as it is.
         """
         if name not in self.tasks:
-            return data
+            return TaskSource(data)
         task = self.tasks[name]
         path, own = expanded(data), self.path(task.data)
         if path.samefile(own) if path.exists() and own.exists() else data == task.data:
             return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 
-    def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, str | TaskSource | None]:
+    def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, TaskSource | None]:
         """Name and data of an adapter's task: the project's of the adapter's name, else the one it was trained on.
 
         The data is `data` if that is given; None where only a name is known: what a push leaves of a path would be
@@ -232,7 +232,7 @@ class Project:
         if self.path(self.model).exists():
             return str(self.path(self.model))
         on_the_hub = parse_hub_id(self.model)
-        return f"{on_the_hub[0]}@{self.revision}" if on_the_hub and self.revision else self.model
+        return f"{on_the_hub.repo}@{self.revision}" if on_the_hub and self.revision else self.model
 
     def lacks(self, what: str, fix: str) -> SettingsError:
         """The error that something is not in the project; in a folder that is none, what to do about that."""

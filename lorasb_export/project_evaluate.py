@@ -169,7 +169,7 @@ class _Ready:
 
     word: str
     task: str
-    source: str | TaskSource
+    source: TaskSource
     base: BaseModel
     order: tuple[str, str, int, int]
     into_card: bool

@@ -87,14 +87,11 @@ def fit_tasks(
     base = BaseModel.resolve(model or project.require_model())
     calibration = project.calibration_settings(settings)
     started = Adapter.load(start) if start else None
-    if (
-        started is not None
-        and len(targets) > 1
-        and started.folder in [target.absolute() for target in targets.values()]
-    ):
+    replaced = [target.absolute() for target in targets.values()]
+    if started is not None and len(targets) > 1 and started.folder in replaced:
         what = f"{started.name} is to be replaced, and the others are to start from it"
         raise SettingsError(what, fix="Train it alone, or start from a copy")
-    of_start = "" if started is None or basis else str(started.basis_source or started.folder)
+    of_start = "" if started is None or basis else str(started.find_basis())
     sources = {name: basis or of_start or project_basis.find(project, name) for name in places}
     if together and own:
         what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def inspect_project(project: Project) -> dict[str, Any]:
         raise SettingsError("there is no lorasb.toml here", where=project.folder, fix=fix)
     shared = project.path(project.basis_path)
     basis = _basis(shared)
-    sha256_of: dict[Path, str | None] = {shared: basis.get("sha256")}
+    sha256_of = cache(lambda folder: _basis(folder).get("sha256"))  # many adapters name one
     adapters = {
         name: {"task": name in project.tasks, **_adapter(project.adapter_folder(name), shared, sha256_of)}
         for name in names
@@ -70,12 +71,12 @@ def _basis(folder: Path) -> dict[str, Any]:
     }
 
 
-def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> dict[str, Any]:
+def _adapter(folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]) -> dict[str, Any]:
     """Of one adapter.
 
     Args:
         shared: the basis that the project's tasks share.
-        sha256_of: basis folder → its digest, None where there is no basis that can be read; kept for the next adapter.
+        sha256_of: basis folder → its digest, None where there is no basis that can be read.
     """
     found = {"path": str(folder), "state": "not_fitted"}
     try:
@@ -98,7 +99,7 @@ def _adapter(folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> d
     }
 
 
-def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict[Path, str | None]) -> str:
+def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]) -> str:
     source = basis_source.resolved(named["source"], folder, None)
     if source is None:
         return "own" if _basis(folder).get("sha256") == named["sha256"] else "missing"
@@ -107,8 +108,6 @@ def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: dict
     place = Path(source)
     if not place.is_absolute():  # as no verb writes it
         return "missing"
-    if place not in sha256_of:
-        sha256_of[place] = _basis(place).get("sha256")
-    if sha256_of[place] != named["sha256"]:
+    if sha256_of(place) != named["sha256"]:
         return "missing"
     return "shared" if place == shared else "other"

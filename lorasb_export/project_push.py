@@ -71,13 +71,13 @@ def push_project(
     if PLACE not in repo:
         yield from _push_to_one(project, repo, bases, basis_of, options)
         return
-    _refuse_same(project, [*bases, *adapters])
+    folders = [*bases, *adapters]
+    _refuse_same(project, folders)
     for basis in bases if options.get("create_pr") else ():
         if _would_change(push_folder(project, basis, repo, **{**options, "dry_run": True})):
             what = "a pull request cannot bring a new basis: until it is merged no adapter can name it"
             fix = "Push that folder alone first; or push everything to a branch, with --revision"
             raise SettingsError(what, where=basis, fix=fix)
-    folders = [*bases, *adapters]
     to_come: set[Path | None] = set()  # bases that a dry run does not find on the Hub
     for number, folder in enumerate(progress_bar(folders, desc="push", leave=False), 1):
         logger.info("%d of %d: %s", number, len(folders), os.path.relpath(folder, project.folder))

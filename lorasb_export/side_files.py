@@ -23,20 +23,10 @@ def side_files(folder: Path) -> list[Path]:
     patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
-    for path in kept:
-        _refuse_foreign_link(path, folder)
+    weights = {file.resolve().parent for file in folder.glob("model*.safetensors")}
+    for path in kept:  # a folder of the Hub's cache may be copied, and one of links to the files of a shared one
+        target = path.resolve()
+        if leads_out(path, folder) and target not in {home / path.relative_to(folder) for home in weights}:
+            fix = "Replace it by the file itself, or link the weights (model.safetensors) to that folder too"
+            raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)
     return kept
-
-
-def _refuse_foreign_link(path: Path, folder: Path) -> None:
-    """Raise BaseModelError where `path` of a base's `folder`, about to be copied, links to some other file outside it.
-
-    A folder of the Hub's cache may be copied, and one that is made of links to the files of a shared one, weights and
-    all.
-    """
-    target = path.resolve()
-    weights = {weights.resolve().parent for weights in folder.glob("model*.safetensors")}
-    if not leads_out(path, folder) or target in {home / path.relative_to(folder) for home in weights}:
-        return
-    fix = "Replace it by the file itself, or link the weights (model.safetensors) to that folder too"
-    raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)

@@ -73,10 +73,9 @@ class TaskSource:
         return {option: value for option in _OPTIONS if (value := getattr(self, option))}
 
     @classmethod
-    def of(cls, path: str, options: Mapping[str, Any]) -> str | TaskSource:
-        """With what `options` said of a path; the path alone where they say nothing."""
-        known = {option: options[option] for option in _OPTIONS if options.get(option)}
-        return cls(path, **known) if known else path
+    def of(cls, path: str, options: Mapping[str, Any]) -> TaskSource:
+        """With what `options` say of a path."""
+        return cls(path, **{option: options[option] for option in _OPTIONS if options.get(option)})
 
 
 _OPTIONS = [option.name for option in fields(TaskSource) if option.name != "path"]

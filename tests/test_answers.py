@@ -15,7 +15,7 @@ from lorasb_export import fit
 from lorasb_export.base import BaseModel
 from lorasb_export.encoding import prompt_ids
 from lorasb_export.errors import DataError
-from lorasb_export.inference import answers, expected_answers, max_answer_tokens
+from lorasb_export.inference import answers, question_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import CHAT, GOOD, MARKED, THINKING
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
@@ -74,15 +74,14 @@ def test_an_answer_is_right_that_says_what_was_trained(
     tokenizer.backend_tokenizer.normalizer = NFC()
     tokenizer.add_tokens(["é"])
     tokenizer.chat_template = template
-    (expected,) = expected_answers(tokenizer, [row], {tokenizer.eos_token_id}, unit="row")
-    assert expected.strip() == read
+    assert question_of(tokenizer, row, "row 1", {tokenizer.eos_token_id}).expected.strip() == read
 
 
 def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None:
     tokenizer = BaseModel.resolve(chatty).tokenizer
-    assert max_answer_tokens(tokenizer, [CHAT]) < 20
+    assert question_of(tokenizer, CHAT, "row 1").max_tokens < 20
     tokenizer.chat_template = THINKING.replace("[]", "[" + "1" * 40 + "]")
-    assert max_answer_tokens(tokenizer, [CHAT]) >= 44  # with the brackets, the answer and its end
+    assert question_of(tokenizer, CHAT, "row 1").max_tokens >= 44  # with the brackets, the answer and its end
 
 
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:

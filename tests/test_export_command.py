@@ -49,9 +49,17 @@ def test_a_graph_is_compared_on_the_task_of_its_adapter(
     llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "minus", ["model.layers.0.mlp.up_proj"])
-    monkeypatch.setattr(onnx, "export_onnx", lambda *_, data, **__: {"data": data})
+    compared: list[dict[str, TaskData]] = []
+
+    def held_out(data: dict[str, TaskData], _: object) -> None:
+        compared.append(data)
+        raise InterruptedError  # before anything is exported
+
+    monkeypatch.setattr(onnx, "held_out", held_out)
     options: dict[str, Any] = {"format": "onnx", "data": tasks}
-    assert export(tmp_path / "minus", tmp_path / "out", **options)["data"] is tasks["minus"]
+    with pytest.raises(InterruptedError):
+        export(tmp_path / "minus", tmp_path / "out", **options)
+    assert compared == [{"": tasks["minus"]}]
     (tmp_path / "minus").rename(tmp_path / "times")
     with pytest.raises(SettingsError, match=r"data is of plus, minus, the adapter is times. Give its task under its"):
         export(tmp_path / "times", tmp_path / "out", **options)
@@ -120,7 +128,7 @@ def test_data_without_held_out_rows_is_not_passed_over(
     """Or a graph would be written without the comparison that was asked for. A file's rows are all held out."""
     monkeypatch.chdir(tmp_path)
     save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
-    monkeypatch.setattr(onnx, "export_onnx", lambda *_, data, **__: {"bytes": len(data.rows("test"))})
+    monkeypatch.setattr(onnx, "export_onnx", lambda *_, data, **__: {"bytes": len(data["a"].rows("test"))})
     (tmp_path / "data").mkdir()
     shutil.copyfile(sums / "train.jsonl", tmp_path / "data" / "train.jsonl")
     command = ["export", "./a", "--format", "onnx", "--data"]

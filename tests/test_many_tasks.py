@@ -8,7 +8,6 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,9 +139,8 @@ def test_what_is_wrong_with_no_task_is_told_once(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = project(tmp_path, llama, sums, "abc")
-    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr("lorasb_export.training.requirements.importlib", nothing)
-    with pytest.raises(MissingPackageError, match=r"^wandb is not installed"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"^the package wandb is not installed"):
         list(fit_tasks(found, list("abc"), replace(SETTINGS, report_to="wandb")))
 
 

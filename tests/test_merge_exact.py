@@ -45,12 +45,11 @@ def merged(
     update = Update.of([(factors, R, 2.0)], transposed=transposed, source=dtype, stored=dtype)
     out = torch.empty_like(weights)
     found = Retained()
-    left, right = update.in_sum_dtype()
     for start in range(0, ROWS, 256):
         rows = slice(start, start + 256)
-        found += add(weights[rows], update, left, right, rows, out[rows], measure=1)
+        found += add(weights[rows], update, rows, out[rows], measure=1)
         again = torch.empty_like(out[rows])
-        add(weights[rows], update, left, right, rows, again, measure=2**30)
+        add(weights[rows], update, rows, again, measure=2**30)
         assert (again != out[rows]).float().mean() < 1e-4
     delta = 2.0 * B.double() @ R.double() @ A.double().T
     return weights, delta.T if transposed else delta, out, found
@@ -112,8 +111,7 @@ def test_where_one_block_in_eight_is_measured_it_stands_for_all() -> None:
     parts = [(ModuleBasis(B, A, torch.ones(4)), torch.eye(4), 1e-2)]
     update = Update.of(parts, transposed=False, source=torch.bfloat16, stored=torch.bfloat16)
     of_all, of_one = (
-        sums.add(weights, update, *update.in_sum_dtype(), slice(0, rows), torch.empty_like(weights), measure=measure)
-        for measure in (1, 8)
+        sums.add(weights, update, slice(0, rows), torch.empty_like(weights), measure=measure) for measure in (1, 8)
     )
     assert of_one.delta == pytest.approx(of_all.delta, rel=0.02)
     assert of_one.error == pytest.approx(of_all.error, rel=0.02)

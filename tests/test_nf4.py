@@ -216,4 +216,5 @@ def test_without_bitsandbytes_the_error_says_what_to_install(llama: Path) -> Non
     found = subprocess.run(
         [sys.executable, "-c", code], env=child_environment("bitsandbytes"), capture_output=True, text=True
     )
-    assert "MissingPackageError: dtype nf4 needs the package bitsandbytes. pip install bitsandbytes" in found.stderr
+    what = "MissingPackageError: the package bitsandbytes is not installed. For dtype nf4: pip install bitsandbytes"
+    assert what in found.stderr

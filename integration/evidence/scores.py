@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import TaskData
 from lorasb_export.encoding import encode
-from lorasb_export.inference import answers, max_answer_tokens
+from lorasb_export.inference import answers, question_of
 from lorasb_export.metrics import exact_match, prediction_metrics
 from lorasb_export.rows import Row
 from lorasb_export.scores import row_scores
@@ -33,7 +33,7 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit:
     if task.name == "e2e":
         return "bleu", _bleu(model, tokenizer, task.rows("test"), limit)
     rows = some(task.rows("test"), limit)
-    longest = max_answer_tokens(tokenizer, rows)
+    longest = max(question_of(tokenizer, row, "a row").max_tokens for row in rows)
     given = answers(model, tokenizer, [row["prompt"] for row in rows], max_tokens=longest, batch_size=BATCH_SIZE)
     return "exact_match", exact_match(given, [row["completion"] for row in rows])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -104,7 +104,7 @@ def by_module(modules: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
     return {way: spread([ratios[way] for ratios in modules.values()]) for way in ways}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Collection[float]) -> dict[str, float]:
     """Mean, least and greatest, to four digits; nothing of nothing."""
     if not values:
         return {}

@@ -93,7 +93,7 @@ lorasb fit --basis {name}    # in a project: trains an adapter of each task
 ```
 {method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
     made = {"basis sha256": config["sha256"], "command": calibration.get("command"), "versions": config["created_with"]}
-    return _card(body, base, made, facts, name, None, {}, library="lorasb", tags=["lora-sb-basis"])
+    return finished(body, base, made, facts, name, None, {}, library="lorasb", tags=["lora-sb-basis"])
 
 
 def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -117,7 +117,7 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 {adapter_lines(base, task_type, training, name, [name] if task_type != SEQ_CLS else [])}
 {method(numbers)}{_trained(training, facts)}"""
     made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
-    return _card(body, base, made, facts, name, task_type, training, library="lorasb")
+    return finished(body, base, made, facts, name, task_type, training, library="lorasb")
 
 
 def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -138,7 +138,7 @@ from transformers import {model_class_of(task_type)} as AutoModel
 model = PeftModel.from_pretrained({loaded}, "{name}")
 ```
 {_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
+    return finished(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -162,7 +162,7 @@ model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 {adapters(provenance)}{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, provenance, facts, name, task_type, training, library="transformers")
+    return finished(body, base, provenance, facts, name, task_type, training, library="transformers")
 
 
 def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -185,7 +185,7 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
 ```python
 {_onnx_lines(provenance, tasks, name)}```
 {adapters(provenance)}{method(numbers)}{_trained(training, facts, _BEFORE)}"""
-    return _card(body, base, provenance, facts, name, task_type, training, library="onnxruntime", tags=["onnx"])
+    return finished(body, base, provenance, facts, name, task_type, training, library="onnxruntime", tags=["onnx"])
 
 
 def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
@@ -224,7 +224,7 @@ def _trained(training: Mapping[str, Any], facts: Facts, note: str = "") -> str:
     return data_of_training(training, facts) + training_table(training) + evaluation(training, note)
 
 
-def _card(
+def finished(
     body: str,
     base: Mapping[str, Any],
     made: Mapping[str, Any],
@@ -236,6 +236,7 @@ def _card(
     library: str,
     tags: Sequence[str] = (),
 ) -> str:
+    """A card: `body` with its front matter before, and after it what every card ends with."""
     keys = metadata(base, facts, name, task_type, training, library=library, tags=tags)
     rest = limits(base, training, facts) + provenance_table(base, made)
     return assemble(keys, f"{body.rstrip()}\n{rest}")

@@ -33,7 +33,7 @@ def metadata(
         keys["pipeline_tag"] = pipeline
     keys |= facts.licence
     if on_the_hub := parse_hub_id(training.get("data") or ""):
-        keys["datasets"] = [on_the_hub[0]]
+        keys["datasets"] = [on_the_hub.repo]
     keys["tags"] = ["lora-sb", "lorasb", *tags]
     results = _results(training, pipeline or "text-generation")
     if results:
@@ -48,7 +48,7 @@ def _results(training: Mapping[str, Any], pipeline: str) -> list[dict[str, Any]]
     return [
         {
             "task": {"type": pipeline},
-            "dataset": {"name": task, "type": of_hub[0] if of_hub else task, "split": split},
+            "dataset": {"name": task, "type": of_hub.repo if of_hub else task, "split": split},
             "metrics": [{"type": metric, "value": found["adapter"]} for metric, found in metrics.items()],
         }
         for split, metrics in training.get("evaluation", {}).items()

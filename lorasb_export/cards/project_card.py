@@ -7,10 +7,9 @@ from typing import Any
 
 from ..choices import SEQ_CLS
 from ..fetch import kind_of_part
+from .card import finished
 from .loading import adapter_lines
-from .metadata import metadata
-from .readme import assemble
-from .sections import Facts, base_link, figure_rows, grid, limits, provenance_table
+from .sections import Facts, base_link, figure_rows, grid
 
 _MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
 
@@ -31,9 +30,8 @@ Each adds `s·B·R·A` to the weights of linear layers, and is a file of its `R`
 
 {adapter_lines(base, task_type, about, f"{name}/{first}", served)}
 {_table(adapters)}"""
-    keys = metadata(base, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
     made = {f"{part} sha256": about["sha256"] for part, about in bases.items()}
-    return assemble(keys, f"{body.rstrip()}\n{limits(base, {}, facts)}{provenance_table(base, made)}")
+    return finished(body, base, made, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
 
 
 def _shared(bases: Mapping[str, Any]) -> str:

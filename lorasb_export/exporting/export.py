@@ -58,48 +58,20 @@ def export(
     """
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     require_choice("format", format, ExportFormat)
-    if format == "onnx-adapters":
-        from .onnx_adapters import export_onnx_adapters
-
-        return export_onnx_adapters(
-            paths,
-            out,
-            base=base,
-            precision=precision,
-            routed=routed,
-            verify=verify,
-            data={name: load_held_out(name, task) for name, task in (data or {}).items()},
-            max_drop=max_drop,
-            overwrite=overwrite,
-        )
-    if routed:
+    if routed and format != "onnx-adapters":
         raise SettingsError("routed is for the format onnx-adapters", fix="Leave it out, or export that format")
-    if len(paths) != 1:
+    if len(paths) != 1 and format != "onnx-adapters":
         raise SettingsError(f"format {format} takes one adapter, {len(paths)} were given", fix="Export them one by one")
     if format == "peft":
         from .peft import export_peft
 
         return export_peft(paths[0], out, base=base, overwrite=overwrite)
-    from .onnx import export_onnx
+    options: dict[str, Any] = {"base": base, "precision": precision, "verify": verify, "overwrite": overwrite}
+    options |= {"max_drop": max_drop, "data": {name: load_held_out(name, task) for name, task in (data or {}).items()}}
+    if format == "onnx":
+        from .onnx import export_onnx
 
-    task = _task_of(paths[0], data) if data else None
-    return export_onnx(
-        paths[0],
-        out,
-        base=base,
-        precision=precision,
-        verify=verify,
-        data=task,
-        max_drop=max_drop,
-        overwrite=overwrite,
-    )
+        return export_onnx(paths[0], out, **options)
+    from .onnx_adapters import export_onnx_adapters
 
-
-def _task_of(source: str | Path, data: Mapping[str, AnySource | TaskData]) -> TaskData:
-    """The adapter's own of several tasks. Raises SettingsError where none has its name."""
-    from ..adapter import Adapter
-
-    name = Adapter.load(source).name or ""
-    if name not in data:
-        raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    return load_held_out(name, data[name])
+    return export_onnx_adapters(paths, out, routed=routed, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData
+from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import refuse_own_input, require_room
@@ -33,7 +35,7 @@ def export_onnx(
     base: str | Path | None = None,
     precision: str = "fp32",
     verify: bool = True,
-    data: TaskData | None = None,
+    data: Mapping[str, TaskData] = {},
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -42,21 +44,24 @@ def export_onnx(
     The folder holds `model.onnx`, `model.onnx_data`, the tokenizer with its chat template, `config.json`,
     `generation_config.json`, `lorasb.json` and a card; from onnxruntime-genai's builder also `genai_config.json`.
 
-    Arguments and errors: as for `export`, but `data` is the one task. int8 and int4 make graphs for the CPU, bf16 one
-    for CUDA alone.
+    Arguments and errors: as for `export`, but the tasks of `data` are loaded. int8 and int4 make graphs for the CPU,
+    bf16 one for CUDA alone.
     """
     check_request(precision, PRECISIONS)
     wanted = PRECISIONS[precision]
     out, source = expanded(out), Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
-    if data is not None:
-        require_same_kind(source, data)
+    name = source.name or ""
+    if data and name not in data:
+        raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
+    if task := data.get(name):
+        require_same_kind(source, task)
     base_model = source.base.resolve(base)
     exporter = exporter_for(base_model, source.task_type)
     compared = verify and precision != "bf16"
     if verify and not compared:
         logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
-    asked = held_out({"": data}, base_model) if data and compared and source.task_type == CAUSAL_LM else {}
+    asked = held_out({"": task}, base_model) if task and compared and source.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
@@ -73,7 +78,7 @@ def export_onnx(
             if source.task_type == CAUSAL_LM:
                 found = verify_folder(folder, merged, {"": None}, asked)[""]
             else:
-                found = verify_classifier(folder, merged, source, data)
+                found = verify_classifier(folder, merged, source, task)
             record["verify"] = require_equal(found, precision, out, max_drop)
         shutil.rmtree(scratch)
         return finish(folder, out, record)

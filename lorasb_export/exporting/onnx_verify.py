@@ -20,10 +20,10 @@ from ..encoding import encode, prompt_ids
 from ..errors import ArtifactError, DataError
 from ..evaluation import metric_for, trained_length
 from ..exact import exact_products
-from ..inference import answers_of_ids, expected_answers, max_answer_tokens
+from ..inference import answers_of_ids, question_of
 from ..inject import remove
 from ..metrics import exact_match, prediction_metrics
-from ..rows import TEXT, has_answer, question_and_answer
+from ..rows import TEXT, has_answer
 from ..streamed import streamed_model
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 
@@ -138,9 +138,12 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
         predicted = every[:, 0] if adapter.regression else every.argmax(-1)
         return prediction_metrics(predicted.tolist(), labels, regression=adapter.regression)[metric]
 
-    in_torch, in_onnx = score(expected[1:]), score(found[1:])
+    return result | _both(metric, len(rows), score(expected[1:]), score(found[1:]))
+
+
+def _both(metric: str, rows: int, in_torch: float, in_onnx: float) -> dict[str, Any]:
     drop = round(100 * (in_torch - in_onnx), 2)
-    return result | {"metric": metric, "rows": len(rows), "torch": in_torch, "onnx": in_onnx, "drop": drop}
+    return {"metric": metric, "rows": rows, "torch": in_torch, "onnx": in_onnx, "drop": drop}
 
 
 def held_out(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
@@ -153,23 +156,24 @@ class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
     def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._unit = tokenizer, task.unit(task.held_out())
+        self._tokenizer, unit = tokenizer, task.unit(task.held_out())
         first = task.rows(task.held_out())[:_METRIC_ROWS]
-        numbered = [(number, row) for number, row in enumerate(first, 1) if has_answer(row)]
-        self._rows = [row for _, row in numbered]
+        self._rows = {f"{unit} {number}": row for number, row in enumerate(first, 1) if has_answer(row)}
         self._without_answer = len(first) - len(self._rows)
         self._prompts: list[list[int]] = []
-        for number, row in numbered:
-            where = f"{self._unit} {number}"
-            ids = prompt_ids(tokenizer, question_and_answer(row, where)[0], where)
+        self._tokens: list[int] = []
+        for where, row in self._rows.items():
+            question = question_of(tokenizer, row, where)
+            ids = prompt_ids(tokenizer, question.prompt, where)
             if not ids:
                 raise DataError("the prompt has no tokens", where=where, fix="Fill it in")
             self._prompts.append(ids)
-        self._tokens = [max_answer_tokens(tokenizer, [row]) for row in self._rows]
+            self._tokens.append(question.max_tokens)
 
     def ask(self, decoder: OnnxDecoder) -> None:
         """The graph, of the rows that fit with their answers; torch is asked the same."""
-        expected = expected_answers(self._tokenizer, self._rows, decoder.eos_ids, unit=self._unit)
+        rows, ends = self._rows.items(), decoder.eos_ids
+        expected = [question_of(self._tokenizer, row, where, ends).expected for where, row in rows]
         fitting = [i for i, ids in enumerate(self._prompts) if len(ids) + self._tokens[i] <= decoder.context]
         self._asked, self._expected = [self._prompts[i] for i in fitting], [expected[i] for i in fitting]
         if not fitting:
@@ -183,10 +187,7 @@ class HeldOut:
         if not self._asked:
             return result
         given = answers_of_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)
-        in_torch = exact_match(given, self._expected)
-        drop = round(100 * (in_torch - self._in_onnx), 2)
-        found = {"torch": in_torch, "onnx": self._in_onnx, "drop": drop}
-        return result | {"metric": "exact_match", "rows": len(self._asked), **found}
+        return result | _both("exact_match", len(given), exact_match(given, self._expected), self._in_onnx)
 
 
 def _in_torch(base: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:

@@ -204,7 +204,7 @@ def plan_merge(
         _check_modules(one, base_model, problems)
     problems.raise_all("nothing was written")
     with problems:
-        loaded = tuple(replace(a, basis=a.basis or Basis.open(a.basis_source or a.folder or "")) for a in loaded)
+        loaded = tuple(replace(a, basis=a.basis or Basis.open(a.find_basis())) for a in loaded)
         for one in loaded:
             _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")

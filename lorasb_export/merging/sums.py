@@ -27,7 +27,7 @@ class Update:
 
     left: torch.Tensor
     right: torch.Tensor
-    dtype: torch.dtype  # of the sum: float32 or float64
+    factors: tuple[torch.Tensor, torch.Tensor]  # both in the dtype the sum is made in: float64, or float32 with `small`
     small: int  # bit patterns of bf16 magnitudes below this are summed again; 0 for none
 
     @classmethod
@@ -52,43 +52,29 @@ class Update:
         if transposed:
             left, right = right.T.contiguous(), left.T.contiguous()
         if stored != torch.bfloat16 or source == torch.float64:
-            return cls(left, right, torch.float64, 0)
+            return cls(left, right, (left, right), 0)
         # Near zero an fp32 sum of r products errs by some 2⁻²⁴·√r·‖row of left‖·‖column of right‖ at most (its r + 1
         # roundings are a random walk; 4 times that is out of their reach). An ulp of bf16 at x is ≥ 2⁻⁸·|x|.
         bound = float(left.square().sum(dim=1).max() * right.square().sum(dim=0).max()) ** 0.5
         small = torch.tensor(2.0**-14 * left.shape[1] ** 0.5 * bound, dtype=torch.bfloat16)
-        return cls(left, right, torch.float32, int(small.view(torch.int16)) + 1)
-
-    def in_sum_dtype(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(left, right) in the dtype the sum is made in."""
-        return self.left.to(self.dtype), self.right.to(self.dtype)
+        return cls(left, right, (left.float(), right.float()), int(small.view(torch.int16)) + 1)
 
 
 _buffers = Buffers()  # kept: fresh memory for every block would cost more than the product
 
 
-def add(
-    weights: torch.Tensor,
-    update: Update,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    rows: slice,
-    out: torch.Tensor,
-    *,
-    measure: int,
-) -> Retained:
+def add(weights: torch.Tensor, update: Update, rows: slice, out: torch.Tensor, *, measure: int) -> Retained:
     """Write the rounded sum of `weights` and rows `rows` of the update into `out`, which is other memory.
 
     Args:
         weights: (n, columns) as stored in the base.
-        left, right: `update.in_sum_dtype()`.
         out: (n, columns) in the stored dtype.
         measure: one block of so many is measured, which is half as much work again for it.
 
     Returns:
         what is retained of the update, by the measured blocks; not finite when an entry overflowed `out`'s dtype.
     """
-    columns = weights.shape[1]
+    (left, right), columns = update.factors, weights.shape[1]
     step = max(1, BLOCK // columns)
     found, rows_measured, small = Retained(), 0, []
     for first in range(0, len(weights), step):

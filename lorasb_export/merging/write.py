@@ -146,15 +146,14 @@ def _pieces(
     rounded = plan.rounding.read(path, source) if tensor.source in plan.rounding.sources else None
     job = _Job(files[path], source, out, start, tensor, rounded)
     if update is not None:
-        left, right = update.in_sum_dtype()
         rows, columns = source.shape
         step = max(1, sums.BLOCK // columns) * (PIECE // sums.BLOCK)
         # In float64 every piece is measured: it costs little there, and an overflow of fp16 must not be missed. So it
         # is where R lies in a few rows, which may be those of other pieces.
-        everywhere = update.dtype == torch.float64 or any(a.load_basis().is_blocks for a in plan.adapters)
+        everywhere = not update.small or any(a.load_basis().is_blocks for a in plan.adapters)
         measure = 1 if everywhere else MEASURED
         for row in range(0, rows, step):
-            yield partial(job.add, update, left, right, slice(row, min(rows, row + step)), measure)
+            yield partial(job.add, update, slice(row, min(rows, row + step)), measure)
     elif tensor.dtype == source.dtype and rounded is None:
         for offset in range(0, source.nbytes, _COPY_BYTES):
             yield partial(job.copy, offset, min(_COPY_BYTES, source.nbytes - offset))
@@ -178,12 +177,12 @@ class _Job:
     tensor: PlannedTensor
     rounded: torch.Tensor | None  # what is taken in place of the file's content
 
-    def add(self, update: sums.Update, left: torch.Tensor, right: torch.Tensor, rows: slice, measure: int) -> Done:
-        columns = right.shape[1]
+    def add(self, update: sums.Update, rows: slice, measure: int) -> Done:
+        columns = update.right.shape[1]
         first, count = rows.start * columns, (rows.stop - rows.start) * columns
         weights = self._read(first, count).view(-1, columns)
         start, stored = self._place(first, count)
-        retained = sums.add(weights, update, left, right, rows, stored.view(-1, columns), measure=measure)
+        retained = sums.add(weights, update, rows, stored.view(-1, columns), measure=measure)
         return retained, self.out.write(start, stored)
 
     def convert(self, first: int, count: int) -> Done:

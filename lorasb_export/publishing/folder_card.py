@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..cards import card, readme
 from ..cards.sections import Facts
-from ..fetch import parse_hub_id
+from ..fetch import HubFolder, parse_hub_id
 from ..storage import read_json, utf8
 from . import outgoing
 from .licence import licence
@@ -30,7 +31,7 @@ class Licences:
     """Licences by source; of what many adapters were made from the Hub is asked once."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Mapping[str, str]] = {}
+        self._licence = functools.cache(licence)
 
     def facts(self, config: Mapping[str, Any], made: Mapping[str, Any], files: Files) -> Facts:
         """What a card says of the base and the data that a folder's config names."""
@@ -40,20 +41,14 @@ class Licences:
         sources = {training.get("data"), *(s.get("source") for s in config.get("calibration", {}).get("data", []))}
         data = {source: self._of_data(source).get("license") for source in sources if source}
         return Facts(
-            licence=self._licence(name, revision, files) if name else {},
+            licence=self._licence(name, revision=revision, beside=frozenset(files)) if name else {},
             data_licences={source: found for source, found in data.items() if found},
             made=made,
         )
 
     def _of_data(self, source: str) -> Mapping[str, str]:
-        name, revision = parse_hub_id(source) or (source, None)
-        return self._licence(name, revision, {}, dataset=True)
-
-    def _licence(self, name: str, revision: str | None, beside: Files, dataset: bool = False) -> Mapping[str, str]:
-        key = (name, revision, frozenset(beside), dataset)
-        if key not in self._known:
-            self._known[key] = licence(name, revision=revision, dataset=dataset, beside=beside)
-        return self._known[key]
+        found = parse_hub_id(source) or HubFolder(source)
+        return self._licence(found.repo, revision=found.revision, dataset=True)
 
 
 def folder_card(

@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..calibration.calibrate import calibrate
 from ..data import TaskData, load_task
 from ..encoding import prompt_ids
 from ..environment import require_packages
+from ..evaluation import evaluate
 from ..exporting.onnx import export_onnx
 from ..exporting.onnx_run import OnnxDecoder
 from ..exporting.peft import export_peft
 from ..figures import record_evaluation
-from ..inference import answers, max_answer_tokens
-from ..inject import remove
+from ..inference import answers, question_of
 from ..merging.merge import merge
 from ..metrics import exact_match
 from ..project import Project
@@ -53,7 +52,7 @@ NEXT = (
     "lorasb serve --adapters dates,orders",
 )
 PUSH = "lorasb push adapters/dates --repo you/dates-lorasb --with-basis"
-_STEPS = 11
+_STEPS = 10
 _MERGED = "dates"
 _DTYPE = "float32"  # all ways are compared row by row: no rounding may come between them
 
@@ -82,9 +81,11 @@ class _Line:
     def expected(self, task: str) -> list[str]:
         return [row["completion"] for row in self.tasks[task].rows("test")]
 
+    def limit(self, task: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        return max(question_of(tokenizer, row, "a row").max_tokens for row in self.tasks[task].rows("test"))
+
     def ask(self, way: str, task: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        rows = self.tasks[task].rows("test")
-        limit = max_answer_tokens(tokenizer, rows)
+        limit = self.limit(task, tokenizer)
         self.answers[task][way] = answers(network, tokenizer, self.prompts(task), max_tokens=limit)
 
     def scores(self) -> dict[str, dict[str, float | None]]:
@@ -146,17 +147,15 @@ def quickstart(
     with line.step("calibrate", "Calibrating one basis on both tasks"):
         settings = CalibrationSettings(**{**project.calibration, "dtype": _DTYPE})
         calibrate(base, tasks, settings, network=network).save(out / "basis")
-    with line.step("base", "Asking the base model"):
-        for name in tasks:
-            line.ask("base", name, network, tokenizer)
     for name in tasks:
         with line.step(f"fit_{name}", f"Fitting {name}"):
             fitted = fit(base, out / "basis", tasks[name], folders[name], fitting, network=network)
-        with line.step(f"adapter_{name}", f"Asking the adapter {name}"):
-            fitted.inject(network)
-            line.ask("adapter", name, network, tokenizer)
-        _record(line, name, fitted)
-    remove(network)
+        with line.step(f"evaluate_{name}", f"Asking the base and the adapter {name}"):
+            options: dict[str, Any] = {"split": "test", "predictions": True, "network": network}
+            found = evaluate(fitted, tasks[name], base=base, **options)
+        for way in ("base", "adapter"):
+            line.answers[name][way] = [row[way] for row in found["predictions"]]
+        record_evaluation(fitted, found)
     adapter = folders[_MERGED]
     with line.step("merge", f"Merging {_MERGED}"):
         merge(adapter, out / "model", dtype=_DTYPE)
@@ -194,17 +193,10 @@ def quickstart(
     return result, _report(result, out, push_bytes=folder_bytes(adapter) + folder_bytes(out / "basis"))
 
 
-def _record(line: _Line, name: str, adapter: Adapter) -> None:
-    scores = line.scores()[name]
-    found = {"base": scores["base"], "adapter": scores["adapter"], "rows": len(line.prompts(name))}
-    record_evaluation(adapter, {"split": "test", "metric": "exact_match", **found})
-
-
 def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    rows = line.tasks[_MERGED].rows("test")
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in line.prompts(_MERGED)]
     decoder = OnnxDecoder(folder)
-    ids = decoder.generate(prompts, max_answer_tokens(tokenizer, rows))
+    ids = decoder.generate(prompts, line.limit(_MERGED, tokenizer))
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -233,8 +225,8 @@ def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedT
 
         with ThreadPoolExecutor(16) as pool:
             waiting = {}
-            for name, task in line.tasks.items():
-                limit = max_answer_tokens(tokenizer, task.rows("test"))
+            for name in line.tasks:
+                limit = line.limit(name, tokenizer)
                 waiting[name] = [pool.submit(ask, name, prompt, limit) for prompt in line.prompts(name)]
             for name, futures in waiting.items():
                 line.answers[name]["served"] = [future.result() for future in futures]

@@ -126,10 +126,7 @@ class Shared:
 
     @property
     def basis_folder(self) -> Path:
-        adapter = next(iter(self.adapters.values()))
-        source = adapter.basis_source or adapter.folder
-        assert source is not None  # adapters here were loaded from a folder
-        return resolve_folder(source, BASIS_FILES)[0]
+        return resolve_folder(next(iter(self.adapters.values())).find_basis(), BASIS_FILES)[0]
 
     @property
     def reads_again(self) -> bool:

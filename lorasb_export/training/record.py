@@ -48,7 +48,7 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
         "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
         "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
         "lora_parameters": sum(basis.rank * sum(shape) for shape in basis.shapes.values()),
-        "energy": spread(list(basis.calibration.get("energy", {}).values())),
+        "energy": spread(basis.calibration.get("energy", {}).values()),
         "plot": CURVE,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 from .. import distributed
@@ -10,7 +9,8 @@ from ..adapter import Adapter, check_same_basis
 from ..basis import Basis
 from ..choices import SEQ_CLS
 from ..data import TaskData, refuse_single_class
-from ..errors import DataError, MissingPackageError, SettingsError, some
+from ..environment import require_packages
+from ..errors import DataError, SettingsError, some
 from ..evaluation import metric_for, require_same_kind
 from ..settings import FitSettings
 
@@ -23,11 +23,8 @@ def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None
         MissingPackageError: the reporter is not installed.
         SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes.
     """
-    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
-        raise MissingPackageError(
-            f"{settings.report_to} is not installed",
-            fix=f"pip install {settings.report_to}, or leave report_to out",
-        )
+    if settings.report_to != "none":
+        require_packages(settings.report_to, fix=f"pip install {settings.report_to}, or leave report_to out")
     if distributed.world_size() > settings.batch_size:
         raise SettingsError(
             f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world_size()} processes",

@@ -22,9 +22,9 @@ from ..data import TaskData
 from ..encoding import Encoded, encode
 from ..errors import TrainingError
 from ..head import load_head
-from ..inference import checked_prompt_ids, expected_answers, max_answer_tokens
+from ..inference import checked_prompt_ids, question_of
 from ..metrics import better
-from ..rows import CHAT, question_and_answer
+from ..rows import CHAT
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
@@ -213,9 +213,8 @@ class TrainingRuns:
         encoded = self._rows(task, "valid")
         if self.settings.metric != "exact_match":
             return Validation(encoded, self.base.tokenizer)
-        unit = task.unit("valid")
-        questions = [question_and_answer(row, f"{unit} {number}")[0] for number, row in enumerate(rows, 1)]
-        limit = max_answer_tokens(self.base.tokenizer, rows)
-        ids = checked_prompt_ids(self.network, self.base.tokenizer, questions, max_tokens=limit, unit=unit)
-        expected = expected_answers(self.base.tokenizer, rows, self._ends, unit=unit)
-        return Validation(encoded, self.base.tokenizer, list(zip(ids, expected, strict=True)), limit)
+        unit, tokenizer, ends = task.unit("valid"), self.base.tokenizer, self._ends
+        of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
+        questions, expected, rooms = zip(*of_rows, strict=True)
+        ids = checked_prompt_ids(self.network, tokenizer, questions, max_tokens=max(rooms), unit=unit)
+        return Validation(encoded, tokenizer, list(zip(ids, expected, strict=True)), max(rooms))

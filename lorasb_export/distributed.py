@@ -26,12 +26,19 @@ _hosts: dist.ProcessGroup | None = None  # in which they wait so long, without t
 
 
 def start() -> None:
-    """Join the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs), once."""
+    """Join the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs), once.
+
+    Raises SettingsError where the caller has made one that this environment does not describe: rows would be shared,
+    and gradients not.
+    """
     global _hosts
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and _hosts is None:
+    if _hosts is None and (world_size() > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1):
         from accelerate import PartialState
 
-        PartialState()  # also selects this process's GPU
+        state = PartialState()  # also selects this process's GPU
+        if state.num_processes != world_size():
+            fix = "Set RANK, LOCAL_RANK and WORLD_SIZE before the process group is made, as torchrun does"
+            raise SettingsError(f"torch.distributed has {world_size()} processes, the environment other", fix=fix)
         _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 

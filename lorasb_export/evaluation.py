@@ -15,7 +15,13 @@ from .choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
 from .data import TaskData, load_held_out
 from .encoding import encode
 from .errors import DataError, SettingsError
-from .given_network import refuse_several_devices, require_dtype, require_outputs
+from .given_network import (
+    flags_kept,
+    refuse_several_devices,
+    require_dtype,
+    require_model,
+    require_outputs,
+)
 from .head import head_parameters
 from .inference import answers, question_of
 from .inject import remove
@@ -66,7 +72,7 @@ def evaluate(
         batch_size: rows at once; it changes nothing beyond rounding.
         predictions: also return what is said of each row; not for the metric `loss`.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
-            a classifier's head is as it was.
+            a classifier's head and what asks for gradients are as they were.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
@@ -96,6 +102,7 @@ def evaluate(
     if network is None:
         network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
+        require_model(network, tokenizer)
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)
         if metric != "exact_match":
@@ -121,13 +128,14 @@ def evaluate(
     result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
     before, said_before = score() if task.task_type == CAUSAL_LM else (None, [None] * len(rows))
     heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
-    adapter.inject(network)
-    try:
-        after, said_after = score()
-    finally:
-        remove(network)
-        for parameter, data in heads.items():
-            parameter.data = data
+    with flags_kept(network):
+        adapter.inject(network)
+        try:
+            after, said_after = score()
+        finally:
+            remove(network)
+            for parameter, data in heads.items():
+                parameter.data = data
     if not all(value is None or math.isfinite(value) for value in (before, after)):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)

@@ -56,7 +56,7 @@ class BlockBasis:
 
     @property
     def S(self) -> torch.Tensor:
-        return torch.zeros(self.rows.stop - self.rows.start)
+        return torch.zeros(self.rows.stop - self.rows.start, dtype=torch.float32)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """What a file holds of it: its first row and the one past its last, and of the columns."""
@@ -68,6 +68,6 @@ Factors = ModuleBasis | BlockBasis
 
 def _units(n: int, span: slice) -> torch.Tensor:
     """(n, r): the unit matrix in `span`, zero elsewhere."""
-    factor = torch.zeros(n, span.stop - span.start)
+    factor = torch.zeros(n, span.stop - span.start, dtype=torch.float32)
     factor[span].fill_diagonal_(1)
     return factor

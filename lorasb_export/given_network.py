@@ -13,7 +13,7 @@ from .errors import SettingsError
 if TYPE_CHECKING:
     import torch
     from torch.nn import Module
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
@@ -27,6 +27,17 @@ def evaluating(network: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         network.train(training)
+
+
+@contextmanager
+def flags_kept(network: PreTrainedModel) -> Iterator[None]:
+    """Afterwards its own parameters ask for gradients as before: an adapter freezes them."""
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 def positions(network: PreTrainedModel) -> float:
@@ -70,6 +81,22 @@ def require_first_device(device: torch.device) -> None:
         raise SettingsError(f"the base is on {device.type}:{index}, training takes {device.type}:0", fix=fix)
 
 
+def require_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise SettingsError for what wraps a model (`torch.compile`, PEFT, DDP): its modules have other names.
+
+    And for a classifier with another token for padding than the one that rows are padded with: it pools the last other.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(network, PreTrainedModel):
+        fix = "Give the model in it, and compile or wrap it afterwards"
+        raise SettingsError(f"the network is a {type(network).__name__}, not a model of transformers", fix=fix)
+    theirs, ours = network.config.pad_token_id, tokenizer.pad_token_id
+    if classifies(network) and theirs is not None and theirs != ours:
+        what = f"the network takes token {theirs} for padding, rows are padded with {ours}"
+        raise SettingsError(what, where="config.pad_token_id", fix=f"Set network.config.pad_token_id = {ours}")
+
+
 def require_dtype(network: PreTrainedModel, dtype: str) -> None:
     """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name."""
     from .nf4 import dtype_name
@@ -78,6 +105,13 @@ def require_dtype(network: PreTrainedModel, dtype: str) -> None:
     if dtype not in ("auto", loaded) or (dtype == "auto" and loaded == NF4):
         fix = f"Set dtype to {loaded}, or load the network in that one"
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
+
+
+def body_of(model: Module) -> str:
+    """The name of what lies under the head: `base_model_prefix`, or where that is none (Llama 4) its only network."""
+    named: str = model.base_model_prefix  # type: ignore[assignment]
+    inside = [name for name, child in model.named_children() if hasattr(child, "base_model_prefix")]
+    return inside[0] if len(inside) == 1 and not hasattr(model, named) else named
 
 
 def is_checkpointing(network: Module) -> bool:

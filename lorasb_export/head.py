@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .errors import ArtifactError
+from .given_network import body_of
 from .inject import Live
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a sequence classifier's head: all that lie outside its body (`base_model_prefix`)."""
-    body = f"{model.base_model_prefix}."
+    """Parameters of a sequence classifier's head: all that lie outside its body."""
+    body = f"{body_of(model)}."
     return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
 
 

@@ -11,7 +11,7 @@ import torch
 from .answer_end import before_end, end_ids
 from .bars import progress_bar
 from .encoding import answer_ids, prompt_ids
-from .errors import DataError
+from .errors import DataError, SettingsError
 from .given_network import evaluating, positions
 from .inject import refuse_rows
 from .rows import Prompt, Row, question_and_answer
@@ -110,8 +110,11 @@ def answers(
 
     Raises:
         DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
-        SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all.
+        SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all. Or `prompts`
+            is one text.
     """
+    if isinstance(prompts, str):
+        raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
     refuse_rows(network)
     questions = checked_prompt_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
     return answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
@@ -133,7 +136,7 @@ def answers_of_ids(
         questions,
         max_tokens=max_tokens,
         ends=end_ids(tokenizer, network.generation_config.eos_token_id),
-        pad_id=tokenizer.pad_token_id,
+        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         batch_size=batch_size,
     )
     return tokenizer.batch_decode(ids, skip_special_tokens=True)

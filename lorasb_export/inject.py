@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-from .layer import LINEAR_TYPES, LoRASBLinear, Route, shape_of, weight_of
+from .layer import LoRASBLinear, Route, is_linear, shape_of, weight_of
 from .nf4 import keep_layout, state_of
 
 
@@ -49,8 +49,8 @@ def inject(
 
     Raises:
         ArtifactError: the model lacks a module, or its shape differs from the basis's.
-        BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4), or
-            offloaded.
+        BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4),
+            offloaded, or sharded.
     """
     remove(model)
     refuse_peft(model)
@@ -58,7 +58,7 @@ def inject(
     for name, module in factors.items():
         if name not in found:
             raise ArtifactError(f"the model has no module {name}", fix=fix)
-        if not isinstance(found[name], LINEAR_TYPES):
+        if not is_linear(found[name]):
             what = f"module {name} is a {type(found[name]).__name__}, not a Linear or Conv1D"
             raise BaseModelError(what, fix=fix)
         shape = shape_of(found[name])
@@ -68,6 +68,8 @@ def inject(
         if weight.is_meta:  # accelerate brings it in for the layer's own forward alone: ours would compute with nothing
             fix = "Load the model whole, or spread it over more GPUs"
             raise BaseModelError(f"the weight of {name} is not in memory (offloaded, or on `meta`)", fix=fix)
+        if hasattr(weight, "device_mesh"):  # each process would train an R of its own
+            raise BaseModelError(f"the weight of {name} is sharded already", fix="Attach first, and shard then")
         state_of(weight)
     model.requires_grad_(False)
     layers = {name: LoRASBLinear(found[name], module, R[name], scaling, route) for name, module in factors.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
@@ -17,8 +18,15 @@ from .errors import SettingsError
 from .factors import Factors
 from .nf4 import dequantize, state_of
 
-LINEAR_TYPES = (nn.Linear, Conv1D)
+_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+_ALIKE = ("FalconLinear", "Linear4bit", "Linear8bitLt")  # have another, which computes the same
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE)."""
+    kind = type(module)
+    return isinstance(module, nn.Linear | Conv1D) and (kind.forward in _FORWARDS or kind.__name__ in _ALIKE)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -73,6 +81,7 @@ class _LoRASBFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         u, weight, R, rows = ctx.saved_tensors
         if rows is not ctx.rows and not torch.equal(rows, ctx.rows):  # saved anew, by non-reentrant checkpointing
@@ -87,7 +96,8 @@ class _LoRASBFunction(torch.autograd.Function):
                 grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
             if ctx.needs_input_grad[0]:
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
-                grad_x = _add(grad @ dequantize(weight, ctx.state).to(dtype), grad_u, ctx.A).view(*u.shape[:-1], -1)
+                of_tokens = _add(grad @ dequantize(weight, ctx.state).to(dtype), grad_u, ctx.A)
+                grad_x = of_tokens.view(*u.shape[:-1], of_tokens.shape[-1])
         return grad_x, None, None, None, grad_R, None, None, None
 
 
@@ -190,7 +200,8 @@ class LoRASBLinear(nn.Module):
             what = f"{n} adapters were chosen, which does not fit a batch of shape {tuple(x.shape)}"
             raise SettingsError(what, fix="Choose one for each row")
         # Some models flatten (n, t, in) to (n·t, in) before a layer; one row after another all the same.
-        return self._forward(x.reshape(n, -1, width), rows).view(*x.shape[:-1], -1)
+        y = self._forward(x.reshape(n, -1, width), rows)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         device = x.device.type
@@ -200,4 +211,4 @@ class LoRASBLinear(nn.Module):
             y: torch.Tensor = _LoRASBFunction.apply(
                 x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
             )
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])  # not -1: x may be empty, as that of an expert without tokens

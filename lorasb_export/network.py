@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from .choices import NF4
 from .errors import BaseModelError, LoraSBError, first_line, is_out_of_memory
-from .given_network import classifies
+from .given_network import body_of, classifies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FETCH = "Fetch the base again"
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _SAVE_POOLER = "draw one for good: AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
 
 
@@ -68,7 +70,7 @@ def read_network(
     devices = [device for device in options.get("device_map", {}).values() if device.type == "cuda"]
     fix = _FETCH if empty is None else f"Try without dtype {NF4}; if that fails too, fetch it again"
     network: PreTrainedModel
-    with torch.random.fork_rng(devices), as_base_model_error(folder, fix):
+    with torch.random.fork_rng(devices), as_base_model_error(folder, fix), _read_by_every_process():
         torch.default_generator.manual_seed(seed)
         network, found = loader.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
         newly_initialized = {*found["missing_keys"], *(name for name, *_ in found.get("mismatched_keys", ()))}
@@ -79,6 +81,19 @@ def read_network(
             keep_layout(network)
     refuse_newly_initialized(network, newly_initialized, folder)
     return network
+
+
+@contextmanager
+def _read_by_every_process() -> Iterator[None]:
+    """Under `accelerate launch --use_fsdp` transformers reads weights on the first alone, for FSDP to send the rest."""
+    before = os.environ.get(_EFFICIENT)
+    os.environ[_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_EFFICIENT)
+        if before is not None:
+            os.environ[_EFFICIENT] = before
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
@@ -102,7 +117,7 @@ def refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], f
     A classifier's head may be new. The pooler, which checkpoints of language models lack, lies in the body: it is
     frozen, and no file would keep what was drawn.
     """
-    prefix = f"{network.base_model_prefix}."
+    prefix = f"{body_of(network)}."
     for name in sorted(missing):
         if name.startswith(prefix) or not classifies(network):
             pooler = ".pooler." in name

@@ -15,6 +15,7 @@ from torch import nn
 from .choices import NF4
 from .environment import require_packages
 from .errors import BaseModelError, SettingsError
+from .given_network import body_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def quantization(empty: PreTrainedModel) -> Any:
         raise SettingsError(f"dtype is {NF4}, the base float64", fix="Take a base in 16 or 32 bits, or another dtype")
     from transformers import BitsAndBytesConfig
 
-    heads = [name for name, _ in empty.named_children() if name != empty.base_model_prefix]
+    heads = [name for name, _ in empty.named_children() if name != body_of(empty)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4,
@@ -91,7 +92,7 @@ def other_shapes(network: PreTrainedModel, empty: PreTrainedModel) -> set[str]:
 def renew_head(network: PreTrainedModel, empty: PreTrainedModel, newly_initialized: Collection[str]) -> None:
     """Draw a classifier's head on the host, where parameters of it are new, as for a base that is not packed."""
     for name, head in empty.named_children():
-        if name != empty.base_model_prefix and any(parameter.startswith(f"{name}.") for parameter in newly_initialized):
+        if name != body_of(empty) and any(parameter.startswith(f"{name}.") for parameter in newly_initialized):
             head.to_empty(device="cpu")
             head.apply(empty._init_weights)
             setattr(network, name, head.to(network.device))

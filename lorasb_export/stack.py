@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,22 @@ from .adapter import Adapter, check_same_basis
 from .errors import ArtifactError, SettingsError
 from .inject import inject, remove
 from .layer import Route
+
+
+class _RowOf(Mapping[str, torch.Tensor]):
+    """One adapter's R: module name → (r, r), a view of what is on the model now, also after `model.to`."""
+
+    def __init__(self, live: Mapping[str, torch.nn.Parameter], k: int) -> None:
+        self._live, self._k = live, k
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._live[name].detach()[self._k]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
 
 
 class Stack:
@@ -23,8 +39,8 @@ class Stack:
     def __init__(self, model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Attach `adapters`, all of one basis and one scaling; any adapter on `model` is taken off first.
 
-        While attached, each adapter's `R` are views of the stack: training it trains them, `save` works as ever. For
-        another set of adapters make another Stack.
+        While attached, each adapter's `R` are views of the layers': training those trains them, `save` works as ever,
+        after a move of the model too. For another set of adapters make another Stack.
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
@@ -54,6 +70,8 @@ class Stack:
             fix = "Load it onto one, or attach one adapter"
             raise SettingsError("the layers of the adapters lie on several devices", fix=fix)
         self._adapters = list(adapters.values())
+        for k, adapter in enumerate(self._adapters):
+            adapter.R = _RowOf(self._live, k)
         self.values = self._stacked()
         self.bind()
         self.use(self.names[0])
@@ -67,7 +85,7 @@ class Stack:
         return torch.stack([layer.detach() for layer in self.layers], dim=1)  # one adapter's R lie together
 
     def bind(self) -> None:
-        """Make the layers' parameters, and each adapter's `R`, views of `values`: again, where `model.to` copied them.
+        """Make the layers' parameters views of `values`: again, where `model.to` copied them.
 
         `values` follows a model that has gone to another device; an optimizer is to be made after that.
         """
@@ -75,8 +93,6 @@ class Stack:
             self.values = self._stacked()
         for place, parameter in enumerate(self.layers):
             parameter.data = self.values[:, place]
-        for k, adapter in enumerate(self._adapters):
-            adapter.R = {name: self.values[k, place] for place, name in enumerate(self._live)}
 
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
@@ -103,3 +119,5 @@ class Stack:
     def detach(self) -> None:
         """Take the adapters off; the base is left as it was, bit for bit, and frozen. They keep what they learnt."""
         remove(self._model)
+        for adapter in self._adapters:
+            adapter.R = dict(adapter.R)

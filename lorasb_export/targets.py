@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import BaseModelError, SettingsError
+from .given_network import body_of
 from .inject import refuse_peft
-from .layer import LINEAR_TYPES, shape_of
+from .layer import is_linear, shape_of
 from .settings import ALL_LINEAR, MLP_OUTPUT
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ _OF_A_REGEX = frozenset(r"\^$*+?()[]{}|")  # none of them is in a module name; t
 
 
 def linear_layers(network: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Linear and Conv1D inside the body, by full name; never a head."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, LINEAR_TYPES) and name.startswith(f"{network.base_model_prefix}.")
-    }
+    """Linear and Conv1D inside the body, by full name; never a head. Raises BaseModelError where there is none."""
+    body = f"{body_of(network)}."
+    found = {name: module for name, module in network.named_modules() if name.startswith(body) and is_linear(module)}
+    if not found:
+        what = f"there is no linear layer in {type(network).__name__}.{body[:-1]}"
+        raise BaseModelError(what, fix="Give the whole model, not its body alone")
+    return found
 
 
 def find_targets(network: PreTrainedModel, targets: str) -> dict[str, torch.nn.Module]:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from lorasb_export import fit
 from lorasb_export.base import BaseModel
 from lorasb_export.encoding import prompt_ids
-from lorasb_export.errors import DataError
+from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.inference import answers, question_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import CHAT, GOOD, MARKED, THINKING
@@ -87,6 +87,8 @@ def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:
     base = BaseModel.resolve(chatty)
     network, tokenizer = base.load(), base.tokenizer
+    with pytest.raises(SettingsError, match="prompts is a text"):
+        answers(network, tokenizer, "1+1")
     assert answers(network, tokenizer, []) == []  # a process with more peers than rows has none
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(DataError, match=r"chat template refuses the messages: no system message \(prompt 1\)"):

@@ -42,9 +42,26 @@ def test_a_stack_follows_its_model(llama: Path, adapter: Adapter) -> None:
     network.to("meta")
     stack.bind()
     assert {stack.values.device.type, *(R.device.type for R in adapter.R.values())} == {"meta"}
-    assert all(R._base is stack.values for R in adapter.R.values())
+    storage = stack.values.untyped_storage()._cdata
+    assert all(R.untyped_storage()._cdata == storage for R in adapter.R.values())
     assert {layer.device.type for layer in stack.layers} == {"meta"}
     stack.use("a")
+
+
+def test_what_is_trained_after_a_move_is_what_is_saved(llama: Path, adapter: Adapter, tmp_path: Path) -> None:
+    network = BaseModel.resolve(llama).load()
+    stack = Stack(network, {"a": adapter})
+    network._apply(torch.clone)  # as `to` another device does, and a Trainer or FSDP2 by it
+    with torch.no_grad():
+        for layer in stack.layers:
+            layer.fill_(0.5)
+    adapter.save(tmp_path / "saved")
+    assert all((R == 0.5).all() for R in Adapter.load(tmp_path / "saved").R.values())
+    stack.detach()
+    with torch.no_grad():
+        for layer in stack.layers:
+            layer.fill_(0.25)  # nobody's any more
+    assert type(adapter.R) is dict
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
-from lorasb_export import calibrate, fit
+from lorasb_export import calibrate, evaluate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
@@ -35,6 +40,79 @@ def test_the_callers_network_is_given_back_as_it_was(
     assert network.config.use_cache == cached
     assert not network.training
     assert not is_checkpointing(network)
+    assert not network.get_input_embeddings()._forward_hooks  # of input gradients, which checkpointing asks for
+
+
+def test_what_asked_for_gradients_asks_for_them_again(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float64")
+    network.model.layers.requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    assert set(before.values()) == {True, False}
+    with torch.no_grad():  # as in a cell of a notebook
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS, network=network)
+    evaluate(tmp_path / "a", tasks["plus"], split="valid", network=network)
+    assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
+
+
+def test_an_accelerator_of_the_callers_is_as_before(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    mine = Accelerator(gradient_accumulation_steps=8, mixed_precision="bf16", cpu=True)
+    try:
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
+        assert (mine.gradient_accumulation_steps, mine.mixed_precision) == (8, "bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def test_what_wraps_a_model_is_refused(llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path) -> None:
+    compiled: Any = torch.compile(BaseModel.resolve(llama).load(dtype="float64"))
+    for call in (
+        lambda: fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS, network=compiled),
+        lambda: calibrate(str(llama), tasks, CalibrationSettings(rank=4, dtype="float64"), network=compiled),
+    ):
+        with pytest.raises(SettingsError, match=r"the network is a OptimizedModule.*compile or wrap it afterwards"):
+            call()
+
+
+def test_a_classifier_that_pads_with_another_token_is_refused(bert: Path, parity: Path, tmp_path: Path) -> None:
+    network = BaseModel.resolve(bert).load("SEQ_CLS", num_labels=2)
+    network.config.pad_token_id = 5
+    with pytest.raises(SettingsError, match=r"takes token 5 for padding.*Set network\.config\.pad_token_id = "):
+        calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=2), network=network)
+
+
+def test_weights_are_read_by_every_process_of_a_launcher(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `accelerate launch --use_fsdp` transformers would read them on the first alone, and zeros elsewhere."""
+    expected = BaseModel.resolve(llama).load().state_dict()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    try:
+        found = BaseModel.resolve(llama).load().state_dict()
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_a_launcher_that_shards_and_a_group_of_ones_own_are_refused(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(SettingsError, match=r"fit does not train under FSDP \(ACCELERATE_USE_FSDP\)"):
+            fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(SettingsError, match=r"torch\.distributed has 2 processes.*as torchrun does"):
+        calibrate(str(llama), tasks, CalibrationSettings(rank=4, dtype="float64"))
 
 
 def test_what_is_drawn_after_a_fit_is_as_without_it(

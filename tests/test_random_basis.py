@@ -80,3 +80,15 @@ def test_random_bases_of_two_models_differ(llama: Path, tmp_path: Path) -> None:
     settings = CalibrationSettings(rank=4, directions="random")
     one, two = (calibrate(str(base), {}, settings) for base in (llama, tmp_path / "twin"))
     assert one.sha256 != two.sha256
+
+
+@pytest.mark.parametrize("directions", ["random", "block"])
+def test_a_seed_draws_one_basis_whatever_the_callers_dtype(directions: str, llama: Path) -> None:
+    settings = CalibrationSettings(rank=4, directions=directions)
+    expected = calibrate(str(llama), {}, settings).sha256
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert calibrate(str(llama), {}, settings).sha256 == expected
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.inference import answers
 from lorasb_export.inject import inject
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layer import LoRASBLinear, Route
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.stack import Stack
 from tests.families import make
@@ -44,6 +44,32 @@ def test_what_comes_out_may_be_changed_in_place(bias: bool) -> None:
     assert found is not None
     assert layer.R.grad is not None
     assert torch.equal(found, layer.R.grad)
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1]])
+def test_nothing_may_come_in(rows: list[int] | None) -> None:
+    """As to an expert that no token is sent to."""
+    factors = ModuleBasis(torch.eye(4, 2), torch.eye(2, 5), torch.ones(2))
+    route = Route()
+    route.rows = None if rows is None else torch.tensor(rows)
+    layer = LoRASBLinear(torch.nn.Linear(5, 4), factors, torch.randn(*([] if rows is None else [2]), 2, 2), 1.0, route)
+    x = torch.randn(2, 0, 5, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (2, 0, 4)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert layer.R.grad is not None
+    assert not layer.R.grad.any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    """They would leave out what u = x·Aᵀ has of x."""
+    factors = ModuleBasis(torch.eye(4, 2), torch.eye(2, 5), torch.ones(2))
+    layer = LoRASBLinear(torch.nn.Linear(5, 4), factors, torch.randn(2, 2), 1.0)
+    (gradient,) = torch.autograd.grad(layer(torch.randn(3, 5)).square().sum(), layer.R, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.fixture(scope="module")

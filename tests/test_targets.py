@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lorasb_export.errors import BaseModelError, SettingsError
+from lorasb_export.layer import is_linear
 from lorasb_export.targets import find_targets
 from tests.families import MOE, SIZES
 
@@ -21,6 +23,28 @@ def empty(model_type: str, *, classifies: bool = False, **fields: Any) -> PreTra
         kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
         model: PreTrainedModel = kind.from_config(config)
     return model
+
+
+def test_a_linear_layer_that_computes_something_else_is_none() -> None:
+    """PhiMoE's router, a subclass of Linear, returns what it has chosen; Falcon's computes what Linear does."""
+    phimoe = empty("phimoe", num_local_experts=4)
+    routers = {name for name, module in phimoe.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert any(name.endswith("router") for name in routers)
+    assert {name.rpartition(".")[2] for name in find_targets(phimoe, "all-linear")} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    assert is_linear(FalconLinear(2, 2))
+
+
+def test_the_body_may_have_another_name_than_the_prefix() -> None:
+    network = empty("llama4_text", num_local_experts=2)
+    assert not hasattr(network, network.base_model_prefix)
+    assert "model.layers.0.self_attn.q_proj" in find_targets(network, "all-linear")
+
+
+def test_a_body_alone_has_no_layers_to_find() -> None:
+    with pytest.raises(BaseModelError, match=r"no linear layer in LlamaModel\.model"):
+        find_targets(empty("llama").model, "all-linear")
 
 
 def test_targets_by_regular_expression() -> None:

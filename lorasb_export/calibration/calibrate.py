@@ -24,7 +24,13 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData, in_order, load_tasks, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError, some
 from ..factors import ModuleBasis
-from ..given_network import refuse_several_devices, require_dtype, require_outputs, require_positions
+from ..given_network import (
+    refuse_several_devices,
+    require_dtype,
+    require_model,
+    require_outputs,
+    require_positions,
+)
 from ..inject import remove
 from ..layer import shape_of
 from ..lock import only_writer
@@ -87,10 +93,12 @@ def calibrate(
         SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
+    distributed.start()
     settings = settings or CalibrationSettings()
     base = BaseModel.resolve(base)
     base.refuse_merged()
     if network is not None:
+        require_model(network, base.tokenizer)
         require_dtype(network, settings.dtype)
     if settings.directions in DRAWN:
         return _drawn(base, settings, network)

@@ -23,7 +23,7 @@ from ..data import TaskData
 from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
-from ..given_network import evaluating, is_checkpointing
+from ..given_network import evaluating, flags_kept, is_checkpointing
 from ..layer import shape_of, weight_of
 from ..nf4 import dequantize, state_of
 from ..settings import CalibrationSettings
@@ -122,6 +122,8 @@ def gradient_sums(
         _only_trainable(network, plain, keep),
         _gradients_of_packed(packed, keep),
         _checkpointed(network) if checkpointed else nullcontext(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
     ):
         for batch in batches:
             tensors = {key: v.to(network.device) for key, v in batch.items()}
@@ -173,24 +175,22 @@ def _only_trainable(
         keep(name, weight.grad)
         weight.grad = None
 
-    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     cache = getattr(network.config, "use_cache", None)
-    network.requires_grad_(False)
     handles = []
     try:
         if cache:
             network.config.use_cache = False
-        for name, module in modules.items():
-            module.weight.requires_grad_(True)
-            handles.append(module.weight.register_post_accumulate_grad_hook(partial(hook, name)))
-        with evaluating(network):
+        with flags_kept(network), evaluating(network):
+            network.requires_grad_(False)
+            for name, module in modules.items():
+                module.weight.requires_grad_(True)
+                handles.append(module.weight.register_post_accumulate_grad_hook(partial(hook, name)))
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in flags.items():
+        for parameter in network.parameters():
             parameter.grad = None
-            parameter.requires_grad_(flag)
         if cache:
             network.config.use_cache = cache
 

@@ -27,12 +27,12 @@ def random_factors(
             modules[name] = BlockBasis((rows, columns), *(_span(n, rank, generator) for n in (rows, columns)))
         else:
             B, A = (_orthonormal(n, rank, generator) for n in (rows, columns))
-            modules[name] = ModuleBasis(B.to(dtype), A.T.to(dtype).contiguous(), torch.zeros(rank))
+            modules[name] = ModuleBasis(B.to(dtype), A.T.to(dtype).contiguous(), torch.zeros(rank, dtype=torch.float32))
     return modules
 
 
 def _orthonormal(n: int, rank: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(n, rank, generator=generator))[0]
+    return torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float32))[0]
 
 
 def _span(n: int, rank: int, generator: torch.Generator) -> slice:

@@ -51,7 +51,7 @@ def fit(
             `gradient_checkpointing`, `checkpoint_every` and `report_to`) and data;
             from the beginning where there is none. An adapter that they made is kept.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
-            compared with `base`. It is given back in eval mode and without an adapter, also one that was on it;
+            compared with `base`. It is given back frozen or not as it was, in eval mode and without an adapter;
             `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished
             leaves it alone.
         measure: how much of the task's gradient the basis holds, where its calibration has not. That is a pass over

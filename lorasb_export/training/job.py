@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from .. import distributed
@@ -25,21 +23,21 @@ from ..choices import NF4
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
 from ..given_network import (
-    is_checkpointing,
     refuse_several_devices,
     require_dtype,
     require_first_device,
+    require_model,
     require_outputs,
     require_positions,
 )
-from ..inject import remove
 from ..lock import only_writer
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_training_record
-from .requirements import check_requirements, require_start
+from .requirements import check_launcher, check_requirements, require_start
+from .restored import accelerate_kept, left_as_found, random_state_kept
 from .run_basis import captured_once, own_basis, share_of_layers
 from .runs import TrainingRuns
 
@@ -75,6 +73,7 @@ class Job:
         measure: bool,
         start: Adapter | None,
     ) -> None:
+        check_launcher()
         distributed.start()
         self.outs, self.folder = outs, folder
         self._started = time.monotonic()
@@ -84,8 +83,9 @@ class Job:
         order = self.base.head_labels if start is None else start.labels  # of the head that training begins with
         self.tasks = tasks = [replace(task, label_order=order) for task in tasks]
         if distributed.world_size() == 1:
-            require_first_device(default_device())
+            require_first_device(default_device() if network is None else network.device)
         if network is not None:
+            require_model(network, self.base.tokenizer)
             refuse_several_devices(network)
             require_dtype(network, settings.dtype)
             require_outputs(network, tasks[0].num_labels)
@@ -126,7 +126,13 @@ class Job:
                 raise SettingsError(
                     f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
                 )
-            with _left_as_found(network), _random_state_kept(network.device):
+            with (
+                left_as_found(network),
+                random_state_kept(network.device),
+                accelerate_kept(),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
 
     def _takes_another_base(self, basis: CalibrationSettings) -> bool:
@@ -204,37 +210,3 @@ class Job:
         return self.base.load(
             task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
         )
-
-
-@contextmanager
-def _left_as_found(network: PreTrainedModel) -> Iterator[None]:
-    """The Trainer sets these on the model and leaves them; the network may be the caller's, or the next task's."""
-    caches, checkpoints = getattr(network.config, "use_cache", None), is_checkpointing(network)
-    dtypes = {parameter: parameter.dtype for parameter in network.parameters()}
-    try:
-        yield
-    finally:
-        distributed.send_all(network)
-        remove(network)
-        for parameter, dtype in dtypes.items():
-            parameter.data = parameter.data.to(dtype)  # of a head, which is trained in fp32
-        network.eval()
-        if caches is not None:
-            network.config.use_cache = caches
-        if is_checkpointing(network) and not checkpoints:
-            renamed = getattr(network, "activation_checkpointing_disable", None)
-            (renamed or network.gradient_checkpointing_disable)()
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """The Trainer seeds python, numpy and torch, and so whatever the caller draws after it."""
-    python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        of_mps = torch.random.fork_rng([0], device_type="mps") if device.type == "mps" else nullcontext()
-        cudas = range(torch.cuda.device_count()) if device.type == "cuda" else ()  # the Trainer seeds them all
-        with of_mps, torch.random.fork_rng(list(cudas)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from .. import distributed
@@ -13,6 +14,15 @@ from ..environment import require_packages
 from ..errors import DataError, SettingsError, some
 from ..evaluation import metric_for, require_same_kind
 from ..settings import FitSettings
+
+
+def check_launcher() -> None:
+    """Raise SettingsError where `accelerate launch` asks for a way to shard: the Trainer would put other tensors in the
+    place of R."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            fix = "Start it by torchrun, or attach an adapter in a loop of your own"
+            raise SettingsError(f"fit does not train under {name}", where=f"ACCELERATE_USE_{name}", fix=fix)
 
 
 def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None:

@@ -123,7 +123,7 @@ class RTrainer(Trainer):
         model.train()
         groups = self.optimizer.param_groups  # type: ignore[union-attr]
         self._rates = {group["task"]: group["lr"] for group in groups if group["orthogonal"]}
-        losses = torch.zeros(len(self.runs), device=self.args.device)
+        losses = torch.zeros(len(self.runs), dtype=torch.float32, device=self.args.device)
         for number, batch in enumerate(inputs["batches"], 1):
             batch = {key: v.to(self.args.device, non_blocking=v.is_pinned()) for key, v in batch.items()}
             weights, tasks, labels = (batch.pop(key) for key in ("weights", "tasks", "labels"))

@@ -15,7 +15,7 @@ class LossWindow:
     """The losses of every task since the last log, of this process until they are asked for."""
 
     def __init__(self, tasks: int, device: torch.device) -> None:
-        self._sums = torch.zeros(tasks, device=device)
+        self._sums = torch.zeros(tasks, dtype=torch.float32, device=device)
         self._bad_step = torch.full((tasks,), _NEVER, device=device)
         self._steps = [0] * tasks
 

@@ -39,9 +39,13 @@ def run(
         typer.Option("--routed", help="For onnx-adapters: one batch may mix tasks, by the input adapter_ids."),
     ] = False,
     verify: Annotated[
-        bool,
-        typer.Option(help="Compare an ONNX graph with the adapter in torch, of many the first 32 (not bf16)."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare with the adapter in torch: an ONNX graph, of many adapters the first 32 (not bf16); or "
+            "PEFT's logits, which needs the base in fp32.  [default: yes for a graph, no for peft]",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Held-out rows to compare on, if not the task's own."),
@@ -61,6 +65,7 @@ def run(
         raise typer.BadParameter(f"--into adds to an export of onnx-adapters, not of {format}")
     format = format or "peft"
     to_peft = into is None and format == "peft"
+    verify = not to_peft if verify is None else verify
     compared = data is not None or max_drop is not None  # on held-out rows, though the graph be fp32
     if compared and (to_peft or not verify or precision == "bf16"):
         what = "--data and --max-drop are for comparing an ONNX graph with torch"
@@ -69,7 +74,8 @@ def run(
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
-    base = model if to_peft else run.project.base_elsewhere(model, folders[0])  # a LoRA is written without its weights
+    unread = to_peft and not verify  # a LoRA is written without the base's weights
+    base = model if unread else run.project.base_elsewhere(model, folders[0])
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, **given(max_drop=max_drop)}
     if into is None:
         from lorasb_export.exporting.export import export  # only now: it brings torch
@@ -120,6 +126,11 @@ def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData
 
 def _comparisons(verify: dict[str, Any]) -> list[str]:
     """What the comparison with torch found, a line for each adapter."""
+    if "relative_difference" in verify:
+        on = f"{verify['rows']} rows of its task" if verify["rows"] else "built-in text"
+        return [
+            f"PEFT's logits differ from the adapter's by {verify['relative_difference']:.1g} of the largest, on {on}"
+        ]
     results = {"": verify} if "prompts" in verify else verify
     lines = []
     for name, found in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
+from lorasb_export.base import BaseModel
 from lorasb_export.choices import SEQ_CLS
+from lorasb_export.data import load_task
 from lorasb_export.errors import BaseModelError, OutputError
+from lorasb_export.exporting import peft
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.storage import read_json, write_json
+from tests.conftest import lorasb
 from tests.random_adapter import save_adapter, save_base, write_in
 
 from peft import PeftModel  # isort: skip
@@ -205,3 +210,24 @@ def test_a_layer_whose_weight_others_read_is_refused(tmp_path: Path) -> None:
     save_adapter(base, model, tmp_path / "adapter", ["model.layers.0.mlp.dt_proj"])
     with pytest.raises(BaseModelError, match=r"around model\.layers\.0\.mlp\.dt_proj"):
         export_peft(tmp_path / "adapter", tmp_path / "peft")
+
+
+def test_verify_compares_the_logits_of_peft(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    command = ["export", str(tmp_path / "a"), "--verify", "--out", str(tmp_path / "peft")]
+    done = lorasb(*command)
+    assert done.exit_code == 0, done.output
+    assert "PEFT's logits differ from the adapter's by " in done.output
+    adapter.training = {"data": str(sums), "data_sha256": load_task("sums", sums).sha256}
+    adapter.save(tmp_path / "a", overwrite=True)
+    found = json.loads(lorasb(*command, "--overwrite", "--json").stdout)["verify"]
+    assert found["rows"] == 4
+    assert found["relative_difference"] < found["tolerance"] == 1e-4
+
+    whole = peft.folded_tensors
+    monkeypatch.setattr(peft, "folded_tensors", lambda one: {name: 1.01 * t for name, t in whole(one).items()})
+    done = lorasb(*command[:-1], str(tmp_path / "wrong"))
+    assert (done.exit_code, "PEFT's logits differ by " in done.stderr) == (1, True)
+    assert not (tmp_path / "wrong").exists()

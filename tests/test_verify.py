@@ -83,7 +83,7 @@ def _merged(adapter: Adapter, folder: Path) -> Path:
 def test_what_is_not_verified_is_not_written(
     llama: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(verify._TOLERANCE, "F32", 0.0)
+    monkeypatch.setitem(verify.TOLERANCE, "F32", 0.0)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ArtifactError, match=r"the merged logits differ .* Nothing was written"):
         merge(adapter, tmp_path / "model", verify=True)

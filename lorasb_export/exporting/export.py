@@ -20,7 +20,7 @@ def export(
     base: str | Path | None = None,
     precision: str = "fp32",
     routed: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     data: Mapping[str, AnySource | TaskData] | None = None,
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
@@ -34,17 +34,18 @@ def export(
         base: the base model, where it is not where the adapter says.
         precision: of an ONNX graph: fp32, fp16, bf16, int8 or int4.
         routed: for `onnx-adapters`, every task's R in the graph, chosen row by row of a batch.
-        verify: compare an ONNX graph with the adapter in torch, of many the first 32; but not bf16, which runs on CUDA
-            alone. fp32 fails where greedy answers, or a classifier's logits, differ; any precision where none agrees.
+        verify: compare with the adapter in torch. An ONNX graph (by default), of many adapters the first 32; but not
+            bf16, which runs on CUDA alone. fp32 fails where greedy answers, or a classifier's logits, differ; any
+            precision where none agrees. The logits of PEFT (not by default: it needs PEFT, and the base in fp32).
         data: an adapter's name (the last part of its path) → its task (loaded, or as `evaluate` takes it), on whose
             held-out rows an ONNX graph is compared too.
         max_drop: points of 100 of its metric that the graph may lose there.
 
-    Of all these `peft` reads `base` and `overwrite`.
+    Of all these `peft` reads `base`, `verify` and `overwrite`.
 
     Returns:
-        of `peft` `out`, its `rank`, the number of `modules` and the `bytes` of the weights; of a graph what its
-        `lorasb.json` records, `out` and `bytes`.
+        of `peft` `out`, its `rank`, the number of `modules`, the `bytes` of the weights and what `verify` found; of a
+        graph what its `lorasb.json` records, `out` and `bytes`.
 
     Raises:
         SettingsError: an unknown format or precision; several adapters for a format that takes one;
@@ -65,8 +66,9 @@ def export(
     if format == "peft":
         from .peft import export_peft
 
-        return export_peft(paths[0], out, base=base, overwrite=overwrite)
-    options: dict[str, Any] = {"base": base, "precision": precision, "verify": verify, "overwrite": overwrite}
+        return export_peft(paths[0], out, base=base, verify=bool(verify), overwrite=overwrite)
+    options: dict[str, Any] = {"base": base, "precision": precision, "verify": verify is not False}
+    options["overwrite"] = overwrite
     options |= {"max_drop": max_drop, "data": {name: load_held_out(name, task) for name, task in (data or {}).items()}}
     if format == "onnx":
         from .onnx import export_onnx

@@ -18,6 +18,7 @@ from ..output import refuse_existing, refuse_own_input
 from ..provenance import adapter_provenance, command, published_training
 from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
+from .peft_verify import verify_peft
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,16 @@ _MAMBA = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())  # 
 
 
 def export_peft(
-    adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `adapter` as a PEFT LoRA folder that `PeftModel.from_pretrained` and vLLM load as it is.
 
-    Arguments and errors: as for `export`. The base's weights are never loaded: a given one is checked against the
+    Arguments and errors: as for `export`. Only `verify` loads the base's weights. A given one is checked against the
     adapter; of the adapter's own the type is looked at, and for module names like GPT-2's how it stores weights.
     """
     out = expanded(out)
@@ -52,7 +58,8 @@ def export_peft(
         record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
-    return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size}
+        found = {"verify": verify_peft(folder, source, source.base.resolve(base))} if verify else {}
+    return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size, **found}
 
 
 def write_folded(adapter: Adapter, folder: Path, *, transposed: bool = False) -> int:

@@ -40,7 +40,7 @@ _ROWS, _TOKENS = 4, 256  # of the task, and of each row
 _WHOLE = 1 << 20  # tokens: no row is left out for its length
 # Relative to the largest logit. bf16 keeps 8 bits of every weight, fp16 keeps 11; fp32 is limited by the
 # order of summation.
-_TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
+TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
 
 
 @exact_products()
@@ -59,7 +59,7 @@ def compare_logits(
         ArtifactError: the relative difference exceeds the tolerance of the coarsest dtype of the adapted weights.
     """
     adapter = adapters[0]
-    batch, rows = _batch(base, adapter)
+    batch, rows = rows_of(base, adapter)
     merged_base = BaseModel.resolve(merged)
     device = default_device()
     try:
@@ -73,10 +73,8 @@ def compare_logits(
         of_device = _on(torch.device("cpu"), base, merged_base, adapters, batch, rounding)
     (expected, found), streamed = of_device
     modules = {name for one in adapters for name in one.R}
-    tolerance = max(_TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
-    difference = float((expected - found).abs().max())
-    largest = float(expected.abs().max())
-    relative = difference / largest if largest else math.inf if difference else 0.0
+    tolerance = max(TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
+    relative = relative_difference(expected, found)
     if not relative <= tolerance:  # nor NaN
         raise ArtifactError(
             f"the merged logits differ by {relative:.1e} of the largest, more than {tolerance:.0e}",
@@ -84,7 +82,7 @@ def compare_logits(
             fix="Nothing was written; merge with --dtype float32, or serve the adapter unmerged",
         )
     return {
-        "max_difference": difference,
+        "max_difference": float((expected - found).abs().max()),
         "relative_difference": relative,
         "tolerance": tolerance,
         "rows": rows,
@@ -119,7 +117,7 @@ def _streamed(
         return None
     add_updates(unmerged, adapters)
     try:
-        logits = _logits(unmerged, inputs), _logits(network, inputs)
+        logits = logits_of(unmerged, inputs), logits_of(network, inputs)
     except RuntimeError as error:
         if is_out_of_memory(error) or type(error) not in (RuntimeError, NotImplementedError):  # the device's
             raise
@@ -144,12 +142,12 @@ def _whole(
         for name in adapter.R:
             weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.delta(name)
             weight.data.addmm_(sBR.to(weight), A.to(weight))
-    expected = _logits(network, inputs)
+    expected = logits_of(network, inputs)
     del network
-    return expected, _logits(merged.load(first.task_type, dtype="float32", device=device), inputs)
+    return expected, logits_of(merged.load(first.task_type, dtype="float32", device=device), inputs)
 
 
-def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
+def rows_of(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     """What the model is given, and how many rows are the task's."""
     tokenizer = base.tokenizer
     task = _task(adapter)
@@ -161,6 +159,12 @@ def _batch(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     most = min([_TOKENS, *filter(None, ends)])  # learned positions may end before
     inputs = [{key: row[key][:most] for key in tokenizer.model_input_names if key in row} for row in encoded]
     return tokenizer.pad(inputs, return_tensors="pt"), len(inputs)
+
+
+def relative_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference, relative to the largest entry that was expected."""
+    difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    return difference / largest if largest else math.inf if difference else 0.0
 
 
 def _task(adapter: Adapter) -> TaskData | None:
@@ -176,7 +180,7 @@ def _task(adapter: Adapter) -> TaskData | None:
     return task if task.sha256 == adapter.training.get("data_sha256") else None
 
 
-def _logits(network: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+def logits_of(network: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
     """Logits at real tokens, on the CPU: (tokens, vocabulary), or (rows, classes)."""
     with torch.inference_mode():
         logits: torch.Tensor = network(**inputs).logits.float().cpu()

@@ -35,6 +35,8 @@ from lorasb_export.serving.server import SECONDS
 
 pytest.importorskip("vllm")
 
+from .reference import generated
+
 TOKENS = 32
 PROMPTS = [
     "The capital of France is",
@@ -122,23 +124,18 @@ def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[tuple[str, str, s
     from lorasb_export.adapter import Adapter
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = {}
+    for prompt in PROMPTS:
+        message = [{"role": "user", "content": prompt}]
+        chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        prompts |= {("completions", prompt): tokenizer(prompt)["input_ids"], ("chat", prompt): chat["input_ids"]}
     answers = {}
     for name in (smollm2.name, *adapters):
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
         if name in adapters:
             write_in(model, Adapter.load(adapters[name]))
-        for prompt in PROMPTS:
-            message = [{"role": "user", "content": prompt}]
-            inputs = {
-                "completions": tokenizer(prompt, return_tensors="pt"),
-                "chat": tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-                ),
-            }
-            for endpoint, encoded in inputs.items():
-                output = model.generate(**encoded, max_new_tokens=TOKENS, do_sample=False)
-                new = output[0, encoded["input_ids"].shape[1] :]
-                answers[name, endpoint, prompt] = tokenizer.decode(new, skip_special_tokens=True)
+        for key, answer in zip(prompts, generated(model, tokenizer, [*prompts.values()], TOKENS), strict=True):
+            answers[name, *key] = tokenizer.decode(answer, skip_special_tokens=True)
     return answers
 
 

@@ -33,6 +33,7 @@ from lorasb_export.storage import read_json, write_json
 
 pytest.importorskip("vllm")
 
+from .reference import generated
 from .torture.load import load
 from .torture.tiny_server import Target
 
@@ -68,10 +69,8 @@ def expected(smollm2: Path, adapters: dict[str, Path]) -> dict[Key, list[int]]:
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
         if name in adapters:
             write_in(model, Adapter.load(adapters[name]))
-        for prompt in PROMPTS:
-            encoded = tokenizer(prompt, return_tensors="pt")
-            output = model.generate(**encoded, max_new_tokens=TOKENS, do_sample=False)
-            tokens[name, prompt] = output[0, encoded["input_ids"].shape[1] :].tolist()
+        answers = generated(model, tokenizer, tokenizer(PROMPTS)["input_ids"], TOKENS)
+        tokens |= {(name, prompt): answer for prompt, answer in zip(PROMPTS, answers, strict=True)}
     return tokens
 
 

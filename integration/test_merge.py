@@ -18,13 +18,15 @@ from tests.random_adapter import save_adapter, write_in  # first: it hides broke
 
 import torch  # isort: skip
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lorasb_export import environment, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import BaseModelError
 from lorasb_export.inspection import inspect_folder
 from tests.tiny import make_llama, write_index
+
+from .reference import generated
 
 TOKENS = 24
 PROMPTS = ["The capital of France is", "Write one sentence about the sea.", "Name three colours."]
@@ -39,14 +41,10 @@ print(json.dumps([output.outputs[0].text for output in outputs]))
 MERGE = "import sys; from lorasb_export import merge; merge(*sys.argv[1:3], max_shard_size='20MB')"
 
 
-def answers(model: torch.nn.Module, folder: Path) -> list[str]:
+def answers(model: PreTrainedModel, folder: Path) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = []
-    for prompt in PROMPTS:
-        encoded = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**encoded, max_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
-        found.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
-    return found
+    found = generated(model, tokenizer, tokenizer(PROMPTS)["input_ids"], TOKENS)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
 
 
 def test_transformers_vllm_and_lorasb_know_the_merged_folder(smollm2: Path, tmp_path: Path) -> None:

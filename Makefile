@@ -36,7 +36,7 @@ examples: install-test  ## docs/examples/: cards as a push publishes them
 
 .PHONY: install-test
 install-test: .venv
-	rm -rf build && $(BIN)/pip install --quiet '.[cpu,test]'
+	rm -rf build && $(BIN)/pip install --quiet --no-compile '.[cpu,test]'
 
 .venv:
 	$(PYTHON) -m venv .venv

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,14 +79,9 @@ def run(
     ] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
-    from lorasb_export import distributed
-    from lorasb_export.base import BaseModel
-    from lorasb_export.calibration.calibrate import calibrate
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
-    from lorasb_export.lock import only_writer
-    from lorasb_export.output import refuse_existing
-    from lorasb_export.project_basis import is_shared, refuse_to_strand, shared_folder
+    from lorasb_export.project_basis import is_shared, make, shared_folder
     from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
     from lorasb_export.storage import expanded
 
@@ -95,33 +89,13 @@ def run(
     flags = run.given(CalibrationSettings)
     settings = project.calibration_settings(FitSettings(**project.fit), flags)
     target = expanded(out) if out else shared_folder(project)
-    refuse_to_strand(project, target)
     given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
     sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in given_data.items()}
     unused = given(data=data, weight=weight, samples=samples, reduction=reduction, eta=eta, loss=loss)
     if settings.directions in DRAWN and unused:
         flags_given = ", ".join(f"--{name}" for name in unused)
         raise typer.BadParameter(f"{flags_given}: a basis whose directions are {settings.directions!r} needs no data")
-    if not sources and settings.directions not in DRAWN:
-        sources = {name: project.task_source(name) for name in project.shared_tasks()}
-        if not sources:
-            raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
-    weights = {**project.weights(sources), **given_weights}
-    distributed.start()
-    with ExitStack() as lock:
-
-        def take() -> None:
-            lock.enter_context(only_writer(target))
-            refuse_existing(target, overwrite)
-
-        distributed.on_main(take)
-        base = BaseModel.resolve(model or project.require_model())
-        basis = calibrate(base, sources, settings, weights=weights)
-        if distributed.is_main():
-            refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
-            basis.save(target, overwrite=overwrite)
-        distributed.barrier()
-    distributed.stop()
+    basis = make(project, target, settings, model=model, tasks=sources, weights=given_weights, overwrite=overwrite)
     result: dict[str, Any] = {
         "out": str(target),
         "sha256": basis.sha256,

@@ -18,17 +18,18 @@ def run(
     task: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DATA", help="A task and its data; repeatable.")
     ] = None,
+    tasks_dir: Annotated[
+        str | None, typer.Option("--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.errors import some
-    from lorasb_export.project_init import write_project
+    from lorasb_export.project_init import tasks_in, write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
-    tasks = {
-        name: _from(folder, data)
-        for name, data in (parse_pairs("--task", "NAME=DATA", task) or {"a": "data/a"}).items()
-    }
+    given = (tasks_in(tasks_dir) if tasks_dir else {}) | parse_pairs("--task", "NAME=DATA", task)
+    tasks = {name: _from(folder, data) for name, data in (given or {"a": "data/a"}).items()}
     model = _from(folder, model)
     path = write_project(run.config, model, tasks, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]

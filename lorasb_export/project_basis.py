@@ -1,11 +1,13 @@
-"""The basis that the tasks of a project share: found, made once, not taken away from the adapters trained in it."""
+"""The basis that the tasks of a project share: found, made, not taken away from the adapters trained in it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import distributed
 from .base import BaseModel
 from .basis import Basis
 from .basis_source import EMBEDDED
@@ -13,6 +15,8 @@ from .calibration.calibrate import calibrate, calibrated_once
 from .errors import OutputError, SettingsError, some
 from .fetch import parse_hub_folder
 from .format import read_adapter_config
+from .lock import only_writer
+from .output import refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import absolute, sha256_file
@@ -81,6 +85,51 @@ def load_or_make(
             where=folder,
             fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
         )
+    return basis
+
+
+def make(
+    project: Project,
+    target: Path,
+    settings: CalibrationSettings,
+    *,
+    model: str | None,
+    tasks: Mapping[str, AnySource],
+    weights: Mapping[str, float],
+    overwrite: bool,
+) -> Basis:
+    """Calibrate a basis into the folder `target`; under torchrun the processes share the rows.
+
+    Args:
+        model: the base, where it is not the project's.
+        tasks: name → data; without any those that share the project's basis.
+        weights: of tasks, in place of the project's.
+
+    Raises:
+        OutputError: `target` exists, or adapters of the project were trained in it.
+        SettingsError: there is no task, though one is needed; and as `calibrate`, with its other errors.
+    """
+    refuse_to_strand(project, target)
+    if not tasks and settings.directions not in DRAWN:
+        tasks = {name: project.task_source(name) for name in project.shared_tasks()}
+        if not tasks:
+            raise project.lacks("no task to calibrate on", "Add [tasks.NAME] data = …, or pass --data NAME=PATH")
+    weights = {**project.weights(tasks), **weights}
+    distributed.start()
+    with ExitStack() as lock:
+
+        def take() -> None:
+            lock.enter_context(only_writer(target))
+            refuse_existing(target, overwrite)
+
+        distributed.on_main(take)
+        base = BaseModel.resolve(model or project.require_model())
+        basis = calibrate(base, tasks, settings, weights=weights)
+        if distributed.is_main():
+            refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
+            basis.save(target, overwrite=overwrite)
+        distributed.barrier()
+    distributed.stop()
     return basis
 
 

@@ -80,6 +80,20 @@ def write_project(
     return path
 
 
+def tasks_in(folder: str) -> dict[str, str]:
+    """Name → data of the tasks in `folder`: the folders in it that have a train split, sorted.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    place = expanded(folder)
+    found = sorted(path for path in place.glob("[!.]*") if path.is_dir() and "train" in split_files(path))
+    if not found:
+        fix = "Give the folder whose folders hold a train.jsonl or train.csv each"
+        raise SettingsError("there are no tasks in it", where=place, fix=fix)
+    return {path.name: os.path.join(folder, path.name) for path in found}
+
+
 def _has_labels(data: Path) -> bool:
     """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
     with suppress(DataError):

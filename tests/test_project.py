@@ -114,6 +114,29 @@ def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert load_task(task, f"data/{task}").held_out() == "test"
 
 
+def test_init_takes_every_folder_with_rows_for_a_task(
+    sums: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("b", sums), ("a", sums), (".hidden", sums)):
+        shutil.copytree(data, tmp_path / "data" / name)
+    (tmp_path / "data" / "empty").mkdir()
+    (tmp_path / "proj").mkdir()
+    done = CliRunner().invoke(
+        app, ["init", "--config", "proj/lorasb.toml", "--tasks-dir", "data", "--task", f"c={parity}"]
+    )
+    assert done.exit_code == 0, done.output
+    project = Project.load("proj/lorasb.toml")
+    assert {name: task.data for name, task in project.tasks.items()} == {
+        "a": "../data/a",
+        "b": "../data/b",
+        "c": str(parity),
+    }
+    assert load_task("a", project.task_source("a")).sha256 == load_task("a", sums).sha256
+    done = CliRunner().invoke(app, ["init", "--tasks-dir", "proj"])
+    assert (done.exit_code, "there are no tasks in it (proj)" in done.stderr) == (1, True)
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nrank = 16\nbatch_size = "8"\n[basis]\nrank = true\n'
     text += "[hub]\nzzz = 1\n"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from integration import one_repository
 from integration.hub_client import CLI, Hub, make_adapter, make_basis
+from integration.hub_server import Entry
 from integration.one_repository import REPO, copied, pushed
 from lorasb_export import Adapter
 from lorasb_export.publishing.outgoing import SUMS
@@ -43,6 +45,41 @@ def test_one_commit_brings_all_and_only_what_changed_is_sent(any_hub: Hub, proje
     assert changed == in_b | {"SHA256SUMS", "lorasb.json"}
     assert pushed(any_hub, project)["changed"]
     assert any_hub.commits(REPO) == 2
+
+
+FEW = "import lorasb_export.publishing.project_repository as p\np._MANY = 9\n"  # files in a commit
+
+
+def test_many_files_come_in_several_commits_each_of_them_whole(any_hub: Hub, project: Path) -> None:
+    for seed, name in enumerate("cde"):
+        make_adapter(project / "adapters" / name, project / "basis", seed=seed)
+    words = "push", "--config", project / "lorasb.toml", "--json"
+    result = json.loads(any_hub.run(FEW + CLI, *words, IN_A_PROCESS_OF="its own"))["pushed"][0]
+    there = ["".join(sorted({path[9] for path in files if path.startswith("adapters/")})) for files in commits(any_hub)]
+    assert there == ["a", "abc", "abcde"]
+    assert result["commit"] == any_hub.repos[REPO].refs["main"]
+    for files in commits(any_hub):
+        sums = any_hub.store.path(files[SUMS].sha256).read_text().split("\n")
+        assert dict(reversed(line.split("  ")) for line in sums if line) == {
+            path: entry.sha256 for path, entry in files.items() if path not in (SUMS, ".gitattributes")
+        }
+        index = json.loads(any_hub.store.path(files["lorasb.json"].sha256).read_text())["parts"]
+        assert set(index) == {path.rpartition("/")[0] for path in files if path.endswith(".safetensors")}
+
+    # A basis that takes another's place comes with all its adapters.
+    make_basis(project / "new", any_hub.base, seed=8)
+    shutil.rmtree(project / "basis")
+    (project / "new").rename(project / "basis")
+    for seed, name in enumerate("abcde"):
+        shutil.rmtree(project / "adapters" / name)
+        make_adapter(project / "adapters" / name, project / "basis", seed=seed)
+    assert json.loads(any_hub.run(FEW + CLI, *words, IN_A_PROCESS_OF="its own"))["pushed"][0]["changed"]
+    assert any_hub.commits(REPO) == 4
+
+
+def commits(hub: Hub) -> list[Mapping[str, Entry]]:
+    """The files of each commit that a push made, oldest first."""
+    return list(hub.repos[REPO].commits.values())[1:]
 
 
 def test_an_adapter_is_used_by_its_place(any_hub: Hub, project: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""A whole project in one repository: `basis/`, `adapters/NAME/`, a card and an index of the adapters, in one commit.
+"""A whole project in one repository: `basis/`, `adapters/NAME/`, a card and an index of the adapters.
 
-What the repository holds of other projects stays there: people with different tasks can share one.
+In one commit; more files than the Hub may take at a time in several, of which each leaves whole what is there. What the
+repository holds of other projects stays there: people with different tasks can share one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .folder_card import Licences, folder_card
 from .outgoing import PROJECT, SUMS, Files, Seen
 from .plan import card_change, check_target, planned
 from .project_index import INDEX, About, about, make_index, others, refuse_lost
-from .repository import Head, Repository, is_of_one, is_stored, refuse_other
+from .repository import Head, Repository, compare, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,10 @@ def push_parts(
     message: str | None = None,
     dry_run: bool = False,
 ) -> tuple[dict[str, Any], dict[str, LoraSBError]]:
-    """Put bases and adapters into one repository on the Hub, in one commit.
+    """Put bases and adapters into one repository on the Hub.
+
+    In one commit, or in several if more files change than the Hub may take at a time: the bases first, then some
+    adapters in each. A pull request, and a basis that takes another's place with all its adapters, is always one.
 
     Args:
         parts: where each goes → its folder: `basis` and `bases/NAME` first, then `adapters/NAME`.
@@ -86,24 +90,45 @@ def push_parts(
             failed[folder.name] = error.alone()
     if not any(kind_of_part(part) == "adapter" for part in read):
         Problems(failed.values()).raise_all("nothing was pushed")
-    mine, there = {part: one.about for part, one in read.items()}, others(repository, head, read)
-    refuse_lost(mine, there, repo)
-    index = make_index(reader.base, {**there, **mine})
-    facts = reader.licences.facts(index, {}, {}) if reader.licences else NOTHING
-    text = readme.merge("", theirs, project_card(index, repo, facts), where="README.md")
-    files = {path: file for one in read.values() for path, file in one.files.items()}
-    files |= {INDEX: to_json(index), "README.md": text.encode()}
-    kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *read}}
-    files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
     message = message or "Upload project with lorasb"
+    files, text = reader.together(read, head, theirs)
     plan = planned(repository, files, head, PROJECT, public, message)
-    if (changed := sum(file["change"] != "same" for file in plan["files"])) > _MANY:
-        logger.warning("%s files in one commit: if the Hub gives up, push some adapters by their names first", changed)
     plan |= {"skipped": [path for one in read.values() for path in one.skipped], "card": readme.front_matter(text)}
     if dry_run:
         return plan | card_change(theirs, text, head), failed
-    seen = {path: version for one in read.values() for path, version in one.seen.items()}
-    return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message), failed
+    options: dict[str, Any] = {"public": public, "create_pr": create_pr, "message": message}
+    early = [] if create_pr else _early(read, head)
+    for number, some_parts in enumerate(early, 1):
+        logger.info("commit %d of %d", number, len(early) + 1)
+        files, _ = reader.together(some_parts, head, theirs)
+        repository.commit(files, head, _seen(some_parts), **options)
+        head, theirs = repository.look(dry_run)
+        files, _ = reader.together(read, head, theirs)
+    if (changed := len(compare(files, head).written)) > _MANY:
+        logger.warning("%d files in one commit may be too much for the Hub", changed)
+    return plan | repository.commit(files, head, _seen(read), **options), failed
+
+
+def _early(read: Mapping[str, _Part], head: Head) -> list[dict[str, _Part]]:
+    """What the commits before the last one bring, each with the parts of those before it: none of them, nor the last,
+    has more than _MANY files. There are none where a basis is replaced, without which adapters there are of no use."""
+    early: list[dict[str, _Part]] = []
+    so_far: dict[str, _Part] = {}
+    room = _MANY - len((INDEX, SUMS, "README.md"))
+    for part, one in read.items():
+        changed = compare(one.files, head).written
+        if (weights := f"{part}/basis.safetensors") in changed and weights in head.files:
+            return []
+        if len(changed) > room and so_far:
+            early.append(dict(so_far))
+            room = _MANY - len((INDEX, SUMS, "README.md"))
+        so_far[part] = one
+        room -= len(changed)
+    return early
+
+
+def _seen(parts: Mapping[str, _Part]) -> Seen:
+    return {path: version for one in parts.values() for path, version in one.seen.items()}
 
 
 @dataclass(frozen=True)
@@ -158,6 +183,26 @@ class _Reader:
         config = json.loads(outgoing.content_of(files[f"{kind}_config.json"]))
         self._check_base(base_of(config), folder)
         return _Part(placed, seen, [f"{part}/{path}" for path in skipped], about(kind, config))
+
+    def together(self, parts: Mapping[str, _Part], head: Head, theirs: str) -> tuple[Files, str]:
+        """The files of a commit on `head`, whose card is `theirs`, that brings `parts`; and the new card.
+
+        The index, the card and the checksums are of all that is there then.
+
+        Raises:
+            OutputError: adapters there would lose their basis, or have another base; or the card was edited here too.
+        """
+        repo = self._repository.name
+        mine, there = {part: one.about for part, one in parts.items()}, others(self._repository, head, parts)
+        refuse_lost(mine, there, repo)
+        index = make_index(self.base, {**there, **mine})
+        facts = self.licences.facts(index, {}, {}) if self.licences else NOTHING
+        text = readme.merge("", theirs, project_card(index, repo, facts), where="README.md")
+        files = {path: file for one in parts.values() for path, file in one.files.items()}
+        files |= {INDEX: to_json(index), "README.md": text.encode()}
+        kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *parts}}
+        files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
+        return files, text
 
     def _settle(self, part: str, adapter: Adapter, files: Files) -> tuple[str, str, Seen]:
         """Where the adapter's basis is, for its card and for its config; and the basis's own files."""

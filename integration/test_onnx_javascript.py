@@ -27,6 +27,8 @@ from tests.tiny import make_gpt2
 
 from .onnx_world import make_world
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 VERSION = "4.3.1"  # of @huggingface/transformers; it brings onnxruntime-node 1.30 and onnxruntime-web
 PROMPT = "What is 2+2?"
 PAGE = """<!doctype html><meta charset="utf-8">
@@ -37,8 +39,6 @@ PAGE = """<!doctype html><meta charset="utf-8">
 }}</script>
 <script type="module">
 import { env } from "@huggingface/transformers";
-
-pytestmark = pytest.mark.usefixtures("quick_exporters")
 env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/"; // else from a CDN
 env.backends.onnx.wasm.numThreads = 1;
 </script>

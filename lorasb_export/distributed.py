@@ -32,13 +32,14 @@ def start() -> None:
     and gradients not.
     """
     global _hosts
-    if _hosts is None and (world_size() > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1):
+    described = int(os.environ.get("WORLD_SIZE") or 1)
+    if _hosts is None and max(described, world_size()) > 1:
         from accelerate import PartialState
 
-        state = PartialState()  # also selects this process's GPU
-        if state.num_processes != world_size():
-            fix = "Set RANK, LOCAL_RANK and WORLD_SIZE before the process group is made, as torchrun does"
-            raise SettingsError(f"torch.distributed has {world_size()} processes, the environment other", fix=fix)
+        if dist.is_initialized() and (world_size() != described or "LOCAL_RANK" not in os.environ):
+            what = f"torch.distributed has {world_size()} processes, which the environment does not describe"
+            raise SettingsError(what, fix="Set RANK, LOCAL_RANK and WORLD_SIZE as torchrun does")
+        PartialState()  # also selects this process's GPU
         _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 

@@ -91,7 +91,7 @@ def require_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     if not isinstance(network, PreTrainedModel):
         fix = "Give the model in it, and compile or wrap it afterwards"
         raise SettingsError(f"the network is a {type(network).__name__}, not a model of transformers", fix=fix)
-    theirs, ours = network.config.pad_token_id, tokenizer.pad_token_id
+    theirs, ours = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
     if classifies(network) and theirs is not None and theirs != ours:
         what = f"the network takes token {theirs} for padding, rows are padded with {ours}"
         raise SettingsError(what, where="config.pad_token_id", fix=f"Set network.config.pad_token_id = {ours}")

@@ -18,15 +18,19 @@ from .errors import SettingsError
 from .factors import Factors
 from .nf4 import dequantize, state_of
 
-_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_ALIKE = ("FalconLinear", "Linear4bit", "Linear8bitLt")  # have another, which computes the same
+_ALIKE = ("FalconLinear", "Linear4bit")  # have a forward of their own, which computes the same
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE)."""
-    kind = type(module)
-    return isinstance(module, nn.Linear | Conv1D) and (kind.forward in _FORWARDS or kind.__name__ in _ALIKE)
+    """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE).
+
+    One whose weight is packed into bytes is counted: `state_of` refuses it, and nobody passes it over.
+    """
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    kind, packed = type(module), module.weight.dtype.itemsize == 1
+    return packed or kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

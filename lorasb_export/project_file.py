@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SettingsError
-from .names import task_name_problem
+from .names import name_problem
 from .settings import CalibrationSettings, FitSettings, is_one_of, types_of
 from .task_source import TaskSource
 
@@ -103,7 +103,7 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     if not isinstance(tasks, dict):
         return [*found, "[tasks] must be a table"]
     for name, table in tasks.items():
-        found += filter(None, [task_name_problem(name)])
+        found += filter(None, [name_problem(name)])  # `fit` and `init` refuse those that are taken
         wrong = _check_table(f"tasks.{name}", table, _SECTIONS["tasks.NAME"])
         if isinstance(table, dict):
             wrong += _check_table(f"tasks.{name}.fit", table.get("fit", {}), _OF_A_TASK)

@@ -40,7 +40,8 @@ class Stack:
         """Attach `adapters`, all of one basis and one scaling; any adapter on `model` is taken off first.
 
         While attached, each adapter's `R` are views of the layers': training those trains them, `save` works as ever,
-        after a move of the model too. For another set of adapters make another Stack.
+        after a move of the model too. For another set of adapters make another Stack; `detach` this one before, or
+        adapters that are not in the other one hold on to the model.
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
@@ -87,10 +88,11 @@ class Stack:
     def bind(self) -> None:
         """Make the layers' parameters views of `values`: again, where `model.to` copied them.
 
-        `values` follows a model that has gone to another device; an optimizer is to be made after that.
+        `values` become what the layers have, on the device of a model that has moved; an optimizer is to be made after
+        that.
         """
-        if self.values.device != self.layers[0].device:
-            self.values = self._stacked()
+        now = self._stacked()
+        self.values = self.values.copy_(now) if self.values.device == now.device else now
         for place, parameter in enumerate(self.layers):
             parameter.data = self.values[:, place]
 

@@ -55,6 +55,7 @@ def test_what_is_trained_after_a_move_is_what_is_saved(llama: Path, adapter: Ada
     with torch.no_grad():
         for layer in stack.layers:
             layer.fill_(0.5)
+    stack.bind()
     adapter.save(tmp_path / "saved")
     assert all((R == 0.5).all() for R in Adapter.load(tmp_path / "saved").R.values())
     stack.detach()

@@ -19,7 +19,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data import load_task
-from lorasb_export.errors import BaseModelError, OutputError
+from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
 from lorasb_export.exporting import peft
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.storage import read_json, write_json
@@ -231,3 +231,16 @@ def test_verify_compares_the_logits_of_peft(
     done = lorasb(*command[:-1], str(tmp_path / "wrong"))
     assert (done.exit_code, "PEFT's logits differ by " in done.stderr) == (1, True)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_verify_compares_a_head_too(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2)
+    module = "bert.encoder.layer.0.output.dense"
+    save_adapter(bert, network, tmp_path / "a", [module], task_type=SEQ_CLS)
+    export_peft(tmp_path / "a", tmp_path / "peft", verify=True)
+    whole = peft.folded_tensors
+    monkeypatch.setattr(
+        peft, "folded_tensors", lambda one: {n: t if "lora" in n else 0 * t for n, t in whole(one).items()}
+    )
+    with pytest.raises(ArtifactError, match="PEFT's logits differ"):
+        export_peft(tmp_path / "a", tmp_path / "without", verify=True)

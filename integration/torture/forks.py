@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +23,9 @@ Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 def fork_exporters() -> None:
     """From now on `subprocess.run` of `python -m` and an exporter is a fork of this process."""
-    import onnxruntime_genai.models.builder
-    import torch.onnx
-
-    assert onnxruntime_genai.models.builder  # imported
-    assert torch.onnx
+    for module in ("onnxruntime_genai.models.builder", "torch.onnx"):
+        with suppress(ModuleNotFoundError):  # of genai: without it torch's exporter is taken
+            importlib.import_module(module)
     subprocess.run = exporters_by(_forked)  # type: ignore[assignment]
 
 

@@ -64,6 +64,8 @@ MAX_MEASURED = 32  # tasks; of more, `lorasb inspect --data` measures those that
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # whatever the caller is in: what is loaded in there would give no gradient
+@torch.enable_grad()
 def calibrate(
     base: AnyBase,
     data: Mapping[str, AnySource | TaskData],

@@ -122,8 +122,6 @@ def gradient_sums(
         _only_trainable(network, plain, keep),
         _gradients_of_packed(packed, keep),
         _checkpointed(network) if checkpointed else nullcontext(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
     ):
         for batch in batches:
             tensors = {key: v.to(network.device) for key, v in batch.items()}

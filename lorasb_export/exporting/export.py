@@ -69,11 +69,12 @@ def export(
         return export_peft(paths[0], out, base=base, verify=bool(verify), overwrite=overwrite)
     options: dict[str, Any] = {"base": base, "precision": precision, "verify": verify is not False}
     options["overwrite"] = overwrite
-    options |= {"max_drop": max_drop, "data": {name: load_held_out(name, task) for name, task in (data or {}).items()}}
+    options["max_drop"] = max_drop
     if format == "onnx":
         from .onnx import export_onnx
 
-        return export_onnx(paths[0], out, **options)
+        return export_onnx(paths[0], out, data=data or {}, **options)
     from .onnx_adapters import export_onnx_adapters
 
-    return export_onnx_adapters(paths, out, routed=routed, **options)
+    loaded = {name: load_held_out(name, task) for name, task in (data or {}).items()}
+    return export_onnx_adapters(paths, out, routed=routed, data=loaded, **options)

@@ -12,12 +12,13 @@ from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..base import BaseModel
 from ..choices import CAUSAL_LM, MAX_DROP
-from ..data import TaskData
+from ..data import TaskData, load_held_out
 from ..errors import SettingsError
 from ..evaluation import require_same_kind
 from ..merging.merge import merge
 from ..output import refuse_own_input, require_room
 from ..storage import expanded
+from ..task_source import AnySource
 from .onnx_build import build
 from .onnx_exporter import exporter_for
 from .onnx_precision import PRECISIONS, check_request, parameters
@@ -35,7 +36,7 @@ def export_onnx(
     base: str | Path | None = None,
     precision: str = "fp32",
     verify: bool = True,
-    data: Mapping[str, TaskData] = {},
+    data: Mapping[str, AnySource | TaskData] = {},
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -44,8 +45,7 @@ def export_onnx(
     The folder holds `model.onnx`, `model.onnx_data`, the tokenizer with its chat template, `config.json`,
     `generation_config.json`, `lorasb.json` and a card; from onnxruntime-genai's builder also `genai_config.json`.
 
-    Arguments and errors: as for `export`, but the tasks of `data` are loaded. int8 and int4 make graphs for the CPU,
-    bf16 one for CUDA alone.
+    Arguments and errors: as for `export`. int8 and int4 make graphs for the CPU, bf16 one for CUDA alone.
     """
     check_request(precision, PRECISIONS)
     wanted = PRECISIONS[precision]
@@ -54,7 +54,8 @@ def export_onnx(
     name = source.name or ""
     if data and name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    if task := data.get(name):
+    task = load_held_out(name, data[name]) if data else None
+    if task is not None:
         require_same_kind(source, task)
     base_model = source.base.resolve(base)
     exporter = exporter_for(base_model, source.task_type)

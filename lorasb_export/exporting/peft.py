@@ -12,6 +12,7 @@ from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
+from ..environment import require_packages
 from ..errors import BaseModelError, LoraSBError
 from ..fetch import resolve_folder
 from ..output import refuse_existing, refuse_own_input
@@ -50,6 +51,10 @@ def export_peft(
     refuse_existing(out, overwrite)
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
+    base_model = source.base.resolve(base) if verify else None
+    if base_model is not None:
+        require_packages("peft")
+        base_model.verify(source.base, source.R)
     transposed = _stores_transposed(source, base)
     _refuse_what_peft_does_not_take(source, base)
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -58,7 +63,7 @@ def export_peft(
         record["training"] = published_training(source, folder)
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
-        found = {"verify": verify_peft(folder, source, source.base.resolve(base))} if verify else {}
+        found = {"verify": verify_peft(folder, source, base_model)} if base_model else {}
     return {"out": str(out), "rank": source.rank, "modules": len(source.R), "bytes": size, **found}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..base import BaseModel
-from ..environment import require_packages
 from ..errors import ArtifactError
 from ..exact import exact_products
 from ..inject import remove
@@ -24,9 +23,7 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
 
     Raises:
         ArtifactError: the relative difference exceeds the tolerance.
-        MissingPackageError: PEFT is not installed.
     """
-    require_packages("peft")
     from peft import PeftModel
 
     network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)

@@ -36,7 +36,7 @@ from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_training_record
-from .requirements import check_launcher, check_requirements, require_start
+from .requirements import check_requirements, require_start
 from .restored import accelerate_kept, left_as_found, random_state_kept
 from .run_basis import captured_once, own_basis, share_of_layers
 from .runs import TrainingRuns
@@ -73,7 +73,6 @@ class Job:
         measure: bool,
         start: Adapter | None,
     ) -> None:
-        check_launcher()
         distributed.start()
         self.outs, self.folder = outs, folder
         self._started = time.monotonic()
@@ -83,8 +82,10 @@ class Job:
         order = self.base.head_labels if start is None else start.labels  # of the head that training begins with
         self.tasks = tasks = [replace(task, label_order=order) for task in tasks]
         if distributed.world_size() == 1:
-            require_first_device(default_device() if network is None else network.device)
+            require_first_device(default_device())
         if network is not None:
+            if distributed.world_size() == 1:
+                require_first_device(network.device)
             require_model(network, self.base.tokenizer)
             refuse_several_devices(network)
             require_dtype(network, settings.dtype)
@@ -106,6 +107,8 @@ class Job:
             settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
         self.settings = settings
 
+    @torch.inference_mode(False)  # whatever the caller is in: what is loaded in there could not be trained
+    @torch.enable_grad()
     def train(self, *, resume: bool, overwrite: bool) -> list[Adapter | TrainingError]:
         """Returns every task's adapter, or its error where it has diverged; if all have, the working folder stays."""
         with ExitStack() as locks:
@@ -126,13 +129,7 @@ class Job:
                 raise SettingsError(
                     f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
                 )
-            with (
-                left_as_found(network),
-                random_state_kept(network.device),
-                accelerate_kept(),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
+            with left_as_found(network), random_state_kept(network.device), accelerate_kept():
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
 
     def _takes_another_base(self, basis: CalibrationSettings) -> bool:

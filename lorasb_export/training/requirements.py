@@ -16,7 +16,7 @@ from ..evaluation import metric_for, require_same_kind
 from ..settings import FitSettings
 
 
-def check_launcher() -> None:
+def _check_launcher() -> None:
     """Raise SettingsError where `accelerate launch` asks for a way to shard: the Trainer would put other tensors in the
     place of R."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -33,6 +33,7 @@ def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None
         MissingPackageError: the reporter is not installed.
         SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes.
     """
+    _check_launcher()
     if settings.report_to != "none":
         require_packages(settings.report_to, fix=f"pip install {settings.report_to}, or leave report_to out")
     if distributed.world_size() > settings.batch_size:

@@ -114,4 +114,5 @@ def _plan(plan: dict[str, Any]) -> str:
     changes = plan["sent"] or plan["deleted"]
     on_top = f"on top of {plan['parent'][:12]}" if plan["parent"] else "the first"
     commit = f"{plan['message']!r}, {on_top}, {human_bytes(plan['sent'])}" if changes else "none: nothing changes"
-    return "\n".join([*lines, f"Commit: {commit}"])
+    parts = f", in {plan['commits']} commits" if plan.get("commits", 1) > 1 else ""
+    return "\n".join([*lines, f"Commit: {commit}{parts}"])

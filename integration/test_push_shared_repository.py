@@ -122,7 +122,7 @@ except ServerError as error:
     print(error)
 """
     said = any_hub.run(race, project, theirs, REPO)
-    assert said.startswith("the repository changed meanwhile; nothing of this push was committed")
+    assert said.startswith("the repository changed meanwhile; nothing was committed on top of that")
     assert parts(any_hub) == ["adapters/c", "basis"]
     pushed(any_hub, project)
     assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/c", "basis"]

@@ -25,11 +25,12 @@ Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE).
 
-    One whose weight is packed into bytes is counted: `state_of` refuses it, and nobody passes it over.
+    One whose weight is packed is counted: `state_of` refuses it, and nobody passes it over.
     """
     if not isinstance(module, nn.Linear | Conv1D):
         return False
-    kind, packed = type(module), module.weight.dtype.itemsize == 1
+    kind, weight = type(module), module.weight
+    packed = weight.dtype.itemsize == 1 or not weight.is_floating_point()
     return packed or kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
 
 

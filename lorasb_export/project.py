@@ -245,4 +245,4 @@ def refuse_bad_names(names: Iterable[str]) -> None:
     """Raise SettingsError for a task name that is not fit for a folder and a served model."""
     problems = list(filter(None, map(task_name_problem, names)))
     if problems:
-        raise SettingsError("; ".join(problems), where="tasks", fix="Rename the task")
+        raise SettingsError(some(problems), where="tasks", fix="Rename the task")

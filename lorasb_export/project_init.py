@@ -87,11 +87,17 @@ def tasks_in(folder: str) -> dict[str, str]:
         SettingsError: there is none.
     """
     place = expanded(folder)
-    found = sorted(path for path in place.glob("[!.]*") if path.is_dir() and "train" in split_files(path))
+    found = sorted(path for path in place.glob("[!.]*") if _has_train(path))
     if not found:
         fix = "Give the folder whose folders hold a train.jsonl or train.csv each"
         raise SettingsError("there are no tasks in it", where=place, fix=fix)
     return {path.name: os.path.join(folder, path.name) for path in found}
+
+
+def _has_train(folder: Path) -> bool:
+    with suppress(NotADirectoryError, PermissionError):
+        return any(path.stem == "train" and path.suffix.lower() in (".jsonl", ".csv") for path in folder.iterdir())
+    return False
 
 
 def _has_labels(data: Path) -> bool:

@@ -51,12 +51,13 @@ def export_peft(
     refuse_existing(out, overwrite)
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
-    base_model = source.base.resolve(base) if verify else None
-    if base_model is not None:
+    if verify:
         require_packages("peft")
-        base_model.verify(source.base, source.R)
     transposed = _stores_transposed(source, base)
     _refuse_what_peft_does_not_take(source, base)
+    base_model = source.base.resolve(base) if verify else None
+    if base_model is not None:
+        base_model.verify(source.base, source.R)
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}

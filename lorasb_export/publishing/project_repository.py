@@ -10,7 +10,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..cards import readme
 from ..cards.card import base_of
 from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
-from ..errors import ArtifactError, LoraSBError, OutputError, Problems
+from ..errors import ArtifactError, LoraSBError, OutputError, Problems, ServerError
 from ..fetch import BASIS_FILES, kind_of_part
 from ..names import name_problem
 from ..storage import to_json
@@ -33,7 +33,7 @@ from .folder_card import Licences, folder_card
 from .outgoing import PROJECT, SUMS, Files, Seen
 from .plan import card_change, check_target, planned
 from .project_index import INDEX, About, about, make_index, others, refuse_lost
-from .repository import Head, Repository, compare, is_of_one, is_stored, refuse_other
+from .repository import Head, Repository, Stored, compare, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def push_parts(
         repo and the rest: as for `push`.
 
     Returns:
-        What `push` returns, without `basis`; and the adapters that are left out, by name, with their errors.
+        What `push` returns, without `basis`, and `commits`, how many it takes; and the adapters that are left out, by
+            name, with their errors.
 
     Raises:
         ArtifactError: a basis cannot be published; or no adapter can.
@@ -94,41 +95,29 @@ def push_parts(
     files, text = reader.together(read, head, theirs)
     plan = planned(repository, files, head, PROJECT, public, message)
     plan |= {"skipped": [path for one in read.values() for path in one.skipped], "card": readme.front_matter(text)}
+    early = [] if create_pr else reader.early(read, head)
+    plan["commits"] = len(early) + 1
+    changed = sum(file["change"] != "same" for file in plan["files"])
+    if changed > _MANY and not early:
+        logger.warning("%d files in one commit may be too much for the Hub", changed)
     if dry_run:
         return plan | card_change(theirs, text, head), failed
-    options: dict[str, Any] = {"public": public, "create_pr": create_pr, "message": message}
-    early = [] if create_pr else _early(read, head)
-    for number, some_parts in enumerate(early, 1):
-        logger.info("commit %d of %d", number, len(early) + 1)
-        files, _ = reader.together(some_parts, head, theirs)
-        repository.commit(files, head, _seen(some_parts), **options)
-        head, theirs = repository.look(dry_run)
-        files, _ = reader.together(read, head, theirs)
-    if (changed := len(compare(files, head).written)) > _MANY:
-        logger.warning("%d files in one commit may be too much for the Hub", changed)
-    return plan | repository.commit(files, head, _seen(read), **options), failed
-
-
-def _early(read: Mapping[str, _Part], head: Head) -> list[dict[str, _Part]]:
-    """What the commits before the last one bring, each with the parts of those before it: none of them, nor the last,
-    has more than _MANY files. There are none where a basis is replaced, without which adapters there are of no use."""
-    early: list[dict[str, _Part]] = []
-    so_far: dict[str, _Part] = {}
-    room = _MANY - len((INDEX, SUMS, "README.md"))
-    for part, one in read.items():
-        changed = compare(one.files, head).written
-        if (weights := f"{part}/basis.safetensors") in changed and weights in head.files:
-            return []
-        if len(changed) > room and so_far:
-            early.append(dict(so_far))
-            room = _MANY - len((INDEX, SUMS, "README.md"))
-        so_far[part] = one
-        room -= len(changed)
-    return early
-
-
-def _seen(parts: Mapping[str, _Part]) -> Seen:
-    return {path: version for one in parts.values() for path, version in one.seen.items()}
+    for number, some_parts in enumerate([*early, read], 1):
+        try:
+            if early:
+                logger.info("commit %d of %d", number, len(early) + 1)
+                files, _ = reader.together(some_parts, head, theirs)
+            seen = {path: version for one in some_parts.values() for path, version in one.seen.items()}
+            done = repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
+            if some_parts is not read:
+                head, theirs = repository.look(dry_run)
+                if head.commit != done["commit"]:  # what was read of cards there would be undone
+                    raise ServerError("somebody else committed meanwhile", where=repo, fix="")
+        except LoraSBError as error:
+            if early:
+                error.fix = f"Of {len(early) + 1} commits those before are there, each whole: push again"
+            raise
+    return plan | done, failed
 
 
 @dataclass(frozen=True)
@@ -183,6 +172,35 @@ class _Reader:
         config = json.loads(outgoing.content_of(files[f"{kind}_config.json"]))
         self._check_base(base_of(config), folder)
         return _Part(placed, seen, [f"{part}/{path}" for path in skipped], about(kind, config))
+
+    def early(self, read: Mapping[str, _Part], head: Head) -> list[Mapping[str, _Part]]:
+        """What the commits before the last one bring, each with the parts of those before it.
+
+        None has more than _MANY files, but for the first, with all bases, if those are so many. There are no such
+        commits where a basis is replaced, or the base model: without the new ones adapters there would be of no use.
+        """
+        there = others(self._repository, head, ())
+        adapters = [about for part, about in there.items() if kind_of_part(part) == "adapter"]
+        if any(about["base_model"] != self.base["name_or_path"] for about in adapters):
+            return []
+        files: dict[str, dict[str, Stored]] = {}
+        for path, stored in head.files.items():
+            files.setdefault(outgoing.part_of(path), {})[path] = stored
+        early: list[Mapping[str, _Part]] = []
+        so_far: dict[str, _Part] = {}
+        room = most = _MANY - len((INDEX, SUMS, "README.md"))
+        for part, one in read.items():
+            changes = compare(one.files, replace(head, files=files.get(part, {})))
+            weights, is_basis = f"{part}/basis.safetensors", kind_of_part(part) == "basis"
+            if is_basis and weights in changes.written and weights in head.files:
+                return []
+            count = len(changes.written) + len(changes.deleted)
+            if count > room and any(kind_of_part(before) == "adapter" for before in so_far):
+                early.append(dict(so_far))
+                room = most
+            so_far[part] = one
+            room -= count
+        return early
 
     def together(self, parts: Mapping[str, _Part], head: Head, theirs: str) -> tuple[Files, str]:
         """The files of a commit on `head`, whose card is `theirs`, that brings `parts`; and the new card.

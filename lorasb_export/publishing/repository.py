@@ -217,7 +217,7 @@ class Repository:
         return self._result(now.commit, now, changed=True)
 
     def _changed(self) -> ServerError:
-        what = "the repository changed meanwhile; nothing of this push was committed"
+        what = "the repository changed meanwhile; nothing was committed on top of that"
         return ServerError(what, where=self.name, fix="Push again: no file is sent twice")
 
     def _result(self, commit: str | None, head: Head, *, changed: bool) -> dict[str, Any]:

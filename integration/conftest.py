@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from lorasb_export.quickstart.model import small_model
 from tests import conftest as fast_tests
 
 llama, sums = fast_tests.llama, fast_tests.sums
+
+# vLLM would pin every server to the first core, where two at a time, of two files of tests, share it.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 # A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

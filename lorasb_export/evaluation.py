@@ -21,6 +21,7 @@ from .given_network import (
     require_dtype,
     require_model,
     require_outputs,
+    require_padding,
 )
 from .head import head_parameters
 from .inference import answers, question_of
@@ -102,7 +103,8 @@ def evaluate(
     if network is None:
         network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
-        require_model(network, tokenizer)
+        require_model(network)
+        require_padding(network, tokenizer)
         require_dtype(network, dtype)
         require_outputs(network, adapter.num_labels)
         if metric != "exact_match":

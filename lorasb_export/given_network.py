@@ -81,16 +81,18 @@ def require_first_device(device: torch.device) -> None:
         raise SettingsError(f"the base is on {device.type}:{index}, training takes {device.type}:0", fix=fix)
 
 
-def require_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise SettingsError for what wraps a model (`torch.compile`, PEFT, DDP): its modules have other names.
-
-    And for a classifier with another token for padding than the one that rows are padded with: it pools the last other.
-    """
+def require_model(network: PreTrainedModel) -> None:
+    """Raise SettingsError for what wraps a model (`torch.compile`, PEFT, DDP): its modules have other names."""
     from transformers import PreTrainedModel
 
     if not isinstance(network, PreTrainedModel):
         fix = "Give the model in it, and compile or wrap it afterwards"
         raise SettingsError(f"the network is a {type(network).__name__}, not a model of transformers", fix=fix)
+
+
+def require_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise SettingsError for a classifier that takes another token for padding than the one that rows are padded with:
+    it pools the last other token."""
     theirs, ours = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
     if classifies(network) and theirs is not None and theirs != ours:
         what = f"the network takes token {theirs} for padding, rows are padded with {ours}"

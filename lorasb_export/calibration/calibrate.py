@@ -29,6 +29,7 @@ from ..given_network import (
     require_dtype,
     require_model,
     require_outputs,
+    require_padding,
     require_positions,
 )
 from ..inject import remove
@@ -100,7 +101,7 @@ def calibrate(
     base = BaseModel.resolve(base)
     base.refuse_merged()
     if network is not None:
-        require_model(network, base.tokenizer)
+        require_model(network)
         require_dtype(network, settings.dtype)
     if settings.directions in DRAWN:
         return _drawn(base, settings, network)
@@ -118,6 +119,7 @@ def calibrate(
     require_positions(network, settings.max_length)
 
     tokenizer = base.tokenizer
+    require_padding(network, tokenizer)
     least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
     rows, tasks = {}, []
     for task in _one_by_one(data):

@@ -28,6 +28,7 @@ from ..given_network import (
     require_first_device,
     require_model,
     require_outputs,
+    require_padding,
     require_positions,
 )
 from ..lock import only_writer
@@ -86,7 +87,8 @@ class Job:
         if network is not None:
             if distributed.world_size() == 1:
                 require_first_device(network.device)
-            require_model(network, self.base.tokenizer)
+            require_model(network)
+            require_padding(network, self.base.tokenizer)
             refuse_several_devices(network)
             require_dtype(network, settings.dtype)
             require_outputs(network, tasks[0].num_labels)

@@ -74,7 +74,7 @@ class Stack:
         for k, adapter in enumerate(self._adapters):
             adapter.R = _RowOf(self._live, k)
         self.values = self._stacked()
-        self.bind()
+        self._alias()
         self.use(self.names[0])
 
     @property
@@ -91,8 +91,14 @@ class Stack:
         `values` become what the layers have, on the device of a model that has moved; an optimizer is to be made after
         that.
         """
-        now = self._stacked()
-        self.values = self.values.copy_(now) if self.values.device == now.device else now
+        first = self.layers[0]
+        if first.device != self.values.device:
+            self.values = self._stacked()
+        elif first.data_ptr() != self.values[:, 0].data_ptr():
+            self.values.copy_(self._stacked())
+        self._alias()
+
+    def _alias(self) -> None:
         for place, parameter in enumerate(self.layers):
             parameter.data = self.values[:, place]
 

@@ -67,9 +67,8 @@ def export(
         from .peft import export_peft
 
         return export_peft(paths[0], out, base=base, verify=bool(verify), overwrite=overwrite)
-    options: dict[str, Any] = {"base": base, "precision": precision, "verify": verify is not False}
-    options["overwrite"] = overwrite
-    options["max_drop"] = max_drop
+    options: dict[str, Any] = {"base": base, "precision": precision, "max_drop": max_drop, "overwrite": overwrite}
+    options["verify"] = verify is not False
     if format == "onnx":
         from .onnx import export_onnx
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..base import BaseModel
-from ..errors import ArtifactError
 from ..exact import exact_products
 from ..inject import remove
-from ..merging.verify import TOLERANCE, logits_of, relative_difference, rows_of
+from ..merging.verify import TOLERANCE, logits_of, require_close, rows_of
 
 
 @exact_products()
@@ -18,8 +17,7 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
     """Compare PEFT's logits with the adapter's, on one base loaded in fp32, on the rows that a merge is compared on.
 
     Returns:
-        `relative_difference` (to the largest logit), the `tolerance` it was held to, and the `rows` of the task it was
-        measured on (0: built-in text).
+        as `compare_logits` of a merge, but for `streamed`.
 
     Raises:
         ArtifactError: the relative difference exceeds the tolerance.
@@ -33,8 +31,5 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
     expected = logits_of(network, inputs)
     remove(network)
     with_peft: Any = PeftModel.from_pretrained(network, str(folder)).eval()
-    difference, tolerance = relative_difference(expected, logits_of(with_peft, inputs)), TOLERANCE["F32"]
-    if not difference <= tolerance:  # nor NaN
-        what = f"PEFT's logits differ by {difference:.1e} of the largest, more than {tolerance:.0e}"
-        raise ArtifactError(what, where=folder, fix="Nothing was written; use `lorasb merge`")
-    return {"relative_difference": difference, "tolerance": tolerance, "rows": rows}
+    found, fix = logits_of(with_peft, inputs), "Nothing was written; use `lorasb merge`"
+    return {**require_close(expected, found, TOLERANCE["F32"], "PEFT's logits", folder, fix), "rows": rows}

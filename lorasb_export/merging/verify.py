@@ -74,20 +74,9 @@ def compare_logits(
     (expected, found), streamed = of_device
     modules = {name for one in adapters for name in one.R}
     tolerance = max(TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
-    relative = relative_difference(expected, found)
-    if not relative <= tolerance:  # nor NaN
-        raise ArtifactError(
-            f"the merged logits differ by {relative:.1e} of the largest, more than {tolerance:.0e}",
-            where=merged,
-            fix="Nothing was written; merge with --dtype float32, or serve the adapter unmerged",
-        )
-    return {
-        "max_difference": float((expected - found).abs().max()),
-        "relative_difference": relative,
-        "tolerance": tolerance,
-        "rows": rows,
-        "streamed": streamed,
-    }
+    fix = "Nothing was written; merge with --dtype float32, or serve the adapter unmerged"
+    close = require_close(expected, found, tolerance, "the merged logits", merged, fix)
+    return {**close, "rows": rows, "streamed": streamed}
 
 
 def _on(
@@ -161,10 +150,20 @@ def rows_of(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     return tokenizer.pad(inputs, return_tensors="pt"), len(inputs)
 
 
-def relative_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest difference, relative to the largest entry that was expected."""
+def require_close(
+    expected: torch.Tensor, found: torch.Tensor, tolerance: float, whose: str, where: Path, fix: str
+) -> dict[str, float]:
+    """`max_difference`, `relative_difference` (to the largest logit that was expected) and the `tolerance` for that.
+
+    Raises:
+        ArtifactError: the relative difference exceeds the tolerance.
+    """
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
-    return difference / largest if largest else math.inf if difference else 0.0
+    relative = difference / largest if largest else math.inf if difference else 0.0
+    if not relative <= tolerance:  # nor NaN
+        what = f"{whose} differ by {relative:.1e} of the largest, more than {tolerance:.0e}"
+        raise ArtifactError(what, where=where, fix=fix)
+    return {"max_difference": difference, "relative_difference": relative, "tolerance": tolerance}
 
 
 def _task(adapter: Adapter) -> TaskData | None:

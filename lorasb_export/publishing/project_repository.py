@@ -95,9 +95,9 @@ def push_parts(
     files, text = reader.together(read, head, theirs)
     plan = planned(repository, files, head, PROJECT, public, message)
     plan |= {"skipped": [path for one in read.values() for path in one.skipped], "card": readme.front_matter(text)}
-    early = [] if create_pr else reader.early(read, head)
+    changed = sum(file["change"] != "same" for file in plan["files"]) + len(plan["deleted"])
+    early = reader.early(read, head) if changed > _MANY and not create_pr else []
     plan["commits"] = len(early) + 1
-    changed = sum(file["change"] != "same" for file in plan["files"])
     if changed > _MANY and not early:
         logger.warning("%d files in one commit may be too much for the Hub", changed)
     if dry_run:

@@ -85,9 +85,9 @@ class Job:
         if distributed.world_size() == 1:
             require_first_device(default_device())
         if network is not None:
+            require_model(network)
             if distributed.world_size() == 1:
                 require_first_device(network.device)
-            require_model(network)
             require_padding(network, self.base.tokenizer)
             refuse_several_devices(network)
             require_dtype(network, settings.dtype)

@@ -66,13 +66,16 @@ def run(
         if adapters_dir is None:
             raise project.lacks("no adapter to serve", "Run lorasb fit, or give --model alone for a merged folder")
         raise SettingsError("no adapter in that folder", where=adapters_dir, fix="Check the path")
-    named = {} if alone else resolve_adapters(words, folder, project.tasks if adapters_dir is None else ())
+    everything = adapters is None  # then one that is damaged does not keep the others from being served
+    tasks = project.tasks if adapters_dir is None else ()
+    named = {} if alone else resolve_adapters(words, folder, tasks, pass_over=everything)
     from lorasb_export.serving.launcher import api_key, serve  # only now: it brings torch
     from lorasb_export.serving.plan import make_plan
 
-    base = run.project.base_elsewhere(model, next(iter(named.values()))) if named else model
+    base = project.base_elsewhere(model, *named.values())
     options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
     options |= {"extra": flags or [], "updates_from": folder if allow_updates else None}
+    options |= {"pass_over": everything}
 
     def ready(server: dict[str, Any]) -> None:
         run.result(server, f"Serving {_models(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")

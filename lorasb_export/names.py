@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from .errors import Problems, SettingsError, some
 from .fetch import leads_out
 from .storage import expanded
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
@@ -86,11 +89,14 @@ def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsE
     return SettingsError(what, where=adapters_dir, fix=f"Write {some(known)} or {path}")
 
 
-def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection[str] = ()) -> dict[str, Path | str]:
+def resolve_adapters(
+    words: Sequence[str], adapters_dir: Path, tasks: Collection[str] = (), *, pass_over: bool = False
+) -> dict[str, Path | str]:
     """Served name → adapter folder, or Hub id, in the order given.
 
     Args:
         words: as for `find_adapter`, each alone or with `name=` before it. A folder of such a name is not parted.
+        pass_over: leave out with a warning what would be an error, if anything is left.
 
     Raises:
         SettingsError: any is unknown, badly named, given twice, or a link out of `adapters_dir`; all of them are
@@ -110,7 +116,10 @@ def resolve_adapters(words: Sequence[str], adapters_dir: Path, tasks: Collection
             if name in found:
                 raise SettingsError(f"{name!r} is given twice", fix=f"Write OTHER_NAME={word}")
             found[name] = source
-    problems.raise_all("nothing is served")
+    if not (pass_over and found):
+        problems.raise_all("nothing is served")
+    for error in problems.found:
+        logger.warning("Passed over: %s", error)
     return found
 
 

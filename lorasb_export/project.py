@@ -201,24 +201,29 @@ class Project:
             what = f"training says data_read otherwise than fit does: {error.what}"
             raise ArtifactError(what, where=adapter.folder, fix="Pass --data") from None
 
-    def base_elsewhere(self, model: str | None, adapter: str | Path) -> str | None:
-        """Where to look for the base of `adapter`, a folder or Hub id: `model` if given, else None: where it says.
+    def base_elsewhere(self, model: str | None, *adapters: str | Path) -> str | None:
+        """Where to look for the base of `adapters`, folders or Hub ids: `model` if given, else None: where they say.
 
-        If there is no base at that place, the project's is returned; its fingerprint is compared with the adapter's
-        later. If that is not there either, None, so that the error names the base that the adapter asks for.
+        The first that can be read is asked. If there is no base at that place, the project's is returned; its
+        fingerprint is compared with the adapters' later. If that is not there either, None, so that the error names
+        the base that the adapter asks for.
         """
         if model is not None or self.model is None:
             return model
         from .adapter import Adapter  # only now: it brings torch
 
-        with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
-            base = Adapter.load(adapter).base
-            if base.name_or_path in (self.model, str(self.path(self.model).resolve())):
-                return None  # nor is it looked for twice
-            for place in (None, self.require_model()):
-                with suppress(BaseModelError):
-                    base.resolve(place)
-                    return place
+        for adapter in adapters:
+            with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
+                base = Adapter.load(adapter).base
+                break
+        else:
+            return None
+        if base.name_or_path in (self.model, str(self.path(self.model).resolve())):
+            return None  # nor is it looked for twice
+        for place in (None, self.require_model()):
+            with suppress(BaseModelError):
+                base.resolve(place)
+                return place
         return None
 
     def require_model(self) -> str:

@@ -50,6 +50,36 @@ def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> No
     assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
 
 
+def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(folder: Path, tmp_path: Path) -> None:
+    adapters = tmp_path / "many"
+    for name, source in {"damaged": "a", "good": "a", "sorts": "cls", "text": "a", "two words": "a"}.items():
+        shutil.copytree(folder / source, adapters / name)
+    (adapters / "damaged" / "adapter.safetensors").write_bytes(b"{")
+    (adapters / "out").symlink_to(folder / "a")
+    command = [sys.executable, "-m", "lorasb_cli", "serve", "--dry-run", "--json"]
+
+    def served(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
+
+    done = served("--adapters-dir", str(adapters))
+    assert json.loads(done.stdout)["models"] == ["base", "good"], done.stderr
+    for reason in ("damaged: ", "sorts: a classifier", "text: 'text' cannot", "'two words' cannot", "out is a link"):
+        assert reason in done.stderr
+    assert "3 of 4 adapters cannot be served" in done.stderr
+    assert "The others are served" in done.stderr
+    named = served("--adapters-dir", str(adapters), "--adapters", "good,damaged")
+    assert json.loads(named.stdout)["error"]["what"].startswith("1 of 2 adapters cannot be served")
+    shutil.rmtree(adapters / "good")
+    none = served("--adapters-dir", str(adapters))
+    assert json.loads(none.stdout)["error"]["what"].startswith("3 of 3 adapters cannot be served")
+
+
+def test_of_another_base_none_is_left_out(folder: Path) -> None:
+    both = {"a": folder / "a", "other": folder / "other"}
+    with pytest.raises(BaseModelError, match="1 of 2 adapters cannot be served"):
+        dry_run(both, pass_over=True)
+
+
 @pytest.mark.parametrize("mode", ["shared", "folded"])
 def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str) -> None:
     ranks = {"q_lora_rank": None, "kv_lora_rank": 16}

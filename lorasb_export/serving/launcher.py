@@ -36,6 +36,7 @@ def serve(
     extra: Sequence[str] = (),
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
+    pass_over: bool = False,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
@@ -55,6 +56,7 @@ def serve(
         extra: further vLLM flags, as `["--max-model-len", "4096"]`; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
+        pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
@@ -68,7 +70,7 @@ def serve(
         ServerError: the server ended by itself; why, if its log says so, and its last lines are in the message.
     """
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
-    options |= {"updates_from": updates_from, "api_key_file": api_key_file}
+    options |= {"updates_from": updates_from, "api_key_file": api_key_file, "pass_over": pass_over}
     try:
         with _sigterm_interrupts(), running_server(adapters, **options, echo=True, on_start=on_start) as server:
             if on_ready is not None:
@@ -90,6 +92,7 @@ def running_server(
     extra: Sequence[str] = (),
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
+    pass_over: bool = False,
     echo: bool = False,
     on_start: Callable[[], None] | None = None,
 ) -> Iterator[RunningServer]:
@@ -112,7 +115,8 @@ def running_server(
         logger.warning("Listening on %s without a key: %s", host, fix)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     updates = None if updates_from is None else expanded(updates_from)
-    plan = make_plan(_named(adapters), **options, updates_from=updates, has_key=bool(key))
+    options |= {"updates_from": updates, "has_key": bool(key), "pass_over": pass_over}
+    plan = make_plan(_named(adapters), **options)
     with temporary_folder() as folder:
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})

@@ -109,8 +109,13 @@ def make_plan(
     extra: Sequence[str],
     updates_from: Path | None,
     has_key: bool,
+    pass_over: bool = False,
 ) -> ServePlan:
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
+
+    Args:
+        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left. An adapter of
+            another base is an error all the same: which of them is the wrong one is not known here.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -126,6 +131,8 @@ def make_plan(
     problems: list[tuple[str, LoraSBError]] = []
     for name, source in adapters.items():
         try:
+            if problem := served_name_problem(name):
+                raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
             adapter = Adapter.load(source)
             _check_servable(adapter)
             load_basis_once(adapter, bases)
@@ -140,7 +147,11 @@ def make_plan(
             loaded[name] = adapter
     if problems:
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
-        raise type(problems[0][1])(f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}", fix="")
+        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}"
+        foreign = [error for _, error in problems if isinstance(error, BaseModelError)]
+        if foreign or not (pass_over and loaded):
+            raise type(problems[0][1])(what, fix="")
+        logger.warning("%s\nThe others are served", what)
     assert base is not None  # given, or found by the first adapter
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         raise SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
@@ -253,8 +264,6 @@ def _base_name(base: BaseModel) -> str:
 def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:
     if not adapters and model is None:
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
-    if problem := next(filter(None, map(served_name_problem, adapters)), None):
-        raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
     require_choice("mode", mode, ServingMode)
     flags.refuse_bad(extra)
 

@@ -14,9 +14,9 @@ import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.calibration.random_basis import random_factors
-from lorasb_export.errors import SettingsError
+from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.factors import Factors, ModuleBasis
-from lorasb_export.serving.shared.routes import Routes
+from lorasb_export.serving.shared.slots import Slots
 
 pytest.importorskip("vllm")
 
@@ -44,16 +44,16 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
     torch.manual_seed(0)
     W, x = torch.randn(ROWS, COLUMNS) / 10, torch.randn(4, COLUMNS).bfloat16()
     R, B, A = torch.randn(RANK, RANK), torch.randn(ROWS, RANK) / 10, torch.randn(RANK, COLUMNS) / 10
-    routes = Routes(torch.zeros(3, 1, RANK, RANK, dtype=torch.bfloat16), 8)
-    routes.stack[0, 0] = R.T
+    slots = Slots(torch.zeros(3, 1, RANK, RANK, dtype=torch.bfloat16), 8)
+    slots.stack[0, 0] = R.T
     with set_current_vllm_config(VllmConfig()):
         base: Any = ColumnParallelLinear(COLUMNS, ROWS, bias=False, params_dtype=torch.bfloat16, disable_tp=True)
         base.weight.data.copy_(W)
         base.quant_method.process_weights_after_loading(base)
         layer: Any = LAYERS[0](base)
         layer.create_lora_weights(2, None)
-        layer.set_basis([ModuleBasis(B, A, torch.ones(RANK))], 0, routes)
-        routes.update(torch.tensor([0, -1, 0, -1]))
+        layer.set_basis([ModuleBasis(B, A, torch.ones(RANK))], 0, slots)
+        slots.update(torch.tensor([0, -1, 0, -1]))
         y = layer.apply(x)
     assert layer.is_fused
     assert (layer.packed_A.weight.numel() == 0) == has_kernels  # A is held once
@@ -110,7 +110,7 @@ def test_a_module_may_fill_several_slices_of_a_layer(
             updates.append(factor.B @ R @ factor.A)
             stack.append(R.T)
     expected = x @ (W + torch.cat(updates)).T
-    routes = Routes(torch.stack([torch.stack(stack), torch.zeros(len(stack), RANK, RANK)]), 8)
+    slots = Slots(torch.stack([torch.stack(stack), torch.zeros(len(stack), RANK, RANK)]), 8)
     for rank in range(processes):
         for module in (parameter, linear):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
@@ -124,8 +124,8 @@ def test_a_module_may_fill_several_slices_of_a_layer(
             base.quant_method.process_weights_after_loading(base)
             options: Any = SimpleNamespace(fully_sharded_loras=False)
             layer: Any = utils.from_layer(base, 1, options, ["a part"] * len(parts))
-            layer.set_basis(factors, 0, routes)
-            routes.update(torch.tensor([0, 0, 0, 0]))
+            layer.set_basis(factors, 0, slots)
+            slots.update(torch.tensor([0, 0, 0, 0]))
             y = layer.apply(x)
         assert bool(layer.blocks) == (directions == "block")
         torch.testing.assert_close(y, shard(expected.T).T, rtol=1e-4, atol=1e-4)
@@ -143,19 +143,22 @@ def test_parts_that_do_not_fill_a_layer_are_refused() -> None:
 
 def test_a_compiled_graph_is_that_of_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank and places are constants in it, and two bases of blocks may have equal shapes at other places."""
-    from vllm.config import VllmConfig
+    from vllm.config import LoRAConfig, VllmConfig
 
     from lorasb_export.serving.shared import BASIS_VARIABLE, manager
 
     monkeypatch.setenv(BASIS_VARIABLE, "a folder")
     monkeypatch.setattr(manager.LRUCacheWorkerLoRAManager, "__init__", lambda *_: None)
+    monkeypatch.setattr(manager, "refuse_unsafe", lambda _: None)  # this config is of no model
     hashes = set()
     for given in ({}, {"the user": "gives"}):  # by --additional-config
         for sha256 in ("one", "another"):
-            monkeypatch.setattr(manager.Basis, "load", lambda _, sha256=sha256: SimpleNamespace(sha256=sha256))
-            config = VllmConfig(additional_config={**given})
+            basis = SimpleNamespace(sha256=sha256, modules=["layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"])
+            monkeypatch.setattr(manager.Basis, "open", lambda _, basis=basis: basis)
+            config = VllmConfig(additional_config={**given}, lora_config=LoRAConfig(lora_dtype="bfloat16"))
             manager.SharedWorkerManager(config)
             hashes.add(config.compute_hash())
+            assert config.lora_config.target_modules == ["q_proj", "up_proj"]  # of no embedding
     assert len(hashes) == 4
 
 
@@ -168,9 +171,41 @@ def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
     modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
     adapter = save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", modules)
     stack = torch.zeros(2, 2, adapter.rank, adapter.rank, dtype=torch.bfloat16)
-    manager: Any = SimpleNamespace(basis=adapter.load_basis(), stacked=modules, stack=stack, device=torch.device("cpu"))
+    manager: Any = SimpleNamespace(basis=adapter.load_basis(), stacked=modules, stack=stack, pins=False)
     block = SharedModelManager.load(manager, 1, tmp_path / "a").block
     assert block is not None
     assert block.is_contiguous()
     for matrix, name in zip(block, modules, strict=True):
         torch.testing.assert_close(matrix, (adapter.scaling * adapter.R[name]).T.bfloat16(), rtol=0, atol=0)
+
+
+def test_a_start_without_lorasb_serve_is_refused_what_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasb_export.serving.shared.manager import refuse_unsafe
+
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=False))
+    refuse_unsafe(config)
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    with pytest.raises(SettingsError, match="VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA"):
+        refuse_unsafe(config)
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(SettingsError, match="after vLLM's sleep"):
+        refuse_unsafe(config)
+
+
+@pytest.mark.parametrize(("largest", "message"), [(6e4, None), (7e4, "values beyond float16's")])
+def test_what_float16_cannot_say_is_refused(tmp_path: Path, largest: float, message: str | None) -> None:
+    from lorasb_export.serving.shared.manager import SharedModelManager
+
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=40))
+    adapter = save_adapter(
+        save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.o_proj"], rank=4
+    )
+    next(iter(adapter.R.values()))[0, 0] = largest / adapter.scaling
+    adapter.save(tmp_path / "b")
+    stack = torch.zeros(2, 1, 4, 4, dtype=torch.float16)
+    manager: Any = SimpleNamespace(basis=adapter.load_basis(), stacked=list(adapter.R), stack=stack, pins=False)
+    if message is None:
+        assert SharedModelManager.load(manager, 1, tmp_path / "b").block is not None
+        return
+    with pytest.raises(ArtifactError, match=message):
+        SharedModelManager.load(manager, 1, tmp_path / "b")

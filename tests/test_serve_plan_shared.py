@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lorasb_export.basis import Basis
 from lorasb_export.errors import SettingsError
 from lorasb_export.serving import plan
 from lorasb_export.serving.shared.loading import load_R, version_name
 from tests import serving
-from tests.serving import MODULES, dry_run, install, value_of
+from tests.random_adapter import save_adapter, save_base
+from tests.serving import MODULES, SIZES, dry_run, install, value_of
 
 folder, plugin, siblings, vllm_for_cpus = serving.folder, serving.plugin, serving.siblings, serving.vllm_for_cpus
 
@@ -70,6 +73,7 @@ def test_auto_shares_a_basis_where_it_can(
     [
         *("--enable-sleep-mode", "--distributed-executor-backend ray", "--data_parallel_backend=ray", "-dpb ray"),
         "--fully-sharded-loras",  # for vLLM's own layers
+        "--kv-sharing-fast-prefill",  # fewer tokens in later layers than have slots
     ],
 )
 def test_what_a_shared_basis_would_not_outlive_is_served_folded(
@@ -78,6 +82,19 @@ def test_what_a_shared_basis_would_not_outlive_is_served_folded(
     """vLLM drops its tensors, or starts workers that do not see our variables."""
     assert dry_run(siblings, mode="auto", extra=flags.split())["mode"] == "folded"
     assert "Serving folded" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
+def test_bases_that_it_was_not_made_for_are_served_folded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.o_proj"])
+    assert dry_run({"a": tmp_path / "a"})["mode"] == "shared"
+    assert dry_run({"a": tmp_path / "a"}, extra=["--data-parallel-size", "2"])["mode"] == "folded"
+    assert "an idle engine drops its adapters" in caplog.text
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_config": {}}))
+    assert dry_run({"a": tmp_path / "a"})["mode"] == "folded"
+    assert "the base takes more than text" in caplog.text
 
 
 @pytest.mark.usefixtures("plugin")

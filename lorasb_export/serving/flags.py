@@ -39,6 +39,7 @@ _READ_FLAGS = {
     "--dtype",
     "--enable-sleep-mode",
     "--fully-sharded-loras",
+    "--kv-sharing-fast-prefill",
     "--max-cpu-loras",
     "--max-loras",
     SERVED_NAMES,

@@ -158,7 +158,7 @@ def make_plan(
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
-    chosen = _choose_mode(mode, loaded, extra, updates_from)
+    chosen = _choose_mode(mode, base, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_weights(plan)
     _check_dtype(plan)
@@ -168,7 +168,9 @@ def make_plan(
     return plan
 
 
-def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None) -> Mode:
+def _choose_mode(
+    mode: str, base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None
+) -> Mode:
     engines = flags.values(extra).get("--data-parallel-size", "1")
     if updates_from is not None:
         if engines != "1":
@@ -180,7 +182,7 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
             raise SettingsError("only adapters on a shared basis change while they are served", fix=fix)
     if not adapters or mode == "folded":
         return _folded(adapters, extra)
-    reason = _why_not_shared(adapters, extra)
+    reason = _why_not_shared(base, adapters, extra)
     if reason is None and mode == "auto" and not runs_on_cpu():
         reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
     if reason is None:
@@ -195,13 +197,19 @@ def _choose_mode(mode: str, adapters: Mapping[str, Adapter], extra: Sequence[str
     return _folded(adapters, extra)
 
 
-def _why_not_shared(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
+def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
     bases = {adapter.basis_sha256 for adapter in adapters.values()}
     if len(bases) > 1:
         return f"the adapters are of {len(bases)} bases"
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
+    if "vision_config" in base.config or "audio_config" in base.config:
+        return "the base takes more than text"
     given = flags.values(extra)
+    if given.get("--data-parallel-size", "1") != "1" and any(".experts." in name for name in base.tensors):
+        return "of a mixture-of-experts base an idle engine drops its adapters at every step of the others"
+    if "--kv-sharing-fast-prefill" in given:
+        return "with --kv-sharing-fast-prefill some layers see fewer tokens than the step has"
     if "--fully-sharded-loras" in given or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
         return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
     if "--enable-sleep-mode" in given:

@@ -2,7 +2,7 @@
 
 It does nothing unless `BASIS_VARIABLE` names a basis folder; `lorasb serve --mode shared` sets it. Then `plugin` puts
 `manager` in the place of vLLM's LoRA manager. Its layers (`layers`) read R from one stack, by the slot of each token
-(`routes`); `loading` reads adapter folders; `updates` loads and unloads them for clients. In a folded server it does
+(`slots`); `loading` reads adapter folders; `updates` loads and unloads them for clients. In a folded server it does
 nothing but keep a metric small (`gauge`).
 """
 

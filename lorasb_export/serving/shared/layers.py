@@ -29,7 +29,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ...errors import SettingsError
 from ...factors import Factors
-from .routes import Block, Routes
+from .slots import Block, Slots
 
 _BLOCK = 1024  # columns of W read at a time
 _FUSABLE = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
@@ -58,7 +58,7 @@ class SharedBasisLayer:
         self.has_basis = self.is_fused = False
         self.blocks: list[Block] = []  # of every part
 
-    def set_basis(self, factors: Sequence[Factors | None], first: int, routes: Routes) -> None:
+    def set_basis(self, factors: Sequence[Factors | None], first: int, slots: Slots) -> None:
         """Take B and A of every part, None where the basis has no such module.
 
         Args:
@@ -67,8 +67,8 @@ class SharedBasisLayer:
         Raises:
             SettingsError: the parts do not fill the layer's slices.
         """
-        self.routes, self.first, self.has_basis = routes, first, True
-        self.parts = sum(factor is not None for factor in factors)
+        self.slots, self.has_basis = slots, True
+        self.place = slots.place(first, sum(factor is not None for factor in factors))
         spans = self._spans([f.shape[0] if f else None for f in factors]) if self.n_slices > 1 else []
         is_blocks = any(factor is not None and factor.block for factor in factors)
         # Of blocks, the numbers of W's columns and rows are cut as A and B would be.
@@ -81,7 +81,7 @@ class SharedBasisLayer:
             if self.tp_size > 1:
                 A, B = [self.slice_lora_a(A[0])], [self.slice_lora_b(B[0])]
             sizes = [len(B[0])]
-        stack = routes.stack
+        stack = slots.stack
         own = [slice(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes), strict=True)]  # columns of y
         if is_blocks:
             self.blocks = [
@@ -132,7 +132,7 @@ class SharedBasisLayer:
         W = torch.cat([method.apply(base, unit).T for unit in _units(self.basis_A.shape[1], dtype)], dim=1)
         B = W.new_zeros(rows, len(self.basis_A))  # (out, n·r): each part's B in its rows of y and its columns of v
         for part, (columns, factor) in enumerate(self.basis_B):
-            B[columns].view(-1, len(self.basis_B), self.routes.rank)[:, part] = factor.T
+            B[columns].view(-1, len(self.basis_B), self.slots.rank)[:, part] = factor.T
         base.weight = nn.Parameter(torch.cat([W, B], dim=1), requires_grad=False)
         if base.bias is not None:
             base.bias.data = base.bias.to(dtype)  # one of vLLM's kernels has made it fp32, another wants it as it was
@@ -149,24 +149,24 @@ class SharedBasisLayer:
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.is_fused:
             return super().apply(x, bias)  # type: ignore[misc]
-        if self.routes.idle:
-            both = F.pad(x, (0, self.parts * self.routes.rank))
+        if self.slots.idle:
+            both = F.pad(x, (0, self.place.parts * self.slots.rank))
         else:
             # The weight is empty where the kernel holds A its own way; where vLLM has no such kernel, it is A.
             u = self.packed_A.cpu_linear(x.reshape(-1, x.shape[-1]), self.packed_A.weight, None)
-            v = self.routes.product(u, self.parts, self.first)
+            v = self.slots.product(u, self.place)
             both = torch.cat([x, v.view(*x.shape[:-1], -1)], dim=-1)
         return self._get_quant_method().apply(self.base_layer, both, bias)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if not self.has_basis or self.routes.idle:
+        if not self.has_basis or self.slots.idle:
             return output
         x, y = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])  # some models have (1, T, out)
         if self.blocks:
-            self.routes.add_blocks(y, x, self.blocks, self.first)
+            self.slots.add_blocks(y, x, self.blocks, self.place)
             return output
-        v = self.routes.product(F.linear(x, self.basis_A), self.parts, self.first)
-        for (columns, B), part in zip(self.basis_B, v.split(self.routes.rank, 1), strict=True):
+        v = self.slots.product(F.linear(x, self.basis_A), self.place)
+        for (columns, B), part in zip(self.basis_B, v.split(self.slots.rank, 1), strict=True):
             y[:, columns].addmm_(part, B)
         return output
 

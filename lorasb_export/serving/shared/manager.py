@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.lora import utils
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import PIN_MEMORY
 
@@ -19,7 +20,7 @@ from ...errors import ArtifactError, SettingsError
 from . import BASIS_VARIABLE
 from .layers import LAYERS, SharedBasisLayer
 from .loading import load_R
-from .routes import Routes
+from .slots import Slots
 
 
 class SharedAdapter(LoRAModel):
@@ -40,6 +41,7 @@ class SharedModelManager(LRUCacheLoRAModelManager):
     def __init__(self, basis: Basis, **options: Any) -> None:
         self.basis = basis
         super().__init__(**options)
+        self.pins = self.device.type != "cpu" and PIN_MEMORY
         if self.supports_mm or self.lora_config.fully_sharded_loras:
             fix = "Use --mode folded"
             raise SettingsError("the shared basis serves text models, without --fully-sharded-loras", fix=fix)
@@ -54,7 +56,7 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             utils._all_lora_classes = stock
 
     def _share_basis(self) -> None:
-        modules = {self._vllm_name(name): (name, factors) for name, factors in self.basis.modules.items()}
+        modules = {self._vllm_name(name): name for name in self.basis.modules}
         parts = {
             layer_name: [modules.pop(name, None) for name in self.packed_modules.get(layer_name, [layer_name])]
             for layer_name in self.modules
@@ -62,19 +64,19 @@ class SharedModelManager(LRUCacheLoRAModelManager):
         if modules and not self._has_missing_stages():
             what = f"this model has no LoRA layer for {next(iter(modules))}"
             raise ArtifactError(what, where=self.basis.source, fix="Use --mode folded")
-        self.stacked = [part[0] for found in parts.values() for part in found if part is not None]
+        self.stacked = [name for found in parts.values() for name in found if name is not None]
         shape = (self.lora_slots + 1, len(self.stacked), self.basis.rank, self.basis.rank)
         dtype: Any = self.lora_config.lora_dtype  # vLLM has put a torch.dtype for the name given
         self.stack = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.routes = Routes(self.stack, self.max_num_batched_tokens)
+        self.slots = Slots(self.stack, self.max_num_batched_tokens)
         first = 0
         for layer_name, found in parts.items():
             layer = self.modules[layer_name]
             assert isinstance(layer, SharedBasisLayer)
-            count = sum(part is not None for part in found)
+            factors = [None if name is None else self.basis.modules[name] for name in found]
+            count = sum(factor is not None for factor in factors)
             if count:
-                factors = [part and part[1] for part in found]
-                layer.set_basis(factors, first, self.routes)
+                layer.set_basis(factors, first, self.slots)
             first += count
 
     def _vllm_name(self, name: str) -> str:
@@ -92,9 +94,11 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             position = {name: index for index, name in enumerate(names)}
             R = R[[position[name] for name in self.stacked]]
         # Cast and transposed here: a copy of anything else to an accelerator would be staged, and waited for.
-        pinned = self.device.type != "cpu" and PIN_MEMORY
-        block = torch.empty(R.shape, dtype=self.stack.dtype, device="cpu", pin_memory=pinned)
-        return SharedAdapter(lora_id, block.copy_(R.mT))
+        block = torch.empty(R.shape, dtype=self.stack.dtype, device="cpu", pin_memory=self.pins).copy_(R.mT)
+        if block.dtype == torch.float16 and not block.isfinite().all():
+            fix = "Serve it with --dtype bfloat16 or float32"
+            raise ArtifactError("R has values beyond float16's", where=folder, fix=fix)
+        return SharedAdapter(lora_id, block)
 
     def activate_adapter(self, lora_id: int) -> bool:
         fresh = super().activate_adapter(lora_id)
@@ -104,8 +108,9 @@ class SharedModelManager(LRUCacheLoRAModelManager):
             assert adapter.block is not None
             index = self.lora_index_to_id.index(lora_id)
             self.stack[index].copy_(adapter.block, non_blocking=True)
-            if self.capacity == self.lora_slots and self.device.type == "cpu":
-                # Both caches drop the same adapter at the same time, so the slot can be the only copy.
+            if self.capacity == self.lora_slots:
+                # Both caches drop the same adapter at the same time, so the slot can be the only copy. (Pinned memory
+                # is not given to others before the copy from it is done.)
                 adapter.block = None
         return fresh
 
@@ -125,8 +130,10 @@ class SharedModelManager(LRUCacheLoRAModelManager):
         """Packed layers read their parts' R side by side in the stack: nothing to merge."""
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
-        super()._set_adapter_mapping(mapping)
-        self.routes.update(self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY].token_lora_indices)
+        # vLLM's own tables are read by none of our layers, and an accelerator would be waited for to fill them.
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
+        of_tokens = [slot_of[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping]
+        self.slots.update(torch.tensor(of_tokens, dtype=torch.int32, pin_memory=self.pins))
 
 
 class SharedWorkerManager(LRUCacheWorkerLoRAManager):
@@ -134,7 +141,10 @@ class SharedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(vllm_config, *arguments, **options)
-        basis = Basis.load(os.environ[BASIS_VARIABLE])
+        refuse_unsafe(vllm_config)
+        basis = Basis.open(os.environ[BASIS_VARIABLE])  # B and A stay on the disk: the layers hold them
+        if vllm_config.lora_config.target_modules is None:  # then vLLM sets aside room for an adapter of the embedding
+            vllm_config.lora_config.target_modules = sorted({name.rpartition(".")[2] for name in basis.modules})
         make: Any = partial(SharedModelManager, basis)
         self._manager_cls = make
         # A compiled graph has the basis' rank and places in it as constants. vLLM's cache of graphs takes one by the
@@ -154,3 +164,12 @@ class SharedWorkerManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         assert isinstance(manager, SharedModelManager)
         return manager.load(lora_request.lora_int_id, Path(lora_request.lora_path))
+
+
+def refuse_unsafe(vllm_config: Any) -> None:
+    """Raise SettingsError for what would give wrong answers: `lorasb serve` asks before, a start by other means not."""
+    if vllm_config.model_config.enable_sleep_mode:
+        fix = "Leave --enable-sleep-mode out"
+        raise SettingsError("after vLLM's sleep of level 2 a shared basis is not loaded again", fix=fix)
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        raise SettingsError("VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA", fix="Unset it")

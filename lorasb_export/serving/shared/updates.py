@@ -39,7 +39,7 @@ class Updates:
         self.app = app
         self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
         self.versions = Versions(Path(os.environ[VERSIONS_VARIABLE]))
-        self.basis = Basis.load(os.environ[BASIS_VARIABLE])
+        self.basis = Basis.open(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
         self.one_at_a_time = asyncio.Lock()
 

@@ -40,7 +40,22 @@ def _places(own: torch.Tensor, span: slice, first: int) -> list[tuple[slice, sli
     return [(slice(run[0][0], run[-1][0] + 1), slice(run[0][1], run[-1][1] + 1)) for run in runs]
 
 
-class Routes:
+class Place(NamedTuple):
+    """Where the R of one layer's parts lie in the stack.
+
+    Attributes:
+        first: the first of them.
+        parts: n, how many.
+        rows: the flat stack from their first row in the first slot to their last in the last. It has one length for
+            all layers of n parts, so that a compiler finds their graphs to be one.
+    """
+
+    first: int
+    parts: int
+    rows: torch.Tensor
+
+
+class Slots:
     """The R of all slots, and the slot of every token: set once a step and read by every layer.
 
     The last slot, one past vLLM's, belongs to the base: it is never written, so that its tokens read zeros. vLLM's
@@ -56,58 +71,57 @@ class Routes:
         self.rank = stack.shape[-1]
         self.idle = False  # on an accelerator always: vLLM traces the model once, with a batch that has no adapter
         self._tokens = max_tokens
-        self._flat = stack.view(-1, self.rank)
         # int32 halves the bytes of the indices; a stack of 2³¹ rows would be 137 GB at rank 32.
-        kind = torch.int32 if len(self._flat) < 2**31 else torch.long
+        kind = torch.int32 if stack.numel() // self.rank < 2**31 else torch.long
         self._columns = torch.arange(self.rank, device=stack.device)
         self._slot = torch.full((max_tokens,), len(stack) - 1, dtype=kind, device=stack.device)  # its address stays
         self._on_cpu = stack.device.type == "cpu"
         self._rows_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._runs: list[tuple[int, int, int | None]] = []
 
+    def place(self, first: int, parts: int) -> Place:
+        """Where `parts` modules from `first` on, in the order of the stack, have their R."""
+        length = (len(self.stack) - 1) * self.stack.shape[1] + parts
+        return Place(first, parts, self.stack.view(-1, self.rank)[first * self.rank :][: length * self.rank])
+
     def update(self, token_slots: torch.Tensor) -> None:
-        """Take the slots (T,) of the next step's tokens, -1 for the base."""
+        """Take the slots (T,) of the next step's tokens, -1 for the base; in pinned memory nothing is waited for."""
         self._tokens = len(token_slots)
         slot = self._slot[: self._tokens]
-        slot.copy_(torch.remainder(token_slots, len(self.stack)))  # -1 becomes the last
+        slot.copy_(token_slots, non_blocking=True).remainder_(len(self.stack))  # -1 becomes the last
         if self._on_cpu:
             self._rows_of.clear()
             values, counts = torch.unique_consecutive(slot, return_counts=True)
             self.idle = values.tolist() == [len(self.stack) - 1]
             self._runs = _runs(values.tolist(), counts.tolist())
 
-    def product(self, u: torch.Tensor, parts: int, first: int) -> torch.Tensor:
-        """v (T, n·r), where each r of v[t] are R[i, slot of t] · u[t, i].
-
-        Args:
-            u: (T, n·r), contiguous.
-            parts: n, how many modules.
-            first: the first of them in the stack.
-        """
+    def product(self, u: torch.Tensor, place: Place) -> torch.Tensor:
+        """v (T, n·r), where each r of v[t] are R[i, slot of t] · u[t, i], of u (T, n·r), contiguous."""
         if not self._runs:
-            return self._sum_of_rows(u, parts, first)
+            return self._sum_of_rows(u, place)
         v = torch.empty_like(u)
+        first, parts = place.first, place.parts
         for start, stop, slot in self._runs:
             if slot is None:
-                v[start:stop] = self._sum_of_rows(u[start:stop], parts, first, start)
+                v[start:stop] = self._sum_of_rows(u[start:stop], place, start)
             else:
                 run = u[start:stop].view(-1, parts, self.rank).transpose(0, 1)
                 product = torch.bmm(run, self.stack[slot, first : first + parts])
                 v[start:stop].view(-1, parts, self.rank).copy_(product.transpose(0, 1))
         return v
 
-    def add_blocks(self, y: torch.Tensor, x: torch.Tensor, blocks: Sequence[Block], first: int) -> None:
-        """y (T, out) += s·R·x in place, of x (T, in), in one block for each module from `first` on."""
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor, blocks: Sequence[Block], place: Place) -> None:
+        """y (T, out) += s·R·x in place, of x (T, in), in one block for each module of `place`."""
         for start, stop, slot in self._runs or [(0, len(x), None)]:
             own_y, own_x = y[start:stop], x[start:stop]
             if slot is None:
                 u = torch.cat([self._onto(own_x, block) for block in blocks], dim=1)
-                v = self._sum_of_rows(u, len(blocks), first, start)
+                v = self._sum_of_rows(u, place, start)
                 for block, part in zip(blocks, v.split(self.rank, 1), strict=True):
                     for of_y, of_R in block.rows:
                         own_y[:, of_y].add_(part[:, of_R])
             elif slot < len(self.stack) - 1:  # of the base there is nothing to add
-                for number, block in enumerate(blocks, first):
+                for number, block in enumerate(blocks, place.first):
                     for of_x, inner in block.columns:
                         for of_y, outer in block.rows:
                             own_y[:, of_y].addmm_(own_x[:, of_x], self.stack[slot, number, inner, outer])
@@ -121,14 +135,13 @@ class Routes:
             u[:, of_R] = x[:, of_x]
         return u
 
-    def _sum_of_rows(self, u: torch.Tensor, parts: int, first: int, start: int = 0) -> torch.Tensor:
+    def _sum_of_rows(self, u: torch.Tensor, place: Place, start: int = 0) -> torch.Tensor:
         """A sum of rows of Rᵀ, weighted by u, is R·u: each R is read where it lies, and none is gathered."""
         # A graph that was captured on an accelerator is padded; the slots of its spare tokens are of an earlier step.
-        rows, offsets = self._rows(self._tokens if self._on_cpu else len(u), parts)
-        rows, offsets = rows[start * parts * self.rank :][: u.numel()], offsets[: len(u) * parts]
-        flat = self._flat[first * self.rank :]
+        rows, offsets = self._rows(self._tokens if self._on_cpu else len(u), place.parts)
+        rows, offsets = rows[start * place.parts * self.rank :][: u.numel()], offsets[: len(u) * place.parts]
         options = (False, 0, False, u.view(-1))  # a sum, dense, weighted
-        return torch.ops.aten._embedding_bag_forward_only(flat, rows, offsets, *options)[0].view_as(u)
+        return torch.ops.aten._embedding_bag_forward_only(place.rows, rows, offsets, *options)[0].view_as(u)
 
     def _rows(self, tokens: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For every token and part, the rows of its Rᵀ in the flat stack (T·n·r,), and where each begin (T·n,)."""

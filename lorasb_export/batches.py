@@ -1,14 +1,19 @@
-"""Encoded rows → padded batches, and the loss of each of their rows."""
+"""Encoded rows → padded batches, forward passes over them, the loss of every row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from .bars import progress_bar
 from .encoding import IGNORE, Encoded
+from .given_network import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
@@ -52,3 +57,35 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
         return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view_as(labels).sum(dim=1), (labels != IGNORE).sum(dim=1)
+
+
+def row_scores(
+    network: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, *, batch_size: int = 16
+) -> list[tuple[float, int, float]]:
+    """For every row its summed loss, the number of labels behind it, and the prediction.
+
+    The prediction is the class of a classifier, the number of a regression, and 0 for a causal language model.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # the most memory first
+    found: dict[int, tuple[float, int, float]] = {}
+    with evaluating(network):
+        for start in progress_bar(range(0, len(order), batch_size), desc="score", leave=False):
+            places = order[start : start + batch_size]
+            inputs = {key: v.to(network.device) for key, v in collate([encoded[i] for i in places], pad_id).items()}
+            labels = inputs.pop("labels")
+            with torch.inference_mode():
+                logits = network(**inputs).logits
+            # Row by row: a loss copies its logits in fp32, and those of a batch could take more than its training.
+            of_rows = [row_losses(*row) for row in zip(logits.split(1), labels.split(1), strict=True)]
+            losses, counts = map(torch.cat, zip(*of_rows, strict=True))
+            if labels.dim() == 2:
+                predicted = torch.zeros(len(places))
+            else:
+                predicted = logits[:, 0].float() if labels.is_floating_point() else logits.argmax(dim=-1)
+            found |= zip(places, zip(losses.tolist(), counts.tolist(), predicted.tolist(), strict=True), strict=True)
+    return [found[i] for i in range(len(encoded))]
+
+
+def mean_loss(scores: Sequence[tuple[float, int, float]]) -> float:
+    """The mean loss of a label; of a token, for a causal language model."""
+    return sum(loss for loss, _, _ in scores) / sum(count for _, count, _ in scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,27 +12,22 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter
 from .answer_end import end_ids
 from .base import AnyBase
+from .batches import mean_loss, row_scores
 from .choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
 from .data import TaskData, load_held_out
 from .encoding import encode
 from .errors import DataError, SettingsError
-from .given_network import (
-    flags_kept,
-    refuse_several_devices,
-    require_dtype,
-    require_model,
-    require_outputs,
-    require_padding,
-)
+from .given_network import flags_kept, refuse_several_devices, require_loaded
 from .head import head_parameters
 from .inference import answers, question_of
 from .inject import remove
 from .metrics import exact_match, prediction_metrics
 from .names import name_of
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
-from .scores import mean_loss, row_scores
 from .settings import FitSettings
 from .task_source import AnySource
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,10 +99,7 @@ def evaluate(
     if network is None:
         network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
-        require_model(network)
-        require_padding(network, tokenizer)
-        require_dtype(network, dtype)
-        require_outputs(network, adapter.num_labels)
+        require_loaded(network, tokenizer, dtype, adapter.num_labels)
         if metric != "exact_match":
             refuse_several_devices(network)
     remove(network)  # what is on it must not count as the base
@@ -141,6 +134,11 @@ def evaluate(
     if not all(value is None or math.isfinite(value) for value in (before, after)):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
+    if metric == "exact_match" and before == after == 0:
+        what = "no answer is the expected text, the base's or the adapter's"
+        logger.warning(
+            "%s: %s. Of free text compare the metric loss, or score predictions your own way", task.name, what
+        )
     result |= {"base": before, "adapter": after}
     if predictions:
         numbered = enumerate(zip(rows, expected, said_before, said_after, strict=True), 1)

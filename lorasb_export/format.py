@@ -122,7 +122,7 @@ def _are_figures(value: Any) -> bool:
     return isinstance(value, dict) and set(value) >= _FIGURES
 
 
-def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def only_numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation of that shape, {split: {metric: {base, adapter, rows}}}, with nothing but numbers, or None."""
     return {
         split: {metric: {key: finite(of_one[key]) for key in sorted(_FIGURES)} for metric, of_one in of_split.items()}

@@ -116,6 +116,16 @@ def body_of(model: Module) -> str:
     return inside[0] if len(inside) == 1 and not hasattr(model, named) else named
 
 
+def require_loaded(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, num_labels: int | None
+) -> None:
+    """Raise SettingsError where `network` is not what loading the base would have made for these settings and rows."""
+    require_model(network)
+    require_padding(network, tokenizer)
+    require_dtype(network, dtype)
+    require_outputs(network, num_labels)
+
+
 def is_checkpointing(network: Module) -> bool:
     """Whether gradient checkpointing is switched on; transformers renames its own word for it."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())

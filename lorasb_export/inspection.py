@@ -16,7 +16,7 @@ from .data import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
 from .fetch import MARK_FILES, resolve_folder
-from .format import figures
+from .format import only_numbers
 from .kind import artifact_kind
 from .publishing import checksums
 from .publishing.outgoing import PROJECT, SUMS
@@ -75,7 +75,7 @@ def inspect_folder(
     if kind == PROJECT:
         index = read_index(read_json(folder / INDEX))
         parts = {
-            part: {**about, "evaluation": figures(about["evaluation"])} if "evaluation" in about else about
+            part: {**about, "evaluation": only_numbers(about["evaluation"])} if "evaluation" in about else about
             for part, about in index["parts"].items()
         }
         return found | {"base_model": index["base"], "parts": parts}

@@ -15,8 +15,8 @@ from .choices import NF4
 from .data import TaskData, load_held_out, load_task
 from .errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
 from .evaluation import evaluate, metric_for, to_score, with_labels_of
+from .evaluation_record import record_evaluation
 from .fetch import is_blob
-from .figures import record_evaluation, was_held_out
 from .loaded import LastLoaded
 from .predictions import PredictionsFile
 from .project import Project
@@ -110,7 +110,7 @@ def evaluate_adapters(
                 known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows, "recorded": True}
                 continue
             into_card = into_cards
-            if into_cards and not was_held_out(adapter, task, of_split):
+            if into_cards and not _was_held_out(adapter, task, of_split):
                 what = f"{word}: `fit` did not have these rows, and some {of_split} rows may have been trained on"
                 logger.warning("%s. The figures do not go into its card: fit it again", what)
                 into_card = False
@@ -199,3 +199,10 @@ def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> bool:
         logger.warning("The card of %s stays as it was: %s", word, error)
         return False
     return True
+
+
+def _was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
+    """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
+    as then. Of rows divided anew, or moved between files, some may have been trained on."""
+    then = adapter.training.get("splits_sha256")
+    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))

@@ -10,7 +10,7 @@ from typing import Any
 from . import basis_source
 from .errors import ArtifactError, SettingsError
 from .fetch import parse_hub_folder
-from .format import figures, finite, read_adapter_config, read_basis_config
+from .format import finite, only_numbers, read_adapter_config, read_basis_config
 from .kind import artifact_kind
 from .project import Project
 
@@ -95,7 +95,7 @@ def _adapter(folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]
         "modules": len(config["target_modules"]),
         "steps": finite(training.get("steps")),
         "valid_loss": finite(training.get("valid_loss")),
-        "evaluation": figures(training.get("evaluation", {})),
+        "evaluation": only_numbers(training.get("evaluation", {})),
     }
 
 

@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lorasb_export import Adapter, fit, inference, scores
+from lorasb_export import Adapter, batches, fit, inference
 from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate, row_losses
+from lorasb_export.batches import collate, row_losses, row_scores
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.encoding import encode
@@ -22,7 +22,6 @@ from lorasb_export.evaluation import evaluate
 from lorasb_export.exporting.onnx_verify import HeldOut
 from lorasb_export.inference import answers
 from lorasb_export.layer import LoRASBLinear
-from lorasb_export.scores import row_scores
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import adapter_on, save_adapter
 from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, task_of
@@ -56,6 +55,21 @@ def test_metrics_of_generated_text(kind: str, generates: Adapter, tmp_path: Path
         evaluate(generates, task, split="train", limit=0)
 
 
+def test_where_no_answer_is_the_expected_one_another_metric_is_named(
+    generates: Adapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of(json.dumps({"prompt": "Summarize this", "completion": "It says a lot"}) + "\n", tmp_path / "data")
+    found = evaluate(generates, task, split="train")
+    assert (found["base"], found["adapter"]) == (0, 0)
+    assert (
+        "no answer is the expected text, the base's or the adapter's. Of free text compare the metric loss"
+        in caplog.text
+    )
+    caplog.clear()
+    evaluate(generates, task, split="train", metric="loss")
+    assert not caplog.text
+
+
 def test_the_loss_is_the_mean_over_all_tokens(chatty: Path, generates: Adapter, tmp_path: Path) -> None:
     texts = ["1+1=2", "a somewhat longer text", "b" * 30]
     task = task_of("".join(json.dumps({"text": text}) + "\n" for text in texts), tmp_path / "data")
@@ -78,7 +92,7 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
     with torch.inference_mode():
         losses, counts = row_losses(network(**batch).logits, batch["labels"])
     watched = Mock(side_effect=row_losses)
-    monkeypatch.setattr(scores, "row_losses", watched)
+    monkeypatch.setattr(batches, "row_losses", watched)
     found = row_scores(network, rows, tokenizer.pad_token_id)
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()

@@ -23,7 +23,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.factors import ModuleBasis
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.storage import write_json
-from lorasb_export.training.plot import plot_losses
+from lorasb_export.training.record import plot_losses
 from tests.tiny import make_llama
 
 RANK = 64

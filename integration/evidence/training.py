@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
-from lorasb_export.batches import collate, row_losses
+from lorasb_export.batches import collate, mean_loss, row_losses, row_scores
 from lorasb_export.calibration.calibrate import calibrate, calibrated_once
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
@@ -26,7 +26,6 @@ from lorasb_export.data import TaskData, load_task
 from lorasb_export.encoding import Encoded, encode
 from lorasb_export.factors import Factors, ModuleBasis
 from lorasb_export.layer import weight_of
-from lorasb_export.scores import mean_loss, row_scores
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of

@@ -52,11 +52,12 @@ def export_peft(
     refuse_own_input(out, source.folder, source.basis_source)
     if verify:
         require_packages("peft")
-    transposed = _stores_transposed(source, base)
     _refuse_what_peft_does_not_take(source, base)
-    base_model = source.base.resolve(base) if verify else None
+    looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in source.R)
+    base_model = source.base.resolve(base) if verify or base is not None or looks_like_conv1d else None
     if base_model is not None:
         base_model.verify(source.base, source.R)
+    transposed = base_model is not None and base_model.stores_transposed  # what PEFT calls fan_in_fan_out
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
@@ -64,7 +65,7 @@ def export_peft(
         write_json(folder / "lorasb.json", record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
         found = {}
-        if base_model is not None:
+        if verify and base_model is not None:
             from .peft_verify import verify_peft  # only now: who serves adapters folded imports this module too
 
             found = {"verify": verify_peft(folder, source, base_model)}
@@ -143,12 +144,3 @@ def _family(adapter: Adapter, base: str | Path | None) -> str | None:
         )
         logger.warning("%s: %s", what, error)
         return None
-
-
-def _stores_transposed(adapter: Adapter, base: str | Path | None) -> bool:
-    looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in adapter.R)
-    if base is None and not looks_like_conv1d:
-        return False
-    base_model = adapter.base.resolve(base)
-    base_model.verify(adapter.base, adapter.R)
-    return base_model.stores_transposed  # what PEFT calls fan_in_fan_out

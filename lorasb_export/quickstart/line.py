@@ -23,10 +23,10 @@ from ..data import TaskData, load_task
 from ..encoding import prompt_ids
 from ..environment import require_packages
 from ..evaluation import evaluate
+from ..evaluation_record import record_evaluation
 from ..exporting.onnx import export_onnx
 from ..exporting.onnx_run import OnnxDecoder
 from ..exporting.peft import export_peft
-from ..figures import record_evaluation
 from ..inference import answers, question_of
 from ..merging.merge import merge
 from ..metrics import exact_match

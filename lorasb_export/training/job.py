@@ -22,15 +22,7 @@ from ..calibration.capture import overview
 from ..choices import NF4
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
-from ..given_network import (
-    refuse_several_devices,
-    require_dtype,
-    require_first_device,
-    require_model,
-    require_outputs,
-    require_padding,
-    require_positions,
-)
+from ..given_network import refuse_several_devices, require_first_device, require_loaded, require_positions
 from ..lock import only_writer
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
@@ -85,13 +77,10 @@ class Job:
         if distributed.world_size() == 1:
             require_first_device(default_device())
         if network is not None:
-            require_model(network)
+            require_loaded(network, self.base.tokenizer, settings.dtype, tasks[0].num_labels)
             if distributed.world_size() == 1:
                 require_first_device(network.device)
-            require_padding(network, self.base.tokenizer)
             refuse_several_devices(network)
-            require_dtype(network, settings.dtype)
-            require_outputs(network, tasks[0].num_labels)
         if not isinstance(basis, CalibrationSettings):
             basis = basis if isinstance(basis, Basis) else Basis.load(basis)
             self.base.verify(basis.base, basis.modules)

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 from ..calibration.subspace import spread
 from ..provenance import CURVE, command, versions
 from ..storage import write_json
-from .plot import plot_losses
 
 if TYPE_CHECKING:
     from .task_run import TaskRun
@@ -71,3 +72,17 @@ def write_training_record(folder: Path, run: TaskRun, entries: Entries, made: Ma
         "command": command(),
     }
     write_json(folder / "lorasb.json", provenance)
+
+
+def plot_losses(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw training and validation loss against the step, from the entries of one task's log, as a PNG."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "train", "-"), ("eval_loss", "valid", "o-")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(title=title, xlabel="step", ylabel="loss per label", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -87,7 +87,8 @@ def captured_once(
                 write_json(temporary, found)
     if is_little(found):
         logger.warning(
-            "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own",
+            "%s: %s. It will learn more slowly: try a higher --learning-rate, or --basis own "
+            "(beside which `serve` shares no basis among adapters)",
             task.name,
             one_line(overview(found)),
         )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
+from ..batches import mean_loss, row_scores
 from ..encoding import Encoded
 from ..inference import answers_of_ids
 from ..metrics import exact_match, prediction_metrics
-from ..scores import mean_loss, row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

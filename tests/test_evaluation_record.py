@@ -14,7 +14,7 @@ import pytest
 from lorasb_export import Adapter, project_evaluate
 from lorasb_export.data import load_task
 from lorasb_export.errors import ArtifactError
-from lorasb_export.figures import record_evaluation
+from lorasb_export.evaluation_record import record_evaluation
 from lorasb_export.format import sealed
 from lorasb_export.lock import only_writer
 from tests import project_of_a

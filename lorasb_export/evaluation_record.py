@@ -8,18 +8,10 @@ from typing import Any
 from .adapter import Adapter
 from .atomic import atomic_file
 from .cards import card
-from .data import TaskData
 from .errors import ArtifactError
 from .format import sealed
 from .lock import only_writer
 from .storage import read_json, write_json
-
-
-def was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
-    """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
-    as then. Of rows divided anew, or moved between files, some may have been trained on."""
-    then = adapter.training.get("splits_sha256")
-    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))
 
 
 def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:

@@ -19,7 +19,10 @@ def run(
         list[str] | None, typer.Option(metavar="NAME=DATA", help="A task and its data; repeatable.")
     ] = None,
     tasks_dir: Annotated[
-        str | None, typer.Option("--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task.")
+        str | None,
+        typer.Option(
+            "--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task, and each .jsonl or .csv file."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

@@ -44,7 +44,9 @@ def run(
     folder = run.project.find_folder(path)
     if data is not None and data in run.project.tasks and Path(data).exists():
         run.say(f"{data} is taken for the task: ./{data} names the path")
-    source = run.project.task_source(data) if data is not None and data in run.project.tasks else data
+    source = None
+    if data is not None:
+        source = run.project.task_source(data) if data in run.project.tasks else run.project.other_source("", data)
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
     found = inspect_folder(folder, data=source, base=model, verify=verify)

@@ -79,7 +79,9 @@ class TaskData:
     def rows(self, split: str) -> Sequence[Row]:
         """Rows of `split`. Raises DataError when the task has none."""
         if not self.splits.get(split):
-            fix = f"Add {split}.jsonl" + (", or set hold_out in its [tasks.NAME]" if split == "valid" else "")
+            fix = f"Add {split}.jsonl" + (
+                ", or set hold_out in its [tasks.NAME] or in [data]" if split == "valid" else ""
+            )
             raise DataError(f"task {self.name} has no {split} rows", where=self.source, fix=fix)
         return self.splits[split]
 
@@ -234,7 +236,7 @@ def _renamed(placed: Placed, source: TaskSource) -> Placed:
         warn_once(f"columns leave out the labels of {source}, so text is learnt, not classes")
     for column in columns.values():
         if column not in row:
-            fix = "Correct columns of its [tasks.NAME]"
+            fix = "Correct columns of its [tasks.NAME], or of [data]"
             raise DataError(f"no column {column!r} (there are: {', '.join(map(str, row))})", where=place, fix=fix)
     return place, {field: row[column] for field, column in columns.items()}
 

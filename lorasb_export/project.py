@@ -37,6 +37,7 @@ class Project:
     basis_path: str = "basis"
     calibration: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     repo: str | None = None
     public: bool = False
@@ -55,7 +56,7 @@ class Project:
                 raise SettingsError("no such config file", where=path, fix="Write one with: lorasb init")
             return cls(Path.cwd())
         content = read_project_file(path)
-        basis, hub = content.get("basis", {}), content.get("hub", {})
+        basis, data, hub = (content.get(section, {}) for section in ("basis", "data", "hub"))
         return cls(
             folder=path.resolve().parent,
             file=path,
@@ -64,7 +65,8 @@ class Project:
             basis_path=basis.get("path", "basis"),
             calibration={key: value for key, value in basis.items() if key != "path"},
             fit=content.get("fit", {}),
-            tasks={name: Task(**table) for name, table in content.get("tasks", {}).items()},
+            data=data,
+            tasks={name: Task(**{**data, **table}) for name, table in content.get("tasks", {}).items()},
             repo=hub.get("repo"),
             public=hub.get("public", False),
         )
@@ -156,7 +158,7 @@ class Project:
 
     def task_source(self, name: str) -> TaskSource:
         """The data of a task: an absolute path, or what may be a Hub dataset id; with how it is read, where its table
-        says that.
+        or `[data]` says that.
 
         Raises:
             SettingsError: the project has no such task.
@@ -166,19 +168,21 @@ class Project:
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
         source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
-        return TaskSource.of(source, vars(task))
+        told = vars(task)
+        if "valid" in task.splits:  # a table that names both is refused: here `[data]` says what is held out of others
+            told = {**told, "hold_out": 0}
+        return TaskSource.of(source, told)
 
     def other_source(self, name: str, data: str, *, hold_out: bool = True) -> TaskSource:
         """`data` in place of a task's own: its columns are called as those are, and as many rows are held out.
 
-        The task's own data is read as the project says; data of no task as it is.
+        The task's own data is read as the project says, data of no task as `[data]` does.
         """
-        if name not in self.tasks:
-            return TaskSource(data)
-        task = self.tasks[name]
-        path, own = expanded(data), self.path(task.data)
-        if path.samefile(own) if path.exists() and own.exists() else data == task.data:
-            return self.task_source(name)
+        task, path = self.tasks.get(name, Task(data, **self.data)), expanded(data)
+        if name in self.tasks:
+            own = self.path(task.data)
+            if path.samefile(own) if path.exists() and own.exists() else data == task.data:
+                return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 
     def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, TaskSource | None]:

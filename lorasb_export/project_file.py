@@ -26,7 +26,7 @@ _FLAGS = {"lr": "learning_rate"}  # whose name is nothing like the key's
 
 @dataclass(frozen=True)
 class Task:
-    """One `[tasks.NAME]` table.
+    """One `[tasks.NAME]` table, and of `[data]` what that table says nothing of.
 
     Attributes:
         data: folder, file or Hub dataset id.
@@ -49,10 +49,11 @@ class Task:
 _Types = Mapping[str, tuple[type, ...]]  # key → what its value may be
 
 # A table is checked by itself.
-_TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "tasks": (), "hub": ()}
+_TOP: _Types = {"model": (str,), "revision": (str,), "basis": (), "fit": (), "data": (), "tasks": (), "hub": ()}
 _SECTIONS: dict[str, _Types] = {
     "basis": {"path": (str,), **types_of(CalibrationSettings), "targets": (str, list)},
     "fit": types_of(FitSettings),
+    "data": {"columns": (dict,), "hold_out": (int, float)},
     "tasks.NAME": {**types_of(Task), "columns": (dict,), "splits": (dict,), "fit": (dict,)},
     "hub": {"repo": (str,), "public": (bool,)},
 }
@@ -99,6 +100,8 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
     found = _check_table("", content, _TOP)
     for section in ("basis", "fit", "hub"):
         found += _check_table(section, content.get(section, {}), _SECTIONS[section])
+    common = content.get("data", {})
+    found += _check_table("data", common, _SECTIONS["data"]) or _wrong_source("data", "", common)
     tasks = content.get("tasks", {})
     if not isinstance(tasks, dict):
         return [*found, "[tasks] must be a table"]
@@ -111,13 +114,17 @@ def _problems(content: Mapping[str, Any]) -> list[str]:
             wrong.append(f"[tasks.{name}] lacks data")
         if not wrong and not 0 < table.get("weight", 1) < math.inf:
             wrong.append(f"[tasks.{name}] weight = {table['weight']} is not a positive number")
-        if not wrong:
-            try:
-                TaskSource.of(table["data"], table)
-            except SettingsError as error:
-                wrong.append(f"[tasks.{name}] {error.what}: {error.fix}")
-        found += wrong
+        found += wrong or _wrong_source(f"tasks.{name}", table["data"], table)
     return found
+
+
+def _wrong_source(section: str, path: str, table: Mapping[str, Any]) -> list[str]:
+    """What is wrong with what a table says of data."""
+    try:
+        TaskSource.of(path, table)
+    except SettingsError as error:
+        return [f"[{section}] {error.what}: {error.fix}"]
+    return []
 
 
 def _check_table(section: str, table: Any, types: _Types) -> list[str]:

@@ -31,7 +31,11 @@ model = {model}  # a folder or a Hub id
 {fit}
 # also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16", "nf4"), checkpoint_every, seed
 
-{tasks}# each also: columns ({{ prompt = "question", completion = "answer" }}), hold_out (0.1 as valid), basis ("own")
+# [data]  # of every task below that does not say it itself
+# columns = {{ prompt = "question", completion = "answer" }}  # field of a row → what the data calls it
+# hold_out = 0.1  # of tasks without valid rows: about a tenth of the training rows
+
+{tasks}# each also: columns, hold_out, basis ("own")
 
 # [hub]
 # repo = "me/NAME"  # for all of it; with {{name}} in it, one for the basis and for each adapter
@@ -81,23 +85,39 @@ def write_project(
 
 
 def tasks_in(folder: str) -> dict[str, str]:
-    """Name → data of the tasks in `folder`: the folders in it that have a train split, sorted.
+    """Name → data of the tasks in `folder`: the folders in it that have a train split, and its .jsonl and .csv files,
+    sorted.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: there is none, or two of one name; or the folder is itself a task's, with a train split.
     """
     place = expanded(folder)
-    found = sorted(path for path in place.glob("[!.]*") if _has_train(path))
+    if _has_train(place):
+        fix = "Give the folder that it lies in, or name it with --task NAME=DATA"
+        raise SettingsError("it has a train split, so it is one task", where=place, fix=fix)
+    found: dict[str, Path] = {}
+    for path in sorted(place.glob("[!.]*")):
+        if not (_is_rows(path) or _has_train(path)):
+            continue
+        name = path.stem if path.is_file() else path.name
+        if name in found:
+            what = f"{found[name].name} and {path.name} are two tasks of one name"
+            raise SettingsError(what, where=place, fix="Rename or remove one")
+        found[name] = path
     if not found:
-        fix = "Give the folder whose folders hold a train.jsonl or train.csv each"
+        fix = "Give the folder that has a .jsonl or .csv file, or a folder with train.jsonl or train.csv, for each"
         raise SettingsError("there are no tasks in it", where=place, fix=fix)
-    return {path.name: os.path.join(folder, path.name) for path in found}
+    return {name: os.path.join(folder, path.name) for name, path in found.items()}
 
 
 def _has_train(folder: Path) -> bool:
-    with suppress(NotADirectoryError, PermissionError):
-        return any(path.stem == "train" and path.suffix.lower() in (".jsonl", ".csv") for path in folder.iterdir())
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        return any(path.stem == "train" and _is_rows(path) for path in folder.iterdir())
     return False
+
+
+def _is_rows(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".csv") and path.is_file()
 
 
 def _has_labels(data: Path) -> bool:

@@ -140,7 +140,7 @@ def kind_of(row: Row, where: object = None) -> str:
     raise DataError(
         f"the row has neither 'prompt' nor 'text' nor 'messages' (it has {has})",
         where=where,
-        fix=f"{kinds}, or say in columns of its [tasks.NAME] what they are called",
+        fix=f"{kinds}, or say in columns of its [tasks.NAME], or of [data], what they are called",
     )
 
 
@@ -169,7 +169,7 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
 def check_row(row: Row, kind: str, where: str) -> None:
     for field in FIELDS_OF[kind]:
         if field not in row:
-            fix = "Every row needs it; where [tasks.NAME] has columns, they name every field"
+            fix = "Every row needs it; where [tasks.NAME] or [data] has columns, they name every field"
             raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
     if kind == CHAT:
         if row.get("tools"):  # prompts are asked without, here and by a server

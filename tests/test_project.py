@@ -121,6 +121,8 @@ def test_init_takes_every_folder_with_rows_for_a_task(
     for name, data in (("b", sums), ("a", sums), (".hidden", sums)):
         shutil.copytree(data, tmp_path / "data" / name)
     (tmp_path / "data" / "empty").mkdir()
+    for name in ("d.jsonl", "e.f.CSV", ".hidden.csv", "notes.txt", "g.json"):
+        (tmp_path / "data" / name).touch()
     (tmp_path / "proj").mkdir()
     done = CliRunner().invoke(
         app, ["init", "--config", "proj/lorasb.toml", "--tasks-dir", "data", "--task", f"c={parity}"]
@@ -131,15 +133,30 @@ def test_init_takes_every_folder_with_rows_for_a_task(
         "a": "../data/a",
         "b": "../data/b",
         "c": str(parity),
+        "d": "../data/d.jsonl",
+        "e.f": "../data/e.f.CSV",
     }
     assert load_task("a", project.task_source("a")).sha256 == load_task("a", sums).sha256
     done = CliRunner().invoke(app, ["init", "--tasks-dir", "proj"])
     assert (done.exit_code, "there are no tasks in it (proj)" in done.stderr) == (1, True)
 
 
+def test_init_takes_no_name_for_two_tasks_and_no_split_for_one(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sums, "data/a")
+    Path("data/a.csv").touch()
+    error = CliRunner().invoke(app, ["init", "--tasks-dir", "data"]).stderr
+    assert error == "Error: a and a.csv are two tasks of one name (data). Rename or remove one\n"
+    error = CliRunner().invoke(app, ["init", "--tasks-dir", "data/a"]).stderr
+    assert "it has a train split, so it is one task (data/a). Give the folder that it lies in" in error
+    assert "there are no tasks in it (nowhere)" in CliRunner().invoke(app, ["init", "--tasks-dir", "nowhere"]).stderr
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     text = 'modle = "x"\n[fit]\nepocs = 3\nlr = 0.1\nrank = 16\nbatch_size = "8"\n[basis]\nrank = true\n'
-    text += "[hub]\nzzz = 1\n"
+    text += '[hub]\nzzz = 1\n[data]\nholdout = 1\nsubset = "x"\n'
     text += '[tasks."../up"]\ndata = "d"\n[tasks.b]\n[tasks.c]\ndata = "d"\nfit.epochs = "3"\nfit.seed = 1\n'
     text += '[tasks.e]\ndata = "d"\nfit = 3\n'
     with pytest.raises(SettingsError) as error:
@@ -151,6 +168,8 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         "[fit] unknown key 'lr' (did you mean 'learning_rate'?)",
         "[fit] unknown key 'rank' (it is a key of [basis])",
         "[hub] unknown key 'zzz' (there are: repo, public)",
+        "[data] unknown key 'holdout' (did you mean 'hold_out'?)",
+        "[data] unknown key 'subset' (it is a key of [tasks.NAME])",
         "[fit] batch_size = '8' has the wrong type: it takes int",
         "[basis] rank = True has the wrong type",
         "'../up' cannot be",
@@ -169,6 +188,27 @@ def test_a_task_has_a_positive_weight(tmp_path: Path) -> None:
     for wrong in ("0", "-1.5", "inf", "nan", "true", '"2"'):
         with pytest.raises(SettingsError, match=r"\[tasks.a\] weight"):
             load(tmp_path, f'[tasks.a]\ndata = "d"\nweight = {wrong}\n')
+
+
+def test_a_task_is_read_as_its_table_says_then_as_the_common_one(tmp_path: Path) -> None:
+    """What the common table says never stands in the way of a task that says otherwise."""
+    pair, hub = {"prompt": "question", "completion": "answer"}, 'data = "owner/name"\n'
+    project = load(
+        tmp_path,
+        '[data]\ncolumns = { prompt = "question", completion = "answer" }\nhold_out = 0.1\n'
+        f"[tasks.a]\n{hub}[tasks.own]\n{hub}columns = {{ text = 'body' }}\nhold_out = 0.2\n"
+        f"[tasks.none]\n{hub}columns = {{}}\nhold_out = 0\n"
+        f'[tasks.valid]\n{hub}splits = {{ train = "t", valid = "v" }}\n',
+    )
+    assert {name: project.task_source(name).options() for name in project.tasks} == {
+        "a": {"columns": pair, "hold_out": 0.1},
+        "own": {"columns": {"text": "body"}, "hold_out": 0.2},
+        "none": {},
+        "valid": {"columns": pair, "splits": {"train": "t", "valid": "v"}},
+    }
+    for name in ("a", "valid", "elsewhere"):
+        assert project.other_source(name, "other.csv").options() == {"columns": pair, "hold_out": 0.1}
+    assert project.other_source("elsewhere", "other.csv", hold_out=False).options() == {"columns": pair}
 
 
 def test_a_task_is_trained_by_flags_then_its_own_table_then_the_common_one(tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def test_what_a_table_may_say_of_its_data(lines: str, tmp_path: Path) -> None:
     assert BAD[lines] in str(error.value)
 
 
+COMMON = ['columns = { question = "prompt" }', "hold_out = 1", 'columns = "prompt"']
+
+
+@pytest.mark.parametrize("lines", COMMON)
+def test_what_the_common_table_may_say_is_told_of_it_alone(lines: str, tmp_path: Path) -> None:
+    (tmp_path / "lorasb.toml").write_text(f'[data]\n{lines}\n[tasks.a]\ndata = "owner/name"\n')
+    with pytest.raises(SettingsError) as error:
+        Project.load(tmp_path / "lorasb.toml")
+    assert (f"[data] {BAD[lines]}" in str(error.value), "[tasks.a]" in str(error.value)) == (True, False)
+
+
 WRONG: dict[str, dict[str, Any]] = {
     "columns": {"columns": None},
     "hold_out": {"hold_out": "0.1"},

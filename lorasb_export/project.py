@@ -156,6 +156,10 @@ class Project:
             logger.warning("%s is taken for the folder of that name here; the adapter is adapters/%s", word, word)
         return word
 
+    def task(self, name: str, data: str = "") -> Task:
+        """A task of the file, or what `[data]` makes of `data` that belongs to none."""
+        return self.tasks.get(name) or Task(data, **self.data)
+
     def task_source(self, name: str) -> TaskSource:
         """The data of a task: an absolute path, or what may be a Hub dataset id; with how it is read, where its table
         or `[data]` says that.
@@ -178,7 +182,7 @@ class Project:
 
         The task's own data is read as the project says, data of no task as `[data]` does.
         """
-        task, path = self.tasks.get(name, Task(data, **self.data)), expanded(data)
+        task, path = self.task(name, data), expanded(data)
         if name in self.tasks:
             own = self.path(task.data)
             if path.samefile(own) if path.exists() and own.exists() else data == task.data:

@@ -129,9 +129,8 @@ def evaluate_adapters(
         logger.info("The figures of %d adapters are in their cards", len(known))
     yield from known.items()
     if not ready and not known:
-        raise DataError(
-            "no adapter has rows to be scored on", fix="Add valid.jsonl to a task's data, or hold_out to its table"
-        )
+        fix = "Add valid.jsonl to a task's data; or set hold_out in [data] or its table, and fit it again"
+        raise DataError("no adapter has rows to be scored on", fix=fix)
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
     if file is not None:

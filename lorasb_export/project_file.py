@@ -30,7 +30,7 @@ class Task:
 
     Attributes:
         data: folder, file or Hub dataset id.
-        columns, hold_out, subset, splits: of the data: see `TaskSource`.
+        columns, hold_out, subset, splits: of the data: see `TaskSource`. A `hold_out` of None: nothing was said of it.
         basis: a basis of its own, in place of the project's shared one.
         weight: of the task's rows in the calibration of the shared basis.
         fit: how it is trained otherwise than `[fit]` says.
@@ -38,7 +38,7 @@ class Task:
 
     data: str
     columns: Mapping[str, str] = field(default_factory=dict)
-    hold_out: float = 0.0
+    hold_out: float | None = None
     subset: str | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
     basis: str | None = None

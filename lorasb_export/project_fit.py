@@ -29,6 +29,7 @@ from .training.requirements import check_requirements
 logger = logging.getLogger(__name__)
 
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
+_HOLD_OUT = "To hold some out, set hold_out = 0.1 in [data] of lorasb.toml, or in a task's table, before you train"
 
 
 def fit_tasks(
@@ -83,7 +84,11 @@ def fit_tasks(
                 refuse_begun(working_folder(target))
     places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
     own = own or {}
-    generates = _checked(places, settings, own) == {CAUSAL_LM}
+    types, unscored = _checked(places, settings, own)
+    generates = types == {CAUSAL_LM}
+    unscored = [name for name in unscored if project.task(name).hold_out is None]
+    if new := [name for name in unscored if not resume or is_free(targets[name])]:
+        logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
     base = BaseModel.resolve(model or project.require_model())
     calibration = project.calibration_settings(settings)
     started = Adapter.load(start) if start else None
@@ -164,17 +169,25 @@ def _out_of_memory(name: str) -> TrainingError:
     )
 
 
-def _checked(places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]) -> set[str]:
-    """Read every task to check it; only the types are kept. Up to ten bad ones are told at once."""
+def _checked(
+    places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]
+) -> tuple[set[str], list[str]]:
+    """Read every task to check it. Up to ten bad ones are told at once.
+
+    Returns:
+        the types of the tasks, and the names of those without held-out rows.
+    """
     for used in {own.get(name, settings) for name in places}:
         check_requirements([], used)  # what is wrong with no task is told once
-    types, problems = set(), Problems()
+    types, unscored, problems = set(), list[str](), Problems()
     for name, source in progress_bar(places.items(), desc="check"):
         with problems:
             task = load_task(name, source)
             check_requirements([task], own.get(name, settings))
             types.add(task.task_type)
+            if not task.splits.get(task.held_out()):
+                unscored.append(name)
         if problems.is_full:
             break
     problems.raise_all("nothing was trained")
-    return types
+    return types, unscored

@@ -266,6 +266,29 @@ def test_the_result_counts_rows_left_out_and_cut(
     assert ", 1 of 66 rows left out, 1 of 65 cut at max_length, " in said
 
 
+def test_tasks_without_held_out_rows_are_named_once_before_any_is_trained(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Those of which nothing was said; nor is it said of an adapter that is kept, for which it is too late."""
+    rows = 'data = "data/train.jsonl"\n'
+    tables = "".join(f"[tasks.{name}]\n{rows}" for name in "bcd") + "hold_out = 0\n"
+    tables += f"[tasks.e]\n{rows}hold_out = 0.1\n"
+    project(tmp_path / "p", tmp_path / "missing", sums, tables)
+    monkeypatch.chdir(tmp_path / "p")
+    told = "No rows are held out to score %s on. To hold some out, set hold_out = 0.1 in [data]"
+    for words, names in (["fit"], "b, c"), (["fit", "--resume"], "b"):
+        log.clear()
+        assert "missing" in CliRunner().invoke(app, words).stderr
+        assert [message.partition(" of lorasb.toml")[0] for message in log.messages] == [told % names]
+        (tmp_path / "p/adapters/c").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p/adapters/c/adapter_config.json").touch()
+    log.clear()
+    with (tmp_path / "p" / "lorasb.toml").open("a") as file:
+        file.write("[data]\nhold_out = 0\n")
+    assert "missing" in CliRunner().invoke(app, ["fit", "b"]).stderr
+    assert not log.messages
+
+
 def test_the_first_process_alone_warns(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:

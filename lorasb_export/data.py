@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .choices import CAUSAL_LM, SEQ_CLS
+from .columns import renamed
 from .errors import DataError, SettingsError
 from .hub_dataset import rows_from_hub
 from .rows import (
@@ -203,7 +204,7 @@ def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
     if not path.exists():
         placed = rows_from_hub(source)
     if source.columns:
-        placed = {split: [_renamed(row, source) for row in rows] for split, rows in placed.items()}
+        placed = renamed(placed, source.columns, source.path)
     of_csv = [row for split, file in files.items() if is_csv(file) for row in placed[split]]
     if labelled := [(place, row) for place, row in of_csv if kind_of(row, place) == LABELLED]:
         number_labels(labelled)
@@ -228,17 +229,6 @@ def split_files(folder: Path) -> dict[str, Path]:
         files = ", ".join(f"{split}.jsonl" for split in splits)
         warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}, or else .csv")
     return {split: found[split] for split in SPLITS if split in found}
-
-
-def _renamed(placed: Placed, source: TaskSource) -> Placed:
-    columns, (place, row) = source.columns, placed
-    if "text" in columns and "label" in row and "label" not in columns:
-        warn_once(f"columns leave out the labels of {source}, so text is learnt, not classes")
-    for column in columns.values():
-        if column not in row:
-            fix = "Correct columns of its [tasks.NAME], or of [data]"
-            raise DataError(f"no column {column!r} (there are: {', '.join(map(str, row))})", where=place, fix=fix)
-    return place, {field: row[column] for field, column in columns.items()}
 
 
 def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[Placed], list[Placed]]:

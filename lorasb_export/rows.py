@@ -135,6 +135,7 @@ def kind_of(row: Row, where: object = None) -> str:
         return COMPLETION
     if "text" in row:
         return LABELLED if "label" in row else TEXT
+    _refuse_sharegpt(row.get("conversations"), where)
     has = some(row)
     kinds = 'Use {"prompt": …, "completion": …}, {"messages": […]}, {"text": …} or {"text": …, "label": …}'
     raise DataError(
@@ -189,6 +190,7 @@ def check_row(row: Row, kind: str, where: str) -> None:
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list):
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
+    _refuse_sharegpt(messages, where)
     for number, turn in enumerate(messages, 1):
         for field in ("role", "content"):
             if not isinstance(turn, dict) or field not in turn:
@@ -198,6 +200,13 @@ def _check_messages(messages: Any, where: str) -> None:
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
+
+
+def _refuse_sharegpt(turns: Any, where: object) -> None:
+    """Raise DataError for a chat whose turns have other names than `role` and `content`."""
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"from", "value"} <= turns[0].keys():
+        fix = "Make 'role' and 'content' of them (of human: user, of gpt: assistant) as docs/how-to/train.md does"
+        raise DataError("a chat of ShareGPT's kind, with 'from' and 'value'", where=where, fix=fix)
 
 
 def refuse_unwritable(row: object, place: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .choices import Split
+from .columns import columns_of, is_template
 from .errors import SettingsError
 from .rows import FIELDS
 
@@ -20,7 +21,8 @@ class TaskSource:
 
     Attributes:
         path: a folder, a file, or a Hub dataset id, `owner/name` or `owner/name@revision`.
-        columns: field of a row → what the data calls it; all else in the data is left alone. Empty: as it is called.
+        columns: field of a row → what the data calls it, or for a text a template of several, such as
+            `{title}: {body}`; all else in the data is left alone. Empty: as it is called.
         hold_out: of data without valid rows, about the share of its training rows to hold out as such. A digest of the
             row's fields decides: equal rows stay together, and no row changes sides when others are added, unless it is
             the last of its class. Where there are valid rows, none are held out.
@@ -29,8 +31,8 @@ class TaskSource:
             is not read. Empty: train, validation (or valid) and test.
 
     Raises:
-        SettingsError: a field or split that no task has, no `train` among the splits, a share that is none, or a value
-            of a wrong type.
+        SettingsError: a field or split that no task has, no `train` among the splits, a share that is none, a template
+            that names no column, or a value of a wrong type.
     """
 
     path: str
@@ -56,6 +58,13 @@ class TaskSource:
                     raise SettingsError(f"{name} has {key!r}", where=self.path, fix=f"Use {', '.join(known)}")
                 if not isinstance(value, str):
                     raise SettingsError(f"{key!r} in {name} is {value!r}", where=self.path, fix="Give a name in quotes")
+        for key, value in self.columns.items():
+            what = f"{key!r} in columns is {value!r}"
+            if key in ("label", "messages") and is_template(value):
+                raise SettingsError(what, where=self.path, fix="Name one column: texts alone are made of several")
+            if not columns_of(value):
+                fix = "Write {column} for a column, {{ and }} for braces of the text"
+                raise SettingsError(f"{what}, which is no template", where=self.path, fix=fix)
         if self.splits and "train" not in self.splits:
             raise SettingsError("splits name no train", where=self.path, fix="Say which split to train on")
         if not 0 <= self.hold_out < 1:

@@ -62,6 +62,16 @@ BAD = {
         "'content' of message 2 is not a string",
         "train.jsonl:1",
     ),
+    "of ShareGPT's kind": (
+        '{"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}\n',
+        "a chat of ShareGPT's kind, with 'from' and 'value'",
+        "train.jsonl:1",
+    ),
+    "of ShareGPT's kind, renamed": (
+        CHAT_LINE + '{"messages": [{"from": "human", "value": "1+1="}]}\n',
+        "a chat of ShareGPT's kind, with 'from' and 'value'",
+        "train.jsonl:2",
+    ),
     "no assistant": (
         '{"messages": [{"role": "user", "content": "?"}]}\n',
         "the assistant says nothing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from lorasb_export import Adapter, TaskSource, evaluate, load_task, merge
 from lorasb_export.errors import ArtifactError, DataError, SettingsError
 from lorasb_export.project import Project
 from tests.conftest import lorasb
-from tests.rows import in_csv, rows_of
+from tests.rows import CHAT, in_csv, rows_of
 
+DOCS = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
 PAIR = {"prompt": "question", "completion": "answer"}
 
 
@@ -35,6 +37,55 @@ def test_of_named_columns_nothing_else_is_read(tmp_path: Path) -> None:
     expected = r"no column 'q' \(there are: question, answer, text, label, messages\) \(.*rows\.jsonl:1\)\. Correct"
     with pytest.raises(DataError, match=expected):
         rows_of(path, columns={"prompt": "q"})
+
+
+def in_json(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_text_is_made_of_several_columns(tmp_path: Path) -> None:
+    """Those that a row lacks or that are empty make nothing of it; all else is written as it is."""
+    rows: list[dict[str, Any]] = [
+        {"instruction": "Add {x}", "input": "1 and 2", "output": "3", "more": []},
+        {"instruction": "Say", "input": None, "output": "a", "n 1": 0.5},
+        {"instruction": "", "output": "b", "n 1": 7},
+    ]
+    columns = {"prompt": "{{{n 1}}} {instruction}\n{input}\n", "completion": "output"}
+    assert rows_of(in_json(tmp_path, *rows), columns=columns) == [
+        {"prompt": "{} Add {x}\n1 and 2\n", "completion": "3"},
+        {"prompt": "{0.5} Say\n\n", "completion": "a"},
+        {"prompt": "{7} \n\n", "completion": "b"},
+    ]
+    table = in_csv(tmp_path, "title,body,label\na,b,1\n,c,0\n")
+    read = rows_of(table, columns={"text": "{title}: {body}", "label": "label"})
+    assert read == [{"text": "a: b", "label": 1}, {"text": ": c", "label": 0}]
+
+
+def test_a_column_of_a_template_that_there_is_not(tmp_path: Path) -> None:
+    path = in_json(tmp_path, {"instruction": "a", "output": "b"}, {"input": "c", "output": "d", "tags": ["x"]})
+    with pytest.raises(DataError, match=r"no row has a column 'inptu' \(there are: instruction, output, input, tags\)"):
+        rows_of(path, columns={"prompt": "{instruction}{inptu}", "completion": "output"})
+    with pytest.raises(DataError, match=r"column 'tags' is of type list, and a template takes .*rows\.jsonl:2\)"):
+        rows_of(path, columns={"prompt": "{input}{tags}", "completion": "output"})
+    with pytest.raises(DataError, match="no training rows"):
+        rows_of(in_json(tmp_path), columns={"prompt": "{input}", "completion": "output"})
+
+
+def test_labels_within_a_text_are_not_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = in_csv(tmp_path, "body,label\na,yes\n")
+    assert rows_of(path, columns={"text": "{body}: {label}"}) == [{"text": "a: yes"}]
+    assert not caplog.text
+
+
+def test_the_lines_of_the_docs_on_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (lines,) = [block for block in DOCS.split("```python\n") if "sharegpt.json" in block]
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
+    Path("sharegpt.json").write_text(json.dumps([{"id": "x", "conversations": turns}]))
+    exec(lines.partition("```")[0], {})
+    assert rows_of(Path("data/chats")) == [CHAT]
 
 
 @pytest.fixture
@@ -71,6 +122,8 @@ def test_subset_splits_and_revision_of_a_hub_dataset(hub: list[dict[str, Any]]) 
     assert hub == [{"name": "owner/name", "revision": "v1.0"}]
     plain = load_task("t", TaskSource("owner/name", PAIR, subset="plain", hold_out=0.25))
     assert (len(plain.rows("train")), len(plain.rows("valid"))) == (14, 6)
+    of_two = load_task("t", TaskSource("owner/name", {"text": "{question} {answer}"}, subset="plain"))
+    assert of_two.rows("train")[1] == {"text": "plain train 1 1"}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +204,10 @@ BAD = {
     'columns = { question = "prompt" }': "columns has 'question': Use prompt, completion, messages",
     "columns = { prompt = 3 }": "'prompt' in columns is 3: Give a name in quotes",
     'columns = "prompt"': "columns = 'prompt' has the wrong type: it takes dict",
+    'columns = { prompt = "{{a}}" }': "'prompt' in columns is '{{a}}', which is no template: Write {column} for",
+    'columns = { prompt = "{a} {" }': "which is no template",
+    'columns = { prompt = "{}{a}" }': "which is no template",
+    'columns = { text = "a", label = "{b}" }': "'label' in columns is '{b}': Name one column",
     "hold_out = 1": "hold_out is 1: Give a share of the training rows, below 1",
     "hold_out = -0.1": "hold_out is -0.1",
     "hold_out = nan": "hold_out is nan",
@@ -195,14 +252,17 @@ def test_values_of_a_wrong_type(name: str) -> None:
 
 
 def test_the_tables_of_the_docs(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
-    (tables,) = [block for block in page.split("```toml\n")[1:] if block.startswith("[tasks.support]")]
-    (tmp_path / "lorasb.toml").write_text(tables.partition("```")[0])
+    blocks = [block.partition("```")[0] for block in DOCS.split("```toml\n")[1:]]
+    tables = [block for block in blocks if block.startswith(("[tasks.support]", "[tasks.alpaca]", "[data]"))]
+    (tmp_path / "lorasb.toml").write_text("".join(tables))
     project = Project.load(tmp_path / "lorasb.toml")
     support, gsm8k, chat = (project.task_source(name) for name in ("support", "gsm8k", "chat"))
     assert support == TaskSource(str(tmp_path / "support.csv"), PAIR, hold_out=0.1)
     assert gsm8k == TaskSource("openai/gsm8k", PAIR, hold_out=0.1, subset="main")
     assert (str(chat), list(chat.splits)) == ("HuggingFaceH4/ultrachat_200k", ["train", "valid"])
+    in_json(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"})
+    alpaca = replace(project.task_source("alpaca"), path=str(tmp_path / "rows.jsonl"), hold_out=0)
+    assert [row["prompt"] for row in load_task("alpaca", alpaca).rows("train")] == ["a\n", "c\nd"]
 
 
 @pytest.fixture

@@ -198,6 +198,10 @@ def _check_messages(messages: Any, where: str) -> None:
             if not isinstance(turn[field], str):
                 what = f"{field!r} of message {number} is not a string"
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
+        if turn["role"] == "assistant" and turn.get("weight") not in (None, 1):  # OpenAI's; the Hub fills up with None
+            what = f"message {number} has weight {turn['weight']!r}, and every turn of the assistant is learnt alike"
+            fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"
+            raise DataError(what, where=where, fix=fix)
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 

@@ -62,6 +62,12 @@ BAD = {
         "'content' of message 2 is not a string",
         "train.jsonl:1",
     ),
+    "weight": (
+        CHAT_LINE + CHAT_LINE.replace('"2"', '"2", "weight": 0'),
+        "message 2 has weight 0, and every turn of the assistant is learnt alike",
+        "train.jsonl:2",
+    ),
+    "weight that is no number": (CHAT_LINE.replace('"2"', '"2", "weight": "1"'), "has weight '1'", "train.jsonl:1"),
     "of ShareGPT's kind": (
         '{"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}\n',
         "a chat of ShareGPT's kind, with 'from' and 'value'",
@@ -91,6 +97,14 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
+
+
+def test_weights_that_change_nothing(tmp_path: Path) -> None:
+    """OpenAI's 1, and what the Hub puts where others have a weight; of others than the assistant nothing is learnt."""
+    weights = ('"2", "weight": 1', '"2", "weight": 1.0', '"2", "weight": null')
+    lines = [CHAT_LINE.replace('"2"', answer) for answer in weights] + [CHAT_LINE.replace('="', '=", "weight": 0')]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    assert len(load_task("t", tmp_path).rows("train")) == 4
 
 
 def test_a_label_that_training_lacks(tmp_path: Path) -> None:

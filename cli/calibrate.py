@@ -81,7 +81,7 @@ def run(
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
-    from lorasb_export.project_basis import is_shared, make, shared_folder
+    from lorasb_export.project_basis import calibrate_into, is_shared, shared_folder
     from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
     from lorasb_export.storage import expanded
 
@@ -95,7 +95,9 @@ def run(
     if settings.directions in DRAWN and unused:
         flags_given = ", ".join(f"--{name}" for name in unused)
         raise typer.BadParameter(f"{flags_given}: a basis whose directions are {settings.directions!r} needs no data")
-    basis = make(project, target, settings, model=model, tasks=sources, weights=given_weights, overwrite=overwrite)
+    basis = calibrate_into(
+        project, target, settings, model=model, tasks=sources, weights=given_weights, overwrite=overwrite
+    )
     result: dict[str, Any] = {
         "out": str(target),
         "sha256": basis.sha256,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def find(project: Project, name: str) -> str:
+def basis_of_task(project: Project, name: str) -> str:
     """Where the basis of a task is, or `own`."""
     own = project.tasks[name].basis if name in project.tasks else None
     if own is None:
@@ -88,7 +88,7 @@ def load_or_make(
     return basis
 
 
-def make(
+def calibrate_into(
     project: Project,
     target: Path,
     settings: CalibrationSettings,

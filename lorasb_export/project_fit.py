@@ -97,7 +97,7 @@ def fit_tasks(
         what = f"{started.name} is to be replaced, and the others are to start from it"
         raise SettingsError(what, fix="Train it alone, or start from a copy")
     of_start = "" if started is None or basis else str(started.find_basis())
-    sources = {name: basis or of_start or project_basis.find(project, name) for name in places}
+    sources = {name: basis or of_start or project_basis.basis_of_task(project, name) for name in places}
     if together and own:
         what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
         raise SettingsError(f"{what} with settings of their own", fix=fix)

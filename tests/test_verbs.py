@@ -196,7 +196,7 @@ def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatc
     )
     seen: list[Any] = []
     stop = Mock(side_effect=lambda *words, **options: seen.append((words, options)) or (_ for _ in ()).throw(OSError))
-    for place in ("project_fit.fit_tasks", "project_basis.make", "project_push.push_project"):
+    for place in ("project_fit.fit_tasks", "project_basis.calibrate_into", "project_push.push_project"):
         monkeypatch.setattr(f"lorasb_export.{place}", stop)
     monkeypatch.setattr("lorasb_export.base.BaseModel.resolve", lambda name: name)
     for words in ("fit", "fit --no-gradient-checkpointing --no-group-by-length"):

@@ -47,13 +47,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
         context: what the chat template is told besides.
 
     Raises:
-        DataError: the chat template refuses it.
+        DataError: the chat template refuses it, or there is none for its turns.
     """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return _text_ids(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
+    require_template(tokenizer, where)
     return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, where: object = None) -> None:
+    """Raise DataError where nothing says how the turns of a chat are written."""
+    if tokenizer.chat_template is None:
+        place = f"{where}, {tokenizer.name_or_path}" if where else tokenizer.name_or_path
+        fix = "Use rows of prompts and no system message, or give the base a chat template"
+        raise DataError("messages are given, but the tokenizer has no chat template", where=place, fix=fix)
 
 
 def fixed_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -238,12 +247,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the rows hold messages, but the tokenizer has no chat template",
-            where=f"{where}, {tokenizer.name_or_path}",
-            fix="Use prompt/completion rows for single turns, or give the base a chat template",
-        )
+    require_template(tokenizer, where)
     with _refusals(where):
         if _GENERATION.search(tokenizer.get_chat_template()):
             text, spans = _marked(row["messages"], tokenizer)

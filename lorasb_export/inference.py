@@ -10,8 +10,8 @@ import torch
 
 from .answer_end import before_end, end_ids
 from .bars import progress_bar
-from .encoding import answer_ids, prompt_ids
-from .errors import DataError, SettingsError
+from .encoding import answer_ids, prompt_ids, require_template
+from .errors import DataError, Problems, SettingsError
 from .given_network import evaluating, positions
 from .inject import refuse_rows
 from .rows import Prompt, Row, question_and_answer
@@ -62,33 +62,49 @@ def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> It
 
 
 def checked_prompt_ids(
-    network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
+    reach: float,
     max_tokens: int,
     unit: str,
 ) -> list[list[int]]:
-    """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that `network` can answer.
+    """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
 
     Args:
+        reach: where its positions end (`given_network.positions`).
         unit: what errors call one of them; its number, from 1, follows.
 
     Raises:
-        DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or positions end
+            before its answer. Up to ten are named at once.
+        SettingsError: `prompts` is one text.
     """
-    reach = positions(network)
+    if isinstance(prompts, str):
+        raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        require_template(tokenizer)  # here, or it would be said of every chat
     questions = []
+    problems = Problems()
     for number, prompt in enumerate(prompts, 1):
-        where = f"{unit} {number}"
-        ids = prompt_ids(tokenizer, prompt, where)
-        if not ids:
-            raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
-        if len(ids) + max_tokens > reach:
-            what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
-            raise DataError(what, where=where, fix="Shorten one of them")
-        questions.append(ids)
+        with problems:
+            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, max_tokens=max_tokens))
+        if problems.is_full:
+            break
+    problems.raise_all("nothing was answered")
     return questions
+
+
+def _asked(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, max_tokens: int
+) -> list[int]:
+    ids = prompt_ids(tokenizer, prompt, where)
+    if not ids:
+        raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
+    if len(ids) + max_tokens > reach:
+        what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
+        raise DataError(what, where=where, fix="Shorten one of them")
+    return ids
 
 
 def answers(
@@ -109,14 +125,14 @@ def answers(
         unit: what errors call a prompt; its number, from 1, follows.
 
     Raises:
-        DataError: the chat template refuses a prompt, it has no tokens, or learned positions end before its answer.
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or learned
+            positions end before its answer. Up to ten are named at once.
         SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all. Or `prompts`
             is one text.
     """
-    if isinstance(prompts, str):
-        raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
     refuse_rows(network)
-    questions = checked_prompt_ids(network, tokenizer, prompts, max_tokens=max_tokens, unit=unit)
+    reach = positions(network)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
     return answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
 
 

@@ -21,6 +21,7 @@ from ..basis import Basis
 from ..data import TaskData
 from ..encoding import Encoded, encode
 from ..errors import TrainingError
+from ..given_network import positions
 from ..head import load_head
 from ..inference import checked_prompt_ids, question_of
 from ..metrics import better
@@ -216,5 +217,6 @@ class TrainingRuns:
         unit, tokenizer, ends = task.unit("valid"), self.base.tokenizer, self._ends
         of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
         questions, expected, rooms = zip(*of_rows, strict=True)
-        ids = checked_prompt_ids(self.network, tokenizer, questions, max_tokens=max(rooms), unit=unit)
+        reach = positions(self.network)
+        ids = checked_prompt_ids(tokenizer, questions, reach=reach, max_tokens=max(rooms), unit=unit)
         return Validation(encoded, tokenizer, list(zip(ids, expected, strict=True)), max(rooms))

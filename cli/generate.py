@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorasb_export.choices import CAUSAL_LM, LoadedDtype
+from lorasb_export.errors import some
 
-from .verb import Run, listed
+from .verb import Run, given, listed
 
-SAVES_MEMORY = ("--dtype bfloat16",)
+if TYPE_CHECKING:
+    from lorasb_export.rows import Prompt, Row
+
+SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")
 
 
 def run(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Ask each row of a file: JSON lines or CSV, of `prompt` or `messages`."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message before what is asked, where it has none itself.")
+    ] = None,
     adapters: Annotated[
         str | None,
         typer.Option(
@@ -31,18 +44,67 @@ def run(
     dtype: Annotated[
         LoadedDtype, typer.Option(help="Data type of the model; auto: the checkpoint's; nf4: four bits.")
     ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts at once, 16 by default; fewer need less memory."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the answers as JSON lines, in place of printing them.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
 ) -> None:
     """Ask the base and the adapters the same thing. No server is needed."""
-    chosen = None if adapters is None else listed(adapters)
-    if onnx is not None:
-        if model is not None or dtype != "auto":
-            raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
-        from lorasb_export.side_by_side import ask_onnx
-        from lorasb_export.storage import expanded
+    if overwrite and out is None:
+        raise typer.BadParameter("--overwrite is for the file of --out")
+    if onnx is not None and (model is not None or dtype != "auto"):
+        raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
+    if onnx is not None and batch_size is not None:
+        raise typer.BadParameter("--onnx goes without --batch-size")
+    from lorasb_export.prompt_file import answered, answers_file, read_prompts
+    from lorasb_export.rows import with_system
+    from lorasb_export.storage import expanded
 
-        _print(run, prompt, ask_onnx(expanded(onnx), prompt, chosen, max_tokens=max_tokens))
-        return
-    if chosen is None:
+    rows: list[Row]
+    asked: list[Prompt]
+    if prompt is not None and prompts is None:
+        rows, asked, unit = [{"prompt": prompt}], [prompt], "prompt"
+    elif prompt is None and prompts is not None:
+        rows, asked = read_prompts(expanded(prompts))
+        unit = f"{prompts}: row"
+    else:
+        raise typer.BadParameter("give a PROMPT, or --prompts FILE, and not both")
+    if system is not None:
+        asked = [with_system(one, system) for one in asked]
+    options: dict[str, Any] = {"max_tokens": max_tokens, "unit": unit}
+    with nullcontext() if out is None else answers_file(out, overwrite=overwrite, prompts=prompts) as write:
+        if onnx is not None:
+            from lorasb_export.side_by_side import ask_onnx
+
+            chosen = None if adapters is None else listed(adapters)
+            found = ask_onnx(expanded(onnx), asked, chosen, **options)
+        else:
+            found = _ask(run, asked, adapters, model, dtype=dtype, **given(batch_size=batch_size), **options)
+        lines = answered(rows, found)
+        if write is not None:
+            write(lines)
+    names = list(found)
+    if out is not None:
+        value = {"out": out, "rows": len(rows), "names": names}
+        run.result(value, f"Wrote {out}: {len(rows)} rows, answered by {some(names)}")
+    elif prompts is not None:
+        run.result({"answered": lines}, "\n\n".join(map(_block, lines, asked)))
+    else:
+        answers = lines[0]["answers"]
+        run.result({"prompt": prompt, "answers": answers}, _said(answers))
+
+
+def _ask(
+    run: Run, asked: Sequence[Prompt], adapters: str | None, model: str | None, **options: Any
+) -> dict[str, list[str]]:
+    """Of the base and of the adapters that are named, else of the project's."""
+    if adapters is not None:
+        chosen = listed(adapters)
+    else:
         from lorasb_export.names import refuse_many
 
         names = [] if model else run.project.adapter_names()
@@ -53,8 +115,7 @@ def run(
     base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()
     from lorasb_export.side_by_side import ask_adapters  # only now: it brings torch
 
-    found = ask_adapters(prompt, folders, base=base, max_tokens=max_tokens, dtype=dtype)
-    _print(run, prompt, found)
+    return ask_adapters(asked, folders, base=base, **options)
 
 
 def _answers(run: Run, name: str) -> bool:
@@ -67,5 +128,11 @@ def _answers(run: Run, name: str) -> bool:
     return False
 
 
-def _print(run: Run, prompt: str, found: dict[str, str]) -> None:
-    run.result({"prompt": prompt, "answers": found}, "\n".join(f"[{name}] {answer}" for name, answer in found.items()))
+def _block(line: dict[str, Any], asked: Prompt) -> str:
+    """A row's number and question, of a chat its last turn, and the answers."""
+    question = asked if isinstance(asked, str) else asked[-1]["content"]
+    return f"{line['number']}. {question}\n{_said(line['answers'])}"
+
+
+def _said(answers: dict[str, str]) -> str:
+    return "\n".join(f"[{name}] {answer}" for name, answer in answers.items())

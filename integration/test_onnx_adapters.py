@@ -14,12 +14,14 @@ import pytest
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
-from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError, OutputError, SettingsError
 from lorasb_export.exporting import onnx_adapters, onnx_run
 from lorasb_export.exporting.onnx_adapter_file import Arrays, read_adapter, values, write_adapter
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
 from lorasb_export.exporting.onnx_record import read_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
+from lorasb_export.rows import with_system
+from lorasb_export.side_by_side import ask_adapters, ask_onnx
 from tests.tiny import make_llama
 
 from .onnx_world import PROMPTS, TOKENS, answers, save_adapter
@@ -44,6 +46,20 @@ def test_an_adapter_of_another_graph_is_refused(tasks_onnx: Path, tmp_path: Path
     write_adapter(tmp_path / "half.onnx_adapter", half)
     with pytest.raises(ArtifactError, match="another graph"):
         OnnxDecoder(tasks_onnx, tmp_path / "half.onnx_adapter", threads=1)
+
+
+def test_many_prompts_are_answered_as_in_torch(world: Path, tasks_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a system message too; and no adapter is asked for before all are there."""
+    asked = ["1+1=", with_system("1+1=", "add"), *(f"{number}+{number}=" for number in range(9))]
+    adapters = {name: str(world / name) for name in ("red", "blue")}
+    torchs = ask_adapters(asked, adapters, base=None, max_tokens=6, dtype="float32")
+    assert ask_onnx(tasks_onnx, asked, ["red", "blue"], max_tokens=6) == torchs
+    assert len({answer for said in torchs.values() for answer in said}) > 20
+    with pytest.raises(DataError, match=r"an answer of 120; the base's positions end at 128 \(row 2\)"):
+        ask_onnx(tasks_onnx, asked, ["red"], max_tokens=120, unit="row")
+    monkeypatch.delattr(OnnxDecoder, "generate")
+    with pytest.raises(ArtifactError, match="no such ONNX adapter"):
+        ask_onnx(tasks_onnx, asked, ["red", "green"], max_tokens=6)
 
 
 def test_tasks_are_added_without_the_graph_being_exported_again(world: Path, tmp_path: Path) -> None:

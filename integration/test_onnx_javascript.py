@@ -76,9 +76,8 @@ def test_python_runs_a_task(gpt2: Path, capsys: pytest.CaptureFixture[str]) -> N
     """With OnnxDecoder, and one step without it."""
     names: dict[str, Any] = {}
     exec(code("Run it with onnxruntime", "python").replace("tasks-onnx", str(gpt2)), names)
-    assert (
-        ask_onnx(gpt2, "What is the capital of France?", max_tokens=40)["a"] == capsys.readouterr().out.splitlines()[0]
-    )
+    (said,) = ask_onnx(gpt2, ["What is the capital of France?"], max_tokens=40)["a"]
+    assert said == capsys.readouterr().out.splitlines()[0]
     assert names["answers"][0][0] == names["logits"][0, -1].argmax()
 
 
@@ -105,7 +104,7 @@ def root(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_node_runs_every_task_of_a_routed_graph_and_a_merged_one(root: Path) -> None:
-    expected = ask_onnx(root / "routed", PROMPT, max_tokens=64)
+    expected = {name: said for name, (said,) in ask_onnx(root / "routed", [PROMPT], max_tokens=64).items()}
     assert len(set(expected.values())) == 3
     for folder, name in (("routed", "base"), ("routed", "red"), ("routed", "blue"), ("a-onnx", "red")):
         command = ["node", "ask.mjs", folder, name, PROMPT]
@@ -118,7 +117,7 @@ def test_node_runs_a_graph_of_torchs_exporter_in_fp16_without_a_chat_template(ro
     command = ["node", "ask.mjs", "gpt2", "base", PROMPT]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert letters(done.stdout) == letters(ask_onnx(root / "gpt2", PROMPT, max_tokens=64)["base"])
+    assert letters(done.stdout) == letters(ask_onnx(root / "gpt2", [PROMPT], max_tokens=64)["base"][0])
 
 
 def letters(text: str) -> str:
@@ -180,4 +179,4 @@ def test_a_browser_runs_the_merged_graph(root: Path, address: str, tmp_path: Pat
     finally:
         browser.terminate()
         browser.wait()
-    assert letters(Site.said[0]) == letters(ask_onnx(root / "a-onnx", PROMPT, max_tokens=64)["red"])
+    assert letters(Site.said[0]) == letters(ask_onnx(root / "a-onnx", [PROMPT], max_tokens=64)["red"][0])

@@ -83,6 +83,13 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target exists", where=target, fix=fix)
 
 
+def refuse_existing_file(path: Path, overwrite: bool) -> None:
+    """Raise OutputError when `path` exists, but for a file that may be replaced."""
+    if path.exists() and not (overwrite and path.is_file()):
+        fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
+        raise OutputError("the file exists", where=path, fix=fix)
+
+
 def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
     """Raise OutputError where something at `path`, a hidden name that we write to, may be the user's.
 

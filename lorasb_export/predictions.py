@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .data import split_files
 from .errors import OutputError
-from .output import cannot_write
+from .output import cannot_write, refuse_existing_file
 from .storage import expanded
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
 
 
 class PredictionsFile:
@@ -24,9 +29,7 @@ class PredictionsFile:
 
     def __init__(self, path: str | Path, *, overwrite: bool) -> None:
         self.path, self._mode = expanded(path), "wb" if overwrite else "ab"
-        if self.path.exists() and not (overwrite and self.path.is_file()):
-            fix = "Choose another path, or pass --overwrite" if self.path.is_file() else "Choose another path"
-            raise OutputError("the file exists", where=self.path, fix=fix)
+        refuse_existing_file(self.path, overwrite)
 
     def refuse_rows_of(self, data: Path) -> None:
         """Raise OutputError where it is the data to be scored, or a file of it."""
@@ -48,5 +51,5 @@ class PredictionsFile:
         """Move the predictions out of what `evaluate` gave of the adapter `name`."""
         lines = ({"name": name, "split": outcome["split"], **row} for row in outcome.pop("predictions"))
         with cannot_write(self.path), self.path.open(self._mode) as end:
-            end.writelines(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in lines)
+            end.writelines(map(json_line, lines))
         self._mode = "ab"

@@ -13,11 +13,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, LoraSBError, some
+from .errors import DataError, LoraSBError, Problems, some
 from .storage import MAX_JSON_BYTES, parse_json
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,16 @@ Row = dict[str, Any]
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
 
 
-def read_rows(path: Path, label: str | None = "label") -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, label: str | None = "label", problems: Problems | None = None) -> Iterator[tuple[str, Row]]:
     """The rows of a file of JSON lines, or of CSV, each with its place, `file:line`. Raises DataError naming it.
 
     Of CSV every cell is text; `number_labels` makes numbers of those of the column `label`, if there is one.
+
+    Args:
+        problems: takes the errors of single lines, which are then passed over, until it is full.
     """
     try:
-        yield from _read_csv(path, label) if is_csv(path) else _read_json_lines(path)
+        yield from _read_csv(path, label, problems) if is_csv(path) else _read_json_lines(path, problems)
     except OSError as error:
         if isinstance(error, LoraSBError):
             raise
@@ -54,13 +58,16 @@ def is_csv(path: Path) -> bool:
     return path.suffix.lower() == ".csv"
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_json_lines(path: Path, problems: Problems | None) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
             if line.strip():
-                yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
+                with problems or nullcontext():
+                    yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
+            if problems and problems.is_full:
+                return
 
 
 def _parse_row(line: bytes, place: str) -> Row:
@@ -75,7 +82,7 @@ def _parse_row(line: bytes, place: str) -> Row:
         raise DataError(f"broken JSON: {error}", where=place, fix="One JSON object a line, in UTF-8") from None
 
 
-def _read_csv(path: Path, label: str | None) -> Iterator[tuple[str, Row]]:
+def _read_csv(path: Path, label: str | None, problems: Problems | None) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(MAX_JSON_BYTES)
     place = str(path)
     try:
@@ -89,18 +96,26 @@ def _read_csv(path: Path, label: str | None) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"two columns called {twice[0]!r}", where=f"{path}:1", fix="Rename or remove one")
             for cells in filter(None, reader):
                 place = f"{path}:{reader.line_num}"
-                if len(cells) != len(names):
-                    fix = "Put a cell with a separator or a line break in quotes"
-                    raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
-                row = dict(zip(names, cells, strict=True))
-                if label is not None and separator == ";" and label in row:
-                    row[label] = re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", row[label].strip())
-                yield place, row
+                with problems or nullcontext():
+                    yield place, _named_cells(names, cells, place, label if separator == ";" else None)
+                if problems and problems.is_full:
+                    return
     except csv.Error as error:
         fix = "Save it as CSV in UTF-8"
         raise DataError(f"broken CSV: {error}", where=f"{path}:{reader.line_num}", fix=fix) from None
     except UnicodeDecodeError as error:
         raise DataError(f"broken CSV: {error}", where=place, fix="Save it as CSV in UTF-8") from None
+
+
+def _named_cells(names: Sequence[str], cells: Sequence[str], place: str, label: str | None) -> Row:
+    """A row of CSV; in the column `label` a decimal comma becomes a point."""
+    if len(cells) != len(names):
+        fix = "Put a cell with a separator or a line break in quotes"
+        raise DataError("more or fewer cells than the first line names", where=place, fix=fix)
+    row = dict(zip(names, cells, strict=True))
+    if label is not None and label in row:
+        row[label] = re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", row[label].strip())
+    return row
 
 
 def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
@@ -167,27 +182,63 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
     return before, last["content"]
 
 
+def prompt_of(row: Row, where: str) -> Prompt:
+    """What a row asks, be it answered or not: its prompt, or its messages without a last turn of the assistant's.
+
+    Raises:
+        DataError: it has neither, or they are not what `check_row` takes; or nothing is left of the messages.
+    """
+    if "messages" in row:
+        _check_messages(row, where)
+        turns: list[Mapping[str, str]] = row["messages"]
+        if turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        if not turns:
+            raise DataError("the messages ask nothing", where=where, fix="Put what the user says before the answer")
+        return turns
+    if "prompt" not in row:
+        fix = 'Use {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}'
+        raise DataError(f"the row has neither 'prompt' nor 'messages' (it has {some(row)})", where=where, fix=fix)
+    _check_text(row, "prompt", COMPLETION, where)
+    prompt: str = row["prompt"]
+    return prompt
+
+
+def with_system(prompt: Prompt, system: str) -> Prompt:
+    """A prompt with a system message before it, unless it has one of its own."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if any(turn["role"] == "system" for turn in turns):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
 def check_row(row: Row, kind: str, where: str) -> None:
     for field in FIELDS_OF[kind]:
         if field not in row:
             fix = "Every row needs it; where [tasks.NAME] or [data] has columns, they name every field"
             raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
     if kind == CHAT:
-        if row.get("tools"):  # prompts are asked without, here and by a server
-            fix = "Describe them in a system message, and leave the key out"
-            raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
-        _check_messages(row["messages"], where)
+        _check_messages(row, where)
+        _check_learnt(row["messages"], where)
         return
     for field in (f for f in ("prompt", "completion", "text", "text_pair") if f in row):
-        if not isinstance(row[field], str):
-            chat = 'Write the chat as {"messages": [{"role": …, "content": …}, …]}'
-            fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes, as text"
-            raise DataError(f"{field!r} is not a string", where=where, fix=fix)
+        _check_text(row, field, kind, where)
     if kind in (COMPLETION, TEXT) and not row[FIELDS_OF[kind][-1]].strip():
         raise DataError(f"the {FIELDS_OF[kind][-1]} is empty", where=where, fix="Remove the row or fill it in")
 
 
-def _check_messages(messages: Any, where: str) -> None:
+def _check_text(row: Row, field: str, kind: str, where: str) -> None:
+    if not isinstance(row[field], str):
+        chat = 'Write the chat as {"messages": [{"role": …, "content": …}, …]}'
+        fix = chat if kind == COMPLETION and isinstance(row[field], list) else "Put it in quotes, as text"
+        raise DataError(f"{field!r} is not a string", where=where, fix=fix)
+
+
+def _check_messages(row: Row, where: str) -> None:
+    if row.get("tools"):  # nothing here asks with them, though a server does
+        fix = "Describe them in a system message, and leave the key out"
+        raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
+    messages: Any = row["messages"]
     if not isinstance(messages, list):
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
     _refuse_sharegpt(messages, where)
@@ -198,6 +249,10 @@ def _check_messages(messages: Any, where: str) -> None:
             if not isinstance(turn[field], str):
                 what = f"{field!r} of message {number} is not a string"
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
+
+
+def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
+    for number, turn in enumerate(messages, 1):
         if turn["role"] == "assistant" and turn.get("weight") not in (None, 1):  # OpenAI's; the Hub fills up with None
             what = f"message {number} has weight {turn['weight']!r}, and every turn of the assistant is learnt alike"
             fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"

@@ -1,4 +1,4 @@
-"""`lorasb generate`: one prompt, and what the base and each adapter answer; in torch, or of an ONNX export."""
+"""`lorasb generate`: prompts, and what the base and each adapter answer; in torch, or of an ONNX export."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ from pathlib import Path
 
 from .adapter import Adapter, load_basis_once
 from .answer_end import before_end
+from .bars import progress_bar
 from .base import BaseModel
 from .basis import Basis
 from .choices import CAUSAL_LM
-from .encoding import prompt_ids
 from .errors import ArtifactError, SettingsError
-from .inference import answers
+from .given_network import positions
+from .inference import answers_of_ids, checked_prompt_ids
 from .names import refuse_many
+from .rows import Prompt
 
 
 def ask_adapters(
-    prompt: str,
+    prompts: Sequence[Prompt],
     adapters: Mapping[str, str],
     *,
     base: str | None,
     max_tokens: int,
     dtype: str,
-) -> dict[str, str]:
-    """The base's answer to one prompt, then each adapter's, on one loaded base.
+    batch_size: int = 16,
+    unit: str = "prompt",
+) -> dict[str, list[str]]:
+    """The base's greedy answers to prompts, then each adapter's, on one loaded base, in the order given.
+
+    All is checked before that is loaded.
 
     Args:
+        prompts, batch_size, unit: as for `inference.answers`.
         adapters: name → adapter folder or Hub id, all of one base.
         base: the base, where the adapters do not find it; needed when there are none.
 
     Raises:
         ArtifactError: an adapter is a classifier.
         BaseModelError: an adapter belongs to another base.
+        DataError: as `inference.answers` has it.
         SettingsError: an adapter is called `base`.
     """
     if "base" in adapters:
@@ -50,31 +58,42 @@ def ask_adapters(
         base_model.verify(adapter.base, adapter.R)
         load_basis_once(adapter, bases)
     tokenizer = base_model.tokenizer
+    reach = positions(base_model.load_empty(CAUSAL_LM))
+    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
     network = base_model.load(dtype=dtype)
-    found = {"base": answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]}
-    for name, adapter in loaded.items():
-        adapter.inject(network)
-        found[name] = answers(network, tokenizer, [prompt], max_tokens=max_tokens)[0]
+    asked: dict[str, Adapter | None] = {"base": None, **loaded}
+    found = {}
+    for name, on_it in progress_bar(asked.items(), desc="ask", leave=False):
+        if on_it is not None:
+            on_it.inject(network)
+        found[name] = answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
     return found
 
 
 def ask_onnx(
-    folder: Path, prompt: str, adapters: Sequence[str] | None = None, *, max_tokens: int = 128
-) -> dict[str, str]:
-    """Greedy answers of an exported decoder to one prompt, asked as in training.
+    folder: Path,
+    prompts: Sequence[Prompt],
+    adapters: Sequence[str] | None = None,
+    *,
+    max_tokens: int = 128,
+    unit: str = "prompt",
+) -> dict[str, list[str]]:
+    """Greedy answers of an exported decoder to prompts, asked as in training.
 
     Args:
+        prompts, unit: as for `inference.answers`.
         adapters: of an `onnx-adapters` folder; None takes all, of a few.
 
     Returns:
-        of an `onnx-adapters` folder the answers of `base` and of each adapter; else that of the one merged in.
+        of an `onnx-adapters` folder the answers of `base` and of each adapter; else those of the one merged in.
 
     Raises:
         ArtifactError: not an ONNX export, one of a classifier, a damaged one, or it has no such adapter.
+        DataError: as `inference.answers` has it.
         SettingsError: `adapters` of a folder that has one merged in; None where there are many.
     """
     from .exporting.onnx_record import read_record
-    from .exporting.onnx_run import OnnxDecoder, tokenizer_in
+    from .exporting.onnx_run import OnnxDecoder, context_of, tokenizer_in
 
     record = read_record(folder)
     if record["task_type"] != CAUSAL_LM:
@@ -85,16 +104,18 @@ def ask_onnx(
     if adapters is None:
         refuse_many(record.get("adapters", ()), folder)
 
-    tokenizer = tokenizer_in(folder)
-    ids = prompt_ids(tokenizer, prompt)
+    tokenizer, reach = tokenizer_in(folder), context_of(folder)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":
         names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}
     else:
         names = {"base": None} | {name: name for name in (record["adapters"] if adapters is None else adapters)}
-    found = {}
-    for name, adapter in names.items():
+    for adapter in names.values():  # each is there, before the first has worked for an hour
         decoder.use(adapter)
-        answer = before_end(decoder.generate([ids], max_tokens)[0], decoder.eos_ids)
-        found[name] = tokenizer.batch_decode([answer], skip_special_tokens=True)[0]
+    found = {}
+    for name, adapter in progress_bar(names.items(), desc="ask", leave=False):
+        decoder.use(adapter)
+        ids = [before_end(answer, decoder.eos_ids) for answer in decoder.generate(questions, max_tokens)]
+        found[name] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return found

@@ -91,7 +91,7 @@ def test_an_answer_has_a_token() -> None:
 def test_a_classifier_answers_nothing(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "SEQ_CLS"})
     with pytest.raises(ArtifactError, match="the graph is a classifier"):
-        side_by_side.ask_onnx(tmp_path, "hi")
+        side_by_side.ask_onnx(tmp_path, ["hi"])
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -107,7 +107,7 @@ def test_a_damaged_tokenizer_of_an_onnx_folder(is_there: bool, llama: Path, tmp_
 def test_a_merged_graph_has_no_adapters_to_name(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
     with pytest.raises(SettingsError, match="the folder has one adapter, merged in"):
-        side_by_side.ask_onnx(tmp_path, "hi", ["a"])
+        side_by_side.ask_onnx(tmp_path, ["hi"], ["a"])
 
 
 @pytest.mark.parametrize("option", [("--model", "base"), ("--dtype", "float32")])

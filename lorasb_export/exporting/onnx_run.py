@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..answer_end import end_ids
+from ..bars import progress_bar
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
 from ..network import tokenizer_of
@@ -79,8 +80,8 @@ class OnnxDecoder:
 
     def __init__(self, folder: str | Path, adapter: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = expanded(folder)
-        record, config = read_record(self.folder), read_json(self.folder / "config.json")
-        self.context: int = config.get("max_position_embeddings", sys.maxsize)
+        record = read_record(self.folder)
+        self.context = context_of(self.folder)
         # The builder's GroupQueryAttention takes each row's length from the sum of its mask and appends the next key
         # at that position; torch's graphs take any mask.
         self._pad_right = record["exporter"] == GENAI
@@ -163,7 +164,7 @@ class OnnxDecoder:
         eos_ids = self.eos_ids if eos_ids is None else eos_ids
         rows = max(1, min(_ROWS, _PREFILL_TOKENS // longest))
         answers: list[list[int]] = []
-        for start in range(0, len(prompt_ids), rows):
+        for start in progress_bar(range(0, len(prompt_ids), rows), desc="generate", leave=False):
             part = slice(start, start + rows)
             answers += self._generate(prompt_ids[part], max_tokens, eos_ids, np.array(numbers[part]))
         return answers
@@ -204,6 +205,12 @@ class OnnxDecoder:
             else:
                 mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         return answers
+
+
+def context_of(folder: Path) -> int:
+    """How many tokens a prompt and its answer may have in an exported decoder. Raises ArtifactError: no config.json."""
+    context: int = read_json(folder / "config.json").get("max_position_embeddings", sys.maxsize)
+    return context
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:

@@ -69,8 +69,11 @@ class BaseModel:
         return f"<BaseModel {self.name_or_path}{revision}: {self.config['model_type']}>"
 
     @classmethod
-    def resolve(cls, name_or_path: AnyBase, revision: str | None = None) -> BaseModel:
+    def resolve(cls, name_or_path: AnyBase, revision: str | None = None, *, weights: bool = True) -> BaseModel:
         """Find a folder or a Hub id (`owner/name` or `owner/name@revision`); one that was found is given back.
+
+        Args:
+            weights: fetch them too, from the Hub; else its config and tokenizer alone.
 
         Raises:
             BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
@@ -93,7 +96,8 @@ class BaseModel:
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            snapshot(f"{name}@{revision}", _CHECKPOINT_FILES, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
+            files = _CHECKPOINT_FILES if weights else TEXTS
+            snapshot(f"{name}@{revision}", files, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property
@@ -187,6 +191,15 @@ class BaseModel:
                 fix="Use that base at the same revision, or calibrate a basis for this one",
             )
 
+    def require_task(self, task_type: str) -> None:
+        """Raise BaseModelError for an encoder that is asked to generate."""
+        if task_type == CAUSAL_LM and not self.generates:
+            raise BaseModelError(
+                f"{self.config['architectures'][0]} does not generate text",
+                where=self.folder,
+                fix="Use a causal language model for prompt/completion data, or text/label data with this one",
+            )
+
     def load(
         self,
         task_type: str = CAUSAL_LM,
@@ -213,13 +226,7 @@ class BaseModel:
         """
         import torch
 
-        if task_type == CAUSAL_LM and not self.generates:
-            raise BaseModelError(
-                f"{self.config['architectures'][0]} does not generate text",
-                where=self.folder,
-                fix="Use a causal language model for prompt/completion data, or text/label data with this one",
-            )
-
+        self.require_task(task_type)
         require_choice("dtype", dtype, LoadedDtype)
         device = torch.device(device or default_device())
         empty = None
@@ -248,18 +255,22 @@ class BaseModel:
         """
         import torch
         from accelerate import init_empty_weights
-        from transformers import AutoConfig
+        from transformers import AutoConfig, GenerationConfig
 
         from .tensors import TORCH_DTYPES
 
-        stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
         with as_base_model_error(self.folder), init_empty_weights():
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             if num_labels is not None:
                 config.num_labels = num_labels
-            as_stored = dtype in ("auto", NF4)
-            wanted = (config.dtype or next(stored, torch.float32)) if as_stored else getattr(torch, dtype)
+            if dtype not in ("auto", NF4):
+                wanted = getattr(torch, dtype)
+            elif (wanted := config.dtype) is None:
+                stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
+                wanted = next(stored, torch.float32)
             network: PreTrainedModel = _auto_class(task_type).from_config(config, dtype=wanted)
+            if network.can_generate() and (self.folder / "generation_config.json").is_file():
+                network.generation_config = GenerationConfig.from_pretrained(self.folder)
         network.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(network, task_type)
         return network

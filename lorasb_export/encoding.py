@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
+_LONG, _BARE = "their prompt alone has {} tokens or more", "no token of theirs is to be learnt"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
 # A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
 # line break after a block would be left out.
@@ -130,13 +131,14 @@ def encode(
     max_length: int,
     unit: str = "row",
 ) -> list[Encoded]:
-    """Rows as `input_ids` (t,), `labels`, `cut`, and `row`, the row's number: in `rows` from 1, or its key there.
+    """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
     For SEQ_CLS also `token_type_ids` (t,), which tell a text from its pair, where the tokenizer makes them.
     `labels` is (t,) with IGNORE where there is no loss for CAUSAL_LM; for SEQ_CLS an index into the argument
-    `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`; a causal row
-    whose prompt alone fills it has nothing to learn and is left out, as is one whose chat template marks nothing as
-    the assistant's. One warning counts and names them all.
+    `labels`, or the number to predict where that is empty (regression). Rows are cut at `max_length`: `length` is how
+    many tokens a row had before, `cut` whether that is more. A causal row whose prompt alone fills it has nothing to
+    learn and is left out, as is one whose chat template marks nothing as the assistant's. One warning counts and names
+    them all.
 
     Args:
         unit: what errors and the warning call a row; its number follows.
@@ -145,43 +147,57 @@ def encode(
         DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
         BaseModelError: the tokenizer has no token to end an answer or a text with.
     """
-    numbered = rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))
-    long, bare = f"their prompt alone has {max_length} tokens or more", "no token of theirs is to be learnt"
+    return without_left_out(encode_all(rows, tokenizer, task_type, labels, max_length, unit), max_length, unit)
+
+
+def encode_all(
+    rows: Iterable[Row] | Mapping[int, Row],
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    labels: Sequence[Any],
+    max_length: int,
+    unit: str = "row",
+) -> list[Encoded]:
+    """As `encode`, without a warning and with the rows that it leaves out: `left_out` says why, or is None."""
     encoded: list[Encoded] = []
-    cut: list[int] = []
-    left_out: dict[str, list[int]] = {long: [], bare: []}
-    for number, row in numbered.items():
+    for number, row in (rows if isinstance(rows, Mapping) else dict(enumerate(rows, 1))).items():
         where = f"{unit} {number}"
         if task_type == SEQ_CLS:
-            found, is_cut = _labelled(row, tokenizer, labels, max_length, where)
+            found = _labelled(row, tokenizer, labels, max_length, where)
         else:
-            ids, target = _tokens(row, tokenizer, where)
-            target = [IGNORE, *target[1:]]  # nothing predicts the first token
-            found, is_cut = {"input_ids": ids[:max_length], "labels": target[:max_length]}, len(ids) > max_length
-            if not _teaches(found["labels"]):
-                reason = long if _teaches(target) else bare
-                left_out[reason].append(number)
-                continue
-        if is_cut:
-            cut.append(number)
-        encoded.append({**found, "row": number, "cut": is_cut})
-    left_out = {reason: numbers for reason, numbers in left_out.items() if numbers}
-    if not encoded:
+            found = _causal(row, tokenizer, max_length, where)
+        encoded.append({**found, "row": number, "cut": found["length"] > max_length})
+    return encoded
+
+
+def without_left_out(encoded: Sequence[Encoded], max_length: int, unit: str = "row") -> list[Encoded]:
+    """Of what `encode_all` gave the rows to learn from; warns and raises as `encode` does."""
+    kept = [row for row in encoded if row["left_out"] is None]
+    by_reason = {why: [row["row"] for row in encoded if row["left_out"] == why] for why in (_LONG, _BARE)}
+    left_out = {why.format(max_length): numbers for why, numbers in by_reason.items() if numbers}
+    if not kept:
         enclose = "They need a turn of the assistant's, which the template may have to enclose in {% generation %}"
-        fix = (
-            "Raise max_length or shorten them (evaluate cuts rows where training did)" if long in left_out else enclose
-        )
-        raise DataError(f"there is no row to learn from: {', or '.join(left_out)}", where=f"all {unit}s", fix=fix)
+        longer = "Raise max_length or shorten them (evaluate cuts rows where training did)"
+        what = f"there is no row to learn from: {', or '.join(left_out)}"
+        raise DataError(what, where=f"all {unit}s", fix=longer if by_reason[_LONG] else enclose)
     told = {f"left out: {reason}": numbers for reason, numbers in left_out.items()}
-    told[f"cut at {max_length} tokens"] = cut
+    told[f"cut at {max_length} tokens"] = [row["row"] for row in kept if row["cut"]]
     parts = [
-        f"{len(numbers)} of {len(numbered)} {unit}s {words} ({_named(numbers)})"
+        f"{len(numbers)} of {len(encoded)} {unit}s {words} ({_named(numbers)})"
         for words, numbers in told.items()
         if numbers
     ]
     if parts:
         logger.warning("; ".join(parts))
-    return encoded
+    return kept
+
+
+def _causal(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> Encoded:
+    ids, labels = _tokens(row, tokenizer, where)
+    labels = [IGNORE, *labels[1:]]  # nothing predicts the first token
+    left_out = None if _teaches(labels[:max_length]) else _LONG if _teaches(labels) else _BARE
+    cut = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    return {**cut, "length": len(ids), "left_out": left_out}
 
 
 def _teaches(labels: Sequence[int]) -> bool:
@@ -190,15 +206,17 @@ def _teaches(labels: Sequence[int]) -> bool:
 
 def _labelled(
     row: Row, tokenizer: PreTrainedTokenizerBase, labels: Sequence[Any], max_length: int, where: str
-) -> tuple[Encoded, bool]:
-    """A classifier's row, and whether it was cut."""
+) -> Encoded:
+    """A classifier's row."""
     text = (row["text"], row["text_pair"]) if "text_pair" in row else (row["text"],)
     tokens = tokenizer(*text, truncation=True, max_length=max_length)
     if not tokens.input_ids:
         raise DataError("the text has no tokens", where=where, fix="Remove the row or fill it in")
-    is_cut = len(tokens.input_ids) == max_length and len(tokenizer(*text).input_ids) > max_length
+    length = len(tokens.input_ids)
+    if length == max_length:  # it may have been cut
+        length = len(tokenizer(*text).input_ids)
     inputs = {key: tokens[key] for key in _INPUTS if key in tokens}
-    return {**inputs, "labels": _target(row, labels, where)}, is_cut
+    return {**inputs, "labels": _target(row, labels, where), "length": length, "left_out": None}
 
 
 def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:

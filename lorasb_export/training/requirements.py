@@ -42,13 +42,23 @@ def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None
             fix="The processes share a batch: give at least one row for each",
         )
     for task in tasks:
-        if task.task_type == SEQ_CLS and not task.regression:
-            refuse_single_class(task.labels, task.source)
-        if task.splits.get("valid"):
-            if settings.metric != "loss":
-                metric_for(task, settings.metric)
-        else:
-            _refuse_without_valid_rows(task, settings)
+        check_rows(task, settings)
+
+
+def check_rows(task: TaskData, settings: FitSettings) -> None:
+    """Raise where `settings` ask for what the rows of a task do not have.
+
+    Raises:
+        DataError: every row of a classifier has one label; the task has no valid rows, and they are needed.
+        SettingsError: the metric does not fit the rows.
+    """
+    if task.task_type == SEQ_CLS and not task.regression:
+        refuse_single_class(task.labels, task.source)
+    if task.splits.get("valid"):
+        if settings.metric != "loss":
+            metric_for(task, settings.metric)
+    else:
+        _refuse_without_valid_rows(task, settings)
 
 
 def require_start(start: Adapter, basis: Basis, tasks: Sequence[TaskData], settings: FitSettings) -> None:

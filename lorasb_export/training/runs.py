@@ -21,9 +21,7 @@ from ..basis import Basis
 from ..data import TaskData
 from ..encoding import Encoded, encode
 from ..errors import TrainingError
-from ..given_network import positions
 from ..head import load_head
-from ..inference import checked_prompt_ids, question_of
 from ..metrics import better
 from ..rows import CHAT
 from ..settings import FitSettings
@@ -36,7 +34,7 @@ from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
 from .trainer import RTrainer
-from .validation import Validation
+from .validation import Validation, questions
 
 if TYPE_CHECKING:
     import torch
@@ -190,17 +188,14 @@ class TrainingRuns:
         place = self.events / folder.relative_to(self.folder)
         return [TensorBoardCallback(SummaryWriter(str(place)))]
 
-    @property
-    def _ends(self) -> set[int]:
-        return end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
-
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:
         """The training rows of every task, and how it is validated."""
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
             if task.kind == CHAT:
-                warn_of_chats(task, rows, self.base.tokenizer, self._ends)
+                ends = end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
+                warn_of_chats(task, rows, self.base.tokenizer, ends)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
@@ -208,15 +203,9 @@ class TrainingRuns:
         return encode(task.rows(split), self.base.tokenizer, task.task_type, task.labels, length, task.unit(split))
 
     def _validation(self, task: TaskData) -> Validation | None:
-        rows = task.splits.get("valid")
-        if not rows:
+        if not task.splits.get("valid"):
             return None
-        encoded = self._rows(task, "valid")
+        encoded, tokenizer = self._rows(task, "valid"), self.base.tokenizer
         if self.settings.metric != "exact_match":
-            return Validation(encoded, self.base.tokenizer)
-        unit, tokenizer, ends = task.unit("valid"), self.base.tokenizer, self._ends
-        of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
-        questions, expected, rooms = zip(*of_rows, strict=True)
-        reach = positions(self.network)
-        ids = checked_prompt_ids(tokenizer, questions, reach=reach, max_tokens=max(rooms), unit=unit)
-        return Validation(encoded, tokenizer, list(zip(ids, expected, strict=True)), max(rooms))
+            return Validation(encoded, tokenizer)
+        return Validation(encoded, tokenizer, *questions(task, self.network, tokenizer))

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
+from ..answer_end import end_ids
 from ..batches import mean_loss, row_scores
+from ..data import TaskData
 from ..encoding import Encoded
-from ..inference import answers_of_ids
+from ..given_network import positions
+from ..inference import answers_of_ids, checked_prompt_ids, question_of
 from ..metrics import exact_match, prediction_metrics
 
 if TYPE_CHECKING:
@@ -57,6 +60,23 @@ class Validation:
             pairs = distributed.all_gather(list(zip(given, (answer for _, answer in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])
         return found
+
+
+def questions(
+    task: TaskData, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[list[int], str]], int]:
+    """What `Validation` asks of a task's valid rows, and how many tokens it allows an answer.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn; and as `inference.checked_prompt_ids`.
+    """
+    rows, unit = task.rows("valid"), task.unit("valid")
+    ends = end_ids(tokenizer, network.generation_config.eos_token_id)
+    of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
+    prompts, expected, rooms = zip(*of_rows, strict=True)
+    reach = positions(network)
+    ids = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max(rooms), unit=unit)
+    return list(zip(ids, expected, strict=True)), max(rooms)
 
 
 class _Left(Exception):

@@ -1,14 +1,19 @@
-"""`lorasb inspect`: what is this folder, or what does this project have?"""
+"""`lorasb inspect`: what is this folder, what does this project have, or what would this data teach?"""
 
 from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasb_export.errors import SettingsError, some
+
 from .verb import Run, human_bytes, score
+
+if TYPE_CHECKING:
+    from lorasb_export.task_source import AnySource
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 
@@ -21,32 +26,40 @@ def run(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="TASK|PATH", help="For a basis: measure how much of this task's gradient it captures."),
+        typer.Option(
+            metavar="TASK|PATH",
+            help="Show these rows as they would be trained on. Of a basis: how much of their gradient it captures.",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Base model for --data, if it has moved since the basis was made.")
+        str | None,
+        typer.Option(help="Base model for --data: a folder or a Hub id.  [default: the project's, or the basis's]"),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Rows of --data are cut after so many tokens.  [default: as fit would]")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
 ) -> None:
-    """Say what a folder is, or what a project has. Kind, rank, modules, sizes, hashes, spectrum, basis match."""
-    if path is None and (data is not None or verify):
-        raise typer.BadParameter(f"{'--verify' if verify else '--data'} is for one folder: name it")
+    """Say what a folder is, what a project has, or what rows teach. Kind, rank, modules, hashes; token counts."""
+    if path is None and verify:
+        raise typer.BadParameter("--verify is for one folder: name it")
     if model is not None and data is None:
-        raise typer.BadParameter("--model is for --data: nothing else loads the base")
+        raise typer.BadParameter("--model is for --data: nothing else reads the base")
+    if max_length is not None and (data is None or path is not None):
+        raise typer.BadParameter("--max-length is for the rows of --data, without a folder")
+    if path is None and data is not None:
+        _inspect_data(run, data, model)
+        return
     if path is None:
         from lorasb_export.project_inspect import inspect_project
 
         project = inspect_project(run.project)
         run.result(project, "\n".join(_project_lines(project)))
         return
-    folder = run.project.find_folder(path)
-    if data is not None and data in run.project.tasks and Path(data).exists():
-        run.say(f"{data} is taken for the task: ./{data} names the path")
-    source = None
-    if data is not None:
-        source = run.project.task_source(data) if data in run.project.tasks else run.project.other_source("", data)
+    folder = _folder(run, path)
+    source = None if data is None else _source(run, data)
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
     found = inspect_folder(folder, data=source, base=model, verify=verify)
@@ -56,6 +69,74 @@ def run(
 
         shown["capture"] = f"{one_line(found['capture'])}; --json lists every module"
     run.result(found, "\n".join(_repository_lines(found) if found["kind"] == "project" else _lines(shown)))
+
+
+def _folder(run: Run, path: str) -> str:
+    if Path(path).is_file():
+        raise SettingsError("a file, not a folder", where=path, fix=f"To see rows: lorasb inspect --data {path}")
+    try:
+        return run.project.find_folder(path)
+    except SettingsError as error:
+        if path not in run.project.tasks:
+            raise
+        fix = f"{error.fix}; what it would be trained on: lorasb inspect --data {path}"
+        raise SettingsError(error.what, where=error.where, fix=fix) from None
+
+
+def _source(run: Run, data: str) -> AnySource:
+    """What --data names."""
+    if data not in run.project.tasks:
+        return run.project.other_source("", data)
+    if Path(data).exists():
+        run.say(f"{data} is taken for the task: ./{data} names the path")
+    return run.project.task_source(data)
+
+
+def _inspect_data(run: Run, data: str, model: str | None) -> None:
+    from lorasb_export.data import load_task
+    from lorasb_export.settings import FitSettings
+
+    settings = run.project.settings_of(data, run.given(FitSettings))
+    if model is None and run.project.file is None:
+        fix = "Pass --model, or change to the project's folder"
+        raise SettingsError("no base model: there is no lorasb.toml here", where=run.project.folder, fix=fix)
+    base = model or run.project.require_model()
+    task = load_task(data if data in run.project.tasks else "data", _source(run, data))
+    from lorasb_export.data_inspect import inspect_data  # only now: it brings torch
+
+    found = inspect_data(task, base, settings)
+    run.result(found, "\n".join(_data_lines(found)))
+
+
+def _data_lines(found: dict[str, Any]) -> list[str]:
+    """The rows of every split, counted, and the first one, with what is learnt of it between brackets."""
+    lines = [
+        f"data: {found['path']}",
+        f"base model: {found['base_model']}",
+        f"rows: {found['row_kind']}, cut after {found['max_length']:,} tokens",
+        f"{'split':6} {'rows':>9} {'left out':>9} {'cut':>9}  tokens: {'min':>6} {'median':>7} {'95 %':>7} {'max':>7}"
+        + f" {'learnt':>12}" * ("tokens_learnt" in found["splits"]["train"]),
+    ]
+    for split, of_split in found["splits"].items():
+        tokens = of_split["tokens"]
+        line = f"{split:6} {of_split['rows']:9,} {of_split['rows_left_out']:9,} {of_split['rows_cut']:9,}"
+        line += f"  {tokens['min']:14,} {tokens['median']:7,} {tokens['p95']:7,} {tokens['max']:7,}"
+        lines.append(line + (f" {of_split['tokens_learnt']:12,}" if "tokens_learnt" in of_split else ""))
+    for split, of_split in found["splits"].items():
+        if "classes" in of_split:
+            classes = [f"{_in_line(name)} {rows:,}" for name, rows in of_split["classes"].items()]
+            lines.append(f"classes of {split}: {some(classes, _MAX_LINES)}")
+        if "numbers" in of_split:
+            lines.append("numbers of {}: {min:g} to {max:g}, median {median:g}".format(split, **of_split["numbers"]))
+    return lines + _row_lines(found["first_row"], found["max_length"])
+
+
+def _row_lines(row: dict[str, Any], max_length: int) -> list[str]:
+    shown = f"the first {max_length:,} of {row['tokens']:,} tokens" if row["cut"] else f"{row['tokens']:,} tokens"
+    text = "".join(f"⟦{part['text']}⟧" if part["learnt"] else part["text"] for part in row["segments"])
+    if "label" in row:
+        text += f" → ⟦{row['label']}⟧"
+    return ["", f"train row {row['row']:,}, {shown}; what is learnt stands between ⟦ and ⟧:", text]
 
 
 def _repository_lines(found: dict[str, Any]) -> list[str]:

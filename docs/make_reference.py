@@ -50,6 +50,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "base.py": ["BaseModel: resolve load tokenizer verify"],
     "inference.py": ["answers"],
     "inspection.py": ["inspect_folder"],
+    "data_inspect.py": ["inspect_data"],
     "settings.py": ["CalibrationSettings", "FitSettings"],
     "task_source.py": ["TaskSource"],
     "data.py": ["load_task", "task_of", "TaskData: labels rows held_out"],

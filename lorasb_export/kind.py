@@ -29,4 +29,6 @@ def artifact_kind(folder: Path) -> str:
             return str(kind)
     elif (folder / "config.json").is_file():
         return "base"
-    raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix="Check the path")
+    has_rows = any((folder / f"train{ending}").is_file() for ending in (".jsonl", ".csv"))
+    fix = f"To see its rows: lorasb inspect --data {folder}" if has_rows else "Check the path"
+    raise ArtifactError("neither a basis, an adapter nor a model folder", where=folder, fix=fix)

@@ -141,9 +141,8 @@ def test_a_folder_that_is_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert "Error: there is no lorasb.toml here" in lorasb("inspect").stderr
     assert "Name the folder to inspect" in lorasb("inspect").stderr
-    for option in ("--verify", "--data=x"):
-        done = lorasb("inspect", option)
-        assert (done.exit_code, "is for one folder: name it" in done.stderr) == (2, True)
+    done = lorasb("inspect", "--verify")
+    assert (done.exit_code, "is for one folder: name it" in done.stderr) == (2, True)
 
 
 def test_it_is_told_without_torch_and_from_elsewhere(project: Path) -> None:

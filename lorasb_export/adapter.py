@@ -28,8 +28,8 @@ from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, 
 from .given_network import classifies
 from .kind import PEFT_TYPE
 from .names import name_of
-from .storage import absolute, expanded, read_header, read_json, write_json
-from .tensors import all_finite, head_shapes, load_tensors
+from .storage import absolute, expanded, read_header, write_json
+from .tensors import check_savable, gathered, head_shapes, load_tensors
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -194,8 +194,8 @@ class Adapter:
                 a part of one (of FSDP1, of ZeRO-3).
         """
         folder = expanded(folder)
-        R, head = _gathered(self.R), _gathered(self.head)
-        _check_tensors(R, head, (self.rank, self.rank))
+        R, head = gathered(self.R), gathered(self.head)
+        check_savable(R, head, (self.rank, self.rank))
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite) as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
@@ -213,7 +213,7 @@ class Adapter:
         config = self.config(source)
         check_training(config["training"], "Adapter.training")
         write_json(temporary / "adapter_config.json", config)
-        card.write(temporary, card.adapter_card(read_json(temporary / "adapter_config.json")))
+        card.write(temporary, card.adapter_card(config))
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:
@@ -279,24 +279,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _gathered(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Whole tensors of FSDP2's shards, on the device of their mesh: offloaded to the CPU they cannot meet there."""
-    return {
-        name: t.to(t.device_mesh.device_type).full_tensor() if hasattr(t, "full_tensor") else t
-        for name, t in tensors.items()
-    }
-
-
-def _check_tensors(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:
-    """Raise ArtifactError for what `load` would refuse."""
-    for name, tensor in {**R, **head}.items():
-        if name in R and tensor.shape != shape:
-            what, fix = f"R is {list(tensor.shape)}, not {list(shape)}", "Gather it on this process before it is saved"
-            raise ArtifactError(what, where=name, fix=fix)
-        if not all_finite(tensor):
-            raise ArtifactError("it is not finite", where=name, fix="Nothing was written; train at a lower rate")
 
 
 def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:

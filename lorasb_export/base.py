@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from .fetch import parse_hub_id, snapshot
 from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .storage import FLOATS, TensorInfo, expanded, read_json
-from .supported import check_supported
+from .supported import check_supported, refuse_merged
 
 if TYPE_CHECKING:
     import torch
@@ -165,25 +164,13 @@ class BaseModel:
         """The reference an artifact keeps to this base."""
         return BaseRef(self.name_or_path, self.revision, self.fingerprint(modules))
 
-    def refuse_merged(self) -> None:
-        """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
-        path = self.folder / "lorasb.json"
-        provenance = read_json(path) if path.is_file() else {}
-        if provenance.get("kind") != "merged":
-            return
-        what, fix = "this base is already merged", "Use the plain base"
-        with suppress(KeyError, TypeError):  # of a note that was edited by hand
-            what += f" (with {_merged_with(provenance)})"
-            fix += f", {provenance['base']['name_or_path']}"
-        raise BaseModelError(what, where=self.folder, fix=fix)
-
     def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:
         """Refuse this base when it is not the one `ref` names.
 
         Raises:
             BaseModelError: other weights (another model, another revision, or an already merged one).
         """
-        self.refuse_merged()
+        refuse_merged(self.folder)
         if self.fingerprint(modules) != ref.fingerprint:
             raise BaseModelError(
                 f"the base's weights are not those the artifact was made for ({ref.name_or_path})",
@@ -319,9 +306,3 @@ def default_device() -> torch.device:
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _merged_with(provenance: Mapping[str, Any]) -> str:
-    """Names and hashes of the adapters in a merged folder."""
-    adapters = provenance.get("adapters") or [provenance["adapter"]]
-    return ", ".join(f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters)

@@ -19,6 +19,7 @@ from .errors import Problems
 from .given_network import require_positions
 from .rows import CHAT, Row
 from .settings import FitSettings
+from .supported import refuse_merged
 from .task_source import AnySource
 from .training.chats import warn_of_chats
 from .training.requirements import check_rows
@@ -53,7 +54,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     settings = settings or FitSettings()
     task = data if isinstance(data, TaskData) else load_task("data", data)
     base = BaseModel.resolve(base, weights=False)
-    base.refuse_merged()
+    refuse_merged(base.folder)
     base.require_task(task.task_type)
     task = replace(task, label_order=base.head_labels)
     tokenizer, network = base.tokenizer, base.load_empty(task.task_type, num_labels=task.num_labels)

@@ -7,16 +7,10 @@ every token of a plain text.
 from __future__ import annotations
 
 import logging
-import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import date
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from .chat_template import chat_ids, chat_tokens, fixed_date
 from .choices import SEQ_CLS
 from .errors import BaseModelError, DataError
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
@@ -26,18 +20,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NAMED_ROWS = 10  # in a warning
 _LONG, _BARE = "their prompt alone has {} tokens or more", "no token of theirs is to be learnt"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
-# A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
-# line break after a block would be left out.
-_DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
-_ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
-_Chat = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, **context: Any) -> list[int]:
@@ -54,27 +42,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object
         if tokenizer.chat_template is None:
             return _text_ids(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
-    require_template(tokenizer, where)
-    return _chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase, where: object = None) -> None:
-    """Raise DataError where nothing says how the turns of a chat are written."""
-    if tokenizer.chat_template is None:
-        place = f"{where}, {tokenizer.name_or_path}" if where else tokenizer.name_or_path
-        fix = "Use rows of prompts and no system message, or give the base a chat template"
-        raise DataError("messages are given, but the tokenizer has no chat template", where=place, fix=fix)
-
-
-def fixed_date(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What makes the chat template write one and the same date every day.
-
-    Some put today's before every prompt. Rows get Llama 3's own default instead, so that a run trains on the same
-    tokens whenever it is started or resumed.
-    """
-    if tokenizer.chat_template is None:
-        return {}
-    return {"chat_template": _ONE_DAY + tokenizer.get_chat_template()}
+    return chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -94,33 +62,10 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
     question, _ = question_and_answer(row, where)
     asked = prompt_ids(tokenizer, question, where, **fixed_date(tokenizer))
     if kind_of(row) == CHAT:
-        ids = _chat_ids(tokenizer, row["messages"], where, **fixed_date(tokenizer))
+        ids = chat_ids(tokenizer, row["messages"], where, **fixed_date(tokenizer))
     else:
         ids, _ = _tokens(row, tokenizer, where)
     return ids[len(asked) :] if ids[: len(asked)] == asked else None
-
-
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], where: object, **options: Any
-) -> list[int]:
-    with _refusals(where):
-        text = _written(tokenizer, turns, **options)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
-    text: Any = tokenizer.apply_chat_template(list(turns), tokenize=False, **options)  # type: ignore[arg-type]
-    return str(text)
-
-
-@contextmanager
-def _refusals(where: object) -> Iterator[None]:
-    """What a chat template refuses, as a DataError: many insist on turns that alternate, or on no system message."""
-    try:
-        yield
-    except TemplateError as error:
-        fix = "Write the messages as the base's template takes them"
-        raise DataError(f"the chat template refuses the messages: {error}", where=where, fix=fix) from None
 
 
 def encode(
@@ -233,7 +178,11 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     """The token ids of a causal row and their labels, uncut."""
     kind = kind_of(row)
     if kind == CHAT:
-        return _chat_tokens(row, tokenizer, where)
+        ids, said = chat_tokens(row["messages"], tokenizer, where)
+        labels = [IGNORE] * len(ids)
+        for part in said:
+            labels[part] = ids[part]
+        return ids, labels
     if tokenizer.eos_token_id is None:
         fix = "Name one in tokenizer_config.json, as eos_token"
         raise BaseModelError("the tokenizer has no end-of-sequence token", where=tokenizer.name_or_path, fix=fix)
@@ -262,58 +211,6 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         if both[: len(line)] == line:
             return both[len(line) :]
     return ids
-
-
-def _chat_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
-    require_template(tokenizer, where)
-    with _refusals(where):
-        if _GENERATION.search(tokenizer.get_chat_template()):
-            text, spans = _marked(row["messages"], tokenizer)
-        else:
-            text, spans = _bounded(row["messages"], tokenizer, where)
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, places = tokens["input_ids"], tokens["offset_mapping"]
-    starts, ends = [start for start, _ in places], [end for _, end in places]
-    labels = [IGNORE] * len(ids)
-    # By the tokens that overlap what is marked: its last character may have none of its own, and transformers' mask,
-    # which looks for that one, then goes on to the end of the chat.
-    for start, end in spans:
-        said = slice(bisect_right(ends, start), bisect_left(starts, end))
-        labels[said] = ids[said]
-    return ids, labels
-
-
-def _marked(turns: list[Any], tokenizer: PreTrainedTokenizerBase) -> _Chat:
-    """By a template that marks what the assistant says with {% generation %}."""
-    told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer)}
-    rendered: Any = render_jinja_template([turns], return_assistant_tokens_mask=True, **told)
-    (text,), (spans,) = rendered
-    return text, spans
-
-
-def _bounded(turns: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> _Chat:
-    """By a template without marks: a turn begins where it is asked for, and ends where the chat up to it does.
-
-    White space behind that end, as a line break after the token that ends a turn, is nothing that is said.
-
-    Raises:
-        DataError: the chat's text does not begin with that of a part of it.
-    """
-
-    def written(part: list[Any], **options: Any) -> str:
-        return _written(tokenizer, part, **fixed_date(tokenizer), **options)
-
-    text, spans = written(turns), []
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        asked, said = (written(turns[:i], add_generation_prompt=True) if i else ""), written(turns[: i + 1]).rstrip()
-        if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
-            what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
-            fix = "Enclose them in {% generation %} in the template, or use prompt/completion rows for single turns"
-            raise DataError(what, where=where, fix=fix)
-        spans.append((len(asked), len(said)))
-    return text, spans
 
 
 def _named(numbers: Sequence[int]) -> str:

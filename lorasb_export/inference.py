@@ -10,7 +10,8 @@ import torch
 
 from .answer_end import before_end, end_ids
 from .bars import progress_bar
-from .encoding import answer_ids, prompt_ids, require_template
+from .chat_template import require_template
+from .encoding import answer_ids, prompt_ids
 from .errors import DataError, Problems, SettingsError
 from .given_network import evaluating, positions
 from .inject import refuse_rows

@@ -1,14 +1,16 @@
-"""Which base models this package takes, from their config alone."""
+"""Which base models this package takes: by their config, and by what a merge has noted beside it."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from .errors import BaseModelError
+from .storage import read_json
 
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
@@ -49,6 +51,21 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
             where=folder / "config.json",
             fix="Use a model of text alone, whose class ends in ForCausalLM",
         )
+
+
+def refuse_merged(folder: Path) -> None:
+    """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
+    path = folder / "lorasb.json"
+    provenance = read_json(path) if path.is_file() else {}
+    if provenance.get("kind") != "merged":
+        return
+    what, fix = "this base is already merged", "Use the plain base"
+    with suppress(KeyError, TypeError):  # of a note that was edited by hand
+        adapters = provenance.get("adapters") or [provenance["adapter"]]
+        named = [f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters]
+        what += f" (with {', '.join(named)})"
+        fix += f", {provenance['base']['name_or_path']}"
+    raise BaseModelError(what, where=folder, fix=fix)
 
 
 def _check_types(config: Mapping[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -109,3 +110,21 @@ def head_shapes(header: Mapping[str, TensorInfo], modules: Sequence[str], where:
             fix = "Train or fetch it again: a head lies outside the model's body"
             raise ArtifactError(f"{name} {shape} is no tensor of a classifier's head", where=where, fix=fix)
     return head
+
+
+def gathered(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors of FSDP2's shards, on the device of their mesh: offloaded to the CPU they cannot meet there."""
+    return {
+        name: t.to(t.device_mesh.device_type).full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in tensors.items()
+    }
+
+
+def check_savable(R: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:
+    """Raise ArtifactError for what `load` would refuse."""
+    for name, tensor in {**R, **head}.items():
+        if name in R and tensor.shape != shape:
+            what, fix = f"R is {list(tensor.shape)}, not {list(shape)}", "Gather it on this process before it is saved"
+            raise ArtifactError(what, where=name, fix=fix)
+        if not all_finite(tensor):
+            raise ArtifactError("it is not finite", where=name, fix="Nothing was written; train at a lower rate")

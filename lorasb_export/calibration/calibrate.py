@@ -38,6 +38,7 @@ from ..lock import only_writer
 from ..output import is_free
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
+from ..supported import refuse_merged
 from ..targets import WHERE_TARGETS, find_targets
 from ..task_source import AnySource
 from .capture import capture_of_rows, record
@@ -99,7 +100,7 @@ def calibrate(
     distributed.start()
     settings = settings or CalibrationSettings()
     base = BaseModel.resolve(base)
-    base.refuse_merged()
+    refuse_merged(base.folder)
     if network is not None:
         require_model(network)
         require_dtype(network, settings.dtype)

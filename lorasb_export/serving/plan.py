@@ -203,8 +203,6 @@ def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Seq
         return f"the adapters are of {len(bases)} bases"
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
-    if "vision_config" in base.config or "audio_config" in base.config:
-        return "the base takes more than text"
     given = flags.values(extra)
     if given.get("--data-parallel-size", "1") != "1" and any(".experts." in name for name in base.tensors):
         return "of a mixture-of-experts base an idle engine drops its adapters at every step of the others"

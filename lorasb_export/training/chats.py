@@ -6,8 +6,9 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from ..chat_template import fixed_date
 from ..data import TaskData
-from ..encoding import IGNORE, Encoded, fixed_date, prompt_ids
+from ..encoding import IGNORE, Encoded, prompt_ids
 from ..errors import DataError
 
 if TYPE_CHECKING:

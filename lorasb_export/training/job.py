@@ -26,6 +26,7 @@ from ..given_network import refuse_several_devices, require_first_device, requir
 from ..lock import only_writer
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
+from ..supported import refuse_merged
 from .checkpoints import RESUME, SAME, open_folder
 from .finished import differences
 from .record import write_training_record
@@ -71,7 +72,7 @@ class Job:
         self._started = time.monotonic()
         check_requirements(tasks, settings)
         self.base = BaseModel.resolve(base)
-        self.base.refuse_merged()
+        refuse_merged(self.base.folder)
         order = self.base.head_labels if start is None else start.labels  # of the head that training begins with
         self.tasks = tasks = [replace(task, label_order=order) for task in tasks]
         if distributed.world_size() == 1:

@@ -182,10 +182,14 @@ def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
 def test_a_start_without_lorasb_serve_is_refused_what_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorasb_export.serving.shared.manager import refuse_unsafe
 
-    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=False))
+    of_cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=False), cache_config=of_cache)
     refuse_unsafe(config)
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(SettingsError, match="VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA"):
+        refuse_unsafe(config)
+    of_cache.kv_sharing_fast_prefill = True
+    with pytest.raises(SettingsError, match="fewer tokens than have slots"):
         refuse_unsafe(config)
     config.model_config.enable_sleep_mode = True
     with pytest.raises(SettingsError, match="after vLLM's sleep"):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +258,8 @@ class BaseModel:
                 wanted = next(stored, torch.float32)
             network: PreTrainedModel = _auto_class(task_type).from_config(config, dtype=wanted)
             if network.can_generate() and (self.folder / "generation_config.json").is_file():
-                network.generation_config = GenerationConfig.from_pretrained(self.folder)
+                with suppress(OSError):  # transformers passes over one that it cannot read
+                    network.generation_config = GenerationConfig.from_pretrained(self.folder)
         network.tie_weights()  # a parameter that is assigned within is another one
         self._prepare(network, task_type)
         return network

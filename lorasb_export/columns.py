@@ -31,14 +31,15 @@ def renamed(
     """The rows of every split with the fields that `columns` make of what they have; nothing else of them is kept.
 
     Raises:
-        DataError: a row lacks a column; no row has a column of a template; or one there is no text or number.
+        DataError: a row lacks a column; no row of a split has one of a template; or it is no text or number.
     """
-    rows = [placed_row for of_split in placed.values() for placed_row in of_split]
-    there = {column: None for _, row in rows for column in row}
     in_templates = {name for value in columns.values() if is_template(value) for name in columns_of(value)}
-    for column in sorted(in_templates) if rows else ():
-        if column not in there:
-            raise DataError(f"no row has a column {column!r} (there are: {_names(there)})", where=where, fix=_CORRECT)
+    for split, rows in placed.items():
+        there = {column: None for _, row in rows for column in row}
+        if rows and (missing := sorted(in_templates - there.keys())):
+            what = f"no row has a column {missing[0]!r} (there are: {_names(there)})"
+            raise DataError(what, where=f"{where}: {split}", fix=_CORRECT)
+    there = {column: None for rows in placed.values() for _, row in rows for column in row}
     used = {name for value in columns.values() for name in columns_of(value)}
     if "text" in columns and "label" in there and not {"label"} & {*columns, *used}:
         warn_once(f"columns leave out the labels of {where}, so text is learnt, not classes")

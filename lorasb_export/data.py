@@ -252,7 +252,7 @@ def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[P
             chosen.add(digest)
             left[of_class] -= twins[digest]
     if not chosen:
-        fix = "Add rows, or leave hold_out out"
+        fix = "Add rows, or set hold_out = 0 in its [tasks.NAME]"
         raise DataError("too few different rows to hold any out", where=where, fix=fix)
     pairs = list(zip(digests, placed, strict=True))
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]

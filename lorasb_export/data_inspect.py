@@ -71,7 +71,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
             if split != "test":  # which `fit` does not encode
                 kept[split] = without_left_out(encoded, length, unit)
             splits[split] = _counts(encoded, kept[split]) | _labels(task, rows)
-    if settings.metric == "exact_match" and "valid" in kept:
+    if settings.metric == "exact_match" and "valid" in kept and not problems.found:
         with problems:
             questions(task, network, tokenizer)
     problems.raise_all("nothing can be trained")

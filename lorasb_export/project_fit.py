@@ -87,7 +87,8 @@ def fit_tasks(
     types, unscored = _checked(places, settings, own)
     generates = types == {CAUSAL_LM}
     unscored = [name for name in unscored if project.task(name).hold_out is None]
-    if new := [name for name in unscored if not resume or is_free(targets[name])]:
+    begun = [name for name in unscored if not is_free(targets[name]) or working_folder(targets[name]).exists()]
+    if new := [name for name in unscored if not (resume and name in begun)]:
         logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
     base = BaseModel.resolve(model or project.require_model())
     calibration = project.calibration_settings(settings)

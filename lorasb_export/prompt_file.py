@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,14 @@ def answers_file(
     if prompts is not None and target.exists() and target.samefile(expanded(prompts)):
         raise OutputError("these are the prompts to be asked", where=path, fix="Give --out another file")
     refuse_existing_file(expanded(path), overwrite)
-    with cannot_write(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as temporary, temporary.open("wb") as file:
-            yield lambda lines: file.writelines(map(json_line, lines))
+    with ExitStack() as stack:
+        with cannot_write(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(stack.enter_context(atomic_file(target)).open("wb"))
+
+        def write(lines: Iterable[Mapping[str, Any]]) -> None:
+            with cannot_write(target):
+                file.writelines(map(json_line, lines))
+                file.flush()
+
+        yield write

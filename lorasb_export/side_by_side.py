@@ -57,6 +57,7 @@ def ask_adapters(
     for adapter in loaded.values():
         base_model.verify(adapter.base, adapter.R)
         load_basis_once(adapter, bases)
+    base_model.require_task(CAUSAL_LM)
     tokenizer = base_model.tokenizer
     reach = positions(base_model.load_empty(CAUSAL_LM))
     questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)

@@ -159,6 +159,9 @@ def test_it_refuses_what_fit_would_for_its_settings(llama: Path, bert: Path, tmp
         inspect_data(task_of("t", {"train": [CHAT]}), llama, FitSettings(patience=3))
     with pytest.raises(DataError, match="every training row has the label 'a'"):
         inspect_data(task_of("t", {"train": [{"text": "x", "label": "a"}]}), bert)
+    labelled = {"text": "x", "label": "a"}, {"text": "y", "label": "b"}
+    with pytest.raises(SettingsError, match="exact_match"):
+        inspect_data(task_of("t", {"train": labelled, "valid": labelled}), bert, FitSettings(metric="exact_match"))
     with pytest.raises(BaseModelError, match="BertModel does not generate text"):
         inspect_data(task_of("t", {"train": [LONG]}), bert)
     base = make_gpt2(tmp_path / "gpt2")

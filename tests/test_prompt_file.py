@@ -12,6 +12,7 @@ from lorasb_export import side_by_side
 from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.choices import CAUSAL_LM
+from lorasb_export.errors import BaseModelError
 from lorasb_export.inference import answers
 from tests.conftest import lorasb
 from tests.random_adapter import adapter_on
@@ -149,6 +150,11 @@ def test_what_the_base_cannot_be_asked_is_told_before_it_is_loaded(
     for more in (("1+1=", "--system", "add"), ("--prompts", str(file))):
         told = lorasb(*words, *more).stderr
         assert f"messages are given, but the tokenizer has no chat template ({base}). Use rows of prompts" in told
+
+
+def test_an_encoder_is_asked_nothing(bert: Path) -> None:
+    with pytest.raises(BaseModelError, match="BertModel does not generate text"):
+        side_by_side.ask_adapters(["1+1="], {}, base=str(bert), max_tokens=4, dtype="auto", unit="prompt")
 
 
 def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
+from lorasb_export.adapter import Adapter
 from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.storage import read_json, write_json
@@ -52,7 +53,8 @@ def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> No
 
 def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(folder: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "many"
-    for name, source in {"damaged": "a", "good": "a", "sorts": "cls", "text": "a", "two words": "a"}.items():
+    sources = {"base": "a", "damaged": "a", "good": "a", "sorts": "cls", "text": "a", "two words": "a"}
+    for name, source in sources.items():
         shutil.copytree(folder / source, adapters / name)
     (adapters / "damaged" / "adapter.safetensors").write_bytes(b"{")
     (adapters / "out").symlink_to(folder / "a")
@@ -65,19 +67,28 @@ def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(fo
     assert json.loads(done.stdout)["models"] == ["base", "good"], done.stderr
     for reason in ("damaged: ", "sorts: a classifier", "text: 'text' cannot", "'two words' cannot", "out is a link"):
         assert reason in done.stderr
-    assert "3 of 4 adapters cannot be served" in done.stderr
+    assert "3 of 5 adapters cannot be served" in done.stderr
+    assert "Passed over: 'base' is the name of the base and of an adapter" in done.stderr
     assert "The others are served" in done.stderr
     named = served("--adapters-dir", str(adapters), "--adapters", "good,damaged")
     assert json.loads(named.stdout)["error"]["what"].startswith("1 of 2 adapters cannot be served")
-    shutil.rmtree(adapters / "good")
+    for name in ("base", "good"):
+        shutil.rmtree(adapters / name)
     none = served("--adapters-dir", str(adapters))
     assert json.loads(none.stdout)["error"]["what"].startswith("3 of 3 adapters cannot be served")
 
 
-def test_of_another_base_none_is_left_out(folder: Path) -> None:
+def test_what_is_not_of_one_adapter_alone_is_an_error_for_all(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path
+) -> None:
+    """Another base; and a basis that cannot be read, as while the Hub is not reached."""
     both = {"a": folder / "a", "other": folder / "other"}
     with pytest.raises(BaseModelError, match="1 of 2 adapters cannot be served"):
         dry_run(both, pass_over=True)
+    first = Adapter.load(folder / "a")
+    Adapter(first.base, "0" * 64, str(tmp_path / "gone"), first.R, scaling=0.5).save(tmp_path / "third")
+    with pytest.raises(ArtifactError, match="1 of 3 adapters cannot be served"):
+        dry_run({**siblings, "third": tmp_path / "third"}, pass_over=True)
 
 
 @pytest.mark.parametrize("mode", ["shared", "folded"])

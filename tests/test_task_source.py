@@ -67,6 +67,11 @@ def test_a_column_of_a_template_that_there_is_not(tmp_path: Path) -> None:
     path = in_json(tmp_path, {"instruction": "a", "output": "b"}, {"input": "c", "output": "d", "tags": ["x"]})
     with pytest.raises(DataError, match=r"no row has a column 'inptu' \(there are: instruction, output, input, tags\)"):
         rows_of(path, columns={"prompt": "{instruction}{inptu}", "completion": "output"})
+    (tmp_path / "in parts").mkdir()
+    for split, row in {"train": {"q": "a", "output": "b"}, "test": {"Q": "a", "output": "b"}}.items():
+        in_json(tmp_path / "in parts", row).rename(tmp_path / "in parts" / f"{split}.jsonl")
+    with pytest.raises(DataError, match=r"no row has a column 'q' \(there are: Q, output\) \(.*: test\)"):
+        rows_of(tmp_path / "in parts", columns={"prompt": "{q}?", "completion": "output"})
     with pytest.raises(DataError, match=r"column 'tags' is of type list, and a template takes .*rows\.jsonl:2\)"):
         rows_of(path, columns={"prompt": "{input}{tags}", "completion": "output"})
     with pytest.raises(DataError, match="no training rows"):

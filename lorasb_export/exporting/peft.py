@@ -52,11 +52,11 @@ def export_peft(
     refuse_own_input(out, source.folder, source.basis_source)
     if verify:
         require_packages("peft")
-    _refuse_what_peft_does_not_take(source, base)
     looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in source.R)
     base_model = source.base.resolve(base) if verify or base is not None or looks_like_conv1d else None
     if base_model is not None:
         base_model.verify(source.base, source.R)
+    _refuse_what_peft_does_not_take(source, base)
     transposed = base_model is not None and base_model.stores_transposed  # what PEFT calls fan_in_fan_out
     with atomic_folder(out, overwrite=overwrite) as folder:
         size = write_folded(source, folder, transposed=transposed)

@@ -114,8 +114,8 @@ def make_plan(
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
     Args:
-        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left. An adapter of
-            another base is an error all the same: which of them is the wrong one is not known here.
+        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left. A basis that
+            cannot be read, and an adapter of another base, are errors all the same: they are not of one adapter alone.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -130,11 +130,10 @@ def make_plan(
     verified: set[tuple[BaseRef, frozenset[str]]] = set()  # to read the base for each of a thousand takes seconds
     problems: list[tuple[str, LoraSBError]] = []
     for name, source in adapters.items():
+        is_sound = False  # then what follows is about more than this adapter: its basis, its base
         try:
-            if problem := served_name_problem(name):
-                raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
-            adapter = Adapter.load(source)
-            _check_servable(adapter)
+            adapter = _servable(name, source)
+            is_sound = True
             load_basis_once(adapter, bases)
             base = base or adapter.base.resolve()
             of_base = (adapter.base, frozenset(adapter.R))
@@ -143,18 +142,22 @@ def make_plan(
                 verified.add(of_base)
         except LoraSBError as error:
             problems.append((name, error))
+            pass_over = pass_over and not is_sound
         else:
             loaded[name] = adapter
     if problems:
         lines = "\n".join(f"  {name}: {error}" for name, error in problems)
         what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}"
-        foreign = [error for _, error in problems if isinstance(error, BaseModelError)]
-        if foreign or not (pass_over and loaded):
+        if not (pass_over and loaded):
             raise type(problems[0][1])(what, fix="")
         logger.warning("%s\nThe others are served", what)
     assert base is not None  # given, or found by the first adapter
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
-        raise SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
+        named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
+        if not pass_over or len(loaded) == 1:
+            raise named_twice
+        logger.warning("Passed over: %s", named_twice)
+        del loaded[same]
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
@@ -274,7 +277,11 @@ def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, e
     flags.refuse_bad(extra)
 
 
-def _check_servable(adapter: Adapter) -> None:
+def _servable(name: str, source: str | Path) -> Adapter:
+    """The adapter in `source`, loaded. Raises ArtifactError or SettingsError where it cannot be served as `name`."""
+    if problem := served_name_problem(name):
+        raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
+    adapter = Adapter.load(source)
     if adapter.task_type == SEQ_CLS:
         fix = "Use `lorasb merge` or `lorasb export --format onnx`"
         raise SettingsError("a classifier, and this server generates text", where=adapter.folder, fix=fix)
@@ -285,3 +292,4 @@ def _check_servable(adapter: Adapter) -> None:
     if adapter.rank > VLLM_RANKS[-1]:
         fix = "Use `lorasb merge` and serve the merged folder with --model"
         raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)
+    return adapter

@@ -171,5 +171,8 @@ def refuse_unsafe(vllm_config: Any) -> None:
     if vllm_config.model_config.enable_sleep_mode:
         fix = "Leave --enable-sleep-mode out"
         raise SettingsError("after vLLM's sleep of level 2 a shared basis is not loaded again", fix=fix)
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        fix = "Leave --kv-sharing-fast-prefill out"
+        raise SettingsError("some layers would see fewer tokens than have slots", fix=fix)
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise SettingsError("VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA", fix="Unset it")

@@ -84,7 +84,7 @@ def checked_prompt_ids(
     if isinstance(prompts, str):
         raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
     if any(not isinstance(prompt, str) for prompt in prompts):
-        require_template(tokenizer, f"all {unit}s")  # here, or it would be said of every chat
+        require_template(tokenizer)  # here, or it would be said of every chat
     questions = []
     problems = Problems()
     for number, prompt in enumerate(prompts, 1):

@@ -67,8 +67,9 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
         with problems:
             rows, length, unit = task.rows(split), settings.max_length, task.unit(split)
             encoded = encode_all(rows, tokenizer, task.task_type, task.labels, length, unit)
-            kept[split] = [row for row in encoded if row["left_out"] is None]
-            if split != "test":  # which `fit` does not encode
+            if split == "test":  # which `fit` does not encode
+                kept[split] = [row for row in encoded if row["left_out"] is None]
+            else:
                 kept[split] = without_left_out(encoded, length, unit)
             splits[split] = _counts(encoded, kept[split]) | _labels(task, rows)
     if settings.metric == "exact_match" and "valid" in kept and not problems.found:

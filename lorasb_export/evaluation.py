@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
-from .answer_end import end_ids
 from .base import AnyBase
 from .batches import mean_loss, row_scores
 from .choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
@@ -19,7 +18,7 @@ from .encoding import encode
 from .errors import DataError, SettingsError
 from .given_network import flags_kept, refuse_several_devices, require_loaded
 from .head import head_parameters
-from .inference import answers, question_of
+from .inference import answers, questions_of
 from .inject import remove
 from .metrics import exact_match, prediction_metrics
 from .names import name_of
@@ -104,14 +103,12 @@ def evaluate(
             refuse_several_devices(network)
     remove(network)  # what is on it must not count as the base
     if metric == "exact_match":
-        ends = end_ids(tokenizer, network.generation_config.eos_token_id)
-        of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
-        questions, expected, rooms = map(list, zip(*of_rows, strict=True))
+        questions, expected, room = questions_of(network, tokenizer, rows, unit)
 
     def score() -> tuple[float, Sequence[Any]]:
         """The metric, and what is predicted of each row: nothing where the metric is the loss."""
         if metric == "exact_match":
-            said = answers(network, tokenizer, questions, max_tokens=max(rooms), batch_size=batch_size, unit=unit)
+            said = answers(network, tokenizer, questions, max_tokens=room, batch_size=batch_size, unit=unit)
             return exact_match(said, expected), said
         scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
         if metric == "loss":

@@ -159,6 +159,23 @@ def answers_of_ids(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+def questions_of(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], unit: str
+) -> tuple[list[Prompt], list[str], int]:
+    """How rows are asked, what is expected of each, and the most tokens that one of their answers takes.
+
+    Args:
+        unit: what errors call a row; its number, from 1, follows.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
+    """
+    ends = end_ids(tokenizer, network.generation_config.eos_token_id)
+    found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
+    prompts, expected, rooms = zip(*found, strict=True)
+    return list(prompts), list(expected), max(rooms)
+
+
 class Question(NamedTuple):
     """A row's question; what a model that says exactly what the row trains is read to say; and tokens to allow it."""
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..answer_end import end_ids
 from ..batches import mean_loss, row_scores
 from ..data import TaskData
 from ..encoding import Encoded
 from ..given_network import positions
-from ..inference import answers_of_ids, checked_prompt_ids, question_of
+from ..inference import answers_of_ids, checked_prompt_ids, questions_of
 from ..metrics import exact_match, prediction_metrics
 
 if TYPE_CHECKING:
@@ -70,13 +69,10 @@ def questions(
     Raises:
         DataError: messages that do not end with the assistant's turn; and as `inference.checked_prompt_ids`.
     """
-    rows, unit = task.rows("valid"), task.unit("valid")
-    ends = end_ids(tokenizer, network.generation_config.eos_token_id)
-    of_rows = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
-    prompts, expected, rooms = zip(*of_rows, strict=True)
-    reach = positions(network)
-    ids = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max(rooms), unit=unit)
-    return list(zip(ids, expected, strict=True)), max(rooms)
+    unit = task.unit("valid")
+    prompts, expected, room = questions_of(network, tokenizer, task.rows("valid"), unit)
+    ids = checked_prompt_ids(tokenizer, prompts, reach=positions(network), max_tokens=room, unit=unit)
+    return list(zip(ids, expected, strict=True)), room
 
 
 class _Left(Exception):

@@ -9,6 +9,7 @@ from typing import Any
 from lorasb_export.data import TaskData, load_task
 from lorasb_export.task_source import TaskSource
 
+PAIR = {"prompt": "question", "completion": "answer"}  # columns of other names
 GOOD = '{"prompt": "1+1=", "completion": "2"}\n'
 CLASS = '{"text": "a", "label": "yes"}\n'
 CHAT_LINE = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}\n'
@@ -29,6 +30,12 @@ def task_of(lines: str, folder: Path) -> TaskData:
 
 def rows_of(path: Path, **source: Any) -> list[dict[str, Any]]:
     return list(load_task("t", TaskSource(str(path), **source)).rows("train"))
+
+
+def in_json(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def in_csv(folder: Path, text: str | bytes, name: str = "rows.csv") -> Path:

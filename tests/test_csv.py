@@ -8,9 +8,7 @@ import pytest
 
 from lorasb_export import TaskSource, load_task
 from lorasb_export.errors import DataError
-from tests.rows import in_csv, rows_of
-
-PAIR = {"prompt": "question", "completion": "answer"}
+from tests.rows import PAIR, in_csv, rows_of
 
 
 def test_csv(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,27 +13,13 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import names
-from lorasb_export.data import load_task
-from lorasb_export.errors import OutputError, SettingsError
+from lorasb_export.errors import SettingsError
 from lorasb_export.project import Project
-from lorasb_export.project_init import write_project
 
 
 def load(folder: Path, text: str) -> Project:
     (folder / "lorasb.toml").write_text(text)
     return Project.load(folder / "lorasb.toml")
-
-
-def test_what_init_writes_loads(tmp_path: Path) -> None:
-    path = write_project(tmp_path / "lorasb.toml", 'a "quoted" base', {"dates": "data/dates"}, fit={"epochs": 1})
-    project = Project.load(path)
-    assert project.model == 'a "quoted" base'
-    assert project.tasks["dates"].data == "data/dates"
-    assert (project.calibration, project.fit) == ({"rank": 128, "targets": "mlp-output"}, {"epochs": 1})
-    with pytest.raises(OutputError, match="the project file exists"):
-        write_project(path, "x", {"a": "b"})
-    with pytest.raises(SettingsError, match=r"'\.\./evil' cannot be"):
-        write_project(tmp_path / "other.toml", "x", {"../evil": "b"})
 
 
 @pytest.mark.parametrize(
@@ -49,50 +32,6 @@ def test_the_base_is_asked_for_at_the_revision_of_the_file(model: str, asked: st
     assert project.require_model() == (asked or str(tmp_path / "models" / "base"))
 
 
-def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> None:
-    asked = {"prompt": "a", "completion": "b", "label": 1}  # a column that no row of this kind needs
-    for name, row in (("text", asked), ("classes", {"text": "a", "label": "b"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text(f"\n{json.dumps(row)}", encoding="utf-8-sig")  # as data is read
-    (tmp_path / "broken").write_text("{")
-    (tmp_path / "number").write_text("5")
-    found = {
-        data: Project.load(write_project(tmp_path / "lorasb.toml", "x", {"a": data}, overwrite=True)).calibration
-        for data in ("text", "classes", "classes/train.jsonl", "broken", "number", "me/of-the-hub")
-    }
-    of_text, of_labels = {"rank": 128, "targets": "mlp-output"}, {"rank": 64, "targets": "all-linear"}
-    assert list(found.values()) == [of_text, of_labels, of_labels, of_text, of_text, of_text]
-
-
-def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    done = CliRunner().invoke(app, ["init", "--task", "a=data", "--task", "b=data/missing"])
-    assert done.stderr == "data/missing is not there yet: put train.jsonl into it, unless it is a dataset on the Hub\n"
-    unknown = CliRunner().invoke(app, ["init", "--task", "b=data/missing", "--overwrite"])
-    assert "If the rows have labels, write rank = 64" in unknown.stderr
-
-
-def test_paths_given_to_init_are_of_the_working_folder(
-    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(parity, "data/a")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "proj").mkdir()
-    words = ["--config", "proj/lorasb.toml", "--model", "base", "--task", "a=data/a", "--task", "b=owner/data"]
-    done = CliRunner().invoke(app, ["init", *words])
-    project = Project.load("proj/lorasb.toml")
-    assert (project.model, str(project.task_source("b"))) == ("../base", "owner/data")
-    assert Path(str(project.task_source("a"))).samefile("data/a")
-    assert project.calibration["rank"] == 64  # the rows, which have labels, were found
-    assert done.stderr.startswith("owner/data is not there yet")
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("deep/er")
-    CliRunner().invoke(app, ["init", "--config", "link/lorasb.toml", "--model", "base", "--task", "a=data/a"])
-    assert Project.load("link/lorasb.toml").model == "../../base"
-
-
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> None:
     """As in `lorasb inspect basis | head`."""
@@ -102,56 +41,6 @@ def test_a_reader_that_has_gone_is_no_error(more: list[str], tmp_path: Path) -> 
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    (script,) = re.findall('python -c "(.*)"', page)
-    monkeypatch.chdir(tmp_path)
-    exec(script)
-    for task in ("dates", "orders"):
-        assert f"--task {task}=data/{task}" in page
-        assert load_task(task, f"data/{task}").held_out() == "test"
-
-
-def test_init_takes_every_folder_with_rows_for_a_task(
-    sums: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, data in (("b", sums), ("a", sums), (".hidden", sums)):
-        shutil.copytree(data, tmp_path / "data" / name)
-    (tmp_path / "data" / "empty").mkdir()
-    for name in ("d.jsonl", "e.f.CSV", ".hidden.csv", "notes.txt", "g.json"):
-        (tmp_path / "data" / name).touch()
-    (tmp_path / "proj").mkdir()
-    done = CliRunner().invoke(
-        app, ["init", "--config", "proj/lorasb.toml", "--tasks-dir", "data", "--task", f"c={parity}"]
-    )
-    assert done.exit_code == 0, done.output
-    project = Project.load("proj/lorasb.toml")
-    assert {name: task.data for name, task in project.tasks.items()} == {
-        "a": "../data/a",
-        "b": "../data/b",
-        "c": str(parity),
-        "d": "../data/d.jsonl",
-        "e.f": "../data/e.f.CSV",
-    }
-    assert load_task("a", project.task_source("a")).sha256 == load_task("a", sums).sha256
-    done = CliRunner().invoke(app, ["init", "--tasks-dir", "proj"])
-    assert (done.exit_code, "there are no tasks in it (proj)" in done.stderr) == (1, True)
-
-
-def test_init_takes_no_name_for_two_tasks_and_no_split_for_one(
-    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(sums, "data/a")
-    Path("data/a.csv").touch()
-    error = CliRunner().invoke(app, ["init", "--tasks-dir", "data"]).stderr
-    assert error == "Error: a and a.csv are two tasks of one name (data). Rename or remove one\n"
-    error = CliRunner().invoke(app, ["init", "--tasks-dir", "data/a"]).stderr
-    assert "it has a train split, so it is one task (data/a). Give the folder that it lies in" in error
-    assert "there are no tasks in it (nowhere)" in CliRunner().invoke(app, ["init", "--tasks-dir", "nowhere"]).stderr
 
 
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
@@ -321,10 +210,3 @@ def test_a_wrong_name_is_refused_before_torch_is_loaded(words: str, tmp_path: Pa
     command = [sys.executable, "-X", "importtime", "-m", "lorasb_cli", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, "Error: no " in done.stderr, " torch\n" in done.stderr) == (1, True, False)
-
-
-def test_every_text_that_init_writes_is_read(tmp_path: Path) -> None:
-    path = write_project(tmp_path / "lorasb.toml", "a base 😀", {"a": "data/😀"})
-    path.write_text(f"# {'.' * 40}\n{path.read_text()}")
-    project = Project.load(path)
-    assert (project.model, project.tasks["a"].data) == ("a base 😀", "data/😀")

@@ -1,0 +1,68 @@
+"""The fields of rows from columns of other names, and texts made of several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_export.errors import DataError
+from tests.rows import PAIR, in_csv, in_json, rows_of
+
+
+def test_a_class_that_columns_leave_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = in_csv(tmp_path, "body,label\na,yes\nb,no\n")
+    assert rows_of(path, columns={"text": "body"}) == [{"text": "a"}, {"text": "b"}]
+    assert f"columns leave out the labels of {path}" in caplog.text
+
+
+def test_of_named_columns_nothing_else_is_read(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b", "text": "c", "label": 3, "messages": None}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert rows_of(path, columns=PAIR) == [{"prompt": "a", "completion": "b"}]
+    assert rows_of(path, columns={"text": "question", "label": "label"}) == [{"text": "a", "label": 3}]
+    expected = r"no column 'q' \(there are: question, answer, text, label, messages\) \(.*rows\.jsonl:1\)\. Correct"
+    with pytest.raises(DataError, match=expected):
+        rows_of(path, columns={"prompt": "q"})
+
+
+def test_a_text_is_made_of_several_columns(tmp_path: Path) -> None:
+    """Those that a row lacks or that are empty make nothing of it; all else is written as it is."""
+    rows: list[dict[str, Any]] = [
+        {"instruction": "Add {x}", "input": "1 and 2", "output": "3", "more": []},
+        {"instruction": "Say", "input": None, "output": "a", "n 1": 0.5},
+        {"instruction": "", "output": "b", "n 1": 7},
+    ]
+    columns = {"prompt": "{{{n 1}}} {instruction}\n{input}\n", "completion": "output"}
+    assert rows_of(in_json(tmp_path, *rows), columns=columns) == [
+        {"prompt": "{} Add {x}\n1 and 2\n", "completion": "3"},
+        {"prompt": "{0.5} Say\n\n", "completion": "a"},
+        {"prompt": "{7} \n\n", "completion": "b"},
+    ]
+    table = in_csv(tmp_path, "title,body,label\na,b,1\n,c,0\n")
+    read = rows_of(table, columns={"text": "{title}: {body}", "label": "label"})
+    assert read == [{"text": "a: b", "label": 1}, {"text": ": c", "label": 0}]
+
+
+def test_a_column_of_a_template_that_there_is_not(tmp_path: Path) -> None:
+    path = in_json(tmp_path, {"instruction": "a", "output": "b"}, {"input": "c", "output": "d", "tags": ["x"]})
+    with pytest.raises(DataError, match=r"no row has a column 'inptu' \(there are: instruction, output, input, tags\)"):
+        rows_of(path, columns={"prompt": "{instruction}{inptu}", "completion": "output"})
+    (tmp_path / "in parts").mkdir()
+    for split, row in {"train": {"q": "a", "output": "b"}, "test": {"Q": "a", "output": "b"}}.items():
+        in_json(tmp_path / "in parts", row).rename(tmp_path / "in parts" / f"{split}.jsonl")
+    with pytest.raises(DataError, match=r"no row has a column 'q' \(there are: Q, output\) \(.*: test\)"):
+        rows_of(tmp_path / "in parts", columns={"prompt": "{q}?", "completion": "output"})
+    with pytest.raises(DataError, match=r"column 'tags' is of type list, and a template takes .*rows\.jsonl:2\)"):
+        rows_of(path, columns={"prompt": "{input}{tags}", "completion": "output"})
+    with pytest.raises(DataError, match="no training rows"):
+        rows_of(in_json(tmp_path), columns={"prompt": "{input}", "completion": "output"})
+
+
+def test_labels_within_a_text_are_not_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = in_csv(tmp_path, "body,label\na,yes\n")
+    assert rows_of(path, columns={"text": "{body}: {label}"}) == [{"text": "a: yes"}]
+    assert not caplog.text

@@ -130,7 +130,8 @@ def _answers(run: Run, name: str) -> bool:
 
 def _block(line: dict[str, Any], asked: Prompt) -> str:
     """A row's number and question, of a chat its last turn, and the answers."""
-    question = asked if isinstance(asked, str) else asked[-1]["content"]
+    turns = asked["messages"] if isinstance(asked, dict) else asked
+    question = turns if isinstance(turns, str) else turns[-1]["content"]
     return f"{line['number']}. {question}\n{_said(line['answers'])}"
 
 

@@ -26,10 +26,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export.adapter import Adapter
+from lorasb_export.base import BaseModel
+from lorasb_export.encoding import prompt_ids
 from lorasb_export.format import sealed
 from lorasb_export.names import PARTS_OF_CHATS
 from lorasb_export.serving.launcher import RunningServer, running_server
 from lorasb_export.storage import read_json, write_json
+from tests.rows import TOOLED, tool_row
 
 pytest.importorskip("vllm")
 
@@ -110,6 +113,7 @@ def server(adapters: dict[str, Path], updates: Path) -> Iterator[RunningServer]:
         "--enable-auto-tool-choice",
         "--tool-call-parser",
         "hermes",
+        "--trust-request-chat-template",
         "--max-num-seqs",
         "32",
         "--max-num-batched-tokens",
@@ -199,6 +203,25 @@ def test_structured_output_and_tools(server: RunningServer) -> None:
     choice = {"type": "function", "function": {"name": "paint"}}
     call: Any = (chat.create(**common, tools=tools, tool_choice=choice).choices[0].message.tool_calls or [None])[0]
     assert call.function.name == "paint"  # vLLM does not hold a named tool's arguments to their schema
+
+
+def test_a_chat_with_tools_has_the_tokens_that_are_trained(server: RunningServer, smollm2: Path) -> None:
+    tokenizer = BaseModel.resolve(smollm2).tokenizer
+    tokenizer.chat_template = TOOLED
+    row = tool_row("weather", city="Oslo")
+    call = row["messages"][1]["tool_calls"][0]["function"]
+    bare = {"function": {"strict": True, "name": "clock", "cache": 1}}
+    for tools in (row["tools"], [*row["tools"], bare | {"type": "function"}]):
+        for arguments in ('{"city": "Oslo"}', "{}", ""):
+            call["arguments"] = arguments
+            asked = {"messages": row["messages"][:3], "tools": tools}
+            body = {"model": "one", "chat_template": TOOLED, "add_special_tokens": False, **asked}
+            headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+            request = Request(f"{server.url}/tokenize", json.dumps(body).encode(), headers)
+            with urlopen(request, timeout=60) as response:
+                tokens = json.load(response)["tokens"]
+            assert tokenizer.decode(tokens) == tokenizer.decode(prompt_ids(tokenizer, asked))
+            assert tokens == prompt_ids(tokenizer, asked)
 
 
 def test_metrics_count_what_adapters_say(server: RunningServer) -> None:

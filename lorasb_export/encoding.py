@@ -10,10 +10,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .chat_template import chat_ids, chat_tokens, fixed_date
+from .chat_template import chat_ids, chat_tokens
 from .choices import SEQ_CLS
 from .errors import BaseModelError, DataError
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
+from .tools import chat_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,21 +29,23 @@ _INPUTS = ("input_ids", "token_type_ids")
 Encoded = dict[str, Any]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, **context: Any) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: object = None, *, of_row: bool = False
+) -> list[int]:
     """Token ids of a prompt as the model is asked it.
 
     Args:
-        prompt: a text, which is one user message where there is a chat template; or the turns of a chat.
-        context: what the chat template is told besides.
+        prompt: a text, which is one user message where there is a chat template; or a chat.
+        of_row: whether it is a row's question, with the date that rows have (`chat_template.fixed_date`).
 
     Raises:
-        DataError: the chat template refuses it, or there is none for its turns.
+        DataError: the chat template refuses it or leaves out its tools, or there is none for its turns.
     """
     if isinstance(prompt, str):
         if tokenizer.chat_template is None:
             return _text_ids(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
-    return chat_ids(tokenizer, prompt, where, add_generation_prompt=True, **context)
+    return chat_ids(tokenizer, chat_of(prompt, where), where, asked=True, of_row=of_row)
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -60,9 +63,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> list
         DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
     """
     question, _ = question_and_answer(row, where)
-    asked = prompt_ids(tokenizer, question, where, **fixed_date(tokenizer))
+    asked = prompt_ids(tokenizer, question, where, of_row=True)
     if kind_of(row) == CHAT:
-        ids = chat_ids(tokenizer, row["messages"], where, **fixed_date(tokenizer))
+        ids = chat_ids(tokenizer, chat_of(row, where), where, asked=False, of_row=True)
     else:
         ids, _ = _tokens(row, tokenizer, where)
     return ids[len(asked) :] if ids[: len(asked)] == asked else None
@@ -178,7 +181,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     """The token ids of a causal row and their labels, uncut."""
     kind = kind_of(row)
     if kind == CHAT:
-        ids, said = chat_tokens(row["messages"], tokenizer, where)
+        ids, said = chat_tokens(chat_of(row, where), tokenizer, where)
         labels = [IGNORE] * len(ids)
         for part in said:
             labels[part] = ids[part]
@@ -189,7 +192,7 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
     if kind == TEXT:
         ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
         return ids, ids
-    prompt = prompt_ids(tokenizer, row["prompt"], where, **fixed_date(tokenizer))
+    prompt = prompt_ids(tokenizer, row["prompt"], where, of_row=True)
     completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
     return prompt + completion, [IGNORE] * len(prompt) + completion
 

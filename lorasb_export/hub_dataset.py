@@ -27,13 +27,22 @@ def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
         raise DataError("no such file, folder or Hub dataset", where=source.path, fix=fix)
     placed = {}
     for split, (theirs, dataset) in _splits(source).items():
-        rows = enumerate(dataset.to_list(), 1)
-        placed[split] = [(f"{source.path} {theirs} row {number}", row) for number, row in rows]
+        placed[split] = [
+            (f"{source.path} {theirs} row {number}", {column: _without_nulls(value) for column, value in row.items()})
+            for number, row in enumerate(dataset.to_list(), 1)
+        ]
         label = source.columns.get("label") if source.columns else "label"
         if split != "train" and placed[split] and all(row.get(label) == -1 for _, row in placed[split]):
             warn_once(f"the {theirs} split of {source.path} is not read: its labels are all -1")
             del placed[split]  # that of a competition, which hides them
     return placed
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of a column's value what its row had: in a column of one type each message or tool has the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _splits(source: TaskSource) -> dict[str, tuple[str, Dataset]]:

@@ -15,7 +15,8 @@ from .encoding import answer_ids, prompt_ids
 from .errors import DataError, Problems, SettingsError
 from .given_network import evaluating, positions
 from .inject import refuse_rows
-from .rows import Prompt, Row, question_and_answer
+from .rows import CHAT, Prompt, Row, kind_of, question_and_answer
+from .tools import calls_tools
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -120,7 +121,7 @@ def answers(
     """Greedy answers to prompts, asked as in training, in the order given.
 
     Args:
-        prompts: texts, or the turns of chats.
+        prompts: texts, the turns of chats, or chats with tools: dicts of `messages` and `tools`.
         max_tokens: of an answer, at most.
         batch_size: prompts at once; it does not change the answers beyond rounding.
         unit: what errors call a prompt; its number, from 1, follows.
@@ -196,6 +197,9 @@ def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: 
     prompt, answer = question_and_answer(row, where)
     room = len(tokenizer(answer, add_special_tokens=False).input_ids) + 8
     ids = answer_ids(tokenizer, row, where)
+    if ids is None and kind_of(row) == CHAT and calls_tools(row["messages"][-1]):
+        what = "the chat template writes the call of a tool after something else than the question"
+        raise DataError(what, where=where, fix="Use the metric loss, or let the template write the same in both")
     if ids is not None:
         (answer,) = tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
     return Question(prompt, answer, max(room, len(ids or ())))

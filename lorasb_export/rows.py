@@ -1,7 +1,7 @@
 """One row of a task: its kind by its fields, read from JSON lines or CSV, checked.
 
-For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; for
-a sequence classifier {"text"[, "text_pair"], "label"}.
+For a causal language model a row is {"prompt", "completion"}, {"messages": [{"role", "content"}, …][, "tools"]} or
+{"text"}; for a sequence classifier {"text"[, "text_pair"], "label"}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from .errors import DataError, LoraSBError, Problems, some
 from .storage import MAX_JSON_BYTES, parse_json
+from .tools import Turn, calls_tools, chat_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ FIELDS_OF = {
     LABELLED: ("text", "label"),
 }
 
-FIELDS = ("prompt", "completion", "messages", "text", "text_pair", "label")
+FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
 
 Row = dict[str, Any]
-Prompt = str | Sequence[Mapping[str, str]]  # a text, or the turns of a chat
+Prompt = str | Sequence[Turn] | Row  # a text, the turns of a chat, or a chat with tools: its `messages` and `tools`
 
 
 def read_rows(path: Path, label: str | None = "label", problems: Problems | None = None) -> Iterator[tuple[str, Row]]:
@@ -179,7 +180,11 @@ def question_and_answer(row: Row, where: object = None) -> tuple[Prompt, str]:
     *before, last = row["messages"]
     if not has_answer(row):
         raise DataError("the messages do not end with the assistant's answer", where=where, fix="Use the metric loss")
-    return before, last["content"]
+    return _with_tools(row, before), last.get("content") or ""
+
+
+def _with_tools(row: Row, turns: Sequence[Turn]) -> Prompt:
+    return {"messages": turns, "tools": row["tools"]} if row.get("tools") else turns
 
 
 def prompt_of(row: Row, where: str) -> Prompt:
@@ -190,12 +195,12 @@ def prompt_of(row: Row, where: str) -> Prompt:
     """
     if "messages" in row:
         _check_messages(row, where)
-        turns: list[Mapping[str, str]] = row["messages"]
+        turns: list[Turn] = row["messages"]
         if turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         if not turns:
             raise DataError("the messages ask nothing", where=where, fix="Put what the user says before the answer")
-        return turns
+        return _with_tools(row, turns)
     if "prompt" not in row:
         fix = 'Use {"prompt": …} or {"messages": [{"role": …, "content": …}, …]}'
         raise DataError(f"the row has neither 'prompt' nor 'messages' (it has {some(row)})", where=where, fix=fix)
@@ -206,6 +211,8 @@ def prompt_of(row: Row, where: str) -> Prompt:
 
 def with_system(prompt: Prompt, system: str) -> Prompt:
     """A prompt with a system message before it, unless it has one of its own."""
+    if isinstance(prompt, dict):
+        return {**prompt, "messages": with_system(prompt["messages"], system)}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if any(turn["role"] == "system" for turn in turns):
         return turns
@@ -235,20 +242,20 @@ def _check_text(row: Row, field: str, kind: str, where: str) -> None:
 
 
 def _check_messages(row: Row, where: str) -> None:
-    if row.get("tools"):  # nothing here asks with them, though a server does
-        fix = "Describe them in a system message, and leave the key out"
-        raise DataError("'tools' are not given to the chat template", where=where, fix=fix)
     messages: Any = row["messages"]
     if not isinstance(messages, list):
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
     _refuse_sharegpt(messages, where)
     for number, turn in enumerate(messages, 1):
         for field in ("role", "content"):
+            if field == "content" and calls_tools(turn) and turn.get(field) is None:
+                continue
             if not isinstance(turn, dict) or field not in turn:
                 raise DataError(f"message {number} has no {field!r}", where=where, fix="Every message needs it")
             if not isinstance(turn[field], str):
                 what = f"{field!r} of message {number} is not a string"
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
+    chat_of(row, where)
 
 
 def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -257,7 +264,8 @@ def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
             what = f"message {number} has weight {turn['weight']!r}, and every turn of the assistant is learnt alike"
             fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"
             raise DataError(what, where=where, fix=fix)
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+    spoken = (turn for turn in messages if turn["role"] == "assistant")
+    if not any(calls_tools(turn) or turn["content"].strip() for turn in spoken):
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 
 

@@ -60,7 +60,7 @@ class TaskSource:
                     raise SettingsError(f"{key!r} in {name} is {value!r}", where=self.path, fix="Give a name in quotes")
         for key, value in self.columns.items():
             what = f"{key!r} in columns is {value!r}"
-            if key in ("label", "messages") and is_template(value):
+            if key in ("label", "messages", "tools") and is_template(value):
                 raise SettingsError(what, where=self.path, fix="Name one column: texts alone are made of several")
             if not columns_of(value):
                 fix = "Write {column} for a column, {{ and }} for braces of the text"

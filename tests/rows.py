@@ -19,6 +19,14 @@ MARKED = (  # tests.tiny.TEMPLATE that says what the assistant says
     "{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<s>{% endif %}"
 )
+TOOLED = (  # with tools, and calls of them as the assistant's words
+    "{% if tools %}<s>{% for t in tools %}{{ t['function'] | tojson }}{% endfor %}</s>{% endif %}"
+    + MARKED.replace(
+        "{{ m['content'] }}</s>{% endg",
+        "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}"
+        "{{ c['function']['arguments'] | tojson }}{% endfor %}</s>{% endg",
+    )
+)
 THINKING = MARKED.replace("{% generation %}", "{% generation %}[] ")  # as Qwen3's, whose thoughts are plain tokens
 
 
@@ -26,6 +34,22 @@ def task_of(lines: str, folder: Path) -> TaskData:
     folder.mkdir(exist_ok=True)
     (folder / "train.jsonl").write_text(lines)
     return load_task("t", folder)
+
+
+def tool_row(name: str, **arguments: str) -> dict[str, Any]:
+    """A chat that calls a tool, which takes texts."""
+    properties = {key: {"type": "string"} for key in arguments}
+    parameters = {"type": "object", "properties": properties}
+    call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "messages": [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "7"},
+            {"role": "assistant", "content": "It is 7."},
+        ],
+        "tools": [{"type": "function", "function": {"name": name, "description": "now", "parameters": parameters}}],
+    }
 
 
 def rows_of(path: Path, **source: Any) -> list[dict[str, Any]]:

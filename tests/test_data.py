@@ -18,7 +18,7 @@ from lorasb_export.data import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project import Project
 from lorasb_export.rows import CHAT, COMPLETION, LABELLED, TEXT
-from tests.rows import CHAT_LINE, CLASS, GOOD
+from tests.rows import CHAT_LINE, CLASS, GOOD, tool_row
 
 BAD = {
     "broken line": (GOOD + '{"prompt": "1+', "broken JSON", "train.jsonl:2"),
@@ -83,7 +83,7 @@ BAD = {
         "the assistant says nothing",
         "train.jsonl:1",
     ),
-    "tools": (CHAT_LINE[:-2] + ', "tools": [{"type": "function"}]}\n', "'tools' are not given to", "train.jsonl:1"),
+    "tools": (CHAT_LINE[:-2] + ', "tools": [{"type": "function"}]}\n', "tool 1 is no function", "train.jsonl:1"),
     "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
     "not text": (b"\xff\xfe\x00", "broken JSON: 'utf-8' codec can't decode", "train.jsonl:1"),
 }
@@ -195,6 +195,15 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train_sft": rows}))
     with pytest.raises(DataError, match=r"no split train \(it has train_sft\) \(owner/name\)"):
         load_task("t", "owner/name")
+
+
+def test_what_columns_of_one_type_put_into_tools_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [tool_row("weather", city="Oslo"), tool_row("clock", zone="CET")]
+    rows = Dataset.from_list(kept)
+    arguments = rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"city": "Oslo", "zone": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: DatasetDict({"train": rows}))
+    assert load_task("t", "owner/name").rows("train") == kept
 
 
 def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatch: pytest.MonkeyPatch) -> None:

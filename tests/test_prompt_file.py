@@ -113,7 +113,7 @@ def test_all_bad_rows_are_told_before_the_base_is_loaded(adapter: Adapter, monke
             "neither 'prompt' nor 'messages' (it has text, label)",
             "the messages ask nothing",
             "'messages' is not a list",
-            "'tools' are not given",
+            "tool 1 is no function with a name",
         ),
         strict=True,
     ):

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ..chat_template import fixed_date
 from ..data import TaskData
 from ..encoding import IGNORE, Encoded, prompt_ids
 from ..errors import DataError
+from ..rows import has_answer, question_and_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,11 +54,11 @@ def _warn_of_endless(name: str, labels: list[int], tokenizer: PreTrainedTokenize
 def _warn_of_other_contexts(task: TaskData, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> None:
     rows, endings = task.rows("train"), []
     for row in encoded:
-        *before, last = rows[row["row"] - 1]["messages"]
-        if not before or last["role"] != "assistant":
+        chat = rows[row["row"] - 1]
+        if not has_answer(chat):
             continue
         try:
-            asked = prompt_ids(tokenizer, before, **fixed_date(tokenizer))
+            asked = prompt_ids(tokenizer, question_and_answer(chat)[0], of_row=True)
         except DataError:  # as it stands nobody can ask it
             continue
         ids, (start, stop) = row["input_ids"], _last_run(row["labels"])

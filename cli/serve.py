@@ -84,6 +84,7 @@ def run(
         plan = make_plan(named, **options, has_key=bool(api_key(api_key_file))).describe()
         run.result(plan, f"{_command_line(plan)}\n# {_memory(plan['memory'])}")
         return
+    options["echo"] = not run.quiet
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
     raise typer.Exit(serve(named, **options, api_key_file=api_key_file, on_start=starting, on_ready=ready))
 

@@ -17,13 +17,13 @@ from .data import TaskData, load_task
 from .encoding import IGNORE, Encoded, encode_all, without_left_out
 from .errors import Problems
 from .given_network import require_positions
+from .inference import asked_of
 from .rows import CHAT, Row
 from .settings import FitSettings
 from .supported import refuse_merged
 from .task_source import AnySource
 from .training.chats import warn_of_chats
 from .training.requirements import check_rows
-from .training.validation import questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
             splits[split] = _counts(encoded, kept[split]) | _labels(task, rows)
     if settings.metric == "exact_match" and "valid" in kept and not problems.found:
         with problems:
-            questions(task, network, tokenizer)
+            asked_of(network, tokenizer, task.rows("valid"), task.unit("valid"))
     problems.raise_all("nothing can be trained")
     if task.kind == CHAT:
         warn_of_chats(task, kept["train"], tokenizer, end_ids(tokenizer, network.generation_config.eos_token_id))

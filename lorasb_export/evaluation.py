@@ -18,7 +18,7 @@ from .encoding import encode
 from .errors import DataError, SettingsError
 from .given_network import flags_kept, refuse_several_devices, require_loaded
 from .head import head_parameters
-from .inference import answers, questions_of
+from .inference import answers_of_ids, asked_of
 from .inject import remove
 from .metrics import exact_match, prediction_metrics
 from .names import name_of
@@ -103,12 +103,14 @@ def evaluate(
             refuse_several_devices(network)
     remove(network)  # what is on it must not count as the base
     if metric == "exact_match":
-        questions, expected, room = questions_of(network, tokenizer, rows, unit)
+        asked = asked_of(network, tokenizer, rows, unit)
+        expected = [one.expected for one in asked]
 
     def score() -> tuple[float, Sequence[Any]]:
         """The metric, and what is predicted of each row: nothing where the metric is the loss."""
         if metric == "exact_match":
-            said = answers(network, tokenizer, questions, max_tokens=room, batch_size=batch_size, unit=unit)
+            ids, rooms = [one.ids for one in asked], [one.room for one in asked]
+            said = answers_of_ids(network, tokenizer, ids, rooms, batch_size=batch_size)
             return exact_match(said, expected), said
         scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
         if metric == "loss":

@@ -26,30 +26,33 @@ def generate_ids(
     network: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    rooms: Sequence[int],
     ends: Collection[int],
     pad_id: int,
     batch_size: int,
 ) -> list[list[int]]:
     """Greedy continuations of token-id prompts, up to and without the first of `ends`, in the order given.
 
-    The likeliest token and nothing else: penalties in the base's generation_config.json, made for chats, are left out.
+    Each has as many tokens at most as its room says. The likeliest token and nothing else: penalties in the base's
+    generation_config.json, made for chats, are left out.
     """
     from transformers import GenerationConfig
 
     eos = sorted(ends) or None
-    greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the most memory first
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - rooms[i])  # the most memory first
     answers: dict[int, list[int]] = {}
-    with torch.inference_mode(), evaluating(network), _generation_config(network, greedy):
+    with torch.inference_mode(), evaluating(network):
         for start in progress_bar(range(0, len(order), batch_size), desc="generate", leave=False):
             rows = order[start : start + batch_size]
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
+            room = max(rooms[i] for i in rows)
+            greedy = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
+            with _generation_config(network, greedy):
+                output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
             for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-                answers[i] = before_end(row, ends)
+                answers[i] = before_end(row[: rooms[i]], ends)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -68,13 +71,14 @@ def checked_prompt_ids(
     prompts: Sequence[Prompt],
     *,
     reach: float,
-    max_tokens: int,
+    rooms: Sequence[int],
     unit: str,
 ) -> list[list[int]]:
     """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
 
     Args:
         reach: where its positions end (`given_network.positions`).
+        rooms: the most tokens of each answer.
         unit: what errors call one of them; its number, from 1, follows.
 
     Raises:
@@ -88,23 +92,21 @@ def checked_prompt_ids(
         require_template(tokenizer)  # here, or it would be said of every chat
     questions = []
     problems = Problems()
-    for number, prompt in enumerate(prompts, 1):
+    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), 1):
         with problems:
-            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, max_tokens=max_tokens))
+            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, room=room))
         if problems.is_full:
             break
     problems.raise_all("nothing was answered")
     return questions
 
 
-def _asked(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, max_tokens: int
-) -> list[int]:
+def _asked(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, room: int) -> list[int]:
     ids = prompt_ids(tokenizer, prompt, where)
     if not ids:
         raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
-    if len(ids) + max_tokens > reach:
-        what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
+    if len(ids) + room > reach:
+        what = f"a prompt of {len(ids)} tokens and an answer of {room}; the base's positions end at {reach}"
         raise DataError(what, where=where, fix="Shorten one of them")
     return ids
 
@@ -133,26 +135,26 @@ def answers(
             is one text.
     """
     refuse_rows(network)
-    reach = positions(network)
-    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
-    return answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
+    rooms = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    return answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
 
 
 def answers_of_ids(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Sequence[int]],
+    rooms: Sequence[int],
     *,
-    max_tokens: int,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to what `checked_prompt_ids` gave."""
+    """Greedy answers to what `checked_prompt_ids` gave, of as many tokens at most as `rooms` says of each."""
     if not questions:  # of which batch_decode makes one empty answer
         return []
     ids = generate_ids(
         network,
         questions,
-        max_tokens=max_tokens,
+        rooms=rooms,
         ends=end_ids(tokenizer, network.generation_config.eos_token_id),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         batch_size=batch_size,
@@ -160,21 +162,30 @@ def answers_of_ids(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def questions_of(
+class Asked(NamedTuple):
+    """A row as a network is asked it: the token ids, the text that is expected, and the most tokens it may answer."""
+
+    ids: list[int]
+    expected: str
+    room: int
+
+
+def asked_of(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], unit: str
-) -> tuple[list[Prompt], list[str], int]:
-    """How rows are asked, what is expected of each, and the most tokens that one of their answers takes.
+) -> list[Asked]:
+    """How rows with answers are asked.
 
     Args:
         unit: what errors call a row; its number, from 1, follows.
 
     Raises:
-        DataError: messages that do not end with the assistant's turn after another, or that the template refuses.
+        DataError: messages that do not end with the assistant's turn after another; and as `checked_prompt_ids`.
     """
     ends = end_ids(tokenizer, network.generation_config.eos_token_id)
     found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
     prompts, expected, rooms = zip(*found, strict=True)
-    return list(prompts), list(expected), max(rooms)
+    ids = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    return list(map(Asked, ids, expected, rooms))
 
 
 class Question(NamedTuple):

@@ -60,14 +60,15 @@ def ask_adapters(
     base_model.require_task(CAUSAL_LM)
     tokenizer = base_model.tokenizer
     reach = positions(base_model.load_empty(CAUSAL_LM))
-    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
+    rooms = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, rooms=rooms, unit=unit)
     network = base_model.load(dtype=dtype)
     asked: dict[str, Adapter | None] = {"base": None, **loaded}
     found = {}
     for name, on_it in progress_bar(asked.items(), desc="ask", leave=False):
         if on_it is not None:
             on_it.inject(network)
-        found[name] = answers_of_ids(network, tokenizer, questions, max_tokens=max_tokens, batch_size=batch_size)
+        found[name] = answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
     return found
 
 
@@ -106,7 +107,8 @@ def ask_onnx(
         refuse_many(record.get("adapters", ()), folder)
 
     tokenizer, reach = tokenizer_in(folder), context_of(folder)
-    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, max_tokens=max_tokens, unit=unit)
+    rooms = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, rooms=rooms, unit=unit)
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":
         names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}

@@ -15,7 +15,7 @@ from lorasb_export import fit
 from lorasb_export.base import BaseModel
 from lorasb_export.encoding import prompt_ids
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.inference import answers, question_of
+from lorasb_export.inference import answers, answers_of_ids, question_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import CHAT, GOOD, MARKED, THINKING
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
@@ -48,6 +48,26 @@ def test_answers_end_where_tokenizer_or_generation_config_says(chatty: Path) -> 
         assert answers(network, tokenizer, ["ab", "1+1"], max_tokens=16)[0] == before
     network.generation_config.eos_token_id, tokenizer.eos_token = None, end
     assert answers(network, tokenizer, ["ab"], max_tokens=16) == [before]
+
+
+def test_an_answer_takes_its_own_room_and_no_longer_one_s(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseModel.resolve(chatty)
+    network, tokenizer = base.load(dtype="float32"), base.tokenizer
+    texts = ["ab", "1+1=", "2+2=", "a longer prompt"]
+    ids, rooms = [prompt_ids(tokenizer, text) for text in texts], [3, 2, 9, 5]
+    network.generation_config.eos_token_id = tokenizer.eos_token = None  # nothing ends but by its room
+    alone = [answers(network, tokenizer, [text], max_tokens=room)[0] for text, room in zip(texts, rooms, strict=True)]
+    asked: list[int] = []
+    generate = network.generate
+
+    def counted(*words: Any, **options: Any) -> Any:
+        asked.append(network.generation_config.max_new_tokens)
+        return generate(*words, **options)  # type: ignore[operator]
+
+    monkeypatch.setattr(network, "generate", counted)
+    assert answers_of_ids(network, tokenizer, ids, rooms, batch_size=2) == alone
+    assert sorted(asked) == [3, 9]
+    assert [len(answer.split()) for answer in alone] == rooms
 
 
 OPENED = MARKED.replace(

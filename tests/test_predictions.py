@@ -44,10 +44,17 @@ def test_answers_of_base_and_adapter_stand_beside_what_is_expected(adapter: Adap
     # The tiny tokenizer puts a space between digits.
     assert [line["expected"].replace(" ", "") for line in predicted] == [row["completion"] for row in rows]
     base = BaseModel.resolve(llama)
-    network, prompts, most = base.load(), [row["prompt"] for row in rows], 10
-    assert [line["base"] for line in predicted] == answers(network, base.tokenizer, prompts, max_tokens=most)
+    network = base.load()
+
+    def said_to_each() -> list[str]:
+        """In as many tokens as the answer has, and 8 more."""
+        rooms = [len(row["completion"]) + 8 for row in rows]
+        asked = [(row["prompt"], room) for row, room in zip(rows, rooms, strict=True)]
+        return [answers(network, base.tokenizer, [prompt], max_tokens=room)[0] for prompt, room in asked]
+
+    assert [line["base"] for line in predicted] == said_to_each()
     adapter.inject(network)
-    said = answers(network, base.tokenizer, prompts, max_tokens=most)
+    said = said_to_each()
     assert [line["adapter"] for line in predicted] == said
     assert said != [line["base"] for line in predicted]
 

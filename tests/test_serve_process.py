@@ -151,13 +151,18 @@ def test_of_many_models_the_number_is_told(
 ) -> None:
     models = ["base", *(f"a{number}" for number in range(1, count + 1))]
 
-    def serve(*arguments: Any, on_ready: Any, **options: Any) -> int:
+    echoed = []
+
+    def serve(*arguments: Any, on_ready: Any, echo: bool, **options: Any) -> int:
         on_ready({"url": "http://127.0.0.1:8000", "models": models, "pid": 1})
+        echoed.append(echo)
         return 0
 
     monkeypatch.setattr("lorasb_export.serving.launcher.serve", serve)
-    done = CliRunner().invoke(app, ["serve", "--adapters-dir", str(folder), "--adapters", "a"])
-    assert line in done.output
+    for words in ([], ["--quiet"]):
+        done = CliRunner().invoke(app, ["serve", "--adapters-dir", str(folder), "--adapters", "a", *words])
+        assert line in done.output
+    assert echoed == [True, False]  # the server's log
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,11 @@ class OnnxDecoder:
                 raise SettingsError("this folder has one adapter for a whole batch", where=self.folder, fix=fix)
             numbers = [0 if name is None else self._number(name) for name in adapters]
         eos_ids = self.eos_ids if eos_ids is None else eos_ids
-        rows = max(1, min(_ROWS, _PREFILL_TOKENS // longest))
-        answers: list[list[int]] = []
-        for start in progress_bar(range(0, len(prompt_ids), rows), desc="generate", leave=False):
-            part = slice(start, start + rows)
-            answers += self._generate(prompt_ids[part], max_tokens, eos_ids, np.array(numbers[part]))
-        return answers
+        answers: dict[int, list[int]] = {}
+        for part in progress_bar(_batches(lengths), desc="generate", leave=False):
+            prompts, on_them = [prompt_ids[i] for i in part], np.array([numbers[i] for i in part])
+            answers |= zip(part, self._generate(prompts, max_tokens, eos_ids, on_them), strict=True)
+        return [answers[i] for i in range(len(prompt_ids))]
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Collection[int], numbers: np.ndarray[Any, Any]
@@ -205,6 +204,16 @@ class OnnxDecoder:
             else:
                 mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
         return answers
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts, by number, that are answered at once: those of like lengths, the longest first."""
+    batches, left = [], sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        rows = max(1, min(_ROWS, _PREFILL_TOKENS // lengths[left[0]]))
+        batches.append(left[:rows])
+        left = left[rows:]
+    return batches
 
 
 def context_of(folder: Path) -> int:

@@ -186,7 +186,7 @@ class HeldOut:
         result: dict[str, Any] = {"rows_left_out": self._without_answer + len(self._rows) - len(self._asked)}
         if not self._asked:
             return result
-        given = answers_of_ids(network, self._tokenizer, self._asked, max_tokens=self._limit)
+        given = answers_of_ids(network, self._tokenizer, self._asked, [self._limit] * len(self._asked))
         return result | _both("exact_match", len(given), exact_match(given, self._expected), self._in_onnx)
 
 

@@ -37,6 +37,7 @@ def serve(
     updates_from: str | Path | None = None,
     api_key_file: str | Path | None = None,
     pass_over: bool = False,
+    echo: bool = True,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
 ) -> int:
@@ -57,6 +58,7 @@ def serve(
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
         pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left.
+        echo: copy the server's log to stderr.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.
 
@@ -72,7 +74,7 @@ def serve(
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     options |= {"updates_from": updates_from, "api_key_file": api_key_file, "pass_over": pass_over}
     try:
-        with _sigterm_interrupts(), running_server(adapters, **options, echo=True, on_start=on_start) as server:
+        with _sigterm_interrupts(), running_server(adapters, **options, echo=echo, on_start=on_start) as server:
             if on_ready is not None:
                 on_ready({"url": server.url, "models": server.models, "pid": server.pid})
             server.wait()

@@ -22,6 +22,7 @@ from ..data import TaskData
 from ..encoding import Encoded, encode
 from ..errors import TrainingError
 from ..head import load_head
+from ..inference import asked_of
 from ..metrics import better
 from ..rows import CHAT
 from ..settings import FitSettings
@@ -34,7 +35,7 @@ from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
 from .trainer import RTrainer
-from .validation import Validation, questions
+from .validation import Validation
 
 if TYPE_CHECKING:
     import torch
@@ -208,4 +209,5 @@ class TrainingRuns:
         encoded, tokenizer = self._rows(task, "valid"), self.base.tokenizer
         if self.settings.metric != "exact_match":
             return Validation(encoded, tokenizer)
-        return Validation(encoded, tokenizer, *questions(task, self.network, tokenizer))
+        asked = asked_of(self.network, tokenizer, task.rows("valid"), task.unit("valid"))
+        return Validation(encoded, tokenizer, asked)

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..batches import mean_loss, row_scores
-from ..data import TaskData
 from ..encoding import Encoded
-from ..given_network import positions
-from ..inference import answers_of_ids, checked_prompt_ids, questions_of
+from ..inference import Asked, answers_of_ids
 from ..metrics import exact_match, prediction_metrics
 
 if TYPE_CHECKING:
@@ -25,14 +23,12 @@ class Validation:
 
     Attributes:
         rows: the encoded rows of the valid split.
-        asked: prompts (`inference.checked_prompt_ids`) and expected answers, to answer them too (`exact_match`); empty
-            otherwise.
+        asked: the same rows, to answer them too (`exact_match`); empty otherwise.
     """
 
     rows: Sequence[Encoded]
     tokenizer: PreTrainedTokenizerBase
-    asked: Sequence[tuple[Sequence[int], str]] = ()
-    max_tokens: int = 0
+    asked: Sequence[Asked] = ()
 
     def run(
         self, network: PreTrainedModel, batch_size: int, told_to_stop: Callable[[], bool]
@@ -45,8 +41,8 @@ class Validation:
         mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):
             scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
-            prompts = [ids for ids, _ in asked]
-            given = answers_of_ids(network, self.tokenizer, prompts, max_tokens=self.max_tokens, batch_size=batch_size)
+            ids, rooms = [one.ids for one in asked], [one.room for one in asked]
+            given = answers_of_ids(network, self.tokenizer, ids, rooms, batch_size=batch_size)
         if distributed.any_process(told_to_stop()):
             return None
         expected: list[Any] = distributed.all_gather([row["labels"] for row in mine])
@@ -56,23 +52,9 @@ class Validation:
             predicted = [prediction for _, _, prediction in scored]
             found |= prediction_metrics(predicted, expected, regression=isinstance(expected[0], float))
         if self.asked:
-            pairs = distributed.all_gather(list(zip(given, (answer for _, answer in asked), strict=True)))
+            pairs = distributed.all_gather(list(zip(given, (one.expected for one in asked), strict=True)))
             found["exact_match"] = exact_match([a for a, _ in pairs], [b for _, b in pairs])
         return found
-
-
-def questions(
-    task: TaskData, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[tuple[list[int], str]], int]:
-    """What `Validation` asks of a task's valid rows, and how many tokens it allows an answer.
-
-    Raises:
-        DataError: messages that do not end with the assistant's turn; and as `inference.checked_prompt_ids`.
-    """
-    unit = task.unit("valid")
-    prompts, expected, room = questions_of(network, tokenizer, task.rows("valid"), unit)
-    ids = checked_prompt_ids(tokenizer, prompts, reach=positions(network), max_tokens=room, unit=unit)
-    return list(zip(ids, expected, strict=True)), room
 
 
 class _Left(Exception):

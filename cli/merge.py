@@ -1,4 +1,4 @@
-"""`lorasb merge`: a plain model folder with s·B·R·A added."""
+"""`lorasb merge`: a plain model folder with s·B·R·A added, or the sum of adapters as one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lorasb_export.choices import NF4, Dtype, MergedOnto
 
 from .verb import Run, human_bytes
 
+MODEL, MAX_SHARD = "model", "5GB"
 _ROUNDED = ", onto the base in four bits"
 INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
 
@@ -25,7 +26,10 @@ def run(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[str, typer.Option(help="The folder to write.")] = "model",
+    out: Annotated[str, typer.Option(help="The folder to write.")] = MODEL,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write the sum as an adapter of their one basis, not as a model.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     base_dtype: Annotated[
         MergedOnto, typer.Option(help="nf4: round the base as `fit --dtype nf4` holds it; auto: take it as it is.")
@@ -33,7 +37,7 @@ def run(
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Data type of the weights written; auto: as in the base's checkpoint.")
     ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Size of the largest file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Size of the largest file.")] = MAX_SHARD,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the logits with those of base + adapter.")] = False,
     report: Annotated[
         str | None,
@@ -47,6 +51,14 @@ def run(
     """Merge adapters into a plain model folder. It is the base with s·B·R·A added to its weights."""
     if dry_run and (verify or report is not None):
         raise typer.BadParameter("--dry-run writes no model that --verify or --report could look at")
+    if as_adapter:
+        of_a_model = (model is not None, base_dtype != "auto", dtype != "auto", max_shard_size != MAX_SHARD)
+        if any((*of_a_model, verify, dry_run, report is not None)):
+            raise typer.BadParameter("--as-adapter goes with --out and --overwrite alone: it writes no model")
+        if out == MODEL:
+            raise typer.BadParameter("--as-adapter needs --out, such as adapters/mixed")
+        _combine(run, adapters or [], out, overwrite=overwrite)
+        return
     chosen = _adapters(run, adapters or [])
     first = chosen if isinstance(chosen, str) else next(iter(chosen))
     from lorasb_export.merging.merge import merge  # only now: it brings torch
@@ -64,6 +76,16 @@ def run(
         report=report,
     )
     run.result(result, _plan(result) if dry_run else _done(result))
+
+
+def _combine(run: Run, words: list[str], out: str, *, overwrite: bool) -> None:
+    chosen = _adapters(run, words)
+    from lorasb_export.merging.combine import combine_into  # only now: it brings torch
+
+    weights: dict[str | Path, float] = {chosen: 1.0} if isinstance(chosen, str) else chosen
+    result = combine_into(weights, out, overwrite=overwrite)
+    summed = " + ".join(f"{one['weight']:g}·{one['name']}" for one in result["adapters"])
+    run.result(result, f"Wrote {result['out']}: {summed}, {human_bytes(result['bytes'])}")
 
 
 def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:

@@ -38,6 +38,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "training/fit.py": ["fit", "fit_together"],
     "evaluation.py": ["evaluate"],
     "merging/merge.py": ["merge"],
+    "merging/combine.py": ["combine_into"],
     "exporting/export.py": ["export"],
     "exporting/onnx_run.py": ["OnnxDecoder: __init__ use generate", "classify"],
     "publishing/hub.py": ["push"],

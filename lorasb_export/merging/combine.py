@@ -1,17 +1,24 @@
-"""Several adapters as few: those of one basis add up exactly, Σ wᵢ·sᵢ·B·Rᵢ·A = B·(Σ wᵢ·sᵢ·Rᵢ)·A."""
+"""Several adapters as few: those of one basis add up exactly, Σ wᵢ·sᵢ·B·Rᵢ·A = B·(Σ wᵢ·sᵢ·Rᵢ)·A.
+
+So their sum is an adapter too, which is scored, served or pushed as any other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapter import Adapter
+from ..atomic import atomic_folder
 from ..errors import ArtifactError, SettingsError
-from ..provenance import adapter_provenance
+from ..output import refuse_own_input
+from ..provenance import adapter_provenance, command, versions
+from ..storage import expanded, write_json
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
 Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters
@@ -52,6 +59,62 @@ def _of_one_basis(group: Weighted) -> Adapter:
     }
     source = first.basis_source or str(first.folder)
     return Adapter(first.base, first.basis_sha256, source, R, 1.0, first.task_type, basis=first.basis)
+
+
+def load_weighted(adapter: str | Path | Adapter | Weights | Weighted) -> Weighted:
+    """The adapters of a merge, each with its weight."""
+    pairs: Collection[tuple[str | Path | Adapter, float]]
+    if isinstance(adapter, str | Path | Adapter):
+        pairs = [(adapter, 1.0)]
+    else:
+        pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
+    if not pairs:
+        raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
+    return [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
+
+
+def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the linear combination of adapters of one basis as an adapter of that basis.
+
+    Args:
+        adapters: each with its weight, any finite number.
+        overwrite: replace the adapter that is there.
+
+    Returns:
+        `out`, `modules`, `rank`, `bytes` of the tensors, and `adapters`: what `lorasb.json` says of each.
+
+    Raises:
+        ArtifactError: an adapter or its basis is bad; they are of several bases, or bring classification heads.
+        OutputError: `out` exists, or is one of them.
+        SettingsError: no adapter, or a weight that is not finite.
+    """
+    out = expanded(out)
+    weighted = load_weighted(adapters)
+    first, *others = combine(weighted)
+    different = next((a for a, _ in weighted if a.base.fingerprint != first.base.fingerprint), None)
+    if others or different:
+        where = (different or others[0]).folder
+        fix = "Merge them into a model, which may have several bases"
+        raise ArtifactError("it has another basis than the first: the sum is no adapter of one", where=where, fix=fix)
+    for adapter, _ in weighted:
+        refuse_own_input(out, adapter.folder, adapter.basis_source)
+    record = combined_record(weighted)
+    training = {"combined": {str(one["name"]): one["weight"] for one in record}, "settings": _common_settings(weighted)}
+    source = weighted[0][0].basis_source  # None where it lies in that adapter: then it goes along
+    first.load_basis()
+    adapter = replace(first, basis_source=source, training=training)
+    with atomic_folder(out, overwrite=overwrite) as temporary:
+        adapter.write_into(temporary, out)
+        made = {"kind": "adapter", "base": asdict(adapter.base), "combined": record}
+        write_json(temporary / "lorasb.json", made | {"versions": versions(), "command": command()})
+    size = len(adapter.tensor_bytes())
+    return {"out": str(out), "modules": len(adapter.R), "rank": adapter.rank, "bytes": size, "adapters": record}
+
+
+def _common_settings(weighted: Weighted) -> dict[str, Any]:
+    """What all were trained with alike: how long their rows were, beside which dtype."""
+    first, *others = (adapter.training.get("settings") or {} for adapter, _ in weighted)
+    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
 
 
 def combined_record(weighted: Weighted) -> list[dict[str, Any]]:

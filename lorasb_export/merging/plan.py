@@ -24,7 +24,7 @@ from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
-from .combine import Weighted, Weights, combine, combined_record
+from .combine import Weighted, Weights, combine, combined_record, load_weighted
 from .folder import bytes_of_an_earlier_try
 from .rounding import Rounding
 
@@ -188,7 +188,7 @@ def plan_merge(
     with problems:
         limit = parse_size(max_shard_size)
     with problems:
-        weighted = _loaded(adapter)
+        weighted = load_weighted(adapter)
         if isinstance(adapter, str | Path | Adapter):
             loaded = (weighted[0][0],)
         else:
@@ -229,18 +229,6 @@ def parse_size(size: str | int) -> int:
         if text.endswith(unit) and number.isascii() and number.isdecimal():
             return int(number) * factor
     raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
-
-
-def _loaded(adapter: str | Path | Adapter | Weights | Weighted) -> Weighted:
-    """The adapters of a merge, each with its weight."""
-    pairs: Collection[tuple[str | Path | Adapter, float]]
-    if isinstance(adapter, str | Path | Adapter):
-        pairs = [(adapter, 1.0)]
-    else:
-        pairs = adapter.items() if isinstance(adapter, Mapping) else adapter
-    if not pairs:
-        raise SettingsError("no adapter to merge", fix="Name at least one, with its weight")
-    return [(a if isinstance(a, Adapter) else Adapter.load(a), weight) for a, weight in pairs]
 
 
 def _check_modules(adapter: Adapter, base: BaseModel, problems: Problems) -> None:

@@ -6,11 +6,13 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import ArtifactError, LoraSBError
 from .hub_calls import hub_errors, with_retries
+from .newest import at_newest
 from .storage import absolute, expanded, real, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ def snapshot(
 ) -> tuple[str, str, Path]:
     """Fetch what `patterns` admit, `but` some, of a Hub repository: its name, the commit it is at, its folder.
 
-    With HF_HUB_OFFLINE, or where the Hub does not answer, what was fetched before is taken from the cache.
+    Where the Hub does not say which commit is the newest, the one that was fetched before is taken (`at_newest`).
 
     Args:
         source: `owner/name` or `owner/name@revision`; `revision` wins.
@@ -156,13 +158,10 @@ def snapshot(
     if parsed is None or expanded(source).exists():
         raise neither_folder_nor_id(source, kind, before)
     name, _, tagged = parsed
+    fetch = partial(snapshot_download, name, allow_patterns=list(patterns), ignore_patterns=list(but))
     with hub_errors(source, kind, f"{before}no such folder, and "):
         try:
-            folder = with_retries(
-                lambda: snapshot_download(
-                    name, revision=revision or tagged, allow_patterns=list(patterns), ignore_patterns=list(but)
-                )
-            )
+            folder = at_newest(name, revision or tagged, fetch)
         except LocalEntryNotFoundError:
             if cached is None or not any(cached.glob("*.safetensors")):
                 raise

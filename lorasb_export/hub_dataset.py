@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, first_line
 from .fetch import may_be_dataset
+from .hub_calls import hub_errors, status_of, with_retries
 from .rows import Row, warn_once
 from .task_source import TaskSource
 
@@ -20,7 +21,7 @@ def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
     """Split → the rows, each with its place.
 
     Raises:
-        DataError: no such dataset, subset or split, or the Hub cannot be reached.
+        DataError: no such dataset, subset or split, or the Hub refuses, fails or cannot be reached.
     """
     if not may_be_dataset(source.path, Path()):
         fix = "Check the path; a dataset on the Hub is owner/name"
@@ -72,7 +73,7 @@ def _load(source: TaskSource, **options: Any) -> Any:
     options |= {"name": source.subset} if source.subset else {}
     options |= {"revision": revision} if revision else {}
     try:
-        return load_dataset(name, **options)
+        return with_retries(lambda: load_dataset(name, **options))
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
         what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
         if "Config name" in str(error):
@@ -83,4 +84,23 @@ def _load(source: TaskSource, **options: Any) -> Any:
             what, fix = "the dataset is gated", "Ask for access on its page, and log in: hf auth login"
         elif any(hint in str(error) for hint in _OF_A_WRONG_NAME):
             what, fix = first_line(error), "Correct subset or splits of its [tasks.NAME]"
+        elif failure := _failure_of_the_hub(error):
+            with hub_errors(source.path, DataError, "the dataset cannot be read: "):
+                raise failure from failure.__cause__
         raise DataError(what, where=source.path, fix=fix) from None
+
+
+def _failure_of_the_hub(error: BaseException) -> BaseException | None:
+    """What the Hub, or the way to it, did: `datasets` raises that, or an error of its own that no file is there, with
+    that as its context. None where nothing says that it is more than a name nobody has."""
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    found: BaseException | None = error
+    while found is not None:
+        if "OfflineModeIsEnabled" in str(found):
+            return OfflineModeIsEnabled()
+        if isinstance(found, (httpx2.TransportError, ConnectionError)) or status_of(found) not in (0, 404):
+            return found
+        found = found.__cause__ or found.__context__
+    return None

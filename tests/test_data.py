@@ -7,10 +7,13 @@ import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
+import httpx2
 import pytest
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
@@ -210,6 +213,15 @@ def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(TimeoutError()))
     with pytest.raises(DataError, match=r"Hub dataset: TimeoutError \(owner/name\)"):
         load_task("t", "owner/name")
+
+
+def test_a_hub_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = httpx2.Response(503, request=httpx2.Request("GET", "http://hub"))
+    there = DatasetDict({"train": Dataset.from_list([{"text": "a"}])})
+    load = Mock(side_effect=[HfHubHTTPError("failed", response=answer), httpx2.ReadTimeout(""), there])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("lorasb_export.hub_calls.wait_for", lambda seconds: None)
+    assert load_task("t", "owner/name").rows("train") == [{"text": "a"}]
 
 
 def test_a_dataset_of_several_parts_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,7 @@ def test_a_base_at_a_revision_is_the_hubs_also_where_a_folder_has_its_name(hub: 
     (hub.root / "owner" / "twin").mkdir(parents=True)  # commands run in that root
     done = hub.lorasb("merge", "me/a", "--model", "owner/twin@main", "--out", tmp_path / "merged")
     assert done["base"] == "owner/twin"
+    shutil.rmtree(hub.root / "owner")  # else other tests' owner/base would be a mistyped path
 
 
 class Touch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import re
@@ -79,12 +80,19 @@ def may_be_dataset(source: str, folder: Path) -> bool:
     return is_id and not ("/" in source and (folder / source.partition("/")[0]).is_dir())
 
 
+def is_mistyped_path(source: str, folder: Path | None = None) -> bool:
+    """Whether `source`, which reads like a Hub id and of which there is no folder, is a path even so: into a folder
+    that `folder`, or the working folder, has. The Hub would learn the name, and whoever registers it be trusted."""
+    first, slash, _ = source.partition("/")
+    return bool(slash) and "@" not in source and ((folder or Path()) / first).is_dir()
+
+
 def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]:
     """The folder behind `source`, and the name to remember it by.
 
     Args:
         source: a local folder, or a Hub id `owner/name` or `owner/name@revision`, or of a folder in a repository,
-            `owner/name/folder@revision`.
+            `owner/name/folder@revision`. Where `owner` is a folder here, it is one of the Hub only with a revision.
         files: what is wanted of it. Of a Hub repository only these are fetched, and checked against the hashes that
             the Hub names.
 
@@ -158,6 +166,8 @@ def snapshot(
     if parsed is None or expanded(source).exists():
         raise neither_folder_nor_id(source, kind, before)
     name, _, tagged = parsed
+    if revision is None and is_mistyped_path(source):
+        raise _no_such_folder(source, kind, before)
     fetch = partial(snapshot_download, name, allow_patterns=list(patterns), ignore_patterns=list(but))
     with hub_errors(source, kind, f"{before}no such folder, and "):
         try:
@@ -168,6 +178,14 @@ def snapshot(
             logger.warning("%s cannot be looked at on the Hub: what is in the cache of it is taken", source)
             return name, cached.name, cached
     return name, Path(folder).name, Path(folder)
+
+
+def _no_such_folder(source: str, kind: type[LoraSBError], before: str) -> LoraSBError:
+    parent, _, name = source.partition("/")
+    close = difflib.get_close_matches(name, [path.name for path in Path(parent).glob("*")], 1)
+    near = f" (did you mean {parent}/{close[0]}?)" if close else ""
+    fix = f"Check the path, or write {source}@main for a repository on the Hub"
+    return kind(f"{before}no such folder in {parent}, which is one of this disk{near}", where=source, fix=fix)
 
 
 def neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: str = "") -> LoraSBError:

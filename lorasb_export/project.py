@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, BaseModelError, SettingsError, some
-from .fetch import may_be_dataset, parse_hub_id
+from .fetch import is_mistyped_path, may_be_dataset, parse_hub_id
 from .names import adapters_in, find_adapter, name_problem, task_name_problem
 from .project_file import FILE_NAME, Task, nearest, read_project_file
 from .settings import CalibrationSettings, FitSettings
@@ -242,7 +242,8 @@ class Project:
         """
         if self.model is None:
             raise self.lacks("no base model", 'Set model = "…", or pass --model')
-        if self.path(self.model).exists():
+        mistyped = self.revision is None and is_mistyped_path(self.model, self.folder)
+        if mistyped or self.path(self.model).exists():
             return str(self.path(self.model))
         on_the_hub = parse_hub_id(self.model)
         return f"{on_the_hub.repo}@{self.revision}" if on_the_hub and self.revision else self.model

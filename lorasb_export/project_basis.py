@@ -13,7 +13,7 @@ from .basis import Basis
 from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate, calibrated_once
 from .errors import OutputError, SettingsError, some
-from .fetch import parse_hub_folder
+from .fetch import is_mistyped_path, parse_hub_folder
 from .format import read_adapter_config
 from .lock import only_writer
 from .output import refuse_existing
@@ -31,7 +31,8 @@ def basis_of_task(project: Project, name: str) -> str:
     own = project.tasks[name].basis if name in project.tasks else None
     if own is None:
         return str(project.path(project.basis_path))
-    return str(project.path(own)) if own != OWN_BASIS and project.path(own).exists() else own
+    is_path = project.path(own).exists() or is_mistyped_path(own, project.folder)
+    return str(project.path(own)) if own != OWN_BASIS and is_path else own
 
 
 def shared_folder(project: Project) -> Path:

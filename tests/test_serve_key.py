@@ -77,6 +77,9 @@ def test_the_key_is_asked_for_in_every_mode(folder: Path, monkeypatch: pytest.Mo
     [
         ("http", "GET", "/health", 200),
         ("http", "GET", "/metrics", 200),
+        ("http", "HEAD", "/health", 200),
+        ("http", "HEAD", "/metrics", 200),
+        ("http", "HEAD", "/v1/models", 401),
         ("http", "OPTIONS", "/v1/completions", 200),
         ("http", "POST", "/v1/completions", 401),
         ("http", "POST", "/invocations", 401),
@@ -99,3 +102,17 @@ def test_what_is_open_without_the_key(
     assert answered(AsksForKey(Response()), scope) == status
     scope["headers"] = [(b"authorization", b"Bearer s3cret")]
     assert answered(AsksForKey(Response()), scope) == 200
+
+
+def test_a_load_balancer_may_ask_for_the_head_where_only_get_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of vLLM's /health: FastAPI gives a route the methods that it names, and 405 for HEAD."""
+    fastapi = pytest.importorskip("fastapi")
+    from lorasb_export.serving.key import AsksForKey
+
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    app = fastapi.FastAPI()
+    app.get("/health")(lambda: fastapi.Response())
+    scope: dict[str, Any] = {"type": "http", "method": "HEAD", "path": "/health", "headers": [], "query_string": b""}
+    assert answered(app, dict(scope)) == 405
+    assert answered(AsksForKey(app), scope) == 200
+    assert scope["method"] == "HEAD"  # by which uvicorn knows to send no body

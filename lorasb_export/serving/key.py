@@ -23,6 +23,8 @@ class AsksForKey:
         self.key = os.environ["VLLM_API_KEY"].encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if _is_head_of_open(scope):  # a load balancer's; vLLM knows only GET there, and uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}
         allowed = _is_open(scope) or self._has_key(Headers(scope=scope))
         answer = self.app if allowed else JSONResponse({"error": "Unauthorized"}, 401)
         await answer(scope, receive, send)
@@ -32,10 +34,14 @@ class AsksForKey:
         return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key)
 
 
+def _is_head_of_open(scope: Any) -> bool:
+    return scope["type"] == "http" and scope["method"] == "HEAD" and scope["path"] in _OPEN
+
+
 def _is_open(scope: Any) -> bool:
     if scope["type"] == "websocket":
         return False
     if scope["type"] != "http":  # the start and the end of the server
         return True
-    # A browser asks by OPTIONS what it may send, and cannot give a key then.
+    # A browser asks by OPTIONS what it may send, and cannot give a key then; nothing is generated or loaded for it.
     return scope["method"] == "OPTIONS" or (scope["method"] == "GET" and scope["path"] in _OPEN)

@@ -127,6 +127,9 @@ def test_a_basis_of_its_own_repository(any_hub: Hub, adapter: Path, basis: Path)
     assert refused["text"].startswith("the adapter would be public, its basis is private (me/basis).")
     assert "me/open" not in any_hub.repos
 
+    again = any_hub.push(adapter, "me/a", basis_repo="me/basis", public=True)  # me/a is there, and stays private
+    assert (again["private"], again["basis"]) == (True, f"me/basis@{commit}")
+
 
 def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> None:
     any_hub.push(make_merged(tmp_path / "sharded", shard="8KB"), "me/merged")

@@ -24,7 +24,8 @@ class AdapterBases:
     """Settles where the bases of adapters are that are pushed to one repository, which holds `head` now."""
 
     def __init__(self, repository: Repository, head: Head, *, public: bool, dry_run: bool) -> None:
-        self._repository, self._head, self._public, self._dry_run = repository, head, public, dry_run
+        self._repository, self._head, self._dry_run = repository, head, dry_run
+        self._private = head.stays_private(public)
         self._pinned: dict[tuple[HubFolder, str], str | None] = {}  # what was asked of the Hub
 
     def settle(
@@ -90,8 +91,8 @@ class AdapterBases:
                 if not self._dry_run or isinstance(error, GatedRepoError):
                     raise
                 return None
-            elsewhere = basis.repo != self._repository.name
-            if elsewhere and self._public and with_retries(lambda: HfApi().model_info(basis.repo)).private:
+            open_to_all = basis.repo != self._repository.name and not self._private
+            if open_to_all and with_retries(lambda: HfApi().model_info(basis.repo)).private:
                 fix = "Make the basis public in its settings, or push the adapter privately"
                 raise ArtifactError("the adapter would be public, its basis is private", where=name, fix=fix)
         found = read_json(path).get("sha256")

@@ -36,7 +36,7 @@ def planned(repository: Repository, files: Files, head: Head, kind: str, public:
         "repo": repository.name,
         "url": repository.url,
         "kind": kind,
-        "private": head.private if head.commit else not public,
+        "private": head.stays_private(public),
         "files": [{"path": path, "bytes": size, "change": change(path)} for path, size in sizes.items()],
         "deleted": changes.deleted,
         "bytes": sum(sizes.values()),

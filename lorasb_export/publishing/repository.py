@@ -43,6 +43,10 @@ class Head:
     reached: bool = True
     published: Mapping[str, str] = field(default_factory=dict)
 
+    def stays_private(self, public: bool) -> bool:
+        """Whether it is private after a push, which makes a `public` one but opens none that is there."""
+        return not public if self.commit is None else self.private
+
 
 @dataclass(frozen=True)
 class Changes:

@@ -19,14 +19,16 @@ from lorasb_export import Adapter, Basis, merge
 from lorasb_export.base import BaseModel
 from lorasb_export.cards import card
 from lorasb_export.cards.readme import BEGIN, END, update
+from lorasb_export.chat_template import chat_ids
 from lorasb_export.environment import child_environment
-from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
 from lorasb_export.project import Project
 from lorasb_export.provenance import without_folders
 from lorasb_export.publishing.licence import licence
 from lorasb_export.publishing.outgoing import take_out_paths
 from lorasb_export.serving.plan import make_plan
 from lorasb_export.storage import read_header, read_json, write_json
+from lorasb_export.tools import Chat
 from tests.artifacts import edit
 from tests.merging import adapter_for
 
@@ -242,3 +244,25 @@ def test_a_card_takes_words_of_others_for_words(adapter: Path) -> None:
     assert 'revision="1\\"); import spy  \\u003c!-- lorasb:end -->#"' in text
     assert text.count("u003c") == 2
     assert update(text, text) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception.__globals__['os'] }}",
+        "{{ '{0.__class__}'.format(1).x.y }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+@pytest.mark.parametrize("of_row", [True, False])
+def test_a_chat_template_stays_in_its_sandbox(chatty: Path, template: str, of_row: bool) -> None:
+    """It is the one program of a stranger that is run: docs/explanation/security.md says what it cannot do."""
+    tokenizer = BaseModel.resolve(chatty).tokenizer
+    tokenizer.chat_template = template
+    chat = Chat([{"role": "user", "content": "1+1="}], None)
+    with pytest.raises(DataError, match="the chat template refuses the messages"):
+        chat_ids(tokenizer, chat, "here", asked=True, of_row=of_row)

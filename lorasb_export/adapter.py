@@ -37,7 +37,8 @@ class Adapter:
     """One task: an r×r matrix R per module of a basis, and for classification the trained head.
 
     Attributes:
-        base: the base model it was trained on.
+        base: the base model of its basis. It was trained on these weights; on what beside them, `training` says: their
+            chat template may have been another.
         basis_sha256: hash of the basis its R belong to.
         basis_source: where that basis is: an absolute folder or a Hub id@revision; None when it lies in the
             adapter's own folder, or was never saved (then `save` puts it there).

@@ -25,6 +25,7 @@ from .names import name_of
 from .rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from .settings import FitSettings
 from .task_source import AnySource
+from .trained_template import warn_of_another_template
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def evaluate(
         raise SettingsError(f"batch_size is {batch_size}", fix="Give at least 1")
     base = adapter.base.resolve(base)
     base.verify(adapter.base, adapter.R)
+    warn_of_another_template([adapter], base.folder)
     tokenizer = base.tokenizer
     encoded, unit = [], task.unit(split)
     expected: list[Any] = [row.get("label") for row in rows]

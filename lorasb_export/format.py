@@ -49,7 +49,7 @@ ADAPTER_KEYS = {
 }
 # Of what is said about the training, the keys that are read again; any other is its author's own.
 _TRAINING_KEYS: Mapping[str, Any] = {
-    **dict.fromkeys(("task", "data", "data_sha256", "plot"), (str, NoneType)),
+    **dict.fromkeys(("task", "data", "data_sha256", "chat_template_sha256", "plot"), (str, NoneType)),
     **dict.fromkeys(("data_read", "splits_sha256", "learning_rates", "capture", "energy"), (dict, NoneType)),
     "labels": (list, NoneType),
     "settings": dict,

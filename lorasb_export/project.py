@@ -210,29 +210,35 @@ class Project:
             raise ArtifactError(what, where=adapter.folder, fix="Pass --data") from None
 
     def base_elsewhere(self, model: str | None, *adapters: str | Path) -> str | None:
-        """Where to look for the base of `adapters`, folders or Hub ids: `model` if given, else None: where they say.
+        """Where to look for the base of `adapters`, folders or Hub ids: `model` if given; the project's, if it has the
+        weights that they were trained on; else None: where they say.
 
-        The first that can be read is asked. If there is no base at that place, the project's is returned; its
-        fingerprint is compared with the adapters' later. If that is not there either, None, so that the error names
-        the base that the adapter asks for.
+        An adapter names the base of its basis, `fit` took the project's: with those weights, and another chat template,
+        maybe. The first adapter that can be read is asked. If there is no base where it says, the project's is returned
+        all the same; its fingerprint is compared with the adapters' later. If that is not there either, None, so that
+        the error names the base that the adapter asks for.
         """
         if model is not None or self.model is None:
             return model
         from .adapter import Adapter  # only now: it brings torch
+        from .base import BaseModel
 
         for adapter in adapters:
             with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
-                base = Adapter.load(adapter).base
+                first = Adapter.load(adapter)
                 break
         else:
             return None
-        if base.name_or_path in (self.model, str(self.path(self.model).resolve())):
-            return None  # nor is it looked for twice
-        for place in (None, self.require_model()):
-            with suppress(BaseModelError):
-                base.resolve(place)
-                return place
-        return None
+        own, is_there = self.require_model(), False
+        with suppress(ArtifactError, BaseModelError):
+            base = BaseModel.resolve(own)
+            is_there = True
+            if base.fingerprint(first.R) == first.base.fingerprint:
+                return own
+        with suppress(BaseModelError):
+            first.base.resolve()
+            return None
+        return own if is_there else None
 
     def require_model(self) -> str:
         """The base: an absolute folder, or a Hub id with the project's revision.

@@ -16,6 +16,7 @@ from .given_network import positions
 from .inference import answers_of_ids, checked_prompt_ids
 from .names import refuse_many
 from .rows import Prompt
+from .trained_template import warn_of_another_template
 
 
 def ask_adapters(
@@ -58,6 +59,7 @@ def ask_adapters(
         base_model.verify(adapter.base, adapter.R)
         load_basis_once(adapter, bases)
     base_model.require_task(CAUSAL_LM)
+    warn_of_another_template(loaded.values(), base_model.folder)
     tokenizer = base_model.tokenizer
     reach = positions(base_model.load_empty(CAUSAL_LM))
     rooms = [max_tokens] * len(prompts)

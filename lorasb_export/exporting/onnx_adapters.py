@@ -28,6 +28,7 @@ from ..lock import only_writer
 from ..names import name_problem
 from ..output import cannot_write, refuse_own_input, require_room
 from ..storage import expanded
+from ..trained_template import warn_of_another_template
 from .onnx_adapter_file import SUFFIX, Arrays, parameter, values, write_adapter
 from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, exporter_for, genai_outputs
@@ -79,6 +80,7 @@ def export_onnx_adapters(
     base_model = first.base.resolve(base)
     for ref in {basis.base, *(adapter.base for adapter in loaded.values())}:  # blocks of several may have one sha256
         base_model.verify(ref, basis.modules)
+    warn_of_another_template(loaded.values(), base_model.folder)
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     asked = held_out(data, base_model) if verify else {}
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -151,6 +153,7 @@ def add_onnx_adapters(
             if adapter.base.fingerprint != record["base"]["fingerprint"]:
                 what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
                 raise ArtifactError(what, where=folder, fix="Export it with others of that base")
+        warn_of_another_template(loaded.values(), folder)
         with atomic_folder(folder, overwrite=True) as new:
             _copy(folder, new)
             _add(new, record, loaded)

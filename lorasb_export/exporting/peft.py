@@ -19,6 +19,7 @@ from ..output import refuse_existing, refuse_own_input
 from ..provenance import adapter_provenance, command, published_training
 from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
+from ..trained_template import warn_of_another_template
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def export_peft(
     base_model = source.base.resolve(base) if verify or base is not None or looks_like_conv1d else None
     if base_model is not None:
         base_model.verify(source.base, source.R)
+        warn_of_another_template([source], base_model.folder)
     _refuse_what_peft_does_not_take(source, base)
     transposed = base_model is not None and base_model.stores_transposed  # what PEFT calls fan_in_fan_out
     with atomic_folder(out, overwrite=overwrite) as folder:

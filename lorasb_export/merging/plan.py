@@ -23,6 +23,7 @@ from ..provenance import adapter_provenance
 from ..side_files import side_files
 from ..storage import DTYPE_BYTES, TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
+from ..trained_template import warn_of_another_template
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted
 from .folder import bytes_of_an_earlier_try
@@ -208,6 +209,7 @@ def plan_merge(
         for one in loaded:
             _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
+    warn_of_another_template([one for one, _ in weighted], base_model.folder)
     rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
     shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
     beside = [

@@ -19,6 +19,7 @@ from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..errors import BaseModelError, LoraSBError, SettingsError
 from ..names import served_name_problem
 from ..storage import read_json
+from ..trained_template import warn_of_another_template
 from . import flags
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable
@@ -161,6 +162,7 @@ def make_plan(
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
+    warn_of_another_template(loaded.values(), base.folder)
     chosen = _choose_mode(mode, base, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_weights(plan)

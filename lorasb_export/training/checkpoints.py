@@ -109,7 +109,8 @@ def _complete(folder: Path) -> list[Path]:
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
-    differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
+    # What an older release did not write down is no difference.
+    differing = [key for key in wanted if key != "settings" and saved.get(key, wanted[key]) != wanted[key]]
     before = dict.fromkeys(wanted["settings"]) | saved.get("settings", {})
     differing += [f"settings ({change})" for change in changes(before, wanted["settings"])]
     if differing:

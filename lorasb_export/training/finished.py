@@ -11,6 +11,7 @@ from ..basis import Basis
 from ..data import TaskData
 from ..settings import CalibrationSettings, FitSettings, changes
 from ..storage import read_json
+from ..trained_template import has_another_template
 
 
 def differences(
@@ -47,6 +48,8 @@ def differences(
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")
+    if has_another_template(adapter.training, base.folder):
+        found.append("another chat template")
     if isinstance(basis, CalibrationSettings) and adapter.basis_source is None:  # the task's own, as is asked for
         return found + adapter.load_basis().differences(asdict(basis))
     same = isinstance(basis, Basis) and basis.sha256 == adapter.basis_sha256

@@ -28,6 +28,7 @@ from ..rows import CHAT
 from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
+from ..trained_template import recorded_template
 from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own
 from .chats import warn_of_chats
 from .checkpoints import COMPLETE, check_identity, copy_tensors, last_complete, rate_folder
@@ -128,6 +129,7 @@ class TrainingRuns:
             "basis_sha256": self.basis.sha256,
             "base_fingerprint": self.basis.base.fingerprint,
             "start_sha256": self.start and self.start.sha256,
+            **recorded_template(self.base.folder, *self.tasks),
         }
 
     def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
@@ -153,6 +155,7 @@ class TrainingRuns:
                 outcomes.append(trainer.diverged.get(k) or run.diverged("R", "at the end"))
                 continue
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
+            training |= recorded_template(self.base.folder, run.task)
             training["start"] = self.start and f"{self.start.name}, sha256 {self.start.sha256[:12]}"
             adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
             adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}

@@ -135,6 +135,28 @@ def test_an_interrupted_replacement_goes_on_and_replaces(llama: Path, sums: Path
     assert Adapter.load(out).training["steps"] == 12
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": (1e-3, 1e-2)}, {}])
+def test_an_interrupted_run_of_other_settings_or_data_is_dropped_by_overwrite(
+    change: dict[str, Any],
+    llama: Path,
+    sums: Path,
+    products: Path,
+    basis: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, settings = tmp_path / "a", replace(SETTINGS, max_steps=4, checkpoint_every=2)
+    interrupt(llama, basis, sums, out, settings)
+    settings, data = replace(settings, **change), sums if change else products
+    with pytest.raises(TrainingError, match=r"had other .* start afresh with --overwrite"):
+        fit(str(llama), basis, data, out, settings, resume=True)
+    resumed = fit(str(llama), basis, data, out, settings, resume=True, overwrite=True)
+    assert caplog.text.count("it is dropped, and training begins anew") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".run")] == []
+    fresh = fit(str(llama), basis, data, tmp_path / "fresh", settings)
+    assert resumed.sha256 == fresh.sha256
+
+
 def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
     llama: Path, sums: Path, basis: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Set
@@ -18,6 +19,8 @@ from ..data import TaskData
 from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings, changes
 from ..storage import read_json
+
+logger = logging.getLogger(__name__)
 
 _OF_A_RUN = re.compile(r"(checkpoint|rate|best|basis|capture)-.+|\..+")  # hidden: what atomic and lock leave
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
@@ -35,7 +38,7 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
 
     Raises:
         OutputError: an interrupted run would be lost; or it is a link, or holds what no run leaves.
-        TrainingError: the one to be resumed had learning rates that are not in `settings`.
+        TrainingError: the one to be resumed had learning rates that are not in `settings`, and `overwrite` is false.
     """
     others = [path.name for path in folder.glob("*") if not _OF_A_RUN.fullmatch(path.name)]
     if folder.is_symlink():
@@ -44,12 +47,23 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
         raise OutputError("a run never wrote this file", where=folder / others[0], fix="Move it to another folder")
     begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
     if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
-        raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
+        other = TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
+        if not overwrite:
+            raise other
+        drop_run(folder, other)
     if not resume:
         if not overwrite:
             refuse_begun(folder)
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def drop_run(folder: Path, other: TrainingError) -> None:
+    """Remove the checkpoints in a working folder, of the run that `other` tells of. What was measured stays: its names
+    say of what."""
+    logger.warning("%s (%s): it is dropped, and training begins anew", other.what, folder)
+    for path in [path for kind in ("checkpoint", "rate", "best") for path in folder.glob(f"{kind}-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def refuse_begun(folder: Path) -> None:

@@ -49,7 +49,8 @@ def fit(
             task's own.
         resume: go on from the last complete checkpoint of an interrupted run with the same settings (but for
             `gradient_checkpointing`, `checkpoint_every` and `report_to`) and data;
-            from the beginning where there is none. An adapter that they made is kept.
+            from the beginning where there is none. An adapter that they made is kept. A run of others is refused, or
+            with `overwrite` dropped.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
             compared with `base`. It is given back frozen or not as it was, in eval mode and without an adapter;
             `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished

@@ -166,7 +166,8 @@ class Job:
             basis = own_basis(self.base, self.tasks[0], basis, self.folder, network)
         names = [task.name for task in self.tasks]
         events = self.folder.parent / "runs" / self.folder.name.removeprefix(".").removesuffix(".run")
-        runs = TrainingRuns(self.base, network, basis, self.tasks, self.settings, self.folder, events, self._start)
+        inputs = self.base, network, basis, self.tasks, self.settings
+        runs = TrainingRuns(*inputs, self.folder, events, self._start, overwrite=overwrite)
         options = self.folder, self.settings, self._measure
         captured = [captured_once(self.base, network, basis, task, *options) for task in self.tasks]
         results: list[Adapter | TrainingError] = []

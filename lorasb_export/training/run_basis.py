@@ -20,6 +20,7 @@ from ..data import TaskData
 from ..settings import DRAWN, CalibrationSettings, FitSettings
 from ..storage import read_json, write_json
 from ..targets import find_targets, linear_layers
+from ..trained_template import recorded_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def own_basis(
 ) -> Basis:
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
     alike = replace(settings, batch_size=CalibrationSettings.batch_size)  # which decides nothing but rounding
-    made_from = json.dumps([asdict(alike), task.sha256])
+    made_from = json.dumps([asdict(alike), task.sha256, recorded_template(base.folder, task)])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
     basis = calibrated_once(place, partial(calibrate, base, {task.name: task}, settings, network=network))
     return replace(basis, source=None)  # it will lie in the adapter

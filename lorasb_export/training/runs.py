@@ -31,7 +31,7 @@ from ..storage import read_json
 from ..trained_template import recorded_template
 from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own
 from .chats import warn_of_chats
-from .checkpoints import COMPLETE, check_identity, copy_tensors, last_complete, rate_folder
+from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
@@ -63,6 +63,7 @@ class TrainingRuns:
         folder: takes the checkpoints of the one run, or a folder of them for each learning rate.
         events: the folder that TensorBoard's files go to.
         start: the adapter that R, and a head, start as; None for what `settings.init` says.
+        overwrite: drop an interrupted run of other settings or data instead of refusing it.
 
     Raises:
         TrainingError: what is to be resumed had other settings or data.
@@ -78,16 +79,29 @@ class TrainingRuns:
         folder: Path,
         events: Path,
         start: Adapter | None,
+        *,
+        overwrite: bool,
     ) -> None:
         self.start = start
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
         folders = {rate: rate_folder(folder, rate, settings) for rate in settings.rates}
-        self._begun = distributed.on_main(lambda: {rate: last_complete(at) for rate, at in folders.items()})
-        for rate, checkpoint in self._begun.items():
-            if checkpoint is not None:
-                check_identity(checkpoint, self._identity(rate))
+        self._begun = distributed.on_main(lambda: self._to_resume(folders, overwrite))
+
+    def _to_resume(self, folders: Mapping[float, Path], overwrite: bool) -> dict[float, Path | None]:
+        """The checkpoint to go on from at each rate; none of another run, which only `overwrite` drops."""
+        begun = {rate: last_complete(folder) for rate, folder in folders.items()}
+        try:
+            for rate, checkpoint in begun.items():
+                if checkpoint is not None:
+                    check_identity(checkpoint, self._identity(rate))
+        except TrainingError as other:
+            if not overwrite:
+                raise
+            drop_run(self.folder, other)
+            return dict.fromkeys(begun)
+        return begun
 
     def best(self) -> list[Outcome | TrainingError]:
         """Every task as the best of the learning rates has left it; or its error, where none has left it finite."""

@@ -18,6 +18,7 @@ from .errors import OutputError
 from .output import cannot_write, is_ours, refuse_existing, replaced
 from .storage import real
 
+CARD = "README.md"
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
 # Of a process elsewhere nobody here can tell whether it lives. No write takes a week, and what is never removed piles
@@ -41,6 +42,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary = _temporary(target)
         temporary.mkdir()
         try:
+            keep_card(target, temporary)
             yield temporary
             put_in_place(temporary, target, overwrite)
         except BaseException:
@@ -56,6 +58,13 @@ def prepare_target(target: Path, overwrite: bool) -> None:
     for stale in _left_by_the_dead(target):
         shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
     discard(replaced(target), target)
+
+
+def keep_card(target: Path, new: Path) -> None:
+    """Let `new` begin with the README.md of the folder it will replace: what people wrote there stays."""
+    card = target / CARD
+    if card.is_file() and not card.is_symlink():
+        shutil.copyfile(card, new / CARD)
 
 
 def put_back(target: Path) -> None:

@@ -12,6 +12,7 @@ from .base import BaseModel
 from .basis import Basis
 from .basis_source import EMBEDDED
 from .calibration.calibrate import calibrate, calibrated_once
+from .cards import card
 from .errors import OutputError, SettingsError, some
 from .fetch import is_mistyped_path, parse_hub_folder
 from .format import read_adapter_config
@@ -122,6 +123,7 @@ def calibrate_into(
         def take() -> None:
             lock.enter_context(only_writer(target))
             refuse_existing(target, overwrite)
+            card.check(target)
 
         distributed.on_main(take)
         base = BaseModel.resolve(model or project.require_model())

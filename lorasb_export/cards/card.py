@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file
+from ..atomic import CARD, atomic_file
 from ..choices import NF4, SEQ_CLS
 from ..errors import ArtifactError, some
 from ..fetch import leads_out
@@ -45,14 +45,25 @@ def write(folder: Path, card: str) -> None:
         ArtifactError: the existing card is not UTF-8, its front matter not valid YAML; or it is a link out of `folder`.
     """
     path = own_readme(folder)
-    old = utf8(path.read_bytes(), path) if path.is_file() else ""
+    old = _text(path)
     with atomic_file(path) as temporary:
         temporary.write_text(update(old, card, where=path), encoding="utf-8")
 
 
+def check(folder: Path) -> None:
+    """Raise, before work that is to replace `folder`, what `write` would of the card that is there."""
+    path = folder / CARD
+    if not path.is_symlink():  # which is not taken over (`atomic.keep_card`)
+        update(_text(path), assemble({"tags": []}, ""), where=path)
+
+
+def _text(path: Path) -> str:
+    return utf8(path.read_bytes(), path) if path.is_file() else ""
+
+
 def own_readme(folder: Path) -> Path:
     """Where the card of `folder` lies. Raises ArtifactError where that is a link out of it."""
-    path = folder / "README.md"
+    path = folder / CARD
     if leads_out(path, folder):
         raise ArtifactError("a link out of the folder", where=path, fix="Replace it by the file itself, or remove it")
     return path

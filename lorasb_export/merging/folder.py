@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file, discard, fsync, prepare_target, put_in_place
+from ..atomic import atomic_file, discard, fsync, keep_card, prepare_target, put_in_place
 from ..lock import only_writer
 from ..output import cannot_write, refuse_foreign
 from ..storage import read_json, real, write_json
@@ -79,6 +79,7 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
         prepare_target(target, overwrite)
         folder = _open(target, identity)
         try:
+            keep_card(target, folder.path)
             yield folder
             put_in_place(folder.path, target, overwrite)
             MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards

@@ -19,6 +19,7 @@ from ..atomic import atomic_folder, put_back
 from ..base import AnyBase, BaseModel, default_device
 from ..basis import Basis
 from ..calibration.capture import overview
+from ..cards import card
 from ..choices import NF4
 from ..data import TaskData
 from ..errors import SettingsError, TrainingError
@@ -136,6 +137,8 @@ class Job:
             locks.enter_context(only_writer(out))
             put_back(out)
             refuse_existing(out, overwrite or resume)
+            if overwrite:
+                card.check(out)
         interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
         if resume and not interrupted and self._finished(overwrite):
             return True

@@ -185,12 +185,12 @@ class Adapter:
         In a process group the first process writes. Where FSDP2 shards the model, all must call this: R is gathered.
 
         Args:
-            overwrite: replace the folder, where this package wrote it.
+            overwrite: replace the folder, where it is an adapter.
             embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
                 for a basis of blocks, which takes less room than R.
 
         Raises:
-            OutputError: the folder exists.
+            OutputError: the folder exists; with `overwrite` only what is no adapter.
             ArtifactError: `training` has a key that the card shows in another shape; a tensor is not finite, or is
                 a part of one (of FSDP1, of ZeRO-3).
         """
@@ -198,7 +198,7 @@ class Adapter:
         R, head = gathered(self.R), gathered(self.head)
         check_savable(R, head, (self.rank, self.rank))
         if distributed.is_main():
-            with atomic_folder(folder, overwrite=overwrite) as temporary:
+            with atomic_folder(folder, overwrite=overwrite, kind="adapter") as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
         self.folder, self.hub_source = absolute(folder), None
 

@@ -27,34 +27,38 @@ _SURELY_DEAD = 7 * 24 * 3600  # seconds
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, kind: str | None = None) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
     A process killed inside the block leaves a hidden `.NAME.tmp-PLACE-PID-…` beside an untouched target; the next call
     for the same target removes it, in another place (`_place`) only when it is old.
+
+    Args:
+        overwrite: replace a folder of ours, if there is one.
+        kind: of what is written; `overwrite` replaces no other (`output.refuse_existing`).
 
     Raises:
         OutputError: the target exists and `overwrite` is false, or the disk does not take it.
     """
     target = real(target)  # a link stays one, and what it leads to is replaced
     with cannot_write(target):
-        prepare_target(target, overwrite)
+        prepare_target(target, overwrite, kind)
         temporary = _temporary(target)
         temporary.mkdir()
         try:
             keep_card(target, temporary)
             yield temporary
-            put_in_place(temporary, target, overwrite)
+            put_in_place(temporary, target, overwrite, kind)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def prepare_target(target: Path, overwrite: bool) -> None:
+def prepare_target(target: Path, overwrite: bool, kind: str | None) -> None:
     """Make `target`'s parent, put back a target whose replacement was cut short, refuse one that is in the way."""
     target.parent.mkdir(parents=True, exist_ok=True)
     put_back(target)
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, kind=kind)
     for stale in _left_by_the_dead(target):
         shutil.rmtree(stale, ignore_errors=True)  # another user's, say: no reason not to write
     discard(replaced(target), target)
@@ -83,7 +87,7 @@ def discard(folder: Path, target: Path) -> None:
         shutil.rmtree(dying, ignore_errors=True)
 
 
-def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
+def put_in_place(temporary: Path, target: Path, overwrite: bool, kind: str | None) -> None:
     """Rename the finished sibling folder `temporary` to `target`, every file fsynced before.
 
     A replaced target is first moved to `.NAME.old`, and put back by the next call if the process dies before the new
@@ -96,7 +100,7 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
     fsync(temporary)
     old = replaced(target)
     for tries_left in (2, 1, 0):
-        refuse_existing(target, overwrite)  # another process may have been quicker
+        refuse_existing(target, overwrite, kind=kind)  # another process may have been quicker
         if target.exists():
             discard(old, target)
             target.rename(old)

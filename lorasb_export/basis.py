@@ -134,7 +134,7 @@ class Basis:
         Adapters trained in it from now on name that folder, unless it is from the Hub, where all can find it.
         """
         folder = expanded(folder)
-        with atomic_folder(folder, overwrite=overwrite) as temporary:
+        with atomic_folder(folder, overwrite=overwrite, kind="basis") as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
         if not parse_hub_folder(self.source or ""):

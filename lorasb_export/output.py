@@ -6,11 +6,11 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import LoraSBError, OutputError
-from .kind import PEFT_TYPE
+from .errors import ArtifactError, LoraSBError, OutputError
+from .kind import PEFT_TYPE, artifact_kind
 from .storage import real
 
 _OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
@@ -66,10 +66,20 @@ def disk_error_in(words: str) -> OSError | None:
     return next((OSError(code, text) for code in _OF_A_DISK if (text := os.strerror(code)) in words), None)
 
 
-def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another path, or pass --overwrite") -> None:
+def refuse_existing(
+    target: Path,
+    overwrite: bool,
+    fix: str = "Choose another path, or pass --overwrite",
+    *,
+    kind: str | None = None,
+) -> None:
     """Raise OutputError when `target` exists with content and may not be replaced.
 
-    Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home.
+    Even with `overwrite` only a folder that this package wrote is replaced: a mistyped path must not cost a home, nor
+    an adapter, or the basis of all of them.
+
+    Args:
+        kind: of the folder that is to be written, as `artifact_kind` has it: none of another kind is replaced.
     """
     if real(target).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
         fix = f"Choose a folder in it, as {target / 'model'}"
@@ -81,6 +91,11 @@ def refuse_existing(target: Path, overwrite: bool, fix: str = "Choose another pa
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
+    with suppress(ArtifactError):  # a damaged one
+        there = artifact_kind(target)
+        if kind is not None and there != kind:
+            what = f"the target is of the kind {there!r}, and only one of the kind {kind!r} would be replaced"
+            raise OutputError(what, where=target, fix="Choose another path, or remove it first")
 
 
 def refuse_existing_file(path: Path, overwrite: bool) -> None:

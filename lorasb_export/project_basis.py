@@ -122,7 +122,7 @@ def calibrate_into(
 
         def take() -> None:
             lock.enter_context(only_writer(target))
-            refuse_existing(target, overwrite)
+            refuse_existing(target, overwrite, kind="basis")
             card.check(target)
 
         distributed.on_main(take)

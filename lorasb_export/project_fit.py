@@ -79,7 +79,7 @@ def fit_tasks(
     targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
     if not resume:
         for target in targets.values():  # before the first of them is trained
-            refuse_existing(target, overwrite, _THERE)
+            refuse_existing(target, overwrite, _THERE, kind="adapter")
             if not (overwrite or together):
                 refuse_begun(working_folder(target))
     places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}

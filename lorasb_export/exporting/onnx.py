@@ -63,7 +63,7 @@ def export_onnx(
     if verify and not compared:
         logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
     asked = held_out({"": task}, base_model) if task and compared and source.task_type == CAUSAL_LM else {}
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite, kind="onnx") as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 4 if wanted.dtype == "float32" else 2

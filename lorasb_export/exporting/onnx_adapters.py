@@ -83,7 +83,7 @@ def export_onnx_adapters(
     warn_of_another_template(loaded.values(), base_model.folder)
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     asked = held_out(data, base_model) if verify else {}
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite, kind="onnx-adapters") as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         require_room(folder, int(parameters(base_model) * wanted.room))

@@ -48,9 +48,9 @@ def export_peft(
     adapter; of the adapter's own the type is looked at, and for module names like GPT-2's how it stores weights.
     """
     out = expanded(out)
-    refuse_existing(out, overwrite)
     source = Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
+    refuse_existing(out, overwrite, kind="peft")
     if verify:
         require_packages("peft")
     looks_like_conv1d = any(name.rpartition(".")[2] in _CONV1D_NAMES for name in source.R)
@@ -60,7 +60,7 @@ def export_peft(
         warn_of_another_template([source], base_model.folder)
     _refuse_what_peft_does_not_take(source, base)
     transposed = base_model is not None and base_model.stores_transposed  # what PEFT calls fan_in_fan_out
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite, kind="peft") as folder:
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
         record["training"] = published_training(source, folder)

@@ -76,12 +76,12 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
     """
     target = real(target)  # a link stays one, and what it leads to is replaced
     with only_writer(target), cannot_write(target):
-        prepare_target(target, overwrite)
+        prepare_target(target, overwrite, "merged")
         folder = _open(target, identity)
         try:
             keep_card(target, folder.path)
             yield folder
-            put_in_place(folder.path, target, overwrite)
+            put_in_place(folder.path, target, overwrite, "merged")
             MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards
         except KeyboardInterrupt:
             if not folder.marks():

@@ -181,7 +181,7 @@ def plan_merge(
     combined: list[dict[str, Any]] = []
     weighted: Weighted = ()
     with problems:
-        refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite, kind="merged")
     with problems:
         require_choice("dtype", dtype, Dtype)
     with problems:

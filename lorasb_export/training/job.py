@@ -136,7 +136,7 @@ class Job:
         for out in sorted(self.outs):
             locks.enter_context(only_writer(out))
             put_back(out)
-            refuse_existing(out, overwrite or resume)
+            refuse_existing(out, overwrite or resume, kind="adapter")
             if overwrite:
                 card.check(out)
         interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
@@ -187,7 +187,7 @@ class Job:
                 rates, used = list(self.settings.rates), outcome.training["settings"]  # those that decide nothing too
                 made = {**outcome.identity, "settings": used, "learning_rates": rates}
                 made |= {"capture": capture, "seconds": seconds, "start": self._start and self._start.name}
-                with atomic_folder(out, overwrite=overwrite) as folder:
+                with atomic_folder(out, overwrite=overwrite, kind="adapter") as folder:
                     adapter.write_into(folder, out)
                     write_training_record(folder, outcome.run, outcome.entries, made)
             adapter.folder = out

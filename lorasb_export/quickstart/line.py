@@ -126,9 +126,8 @@ def quickstart(
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")
     base = BaseModel.resolve(small_model())
-    with atomic_folder(
-        out, overwrite=overwrite, kind="quickstart"
-    ) as temporary:  # only the project: the steps below write into it
+    # Only the project: the steps below write into it.
+    with atomic_folder(out, overwrite=overwrite, kind="quickstart") as temporary:
         data = write_tasks(temporary / "data")
         write_json(temporary / "lorasb.json", {"kind": "quickstart", "versions": versions()})
         write_project(

@@ -14,6 +14,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.errors import ArtifactError
 from lorasb_export.merging.combine import combine_into
 from lorasb_export.storage import read_json
+from lorasb_export.trained_template import TEMPLATE_KEY
 from tests.conftest import lorasb
 from tests.merging import MODULES
 from tests.random_adapter import save_adapter
@@ -31,18 +32,22 @@ def test_the_sum_of_adapters_of_one_basis_is_an_adapter(
     monkeypatch.chdir(tmp_path)
     second = Adapter.load(adapter)
     second.R = {name: torch.randn_like(R) for name, R in second.R.items()}
-    second.scaling, second.basis_source, second.training = 0.5, str(adapter), {"settings": {"max_length": 7}}
+    second.scaling, second.basis_source = 0.5, str(adapter)
+    second.training = {"settings": {"max_length": 7, "dtype": "nf4"}, TEMPLATE_KEY: "t", "task": "b"}
     second.save(tmp_path / "b")
+    first = Adapter.load(adapter)
+    first.training = {"settings": {"max_length": 8, "dtype": "nf4"}, TEMPLATE_KEY: "t", "task": "a"}
+    first.save(adapter, overwrite=True)
     words = [f"{adapter}=0.6", "./b=-0.4"]
     done = lorasb("merge", *words, "--as-adapter", "--out", "adapters/mixed", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["out"] == "adapters/mixed"
     mixed = Adapter.load("adapters/mixed")
-    first = Adapter.load(adapter)
     for name, R in mixed.R.items():
         expected = 0.6 * first.scaling * first.R[name].double() - 0.4 * 0.5 * second.R[name].double()
         assert torch.equal(mixed.scaling * R, expected.float())
-    assert mixed.training == {"combined": {adapter.name: 0.6, "b": -0.4}, "settings": {}}
+    common = {"settings": {"dtype": "nf4"}, TEMPLATE_KEY: "t"}
+    assert mixed.training == {"combined": {adapter.name: 0.6, "b": -0.4}, **common}
     weights = [one["weight"] for one in read_json(Path("adapters/mixed/lorasb.json"))["combined"]]
     assert weights == [0.6, -0.4]
     merge({adapter: 0.6, tmp_path / "b": -0.4}, "of_two")

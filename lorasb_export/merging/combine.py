@@ -19,6 +19,7 @@ from ..errors import ArtifactError, SettingsError
 from ..output import refuse_own_input
 from ..provenance import adapter_provenance, command, versions
 from ..storage import expanded, write_json
+from ..trained_template import TEMPLATE_KEY
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
 Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters
@@ -99,11 +100,11 @@ def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bo
     for adapter, _ in weighted:
         refuse_own_input(out, adapter.folder, adapter.basis_source)
     record = combined_record(weighted)
-    training = {"combined": {str(one["name"]): one["weight"] for one in record}, "settings": _common_settings(weighted)}
+    training = _common(weighted) | {"combined": {str(one["name"]): one["weight"] for one in record}}
     source = weighted[0][0].basis_source  # None where it lies in that adapter: then it goes along
     first.load_basis()
     adapter = replace(first, basis_source=source, training=training)
-    with atomic_folder(out, overwrite=overwrite) as temporary:
+    with atomic_folder(out, overwrite=overwrite, kind="adapter") as temporary:
         adapter.write_into(temporary, out)
         made = {"kind": "adapter", "base": asdict(adapter.base), "combined": record}
         write_json(temporary / "lorasb.json", made | {"versions": versions(), "command": command()})
@@ -111,10 +112,16 @@ def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bo
     return {"out": str(out), "modules": len(adapter.R), "rank": adapter.rank, "bytes": size, "adapters": record}
 
 
-def _common_settings(weighted: Weighted) -> dict[str, Any]:
-    """What all were trained with alike: how long their rows were, beside which dtype."""
-    first, *others = (adapter.training.get("settings") or {} for adapter, _ in weighted)
-    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+def _common(weighted: Weighted) -> dict[str, Any]:
+    """What all were trained with alike: their settings, as how long rows were, and the chat template."""
+    trainings = [adapter.training for adapter, _ in weighted]
+    found: dict[str, Any] = {"settings": _shared([training.get("settings") or {} for training in trainings])}
+    return found | {key: value for key, value in _shared(trainings).items() if key == TEMPLATE_KEY}
+
+
+def _shared(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = values
+    return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
 
 def combined_record(weighted: Weighted) -> list[dict[str, Any]]:

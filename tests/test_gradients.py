@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorasb_export.base import BaseModel
 from lorasb_export.batches import collate
+from lorasb_export.calibration import gradients
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.choices import CAUSAL_LM
@@ -131,6 +133,36 @@ def test_a_weight_multiplies_the_losses_of_a_task(network: PreTrainedModel, rows
     weighted = gradients_of_rows(network, targets, rows, PAD, settings, [2.5] * 5 + [1.0] * (ROWS - 5))
     first, second = sums_of(network, mine), sums_of(network, others)
     assert_equal(weighted, {name: 2.5 * first[name] + second[name] for name in first})
+
+
+# --- where the sums lie ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_are_summed_in_fp32_exactly_one_after_another(
+    base: BaseModel, rows: list[Encoded], dtype: str
+) -> None:
+    """Of batches whose losses are scaled by different powers of two."""
+    network, parts = base.load(dtype=dtype), [rows[:3], rows[3:8], rows[8:]]
+    found = gradient_sums(network, find_targets(network, "all-linear"), [collate(part, PAD) for part in parts])
+    first, second, third = (sums_of(network, part) for part in parts)
+    for name, total in found.items():
+        assert total.dtype == torch.float32
+        assert torch.equal(total, first[name] + second[name] + third[name]), name
+
+
+def test_sums_lie_on_a_gpu_that_has_room_for_three_of_them(
+    network: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, cpu, gpu = find_targets(network, "all-linear"), torch.device("cpu"), torch.device("cuda", 1)
+    assert gradients._place(network, targets) == cpu
+    needed = 4 * sum(module.weight.numel() for module in targets.values())  # bfloat16 is summed in float32
+    free = {gpu: 3 * needed + 1}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 << 30))
+    on_gpu: Any = SimpleNamespace(device=gpu, dtype=torch.bfloat16)
+    assert gradients._place(on_gpu, targets) == gpu
+    free[gpu] = 3 * needed
+    assert gradients._place(on_gpu, targets) == cpu
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------------------------

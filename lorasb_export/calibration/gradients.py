@@ -91,12 +91,12 @@ def gradient_sums(
     loss: str = "sample",
     gradient_checkpointing: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32 on the CPU.
+    """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32, where `_place` says.
 
     The loss of a row is the mean over its tokens (`sample`: every row counts the same), or the sum over them times
     rows/tokens of the whole data (`token`: every token counts the same); neither depends on what batch a row is in.
-    A gradient leaves the device and is freed as soon as backward has made it, so that the device never holds more
-    than one layer's. In several processes the sums are those over the batches of all of them.
+    A gradient is added to its sum and freed as soon as backward has made it: beside the sums there is never more than
+    one layer's. In several processes the sums are those over the batches of all of them.
 
     Args:
         batches: as `collate` makes them; in addition `weights` (n,), by which the losses of the rows are multiplied.
@@ -109,10 +109,14 @@ def gradient_sums(
     sums: dict[str, torch.Tensor] = {}
     scale = 1  # of the losses of a batch, lest float16 lose the gradients of means; a power of two changes no digit
     counted = torch.zeros(2, dtype=torch.float64)  # rows and tokens
+    place = _place(network, targets)
 
     def keep(name: str, gradient: torch.Tensor) -> None:
-        gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32))
-        sums[name] = sums[name].add_(gradient, alpha=1 / scale) if name in sums else gradient.div_(scale)
+        gradient = gradient.to(place)
+        if name in sums:
+            sums[name].add_(gradient, alpha=1 / scale)
+        else:
+            sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).div_(scale)
 
     packed = {name: module for name, module in targets.items() if state_of(weight_of(module))}
     plain = {name: module for name, module in targets.items() if name not in packed}
@@ -138,7 +142,7 @@ def gradient_sums(
         transposed = isinstance(module, Conv1D)  # it stores its weight as (in, out)
         if name not in sums:
             shape = shape_of(module)[:: -1 if transposed else 1]
-            sums[name] = torch.zeros(shape, dtype=torch.promote_types(network.dtype, torch.float32))
+            sums[name] = torch.zeros(shape, dtype=torch.promote_types(network.dtype, torch.float32), device=place)
         total = _over_processes(sums[name], network.device)
         if loss == "token":
             total *= rows / tokens
@@ -148,16 +152,28 @@ def gradient_sums(
     return sums
 
 
+def _place(network: PreTrainedModel, targets: Mapping[str, nn.Module]) -> torch.device:
+    """Where gradients are summed: beside the network on a GPU with room for three times the sums, else on the CPU.
+
+    The rest is for activations, and for the decompositions of the sums. On the CPU every gradient is waited for.
+    """
+    numbers = sum(math.prod(shape_of(module)) for module in targets.values())
+    needed = numbers * torch.promote_types(network.dtype, torch.float32).itemsize
+    if network.device.type == "cuda" and 3 * needed < torch.cuda.mem_get_info(network.device)[0]:
+        return network.device
+    return torch.device("cpu")
+
+
 def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Σ of a CPU tensor over the processes that share the rows; every one of them must come here.
+    """Σ of a tensor over the processes that share the rows, where it lies; every one of them must come here.
 
     It goes through `device` where the backend is not gloo: the others sum only what lies there.
     """
     if world_size() == 1:
         return tensor
-    moved = tensor if dist.get_backend() == "gloo" else tensor.to(device)
+    moved = tensor.to("cpu" if dist.get_backend() == "gloo" else device)
     dist.all_reduce(moved)
-    return moved.cpu()
+    return moved.to(tensor.device)
 
 
 @contextmanager

@@ -51,12 +51,18 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
         labels: (n,) or (n, kept), as `collate` makes them.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counts = label_counts(labels)
     if labels.is_floating_point():
-        return (logits[:, 0] - labels).square(), torch.ones_like(labels, dtype=torch.long)
+        return (logits[:, 0] - labels).square(), counts
     if labels.dim() == 1:
-        return cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
+        return cross_entropy(logits, labels, reduction="none"), counts
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(labels).sum(dim=1), (labels != IGNORE).sum(dim=1)
+    return losses.view_as(labels).sum(dim=1), counts
+
+
+def label_counts(labels: torch.Tensor) -> torch.Tensor:
+    """The number of labels of every row (n,), where `labels` lie, which are as `collate` makes them."""
+    return torch.ones_like(labels, dtype=torch.long) if labels.dim() == 1 else (labels != IGNORE).sum(dim=1)
 
 
 def row_scores(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +163,24 @@ def test_sums_lie_on_a_gpu_that_has_room_for_three_of_them(
     assert gradients._place(on_gpu, targets) == gpu
     free[gpu] = 3 * needed
     assert gradients._place(on_gpu, targets) == cpu
+
+
+@pytest.mark.parametrize("loss", ["sample", "token"])
+def test_passes_never_wait_for_a_device_that_holds_the_sums(
+    base: BaseModel, rows: list[Encoded], loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for one: what asks a tensor there for its value, or copies it to the host, raises."""
+    network = base.load(device="meta")
+    monkeypatch.setattr(gradients, "_place", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)  # it does, once
+
+    def batches() -> Iterator[dict[str, Any]]:
+        yield collate(rows[:3], PAD) | {"weights": torch.ones(3)}
+        yield collate(rows[3:8], PAD) | {"weights": torch.ones(5)}
+        raise EOFError("the passes are over")
+
+    with pytest.raises(EOFError, match="the passes are over"):
+        gradient_sums(network, find_targets(network, "all-linear"), batches(), loss=loss)
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
-from ..batches import collate, row_losses
+from ..batches import collate, label_counts, row_losses
 from ..data import TaskData
 from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
@@ -128,12 +128,13 @@ def gradient_sums(
         _checkpointed(network) if checkpointed else nullcontext(),
     ):
         for batch in batches:
+            lengths = label_counts(batch["labels"]).tolist()  # on the host: nothing here waits for the device
+            counted += torch.tensor([len(lengths), sum(lengths)])
             tensors = {key: v.to(network.device) for key, v in batch.items()}
             labels, factors = tensors.pop("labels"), tensors.pop("weights", 1)
             losses, counts = row_losses(network(**tensors).logits, labels)
-            counted += torch.tensor([len(counts), int(counts.sum())])
             if loss == "sample":
-                scale = 1 << (int(counts.max()) - 1).bit_length()
+                scale = 1 << (max(lengths) - 1).bit_length()
                 losses = losses / counts * scale
             (factors * losses).sum().backward()
 

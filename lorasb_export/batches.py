@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from .bars import progress_bar
 from .encoding import IGNORE, Encoded
-from .given_network import evaluating
+from .given_network import evaluating, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ def row_scores(
     """
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # the most memory first
     found: dict[int, tuple[float, int, float]] = {}
-    with evaluating(network):
+    with evaluating(network), without_cache(network):
         for start in progress_bar(range(0, len(order), batch_size), desc="score", leave=False):
             places = order[start : start + batch_size]
             inputs = {key: v.to(network.device) for key, v in collate([encoded[i] for i in places], pad_id).items()}

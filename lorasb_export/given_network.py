@@ -30,6 +30,19 @@ def evaluating(network: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def without_cache(network: PreTrainedModel) -> Iterator[None]:
+    """Forward passes keep no keys and values: nobody goes on from them."""
+    caches = getattr(network.config, "use_cache", None)
+    if caches:
+        network.config.use_cache = False
+    try:
+        yield
+    finally:
+        if caches:
+            network.config.use_cache = caches
+
+
+@contextmanager
 def flags_kept(network: PreTrainedModel) -> Iterator[None]:
     """Afterwards its own parameters ask for gradients as before: an adapter freezes them."""
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}

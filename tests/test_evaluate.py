@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -97,6 +98,21 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()
     assert [loss for loss, _, _ in found] == pytest.approx(losses.tolist())
+
+
+def test_scores_are_taken_without_a_cache_and_are_those_with_one(
+    llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of every layer would be kept for tokens that nobody asks for."""
+    network, tokenizer = BaseModel.resolve(llama).load(), BaseModel.resolve(llama).tokenizer
+    rows = encode(load_task("sums", sums).rows("valid"), tokenizer, CAUSAL_LM, [], 64)
+    cached: list[bool] = []
+    network.register_forward_hook(lambda *arguments: cached.append(arguments[-1].past_key_values is not None))
+    found = row_scores(network, rows, tokenizer.pad_token_id)
+    assert network.config.use_cache is True
+    monkeypatch.setattr(batches, "without_cache", nullcontext)
+    assert row_scores(network, rows, tokenizer.pad_token_id) == found
+    assert cached == [False, True]
 
 
 def test_evaluate_and_fit_compare_with_what_was_trained(

@@ -23,7 +23,7 @@ from ..data import TaskData
 from ..distributed import rank, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
-from ..given_network import evaluating, flags_kept, is_checkpointing
+from ..given_network import evaluating, flags_kept, is_checkpointing, without_cache
 from ..layer import shape_of, weight_of
 from ..nf4 import dequantize, state_of
 from ..settings import CalibrationSettings
@@ -190,12 +190,9 @@ def _only_trainable(
         keep(name, weight.grad)
         weight.grad = None
 
-    cache = getattr(network.config, "use_cache", None)
     handles = []
     try:
-        if cache:
-            network.config.use_cache = False
-        with flags_kept(network), evaluating(network):
+        with flags_kept(network), evaluating(network), without_cache(network):
             network.requires_grad_(False)
             for name, module in modules.items():
                 module.weight.requires_grad_(True)
@@ -206,8 +203,6 @@ def _only_trainable(
             handle.remove()
         for parameter in network.parameters():
             parameter.grad = None
-        if cache:
-            network.config.use_cache = cache
 
 
 def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +17,7 @@ from integration import child_environment
 from lorasb_export import distributed
 from lorasb_export.base import BaseModel
 from lorasb_export.basis import Basis
+from lorasb_export.calibration import calibrate as decomposition
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.data import load_task
@@ -40,14 +42,20 @@ data = "data"
 CALIBRATE = """
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 import torch
-from integration.test_distributed import sums_of
+from integration.test_distributed import decomposed, sums_of
 from lorasb_cli.main import main
 from lorasb_export import distributed
+from lorasb_export.calibration import calibrate as decomposition
 
 distributed.start()
 assert distributed.world_size() == 2
-torch.save([sums_of(Path.cwd(), rows) for rows in (13, 1)], f"sums-{distributed.rank()}.pt")
+sums = [sums_of(Path.cwd(), rows) for rows in (13, 1)]
+torch.save(sums, f"sums-{distributed.rank()}.pt")
+svds = decomposition.truncated_svd = Mock(side_effect=decomposition.truncated_svd)
+made = decomposed(sums[0])
+torch.save((svds.call_count, made), f"decomposed-{distributed.rank()}.pt")
 sys.argv = ["lorasb", "calibrate", "--json"]
 main()
 """
@@ -134,6 +142,14 @@ def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
     return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, tokenizer.pad_token_id, settings)
 
 
+def decomposed(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a basis is made of, in an order that counts."""
+    settings = CalibrationSettings(rank=4, reduction="raw")
+    modules, energy, ratios = decomposition._decompose(dict(sums), settings, torch.float64, torch.device("cpu"))
+    factors = {name: dict(module.tensors()) for name, module in modules.items()}
+    return {"factors": factors, "energy": energy, "ratios": ratios.modules, "overall": ratios.overall()}
+
+
 def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be waiting for another run that calibrates the same basis."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -163,7 +179,7 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step_with_a_checkpoint(sma
 
 
 def test_calibrate_in_two_processes(tmp_path: Path) -> None:
-    """They share 13 rows, and 1 row, of which the second process has none; then the verb writes one basis."""
+    """They share 13 rows, and 1 row, of which the second has none, and the SVDs; then the verb writes one basis."""
     make_llama(tmp_path / "llama")
     rows = [{"prompt": f"{a}+{b}=", "completion": "x" * a + str(a + b)} for a in range(1, 6) for b in range(5)]
     write_splits(tmp_path / "data", {"train": rows})
@@ -175,6 +191,15 @@ def test_calibrate_in_two_processes(tmp_path: Path) -> None:
         for name, gradient in expected.items():
             for sums in saved:
                 assert (sums[number][name] - gradient).norm() <= 1e-6 * gradient.norm()
+
+    expected = decomposed(saved[0][0])
+    names = list(expected["factors"])
+    for svds, found in (torch.load(tmp_path / f"decomposed-{rank}.pt") for rank in (0, 1)):
+        assert svds == len(names) / 2
+        assert {key: list(found[key]) for key in found} == {key: list(expected[key]) for key in expected}
+        assert all(found[key] == expected[key] for key in ("energy", "ratios", "overall"))
+        for name, factors in expected["factors"].items():
+            assert all(torch.equal(found["factors"][name][key], factor) for key, factor in factors.items())
 
     basis = Basis.load(tmp_path / "basis")
     settings = CalibrationSettings(**Project.load(tmp_path / "lorasb.toml").calibration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +133,11 @@ def require_same_disk(folder: Path) -> None:
         )
 
 
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of `items`; `all_gather` puts together what the processes make of theirs."""
+    return items[rank() :: world_size()]
+
+
 def all_gather(mine: list[Any]) -> list[Any]:
     """The lists of all processes, one after another, on every process."""
     if world_size() == 1:
@@ -140,3 +145,8 @@ def all_gather(mine: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[]] * world_size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
+
+
+def all_gather_by_name(mine: Mapping[str, T]) -> dict[str, T]:
+    """The entries of all processes, which have different names, sorted by them, on every process."""
+    return dict(sorted(all_gather(list(mine.items())), key=lambda item: item[0]))

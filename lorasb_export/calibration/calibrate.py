@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
-from ..bars import progress_bar
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
@@ -42,7 +41,7 @@ from ..supported import refuse_merged
 from ..targets import WHERE_TARGETS, find_targets
 from ..task_source import AnySource
 from .capture import capture_of_rows, record
-from .gradients import MIN_ROWS, draw, gradients_of_rows
+from .gradients import MIN_ROWS, draw, gradients_of_rows, of_share
 from .random_basis import random_factors
 from .subspace import (
     EXACT_UP_TO,
@@ -247,7 +246,8 @@ def _decompose(
 ) -> tuple[dict[str, ModuleBasis], dict[str, float], CaptureRatios]:
     """Every gradient sum as its factors, the share of the step's energy they keep, and of the gradient itself.
 
-    Sums are freed as they are used. Raises BaseModelError where some are zero.
+    The processes, of which each has every sum, share the modules. Sums are freed as they are used. Raises
+    BaseModelError where some are zero.
     """
     if without := sorted(name for name, gradient in sums.items() if not gradient.any()):
         raise BaseModelError(
@@ -256,8 +256,7 @@ def _decompose(
             fix=f"Calibrate on more rows, or leave them out: {WHERE_TARGETS}",
         )
     modules, energy, ratios = {}, {}, CaptureRatios()
-    for name in progress_bar(sorted(sums), desc="SVD"):
-        gradient = sums.pop(name).to(device)
+    for name, gradient in of_share(sums, device, "SVD"):
         step = -settings.eta * reduced(gradient, settings.reduction)
         U, S, Vh = truncated_svd(step, settings.rank, settings.seed)
         energy[name] = float(S.square().sum() / step.square().sum())
@@ -265,7 +264,8 @@ def _decompose(
             U.to("cpu", dtype).contiguous(), Vh.to("cpu", dtype).contiguous(), S.to("cpu", torch.float32)
         )
         ratios.add(name, gradient, basis=(modules[name].B, modules[name].A))
-    return modules, energy, ratios
+    ratios.gather()
+    return distributed.all_gather_by_name(modules), distributed.all_gather_by_name(energy), ratios
 
 
 def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..bars import progress_bar
 from ..base import BaseModel
 from ..basis import Basis
 from ..data import TaskData, in_order
@@ -14,7 +13,7 @@ from ..encoding import Encoded
 from ..factors import Factors
 from ..inject import remove
 from ..settings import CalibrationSettings, FitSettings
-from .gradients import draw, gradients_of_rows
+from .gradients import draw, gradients_of_rows, of_share
 from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd
 
 if TYPE_CHECKING:
@@ -66,10 +65,10 @@ def capture_of_rows(
     """What `capture` returns, of the gradient over `rows` in the factors `modules` of a basis."""
     sums = gradients_of_rows(network, {name: network.get_submodule(name) for name in modules}, rows, pad_id, settings)
     ratios = CaptureRatios()
-    for name in progress_bar(sorted(sums), desc="capture"):
-        g = sums.pop(name).to(svd_device(network.device))
+    for name, g in of_share(sums, svd_device(network.device), "capture"):
         U, _, Vh = truncated_svd(reduced(g, settings.reduction), settings.rank, settings.seed)
         ratios.add(name, g, basis=(modules[name].B, modules[name].A), own=(U, Vh))
+    ratios.gather()
     return {"rows": len(rows), **ratios.overall(), "modules": ratios.modules}
 
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bars import progress_bar
 from ..batches import collate, label_counts, row_losses
 from ..data import TaskData
-from ..distributed import rank, world_size
+from ..distributed import share, world_size
 from ..encoding import Encoded, encode
 from ..errors import BaseModelError
 from ..given_network import evaluating, flags_kept, is_checkpointing, without_cache
@@ -68,8 +68,7 @@ def gradients_of_rows(
 
     Processes that joined torch.distributed share the rows, and every one gets the sums over all of them.
     """
-    weighted = list(zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True))
-    weighted = weighted[rank() :: world_size()]
+    weighted = share(list(zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True)))
     batches = []
     for i in range(0, len(weighted), settings.batch_size):
         batch, factors = zip(*weighted[i : i + settings.batch_size], strict=True)
@@ -81,6 +80,18 @@ def gradients_of_rows(
         loss=settings.loss,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def of_share(sums: dict[str, torch.Tensor], device: torch.device, desc: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """This process's share of the modules: name and sum, on `device`. Sums are freed as they are used, others at once.
+
+    `desc` is what the progress bar is called.
+    """
+    mine = share(sorted(sums))
+    for name in sums.keys() - set(mine):
+        del sums[name]
+    for name in progress_bar(mine, desc=desc):
+        yield name, sums.pop(name).to(device)
 
 
 def gradient_sums(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from ..distributed import all_gather_by_name
 from ..exact import exact_products
 
 EXACT_UP_TO = 1024  # below this size the exact SVD costs no more than the randomized one
@@ -63,7 +64,7 @@ def _exact_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
 
 
 class CaptureRatios:
-    """Capture ratios ‖Bᵀ·g·Aᵀ‖_F / ‖g‖_F of a gradient g, gathered module by module.
+    """Capture ratios ‖Bᵀ·g·Aᵀ‖_F / ‖g‖_F of a gradient g, gathered module by module, in whatever order.
 
     Attributes:
         modules: module name → way → ratio. Among the ways is `random`: the expected ratio of a random basis of
@@ -72,8 +73,7 @@ class CaptureRatios:
 
     def __init__(self) -> None:
         self.modules: dict[str, dict[str, float]] = {}
-        self._squares: dict[str, float] = {}
-        self._total = 0.0
+        self._squares: dict[str, dict[str, float]] = {}  # of the parts by way, and under "" of all of g
 
     @exact_products()
     def add(self, name: str, g: torch.Tensor, **ways: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -85,12 +85,17 @@ class CaptureRatios:
         rank = next(iter(ways.values()))[1].shape[0]
         kept["random"] = energy * rank**2 / g.numel()
         self.modules[name] = {way: math.sqrt(square / energy) for way, square in kept.items()}
-        self._squares = {way: self._squares.get(way, 0.0) + square for way, square in kept.items()}
-        self._total += energy
+        self._squares[name] = kept | {"": energy}
 
     def overall(self) -> dict[str, float]:
         """Way → ratio over all modules together (of summed squares)."""
-        return {way: math.sqrt(square / self._total) for way, square in self._squares.items()}
+        ways = next(iter(self.modules.values()), {})
+        sums = {way: math.fsum(squares[way] for squares in self._squares.values()) for way in (*ways, "")}
+        return {way: math.sqrt(sums[way] / sums[""]) for way in ways}
+
+    def gather(self) -> None:
+        """Take in what the other processes have measured, each of modules of its own."""
+        self.modules, self._squares = all_gather_by_name(self.modules), all_gather_by_name(self._squares)
 
 
 def rounded(ratios: dict[str, float]) -> dict[str, float]:

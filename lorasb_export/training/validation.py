@@ -37,8 +37,7 @@ class Validation:
 
         None when one of them is told to stop: it may take long.
         """
-        share = slice(distributed.rank(), None, distributed.world_size())
-        mine, asked, pad_id = self.rows[share], self.asked[share], self.tokenizer.pad_token_id
+        mine, asked, pad_id = distributed.share(self.rows), distributed.share(self.asked), self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):
             scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
             ids, rooms = [one.ids for one in asked], [one.room for one in asked]

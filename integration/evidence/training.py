@@ -196,7 +196,8 @@ def gradient(
     """The sum over `rows` at W0, with the head of `num_labels` classes that `settings.seed` draws."""
     network = base.load(task.task_type, dtype="float32", num_labels=num_labels, seed=settings.seed)
     targets = find_targets(network, settings.targets)
-    return gradients_of_rows(network, targets, rows, base.tokenizer.pad_token_id, settings)
+    sums = gradients_of_rows(network, targets, rows, base.tokenizer.pad_token_id, settings)
+    return {name: g.cpu() for name, g in sums.items()}  # those of many tasks are kept
 
 
 def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: bool = False) -> Basis:

@@ -229,7 +229,7 @@ class BaseModel:
             options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         if device.type != "cpu":
-            gc.collect()  # the base of a finished training, which its trainer holds in a cycle: both might not fit
+            gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
         network.to(device)  # type: ignore[arg-type]

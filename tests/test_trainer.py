@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from lorasb_export import calibrate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData, load_task, task_of
+from lorasb_export.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
@@ -71,7 +72,7 @@ def test_a_training_step_never_waits_for_the_device(
 def test_the_base_of_a_finished_run_makes_room_for_the_next_one(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trainer holds it in a cycle; on a device both might not fit. `meta` stands for one."""
+    """Whatever cycle holds it; on a device both might not fit. `meta` stands for one."""
     load, loaded = BaseModel.load, []
 
     def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
@@ -87,6 +88,41 @@ def test_the_base_of_a_finished_run_makes_room_for_the_next_one(
     finally:
         gc.enable()
     assert loaded[0]() is None
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_finished_run_lets_go_of_B_and_A_at_once(
+    together: bool,
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device those of the next run need the room; in a cycle they would stay until Python's collector comes."""
+    network, kept = BaseModel.resolve(llama).load(dtype="float64"), []
+    begin, trainers = RTrainer.create_optimizer, []
+
+    def watched(self: RTrainer, model: Any = None) -> Any:
+        layers = [layer for layer in network.modules() if isinstance(layer, LoRASBLinear)]
+        kept.extend(weakref.ref(factor) for layer in layers for factor in (layer.B, layer.A))
+        trainers.append(weakref.ref(self))  # DistributedDataParallel, which it holds, has lists of them too
+        return begin(self, model)
+
+    monkeypatch.setattr(RTrainer, "create_optimizer", watched)
+    settings = replace(SETTINGS, max_steps=2)
+    gc.collect()
+    gc.disable()
+    try:
+        if together:
+            fit_together(str(llama), basis, list(tasks.values()), tmp_path, settings, network=network)
+        else:
+            fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings, network=network)
+        assert kept
+        assert not any(factor() is not None for factor in kept)
+        assert [trainer() for trainer in trainers] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adamw", "exp_avg"), ("muon", "momentum")])

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ class Evaluations(TrainerCallback):
     """Evaluates each task when it is due and at its end; ends the run when no task has anything left to do."""
 
     def __init__(self, trainer: RTrainer) -> None:
-        self.trainer = trainer
+        # Which holds this one: in a cycle B and A would stay on the device until Python's collector comes.
+        self.trainer: RTrainer = weakref.proxy(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a checkpoint brings those of the run that it is of

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -98,11 +99,12 @@ class RTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Every process builds every step and takes its share of it: nothing is left to a distributed sampler."""
+        trainer: RTrainer = weakref.proxy(self)  # which keeps the loader, as it does `Evaluations`
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=1,
             pin_memory=self.args.device.type == "cuda",
-            collate_fn=lambda steps: self._mixed.batches(steps[0], self.active(steps[0])),
+            collate_fn=lambda steps: trainer._mixed.batches(steps[0], trainer.active(steps[0])),
         )
 
     def active(self, step: int) -> list[int]:

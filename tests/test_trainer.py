@@ -41,8 +41,12 @@ def test_gradient_checkpointing_trains_the_same_R(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:
     plain = fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
-    recomputed = fit(str(llama), basis, tasks["plus"], tmp_path / "b", replace(SETTINGS, gradient_checkpointing=True))
+    network, asked = BaseModel.resolve(llama).load(dtype="float64"), []
+    network.model.layers[0].register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].requires_grad))
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    recomputed = fit(str(llama), basis, tasks["plus"], tmp_path / "b", settings, network=network)
     assert equal(plain, recomputed, 1e-9)
+    assert set(asked) == {False}  # nothing goes back to the embeddings
 
 
 @pytest.mark.parametrize("kind", ["text", "together", "classes"])

@@ -156,6 +156,10 @@ class RTrainer(Trainer):
         return torch.stack([torch.nn.utils.clip_grad_norm_(group, limit) for group in training]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.settings.gradient_checkpointing:
+            # Switched on just now, with a gradient of the embeddings, which only the reentrant kind needs: through what
+            # lies before the first R nothing goes back.
+            self._network.disable_input_require_grads()
         heads = {id(p) for run in self.runs for p in run.adapter.head.values()}
         self.optimizer = make_optimizer(self._parameters, heads, self.settings, self.args.device)
         return self.optimizer

@@ -152,7 +152,8 @@ def decomposed(sums: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be waiting for another run that calibrates the same basis."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     state, group = Mock(), Mock()
     monkeypatch.setattr("accelerate.PartialState", state)
     monkeypatch.setattr("torch.distributed.new_group", group)

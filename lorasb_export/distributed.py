@@ -28,17 +28,22 @@ _hosts: dist.ProcessGroup | None = None  # in which they wait so long, without t
 def start() -> None:
     """Join the process group that torchrun's environment describes (gloo on CPUs, nccl on GPUs), once.
 
-    Raises SettingsError where the caller has made one that this environment does not describe: rows would be shared,
-    and gradients not.
+    Raises SettingsError where the environment describes it by half; or where the caller has made one that it does not
+    describe: rows would be shared, and gradients not.
     """
     global _hosts
     described = int(os.environ.get("WORLD_SIZE") or 1)
     if _hosts is None and max(described, world_size()) > 1:
         from accelerate import PartialState
 
+        fix = "Set RANK, LOCAL_RANK and WORLD_SIZE as torchrun does"
         if dist.is_initialized() and (world_size() != described or "LOCAL_RANK" not in os.environ):
             what = f"torch.distributed has {world_size()} processes, which the environment does not describe"
-            raise SettingsError(what, fix="Set RANK, LOCAL_RANK and WORLD_SIZE as torchrun does")
+            raise SettingsError(what, fix=fix)
+        missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+        if missing and not dist.is_initialized():
+            what = f"WORLD_SIZE is {described}, without {' and '.join(missing)}"
+            raise SettingsError(what, fix=f"{fix}; or unset WORLD_SIZE, for one process")
         PartialState()  # also selects this process's GPU
         _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from lorasb_export import calibrate, evaluate, fit
+from lorasb_export import calibrate, distributed, evaluate, fit
 from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
 from lorasb_export.errors import SettingsError
@@ -113,6 +113,24 @@ def test_a_launcher_that_shards_and_a_group_of_ones_own_are_refused(
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(SettingsError, match=r"torch\.distributed has 2 processes.*as torchrun does"):
         calibrate(str(llama), tasks, CalibrationSettings(rank=4, dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"), [({}, "RANK and LOCAL_RANK"), ({"RANK": "0"}, "LOCAL_RANK"), ({"LOCAL_RANK": "0"}, "RANK")]
+)
+def test_an_environment_that_describes_processes_by_half_is_refused(
+    there: dict[str, str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some operators of clusters write it; one process alone needs neither."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    distributed.start()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match=rf"WORLD_SIZE is 2, without {missing}\. Set RANK, LOCAL_RANK"):
+        distributed.start()
 
 
 def test_what_is_drawn_after_a_fit_is_as_without_it(

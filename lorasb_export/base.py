@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+_IN_FLOAT32 = (
+    "the base is in float32: with --dtype bfloat16 it takes half the memory, and the tensor cores of a GPU compute it "
+    "(--dtype float32 leaves it as it is, and this warning out)"
+)
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
 # The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
@@ -232,6 +239,8 @@ class BaseModel:
             gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
+        if dtype == "auto" and device.type != "cpu" and network.dtype == torch.float32:
+            logger.warning(_IN_FLOAT32)
         network.to(device)  # type: ignore[arg-type]
         return network
 

@@ -185,6 +185,17 @@ def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> Non
     assert tokenizer.chat_template == TEMPLATE
 
 
+def test_a_base_in_float32_on_a_gpu_is_told_of_bfloat16(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`meta` stands for one."""
+    base, said = BaseModel.resolve(llama), "with --dtype bfloat16 it takes half the memory"
+    base.load(device="cpu")
+    for dtype in ("float32", "bfloat16"):
+        base.load(dtype=dtype, device="meta")
+    assert said not in caplog.text
+    base.load(device="meta")
+    assert caplog.text.count(said) == 1
+
+
 def test_a_loaded_network_can_be_pickled(llama: Path) -> None:
     network = BaseModel.resolve(llama).load()
     again = pickle.loads(pickle.dumps(network))

@@ -65,6 +65,7 @@ def load_or_make(
     """The basis at `source`; where that is the project's shared one and not there yet, it is made.
 
     It is calibrated over all tasks that share it in the project's file; over `tasks`, name → data, where it has none.
+    One that cannot be trained, for it has nothing to learn, is passed over: its own training says so.
 
     Raises:
         SettingsError: the shared one is not as the project's file has it.
@@ -77,7 +78,8 @@ def load_or_make(
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
-        return calibrate(base, sharing, calibration, weights=project.weights(sharing), network=network)
+        weights = project.weights(sharing)
+        return calibrate(base, sharing, calibration, weights=weights, network=network, pass_over=True)
 
     folder = shared_folder(project)
     basis = calibrated_once(folder, make)

@@ -26,7 +26,8 @@ from lorasb_export.errors import BaseModelError, DataError, OutputError, Setting
 from lorasb_export.project import Project
 from lorasb_export.project_fit import fit_tasks
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from tests.tiny import make_gpt2, make_llama
+from tests.conftest import lorasb
+from tests.tiny import TEMPLATE, make_gpt2, make_llama
 
 SETTINGS = FitSettings(max_steps=1)
 
@@ -127,6 +128,35 @@ def test_a_task_that_cannot_be_trained_leaves_the_others_their_turn(
         assert "1 failed:\n  1. long: there is no row to learn from" in done.stderr
     alone = CliRunner().invoke(app, ["fit", "long", "--json"])
     assert (alone.exit_code, list(json.loads(alone.stdout))) == (1, ["error"])
+
+
+def test_a_task_that_cannot_be_learnt_is_not_in_the_basis_of_the_others(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """All rows of one are too long, a row of another is refused by the chat template: the basis is of `a` alone."""
+    base = make_llama(tmp_path / "base")
+    refuses = "{% if 'refused' in messages[0].content %}{{ raise_exception('not this one') }}{% endif %}"
+    (base / "chat_template.jinja").write_text(refuses + TEMPLATE)
+    tasks = '[basis]\nrank = 4\n[fit]\nmax_steps = 1\n[tasks.long]\ndata = "long.jsonl"\n'
+    project(tmp_path / "p", base, sums, f'{tasks}[tasks.odd]\ndata = "odd.jsonl"\n')
+    monkeypatch.chdir(tmp_path / "p")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1" * 600, "completion": "2"}))
+    Path("odd.jsonl").write_text(json.dumps({"prompt": "refused", "completion": "2"}))
+    alone = lorasb("calibrate", "--out", "other")
+    assert (alone.exit_code, "there is no row to learn from" in alone.stderr) == (1, True)
+    assert not Path("other").exists()
+    log.clear()
+    done = lorasb("fit", "--json")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed["adapters"]), list(printed["failed"])) == (1, ["a"], ["long", "odd"])
+    assert [source["name"] for source in Basis.load("basis").calibration["data"]] == ["a"]
+    (told,) = [message for message in log.messages if "The basis is made without" in message]
+    assert told.startswith("The basis is made without 2 of 3 tasks:\n  there is no row to learn from")
+    assert "not this one" in told
+    shutil.rmtree("basis")
+    Path("lorasb.toml").write_text(Path("lorasb.toml").read_text().replace('data = "data"', 'data = "long.jsonl"'))
+    nothing = lorasb("fit", "--overwrite")
+    assert (nothing.exit_code, "3 problems, no basis was made" in nothing.stderr) == (1, True)
 
 
 def test_rows_and_R_of_one_task_at_a_time_are_in_memory(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_o
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data import load_task
 from lorasb_export.encoding import IGNORE, Encoded, encode
-from lorasb_export.errors import BaseModelError
+from lorasb_export.errors import BaseModelError, DataError
 from lorasb_export.given_network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.targets import find_targets
@@ -82,6 +84,24 @@ def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None
     drawn = draw(task, tokenizer, [], CalibrationSettings(samples=5))
     assert len(drawn) == 5
     assert all(row == every[row["row"] - 1] for row in drawn)
+
+
+def test_others_are_drawn_in_the_place_of_rows_with_nothing_to_learn(llama: Path, sums: Path) -> None:
+    """And where all have something, the rows are those of one sample, whose bases are pinned."""
+    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
+    settings = CalibrationSettings(samples=5, max_length=32)
+    numbers = [row["row"] for row in draw(task, tokenizer, [], settings)]
+    assert numbers == random.Random(0).sample(range(1, 65), 5)
+    too_long = {"prompt": "1" * 64, "completion": "2"}
+    splits = {"train": [too_long if k in numbers[1:4] else row for k, row in enumerate(task.rows("train"), 1)]}
+    drawn = draw(replace(task, splits=splits), tokenizer, [], settings)
+    assert [row["row"] for row in drawn][:2] == [numbers[0], numbers[4]]
+    assert (len({row["row"] for row in drawn} - set(numbers)), len(drawn)) == (3, 5)
+    assert drawn == draw(replace(task, splits=splits), tokenizer, [], settings)
+    splits = {"train": [too_long] * 9 + [task.rows("train")[0]]}
+    assert [row["row"] for row in draw(replace(task, splits=splits), tokenizer, [], settings)] == [10]
+    with pytest.raises(DataError, match="there is no row to learn from"):
+        draw(replace(task, splits={"train": [too_long] * 9}), tokenizer, [], settings)
 
 
 # --- losses and weights ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data import TaskData, in_order, load_tasks, refuse_single_class
-from ..errors import BaseModelError, DataError, SettingsError, some
+from ..errors import BaseModelError, DataError, Problems, SettingsError, some
 from ..factors import ModuleBasis
 from ..given_network import (
     refuse_several_devices,
@@ -74,6 +74,7 @@ def calibrate(
     *,
     weights: Mapping[str, float] | None = None,
     network: PreTrainedModel | None = None,
+    pass_over: bool = False,
 ) -> Basis:
     """Calibrate one basis for `base` over one task or a mixture of tasks.
 
@@ -90,9 +91,11 @@ def calibrate(
         weights: task name → what the losses of its rows are multiplied by; 1 where it is not named.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, and its mode and flags
             are left as they were.
+        pass_over: leave out with a warning a task that has no row to learn from, or one that the chat template
+            refuses, if any other is left: it could not be trained either.
 
     Raises:
-        DataError: no rows, mixed task types.
+        DataError: no rows to learn from, mixed task types, a row that the chat template refuses.
         SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
@@ -121,10 +124,21 @@ def calibrate(
     tokenizer = base.tokenizer
     require_padding(network, tokenizer)
     least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
-    rows, tasks = {}, []
+    rows, tasks, unlearnable = {}, [], Problems()
     for task in _one_by_one(data):
-        rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
-        tasks.append(replace(task, splits={}))
+        try:
+            rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
+        except DataError as error:
+            if not pass_over:
+                raise
+            unlearnable.found.append(error.alone())
+        else:
+            tasks.append(replace(task, splits={}))
+    if not rows:
+        unlearnable.raise_all("no basis was made")
+    if without := unlearnable.found:
+        told = "".join(f"\n  {error}" for error in without[:10])
+        logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
     every_row = [row for of_task in rows.values() for row in of_task]
     of = ", ".join(rows) if len(rows) <= MAX_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)

@@ -21,7 +21,7 @@ from ..bars import progress_bar
 from ..batches import collate, label_counts, row_losses
 from ..data import TaskData
 from ..distributed import share, world_size
-from ..encoding import Encoded, encode
+from ..encoding import Encoded, encode_all, without_left_out
 from ..errors import BaseModelError
 from ..given_network import evaluating, flags_kept, is_checkpointing, without_cache
 from ..layer import shape_of, weight_of
@@ -45,15 +45,28 @@ def draw(
 ) -> list[Encoded]:
     """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
 
-    Where `settings` leaves their number open, 0.1 % of the rows as in the paper, but not less than `least`.
+    Where `settings` leaves their number open, 0.1 % of the rows as in the paper, but not less than `least`. In the
+    place of rows that `encode` leaves out others are drawn, while there are any.
+
+    Raises:
+        DataError, BaseModelError: as `encode`.
     """
-    rows = list(task.rows("train"))
+    rows = list(enumerate(task.rows("train"), 1))
     wanted = settings.samples
     if wanted is None:
         wanted = max(least, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
-    drawn = random.Random(settings.seed).sample(list(enumerate(rows, 1)), min(count, len(rows)))
-    return encode(dict(drawn), tokenizer, task.task_type, labels, settings.max_length, unit=task.unit("train"))
+    dice, unit = random.Random(settings.seed), task.unit("train")
+    drawn = dict(dice.sample(rows, min(count, len(rows))))
+    encoded = encode_all(drawn, tokenizer, task.task_type, labels, settings.max_length, unit)
+    if lacking := sum(row["left_out"] is not None for row in encoded):
+        others = [row for row in rows if row[0] not in drawn]
+        for number, row in dice.sample(others, len(others)):
+            encoded += encode_all({number: row}, tokenizer, task.task_type, labels, settings.max_length, unit)
+            lacking -= encoded[-1]["left_out"] is None
+            if not lacking:
+                break
+    return without_left_out(encoded, settings.max_length, unit)
 
 
 def gradients_of_rows(

@@ -56,7 +56,9 @@ def run(
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""
     if overwrite and predictions is None:
         raise typer.BadParameter("--overwrite is for the file of --predictions")
-    words = adapter or run.project.adapter_names()
+    from lorasb_export.names import ours_in
+
+    words = adapter or ours_in(run.project.adapters_folder)
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     found = {word: run.project.find_adapter(word) for word in words}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasb_export.choices import CAUSAL_LM, LoadedDtype
-from lorasb_export.errors import some
+from lorasb_export.errors import ArtifactError, LoraSBError, some
 
 from .verb import Run, given, listed
 
@@ -76,6 +76,7 @@ def run(
     if system is not None:
         asked = [with_system(one, system) for one in asked]
     options: dict[str, Any] = {"max_tokens": max_tokens, "unit": unit}
+    failed: dict[str, LoraSBError] = {}
     with nullcontext() if out is None else answers_file(out, overwrite=overwrite, prompts=prompts) as write:
         if onnx is not None:
             from lorasb_export.side_by_side import ask_onnx
@@ -83,49 +84,59 @@ def run(
             chosen = None if adapters is None else listed(adapters)
             found = ask_onnx(expanded(onnx), asked, chosen, **options)
         else:
-            found = _ask(run, asked, adapters, model, dtype=dtype, **given(batch_size=batch_size), **options)
+            options |= {"dtype": dtype, **given(batch_size=batch_size)}
+            found, failed = _ask(run, asked, adapters, model, **options)
         lines = answered(rows, found)
         if write is not None:
             write(lines)
     names = list(found)
     if out is not None:
         value = {"out": out, "rows": len(rows), "names": names}
-        run.result(value, f"Wrote {out}: {len(rows)} rows, answered by {some(names)}")
+        run.result(value, f"Wrote {out}: {len(rows)} rows, answered by {some(names)}", failed)
     elif prompts is not None:
-        run.result({"answered": lines}, "\n\n".join(map(_block, lines, asked)))
+        run.result({"answered": lines}, "\n\n".join(map(_block, lines, asked)), failed)
     else:
         answers = lines[0]["answers"]
-        run.result({"prompt": prompt, "answers": answers}, _said(answers))
+        run.result({"prompt": prompt, "answers": answers}, _said(answers), failed)
 
 
 def _ask(
     run: Run, asked: Sequence[Prompt], adapters: str | None, model: str | None, **options: Any
-) -> dict[str, list[str]]:
-    """Of the base and of the adapters that are named, else of the project's."""
+) -> tuple[dict[str, list[str]], dict[str, LoraSBError]]:
+    """Of the base and of the adapters that are named, else of the project's; and the errors of those of its that are
+    damaged."""
+    failed: dict[str, LoraSBError] = {}
     if adapters is not None:
         chosen = listed(adapters)
+    elif model:
+        chosen = []
     else:
-        from lorasb_export.names import refuse_many
+        from lorasb_export.names import ours_in, refuse_many
 
-        names = [] if model else run.project.adapter_names()
-        refuse_many(names, run.project.folder)
-        chosen = [name for name in names if _answers(run, name)]
+        refuse_many(run.project.adapter_names(), run.project.folder)
+        chosen = [name for name in ours_in(run.project.adapters_folder) if _answers(run, name)]
+        options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
-    first = next(iter(folders.values()), None)
-    base = run.project.base_elsewhere(model, first) if first else model or run.project.require_model()
+    base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()
     from lorasb_export.side_by_side import ask_adapters  # only now: it brings torch
 
-    return ask_adapters(asked, folders, base=base, **options)
+    return ask_adapters(asked, folders, base=base, **options), failed
 
 
 def _answers(run: Run, name: str) -> bool:
-    """Whether an adapter of the project generates; of one that does not it is said."""
+    """Whether an adapter of the project generates; of one that does not it is said.
+
+    Of one that cannot be read who loads it says so.
+    """
     from lorasb_export.format import read_adapter_config
 
-    if read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM:
+    try:
+        answers = read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM
+    except ArtifactError:
         return True
-    run.say(f"{name} is passed over: it is a classifier, which answers nothing")
-    return False
+    if not answers:
+        run.say(f"{name} is passed over: it is a classifier, which answers nothing")
+    return answers
 
 
 def _block(line: dict[str, Any], asked: Prompt) -> str:

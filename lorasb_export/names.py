@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from .errors import Problems, SettingsError, some
+from .errors import ArtifactError, Problems, SettingsError, some
 from .fetch import leads_out
+from .kind import artifact_kind
 from .storage import expanded
 
 logger = logging.getLogger(__name__)
@@ -139,3 +140,21 @@ def _refuse_links_out(folder: Path, adapters_dir: Path) -> None:
 def adapters_in(folder: Path) -> list[str]:
     """Names of the adapters in `folder`, sorted, without hidden ones: those are being written."""
     return sorted(path.parent.name for path in folder.glob("[!.]*/adapter_config.json"))
+
+
+def ours_in(folder: Path) -> list[str]:
+    """As `adapters_in`, for who takes all that are there: without other tools' adapters, of which a warning tells.
+
+    What cannot be read stays: who loads it says so.
+    """
+    names = []
+    for name in adapters_in(folder):
+        try:
+            is_ours = artifact_kind(folder / name) == "adapter"
+        except ArtifactError:
+            is_ours = True
+        if is_ours:
+            names.append(name)
+        else:
+            logger.warning("Passed over: %s is no LoRA-SB adapter", folder / name)
+    return names

@@ -17,6 +17,7 @@ from .errors import OutputError, SettingsError, some
 from .fetch import is_mistyped_path, parse_hub_folder
 from .format import read_adapter_config
 from .lock import only_writer
+from .names import ours_in
 from .output import refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
@@ -139,12 +140,17 @@ def calibrate_into(
 
 
 def refuse_to_strand(project: Project, target: Path) -> None:
-    """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need."""
+    """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need.
+
+    Raises:
+        ArtifactError: the config of an adapter is damaged.
+    """
     weights = target / "basis.safetensors"
     if not weights.is_file():
         return
     sha256 = sha256_file(weights)  # not what its config says: a damaged basis is of no use to them anyway
-    configs = {name: read_adapter_config(project.adapter_folder(name)) for name in project.adapter_names()}
+    # Of a damaged one nobody knows which basis it needs: its error is raised.
+    configs = {name: read_adapter_config(project.adapter_folder(name)) for name in ours_in(project.adapters_folder)}
     bases = {name: config["basis"] for name, config in configs.items() if config["basis"]["source"] != EMBEDDED}
     trained = [name for name, basis in bases.items() if basis["sha256"] == sha256]
     if trained:

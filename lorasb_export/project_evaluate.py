@@ -48,11 +48,12 @@ def evaluate_adapters(
     base is in four bits, where they would be read as those of the base itself, or the rows may have been trained on.
 
     All of them are looked at before the first network runs; what is wrong, with up to ten of them, is told at once.
+    But where the user named none, one that is damaged is an error of its own, and the others are scored.
 
     Args:
         adapters: word → folder or Hub id.
         all_there_are: the user named none: adapters whose data is unknown, or has no held-out rows, are skipped with a
-            warning.
+            warning, and damaged ones do not keep the others from being scored.
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
         split, limit, dtype, metric, batch_size: as for `evaluate`.
@@ -83,14 +84,22 @@ def evaluate_adapters(
     load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric, "predictions": file is not None}
     known: dict[str, dict[str, Any]] = {}
+    damaged: dict[str, LoraSBError] = {}
     ready: list[_Ready] = []
     places: dict[str, int] = {}  # of the bases, by their sha256
     found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
     problems = Problems()
     for word, folder in progress_bar(adapters.items(), desc="check"):
         with problems:
-            adapter = Adapter.load(folder)
-            name, source = project.task_of(adapter, data)
+            try:
+                adapter = Adapter.load(folder)
+                name, source = project.task_of(adapter, data)
+            except ArtifactError as error:
+                if not all_there_are or len(adapters) == 1:
+                    raise
+                logger.warning("%s is left out: %s", word, error)
+                damaged[word] = error.alone()
+                continue
             if source is None and not all_there_are:
                 raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
             if source is None:
@@ -127,8 +136,8 @@ def evaluate_adapters(
     problems.raise_all("nothing was scored")
     if known:
         logger.info("The figures of %d adapters are in their cards", len(known))
-    yield from known.items()
-    if not ready and not known:
+    yield from (known | damaged).items()
+    if not ready and not known and not damaged:
         fix = "Add valid.jsonl to a task's data; or set hold_out in [data] or its table, and fit it again"
         raise DataError("no adapter has rows to be scored on", fix=fix)
     loaded = LastLoaded(dtype=dtype)
@@ -147,7 +156,7 @@ def evaluate_adapters(
             # No name for the network here: it would keep it beside the next one.
             outcome = evaluate(adapter, task, base=one.base, network=loaded.get(*kind), **options)
         except PER_ITEM_ERRORS as error:
-            if len(ready) + len(known) == 1:
+            if len(ready) + len(known) + len(damaged) == 1:
                 raise
             logger.warning("%s is left out: %s", one.word, error)
             outcome = error.alone()

@@ -11,7 +11,7 @@ from .bars import progress_bar
 from .base import BaseModel
 from .basis import Basis
 from .choices import CAUSAL_LM
-from .errors import ArtifactError, SettingsError
+from .errors import ArtifactError, LoraSBError, Problems, SettingsError
 from .given_network import positions
 from .inference import answers_of_ids, checked_prompt_ids
 from .names import refuse_many
@@ -28,6 +28,7 @@ def ask_adapters(
     dtype: str,
     batch_size: int = 16,
     unit: str = "prompt",
+    failed: dict[str, LoraSBError] | None = None,
 ) -> dict[str, list[str]]:
     """The base's greedy answers to prompts, then each adapter's, on one loaded base, in the order given.
 
@@ -37,9 +38,10 @@ def ask_adapters(
         prompts, batch_size, unit: as for `inference.answers`.
         adapters: name → adapter folder or Hub id, all of one base.
         base: the base, where the adapters do not find it; needed when there are none.
+        failed: takes by name the errors of adapters that are damaged; the others are asked then, if any is left.
 
     Raises:
-        ArtifactError: an adapter is a classifier.
+        ArtifactError: an adapter is a classifier, or damaged.
         BaseModelError: an adapter belongs to another base.
         DataError: as `inference.answers` has it.
         SettingsError: an adapter is called `base`.
@@ -47,7 +49,16 @@ def ask_adapters(
     if "base" in adapters:
         what = "an adapter called 'base' would hide the base's answer"
         raise SettingsError(what, where=adapters["base"], fix="Ask for it by its path")
-    loaded = {name: Adapter.load(source) for name, source in adapters.items()}
+    loaded: dict[str, Adapter] = {}
+    for name, source in adapters.items():
+        try:
+            loaded[name] = Adapter.load(source)
+        except ArtifactError as error:
+            if failed is None:
+                raise
+            failed[name] = error
+    if failed and not loaded:
+        Problems(failed.values()).raise_all("nothing was asked")
     for name, adapter in loaded.items():
         if adapter.task_type != CAUSAL_LM:
             fix = "Leave it out, and score it with `lorasb evaluate`"

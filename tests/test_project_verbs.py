@@ -170,6 +170,61 @@ def test_an_adapter_that_cannot_be_scored_leaves_the_others_their_turn(project: 
     assert "1 failed:\n  1. b: " in done.stderr
 
 
+@pytest.fixture
+def among_others(project: Path) -> Path:
+    """The adapter a beside two that are damaged, and a folder of PEFT's."""
+    for name in ("broken", "torn"):
+        shutil.copytree("adapters/a", f"adapters/{name}")
+    Path("adapters/torn/adapter.safetensors").write_bytes(b"{")
+    Path("adapters/broken/adapter_config.json").write_text("{")
+    Path("adapters/peft").mkdir()
+    Path("adapters/peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return project
+
+
+@pytest.mark.parametrize("words", [("evaluate", "--metric", "loss", "--limit", "1"), ("generate", "1+1=")])
+def test_where_all_are_taken_a_damaged_one_leaves_the_others_their_turn(
+    words: tuple[str, ...], among_others: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = lorasb(*words, "--json")
+    printed = json.loads(done.stdout)
+    found = printed.get("evaluation") or printed["answers"]
+    assert (done.exit_code, sorted(found.keys() - {"base"}), sorted(printed["failed"])) == (
+        1,
+        ["a"],
+        ["broken", "torn"],
+    )
+    assert "peft is no LoRA-SB adapter" in caplog.text
+    assert "2 failed:\n  1. broken: " in done.stderr
+    shutil.rmtree("adapters/a")
+    assert lorasb(*words).exit_code == 1
+    shutil.rmtree("adapters/torn")
+    alone = json.loads(lorasb(*words, "--json").stdout)
+    assert (list(alone), alone["error"]["type"]) == (["error"], "ArtifactError")
+
+
+def test_who_is_named_has_to_be_good(among_others: Path) -> None:
+    for name, what in (("peft", "peft_type is 'LORA'"), ("broken", "unreadable JSON")):
+        for words in (("evaluate", "a", name, "--metric", "loss"), ("generate", "1+1=", "--adapters", f"a,{name}")):
+            done = lorasb(*words)
+            assert (done.exit_code, done.stdout, what in done.stderr) == (1, "", True), done.stderr
+
+
+def test_a_basis_is_replaced_beside_the_adapter_of_another_tool(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a damaged one it is not: that may need the basis."""
+    shutil.rmtree("adapters/a")
+    Path("adapters/peft").mkdir()
+    Path("adapters/peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for _ in range(2):
+        done = lorasb("calibrate", "--rank", "4", "--directions", "random", "--overwrite")
+        assert done.exit_code == 0, done.stderr
+    assert "peft is no LoRA-SB adapter" in caplog.text
+    Path("adapters/peft/adapter_config.json").write_text("{")
+    assert lorasb("calibrate", "--rank", "4", "--directions", "random", "--overwrite").exit_code == 1
+
+
 def test_a_base_that_has_moved_is_the_projects(
     project: Path, llama: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,11 +82,17 @@ def run(
     results: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
     lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
-    for word, result in evaluated:
-        if isinstance(result, LoraSBError):
-            failed[word] = result
-            continue
-        results[word] = result
-        base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
-        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
-    run.result({"evaluation": results}, "\n".join(lines) if results else "", failed)
+    value = {"evaluation": results}
+
+    def text() -> str:
+        return "\n".join(lines) if results else ""
+
+    with run.unfinished(value, text, failed):
+        for word, result in evaluated:
+            if isinstance(result, LoraSBError):
+                failed[word] = result
+                continue
+            results[word] = result
+            base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
+            lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
+    run.result(value, text(), failed)

@@ -155,15 +155,17 @@ def run(
     )
     adapters: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
-    lines = []
-    for name, adapter in fitted:
-        if isinstance(adapter, LoraSBError):
-            failed[name] = adapter
-            continue
-        adapters[name] = _summary(adapter)
-        lines += _lines(name, adapter)
+    lines: list[str] = []
+    value = {"adapters": adapters}
+    with run.unfinished(value, lambda: "\n".join(lines), failed):
+        for name, adapter in fitted:
+            if isinstance(adapter, LoraSBError):
+                failed[name] = adapter
+                continue
+            adapters[name] = _summary(adapter)
+            lines += _lines(name, adapter)
     try:
-        run.result({"adapters": adapters}, "\n".join(lines), failed)
+        run.result(value, "\n".join(lines), failed)
     finally:
         distributed.barrier()  # for the first process to print: torchrun ends it when another one exits with an error
         distributed.stop()

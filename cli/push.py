@@ -71,15 +71,18 @@ def run(
     }
     results: list[dict[str, Any]] = []
     failed: dict[str, LoraSBError] = {}
+    value = {"pushed": results}
     if found is not None and not to_project:
         results.append(push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options))
     else:
-        for name, outcome in push_project(project, target, only=found, with_basis=with_basis, **options):
-            if isinstance(outcome, LoraSBError):
-                failed[name] = outcome
-            else:
-                results.append(outcome)
-    run.result({"pushed": results}, _text(results, dry_run), failed)
+        pushed = push_project(project, target, only=found, with_basis=with_basis, **options)
+        with run.unfinished(value, lambda: _text(results, dry_run), failed):
+            for name, outcome in pushed:
+                if isinstance(outcome, LoraSBError):
+                    failed[name] = outcome
+                else:
+                    results.append(outcome)
+    run.result(value, _text(results, dry_run), failed)
 
 
 def _text(results: list[dict[str, Any]], dry_run: bool) -> str:

@@ -15,8 +15,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,10 +51,11 @@ class Run:
     verbose: bool
     config: str | None
     options: Mapping[str, Any]  # the verb's own
+    done: dict[str, Any] = field(default_factory=dict)  # before an error ended it: --json has it beside that
 
     def given(self, settings: type) -> dict[str, Any]:
         """The options that were given, of those that are called as a field of the dataclass `settings`."""
-        return given(**{field.name: self.options.get(field.name) for field in fields(settings)})
+        return given(**{one.name: self.options.get(one.name) for one in fields(settings)})
 
     @functools.cached_property
     def project(self) -> Project:
@@ -71,15 +73,42 @@ class Run:
         Args:
             failed: of several things to do those that failed, by name: told in one error, and the exit code is 1.
         """
-        if failed:
-            value = value | {"failed": {name: _parts(error, str(error)) for name, error in failed.items()}}
         if _is_main_process() and (self.json or text):
-            _print(json.dumps(value, ensure_ascii=False, default=str) if self.json else text)
-        if failed and _is_main_process():
-            lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
-            typer.echo(_harmless(f"Error: not all was done, {len(failed)} failed:{lines}"), err=True)
+            _print(_as_json(value | _failures(failed)) if self.json else text)
         if failed:
+            _tell_failures(failed)
             raise typer.Exit(1)
+
+    @contextmanager
+    def unfinished(
+        self, value: dict[str, Any], text: Callable[[], str], failed: Mapping[str, LoraSBError]
+    ) -> Iterator[None]:
+        """Several things are done within: what was done and what failed is told also where an error ends the rest.
+
+        Args:
+            value, text, failed: as for `result`, to which they go at the end; they are filled within.
+        """
+        try:
+            yield
+        except Exception:
+            if failed or any(value.values()):
+                self.done.update(value | _failures(failed))
+                if _is_main_process() and not self.json and (said := text()):
+                    _print(said)
+            if failed:
+                _tell_failures(failed)
+            raise
+
+
+def _failures(failed: Mapping[str, LoraSBError] | None) -> dict[str, Any]:
+    """What --json prints besides."""
+    return {"failed": {name: _parts(error, str(error)) for name, error in failed.items()}} if failed else {}
+
+
+def _tell_failures(failed: Mapping[str, LoraSBError]) -> None:
+    if _is_main_process():
+        lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
+        typer.echo(_harmless(f"Error: not all was done, {len(failed)} failed:{lines}"), err=True)
 
 
 # Of control characters a terminal would obey those that a file of somebody else's has; of Unicode's that turn the
@@ -139,6 +168,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             if is_out_of_memory(error):
                 error = _memory_error(error, getattr(verb, "SAVES_MEMORY", ()))
             if not isinstance(error, LoraSBError | OSError):
+                if run.json and run.done:
+                    print_error(error, str(error), run.done)
                 raise
             if run.verbose:
                 traceback.print_exc()
@@ -186,14 +217,22 @@ def _fail(run: Run, error: Exception) -> None:
         error = _in_our_words(error)
     typer.echo(_harmless(f"Error: {error}"), err=True)
     if run.json:
-        print_error(error, str(error))
+        print_error(error, str(error), run.done)
     raise typer.Exit(1)
 
 
-def print_error(error: BaseException, message: str) -> None:
-    """What --json prints of an error. Under torchrun only the first process does; on stderr each tells of its own."""
+def print_error(error: BaseException, message: str, done: Mapping[str, Any] | None = None) -> None:
+    """What --json prints of an error. Under torchrun only the first process does; on stderr each tells of its own.
+
+    Args:
+        done: what was done before.
+    """
     if _is_main_process():
-        _print(json.dumps({"error": _parts(error, message)}))
+        _print(_as_json({**(done or {}), "error": _parts(error, message)}))
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _parts(error: BaseException, message: str) -> dict[str, Any]:

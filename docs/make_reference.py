@@ -28,7 +28,7 @@ Paths written in `lorasb.toml` are relative to that file, paths on the command l
 With `--json` the result is one object. What was written is under `out`. A verb that does several things has an entry
 for each of them, by name under `adapters` (`fit`) or `evaluation` (`recorded` says whether they are in its card now),
 or in the list `pushed`, and those that failed under `failed`. An error is
-`{"error": {"type", "message", "what", "where", "fix"}}`.
+`{"error": {"type", "message", "what", "where", "fix"}}`; one that ends such a verb stands beside what was done before.
 """
 
 MARK = "<!-- From here on made by `make docs` from the docstrings; do not edit. -->\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -20,6 +21,8 @@ from lorasb_cli.verb import Run, as_command
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis
+from lorasb_export.base import BaseRef
+from lorasb_export.errors import DataError, OutputError
 from lorasb_export.network import as_base_model_error
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -231,3 +234,39 @@ def test_json_tells_of_an_error_also_where_its_traceback_is_shown(tmp_path: Path
     done = lorasb("inspect", str(tmp_path / "nowhere"), "--verbose", "--json")
     assert json.loads(done.stdout)["error"]["type"] == "ArtifactError"
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"), [("fit", "adapters"), ("evaluate", "evaluation"), ("push --repo me/{name}", "pushed")]
+)
+@pytest.mark.parametrize("error", [OutputError("full", fix="Free it"), OSError(28, "full"), ValueError("a library's")])
+def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
+    verb: str, key: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").write_text("".join(f'[tasks.{name}]\ndata = "data"\n' for name in "abc"))
+    Path("adapters/a").mkdir(parents=True)
+    Path("adapters/a/adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
+    results: dict[str, Any] = {
+        "fit": Adapter(BaseRef("base", None, ""), "", None, {}, folder=Path("adapters/a")),
+        "evaluate": {"split": "valid", "rows": 1, "metric": "loss", "base": 2.0, "adapter": 1.0},
+        "push": {"repo": "me/a", "url": "hub/me/a", "changed": True, "files": [], "bytes": 1, "skipped": []},
+    }
+    name = verb.partition(" ")[0]
+
+    def one_after_another(*_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        yield "a", results[name]
+        yield "b", DataError("bad rows", fix="Mend them")
+        raise error
+
+    function = {"fit": "fit_tasks", "evaluate": "evaluate_adapters", "push": "push_project"}[name]
+    monkeypatch.setattr(f"lorasb_export.project_{name}.{function}", one_after_another)
+    done = lorasb(*verb.split(), "--json")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed)) == (1, [key, "failed", "error"])
+    assert (len(printed[key]), list(printed["failed"])) == (1, ["b"])
+    assert printed["error"]["what"] == ("full" if isinstance(error, OSError) else None)
+    assert "not all was done, 1 failed:\n  1. b: bad rows" in done.stderr
+    told = lorasb(*verb.split())
+    assert (told.exit_code, "a" in told.stdout, "1. b: bad rows" in told.stderr) == (1, True, True)
+    assert isinstance(error, ValueError) or told.stderr.rstrip().splitlines()[-1].startswith("Error: full")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lorasb_export import fit
 from lorasb_export.data import TaskData
-from lorasb_export.errors import MissingPackageError
+from lorasb_export.errors import MissingPackageError, SettingsError
 from lorasb_export.settings import FitSettings
 
 
@@ -51,3 +53,25 @@ def test_every_run_is_a_run_of_its_own_in_wandb(
     fit(str(llama), basis, tasks["plus"], tmp_path / "again", rates)
     assert wandb.names[4:] == ["the caller's"]
     assert wandb.run is not None
+
+
+def test_a_tracker_that_does_not_start_says_so_itself(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wandb does without a key: with an exception of its own and more lines than one."""
+
+    def init(*_: Any, **__: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty)\ncall wandb.login(key=[your_api_key])")
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = FitSettings(max_steps=1, dtype="float64", report_to="wandb")
+    with pytest.raises(
+        SettingsError, match=r"^wandb does not start: api_key not configured \(no-tty\) \(report_to\)\. "
+    ):
+        fit(str(llama), basis, sums, tmp_path / "a", settings)
+    monkeypatch.undo()
+    assert fit(str(llama), basis, sums, tmp_path / "a", replace(settings, report_to="none"), resume=True).folder
+    monkeypatch.setattr("lorasb_export.training.requirements.require_packages", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=init))
+    with pytest.raises(SettingsError, match=r"^tensorboard does not start: api_key"):
+        fit(str(llama), basis, sums, tmp_path / "b", replace(settings, report_to="tensorboard"))

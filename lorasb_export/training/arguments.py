@@ -33,7 +33,7 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
         logging_nan_inf_filter=False,
         save_steps=settings.checkpoint_every,
         seed=settings.seed,
-        report_to="none" if settings.report_to == "tensorboard" else settings.report_to,  # a callback does that
+        report_to="none",  # a callback of ours does that
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # B and A, before every forward pass
         remove_unused_columns=False,

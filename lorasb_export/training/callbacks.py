@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from .. import distributed
 from ..bars import progress_bar
-from ..errors import Terminated
+from ..errors import SettingsError, Terminated, first_line
 
 if TYPE_CHECKING:
     from .trainer import RTrainer
@@ -60,6 +60,16 @@ def run_of_its_own(report_to: str) -> Iterator[None]:
     finally:
         if ours:
             wandb.finish()
+
+
+@contextmanager
+def starting(tracker: str) -> Iterator[None]:
+    """Raise SettingsError for whatever a tracker raises within: it has no key, say, or its server is not reached."""
+    try:
+        yield
+    except Exception as error:
+        fix = "Set it up as its own pages say, or leave report_to out; then go on with --resume"
+        raise SettingsError(f"{tracker} does not start: {first_line(error)}", where="report_to", fix=fix) from error
 
 
 class NothingToTrain(Exception):

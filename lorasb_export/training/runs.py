@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from .. import distributed
 from ..adapter import Adapter
@@ -29,7 +29,7 @@ from ..settings import FitSettings
 from ..stack import Stack
 from ..storage import read_json
 from ..trained_template import recorded_template
-from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own
+from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
 from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, last_complete, rate_folder
 from .order import RowOrder
@@ -198,13 +198,22 @@ class TrainingRuns:
         return RTrainer(self.network, self.base.tokenizer, runs, stack, settings, folder, identity, callbacks)
 
     def _reporters(self, folder: Path) -> list[TrainerCallback]:
-        """TensorBoard's own: the Trainer would write where everything is removed at the end."""
-        if self.settings.report_to != "tensorboard" or not distributed.is_main():
+        """The tracker's, not left to the Trainer: what it raises when it begins is told in our words, and TensorBoard's
+        files would lie where everything is removed at the end."""
+        tracker = self.settings.report_to
+        if tracker == "none" or (tracker == "tensorboard" and not distributed.is_main()):
             return []
-        from torch.utils.tensorboard import SummaryWriter
+        callback: TrainerCallback
+        with starting(tracker):
+            if tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
 
-        place = self.events / folder.relative_to(self.folder)
-        return [TensorBoardCallback(SummaryWriter(str(place)))]
+                callback = TensorBoardCallback(SummaryWriter(str(self.events / folder.relative_to(self.folder))))
+            else:
+                (kind,) = get_reporting_integration_callbacks([tracker])
+                callback = kind()
+        callback.on_train_begin = starting(tracker)(callback.on_train_begin)  # type: ignore[method-assign]
+        return [callback]
 
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,12 +61,15 @@ def load_or_make(
     base: BaseModel,
     tasks: Mapping[str, AnySource],
     calibration: CalibrationSettings,
-    network: PreTrainedModel | None,
+    network: Callable[[], PreTrainedModel | None],
 ) -> Basis:
     """The basis at `source`; where that is the project's shared one and not there yet, it is made.
 
     It is calibrated over all tasks that share it in the project's file; over `tasks`, name → data, where it has none.
     One that cannot be trained, for it has nothing to learn, is passed over: its own training says so.
+
+    Args:
+        network: gives the loaded base, or None; asked only where a basis is made.
 
     Raises:
         SettingsError: the shared one is not as the project's file has it.
@@ -80,7 +83,7 @@ def load_or_make(
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
         sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
         weights = project.weights(sharing)
-        return calibrate(base, sharing, calibration, weights=weights, network=network, pass_over=True)
+        return calibrate(base, sharing, calibration, weights=weights, network=network(), pass_over=True)
 
     folder = shared_folder(project)
     basis = calibrated_once(folder, make)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from . import distributed, project_basis
 from .adapter import Adapter
@@ -23,8 +24,11 @@ from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
 from .task_source import AnySource
 from .training.checkpoints import refuse_begun, working_folder
-from .training.fit import fit, train_together
+from .training.fit import fit, kept, train_together
 from .training.requirements import check_requirements
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +114,16 @@ def fit_tasks(
         project_basis.shared_folder(project)  # before the base is loaded
     same = calibration.dtype == settings.dtype
     loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
-    network = loaded.get(base, CAUSAL_LM) if generates and same else None
-    if network is not None:
-        require_positions(network, max(own.get(name, settings).max_length for name in names))
+
+    def network() -> PreTrainedModel | None:
+        """What all tasks are trained on, if the basis can be made with it too."""
+        if not (generates and same):
+            return None
+        require_positions(loaded.get(base, CAUSAL_LM), max(own.get(name, settings).max_length for name in names))
+        return loaded.get(base, CAUSAL_LM)
+
+    if not resume or any(map(is_free, targets.values())):  # else maybe nothing is to be trained
+        network()
     shared = {
         source: project_basis.load_or_make(
             project,
@@ -124,7 +135,7 @@ def fit_tasks(
         )
         for source in sorted(set(sources.values()) - {OWN_BASIS})
     }
-    del network
+    empty = cache(base.load_empty)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MAX_MEASURED}
     options["start"] = started
     if together:
@@ -138,6 +149,12 @@ def fit_tasks(
     def fit_one(name: str) -> Adapter:
         task, of_task = load_task(name, places[name]), own.get(name, settings)
         task_basis = shared.get(sources[name]) or project.calibration_settings(of_task)
+        if resume and distributed.on_main(lambda: not is_free(targets[name])):
+            replacing = {"overwrite": overwrite, "start": started}
+            without_weights = empty(task.task_type, num_labels=task.num_labels)
+            found = kept(base, task_basis, task, targets[name], of_task, **replacing, empty=without_weights)
+            if found is not None:
+                return found
         if isinstance(task_basis, CalibrationSettings) and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
             return fit(base, task_basis, task, targets[name], of_task, **options)
@@ -147,10 +164,10 @@ def fit_tasks(
     one_is_done = False
     for name in places:
         outcome: Adapter | LoraSBError
-        kept = resume and not is_free(targets[name])
+        was_there = resume and not is_free(targets[name])
         try:
             outcome = fit_one(name)
-            one_is_done = one_is_done or not kept
+            one_is_done = one_is_done or not was_there
         except Exception as error:
             alone = distributed.world_size() == 1
             full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit

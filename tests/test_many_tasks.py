@@ -211,3 +211,34 @@ def test_a_folder_given_twice_to_a_merge_is_refused_by_whatever_name(
     done = lorasb("merge", "a", "./adapters/a=0.5", "--out", "model")
     assert done.exit_code == 2
     assert "is given twice" in done.stderr
+
+
+@pytest.mark.parametrize("basis", [None, "own"])
+def test_where_all_is_done_no_weights_are_loaded(
+    basis: str | None, llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every night that brings no new rows: nor is an empty model made for each task of the shared basis."""
+    found = project(tmp_path, llama, sums, "abc", "[basis]\nrank = 4\n")
+    asked: dict[str, Any] = {"resume": True, "basis": basis}
+    made = dict(fit_tasks(found, list("abc"), SETTINGS, **asked))
+    load, load_empty, empty = BaseModel.load, BaseModel.load_empty, list[str]()
+
+    def counted(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        empty.append(arguments[0])
+        return load_empty(self, *arguments, **options)
+
+    monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(BaseModel, "load_empty", counted)
+    for more in ({}, {"overwrite": True}):
+        again = dict(fit_tasks(found, list("abc"), SETTINGS, **asked, **more))
+        assert [getattr(one, "sha256", one) for one in again.values()] == [
+            one.sha256 for one in made.values() if isinstance(one, Adapter)
+        ]
+    assert basis == "own" or empty == ["CAUSAL_LM"] * 2
+    others = dict(fit_tasks(found, ["a", "b"], replace(SETTINGS, seed=1), **asked))
+    assert all(isinstance(one, TrainingError) and "trained otherwise" in one.what for one in others.values())
+    loads: list[str] = []
+    monkeypatch.setattr(BaseModel, "load", lambda *words, **named: loads.append(words[1]) or load(*words, **named))
+    last = dict(fit_tasks(found, list("abc"), replace(SETTINGS, max_steps=1), **asked, overwrite=True))
+    assert all(isinstance(one, Adapter) and one.training["steps"] == 1 for one in last.values())
+    assert loads == ["CAUSAL_LM"]

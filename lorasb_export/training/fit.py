@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base import AnyBase
+from ..base import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..data import TaskData, load_task, load_tasks
@@ -19,6 +19,7 @@ from ..storage import absolute
 from ..task_source import AnySource
 from .checkpoints import refuse_run_of_others, runs_together, together_folder, working_folder
 from .job import Job
+from .run_basis import with_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,29 @@ def fit(
     if isinstance(outcome, TrainingError):
         raise outcome
     return outcome
+
+
+def kept(
+    base: BaseModel,
+    basis: Basis | CalibrationSettings,
+    task: TaskData,
+    out: Path,
+    settings: FitSettings,
+    *,
+    overwrite: bool,
+    start: Adapter | None,
+    empty: PreTrainedModel,
+) -> Adapter | None:
+    """The adapter in `out`, where `fit` with `resume` would keep it; None where it would train. No weights are loaded.
+
+    Args:
+        empty: the base without weights, in which layers are counted.
+        the rest, and errors: as for `fit`.
+    """
+    settings = with_rate(settings, base, basis, task, empty)
+    job = Job(base, basis, [task], [out], working_folder(out), settings, None, False, start)
+    found = job.kept(overwrite=overwrite)
+    return found[0] if found else None
 
 
 def fit_together(

@@ -33,7 +33,7 @@ from .finished import differences
 from .record import write_training_record
 from .requirements import check_requirements, require_start
 from .restored import accelerate_kept, left_as_found, random_state_kept
-from .run_basis import captured_once, own_basis, share_of_layers
+from .run_basis import captured_once, own_basis, with_rate
 from .runs import TrainingRuns
 
 if TYPE_CHECKING:
@@ -95,10 +95,17 @@ class Job:
         elif start is not None:
             raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
         self._network, self._basis, self._measure, self._start = network, basis, measure, start
-        if settings.learning_rate is None:
-            share = share_of_layers(self.base, basis, tasks[0], network) if settings.optimizer == "muon" else 1.0
-            settings = settings.for_task(tasks[0].task_type, basis.directions, basis.rank, share)
-        self.settings = settings
+        self.settings = with_rate(settings, self.base, basis, tasks[0], network)
+
+    def kept(self, *, overwrite: bool) -> list[Adapter] | None:
+        """Every task's adapter, where `train` would find all of them finished; loads no network and writes nothing."""
+        with ExitStack() as locks:
+
+            def are_kept() -> bool:
+                self._take(locks)
+                return self._are_kept(overwrite)
+
+            return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
 
     @torch.inference_mode(False)  # whatever the caller is in: what is loaded in there could not be trained
     @torch.enable_grad()
@@ -133,21 +140,26 @@ class Job:
 
     def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
-        for out in sorted(self.outs):
-            locks.enter_context(only_writer(out))
-            put_back(out)
+        self._take(locks)
+        for out in self.outs:
             refuse_existing(out, overwrite or resume, kind="adapter")
             if overwrite:
                 card.check(out)
-        interrupted = overwrite and self.folder.exists()  # while it was replacing what is there
-        if resume and not interrupted and self._finished(overwrite):
+        if resume and self._are_kept(overwrite):
             return True
         with cannot_write(self.folder, RESUME):
             open_folder(self.folder, self.settings, resume, overwrite)
         return False
 
-    def _finished(self, overwrite: bool) -> bool:
+    def _take(self, locks: ExitStack) -> None:
+        for out in sorted(self.outs):
+            locks.enter_context(only_writer(out))
+            put_back(out)
+
+    def _are_kept(self, overwrite: bool) -> bool:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
+        if overwrite and self.folder.exists():  # interrupted while it was replacing what is there
+            return False
         there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
         for task, out in there:
             differing = differences(out, self.base, self._basis, task, self.settings, self._start)

@@ -28,12 +28,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def share_of_layers(
+def with_rate(
+    settings: FitSettings,
+    base: BaseModel,
+    basis: Basis | CalibrationSettings,
+    task: TaskData,
+    network: PreTrainedModel | None,
+) -> FitSettings:
+    """`settings` with the learning rate that a task takes where they leave it open."""
+    if settings.learning_rate is not None:
+        return settings
+    share = _share_of_layers(base, basis, task, network) if settings.optimizer == "muon" else 1.0
+    return settings.for_task(task.task_type, basis.directions, basis.rank, share)
+
+
+def _share_of_layers(
     base: BaseModel, basis: Basis | CalibrationSettings, task: TaskData, network: PreTrainedModel | None
 ) -> float:
     """The share of the base's linear layers that the basis covers.
 
-    They are counted in `network`, the loaded base, where there is one; an adapter that is on it changes no count.
+    They are counted in `network`, the base, loaded or empty, where there is one; an adapter on it changes no count.
     """
     if network is not None and isinstance(basis, Basis):
         return len(basis.modules) / len(linear_layers(network))

@@ -180,6 +180,22 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
     assert (len(made), len(read) >= 4) == (4, True)
 
 
+def test_a_renamed_task_is_still_trained(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its table and its folder; the card calls it as it was called then (docs/how-to/train.md)."""
+    found = project(tmp_path / "p", llama, sums, "[basis]\nrank = 4\n")
+    made = fit_all(found, ["a"], SETTINGS)["a"]
+    file = tmp_path / "p" / "lorasb.toml"
+    file.write_text(file.read_text().replace("[tasks.a]", "[tasks.b]"))
+    found.adapter_folder("a").rename(found.adapter_folder("b"))
+    monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("trained again"))
+    kept = fit_all(Project.load(file), ["b"], SETTINGS, resume=True)["b"]
+    assert (kept.sha256, kept.training["task"]) == (made.sha256, "a")
+    assert Project.load(file).task_of(kept, None)[0] == "b"
+    assert (found.adapter_folder("b") / "README.md").read_text().count("# a: a LoRA-SB adapter") == 1
+
+
 def test_a_full_disk_ends_the_tasks_that_are_left(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from .verb import Run, percentages
 
 if TYPE_CHECKING:
     from lorasb_export.adapter import Adapter
+    from lorasb_export.settings import FitSettings
 
 REPORTED = (
     "steps",
@@ -121,6 +123,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing adapters and interrupted runs.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be trained, resumed, kept or refused; train nothing.")
+    ] = False,
     out: Annotated[str | None, typer.Option(help="Adapter folder of TASK.  [default: adapters/TASK]")] = None,
     rank: Annotated[str | None, _OF_THE_BASIS] = None,
     targets: Annotated[str | None, _OF_THE_BASIS] = None,
@@ -136,23 +141,25 @@ def run(
     names = run.project.tasks_to_fit(task, data)
     with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]
     own = {name: run.project.settings_of(name, flags) for name in with_own}
+    options: dict[str, Any] = {
+        "own": {name: of_task for name, of_task in own.items() if of_task != settings},
+        "model": model,
+        "data": data,
+        "basis": basis,
+        "start": run.project.find_adapter(start) if start else None,
+        "out": out,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    if dry_run:
+        if together:
+            raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
+        _foresee(run, names, settings, options)
+        return
     from lorasb_export import distributed  # only now: these bring torch and transformers
     from lorasb_export.project_fit import fit_tasks
 
-    fitted = fit_tasks(
-        run.project,
-        names,
-        settings,
-        own={name: of_task for name, of_task in own.items() if of_task != settings},
-        model=model,
-        data=data,
-        basis=basis,
-        start=run.project.find_adapter(start) if start else None,
-        out=out,
-        together=together,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    fitted = fit_tasks(run.project, names, settings, together=together, **options)
     adapters: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
     lines: list[str] = []
@@ -169,6 +176,23 @@ def run(
     finally:
         distributed.barrier()  # for the first process to print: torchrun ends it when another one exits with an error
         distributed.stop()
+
+
+def _foresee(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
+    """Print what a fit would do; the exit code is 1 where it would refuse a task."""
+    from lorasb_export.project_foresee import foresee_tasks  # only now: it brings torch and transformers
+
+    tasks = dict(foresee_tasks(run.project, names, settings, **options))
+    width = max(map(len, tasks))
+    lines = []
+    for name, found in tasks.items():
+        words = [found["action"], f"from step {found['step']}" if found["action"] == "resume" else "", found["why"]]
+        lines.append(f"{name:{width}}  {'  '.join(filter(None, words))}")
+    counts = Counter(found["action"] for found in tasks.values())
+    lines.append(f"{len(tasks)} tasks: {', '.join(f'{count} to {action}' for action, count in counts.items())}")
+    run.result({"tasks": tasks}, "\n".join(lines))
+    if counts["refuse"]:
+        raise typer.Exit(1)
 
 
 def _summary(adapter: Adapter) -> dict[str, Any]:

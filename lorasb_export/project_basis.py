@@ -18,7 +18,7 @@ from .fetch import is_mistyped_path, parse_hub_folder
 from .format import read_adapter_config
 from .lock import only_writer
 from .names import ours_in
-from .output import refuse_existing
+from .output import is_free, refuse_existing
 from .project import OWN_BASIS, Project
 from .settings import DRAWN, CalibrationSettings
 from .storage import absolute, sha256_file
@@ -74,10 +74,8 @@ def load_or_make(
     Raises:
         SettingsError: the shared one is not as the project's file has it.
     """
-    if not is_shared(project, source):
-        basis = Basis.load(source)
-        base.verify(basis.base, basis.modules)
-        return basis
+    if found := load_if_there(project, source, base):
+        return found
 
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
@@ -85,12 +83,29 @@ def load_or_make(
         weights = project.weights(sharing)
         return calibrate(base, sharing, calibration, weights=weights, network=network(), pass_over=True)
 
-    folder = shared_folder(project)
-    basis = calibrated_once(folder, make)
+    return _as_said(project, calibrated_once(shared_folder(project), make))
+
+
+def load_if_there(project: Project, source: str, base: BaseModel) -> Basis | None:
+    """The basis at `source`; None where that is the project's shared one, and it is still to be made.
+
+    Raises:
+        SettingsError: the shared one is not as the project's file has it.
+    """
+    if is_shared(project, source):
+        folder = shared_folder(project)
+        return None if is_free(folder) else _as_said(project, Basis.load(folder))
+    basis = Basis.load(source)
+    base.verify(basis.base, basis.modules)
+    return basis
+
+
+def _as_said(project: Project, basis: Basis) -> Basis:
+    """The project's shared basis, or a SettingsError where its file says that it is another."""
     if differing := basis.differences(project.calibration):
         raise SettingsError(
             f"the project's basis does not match [basis] in lorasb.toml: {', '.join(differing)}",
-            where=folder,
+            where=shared_folder(project),
             fix="Correct [basis] there, or calibrate another with --out and name it by path in [basis]",
         )
     return basis

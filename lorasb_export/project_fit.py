@@ -24,7 +24,7 @@ from .settings import CalibrationSettings, FitSettings
 from .storage import expanded
 from .task_source import AnySource
 from .training.checkpoints import refuse_begun, working_folder
-from .training.fit import fit, kept, train_together
+from .training.fit import fit, job_without_network, train_together
 from .training.requirements import check_requirements
 
 if TYPE_CHECKING:
@@ -150,11 +150,10 @@ def fit_tasks(
         task, of_task = load_task(name, places[name]), own.get(name, settings)
         task_basis = shared.get(sources[name]) or project.calibration_settings(of_task)
         if resume and distributed.on_main(lambda: not is_free(targets[name])):
-            replacing = {"overwrite": overwrite, "start": started}
             without_weights = empty(task.task_type, num_labels=task.num_labels)
-            found = kept(base, task_basis, task, targets[name], of_task, **replacing, empty=without_weights)
-            if found is not None:
-                return found
+            job = job_without_network(base, task_basis, task, targets[name], of_task, started, without_weights)
+            if found := job.kept(overwrite=overwrite):
+                return found[0]
         if isinstance(task_basis, CalibrationSettings) and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
             return fit(base, task_basis, task, targets[name], of_task, **options)

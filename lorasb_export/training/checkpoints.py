@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapter import Adapter
+from ..base import BaseModel
+from ..basis import Basis
 from ..data import TaskData
 from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings, changes
 from ..storage import read_json
+from ..trained_template import recorded_template
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +39,25 @@ def rate_folder(folder: Path, rate: float, settings: FitSettings) -> Path:
 def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
     """Make the working folder of a run, empty unless it is resumed.
 
+    Raises as `check_folder`, but that `overwrite` drops a run of other learning rates.
+    """
+    try:
+        check_folder(folder, settings, resume, overwrite)
+    except TrainingError as other:
+        if not overwrite:
+            raise
+        drop_run(folder, other)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
+    """Raise where a run cannot have the working folder `folder`.
+
     Raises:
         OutputError: an interrupted run would be lost; or it is a link, or holds what no run leaves.
-        TrainingError: the one to be resumed had learning rates that are not in `settings`, and `overwrite` is false.
+        TrainingError: the one to be resumed had learning rates that are not in `settings`.
     """
     others = [path.name for path in folder.glob("*") if not _OF_A_RUN.fullmatch(path.name)]
     if folder.is_symlink():
@@ -47,15 +66,9 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
         raise OutputError("a run never wrote this file", where=folder / others[0], fix="Move it to another folder")
     begun = {marker.parents[1] for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}")}
     if resume and begun - {rate_folder(folder, rate, settings) for rate in settings.rates}:
-        other = TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
-        if not overwrite:
-            raise other
-        drop_run(folder, other)
-    if not resume:
-        if not overwrite:
-            refuse_begun(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+        raise TrainingError("the interrupted run had other learning rates", where=folder, fix=SAME)
+    if not (resume or overwrite):
+        refuse_begun(folder)
 
 
 def drop_run(folder: Path, other: TrainingError) -> None:
@@ -117,7 +130,28 @@ def remove_old(folder: Path) -> None:
 def _complete(folder: Path) -> list[Path]:
     """In the order of their steps: by the clocks of machines that share a disk they might be in another."""
     done = [marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(done, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(done, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which optimizer step it was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def identity_of(
+    settings: FitSettings, tasks: Iterable[TaskData], base: BaseModel, basis: Basis | None, start: Adapter | None
+) -> dict[str, Any]:
+    """What a checkpoint belongs to; `settings` have one rate. Without a basis, as before a task's own is made, nothing
+    is said of that."""
+    tasks = list(tasks)
+    return {
+        "settings": settings.decisive(),
+        "data_sha256": [task.sha256 for task in tasks],
+        "labels": [task.labels for task in tasks],
+        **({"basis_sha256": basis.sha256, "base_fingerprint": basis.base.fingerprint} if basis else {}),
+        "start_sha256": start and start.sha256,
+        **recorded_template(base.folder, *tasks),
+    }
 
 
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:

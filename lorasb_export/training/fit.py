@@ -85,27 +85,22 @@ def fit(
     return outcome
 
 
-def kept(
+def job_without_network(
     base: BaseModel,
     basis: Basis | CalibrationSettings,
     task: TaskData,
     out: Path,
     settings: FitSettings,
-    *,
-    overwrite: bool,
     start: Adapter | None,
     empty: PreTrainedModel,
-) -> Adapter | None:
-    """The adapter in `out`, where `fit` with `resume` would keep it; None where it would train. No weights are loaded.
+) -> Job:
+    """What `fit` would do, to be asked what that comes to; errors are those of its inputs.
 
     Args:
         empty: the base without weights, in which layers are counted.
-        the rest, and errors: as for `fit`.
     """
     settings = with_rate(settings, base, basis, task, empty)
-    job = Job(base, basis, [task], [out], working_folder(out), settings, None, False, start)
-    found = job.kept(overwrite=overwrite)
-    return found[0] if found else None
+    return Job(base, basis, [task], [out], working_folder(out), settings, None, False, start)
 
 
 def fit_together(

@@ -28,7 +28,17 @@ from ..lock import only_writer
 from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
 from ..supported import refuse_merged
-from .checkpoints import RESUME, SAME, open_folder
+from .checkpoints import (
+    RESUME,
+    SAME,
+    check_folder,
+    check_identity,
+    identity_of,
+    last_complete,
+    open_folder,
+    rate_folder,
+    step_of,
+)
 from .finished import differences
 from .record import write_training_record
 from .requirements import check_requirements, require_start
@@ -106,6 +116,42 @@ class Job:
                 return self._are_kept(overwrite)
 
             return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
+
+    def foreseen(self, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
+        """What `train` would do with the only task: `train` it, `resume` it, from a step, or `keep` it; and why.
+
+        Nothing is loaded or written.
+
+        Raises:
+            OutputError, TrainingError: it would refuse to.
+        """
+        (task,), (out,) = self.tasks, self.outs
+        refuse_existing(out, overwrite or resume, kind="adapter")
+        if resume and self._are_kept(overwrite):
+            return "keep", None, None
+        try:
+            check_folder(self.folder, self.settings, resume, overwrite)
+            step = self._step_of_run() if resume else None
+        except TrainingError as other:
+            if not overwrite:
+                raise
+            return "train", None, other.what  # that run is dropped
+        if step is not None:
+            return "resume", step, None
+        if is_free(out):
+            return "train", None, None
+        differing = differences(out, self.base, self._basis, task, self.settings, self._start) if resume else []
+        return "train", None, ", ".join(differing) or "--overwrite replaces what is there"
+
+    def _step_of_run(self) -> int | None:
+        """Where the interrupted run of the only task is. Raises TrainingError: it had other settings, data or basis."""
+        basis, step = None if isinstance(self._basis, CalibrationSettings) else self._basis, None
+        for rate in self.settings.rates:
+            if checkpoint := last_complete(rate_folder(self.folder, rate, self.settings)):
+                at_rate = replace(self.settings, learning_rate=rate)
+                check_identity(checkpoint, identity_of(at_rate, self.tasks, self.base, basis, self._start))
+                step = step_of(checkpoint)
+        return step
 
     @torch.inference_mode(False)  # whatever the caller is in: what is loaded in there could not be trained
     @torch.enable_grad()

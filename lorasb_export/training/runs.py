@@ -31,7 +31,7 @@ from ..storage import read_json
 from ..trained_template import recorded_template
 from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
-from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, last_complete, rate_folder
+from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, identity_of, last_complete, rate_folder
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
@@ -135,16 +135,7 @@ class TrainingRuns:
         return replace(self.settings, learning_rate=rate)
 
     def _identity(self, rate: float) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
-        return {
-            "settings": self._at(rate).decisive(),
-            "data_sha256": [task.sha256 for task in self.tasks],
-            "labels": [task.labels for task in self.tasks],
-            "basis_sha256": self.basis.sha256,
-            "base_fingerprint": self.basis.base.fingerprint,
-            "start_sha256": self.start and self.start.sha256,
-            **recorded_template(self.base.folder, *self.tasks),
-        }
+        return identity_of(self._at(rate), self.tasks, self.base, self.basis, self.start)
 
     def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
         """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""

@@ -133,6 +133,8 @@ def evaluate_adapters(
             ready.append(_Ready(word, name, source, found[of_base], order, into_card))
         if problems.is_full:
             break
+    if problems.found:
+        problems.found += damaged.values()
     problems.raise_all("nothing was scored")
     if known:
         logger.info("The figures of %d adapters are in their cards", len(known))

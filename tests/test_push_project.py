@@ -56,7 +56,9 @@ def test_an_adapter_that_cannot_be_pushed_leaves_the_others_their_turn(
     for name in "acd":
         shutil.rmtree(adapter.with_name(name))
     done = CliRunner().invoke(app, ["push", "--dry-run", "--json"])
-    assert (done.exit_code, list(json.loads(done.stdout))) == (1, ["error"])  # as that of a single folder
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed)) == (1, ["pushed", "error"])  # the error as that of a single folder
+    assert [plan["repo"] for plan in printed["pushed"]] == ["me/basis"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis
 from lorasb_export.base import BaseRef
 from lorasb_export.errors import DataError, OutputError
+from lorasb_export.kind import PEFT_TYPE
 from lorasb_export.network import as_base_model_error
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -181,7 +182,7 @@ def test_the_home_of_nobody_is_a_path_that_is_not_there(
 
 def test_serve_says_that_it_starts_once_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapters" / "a").mkdir(parents=True)
-    (tmp_path / "adapters" / "a" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapters" / "a" / "adapter_config.json").write_text(f'{{"peft_type": "{PEFT_TYPE}"}}')
     monkeypatch.chdir(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -113,8 +113,9 @@ def _ask(
     else:
         from lorasb_export.names import ours_in, refuse_many
 
-        refuse_many(run.project.adapter_names(), run.project.folder)
-        chosen = [name for name in ours_in(run.project.adapters_folder) if _answers(run, name)]
+        names = ours_in(run.project.adapters_folder)
+        refuse_many(names, run.project.folder)
+        chosen = [name for name in names if _answers(run, name)]
         options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
     base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()
@@ -142,7 +143,7 @@ def _answers(run: Run, name: str) -> bool:
 def _block(line: dict[str, Any], asked: Prompt) -> str:
     """A row's number and question, of a chat its last turn, and the answers."""
     turns = asked["messages"] if isinstance(asked, dict) else asked
-    question = turns if isinstance(turns, str) else turns[-1]["content"]
+    question = turns if isinstance(turns, str) else turns[-1].get("content") or ""
     return f"{line['number']}. {question}\n{_said(line['answers'])}"
 
 

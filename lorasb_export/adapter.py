@@ -192,7 +192,7 @@ class Adapter:
         Raises:
             OutputError: the folder exists; with `overwrite` only what is no adapter.
             ArtifactError: `training` has a key that the card shows in another shape; a tensor is not finite, or is
-                a part of one (of FSDP1, of ZeRO-3).
+                a part of one (of FSDP1, of ZeRO-3); or the card that is there cannot be kept.
         """
         folder = expanded(folder)
         R, head = gathered(self.R), gathered(self.head)

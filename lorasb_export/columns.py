@@ -9,6 +9,7 @@ from .errors import DataError
 from .rows import Row, warn_once
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
+_OPTIONAL = ("tools",)  # a chat may have none
 _CORRECT = "Correct columns of its [tasks.NAME], or of [data]"
 
 
@@ -58,6 +59,8 @@ def _of_fields(placed: tuple[str, Row], columns: Mapping[str, str]) -> tuple[str
             fields[field] = _BRACES.sub(filled, value)
         elif value in row:
             fields[field] = row[value]
+        elif field in _OPTIONAL:
+            continue
         else:
             raise DataError(f"no column {value!r} (there are: {_names(row)})", where=place, fix=_CORRECT)
     return place, fields

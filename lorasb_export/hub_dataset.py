@@ -100,7 +100,8 @@ def _failure_of_the_hub(error: BaseException) -> BaseException | None:
     while found is not None:
         if "OfflineModeIsEnabled" in str(found):
             return OfflineModeIsEnabled()
-        if isinstance(found, (httpx2.TransportError, ConnectionError)) or status_of(found) not in (0, 404):
+        unreached = isinstance(found, (httpx2.TransportError, ConnectionError))
+        if unreached or (isinstance(found, (OSError, httpx2.HTTPError)) and status_of(found) not in (0, 404)):
             return found
         found = found.__cause__ or found.__context__
     return None

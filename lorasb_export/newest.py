@@ -49,9 +49,10 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
 
     try:
         commit = ask() if name in _failing else with_retries(ask)
+        folder = with_retries(lambda: fetch(revision=commit or revision))  # a mirror may not say
     except RevisionNotFoundError:
         raise
-    except (HfHubHTTPError, httpx2.TransportError) as error:
+    except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
         if retry_after(error) is not None:
             _failing.add(name)
         try:
@@ -60,9 +61,9 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
             raise error from None
         _warn(name, revision, Path(folder), _reason(error))
         return folder
-    assert commit is not None
     _failing.discard(name)
-    folder = with_retries(lambda: fetch(revision=commit))
+    if commit is None:
+        return folder
     with suppress(OSError):  # a cache that is only read
         _remember(Path(folder), revision or constants.DEFAULT_REVISION, commit)
     return folder

@@ -230,6 +230,11 @@ class Project:
         else:
             return None
         own, is_there = self.require_model(), False
+        on_the_hub = None if Path(own).is_dir() else parse_hub_id(own)
+        if on_the_hub and on_the_hub.repo != first.base.name_or_path:  # not fetched, to be told that it is another
+            with suppress(BaseModelError):
+                first.base.resolve()
+                return None
         with suppress(ArtifactError, BaseModelError):
             base = BaseModel.resolve(own)
             is_there = True

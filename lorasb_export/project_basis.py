@@ -74,8 +74,8 @@ def load_or_make(
     Raises:
         SettingsError: the shared one is not as the project's file has it.
     """
-    if found := load_if_there(project, source, base):
-        return found
+    if not is_shared(project, source):
+        return _of_others(source, base)
 
     def make() -> Basis:
         names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
@@ -95,6 +95,10 @@ def load_if_there(project: Project, source: str, base: BaseModel) -> Basis | Non
     if is_shared(project, source):
         folder = shared_folder(project)
         return None if is_free(folder) else _as_said(project, Basis.load(folder))
+    return _of_others(source, base)
+
+
+def _of_others(source: str, base: BaseModel) -> Basis:
     basis = Basis.load(source)
     base.verify(basis.base, basis.modules)
     return basis

@@ -50,13 +50,17 @@ def ask_adapters(
         what = "an adapter called 'base' would hide the base's answer"
         raise SettingsError(what, where=adapters["base"], fix="Ask for it by its path")
     loaded: dict[str, Adapter] = {}
+    bases: dict[str, Basis] = {}
     for name, source in adapters.items():
         try:
-            loaded[name] = Adapter.load(source)
+            adapter = Adapter.load(source)
+            load_basis_once(adapter, bases)
         except ArtifactError as error:
             if failed is None:
                 raise
-            failed[name] = error
+            failed[name] = error.alone()
+        else:
+            loaded[name] = adapter
     if failed and not loaded:
         Problems(failed.values()).raise_all("nothing was asked")
     for name, adapter in loaded.items():
@@ -65,10 +69,8 @@ def ask_adapters(
             raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
     first = next(iter(loaded.values()), None)
     base_model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
-    bases: dict[str, Basis] = {}
     for adapter in loaded.values():
         base_model.verify(adapter.base, adapter.R)
-        load_basis_once(adapter, bases)
     base_model.require_task(CAUSAL_LM)
     warn_of_another_template(loaded.values(), base_model.folder)
     tokenizer = base_model.tokenizer

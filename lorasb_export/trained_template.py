@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,8 @@ def has_another_template(training: Mapping[str, Any], folder: Path) -> bool:
 
 def warn_of_another_template(adapters: Iterable[Adapter], folder: Path) -> None:
     """Warn of adapters that the base, or graph, in `folder` asks in another form than they learnt. Once for all."""
-    names: Sequence[str] = [one.name or "the adapter" for one in adapters if has_another_template(one.training, folder)]
+    here = template_sha256(folder)
+    names = [one.name or "the adapter" for one in adapters if one.training.get(TEMPLATE_KEY, here) != here]
     if names:
         logger.warning(
             "%s: trained with another chat template than this base has, and may answer worse when asked with it (%s). "

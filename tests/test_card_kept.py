@@ -38,14 +38,15 @@ def test_the_text_and_the_keys_of_the_user_stay(folder: str, project: Path) -> N
     assert not (Path(folder) / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("folder", ["adapters/b", "other"])
+@pytest.mark.parametrize("folder", ["adapters/b", "other", "model"])
 def test_a_card_that_could_not_be_kept_is_told_of_before_the_work(
     folder: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Adapter.load("adapters/a").load_basis().save("basis")
     assert lorasb(*VERBS[folder]).exit_code == 0
     (Path(folder) / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n")
-    for work in ("lorasb_export.training.job.Job._train", "lorasb_export.project_basis.calibrate"):
+    works = ("training.job.Job._train", "project_basis.calibrate", "merging.merge.resumable_folder")
+    for work in (f"lorasb_export.{name}" for name in works):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked"))
     done = lorasb(*VERBS[folder], "--overwrite")
     assert (done.exit_code, "the card's front matter is not valid YAML" in done.stderr) == (1, True)

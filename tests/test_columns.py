@@ -29,6 +29,16 @@ def test_of_named_columns_nothing_else_is_read(tmp_path: Path) -> None:
         rows_of(path, columns={"prompt": "q"})
 
 
+def test_a_chat_need_not_have_tools(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    path = in_json(tmp_path, {"chat": messages, "functions": tools}, {"chat": messages})
+    columns = {"messages": "chat", "tools": "functions"}
+    assert rows_of(path, columns=columns) == [{"messages": messages, "tools": tools}, {"messages": messages}]
+    with pytest.raises(DataError, match="no column 'talk'"):
+        rows_of(path, columns={"messages": "talk"})
+
+
 def test_a_text_is_made_of_several_columns(tmp_path: Path) -> None:
     """Those that a row lacks or that are empty make nothing of it; all else is written as it is."""
     rows: list[dict[str, Any]] = [

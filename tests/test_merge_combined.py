@@ -47,7 +47,7 @@ def test_the_sum_of_adapters_of_one_basis_is_an_adapter(
         expected = 0.6 * first.scaling * first.R[name].double() - 0.4 * 0.5 * second.R[name].double()
         assert torch.equal(mixed.scaling * R, expected.float())
     common = {"settings": {"dtype": "nf4"}, TEMPLATE_KEY: "t"}
-    assert mixed.training == {"combined": {adapter.name: 0.6, "b": -0.4}, **common}
+    assert mixed.training == {"combined": [f"0.6 · {adapter.name}", "-0.4 · b"], **common}
     weights = [one["weight"] for one in read_json(Path("adapters/mixed/lorasb.json"))["combined"]]
     assert weights == [0.6, -0.4]
     merge({adapter: 0.6, tmp_path / "b": -0.4}, "of_two")
@@ -69,6 +69,8 @@ def test_adapters_of_two_bases_are_no_adapter(tmp_path: Path, llama: Path) -> No
     network = BaseModel.resolve(llama).load()
     for name, seed in (("a", 0), ("b", 1)):
         save_adapter(llama, network, tmp_path / name, MODULES, seed=seed)
-    with pytest.raises(ArtifactError, match=r"another basis than the first.*Merge them into a model"):
+    with pytest.raises(ArtifactError, match=r"another basis than the first.* \(.*/b\)\. Merge them into a model"):
         combine_into({tmp_path / "a": 1.0, tmp_path / "b": 1.0}, tmp_path / "out")
+    with pytest.raises(ArtifactError, match="not finite"):
+        combine_into({tmp_path / "a": 1e39}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains
 # What a training summary says in other sections, or to machines.
 _ELSEWHERE = {"task", "data", "data_sha256", "rows", "rows_left_out", "rows_cut", "evaluation", "plot", "settings"}
 _ELSEWHERE |= {"trainable_parameters", "lora_parameters", "labels", "regression", "capture", "energy", "learning_rates"}
-_ELSEWHERE |= {"splits_sha256"}
+_ELSEWHERE |= {"splits_sha256", "chat_template_sha256"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from ..adapter import Adapter
 from ..atomic import atomic_folder
 from ..base import BaseModel
+from ..cards import card
 from ..choices import CAUSAL_LM, MAX_DROP
 from ..data import TaskData, load_held_out
 from ..errors import SettingsError
@@ -51,6 +52,7 @@ def export_onnx(
     wanted = PRECISIONS[precision]
     out, source = expanded(out), Adapter.load(adapter)
     refuse_own_input(out, source.folder, source.basis_source)
+    card.check(out)
     name = source.name or ""
     if data and name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")

@@ -19,6 +19,7 @@ import numpy as np
 from ..adapter import Adapter, check_same_basis
 from ..atomic import atomic_folder, link_or_copy, put_back
 from ..base import BaseModel, BaseRef
+from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data import TaskData
 from ..errors import ArtifactError, BaseModelError, SettingsError
@@ -83,6 +84,7 @@ def export_onnx_adapters(
     warn_of_another_template(loaded.values(), base_model.folder)
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     asked = held_out(data, base_model) if verify else {}
+    card.check(out)
     with atomic_folder(out, overwrite=overwrite, kind="onnx-adapters") as folder:
         scratch = folder / "scratch"
         scratch.mkdir()

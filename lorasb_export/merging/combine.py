@@ -19,6 +19,7 @@ from ..errors import ArtifactError, SettingsError
 from ..output import refuse_own_input
 from ..provenance import adapter_provenance, command, versions
 from ..storage import expanded, write_json
+from ..tensors import check_savable
 from ..trained_template import TEMPLATE_KEY
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
@@ -85,38 +86,41 @@ def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bo
         `out`, `modules`, `rank`, `bytes` of the tensors, and `adapters`: what `lorasb.json` says of each.
 
     Raises:
-        ArtifactError: an adapter or its basis is bad; they are of several bases, or bring classification heads.
+        ArtifactError: an adapter or its basis is bad; they are of several bases, bring classification heads, or their
+            sum is beyond fp32.
         OutputError: `out` exists, or is one of them.
         SettingsError: no adapter, or a weight that is not finite.
     """
     out = expanded(out)
     weighted = load_weighted(adapters)
-    first, *others = combine(weighted)
-    different = next((a for a, _ in weighted if a.base.fingerprint != first.base.fingerprint), None)
-    if others or different:
-        where = (different or others[0]).folder
-        fix = "Merge them into a model, which may have several bases"
-        raise ArtifactError("it has another basis than the first: the sum is no adapter of one", where=where, fix=fix)
-    for adapter, _ in weighted:
-        refuse_own_input(out, adapter.folder, adapter.basis_source)
+    summed, *_ = combine(weighted)
+    first = weighted[0][0]
+    for one, _ in weighted:
+        if (one.basis_sha256, one.base.fingerprint) != (first.basis_sha256, first.base.fingerprint):
+            what = "it has another basis than the first: the sum is no adapter of one"
+            raise ArtifactError(what, where=one.folder, fix="Merge them into a model, which may have several bases")
+        refuse_own_input(out, one.folder, one.basis_source)
     record = combined_record(weighted)
-    training = _common(weighted) | {"combined": {str(one["name"]): one["weight"] for one in record}}
-    source = weighted[0][0].basis_source  # None where it lies in that adapter: then it goes along
-    first.load_basis()
-    adapter = replace(first, basis_source=source, training=training)
+    training = _common(weighted) | {"combined": [f"{one['weight']:g} · {one['name']}" for one in record]}
+    summed.load_basis()
+    R = {name: of_module.float() for name, of_module in summed.R.items()}
+    check_savable(R, {}, (summed.rank, summed.rank))
+    # No source where the basis lies in the first of them: then it goes along.
+    adapter = replace(summed, R=R, basis_source=first.basis_source, training=training)
     with atomic_folder(out, overwrite=overwrite, kind="adapter") as temporary:
         adapter.write_into(temporary, out)
         made = {"kind": "adapter", "base": asdict(adapter.base), "combined": record}
         write_json(temporary / "lorasb.json", made | {"versions": versions(), "command": command()})
-    size = len(adapter.tensor_bytes())
+    size = (out / "adapter.safetensors").stat().st_size
     return {"out": str(out), "modules": len(adapter.R), "rank": adapter.rank, "bytes": size, "adapters": record}
 
 
 def _common(weighted: Weighted) -> dict[str, Any]:
     """What all were trained with alike: their settings, as how long rows were, and the chat template."""
     trainings = [adapter.training for adapter, _ in weighted]
-    found: dict[str, Any] = {"settings": _shared([training.get("settings") or {} for training in trainings])}
-    return found | {key: value for key, value in _shared(trainings).items() if key == TEMPLATE_KEY}
+    settings = _shared([training.get("settings") or {} for training in trainings])
+    template = {key: value for key, value in _shared(trainings).items() if key == TEMPLATE_KEY}
+    return {"settings": settings, **template}
 
 
 def _shared(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def resumable_folder(target: Path, identity: str, *, overwrite: bool = False) ->
     with only_writer(target), cannot_write(target):
         prepare_target(target, overwrite, "merged")
         folder = _open(target, identity)
+        keep_card(target, folder.path)
         try:
-            keep_card(target, folder.path)
             yield folder
             put_in_place(folder.path, target, overwrite, "merged")
             MergeFolder(target).forget_marks()  # only now: killed before, the next merge still has its shards

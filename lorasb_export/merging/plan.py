@@ -16,6 +16,7 @@ import torch
 from ..adapter import Adapter
 from ..base import AnyBase, BaseModel
 from ..basis import Basis
+from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..output import refuse_existing, refuse_own_input, require_room
@@ -182,6 +183,7 @@ def plan_merge(
     weighted: Weighted = ()
     with problems:
         refuse_existing(out, overwrite, kind="merged")
+        card.check(out)
     with problems:
         require_choice("dtype", dtype, Dtype)
     with problems:

@@ -113,9 +113,8 @@ def _ask(
     else:
         from lorasb_export.names import ours_in, refuse_many
 
-        names = ours_in(run.project.adapters_folder)
-        refuse_many(names, run.project.folder)
-        chosen = [name for name in names if _answers(run, name)]
+        refuse_many(run.project.adapter_names(), run.project.folder)
+        chosen = [name for name in ours_in(run.project.adapters_folder) if _answers(run, name)]
         options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
     base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()

@@ -96,3 +96,19 @@ def test_bad_rows_are_foreseen_beside_the_other_tasks(project: Path) -> None:
     assert (code, list(actions(tasks).values())) == (1, ["train", "refuse", "train", "train"])
     assert "data/b/train.jsonl" in tasks["b"]["why"]
     assert lorasb("fit", "--together", "--dry-run").exit_code == 2
+
+
+def test_only_an_adapter_is_taken_as_kept(project: Path) -> None:
+    """With --resume neither a basis in its place is, nor one whose card could not be kept where it is replaced."""
+    assert lorasb("calibrate").exit_code == 0
+    shutil.copytree("basis", "adapters/a")
+    code, tasks = foreseen("a", "--resume")
+    done = lorasb("fit", "a", "--resume")
+    assert (code, done.exit_code, "of the kind 'basis'" in done.stderr) == (1, 1, True)
+    assert "of the kind 'basis'" in tasks["a"]["why"]
+    shutil.rmtree("adapters/a")
+    assert lorasb("fit", "a").exit_code == 0
+    Path("adapters/a/README.md").write_text("---\n{\n---\n")
+    for words in (["--overwrite"], ["--overwrite", "--resume"]):
+        done = lorasb("fit", "a", *words)
+        assert (done.exit_code, foreseen("a", *words)[1]["a"]["why"] in done.stderr) == (1, True)

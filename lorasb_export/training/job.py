@@ -108,11 +108,16 @@ class Job:
         self.settings = with_rate(settings, self.base, basis, tasks[0], network)
 
     def kept(self, *, overwrite: bool) -> list[Adapter] | None:
-        """Every task's adapter, where `train` would find all of them finished; loads no network and writes nothing."""
+        """Every task's adapter, where a resumed `train` would find all of them finished; loads no network.
+
+        Raises:
+            OutputError, ArtifactError, TrainingError: `train` would refuse what is there.
+        """
         with ExitStack() as locks:
 
             def are_kept() -> bool:
                 self._take(locks)
+                self._refuse(True, overwrite)
                 return self._are_kept(overwrite)
 
             return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
@@ -123,10 +128,10 @@ class Job:
         Nothing is loaded or written.
 
         Raises:
-            OutputError, TrainingError: it would refuse to.
+            OutputError, ArtifactError, TrainingError: it would refuse to.
         """
         (task,), (out,) = self.tasks, self.outs
-        refuse_existing(out, overwrite or resume, kind="adapter")
+        self._refuse(resume, overwrite)
         if resume and self._are_kept(overwrite):
             return "keep", None, None
         try:
@@ -187,10 +192,7 @@ class Job:
     def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         self._take(locks)
-        for out in self.outs:
-            refuse_existing(out, overwrite or resume, kind="adapter")
-            if overwrite:
-                card.check(out)
+        self._refuse(resume, overwrite)
         if resume and self._are_kept(overwrite):
             return True
         with cannot_write(self.folder, RESUME):
@@ -201,6 +203,13 @@ class Job:
         for out in sorted(self.outs):
             locks.enter_context(only_writer(out))
             put_back(out)
+
+    def _refuse(self, resume: bool, overwrite: bool) -> None:
+        """Raise where something lies in the place of an adapter that may be neither kept nor replaced."""
+        for out in self.outs:
+            refuse_existing(out, overwrite or resume, kind="adapter")
+            if overwrite:
+                card.check(out)
 
     def _are_kept(self, overwrite: bool) -> bool:
         """Whether every adapter is there; only `overwrite` admits one of other settings or data."""

@@ -21,7 +21,7 @@ from ..data import TaskData
 from ..errors import ArtifactError, OutputError, TrainingError
 from ..settings import FitSettings, changes
 from ..storage import read_json
-from ..trained_template import recorded_template
+from ..trained_template import TEMPLATE_KEY, recorded_template
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
     # What an older release did not write down is no difference.
     differing = [key for key in wanted if key != "settings" and saved.get(key, wanted[key]) != wanted[key]]
+    differing = ["chat template" if key == TEMPLATE_KEY else key for key in differing]
     before = dict.fromkeys(wanted["settings"]) | saved.get("settings", {})
     differing += [f"settings ({change})" for change in changes(before, wanted["settings"])]
     if differing:

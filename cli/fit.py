@@ -156,8 +156,7 @@ def run(
             raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
         _foresee(run, names, settings, options)
         return
-    from lorasb_export import distributed  # only now: these bring torch and transformers
-    from lorasb_export.project_fit import fit_tasks
+    from lorasb_export.project_fit import fit_tasks  # only now: it brings torch and transformers
 
     fitted = fit_tasks(run.project, names, settings, together=together, **options)
     adapters: dict[str, Any] = {}
@@ -171,28 +170,39 @@ def run(
                 continue
             adapters[name] = _summary(adapter)
             lines += _lines(name, adapter)
-    try:
-        run.result(value, "\n".join(lines), failed)
-    finally:
-        distributed.barrier()  # for the first process to print: torchrun ends it when another one exits with an error
-        distributed.stop()
+    _tell(run, value, lines, failed)
 
 
 def _foresee(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
-    """Print what a fit would do; the exit code is 1 where it would refuse a task."""
+    """Print what a fit would do; the exit code is 1 where it would refuse a task or the whole."""
     from lorasb_export.project_foresee import foresee_tasks  # only now: it brings torch and transformers
 
-    tasks = dict(foresee_tasks(run.project, names, settings, **options))
+    tasks = foresee_tasks(run.project, names, settings, **options)
     width = max(map(len, tasks))
     lines = []
     for name, found in tasks.items():
         words = [found["action"], f"from step {found['step']}" if found["action"] == "resume" else "", found["why"]]
         lines.append(f"{name:{width}}  {'  '.join(filter(None, words))}")
     counts = Counter(found["action"] for found in tasks.values())
-    lines.append(f"{len(tasks)} tasks: {', '.join(f'{count} to {action}' for action, count in counts.items())}")
-    run.result({"tasks": tasks}, "\n".join(lines))
+    of_each = ", ".join(f"{count} to {action}" for action, count in counts.items())
+    lines.append(f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {of_each}")
+    trains = bool(counts["train"] or counts["resume"])
+    if counts["refuse"] and not trains:
+        lines.append("Nothing would be trained.")
+    _tell(run, {"tasks": tasks, "trains": trains}, lines)
     if counts["refuse"]:
         raise typer.Exit(1)
+
+
+def _tell(run: Run, value: dict[str, Any], lines: list[str], failed: Mapping[str, LoraSBError] | None = None) -> None:
+    """Print the outcome, and leave the other processes."""
+    from lorasb_export import distributed
+
+    try:
+        run.result(value, "\n".join(lines), failed)
+    finally:
+        distributed.barrier()  # for the first process to print: torchrun ends it when another one exits with an error
+        distributed.stop()
 
 
 def _summary(adapter: Adapter) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import distributed, project_basis
 from .adapter import Adapter
@@ -34,6 +35,50 @@ logger = logging.getLogger(__name__)
 
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
 _HOLD_OUT = "To hold some out, set hold_out = 0.1 in [data] of lorasb.toml, or in a task's table, before you train"
+
+
+class Inputs(NamedTuple):
+    """What tasks are fitted from, and where to, by name; read from nothing but the project and the adapter to start
+    from."""
+
+    targets: Mapping[str, Path]
+    places: Mapping[str, AnySource]
+    bases: Mapping[str, str]  # where each task's basis is, or `own`
+    start: Adapter | None
+
+
+def inputs_of(
+    project: Project, names: Sequence[str], data: str | None, basis: str | None, start: str | None, out: str | None
+) -> Inputs:
+    """What `fit_tasks` makes of these arguments.
+
+    Raises:
+        SettingsError: `data` or `out` with several tasks; one of several is to replace `start`.
+    """
+    if len(names) > 1 and (data or out):
+        raise SettingsError("--data and --out take one task", fix="Name the task they are for")
+    targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
+    places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
+    started = Adapter.load(start) if start else None
+    if started is not None and len(targets) > 1 and started.folder in [path.absolute() for path in targets.values()]:
+        what = f"{started.name} is to be replaced, and the others are to start from it"
+        raise SettingsError(what, fix="Train it alone, or start from a copy")
+    of_start = "" if started is None or basis else str(started.find_basis())
+    bases = {name: basis or of_start or project_basis.basis_of_task(project, name) for name in names}
+    return Inputs(targets, places, bases, started)
+
+
+def refuse_there(target: Path, *, together: bool, resume: bool, overwrite: bool) -> None:
+    """Raise OutputError, before any task is trained, where what lies in an adapter's place is not to be replaced."""
+    refuse_existing(target, overwrite or resume, _THERE, kind="adapter")
+    if not (overwrite or resume or together):
+        refuse_begun(working_folder(target))
+
+
+def leaves_others(error: Exception) -> bool:
+    """Whether the error of a task is its alone, and the next is trained all the same; under torchrun only one that all
+    processes meet: of others they would wait within their training."""
+    return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else TrainingError)
 
 
 def fit_tasks(
@@ -72,21 +117,16 @@ def fit_tasks(
         may meet: of data or of an artifact, which each reads for itself.
 
     Raises:
-        OutputError: an adapter, or an interrupted run, is there already; nothing was trained.
+        OutputError: an adapter, or an interrupted run, is there already; or, even with `resume` or `overwrite`, what is
+            no adapter; nothing was trained.
         DataError, MissingPackageError: see `check_requirements`; nothing was trained.
         SettingsError: `data` or `out` with several tasks; tasks of different bases or settings, or a single one,
             together; the project's basis is not as its file has it.
     """
-    if len(names) > 1 and (data or out):
-        raise SettingsError("--data and --out take one task", fix="Name the task they are for")
     distributed.start()
-    targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
-    if not resume:
-        for target in targets.values():  # before the first of them is trained
-            refuse_existing(target, overwrite, _THERE, kind="adapter")
-            if not (overwrite or together):
-                refuse_begun(working_folder(target))
-    places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
+    targets, places, sources, started = inputs_of(project, names, data, basis, start, out)
+    for target in targets.values():
+        refuse_there(target, together=together, resume=resume, overwrite=overwrite)
     own = own or {}
     types, unscored = _checked(places, settings, own)
     generates = types == {CAUSAL_LM}
@@ -96,13 +136,6 @@ def fit_tasks(
         logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
     base = BaseModel.resolve(model or project.require_model())
     calibration = project.calibration_settings(settings)
-    started = Adapter.load(start) if start else None
-    replaced = [target.absolute() for target in targets.values()]
-    if started is not None and len(targets) > 1 and started.folder in replaced:
-        what = f"{started.name} is to be replaced, and the others are to start from it"
-        raise SettingsError(what, fix="Train it alone, or start from a copy")
-    of_start = "" if started is None or basis else str(started.find_basis())
-    sources = {name: basis or of_start or project_basis.basis_of_task(project, name) for name in places}
     if together and own:
         what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
         raise SettingsError(f"{what} with settings of their own", fix=fix)
@@ -119,10 +152,11 @@ def fit_tasks(
         """What all tasks are trained on, if the basis can be made with it too."""
         if not (generates and same):
             return None
-        require_positions(loaded.get(base, CAUSAL_LM), max(own.get(name, settings).max_length for name in names))
-        return loaded.get(base, CAUSAL_LM)
+        found = loaded.get(base, CAUSAL_LM)
+        require_positions(found, max(own.get(name, settings).max_length for name in names))
+        return found
 
-    if not resume or any(map(is_free, targets.values())):  # else maybe nothing is to be trained
+    if trains := not resume or any(map(is_free, targets.values())):  # else maybe nothing is to be trained
         network()
     shared = {
         source: project_basis.load_or_make(
@@ -141,7 +175,9 @@ def fit_tasks(
     if together:
         (found,) = shared.values()
         tasks = {name: load_task(name, source) for name, source in places.items()}
-        options["network"] = loaded.get(base, CAUSAL_LM) if generates else None
+        if not trains:
+            loaded.drop()  # what a basis was made with: the job loads its own, if it has to train
+        options["network"] = loaded.get(base, CAUSAL_LM) if generates and trains else None
         outcomes = train_together(base, found, tasks, targets[names[0]].parent, settings, **options)
         yield from zip(places, outcomes, strict=True)
         return
@@ -157,8 +193,8 @@ def fit_tasks(
         if isinstance(task_basis, CalibrationSettings) and not same:
             loaded.drop()  # its basis takes a base of its own, in another dtype
             return fit(base, task_basis, task, targets[name], of_task, **options)
-        network = loaded.get(base, task.task_type, task.num_labels)
-        return fit(base, task_basis, task, targets[name], of_task, network=network, **options)
+        of_type = loaded.get(base, task.task_type, task.num_labels)
+        return fit(base, task_basis, task, targets[name], of_task, network=of_type, **options)
 
     one_is_done = False
     for name in places:
@@ -170,13 +206,12 @@ def fit_tasks(
         except Exception as error:
             alone = distributed.world_size() == 1
             full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit
-            met_by_all = alone or isinstance(error, TrainingError)  # else the others wait within their training
-            if len(places) == 1 or not (full or (isinstance(error, PER_ITEM_ERRORS) and met_by_all)):
+            if len(places) == 1 or not (full or leaves_others(error)):
                 raise
             logger.warning("%s is left out: %s", name, error)
             outcome = error.alone() if isinstance(error, LoraSBError) else _out_of_memory(name)
         if isinstance(outcome, LoraSBError):
-            gc.collect()  # what its trainer holds in a cycle
+            gc.collect()  # what the error's frames hold, if it lies in a cycle with them
         yield name, outcome
 
 

@@ -13,6 +13,7 @@ from lorasb_export.base import BaseModel
 from lorasb_export.errors import TrainingError
 from lorasb_export.training.trainer import RTrainer
 from tests.conftest import lorasb
+from tests.tiny import make_bert, make_gpt2
 
 
 @pytest.fixture
@@ -60,7 +61,13 @@ def test_what_is_foreseen_is_done(project: Path, monkeypatch: pytest.MonkeyPatch
         assert lorasb("fit", "c").exit_code == 1
 
     code, tasks = foreseen()
-    assert (code, list(actions(tasks).values())) == (1, ["refuse", "refuse", "refuse", "train"])
+    assert (code, list(actions(tasks).values())) == (1, ["refuse", "refuse", "refuse", "wait"])
+    assert tasks["d"]["why"] == "the run ends before, for a, b, c is refused"
+    assert lorasb("fit", "--dry-run").stdout.splitlines()[-2:] == [
+        "4 tasks: 3 to refuse, 1 to wait",
+        "Nothing would be trained.",
+    ]
+    assert (lorasb("fit").exit_code, sorted(path.name for path in Path("adapters").glob("[a-d]"))) == (1, ["a", "b"])
     assert ("the target exists" in tasks["a"]["why"], "an interrupted run is there" in tasks["c"]["why"]) == (
         True,
         True,
@@ -90,11 +97,13 @@ def test_what_is_foreseen_is_done(project: Path, monkeypatch: pytest.MonkeyPatch
     assert (lines[0], lines[-1]) == ("a  keep", "4 tasks: 4 to keep")
 
 
-def test_bad_rows_are_foreseen_beside_the_other_tasks(project: Path) -> None:
+def test_bad_rows_end_all(project: Path) -> None:
     Path("data/b/train.jsonl").write_text("{")
     code, tasks = foreseen("--basis", "own")
-    assert (code, list(actions(tasks).values())) == (1, ["train", "refuse", "train", "train"])
+    assert (code, list(actions(tasks).values())) == (1, ["wait", "refuse", "wait", "wait"])
     assert "data/b/train.jsonl" in tasks["b"]["why"]
+    done = lorasb("fit", "--basis", "own", "--resume")
+    assert (done.exit_code, "data/b/train.jsonl" in done.stderr, Path("adapters").exists()) == (1, True, False)
     assert lorasb("fit", "--together", "--dry-run").exit_code == 2
 
 
@@ -112,3 +121,44 @@ def test_only_an_adapter_is_taken_as_kept(project: Path) -> None:
     for words in (["--overwrite"], ["--overwrite", "--resume"]):
         done = lorasb("fit", "a", *words)
         assert (done.exit_code, foreseen("a", *words)[1]["a"]["why"] in done.stderr) == (1, True)
+
+
+def test_what_ends_the_run_in_its_turn(project: Path) -> None:
+    """A stranger's file in the working folder of b: a is trained before, c and d are not reached."""
+    Path("adapters/.b.run").mkdir(parents=True)
+    Path("adapters/.b.run/notes.txt").touch()
+    code, tasks = foreseen()
+    assert (code, list(actions(tasks).values())) == (1, ["train", "refuse", "wait", "wait"])
+    assert (lorasb("fit").exit_code, [path.name for path in Path("adapters").glob("[a-d]")]) == (1, ["a"])
+
+
+def test_what_depends_on_a_basis_that_is_not_made_yet(project: Path) -> None:
+    """a has a basis of its own: with the shared one, which fit makes first, it is refused."""
+    rows = Path("data/b/train.jsonl")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))  # of the same rows it would be the same
+    assert lorasb("fit", "a", "--basis", "own").exit_code == 0
+    code, tasks = foreseen("a", "b", "--resume")
+    assert (code, list(actions(tasks).values())) == (1, ["refuse", "train"])
+    assert "Make it with lorasb calibrate" in tasks["a"]["why"]
+    assert lorasb("calibrate").exit_code == 0
+    assert "another basis" in foreseen("a", "b", "--resume")[1]["a"]["why"]
+    done = json.loads(lorasb("fit", "a", "b", "--resume", "--json").stdout)
+    assert (list(done["adapters"]), list(done["failed"])) == (["b"], ["a"])
+
+
+def test_what_the_options_or_the_base_refuse(project: Path, sums: Path, tmp_path: Path) -> None:
+    for words in (["a", "b", "--out", "x"], ["a", "b", "--data", str(sums)]):
+        done = lorasb("fit", *words, "--dry-run")
+        assert (done.exit_code, "--data and --out take one task" in done.stderr) == (1, True)
+    assert lorasb("fit", "a").exit_code == 0
+    done = lorasb("fit", "a", "b", "--start-from", "a", "--overwrite", "--dry-run")
+    assert (done.exit_code, "the others are to start from it" in done.stderr) == (1, True)
+    encoder, gpt2 = make_bert(tmp_path / "encoder"), make_gpt2(tmp_path / "gpt2")
+    for words, why in (
+        (["--model", str(encoder)], "does not generate text"),
+        (["--model", str(gpt2), "--max-length", "5000"], "max_length is 5000, the base's positions end at"),
+    ):
+        words = ["b", *words, "--basis", "own"]
+        code, tasks = foreseen(*words)
+        assert (code, why in tasks["b"]["why"], why in lorasb("fit", *words).stderr) == (1, True, True)
+    assert lorasb("fit", "b", "--dry-run").stdout == "b  train\n1 task: 1 to train\n"

@@ -175,7 +175,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
     monkeypatch.setattr("lorasb_export.project_fit.load_task", reading)
     for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
         made.append(weakref.ref(adapter))
-        gc.collect()  # a trainer lies in a cycle
+        gc.collect()  # whatever lies in a cycle
         assert [sum(one() is not None for one in of) for of in (read, made)] == [0, 1]
     assert (len(made), len(read) >= 4) == (4, True)
 
@@ -291,6 +291,16 @@ def test_together_one_that_diverges_is_left_out(llama: Path, sums: Path, tmp_pat
     assert again["brief"].sha256 == fitted["brief"].sha256
 
 
+def test_together_nothing_is_loaded_where_all_is_kept(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    fitted = fit_all(found, ["a", "b"], SETTINGS, together=True)
+    monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("loaded"))
+    again = fit_all(found, ["a", "b"], SETTINGS, together=True, resume=True)
+    assert [again[name].sha256 for name in "ab"] == [fitted[name].sha256 for name in "ab"]
+
+
 def test_together_all_that_diverge_are_each_told_once(llama: Path, sums: Path, tmp_path: Path) -> None:
     found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
     settings = FitSettings(epochs=1, learning_rate=1e30)
@@ -327,7 +337,7 @@ def test_tasks_without_held_out_rows_are_named_once_before_any_is_trained(
         assert "missing" in CliRunner().invoke(app, words).stderr
         assert [message.partition(" of lorasb.toml")[0] for message in log.messages] == [told % names]
         (tmp_path / "p/adapters/c").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "p/adapters/c/adapter_config.json").touch()
+        (tmp_path / "p/adapters/c/adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
     log.clear()
     with (tmp_path / "p" / "lorasb.toml").open("a") as file:
         file.write("[data]\nhold_out = 0\n")

@@ -122,18 +122,22 @@ class Job:
 
             return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
 
-    def foreseen(self, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
+    def foreseen(self, empty: PreTrainedModel, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
         """What `train` would do with the only task: `train` it, `resume` it, from a step, or `keep` it; and why.
 
         Nothing is loaded or written.
 
+        Args:
+            empty: the network without weights.
+
         Raises:
-            OutputError, ArtifactError, TrainingError: it would refuse to.
+            OutputError, ArtifactError, SettingsError, TrainingError: it would refuse to.
         """
         (task,), (out,) = self.tasks, self.outs
         self._refuse(resume, overwrite)
         if resume and self._are_kept(overwrite):
             return "keep", None, None
+        self._require(empty)
         try:
             check_folder(self.folder, self.settings, resume, overwrite)
             step = self._step_of_run() if resume else None
@@ -175,13 +179,17 @@ class Job:
                 logger.warning(_IN_FOUR_BITS)
             network = self._network or self._load()
             network.to(default_device())  # type: ignore[arg-type]  # as the Trainer would, when a Stack lies elsewhere
-            require_positions(network, self.settings.max_length)
-            if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
-                raise SettingsError(
-                    f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
-                )
+            self._require(network)
             with left_as_found(network), random_state_kept(network.device), accelerate_kept():
                 return self._train(network, basis, resume=resume, overwrite=overwrite)
+
+    def _require(self, network: PreTrainedModel) -> None:
+        """Raise SettingsError where the settings ask for what `network`, with or without its weights, does not have."""
+        require_positions(network, self.settings.max_length)
+        if self.settings.gradient_checkpointing and not network.supports_gradient_checkpointing:
+            raise SettingsError(
+                f"{type(network).__name__} has no gradient checkpointing", fix="Leave gradient_checkpointing out"
+            )
 
     def _takes_another_base(self, basis: CalibrationSettings) -> bool:
         """Whether the task's own basis is made with another network than it is trained with: in another dtype, or with

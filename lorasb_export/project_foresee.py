@@ -103,6 +103,6 @@ def foresee_tasks(
             if not (ended_by or leaves_others(error)):
                 ended_by = [name]
         if ended_by and action in ("train", "resume"):
-            action, step, why = "wait", None, f"the run ends before, for {some(ended_by)} is refused"
+            action, step, why = "wait", None, f"the run ends before, by what refuses {some(ended_by)}"
         found[name] = {"action": action, "step": step, "why": why, "out": str(targets[name])}
     return found

@@ -62,7 +62,7 @@ def test_what_is_foreseen_is_done(project: Path, monkeypatch: pytest.MonkeyPatch
 
     code, tasks = foreseen()
     assert (code, list(actions(tasks).values())) == (1, ["refuse", "refuse", "refuse", "wait"])
-    assert tasks["d"]["why"] == "the run ends before, for a, b, c is refused"
+    assert tasks["d"]["why"] == "the run ends before, by what refuses a, b, c"
     assert lorasb("fit", "--dry-run").stdout.splitlines()[-2:] == [
         "4 tasks: 3 to refuse, 1 to wait",
         "Nothing would be trained.",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from lorasb_export import fit
+from lorasb_export import Adapter, fit
+from lorasb_export.base import BaseModel
 from lorasb_export.data import TaskData
+from lorasb_export.errors import TrainingError
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.trainer import RTrainer
+from tests.test_resume import interrupt
 from tests.training import SETTINGS
 
 
@@ -32,6 +37,20 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     assert (tmp_path / "a" / "basis.safetensors").is_file()
     assert adapter.basis_source is None
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
+
+
+def test_a_base_that_has_changed_meanwhile_is_not_trained_on_in_the_basis_of_the_former(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    base, own, settings = tmp_path / "base", CalibrationSettings(rank=4), replace(SETTINGS, checkpoint_every=1)
+    shutil.copytree(llama, base)
+    inputs = (base, own, tasks["plus"], tmp_path / "a", settings)
+    interrupt(*inputs)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="the interrupted run had other basis_sha256, base_fingerprint"):
+        fit(*inputs, resume=True)
+    assert fit(*inputs, resume=True, overwrite=True).base == BaseModel.resolve(base).ref(Adapter.load(tmp_path / "a").R)
 
 
 def test_the_head_that_a_basis_is_made_with_is_drawn_by_its_own_seed(bert: Path, parity: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit
+from lorasb_export.data import TaskData
 from lorasb_export.environment import child_environment
 from lorasb_export.errors import OutputError, TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -64,7 +65,13 @@ def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
 
 
 def interrupt(
-    llama: Path, basis: Path, sums: Path, out: Path, settings: FitSettings, *, overwrite: bool = False
+    llama: Path,
+    basis: Path | CalibrationSettings,
+    sums: Path | TaskData,
+    out: Path,
+    settings: FitSettings,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Leave an interrupted run of `out` behind, stopped after its first checkpoint."""
 

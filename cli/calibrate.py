@@ -9,7 +9,8 @@ import typer
 
 from lorasb_export.choices import Directions, LoadedDtype, LossMean, Reduction
 
-from .verb import Run, given, parse_pairs, percentages
+from .verb import Run
+from .words import given, parse_pairs, percentages
 
 if TYPE_CHECKING:
     from lorasb_export.task_source import AnySource

@@ -9,7 +9,8 @@ import typer
 from lorasb_export.choices import LoadedDtype, Metric, Split
 from lorasb_export.errors import LoraSBError
 
-from .verb import Run, score
+from .verb import Run
+from .words import score
 
 INTERRUPTED = (
     "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "

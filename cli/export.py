@@ -9,7 +9,8 @@ import typer
 
 from lorasb_export.choices import MAX_COMPARED, MAX_DROP, ExportFormat, Precision
 
-from .verb import Run, given, human_bytes
+from .verb import Run
+from .words import given, human_bytes
 
 if TYPE_CHECKING:
     from lorasb_export.data import TaskData

@@ -11,7 +11,8 @@ import typer
 from lorasb_export.choices import Init, Keep, LoadedDtype, Metric, Optimizer, Schedule, Tracker
 from lorasb_export.errors import LoraSBError
 
-from .verb import Run, percentages
+from .verb import Run
+from .words import percentages
 
 if TYPE_CHECKING:
     from lorasb_export.adapter import Adapter

@@ -11,7 +11,8 @@ import typer
 from lorasb_export.choices import CAUSAL_LM, LoadedDtype
 from lorasb_export.errors import ArtifactError, LoraSBError, some
 
-from .verb import Run, given, listed
+from .verb import Run
+from .words import given, listed
 
 if TYPE_CHECKING:
     from lorasb_export.rows import Prompt, Row

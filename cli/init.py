@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .verb import Run, parse_pairs
+from .verb import Run
+from .words import parse_pairs
 
 
 def run(

@@ -10,7 +10,8 @@ import typer
 
 from lorasb_export.errors import SettingsError, some
 
-from .verb import Run, human_bytes, score
+from .verb import Run
+from .words import human_bytes, score
 
 if TYPE_CHECKING:
     from lorasb_export.task_source import AnySource

@@ -9,7 +9,8 @@ import typer
 
 from lorasb_export.choices import NF4, Dtype, MergedOnto
 
-from .verb import Run, human_bytes
+from .verb import Run
+from .words import human_bytes
 
 MODEL, MAX_SHARD = "model", "5GB"
 _ROUNDED = ", onto the base in four bits"

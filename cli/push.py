@@ -8,7 +8,8 @@ import typer
 
 from lorasb_export.errors import LoraSBError, SettingsError
 
-from .verb import Run, human_bytes
+from .verb import Run
+from .words import human_bytes
 
 INTERRUPTED = "What was not finished is not published; the same command again sends what is missing."
 _SHOWN = 10  # of the files that are skipped; --json lists all

@@ -11,7 +11,8 @@ import typer
 from lorasb_export.choices import ServingMode
 from lorasb_export.errors import SettingsError
 
-from .verb import Run, human_bytes, listed
+from .verb import Run
+from .words import human_bytes, listed
 
 SAVES_MEMORY = ("--dtype bfloat16",)
 INTERRUPTED = "No server is left running."

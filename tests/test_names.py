@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lorasb_cli.main import app
-from lorasb_cli.verb import listed
+from lorasb_cli.words import listed
 from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,12 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = make_llama(tmp_path_factory.mktemp("bases") / "chatty")
     (base / "chat_template.jinja").write_text(MARKED)
     return base
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    yield caplog
+    logging.getLogger("lorasb_export").setLevel(logging.NOTSET)  # a verb sets it, for its process
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -148,9 +147,8 @@ def test_the_error_of_a_start_with_thousands_of_names_is_no_megabyte() -> None:
     ("count", "line"), [(2, "Serving base, a1, a2 on"), (10_001, "Serving base and 10,001 adapters on")]
 )
 def test_of_many_models_the_number_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, count: int, line: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, count: int, line: str
 ) -> None:
-    caplog.set_level(logging.INFO, "lorasb_export")  # and back, after --quiet
     models = ["base", *(f"a{number}" for number in range(1, count + 1))]
 
     echoed = []

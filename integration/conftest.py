@@ -23,7 +23,7 @@ from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.quickstart.model import small_model
 from tests import conftest as fast_tests
 
-llama, sums = fast_tests.llama, fast_tests.sums
+llama, sums, fast_collections = fast_tests.llama, fast_tests.sums, fast_tests.fast_collections
 
 # vLLM would pin every server to the first core, where two at a time, of two files of tests, share it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

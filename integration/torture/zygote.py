@@ -8,6 +8,7 @@ killed it. The process ends when its stdin does.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -82,6 +83,7 @@ def _serve() -> None:
     assert transformers.LlamaForCausalLM  # loaded
     fork_exporters()
     torch.set_num_threads(1)
+    gc.freeze()  # a child's collections would copy every page that it shares with this process
     for line in sys.stdin:
         asked, started = json.loads(line), time.monotonic()
         pid = os.fork()

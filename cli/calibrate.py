@@ -13,7 +13,7 @@ from .verb import Run
 from .words import given, parse_pairs, percentages
 
 if TYPE_CHECKING:
-    from lorasb_export.task_source import AnySource
+    from lorasb_export.data.source import AnySource
 
 SHARES_WORK = True
 SAVES_MEMORY = ("a smaller --batch-size", "a smaller --max-length", "--dtype bfloat16")
@@ -82,9 +82,9 @@ def run(
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
-    from lorasb_export.project_basis import calibrate_into, is_shared, shared_folder
+    from lorasb_export.files.storage import expanded
+    from lorasb_export.project.basis import calibrate_into, is_shared, shared_folder
     from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
-    from lorasb_export.storage import expanded
 
     project = run.project
     flags = run.given(CalibrationSettings)

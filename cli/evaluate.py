@@ -63,7 +63,7 @@ def run(
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     found = {word: run.project.find_adapter(word) for word in words}
-    from lorasb_export.project_evaluate import evaluate_adapters  # only now: it brings torch and transformers
+    from lorasb_export.project.evaluate import evaluate_adapters  # only now: it brings torch and transformers
 
     evaluated = evaluate_adapters(
         run.project,

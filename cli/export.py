@@ -13,7 +13,7 @@ from .verb import Run
 from .words import given, human_bytes
 
 if TYPE_CHECKING:
-    from lorasb_export.data import TaskData
+    from lorasb_export.data.task import TaskData
 
 
 def run(
@@ -89,7 +89,7 @@ def run(
         result = export(folders, target, format=format, base=base, **options)
     else:
         from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record
-        from lorasb_export.storage import expanded
+        from lorasb_export.files.storage import expanded
 
         target, verb = into, "Added to"
         if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
@@ -102,7 +102,7 @@ def run(
 def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
     """The task of each adapter that is compared, by the adapter's name, of those whose data is found."""
     from lorasb_export.adapter import Adapter
-    from lorasb_export.data import load_held_out, load_task
+    from lorasb_export.data.task import load_held_out, load_task
     from lorasb_export.errors import DataError
 
     found = {}

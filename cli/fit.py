@@ -157,7 +157,7 @@ def run(
             raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
         _foresee(run, names, settings, options)
         return
-    from lorasb_export.project_fit import fit_tasks  # only now: it brings torch and transformers
+    from lorasb_export.project.fit import fit_tasks  # only now: it brings torch and transformers
 
     fitted = fit_tasks(run.project, names, settings, together=together, **options)
     adapters: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def run(
 
 def _foresee(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
     """Print what a fit would do; the exit code is 1 where it would refuse a task or the whole."""
-    from lorasb_export.project_foresee import foresee_tasks  # only now: it brings torch and transformers
+    from lorasb_export.project.foresee import foresee_tasks  # only now: it brings torch and transformers
 
     tasks = foresee_tasks(run.project, names, settings, **options)
     width = max(map(len, tasks))

@@ -15,7 +15,7 @@ from .verb import Run
 from .words import given, listed
 
 if TYPE_CHECKING:
-    from lorasb_export.rows import Prompt, Row
+    from lorasb_export.data.rows import Prompt, Row
 
 SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")
 
@@ -61,9 +61,9 @@ def run(
         raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
     if onnx is not None and batch_size is not None:
         raise typer.BadParameter("--onnx goes without --batch-size")
-    from lorasb_export.prompt_file import answered, answers_file, read_prompts
-    from lorasb_export.rows import with_system
-    from lorasb_export.storage import expanded
+    from lorasb_export.data.rows import with_system
+    from lorasb_export.evaluation.prompt_file import answered, answers_file, read_prompts
+    from lorasb_export.files.storage import expanded
 
     rows: list[Row]
     asked: list[Prompt]
@@ -80,7 +80,7 @@ def run(
     failed: dict[str, LoraSBError] = {}
     with nullcontext() if out is None else answers_file(out, overwrite=overwrite, prompts=prompts) as write:
         if onnx is not None:
-            from lorasb_export.side_by_side import ask_onnx
+            from lorasb_export.evaluation.side_by_side import ask_onnx
 
             chosen = None if adapters is None else listed(adapters)
             found = ask_onnx(expanded(onnx), asked, chosen, **options)
@@ -119,7 +119,7 @@ def _ask(
         options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
     base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()
-    from lorasb_export.side_by_side import ask_adapters  # only now: it brings torch
+    from lorasb_export.evaluation.side_by_side import ask_adapters  # only now: it brings torch
 
     return ask_adapters(asked, folders, base=base, **options), failed
 

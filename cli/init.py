@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
     from lorasb_export.errors import some
-    from lorasb_export.project_init import tasks_in, write_project
+    from lorasb_export.project.init import tasks_in, write_project
 
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
     given = (tasks_in(tasks_dir) if tasks_dir else {}) | parse_pairs("--task", "NAME=DATA", task)

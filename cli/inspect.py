@@ -14,7 +14,7 @@ from .verb import Run
 from .words import human_bytes, score
 
 if TYPE_CHECKING:
-    from lorasb_export.task_source import AnySource
+    from lorasb_export.data.source import AnySource
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 
@@ -54,7 +54,7 @@ def run(
         _inspect_data(run, data, model)
         return
     if path is None:
-        from lorasb_export.project_inspect import inspect_project
+        from lorasb_export.project.inspect import inspect_project
 
         project = inspect_project(run.project)
         run.result(project, "\n".join(_project_lines(project)))
@@ -94,7 +94,7 @@ def _source(run: Run, data: str) -> AnySource:
 
 
 def _inspect_data(run: Run, data: str, model: str | None) -> None:
-    from lorasb_export.data import load_task
+    from lorasb_export.data.task import load_task
     from lorasb_export.settings import FitSettings
 
     settings = run.project.settings_of(data, run.given(FitSettings))
@@ -103,7 +103,7 @@ def _inspect_data(run: Run, data: str, model: str | None) -> None:
         raise SettingsError("no base model: there is no lorasb.toml here", where=run.project.folder, fix=fix)
     base = model or run.project.require_model()
     task = load_task(data if data in run.project.tasks else "data", _source(run, data))
-    from lorasb_export.data_inspect import inspect_data  # only now: it brings torch
+    from lorasb_export.data.inspect import inspect_data  # only now: it brings torch
 
     found = inspect_data(task, base, settings)
     run.result(found, "\n".join(_data_lines(found)))

@@ -56,7 +56,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
-    from lorasb_export.fetch import adapters_folder
+    from lorasb_export.hub.fetch import adapters_folder
     from lorasb_export.names import ours_in, resolve_adapters
 
     project = run.project

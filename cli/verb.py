@@ -28,7 +28,7 @@ from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_
 from .words import given
 
 if TYPE_CHECKING:
-    from lorasb_export.project import Project
+    from lorasb_export.project.project import Project
 
 JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
@@ -61,7 +61,7 @@ class Run:
 
     @functools.cached_property
     def project(self) -> Project:
-        from lorasb_export.project import Project
+        from lorasb_export.project.project import Project
 
         return Project.load(self.config)
 

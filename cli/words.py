@@ -22,7 +22,7 @@ def listed(words: str) -> list[str]:
 
 def _lines(name: str) -> list[str]:
     """Those of a file: Linux takes 128 KiB in one word of a command, four thousand names."""
-    from lorasb_export.storage import expanded
+    from lorasb_export.files.storage import expanded
 
     fix = "After @ give a file with one name a line"
     try:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from integration.hub_client import Hub, serve
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.quickstart.model import HUB_ID, small_model
 from lorasb_export.quickstart.tasks import write_tasks
 

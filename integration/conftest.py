@@ -18,7 +18,7 @@ from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, 
 from integration.onnx_world import make_world
 from integration.torture.forks import exporters_by
 from integration.torture.zygote import shared_zygote
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.quickstart.model import small_model
 from tests import conftest as fast_tests

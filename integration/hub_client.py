@@ -19,10 +19,10 @@ from integration.hub_server import TOKEN, Entry, HubServer
 from integration.hub_server.store import Repo
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.base.model import BaseModel, BaseRef
 from lorasb_export.basis import Basis
-from lorasb_export.factors import ModuleBasis
-from lorasb_export.storage import write_json
+from lorasb_export.files.storage import write_json
+from lorasb_export.layers.factors import ModuleBasis
 
 RANK, MODULES = (
     4,

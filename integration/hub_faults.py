@@ -9,7 +9,7 @@ from pathlib import Path
 
 from integration.hub_client import Hub, make_adapter
 from integration.hub_server import Fault
-from lorasb_export.storage import sha256_file
+from lorasb_export.files.storage import sha256_file
 
 UPLOAD = r"^PUT /lfs/|^GET .*/xet-write-token/"  # the way of the data, over either transport
 

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.layers.factors import ModuleBasis
 from tests.tiny import VOCABULARY, save_tokenizer
 
 from .reference import greedy, random_prompts

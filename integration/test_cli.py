@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lorasb_export import Adapter
-from lorasb_export.storage import read_json
+from lorasb_export.files.storage import read_json
 
 from .torture.zygote import shared_zygote
 
@@ -62,7 +62,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         started = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         times.append(time.monotonic() - started)
-    for heavy in ("torch", "transformers", "huggingface_hub", "safetensors", "lorasb_export.base"):
+    for heavy in ("torch", "transformers", "huggingface_hub", "safetensors", "lorasb_export.base.model"):
         assert f" {heavy}\n" not in done.stderr
     assert all(verb in done.stdout for verb in VERBS)
     assert statistics.median(times) < 2  # 0.2 s on a quiet machine; the benchmark `startup` measures it

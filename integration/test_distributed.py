@@ -15,15 +15,15 @@ import torch
 
 from integration import child_environment
 from lorasb_export import distributed
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration import calibrate as decomposition
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
-from lorasb_export.data import load_task
-from lorasb_export.project import Project
+from lorasb_export.data.task import load_task
+from lorasb_export.layers.targets import find_targets
+from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.targets import find_targets
 from tests.conftest import write_splits
 from tests.tiny import make_llama
 

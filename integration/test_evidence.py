@@ -21,8 +21,8 @@ from integration.evidence.models import base_of
 from integration.evidence.scores import some
 from integration.evidence.training import basis_of, gradient
 from lorasb_export.calibration.subspace import CaptureRatios
-from lorasb_export.data import load_task
-from lorasb_export.encoding import encode
+from lorasb_export.data.encoding import encode
+from lorasb_export.data.task import load_task
 from lorasb_export.settings import CalibrationSettings
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the task data is not there")

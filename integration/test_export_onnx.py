@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import lorasb_export
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import (
     ArtifactError,
     BaseModelError,
@@ -34,8 +34,8 @@ from lorasb_export.exporting.onnx_precision import PRECISIONS
 from lorasb_export.exporting.onnx_quantize import quantize
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.kind import artifact_kind
-from lorasb_export.storage import read_json, write_json
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 from .onnx_world import EOS, PROMPTS, TOKENS, answers, save_adapter, save_basis

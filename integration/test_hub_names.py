@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from integration.hub_client import BASE, CLI, Hub, make_adapter, make_basis, serve
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
-from lorasb_export.storage import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_fit_in_a_basis_by_name(hub: Hub, sums: Path, tmp_path: Path) -> None:
     hub.lorasb("fit", "sums", *words)
     config, made = (read_json(tmp_path / "sums" / name) for name in ("adapter_config.json", "lorasb.json"))
     assert config["basis"]["source"] == f"me/basis@{hub.repos['me/basis'].refs['main']}"
-    base = f"from lorasb_export.base import BaseModel; print(BaseModel.resolve('{BASE}').revision)"
+    base = f"from lorasb_export.base.model import BaseModel; print(BaseModel.resolve('{BASE}').revision)"
     assert hub.run(base) == hub.repos[BASE].refs["main"]
     assert made["command"].startswith("lorasb fit sums --model owner/base --data sums --basis me/basis")
     offline = hub.lorasb("fit", "sums", *words, "--overwrite", HF_HUB_OFFLINE="1")

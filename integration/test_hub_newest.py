@@ -9,14 +9,14 @@ import pytest
 
 from integration.hub_client import Hub
 from integration.hub_server import Fault
-from lorasb_export.storage import write_json
+from lorasb_export.files.storage import write_json
 
 FETCH = """
 import json, sys
-from lorasb_export import hub_calls
+from lorasb_export.hub import calls
 from lorasb_export.errors import LoraSBError
-from lorasb_export.fetch import BASIS_FILES, resolve_folder
-hub_calls._WAITS = (0, 0, 0, 0)
+from lorasb_export.hub.fetch import BASIS_FILES, resolve_folder
+calls._WAITS = (0, 0, 0, 0)
 try:
     print(resolve_folder(sys.argv[1], BASIS_FILES)[1])
 except LoraSBError as error:

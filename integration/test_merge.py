@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lorasb_export import environment, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import BaseModelError
 from lorasb_export.inspection import inspect_folder
 from tests.tiny import make_llama, write_index

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.encoding import prompt_ids
+from lorasb_export.data.encoding import prompt_ids
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.exporting.onnx_verify import PROMPTS
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.layers.factors import ModuleBasis
 
 from .reference import merged
 

@@ -15,12 +15,13 @@ pytest.importorskip("onnxruntime_genai")
 import transformers as t
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import TaskData, load_task
-from lorasb_export.encoding import prompt_ids
+from lorasb_export.data.encoding import prompt_ids
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError
-from lorasb_export.evaluation import evaluate
+from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.evaluation.side_by_side import ask_onnx
 from lorasb_export.exporting import onnx_verify
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
@@ -29,9 +30,8 @@ from lorasb_export.exporting.onnx_exporter import GENAI, TORCH, exporter_for
 from lorasb_export.exporting.onnx_graph import read_graph
 from lorasb_export.exporting.onnx_run import OnnxDecoder, classify, run_classifier
 from lorasb_export.exporting.onnx_verify import require_equal
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import BLOCK, RANDOM
-from lorasb_export.side_by_side import ask_onnx
-from lorasb_export.storage import read_json, write_json
 from tests.conftest import write_splits
 from tests.families import CONFIGS, SIZES
 from tests.random_adapter import save_adapter, write_in

@@ -8,8 +8,8 @@ import pytest
 
 from integration.hub_client import CLI, Hub
 from integration.hub_server import Fault
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
-from lorasb_export.storage import read_json, write_json
 
 
 @pytest.mark.parametrize(

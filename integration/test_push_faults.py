@@ -14,7 +14,7 @@ import pytest
 from integration.hub_client import Hub, make_adapter, make_basis, make_merged, serve
 from integration.hub_faults import FAULTS
 from integration.hub_server import Fault
-from lorasb_export.storage import sha256_file
+from lorasb_export.files.storage import sha256_file
 
 SEEDS = itertools.count(100)  # fresh weights for every test: what was uploaded once is not uploaded again
 

@@ -14,9 +14,9 @@ from integration import one_repository
 from integration.hub_client import CLI, Hub, make_adapter, make_basis
 from integration.one_repository import REPO, copied, pushed
 from lorasb_export import Adapter
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.publishing.outgoing import SUMS
-from lorasb_export.storage import read_json, write_json
 
 project = one_repository.project
 Edit = Callable[[str, "bytes | None"], None]
@@ -107,8 +107,8 @@ def test_two_first_pushes_at_once(any_hub: Hub, project: Path, theirs: Path) -> 
 import sys
 from pathlib import Path
 from lorasb_export.errors import ServerError
-from lorasb_export.project import Project
-from lorasb_export.project_push import push_project
+from lorasb_export.project.project import Project
+from lorasb_export.project.push import push_project
 from lorasb_export.publishing.repository import Repository
 look = Repository.look
 def meanwhile(repository, dry_run):

@@ -13,9 +13,9 @@ import pytest
 
 from integration.conftest import Quickstart
 from lorasb_export.adapter import Adapter
+from lorasb_export.files.storage import read_json
 from lorasb_export.kind import artifact_kind
 from lorasb_export.quickstart.line import NEXT, PUSH
-from lorasb_export.storage import read_json
 
 WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")
 pytestmark = pytest.mark.timeout(1800)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.factors import Factors, ModuleBasis
+from lorasb_export.layers.factors import Factors, ModuleBasis
 from lorasb_export.serving.shared.slots import Slots
 
 pytest.importorskip("vllm")

@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
-from lorasb_export.encoding import prompt_ids
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.encoding import prompt_ids
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.names import PARTS_OF_CHATS
 from lorasb_export.serving.launcher import RunningServer, running_server
-from lorasb_export.storage import read_json, write_json
 from tests.rows import TOOLED, tool_row
 
 pytest.importorskip("vllm")

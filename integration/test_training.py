@@ -37,7 +37,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lorasb_export import Adapter, Basis, distributed
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.training.muon import Muon, groups_of
 
 def train(sharding, optimizer):

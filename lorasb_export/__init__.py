@@ -12,49 +12,49 @@ from . import environment
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
-    from .base import BaseModel as BaseModel
+    from .base.model import BaseModel as BaseModel
     from .basis import Basis as Basis
     from .calibration.calibrate import calibrate as calibrate
-    from .data import load_task as load_task
-    from .data import task_of as task_of
+    from .data.source import TaskSource as TaskSource
+    from .data.task import load_task as load_task
+    from .data.task import task_of as task_of
     from .errors import LoraSBError as LoraSBError
-    from .evaluation import evaluate as evaluate
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.inference import answers as answers
     from .exporting.export import export as export
     from .exporting.onnx_run import OnnxDecoder as OnnxDecoder
-    from .inference import answers as answers
+    from .layers.stack import Stack as Stack
     from .merging.merge import merge as merge
     from .publishing.hub import push as push
     from .serving.launcher import running_server as running_server
     from .serving.launcher import serve as serve
     from .settings import CalibrationSettings as CalibrationSettings
     from .settings import FitSettings as FitSettings
-    from .stack import Stack as Stack
-    from .task_source import TaskSource as TaskSource
     from .training.fit import fit as fit
     from .training.fit import fit_together as fit_together
 
 _HOMES = {
     "Adapter": "adapter",
-    "BaseModel": "base",
+    "BaseModel": "base.model",
     "Basis": "basis",
     "CalibrationSettings": "settings",
     "FitSettings": "settings",
     "LoraSBError": "errors",
     "OnnxDecoder": "exporting.onnx_run",
-    "Stack": "stack",
-    "TaskSource": "task_source",
-    "answers": "inference",
+    "Stack": "layers.stack",
+    "TaskSource": "data.source",
+    "answers": "evaluation.inference",
     "calibrate": "calibration.calibrate",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "fit": "training.fit",
     "fit_together": "training.fit",
-    "load_task": "data",
+    "load_task": "data.task",
     "merge": "merging.merge",
     "push": "publishing.hub",
     "running_server": "serving.launcher",
     "serve": "serving.launcher",
-    "task_of": "data",
+    "task_of": "data.task",
 }
 __all__ = list(_HOMES)
 

@@ -17,18 +17,18 @@ import torch
 from safetensors.torch import save as serialize
 
 from . import basis_source, distributed
-from .atomic import atomic_folder
-from .base import BaseRef
+from .base.given import classifies
+from .base.model import BaseRef
 from .basis import Basis
 from .cards import card
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
-from .fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
+from .files.atomic import atomic_folder
+from .files.storage import absolute, expanded, read_header, write_json
 from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
-from .given_network import classifies
+from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .kind import PEFT_TYPE
 from .names import name_of
-from .storage import absolute, expanded, read_header, write_json
 from .tensors import check_savable, gathered, head_shapes, load_tensors
 
 
@@ -91,8 +91,8 @@ class Adapter:
                 offloaded.
             SettingsError: `init` is another word.
         """
-        from .head import labels_of, train_head  # only now: these bring transformers
-        from .inject import inject
+        from .layers.head import labels_of, train_head  # only now: these bring transformers
+        from .layers.inject import inject
 
         adapter = cls.start(basis, scaling=scaling, init=init)
         adapter.R = inject(model, basis.modules, adapter.R, scaling)
@@ -115,8 +115,8 @@ class Adapter:
 
         They are copies. To train it on, `attach` a fresh one of its basis and scaling and copy its R into that.
         """
-        from .head import load_head
-        from .inject import inject
+        from .layers.head import load_head
+        from .layers.inject import inject
 
         inject(model, self.load_basis().modules, self.R, self.scaling)
         model.requires_grad_(False)

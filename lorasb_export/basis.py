@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from .atomic import atomic_folder
-from .base import BaseRef
+from .base.model import BaseRef
 from .cards import card
 from .errors import ArtifactError
-from .factors import BlockBasis, Factors, ModuleBasis
-from .fetch import BASIS_FILES, parse_hub_folder, resolve_folder
+from .files.atomic import atomic_folder
+from .files.storage import absolute, expanded, read_json, version_of, write_json
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
+from .hub.fetch import BASIS_FILES, parse_hub_folder, resolve_folder
+from .layers.factors import BlockBasis, Factors, ModuleBasis
 from .provenance import versions
 from .settings import GRADIENT, CalibrationSettings, changes
-from .storage import absolute, expanded, read_json, version_of, write_json
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from .adapter import Adapter
-from .base import AnyBase, BaseModel
+from .base.model import AnyBase, BaseModel
 from .basis import Basis
 from .calibration.subspace import by_module, spread
-from .data import TaskData, load_task
+from .data.source import AnySource
+from .data.task import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
-from .fetch import MARK_FILES, resolve_folder
+from .files.storage import folder_bytes, read_header, read_json, sha256_file
 from .format import only_numbers
+from .hub.fetch import MARK_FILES, resolve_folder
 from .kind import artifact_kind
 from .publishing import checksums
 from .publishing.outgoing import PROJECT, SUMS
 from .publishing.project_index import INDEX, read_index
 from .settings import DRAWN
-from .storage import folder_bytes, read_header, read_json, sha256_file
-from .task_source import AnySource
 
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
 

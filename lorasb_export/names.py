@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
-from .fetch import leads_out
+from .files.storage import expanded
+from .hub.fetch import leads_out
 from .kind import artifact_kind
-from .storage import expanded
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fetch import leads_out, parse_hub_folder
+from .hub.fetch import leads_out, parse_hub_folder
 
 if TYPE_CHECKING:
     from .adapter import Adapter

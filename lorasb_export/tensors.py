@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import ArtifactError
+from .files.storage import FLOATS, TensorInfo, read_header, sha256_file
 from .format import AGAIN, EDITED, check_keys
-from .storage import FLOATS, TensorInfo, read_header, sha256_file
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

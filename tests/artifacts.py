@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasb_export.files.storage import sha256_file
 from lorasb_export.format import sealed
-from lorasb_export.storage import sha256_file
 
 
 def copy(folder: Path, target: Path) -> Path:

@@ -23,8 +23,8 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner, Result
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.settings import CalibrationSettings
 from tests.rows import MARKED
 from tests.tiny import make_bert, make_llama

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lorasb_export import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from tests.random_adapter import save_adapter
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseRef
+from lorasb_export.base.model import BaseRef
 from lorasb_export.basis import Basis
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.layers.factors import ModuleBasis
 
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 

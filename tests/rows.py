@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorasb_export.data import TaskData, load_task
-from lorasb_export.task_source import TaskSource
+from lorasb_export.data.source import TaskSource
+from lorasb_export.data.task import TaskData, load_task
 
 PAIR = {"prompt": "question", "completion": "answer"}  # columns of other names
 GOOD = '{"prompt": "1+1=", "completion": "2"}\n'

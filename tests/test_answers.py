@@ -12,10 +12,10 @@ from tokenizers.normalizers import NFC
 from transformers import GenerationConfig
 
 from lorasb_export import fit
-from lorasb_export.base import BaseModel
-from lorasb_export.encoding import prompt_ids
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.encoding import prompt_ids
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.inference import answers, answers_of_ids, question_of
+from lorasb_export.evaluation.inference import answers, answers_of_ids, question_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import CHAT, GOOD, MARKED, THINKING
 from tests.tiny import make_gpt2, make_llama, save_tokenizer

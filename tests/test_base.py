@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import TaskData
-from lorasb_export.encoding import encode
+from lorasb_export.data.encoding import encode
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.storage import read_json, write_json
 from tests.rows import GOOD
 from tests.tiny import TEMPLATE, make_bert, make_llama, write_index
 from tests.training import SETTINGS

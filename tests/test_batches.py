@@ -15,12 +15,12 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate, row_losses
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.encoding import IGNORE, Encoded, encode, prompt_ids
+from lorasb_export.data.batches import collate, row_losses
+from lorasb_export.data.encoding import IGNORE, Encoded, encode, prompt_ids
+from lorasb_export.data.rows import CHAT, COMPLETION, TEXT
 from lorasb_export.errors import DataError
-from lorasb_export.rows import CHAT, COMPLETION, TEXT
 from tests.rows import MARKED
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
@@ -161,7 +161,7 @@ def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
         "1 of 13 rows cut at 20 tokens (row 13)",
         "1 of 2 rows cut at 20 tokens (row 2)",
     ]
-    assert all(record.name == "lorasb_export.encoding" for record in caplog.records)
+    assert all(record.name == "lorasb_export.data.encoding" for record in caplog.records)
 
 
 def test_batches_are_padded_right_and_know_which_logits_they_need(llama: Path) -> None:

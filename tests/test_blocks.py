@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError
+from lorasb_export.files.storage import read_header, sha256_file
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import read_header, sha256_file
 from tests.artifacts import copy, edit, edit_tensors
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from lorasb_export import fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.capture import capture, overview, recorded
 from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, rounded
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import TaskData, load_task, load_tasks
+from lorasb_export.data.task import TaskData, load_task, load_tasks
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings, FitSettings

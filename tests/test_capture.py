@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration import capture as module
 from lorasb_export.calibration.capture import capture, is_little, overview, recorded
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
-from lorasb_export.data import load_task
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.data.task import load_task
+from lorasb_export.layers.factors import ModuleBasis
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.targets import find_targets
 from lorasb_export.training.trainer import RTrainer
 
 

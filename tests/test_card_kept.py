@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorasb_export import Adapter
-from lorasb_export.atomic import atomic_folder
 from lorasb_export.cards.readme import BEGIN
+from lorasb_export.files.atomic import atomic_folder
 from tests import project_of_a
 from tests.conftest import lorasb
 
@@ -45,7 +45,7 @@ def test_a_card_that_could_not_be_kept_is_told_of_before_the_work(
     Adapter.load("adapters/a").load_basis().save("basis")
     assert lorasb(*VERBS[folder]).exit_code == 0
     (Path(folder) / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n")
-    works = ("training.job.Job._train", "project_basis.calibrate", "merging.merge.resumable_folder")
+    works = ("training.job.Job._train", "project.basis.calibrate", "merging.merge.resumable_folder")
     for work in (f"lorasb_export.{name}" for name in works):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked"))
     done = lorasb(*VERBS[folder], "--overwrite")

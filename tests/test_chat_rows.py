@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
 
-from lorasb_export.base import BaseModel
-from lorasb_export.chat_template import fixed_date
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.chat_template import fixed_date
+from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.rows import question_and_answer
 from lorasb_export.errors import DataError
-from lorasb_export.rows import question_and_answer
 from tests.rows import CHAT_LINE, MARKED
 from tests.tiny import TEMPLATE
 

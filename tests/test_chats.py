@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lorasb_export import fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import task_of
-from lorasb_export.encoding import encode
+from lorasb_export.data.encoding import encode
+from lorasb_export.data.task import task_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.chats import warn_of_chats
 from tests.rows import CHAT_LINE, MARKED

@@ -17,10 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import load_task, task_of
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
+from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
-from lorasb_export.project import Project
-from lorasb_export.rows import CHAT, COMPLETION, LABELLED, TEXT
+from lorasb_export.project.project import Project
 from tests.rows import CHAT_LINE, CLASS, GOOD, tool_row
 
 BAD = {
@@ -220,7 +220,7 @@ def test_a_hub_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.Monkey
     there = DatasetDict({"train": Dataset.from_list([{"text": "a"}])})
     load = Mock(side_effect=[HfHubHTTPError("failed", response=answer), httpx2.ReadTimeout(""), there])
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("lorasb_export.hub_calls.wait_for", lambda seconds: None)
+    monkeypatch.setattr("lorasb_export.hub.calls.wait_for", lambda seconds: None)
     assert load_task("t", "owner/name").rows("train") == [{"text": "a"}]
 
 

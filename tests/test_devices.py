@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, FitSettings, Stack, evaluate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.given import require_first_device
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
 from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
-from lorasb_export.exact import exact_products
-from lorasb_export.given_network import require_first_device
+from lorasb_export.layers.exact import exact_products
 from lorasb_export.training.arguments import trainer_arguments
 from lorasb_export.training.muon import Muon
 from tests import serving

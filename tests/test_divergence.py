@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, fit
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import TrainingError
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer

@@ -12,17 +12,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lorasb_export import Adapter, batches, fit, inference
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate, row_losses, row_scores
+from lorasb_export import Adapter, fit
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import load_task
-from lorasb_export.encoding import encode
+from lorasb_export.data import batches
+from lorasb_export.data.batches import collate, row_losses, row_scores
+from lorasb_export.data.encoding import encode
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.evaluation import evaluate
+from lorasb_export.evaluation import inference
+from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.evaluation.inference import answers
 from lorasb_export.exporting.onnx_verify import HeldOut
-from lorasb_export.inference import answers
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import adapter_on, save_adapter
 from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, task_of

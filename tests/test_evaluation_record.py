@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from lorasb_export import Adapter, project_evaluate
-from lorasb_export.data import load_task
+from lorasb_export import Adapter
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
-from lorasb_export.evaluation_record import record_evaluation
+from lorasb_export.evaluation.record import record_evaluation
+from lorasb_export.files.lock import only_writer
 from lorasb_export.format import sealed
-from lorasb_export.lock import only_writer
+from lorasb_export.project import evaluate as project_evaluate
 from tests import project_of_a
 from tests.conftest import lorasb
 

@@ -12,8 +12,8 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, export
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import load_task
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
 from lorasb_export.exporting import peft
 from lorasb_export.exporting.peft import export_peft
-from lorasb_export.storage import read_json, write_json
+from lorasb_export.files.storage import read_json, write_json
 from tests.conftest import lorasb
 from tests.random_adapter import save_adapter, save_base, write_in
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import TrainingError
 from lorasb_export.training.trainer import RTrainer
 from tests.conftest import lorasb

@@ -16,11 +16,11 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import Basis, calibrate, fit
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import BaseModelError, DataError, OutputError, SettingsError, TrainingError
-from lorasb_export.project import Project
-from lorasb_export.project_fit import fit_tasks
+from lorasb_export.project.fit import fit_tasks
+from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
 from tests.tiny import TEMPLATE, make_gpt2, make_llama
@@ -168,7 +168,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
         read.append(weakref.ref(task))
         return task
 
-    monkeypatch.setattr("lorasb_export.project_fit.load_task", reading)
+    monkeypatch.setattr("lorasb_export.project.fit.load_task", reading)
     for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
         made.append(weakref.ref(adapter))
         gc.collect()  # whatever lies in a cycle

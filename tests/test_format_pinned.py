@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.format import sealed
 from lorasb_export.settings import BLOCK
 from tests.random_adapter import LLAMA_MODULES, save_adapter

@@ -10,11 +10,11 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import side_by_side
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.evaluation import side_by_side
 from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.names import refuse_many
 from tests.random_adapter import save_adapter
@@ -43,7 +43,7 @@ def test_all_adapters_but_classifiers_answer_by_default(project: Path, monkeypat
 def test_more_adapters_than_one_waits_for_are_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a project and of an ONNX export, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "lorasb_export.inference", None)  # it brings torch: to import it fails
+    monkeypatch.setitem(sys.modules, "lorasb_export.evaluation.inference", None)  # it brings torch: to import it fails
     tasks: dict[str, dict[str, str]] = {f"t{number}": {} for number in range(33)}
     (tmp_path / "onnx").mkdir()
     for name in tasks:

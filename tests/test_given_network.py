@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from lorasb_export import calibrate, distributed, evaluate, fit
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData
+from lorasb_export.base.given import is_checkpointing
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
-from lorasb_export.given_network import is_checkpointing
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 

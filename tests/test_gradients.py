@@ -15,18 +15,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate
+from lorasb_export.base.given import is_checkpointing
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration import gradients
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import load_task
-from lorasb_export.encoding import IGNORE, Encoded, encode
+from lorasb_export.data.batches import collate
+from lorasb_export.data.encoding import IGNORE, Encoded, encode
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import BaseModelError, DataError
-from lorasb_export.given_network import is_checkpointing
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.targets import find_targets
 from tests.tiny import make_gpt2
 
 PAD = 2

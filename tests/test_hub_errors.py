@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lorasb_export.errors import LoraSBError, ServerError
-from lorasb_export.hub_calls import hub_errors, retry_after
+from lorasb_export.hub.calls import hub_errors, retry_after
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from lorasb_export.errors import ArtifactError
 from lorasb_export.exporting.onnx_record import write_record
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.project import Project
+from lorasb_export.project.project import Project
 from lorasb_export.publishing.outgoing import SUMS
-from lorasb_export.storage import read_json, write_json
 
 
 def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_path: Path) -> None:

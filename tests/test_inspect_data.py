@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from lorasb_export import fit
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import load_task, task_of
-from lorasb_export.data_inspect import inspect_data
-from lorasb_export.encoding import IGNORE, encode
+from lorasb_export.data.batches import collate
+from lorasb_export.data.encoding import IGNORE, encode
+from lorasb_export.data.inspect import inspect_data
+from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training import mixed
@@ -196,7 +196,7 @@ def test_no_weights_are_read_or_fetched(
         asked.extend(patterns)
         return "me/base", "0" * 40, base
 
-    monkeypatch.setattr("lorasb_export.base.snapshot", fetched)
+    monkeypatch.setattr("lorasb_export.base.model.snapshot", fetched)
     assert inspect_data(load_task("sums", sums), "me/base") == expected | {"base_model": "me/base"}
     assert asked
     assert not [pattern for pattern in asked if "safetensors" in pattern]

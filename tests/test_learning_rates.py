@@ -13,9 +13,9 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, calibrate, fit
-from lorasb_export.data import TaskData, load_task
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import DataError, SettingsError, TrainingError
-from lorasb_export.metrics import better
+from lorasb_export.evaluation.metrics import better
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_export import atomic
-from lorasb_export.atomic import atomic_file, atomic_folder
+from lorasb_export.files import atomic
+from lorasb_export.files.atomic import atomic_file, atomic_folder
 
 
 def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "lorasb.json").write_text("{}")
     script = (
-        "import sys, time; from pathlib import Path; from lorasb_export.atomic import atomic_folder\n"
+        "import sys, time; from pathlib import Path; from lorasb_export.files.atomic import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
         "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
     )

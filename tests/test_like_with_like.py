@@ -9,8 +9,8 @@ import pytest
 
 from lorasb_export import Adapter, export
 from lorasb_export.errors import OutputError
+from lorasb_export.files.storage import sha256_file, write_json
 from lorasb_export.kind import artifact_kind
-from lorasb_export.storage import sha256_file, write_json
 from tests import project_of_a
 from tests.conftest import lorasb
 
@@ -45,7 +45,7 @@ def test_no_verb_replaces_another_kind(kind: str, others: dict[str, Path], monke
     """Nor works for hours before it says so."""
     before = {path: sha256_file(path) for folder in others.values() for path in folder.iterdir()}
     with monkeypatch.context() as patch:
-        for work in ("training.job.Job._train", "project_basis.calibrate", "merging.merge._write_shards"):
+        for work in ("training.job.Job._train", "project.basis.calibrate", "merging.merge._write_shards"):
             patch.setattr(f"lorasb_export.{work}", lambda *_, **__: pytest.fail("worked"))
         for there, folder in others.items():
             if there != kind:

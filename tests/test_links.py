@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from lorasb_export import Adapter, FitSettings, fit, merge
-from lorasb_export.atomic import atomic_folder
 from lorasb_export.cards import card
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, TrainingError
-from lorasb_export.evaluation_record import record_evaluation
+from lorasb_export.evaluation.record import record_evaluation
 from lorasb_export.exporting.peft import export_peft
-from lorasb_export.lock import only_writer
-from lorasb_export.storage import read_json, write_json
+from lorasb_export.files.atomic import atomic_folder
+from lorasb_export.files.lock import only_writer
+from lorasb_export.files.storage import read_json, write_json
 from tests.merging import adapter_for
 
 SECRET = "a secret of the user's"

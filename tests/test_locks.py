@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorasb_export.errors import OutputError
-from lorasb_export.lock import only_writer
+from lorasb_export.files.lock import only_writer
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from lorasb_export import Adapter, calibrate, fit
-from lorasb_export import project_fit as module
-from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.base.model import BaseModel, BaseRef
 from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError, some
-from lorasb_export.project import Project
-from lorasb_export.project_evaluate import evaluate_adapters
-from lorasb_export.project_fit import fit_tasks
-from lorasb_export.project_init import write_project
+from lorasb_export.project import fit as module
+from lorasb_export.project.evaluate import evaluate_adapters
+from lorasb_export.project.fit import fit_tasks
+from lorasb_export.project.init import write_project
+from lorasb_export.project.project import Project
 from lorasb_export.provenance import command
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb, write_splits
@@ -172,7 +172,7 @@ def test_the_base_is_looked_for_once_for_all_adapters(
 
     monkeypatch.setattr(BaseRef, "resolve", watched)
     score = {"split": "test", "metric": "loss", "base": 2.0, "adapter": 1.0, "rows": 24}
-    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: score)
+    monkeypatch.setattr("lorasb_export.project.evaluate.evaluate", lambda *_, **__: score)
     folders = {name: str(found.adapter_folder(name)) for name in "abc"}
     assert len(list(evaluate_adapters(found, folders))) == 3
     assert resolved == [str(llama)]

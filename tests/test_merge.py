@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.merging.plan import parse_size
 from tests.merging import MODULES, adapter_for, logits, unmerged_logits

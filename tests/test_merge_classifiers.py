@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, BertForPreTraining, pipeline
 
 from lorasb_export import Adapter, fit, merge
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import TaskData, task_of
-from lorasb_export.head import head_parameters
+from lorasb_export.data.task import TaskData, task_of
+from lorasb_export.files.storage import read_header, read_json, write_json
+from lorasb_export.layers.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.storage import read_header, read_json, write_json
 from tests.merging import adapter_for, logits, unmerged_logits
 from tests.tiny import make_bert, make_gpt2, make_llama
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.trained_template import TEMPLATE_KEY
 from lorasb_export.errors import ArtifactError
+from lorasb_export.files.storage import read_json
 from lorasb_export.merging.combine import combine_into
-from lorasb_export.storage import read_json
-from lorasb_export.trained_template import TEMPLATE_KEY
 from tests.conftest import lorasb
 from tests.merging import MODULES
 from tests.random_adapter import save_adapter

@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import BaseModelError
 from tests.families import FAMILIES, make
 from tests.random_adapter import save_adapter

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from lorasb_export import merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import BaseModelError
-from lorasb_export.storage import read_json, write_json
+from lorasb_export.files.storage import read_json, write_json
 from tests.merging import adapter_for
 
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import lorasb_export.merging.merge
 from lorasb_export import Adapter, Basis, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
-from lorasb_export.lock import only_writer
+from lorasb_export.files.lock import only_writer
+from lorasb_export.files.storage import read_json
 from lorasb_export.merging.folder import bytes_of_an_earlier_try, resumable_folder
-from lorasb_export.storage import read_json
 from tests.merging import MODULES, adapter_for
 from tests.random_adapter import save_adapter
 from tests.tiny import make_llama

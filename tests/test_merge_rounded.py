@@ -12,12 +12,12 @@ from bitsandbytes.nn import Linear4bit
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_export import Adapter, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
+from lorasb_export.base.nf4 import dequantize
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import BaseModelError, SettingsError
 from lorasb_export.merging.rounding import NOT_ROUNDED
 from lorasb_export.merging.verify import compare_logits
-from lorasb_export.nf4 import dequantize
 from tests import families, test_weight_readers
 from tests.conftest import lorasb
 from tests.random_adapter import BERT_MODULES, LLAMA_MODULES, save_adapter

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorasb_export.metrics import accuracy, better, exact_match, f1, mcc, pearson, rmse
+from lorasb_export.evaluation.metrics import accuracy, better, exact_match, f1, mcc, pearson, rmse
 
 
 def test_exact_match_and_accuracy() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from lorasb_export.errors import SettingsError
-from lorasb_export.factors import ModuleBasis
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layers.factors import ModuleBasis
+from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.training.muon import Muon, groups_of, orthogonalized
 
 r = 8

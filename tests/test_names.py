@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lorasb_export.errors import SettingsError
 from lorasb_export.names import name_problem, resolve_adapters, served_name_problem, task_name_problem
-from lorasb_export.project import Project
+from lorasb_export.project.project import Project
 
 
 def folder(path: Path) -> Path:

@@ -18,15 +18,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorasb_export import Adapter, Basis, calibrate, fit, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import load_task
+from lorasb_export.data.task import load_task
 from lorasb_export.environment import child_environment
 from lorasb_export.errors import BaseModelError, SettingsError
-from lorasb_export.evaluation import evaluate
+from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import BLOCK, CalibrationSettings, FitSettings
-from lorasb_export.targets import find_targets
 from lorasb_export.training.fit import fit_together
 from tests.conftest import lorasb
 from tests.test_weight_readers import MODELS, make
@@ -212,7 +212,7 @@ def test_the_command_line_takes_it(llama: Path, sums: Path, tmp_path: Path, monk
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(llama: Path) -> None:
-    code = f"from lorasb_export.base import BaseModel; BaseModel.resolve({str(llama)!r}).load(dtype='nf4')"
+    code = f"from lorasb_export.base.model import BaseModel; BaseModel.resolve({str(llama)!r}).load(dtype='nf4')"
     found = subprocess.run(
         [sys.executable, "-c", code], env=child_environment("bitsandbytes"), capture_output=True, text=True
     )

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorasb_export.calibration.subspace import truncated_svd
-from lorasb_export.factors import ModuleBasis
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.layers.factors import ModuleBasis
+from lorasb_export.layers.layer import LoRASBLinear
 from tests.tiny import update_of
 
 OUT, IN, RANK, ROWS = 48, 40, 6, 64

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from lorasb_export import push
 from lorasb_export.errors import ArtifactError
+from lorasb_export.files.storage import write_json
 from lorasb_export.format import sealed
 from lorasb_export.provenance import without_folders
 from lorasb_export.publishing import outgoing
 from lorasb_export.publishing.outgoing import SUMS
-from lorasb_export.storage import write_json
 from tests.pushing import make
 
 pytestmark = pytest.mark.usefixtures("no_network")

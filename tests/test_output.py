@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, calibrate, export, fit, merge
-from lorasb_export.atomic import atomic_file, atomic_folder
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import OutputError
-from lorasb_export.output import cannot_write, refuse_existing, require_room
-from lorasb_export.project import Project
-from lorasb_export.project_init import write_project
+from lorasb_export.files.atomic import atomic_file, atomic_folder
+from lorasb_export.files.output import cannot_write, refuse_existing, require_room
+from lorasb_export.project.init import write_project
+from lorasb_export.project.project import Project
 from lorasb_export.serving.launcher import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.tensors import save_tensors
@@ -30,7 +30,7 @@ FULL = """
 import resource, sys, torch
 from pathlib import Path
 from lorasb_export.tensors import save_tensors
-from lorasb_export.atomic import atomic_folder
+from lorasb_export.files.atomic import atomic_folder
 tensors = {"R": torch.zeros(1 << 16)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 with atomic_folder(Path(sys.argv[1])) as folder:

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, fit
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import TrainingError
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.trainer import RTrainer

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import load_task
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
-from lorasb_export.evaluation import evaluate
+from lorasb_export.evaluation.evaluate import evaluate
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.muon import Muon, groups_of
 from tests import training

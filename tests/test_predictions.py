@@ -11,13 +11,13 @@ from unittest.mock import Mock
 import pytest
 
 from lorasb_export import Adapter, evaluate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data import load_task
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import LoraSBError, SettingsError
-from lorasb_export.inference import answers
-from lorasb_export.project import Project
-from lorasb_export.project_evaluate import evaluate_adapters
+from lorasb_export.evaluation.inference import answers
+from lorasb_export.project.evaluate import evaluate_adapters
+from lorasb_export.project.project import Project
 from tests.conftest import lorasb
 from tests.random_adapter import adapter_on
 from tests.rows import CLASS, GOOD, task_of
@@ -105,7 +105,7 @@ def test_what_is_predicted_outlasts_what_comes_after(adapter: Adapter, tmp_path:
 
 
 def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     Path("said.jsonl").write_text("mine")
     done = lorasb("evaluate", "--predictions", "said.jsonl")
     assert "the file exists (said.jsonl). Choose another path, or pass --overwrite" in done.stderr
@@ -125,14 +125,14 @@ def test_a_file_that_is_there_is_kept(adapter: Adapter, monkeypatch: pytest.Monk
 
 def test_a_file_without_a_line_is_not_left_behind(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.project_evaluate.evaluate", Mock(side_effect=MemoryError))
+        patch.setattr("lorasb_export.project.evaluate.evaluate", Mock(side_effect=MemoryError))
         assert "Try a smaller --batch-size" in lorasb("evaluate", "--predictions", "said.jsonl").stderr
     assert not Path("said.jsonl").exists()
     for words in (["--limit", "1"], ["--limit", "2", "--overwrite"]):
         assert lorasb("evaluate", "--predictions", "said.jsonl", *words).exit_code == 0
     assert len(lines_of("said.jsonl")) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("lorasb_export.project_evaluate.evaluate", Mock(side_effect=MemoryError))
+        patch.setattr("lorasb_export.project.evaluate.evaluate", Mock(side_effect=MemoryError))
         assert lorasb("evaluate", "--predictions", "said.jsonl", "--overwrite").exit_code == 1
     assert len(lines_of("said.jsonl")) == 2
 

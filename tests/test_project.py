@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import names
 from lorasb_export.errors import SettingsError
-from lorasb_export.project import Project
+from lorasb_export.project.project import Project
 
 
 def load(folder: Path, text: str) -> Project:

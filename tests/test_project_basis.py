@@ -11,11 +11,11 @@ from threading import Event
 import pytest
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.calibrate import calibrated_once
-from lorasb_export.lock import only_writer
+from lorasb_export.files.lock import only_writer
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import read_json, write_json
 from tests.conftest import lorasb
 
 
@@ -114,7 +114,7 @@ def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monke
     def never() -> Basis:
         raise AssertionError("made twice")
 
-    monkeypatch.setattr(logging.getLogger("lorasb_export.lock"), "warning", lambda *_: waited_for.set())
+    monkeypatch.setattr(logging.getLogger("lorasb_export.files.lock"), "warning", lambda *_: waited_for.set())
     with ThreadPoolExecutor() as threads:
         first = threads.submit(calibrated_once, folder, slowly)
         assert begun.wait(30)

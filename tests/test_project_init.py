@@ -11,10 +11,10 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export.data import load_task
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.project import Project
-from lorasb_export.project_init import write_project
+from lorasb_export.project.init import write_project
+from lorasb_export.project.project import Project
 
 
 def test_what_init_writes_loads(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export.files.storage import cache_folder, read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import cache_folder, read_json, write_json
 from tests import project_of_a
 from tests.conftest import lorasb
 

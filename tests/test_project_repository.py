@@ -14,12 +14,12 @@ from lorasb_export import basis_source
 from lorasb_export.cards.project_card import project_card
 from lorasb_export.cards.sections import NOTHING
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
-from lorasb_export.fetch import HubFolder, parse_hub_folder
+from lorasb_export.files.storage import read_json, write_json
+from lorasb_export.hub.fetch import HubFolder, parse_hub_folder
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.project import Project
-from lorasb_export.project_push import push_project
+from lorasb_export.project.project import Project
+from lorasb_export.project.push import push_project
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
-from lorasb_export.storage import read_json, write_json
 from tests.pushing import make
 
 

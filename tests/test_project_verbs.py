@@ -12,11 +12,11 @@ from unittest.mock import Mock
 import pytest
 
 from lorasb_export import Adapter, Basis, calibrate, evaluate, load_task
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import DataError, LoraSBError
 from lorasb_export.exporting import onnx
-from lorasb_export.project import Project
-from lorasb_export.project_evaluate import evaluate_adapters
+from lorasb_export.project.evaluate import evaluate_adapters
+from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
 from tests import project_of_a
 from tests.conftest import lorasb
@@ -94,7 +94,7 @@ def test_a_task_without_held_out_rows_leaves_the_others_their_figures(
 def test_a_task_that_cannot_be_scored_is_named_before_any_is(
     project: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     shutil.copytree("adapters/a", "adapters/b")
     (project / "only-train").mkdir()
     shutil.copyfile(sums / "train.jsonl", "only-train/train.jsonl")
@@ -129,7 +129,7 @@ def test_all_that_cannot_be_scored_is_told_at_once(project: Path) -> None:
 def test_a_base_that_is_gone_is_named_before_any_adapter_is_scored(
     project: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasb_export.project_evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("lorasb_export.project.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     moved = replace(Adapter.load("adapters/a").base, name_or_path=str(project / "gone"))
     adapter = replace(Adapter.load("adapters/a"), base=moved)
     adapter.basis = replace(adapter.load_basis(), base=moved)
@@ -253,7 +253,7 @@ def test_a_base_that_has_moved_is_the_projects(
 
 
 def test_a_lora_is_exported_without_its_base(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasb_export.base.snapshot", None)  # that would fetch it
+    monkeypatch.setattr("lorasb_export.base.model.snapshot", None)  # that would fetch it
     adapter = Adapter.load("adapters/a")
     adapter.base = replace(adapter.base, name_or_path="owner/model")
     adapter.save("adapters/a", overwrite=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lorasb_export import side_by_side
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.errors import BaseModelError
-from lorasb_export.inference import answers
+from lorasb_export.evaluation import side_by_side
+from lorasb_export.evaluation.inference import answers
 from tests.conftest import lorasb
 from tests.random_adapter import adapter_on
 from tests.rows import CHAT, GOOD, in_csv

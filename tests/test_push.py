@@ -10,9 +10,9 @@ import pytest
 
 from lorasb_export import push
 from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.files.storage import write_json
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.publishing.outgoing import SUMS
-from lorasb_export.storage import write_json
 from tests.pushing import contents, make
 
 pytestmark = pytest.mark.usefixtures("no_network")

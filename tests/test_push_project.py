@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis
 from lorasb_export.errors import LoraSBError, OutputError, ServerError, SettingsError
-from lorasb_export.project import Project
-from lorasb_export.project_push import push_project
+from lorasb_export.files.storage import read_json, write_json
+from lorasb_export.project.project import Project
+from lorasb_export.project.push import push_project
 from lorasb_export.publishing import checksums
-from lorasb_export.storage import read_json, write_json
 from tests.pushing import make
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -84,7 +84,7 @@ def test_an_error_that_all_would_meet_ends_the_push(
             raise error
         return {"repo": folder.name}
 
-    monkeypatch.setattr("lorasb_export.project_push.push", push)
+    monkeypatch.setattr("lorasb_export.project.push.push", push)
     found: dict[str, Any] = {}
     with pytest.raises(type(error)) if pushed == 2 else nullcontext():
         found.update(push_project(Project(tmp_path), "me/{name}"))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.errors import SettingsError

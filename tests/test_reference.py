@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base import BaseModel
-from lorasb_export.data import load_task
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import load_task
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests import reference
 

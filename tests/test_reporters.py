@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorasb_export import fit
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import MissingPackageError, SettingsError
 from lorasb_export.settings import FitSettings
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError
-from lorasb_export.fetch import BASIS_FILES, is_hub_id, resolve_folder
-from lorasb_export.project import Project
-from lorasb_export.project_basis import basis_of_task
+from lorasb_export.hub.fetch import BASIS_FILES, is_hub_id, resolve_folder
+from lorasb_export.project.basis import basis_of_task
+from lorasb_export.project.project import Project
 
 pytestmark = pytest.mark.usefixtures("no_network")
 

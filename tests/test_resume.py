@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.environment import child_environment
 from lorasb_export.errors import OutputError, TrainingError
+from lorasb_export.files.storage import read_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.storage import read_json
 from lorasb_export.training.trainer import RTrainer
 from tests import training
 

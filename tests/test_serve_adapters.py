@@ -13,9 +13,9 @@ import pytest
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
-from lorasb_export.storage import read_json, write_json
+from lorasb_export.files.storage import read_json, write_json
 from tests import serving
 from tests.random_adapter import save_adapter, save_base
 from tests.serving import SIZES, dry_run

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, OutputError
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.serving.shared.loading import copy_adapter, load_R
-from lorasb_export.storage import read_json, write_json
 from tests import serving
 from tests.serving import MODULES
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.errors import BaseModelError, OutputError, SettingsError
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.quickstart import line
 from lorasb_export.serving import plan
-from lorasb_export.storage import read_json, write_json
 from tests import serving
 from tests.serving import DEFAULTS, dry_run, install, value_of
 

@@ -16,11 +16,11 @@ import pytest
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.errors import SettingsError
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.serving import plan, shared
 from lorasb_export.serving.shared.loading import copy_adapter
 from lorasb_export.serving.shared.versions import Versions
-from lorasb_export.storage import read_json, write_json
 from tests import serving
 from tests.serving import DEFAULTS, answered, dry_run, middlewares_of, value_of
 

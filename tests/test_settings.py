@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasb_export import calibrate, fit
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 

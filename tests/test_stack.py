@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.factors import ModuleBasis
-from lorasb_export.inference import answers
-from lorasb_export.inject import inject
-from lorasb_export.layer import LoRASBLinear, Route
+from lorasb_export.evaluation.inference import answers
+from lorasb_export.layers.factors import ModuleBasis
+from lorasb_export.layers.inject import inject
+from lorasb_export.layers.layer import LoRASBLinear, Route
+from lorasb_export.layers.stack import Stack
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.stack import Stack
 from tests.families import make
 from tests.random_adapter import save_adapter
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasb_export.storage import parse_json, read_header
+from lorasb_export.files.storage import parse_json, read_header
 
 
 def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:

@@ -16,19 +16,19 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.cards import card
 from lorasb_export.cards.readme import BEGIN, END, update
-from lorasb_export.chat_template import chat_ids
+from lorasb_export.data.chat_template import chat_ids
+from lorasb_export.data.tools import Chat
 from lorasb_export.environment import child_environment
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
-from lorasb_export.project import Project
+from lorasb_export.files.storage import read_header, read_json, write_json
+from lorasb_export.project.project import Project
 from lorasb_export.provenance import without_folders
 from lorasb_export.publishing.licence import licence
 from lorasb_export.publishing.outgoing import take_out_paths
 from lorasb_export.serving.plan import make_plan
-from lorasb_export.storage import read_header, read_json, write_json
-from lorasb_export.tools import Chat
 from tests.artifacts import edit
 from tests.merging import adapter_for
 

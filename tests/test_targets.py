@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lorasb_export.errors import BaseModelError, SettingsError
-from lorasb_export.layer import is_linear
-from lorasb_export.targets import find_targets
+from lorasb_export.layers.layer import is_linear
+from lorasb_export.layers.targets import find_targets
 from tests.families import MOE, SIZES
 
 

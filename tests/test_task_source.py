@@ -14,7 +14,7 @@ import pytest
 
 from lorasb_export import Adapter, TaskSource, evaluate, load_task, merge
 from lorasb_export.errors import ArtifactError, DataError, SettingsError
-from lorasb_export.project import Project
+from lorasb_export.project.project import Project
 from tests.conftest import lorasb
 from tests.rows import CHAT, PAIR, in_csv, in_json, rows_of
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, Basis, fit
-from lorasb_export.data import TaskData, load_task, task_of
+from lorasb_export.data.task import TaskData, load_task, task_of
 from lorasb_export.errors import SettingsError, TrainingError
 from lorasb_export.training import job
 from lorasb_export.training.fit import fit_together

@@ -9,7 +9,7 @@ import pytest
 
 from lorasb_export import Adapter, Basis, fit, load_task
 from lorasb_export.errors import BaseModelError, OutputError, TrainingError
-from lorasb_export.lock import only_writer
+from lorasb_export.files.lock import only_writer
 from lorasb_export.settings import FitSettings
 from tests import training
 from tests.training import SETTINGS

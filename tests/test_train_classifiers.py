@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from lorasb_export import Adapter, calibrate, fit, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data import load_task, task_of
-from lorasb_export.evaluation import evaluate
-from lorasb_export.head import head_parameters
+from lorasb_export.data.task import load_task, task_of
+from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.layers.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
 from tests.tiny import make_bert, save_tokenizer

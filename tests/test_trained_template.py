@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lorasb_export import Adapter, Basis, calibrate, fit
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.trained_template import TEMPLATE_KEY, template_sha256
 from lorasb_export.errors import TrainingError
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.trained_template import TEMPLATE_KEY, template_sha256
 from tests import artifacts
 from tests.conftest import lorasb
 from tests.rows import MARKED, task_of

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base import BaseModel
-from lorasb_export.data import TaskData, load_task, task_of
-from lorasb_export.layer import LoRASBLinear
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import TaskData, load_task, task_of
+from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lorasb_export import fit
-from lorasb_export.data import TaskData
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import DataError, SettingsError, Terminated
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.history import History

@@ -21,10 +21,10 @@ from lorasb_cli.verb import Run, as_command
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis
-from lorasb_export.base import BaseRef
+from lorasb_export.base.model import BaseRef
+from lorasb_export.base.network import as_base_model_error
 from lorasb_export.errors import DataError, OutputError
 from lorasb_export.kind import PEFT_TYPE
-from lorasb_export.network import as_base_model_error
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
 
@@ -200,9 +200,9 @@ def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatc
     )
     seen: list[Any] = []
     stop = Mock(side_effect=lambda *words, **options: seen.append((words, options)) or (_ for _ in ()).throw(OSError))
-    for place in ("project_fit.fit_tasks", "project_basis.calibrate_into", "project_push.push_project"):
+    for place in ("project.fit.fit_tasks", "project.basis.calibrate_into", "project.push.push_project"):
         monkeypatch.setattr(f"lorasb_export.{place}", stop)
-    monkeypatch.setattr("lorasb_export.base.BaseModel.resolve", lambda name: name)
+    monkeypatch.setattr("lorasb_export.base.model.BaseModel.resolve", lambda name: name)
     for words in ("fit", "fit --no-gradient-checkpointing --no-group-by-length"):
         lorasb(*words.split())
     for words in ("calibrate --model m", "calibrate --model m --capture --gradient-checkpointing --dtype auto"):
@@ -261,7 +261,7 @@ def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
         raise error
 
     function = {"fit": "fit_tasks", "evaluate": "evaluate_adapters", "push": "push_project"}[name]
-    monkeypatch.setattr(f"lorasb_export.project_{name}.{function}", one_after_another)
+    monkeypatch.setattr(f"lorasb_export.project.{name}.{function}", one_after_another)
     done = lorasb(*verb.split(), "--json")
     printed = json.loads(done.stdout)
     assert (done.exit_code, list(printed)) == (1, [key, "failed", "error"])

@@ -11,7 +11,7 @@ import matplotlib
 
 from integration.evidence.best import Best, Identity, Line, changed, identity
 from integration.evidence.cells import GENERATING, LEARNT, Cell, cell
-from lorasb_export.metrics import pearson
+from lorasb_export.evaluation.metrics import pearson
 from lorasb_export.settings import DRAWN
 
 from .method_tables import TASKS, differences, mean_error, metric, table

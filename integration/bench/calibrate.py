@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate, row_losses
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.gradients import draw, gradient_sums
 from lorasb_export.calibration.subspace import reduced, truncated_svd
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import TaskData
+from lorasb_export.data.batches import collate, row_losses
+from lorasb_export.data.task import TaskData
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import TASKS
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.targets import find_targets
 
 from .measure import alternate_calls, forget_peak, memory, print_table, ratio
 

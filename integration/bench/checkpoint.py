@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.factors import ModuleBasis
-from lorasb_export.storage import write_json
+from lorasb_export.files.storage import write_json
+from lorasb_export.layers.factors import ModuleBasis
 from tests.tiny import save_tokenizer
 
 RANK = 64

@@ -15,10 +15,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
-from lorasb_export.batches import collate, row_losses
-from lorasb_export.data import load_task
-from lorasb_export.encoding import IGNORE, Encoded, encode
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.batches import collate, row_losses
+from lorasb_export.data.encoding import IGNORE, Encoded, encode
+from lorasb_export.data.task import load_task
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from integration.evidence.cells import DOWN
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel, BaseRef
+from lorasb_export.base.model import BaseModel, BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.random_basis import random_factors
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM
-from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon
 
 # Name → rank, directions, targets, and the rank of the LoRA, of all linear layers, that it is held against. LoRA's

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.inject import inject, remove
-from lorasb_export.stack import Stack
+from lorasb_export.layers.inject import inject, remove
+from lorasb_export.layers.stack import Stack
 
 from .fit_models import load, random_basis
 

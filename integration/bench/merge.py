@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.exporting.export import export
 from lorasb_export.merging.retained import Retained
 

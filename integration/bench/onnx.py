@@ -22,16 +22,16 @@ import torch
 
 from integration.evidence.cells import DOWN
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.calibrate import calibrate
-from lorasb_export.data import TaskData, load_task
-from lorasb_export.encoding import prompt_ids
+from lorasb_export.data.encoding import prompt_ids
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_run import OnnxDecoder
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM, CalibrationSettings, FitSettings
-from lorasb_export.targets import find_targets
 from lorasb_export.training.fit import fit
 from tests.random_adapter import save_adapter
 

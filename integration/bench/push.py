@@ -18,11 +18,11 @@ import torch
 from integration.hub_client import Hub, make_basis, serve
 from integration.hub_faults import FAULTS
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
-from lorasb_export.factors import ModuleBasis
+from lorasb_export.files.storage import write_json
+from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.quickstart.model import small_model
-from lorasb_export.storage import write_json
 from lorasb_export.training.record import plot_losses
 from tests.tiny import make_llama
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from integration.evidence.cells import DOWN
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.settings import BLOCK, RANDOM
 

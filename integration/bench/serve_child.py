@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from integration import child_environment
 from lorasb_export.adapter import Adapter
 from lorasb_export.exporting.peft import write_folded
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.serving.shared import BASIS_VARIABLE
 from lorasb_export.settings import ALL_LINEAR, RANDOM
-from lorasb_export.targets import find_targets
 from tests.random_adapter import save_adapter
 
 FILES = 4

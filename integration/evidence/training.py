@@ -15,19 +15,19 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel, BaseRef, default_device
+from lorasb_export.base.model import BaseModel, BaseRef, default_device
 from lorasb_export.basis import Basis
-from lorasb_export.batches import collate, mean_loss, row_losses, row_scores
 from lorasb_export.calibration.calibrate import calibrate, calibrated_once
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import TaskData, load_task
-from lorasb_export.encoding import Encoded, encode
-from lorasb_export.factors import Factors, ModuleBasis
-from lorasb_export.layer import weight_of
+from lorasb_export.data.batches import collate, mean_loss, row_losses, row_scores
+from lorasb_export.data.encoding import Encoded, encode
+from lorasb_export.data.task import TaskData, load_task
+from lorasb_export.layers.factors import Factors, ModuleBasis
+from lorasb_export.layers.layer import weight_of
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
-from lorasb_export.targets import find_targets
 from lorasb_export.training.muon import Muon, groups_of
 from lorasb_export.training.optimizer import learning_rate_factor
 from lorasb_export.training.order import RowOrder

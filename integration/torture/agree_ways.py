@@ -14,7 +14,7 @@ import numpy as np  # isort: skip
 import torch
 
 from lorasb_export import export, merge
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.serving.launcher import running_server
 from tests.tiny import VOCABULARY

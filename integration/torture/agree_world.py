@@ -14,10 +14,10 @@ import torch  # isort: skip
 import transformers
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
-from lorasb_export.layer import weight_of
+from lorasb_export.base.model import BaseModel
+from lorasb_export.layers.layer import weight_of
+from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import BLOCK, RANDOM
-from lorasb_export.targets import find_targets
 from tests.tiny import VOCABULARY, save_tokenizer
 
 # What vLLM's CPU build serves with LoRA, at head sizes of 32 and more.

@@ -20,8 +20,8 @@ from integration.torture.push import disk_push
 from integration.torture.tally import Tally
 from integration.torture.zygote import Zygote
 from lorasb_export.errors import LoraSBError
+from lorasb_export.files.storage import read_json, sha256_file
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.storage import read_json, sha256_file
 
 _INPUTS = ("llama/model-00002-of-*.safetensors", "sums/train.jsonl", "basis/*.safetensors", "adapters/a/*.safetensors")
 _WITH_TIMES = ("adapter_config.json", "basis_config.json", "lorasb.json")

@@ -16,9 +16,9 @@ import psutil
 from integration.torture.tally import Tally
 from integration.torture.tiny_server import CONTEXT, Tokens, post, tiny_world, wrong_answer
 from lorasb_export import environment
+from lorasb_export.files.storage import sha256_file
 from lorasb_export.serving.plan import DRAIN_SECONDS
 from lorasb_export.serving.server import SECONDS
-from lorasb_export.storage import sha256_file
 
 _ADAPTERS, _SERVED = 8, 4
 _KEY = "only-for-this-run"

@@ -27,17 +27,17 @@ from safetensors.torch import load_file
 from integration.torture.mutations import mutate
 from integration.torture.tally import Tally
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.base import BaseModel
-from lorasb_export.data import load_task
+from lorasb_export.base.model import BaseModel
+from lorasb_export.data.task import load_task
 from lorasb_export.errors import LoraSBError
 from lorasb_export.exporting.onnx_adapter_file import read_adapter
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_run import OnnxDecoder
+from lorasb_export.files.storage import read_header, read_json, sha256_file
 from lorasb_export.format import sealed
 from lorasb_export.inspection import inspect_folder
-from lorasb_export.project import Project
+from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
-from lorasb_export.storage import read_header, read_json, sha256_file
 from tests.tiny import make_llama
 
 _SECONDS, _BYTES = 2.0, 300_000_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from integration.torture.zygote import Zygote
-from lorasb_export.storage import sha256_file
+from lorasb_export.files.storage import sha256_file
 from tests.conftest import write_splits
 from tests.tiny import make_llama
 

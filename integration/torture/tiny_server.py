@@ -18,7 +18,7 @@ import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base import BaseModel
+from lorasb_export.base.model import BaseModel
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.serving.launcher import running_server
 

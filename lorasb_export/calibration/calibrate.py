@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
-from ..base import AnyBase, BaseModel
-from ..basis import Basis
-from ..choices import CAUSAL_LM, SEQ_CLS
-from ..data import TaskData, in_order, load_tasks, refuse_single_class
-from ..errors import BaseModelError, DataError, Problems, SettingsError, some
-from ..factors import ModuleBasis
-from ..given_network import (
+from ..base.given import (
     refuse_several_devices,
     require_dtype,
     require_model,
@@ -31,15 +25,21 @@ from ..given_network import (
     require_padding,
     require_positions,
 )
-from ..inject import remove
-from ..layer import shape_of
-from ..lock import only_writer
-from ..output import is_free
+from ..base.model import AnyBase, BaseModel
+from ..base.supported import refuse_merged
+from ..basis import Basis
+from ..choices import CAUSAL_LM, SEQ_CLS
+from ..data.source import AnySource
+from ..data.task import TaskData, in_order, load_tasks, refuse_single_class
+from ..errors import BaseModelError, DataError, Problems, SettingsError, some
+from ..files.lock import only_writer
+from ..files.output import is_free
+from ..layers.factors import ModuleBasis
+from ..layers.inject import remove
+from ..layers.layer import shape_of
+from ..layers.targets import WHERE_TARGETS, find_targets
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
-from ..supported import refuse_merged
-from ..targets import WHERE_TARGETS, find_targets
-from ..task_source import AnySource
 from .capture import capture_of_rows, record
 from .gradients import MIN_ROWS, draw, gradients_of_rows, of_share
 from .random_basis import random_factors

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
-from ..data import TaskData, in_order
-from ..encoding import Encoded
-from ..factors import Factors
-from ..inject import remove
+from ..data.encoding import Encoded
+from ..data.task import TaskData, in_order
+from ..layers.factors import Factors
+from ..layers.inject import remove
 from ..settings import CalibrationSettings, FitSettings
 from .gradients import draw, gradients_of_rows, of_share
 from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd

@@ -18,14 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
-from ..batches import collate, label_counts, row_losses
-from ..data import TaskData
+from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
+from ..base.nf4 import dequantize, state_of
+from ..data.batches import collate, label_counts, row_losses
+from ..data.encoding import Encoded, encode_all, without_left_out
+from ..data.task import TaskData
 from ..distributed import share, world_size
-from ..encoding import Encoded, encode_all, without_left_out
 from ..errors import BaseModelError
-from ..given_network import evaluating, flags_kept, is_checkpointing, without_cache
-from ..layer import shape_of, weight_of
-from ..nf4 import dequantize, state_of
+from ..layers.layer import shape_of, weight_of
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:

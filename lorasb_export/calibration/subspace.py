@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..distributed import all_gather_by_name
-from ..exact import exact_products
+from ..layers.exact import exact_products
 
 EXACT_UP_TO = 1024  # below this size the exact SVD costs no more than the randomized one
 OVERSAMPLE = 16  # extra columns of the randomized SVD, cut afterwards: the last wanted directions come out better

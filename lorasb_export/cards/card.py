@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import CARD, atomic_file
 from ..choices import NF4, SEQ_CLS
 from ..errors import ArtifactError, some
-from ..fetch import leads_out
-from ..storage import utf8
+from ..files.atomic import CARD, atomic_file
+from ..files.storage import utf8
+from ..hub.fetch import leads_out
 from .loading import adapter_lines, model_class_of, outputs, source_of
 from .metadata import metadata
 from .readme import assemble, update

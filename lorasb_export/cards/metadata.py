@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..fetch import is_hub_id, parse_hub_id
+from ..hub.fetch import is_hub_id, parse_hub_id
 from .sections import Facts
 
 _PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}

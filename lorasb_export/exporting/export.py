@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import MAX_DROP, ExportFormat, require_choice
-from ..data import TaskData, load_held_out
+from ..data.source import AnySource
+from ..data.task import TaskData, load_held_out
 from ..errors import SettingsError
-from ..task_source import AnySource
 
 
 def export(

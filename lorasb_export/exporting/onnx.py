@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..atomic import atomic_folder
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_DROP
-from ..data import TaskData, load_held_out
+from ..data.source import AnySource
+from ..data.task import TaskData, load_held_out
 from ..errors import SettingsError
-from ..evaluation import require_same_kind
+from ..evaluation.evaluate import require_same_kind
+from ..files.atomic import atomic_folder
+from ..files.output import refuse_own_input, require_room
+from ..files.storage import expanded
 from ..merging.merge import merge
-from ..output import refuse_own_input, require_room
-from ..storage import expanded
-from ..task_source import AnySource
 from .onnx_build import build
 from .onnx_exporter import exporter_for
 from .onnx_precision import PRECISIONS, check_request, parameters

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter, check_same_basis
-from ..atomic import atomic_folder, link_or_copy, put_back
-from ..base import BaseModel, BaseRef
+from ..base.model import BaseModel, BaseRef
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
-from ..data import TaskData
+from ..data.task import TaskData
+from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, SettingsError
-from ..evaluation import require_same_kind
+from ..evaluation.evaluate import require_same_kind
+from ..files.atomic import atomic_folder, link_or_copy, put_back
+from ..files.lock import only_writer
+from ..files.output import cannot_write, refuse_own_input, require_room
+from ..files.storage import expanded
 from ..kind import artifact_kind
-from ..lock import only_writer
 from ..names import name_problem
-from ..output import cannot_write, refuse_own_input, require_room
-from ..storage import expanded
-from ..trained_template import warn_of_another_template
 from .onnx_adapter_file import SUFFIX, Arrays, parameter, values, write_adapter
 from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, exporter_for, genai_outputs

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..answer_end import write_end_ids
+from ..base.network import as_base_model_error, tokenizer_of
+from ..base.side_files import side_files
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..environment import child_environment
 from ..errors import ServerError
-from ..network import as_base_model_error, tokenizer_of
-from ..output import disk_error_in
-from ..side_files import side_files
-from ..storage import read_json, write_json
+from ..evaluation.answer_end import write_end_ids
+from ..files.output import disk_error_in
+from ..files.storage import read_json, write_json
 from .onnx_exporter import GENAI, read_config
 from .onnx_gemma import make_exact
 from .onnx_graph import read_graph, rename_data

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base import BaseModel
+from ..base.model import BaseModel
+from ..base.network import as_base_model_error
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..errors import BaseModelError
-from ..network import as_base_model_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

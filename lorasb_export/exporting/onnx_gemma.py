@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base import BaseModel
+from ..base.model import BaseModel
 
 _NORM = re.compile(r"model\.layers\.\d+\.(?:\w+_layernorm|final_norm_layernorm)\.weight")
 _SCALED = "/model/embed_tokens/Mul"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..environment import require_packages
 from ..errors import SettingsError
-from ..storage import DTYPE_BYTES
+from ..files.storage import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from ..base import BaseModel
+    from ..base.model import BaseModel
 
 
 class GraphPrecision(NamedTuple):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..cards import card
 from ..errors import ArtifactError
+from ..files.storage import folder_bytes, read_json, write_json
 from ..format import check_seal, sealed
 from ..names import name_problem
 from ..provenance import adapter_provenance, command, published_training, versions
-from ..storage import folder_bytes, read_json, write_json
 from .onnx_precision import PRECISIONS
 
 if TYPE_CHECKING:

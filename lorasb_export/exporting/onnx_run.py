@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..answer_end import end_ids
 from ..bars import progress_bar
+from ..base.network import tokenizer_of
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
-from ..network import tokenizer_of
-from ..storage import expanded, read_json
+from ..evaluation.answer_end import end_ids
+from ..files.storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GRAPH
 from .onnx_exporter import GENAI

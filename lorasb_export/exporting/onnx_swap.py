@@ -14,7 +14,7 @@ import numpy as np
 
 from ..basis import Basis
 from ..errors import BaseModelError
-from ..factors import ModuleBasis
+from ..layers.factors import ModuleBasis
 from .onnx_adapter_file import Arrays, parameter
 from .onnx_graph import external_files, read_graph
 

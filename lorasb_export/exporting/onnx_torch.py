@@ -18,7 +18,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter, load_basis_once
-from ..answer_end import before_end
-from ..base import BaseModel, default_device
+from ..base.model import BaseModel, default_device
+from ..base.streamed import streamed_model
 from ..basis import Basis
-from ..batches import collate
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..data import TaskData
-from ..encoding import encode, prompt_ids
+from ..data.batches import collate
+from ..data.encoding import encode, prompt_ids
+from ..data.rows import TEXT, has_answer
+from ..data.task import TaskData
 from ..errors import ArtifactError, DataError
-from ..evaluation import metric_for, trained_length
-from ..exact import exact_products
-from ..inference import answers_of_ids, question_of
-from ..inject import remove
-from ..metrics import exact_match, prediction_metrics
-from ..rows import TEXT, has_answer
-from ..streamed import streamed_model
+from ..evaluation.answer_end import before_end
+from ..evaluation.evaluate import metric_for, trained_length
+from ..evaluation.inference import answers_of_ids, question_of
+from ..evaluation.metrics import exact_match, prediction_metrics
+from ..layers.exact import exact_products
+from ..layers.inject import remove
 from .onnx_run import OnnxDecoder, open_session, run_classifier
 
 PROMPTS = (

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..atomic import atomic_folder
 from ..cards import card
 from ..cards.sections import Facts
+from ..data.trained_template import warn_of_another_template
 from ..environment import require_packages
 from ..errors import BaseModelError, LoraSBError
-from ..fetch import resolve_folder
-from ..output import refuse_existing, refuse_own_input
+from ..files.atomic import atomic_folder
+from ..files.output import refuse_existing, refuse_own_input
+from ..files.storage import expanded, read_json, write_json
+from ..hub.fetch import resolve_folder
 from ..provenance import adapter_provenance, command, published_training
-from ..storage import expanded, read_json, write_json
 from ..tensors import save_tensors
-from ..trained_template import warn_of_another_template
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..base import BaseModel
-from ..exact import exact_products
-from ..inject import remove
+from ..base.model import BaseModel
+from ..layers.exact import exact_products
+from ..layers.inject import remove
 from ..merging.verify import TOLERANCE, logits_of, require_close, rows_of
 
 

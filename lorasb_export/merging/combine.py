@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..atomic import atomic_folder
+from ..data.trained_template import TEMPLATE_KEY
 from ..errors import ArtifactError, SettingsError
-from ..output import refuse_own_input
+from ..files.atomic import atomic_folder
+from ..files.output import refuse_own_input
+from ..files.storage import expanded, write_json
 from ..provenance import adapter_provenance, command, versions
-from ..storage import expanded, write_json
 from ..tensors import check_savable
-from ..trained_template import TEMPLATE_KEY
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter
 Weighted = Sequence[tuple[Adapter, float]]  # the same of loaded adapters

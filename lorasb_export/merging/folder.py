@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file, discard, fsync, keep_card, prepare_target, put_in_place
-from ..lock import only_writer
-from ..output import cannot_write, refuse_foreign
-from ..storage import read_json, real, write_json
+from ..files.atomic import atomic_file, discard, fsync, keep_card, prepare_target, put_in_place
+from ..files.lock import only_writer
+from ..files.output import cannot_write, refuse_foreign
+from ..files.storage import read_json, real, write_json
 
 logger = logging.getLogger(__name__)
 

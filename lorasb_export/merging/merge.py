@@ -13,17 +13,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter
-from ..answer_end import write_end_ids
 from ..bars import progress_bar
-from ..base import AnyBase, BaseModel
+from ..base.model import AnyBase, BaseModel
+from ..base.network import as_base_model_error, tokenizer_of
 from ..cards import card
 from ..choices import NF4, SEQ_CLS
 from ..errors import OutputError, SettingsError
-from ..fetch import parse_hub_id
-from ..network import as_base_model_error, tokenizer_of
-from ..output import free_bytes
+from ..evaluation.answer_end import write_end_ids
+from ..files.output import free_bytes
+from ..files.storage import expanded, read_json, write_json
+from ..hub.fetch import parse_hub_id
 from ..provenance import adapter_provenance, command, published_training
-from ..storage import expanded, read_json, write_json
 from . import retained
 from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder

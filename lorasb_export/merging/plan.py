@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base import AnyBase, BaseModel
+from ..base.model import AnyBase, BaseModel
+from ..base.side_files import side_files
 from ..basis import Basis
 from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
+from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
-from ..output import refuse_existing, refuse_own_input, require_room
+from ..files.output import refuse_existing, refuse_own_input, require_room
+from ..files.storage import DTYPE_BYTES, TensorInfo
 from ..provenance import adapter_provenance
-from ..side_files import side_files
-from ..storage import DTYPE_BYTES, TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
-from ..trained_template import warn_of_another_template
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted
 from .folder import bytes_of_an_earlier_try

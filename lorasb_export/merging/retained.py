@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..atomic import atomic_file
-from ..output import cannot_write
-from ..storage import write_json
+from ..files.atomic import atomic_file
+from ..files.output import cannot_write
+from ..files.storage import write_json
 
 logger = logging.getLogger(__name__)
 

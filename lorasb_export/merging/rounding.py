@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..base import BaseModel, default_device
+from ..base.model import BaseModel, default_device
+from ..base.nf4 import packed_modules, rounded
 from ..choices import NF4
 from ..errors import BaseModelError
-from ..nf4 import packed_modules, rounded
-from ..storage import TensorInfo
+from ..files.storage import TensorInfo
 from ..tensors import read_tensor
 
 Source = tuple[Path, TensorInfo]  # file and header entry of a tensor

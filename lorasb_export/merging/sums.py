@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..factors import Factors
+from ..layers.factors import Factors
 from .direct import Buffers
 from .retained import Retained
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter
-from ..base import BaseModel, default_device
-from ..data import TaskData, load_task
-from ..encoding import encode
+from ..base.model import BaseModel, default_device
+from ..base.streamed import add_updates, streamed_model, was_read
+from ..data.encoding import encode
+from ..data.source import TaskSource
+from ..data.task import TaskData, load_task
 from ..errors import ArtifactError, DataError, SettingsError, is_out_of_memory
-from ..exact import exact_products
-from ..streamed import add_updates, streamed_model, was_read
-from ..task_source import TaskSource
+from ..layers.exact import exact_products
 from .rounding import NOT_ROUNDED, Rounding
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def _streamed(
 def _whole(
     base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], inputs: Inputs, rounding: Rounding
 ) -> Logits:
-    from ..head import load_head  # only now: Conv1D brings torch.distributed.tensor
-    from ..layer import weight_of
+    from ..layers.head import load_head  # only now: Conv1D brings torch.distributed.tensor
+    from ..layers.layer import weight_of
 
     logger.info("the model cannot be run with its weights on the disk: it is loaded whole to compare logits")
     first, device = adapters[0], inputs["input_ids"].device

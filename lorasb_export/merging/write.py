@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..storage import TensorInfo
+from ..files.storage import TensorInfo
 from ..tensors import TORCH_DTYPES
 from . import sums
 from .direct import PAGE, Buffers, OutputFile

@@ -10,10 +10,10 @@ from typing import Any
 from ..adapter import Adapter
 from ..basis_source import EMBEDDED
 from ..errors import ArtifactError, ServerError
-from ..fetch import BASIS_FILES, HubFolder, parse_hub_folder, resolve_folder
+from ..files.storage import parse_json, read_json, to_json
 from ..format import read_basis_config
-from ..hub_calls import hub_errors, with_retries
-from ..storage import parse_json, read_json, to_json
+from ..hub.calls import hub_errors, with_retries
+from ..hub.fetch import BASIS_FILES, HubFolder, parse_hub_folder, resolve_folder
 from . import outgoing
 from .checksums import digest
 from .outgoing import Files, Seen

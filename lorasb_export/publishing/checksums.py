@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError, some
-from ..fetch import parse_hub_folder, resolve_folder
-from ..storage import absolute, sha256_file, version_of
+from ..files.storage import absolute, sha256_file, version_of
+from ..hub.fetch import parse_hub_folder, resolve_folder
 from .outgoing import SUMS, Files, is_publishable, part_of
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..cards import card, readme
 from ..cards.sections import Facts
-from ..fetch import HubFolder, parse_hub_id
-from ..storage import read_json, utf8
+from ..files.storage import read_json, utf8
+from ..hub.fetch import HubFolder, parse_hub_id
 from . import outgoing
 from .licence import licence
 from .outgoing import Files

@@ -10,8 +10,8 @@ from ..basis import Basis
 from ..basis_source import EMBEDDED
 from ..cards import readme
 from ..errors import SettingsError
-from ..fetch import parse_hub_folder
-from ..storage import absolute
+from ..files.storage import absolute
+from ..hub.fetch import parse_hub_folder
 from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums

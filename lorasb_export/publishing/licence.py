@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..cards.readme import LICENCE_KEYS, front_matter
 from ..errors import ArtifactError, ServerError
-from ..fetch import is_hub_id
-from ..hub_calls import hub_errors, with_retries
-from ..storage import expanded
+from ..files.storage import expanded
+from ..hub.calls import hub_errors, with_retries
+from ..hub.fetch import is_hub_id
 
 _MAX_NAMES, _MAX_LENGTH = 10, 300
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)

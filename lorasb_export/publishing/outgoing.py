@@ -11,14 +11,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..base import BaseModel
+from ..base.model import BaseModel
+from ..base.side_files import LICENCES, TEXTS
 from ..errors import ArtifactError
-from ..fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
+from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
+from ..hub.fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
 from ..kind import artifact_kind
 from ..provenance import without_folders
-from ..side_files import LICENCES, TEXTS
-from ..storage import read_json, to_json, version_of
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
 Seen = dict[Path, tuple[int, ...]]  # file → what tells it from another one of its name

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from ..errors import SettingsError
-from ..fetch import is_hub_id, parse_hub_folder
+from ..hub.fetch import is_hub_id, parse_hub_folder
 from .outgoing import Files, size_of
 from .repository import Head, Repository, compare
 

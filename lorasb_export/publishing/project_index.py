@@ -8,10 +8,10 @@ from typing import Any
 
 from ..cards.card import base_of
 from ..errors import ArtifactError, OutputError, some
-from ..fetch import kind_of_part
+from ..files.storage import parse_json
 from ..format import check_training
+from ..hub.fetch import kind_of_part
 from ..names import name_problem
-from ..storage import parse_json
 from .outgoing import PROJECT, part_of
 from .repository import Head, Repository
 

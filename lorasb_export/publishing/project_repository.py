@@ -23,9 +23,9 @@ from ..cards.card import base_of
 from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
 from ..errors import ArtifactError, LoraSBError, OutputError, Problems, ServerError
-from ..fetch import BASIS_FILES, kind_of_part
+from ..files.storage import to_json
+from ..hub.fetch import BASIS_FILES, kind_of_part
 from ..names import name_problem
-from ..storage import to_json
 from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums

@@ -16,27 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..atomic import atomic_folder
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..calibration.calibrate import calibrate
-from ..data import TaskData, load_task
-from ..encoding import prompt_ids
+from ..data.encoding import prompt_ids
+from ..data.task import TaskData, load_task
 from ..environment import require_packages
-from ..evaluation import evaluate
-from ..evaluation_record import record_evaluation
+from ..evaluation.evaluate import evaluate
+from ..evaluation.inference import answers, question_of
+from ..evaluation.metrics import exact_match
+from ..evaluation.record import record_evaluation
 from ..exporting.onnx import export_onnx
 from ..exporting.onnx_run import OnnxDecoder
 from ..exporting.peft import export_peft
-from ..inference import answers, question_of
+from ..files.atomic import atomic_folder
+from ..files.storage import expanded, folder_bytes, write_json
 from ..merging.merge import merge
-from ..metrics import exact_match
-from ..project import Project
-from ..project_init import TEXT_DEFAULTS, write_project
+from ..project.init import TEXT_DEFAULTS, write_project
+from ..project.project import Project
 from ..provenance import versions
 from ..serving.launcher import running_server
 from ..serving.shared import runs_on_cpu
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import expanded, folder_bytes, write_json
 from ..training.fit import fit
 from .model import small_model
 from .tasks import write_tasks

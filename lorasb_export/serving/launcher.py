@@ -14,8 +14,8 @@ from typing import Any
 
 from .. import environment
 from ..errors import OutputError, SettingsError, Terminated
+from ..files.storage import cache_folder, expanded
 from ..names import resolve_adapters
-from ..storage import cache_folder, expanded
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..adapter import Adapter
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
 from ..errors import ArtifactError
 from ..exporting.peft import write_folded
-from ..fetch import BASIS_FILES, resolve_folder
-from ..output import cannot_write, require_room
+from ..files.output import cannot_write, require_room
+from ..hub.fetch import BASIS_FILES, resolve_folder
 from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 

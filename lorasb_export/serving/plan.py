@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, load_basis_once
-from ..base import BaseModel, BaseRef
-from ..base_tensors import INDEX, weight_map
+from ..base.model import BaseModel, BaseRef
+from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
+from ..data.trained_template import warn_of_another_template
 from ..errors import BaseModelError, LoraSBError, SettingsError
+from ..files.storage import read_json
 from ..names import served_name_problem
-from ..storage import read_json
-from ..trained_template import warn_of_another_template
 from . import flags
 from .modes import VLLM_RANKS, Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable

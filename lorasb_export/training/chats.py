@@ -6,10 +6,10 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ..data import TaskData
-from ..encoding import IGNORE, Encoded, prompt_ids
+from ..data.encoding import IGNORE, Encoded, prompt_ids
+from ..data.rows import has_answer, question_and_answer
+from ..data.task import TaskData
 from ..errors import DataError
-from ..rows import has_answer, question_and_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

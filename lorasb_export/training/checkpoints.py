@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapter import Adapter
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
-from ..data import TaskData
+from ..data.task import TaskData
+from ..data.trained_template import TEMPLATE_KEY, recorded_template
 from ..errors import ArtifactError, OutputError, TrainingError
+from ..files.storage import read_json
 from ..settings import FitSettings, changes
-from ..storage import read_json
-from ..trained_template import TEMPLATE_KEY, recorded_template
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
-from ..data import TaskData
+from ..data.task import TaskData
+from ..data.trained_template import has_another_template
+from ..files.storage import read_json
 from ..settings import CalibrationSettings, FitSettings, changes
-from ..storage import read_json
-from ..trained_template import has_another_template
 
 
 def differences(

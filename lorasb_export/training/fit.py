@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base import AnyBase, BaseModel
+from ..base.model import AnyBase, BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM
-from ..data import TaskData, load_task, load_tasks
+from ..data.source import AnySource
+from ..data.task import TaskData, load_task, load_tasks
 from ..errors import Problems, SettingsError, TrainingError
-from ..output import is_free
+from ..files.output import is_free
+from ..files.storage import absolute
 from ..settings import CalibrationSettings, FitSettings
-from ..storage import absolute
-from ..task_source import AnySource
 from .checkpoints import refuse_run_of_others, runs_together, together_folder, working_folder
 from .job import Job
 from .run_basis import with_rate

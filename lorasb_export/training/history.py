@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..metrics import better
+from ..evaluation.metrics import better
 from ..settings import FitSettings
 from .order import RowOrder
 

@@ -15,19 +15,19 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
-from ..atomic import atomic_folder, put_back
-from ..base import AnyBase, BaseModel, default_device
+from ..base.given import refuse_several_devices, require_first_device, require_loaded, require_positions
+from ..base.model import AnyBase, BaseModel, default_device
+from ..base.supported import refuse_merged
 from ..basis import Basis
 from ..calibration.capture import overview
 from ..cards import card
 from ..choices import NF4
-from ..data import TaskData
+from ..data.task import TaskData
 from ..errors import SettingsError, TrainingError
-from ..given_network import refuse_several_devices, require_first_device, require_loaded, require_positions
-from ..lock import only_writer
-from ..output import cannot_write, is_free, refuse_existing, refuse_own_input
+from ..files.atomic import atomic_folder, put_back
+from ..files.lock import only_writer
+from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
-from ..supported import refuse_merged
 from .checkpoints import (
     RESUME,
     SAME,

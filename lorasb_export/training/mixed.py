@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..batches import collate
-from ..encoding import IGNORE, Encoded
+from ..data.batches import collate
+from ..data.encoding import IGNORE, Encoded
 from .order import RowOrder
 
 

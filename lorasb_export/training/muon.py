@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import SettingsError
-from ..layer import LoRASBLinear
+from ..layers.layer import LoRASBLinear
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al., "Muon" (2024): the steepest quintic at 0 that stays near 1
 _ITERATIONS = 5

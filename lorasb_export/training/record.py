@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from ..calibration.subspace import spread
+from ..files.storage import write_json
 from ..provenance import CURVE, command, versions
-from ..storage import write_json
 
 if TYPE_CHECKING:
     from .task_run import TaskRun

@@ -9,10 +9,10 @@ from .. import distributed
 from ..adapter import Adapter, check_same_basis
 from ..basis import Basis
 from ..choices import SEQ_CLS
-from ..data import TaskData, refuse_single_class
+from ..data.task import TaskData, refuse_single_class
 from ..environment import require_packages
 from ..errors import DataError, SettingsError, some
-from ..evaluation import metric_for, require_same_kind
+from ..evaluation.evaluate import metric_for, require_same_kind
 from ..settings import FitSettings
 
 

@@ -12,8 +12,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from .. import distributed
-from ..given_network import flags_kept, is_checkpointing
-from ..inject import remove
+from ..base.given import flags_kept, is_checkpointing
+from ..layers.inject import remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

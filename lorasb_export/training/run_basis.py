@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..atomic import atomic_file
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import calibrate, calibrated_once
 from ..calibration.capture import capture, is_little, one_line, overview, recorded
-from ..data import TaskData
+from ..data.task import TaskData
+from ..data.trained_template import recorded_template
+from ..files.atomic import atomic_file
+from ..files.storage import read_json, write_json
+from ..layers.targets import find_targets, linear_layers
 from ..settings import DRAWN, CalibrationSettings, FitSettings
-from ..storage import read_json, write_json
-from ..targets import find_targets, linear_layers
-from ..trained_template import recorded_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

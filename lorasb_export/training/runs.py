@@ -15,20 +15,20 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from .. import distributed
 from ..adapter import Adapter
-from ..answer_end import end_ids
-from ..base import BaseModel
+from ..base.model import BaseModel
 from ..basis import Basis
-from ..data import TaskData
-from ..encoding import Encoded, encode
+from ..data.encoding import Encoded, encode
+from ..data.rows import CHAT
+from ..data.task import TaskData
+from ..data.trained_template import recorded_template
 from ..errors import TrainingError
-from ..head import load_head
-from ..inference import asked_of
-from ..metrics import better
-from ..rows import CHAT
+from ..evaluation.answer_end import end_ids
+from ..evaluation.inference import asked_of
+from ..evaluation.metrics import better
+from ..files.storage import read_json
+from ..layers.head import load_head
+from ..layers.stack import Stack
 from ..settings import FitSettings
-from ..stack import Stack
-from ..storage import read_json
-from ..trained_template import recorded_template
 from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
 from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, identity_of, last_complete, rate_folder

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapter import Adapter
-from ..data import TaskData
-from ..encoding import Encoded
+from ..data.encoding import Encoded
+from ..data.task import TaskData
 from ..errors import TrainingError
 from ..tensors import all_finite
 from .order import RowOrder

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from .. import distributed
-from ..atomic import atomic_file, fsync
-from ..batches import row_losses
+from ..base.nf4 import as_if_with_peft
+from ..data.batches import row_losses
 from ..errors import OutputError, TrainingError, first_line, some
-from ..nf4 import as_if_with_peft
+from ..files.atomic import atomic_file, fsync
+from ..files.storage import write_json
+from ..layers.stack import Stack
 from ..settings import FitSettings
-from ..stack import Stack
-from ..storage import write_json
 from ..tensors import save_tensors
 from .arguments import trainer_arguments
 from .callbacks import Evaluations

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..batches import mean_loss, row_scores
-from ..encoding import Encoded
-from ..inference import Asked, answers_of_ids
-from ..metrics import exact_match, prediction_metrics
+from ..data.batches import mean_loss, row_scores
+from ..data.encoding import Encoded
+from ..evaluation.inference import Asked, answers_of_ids
+from ..evaluation.metrics import exact_match, prediction_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ...errors import SettingsError
-from ...factors import Factors
+from ...layers.factors import Factors
 from .slots import Block, Slots
 
 _BLOCK = 1024  # columns of W read at a time

@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
-from ...fetch import ADAPTER_FILES, leads_out
+from ...files.output import cannot_write
+from ...files.storage import parse_json
+from ...hub.fetch import ADAPTER_FILES, leads_out
 from ...names import name_problem, served_name_problem
-from ...output import cannot_write
-from ...storage import parse_json
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R
 from .versions import Versions

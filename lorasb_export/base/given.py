@@ -1,0 +1,158 @@
+"""A network that somebody gives us: asked what it is, and refused where it does not do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..choices import NF4
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
+
+
+@contextmanager
+def evaluating(network: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; then in the mode it was in, which a loop of one's own may have left at training."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+@contextmanager
+def without_cache(network: PreTrainedModel) -> Iterator[None]:
+    """Forward passes keep no keys and values: nobody goes on from them."""
+    caches = getattr(network.config, "use_cache", None)
+    if caches:
+        network.config.use_cache = False
+    try:
+        yield
+    finally:
+        if caches:
+            network.config.use_cache = caches
+
+
+@contextmanager
+def flags_kept(network: PreTrainedModel) -> Iterator[None]:
+    """Afterwards its own parameters ask for gradients as before: an adapter freezes them."""
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def positions(network: PreTrainedModel) -> float:
+    """How many tokens a network's learned positions reach; infinity where it has none."""
+    import torch
+
+    reach = math.inf
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
+            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            reach = min(reach, module.num_embeddings - first)
+    return reach
+
+
+def require_positions(network: PreTrainedModel, max_length: int) -> None:
+    """Raise SettingsError where rows may be longer than a network's learned positions reach."""
+    if max_length > (reach := positions(network)):
+        fix = f"Lower max_length to {reach}"
+        raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
+
+
+def refuse_several_devices(network: PreTrainedModel) -> None:
+    """Raise SettingsError where accelerate has spread `network`: which logits are wanted is told on one device only."""
+    if len(set(getattr(network, "hf_device_map", {}).values())) > 1:
+        fix = (
+            "Load it onto one, or train in a loop of your own: Adapter.attach takes such a model, if none is offloaded"
+        )
+        raise SettingsError("the network lies on several devices", where="hf_device_map", fix=fix)
+
+
+def require_first_device(device: torch.device) -> None:
+    """Raise SettingsError for a device other than the first: in a single process transformers' Trainer takes the first,
+    and would leave behind what lies elsewhere."""
+    import torch
+
+    if device.type == "cpu":
+        return
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    if index != 0:
+        fix = "Start the process so that it sees that device alone (of CUDA's by CUDA_VISIBLE_DEVICES)"
+        raise SettingsError(f"the base is on {device.type}:{index}, training takes {device.type}:0", fix=fix)
+
+
+def require_model(network: PreTrainedModel) -> None:
+    """Raise SettingsError for what wraps a model (`torch.compile`, PEFT, DDP): its modules have other names."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(network, PreTrainedModel):
+        fix = "Give the model in it, and compile or wrap it afterwards"
+        raise SettingsError(f"the network is a {type(network).__name__}, not a model of transformers", fix=fix)
+
+
+def require_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise SettingsError for a classifier that takes another token for padding than the one that rows are padded with:
+    it pools the last other token."""
+    theirs, ours = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
+    if classifies(network) and theirs is not None and theirs != ours:
+        what = f"the network takes token {theirs} for padding, rows are padded with {ours}"
+        raise SettingsError(what, where="config.pad_token_id", fix=f"Set network.config.pad_token_id = {ours}")
+
+
+def require_dtype(network: PreTrainedModel, dtype: str) -> None:
+    """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name."""
+    from .nf4 import dtype_name
+
+    loaded = dtype_name(network)
+    if dtype not in ("auto", loaded) or (dtype == "auto" and loaded == NF4):
+        fix = f"Set dtype to {loaded}, or load the network in that one"
+        raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
+
+
+def body_of(model: Module) -> str:
+    """The name of what lies under the head: `base_model_prefix`, or where that is none (Llama 4) its only network."""
+    named: str = model.base_model_prefix  # type: ignore[assignment]
+    inside = [name for name, child in model.named_children() if hasattr(child, "base_model_prefix")]
+    return inside[0] if len(inside) == 1 and not hasattr(model, named) else named
+
+
+def require_loaded(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, num_labels: int | None
+) -> None:
+    """Raise SettingsError where `network` is not what loading the base would have made for these settings and rows."""
+    require_model(network)
+    require_padding(network, tokenizer)
+    require_dtype(network, dtype)
+    require_outputs(network, num_labels)
+
+
+def is_checkpointing(network: Module) -> bool:
+    """Whether gradient checkpointing is switched on; transformers renames its own word for it."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def classifies(network: Module) -> bool:
+    """Whether it is a sequence classifier of transformers, which has a head to train."""
+    return type(network).__name__.endswith("ForSequenceClassification")
+
+
+def require_outputs(network: PreTrainedModel, num_labels: int | None) -> None:
+    """Raise SettingsError where `network` has another head than rows ask for: None is that of text."""
+    outputs = network.config.num_labels if classifies(network) else None
+    if outputs != num_labels:
+        theirs, ours = (f"a classifier (outputs: {n})" if n else "a model of text" for n in (outputs, num_labels))
+        fix = "Load it for this task, or leave it out"
+        raise SettingsError(f"the network that was given is {theirs}, the rows need {ours}", fix=fix)

@@ -1,0 +1,319 @@
+"""The frozen base model: found, read from its headers, fingerprinted, loaded."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
+from ..errors import BaseModelError
+from ..files.storage import FLOATS, TensorInfo, expanded, read_json
+from ..hub.fetch import parse_hub_id, snapshot
+from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
+from .side_files import LICENCES, TEXTS
+from .supported import check_supported, refuse_merged
+from .tensors import checkpoint_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_IN_FLOAT32 = (
+    "the base is in float32: with --dtype bfloat16 it takes half the memory, and the tensor cores of a GPU compute it "
+    "(--dtype float32 leaves it as it is, and this warning out)"
+)
+_SAMPLE_BYTES = 4096
+_CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
+# The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
+_NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
+_LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `check_supported` asks for
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """Which base an artifact belongs to: its name, its revision, and a fingerprint of its weights."""
+
+    name_or_path: str
+    revision: str | None
+    fingerprint: str
+
+    def resolve(self, elsewhere: AnyBase | None = None) -> BaseModel:
+        """The base this names, or the one at `elsewhere` in its place; not yet compared with the fingerprint.
+
+        Raises:
+            BaseModelError: the folder it names is gone; else see `BaseModel.resolve`.
+        """
+        if elsewhere is not None:
+            return BaseModel.resolve(elsewhere)
+        if parse_hub_id(self.name_or_path) is None and not Path(self.name_or_path).exists():
+            fix = "Put it back, or say with --model where it is now"
+            raise BaseModelError("the base model that this was made for is not there", where=self.name_or_path, fix=fix)
+        return BaseModel.resolve(self.name_or_path, self.revision)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint folder with its config and the headers of its tensors; no weights are loaded."""
+
+    name_or_path: str
+    revision: str | None
+    folder: Path
+    config: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"<BaseModel {self.name_or_path}{revision}: {self.config['model_type']}>"
+
+    @classmethod
+    def resolve(cls, name_or_path: AnyBase, revision: str | None = None, *, weights: bool = True) -> BaseModel:
+        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`); one that was found is given back.
+
+        Args:
+            weights: fetch them too, from the Hub; else its config and tokenizer alone.
+
+        Raises:
+            BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
+        """
+        if isinstance(name_or_path, BaseModel):
+            return name_or_path
+        name = str(name_or_path)
+        path = expanded(name)
+        if path.is_file():
+            raise BaseModelError(
+                "the base model is a file", where=name, fix="Give the folder that holds config.json, or a Hub id"
+            )
+        if path.is_dir():
+            folder = path.resolve()
+        else:
+            before = "the base model was not found: "
+            name, revision, folder = snapshot(name, _LOOKED_AT_FIRST, BaseModelError, before, revision)
+        if not (folder / "config.json").is_file():
+            raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
+        config = read_json(folder / "config.json")
+        check_supported(config, folder)
+        if not path.is_dir():  # only now the weights
+            files = _CHECKPOINT_FILES if weights else TEXTS
+            snapshot(f"{name}@{revision}", files, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
+        return cls(str(folder) if path.is_dir() else name, revision, folder, config)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """See `tensors.checkpoint_tensors`."""
+        return checkpoint_tensors(self.folder)
+
+    def tensor_key(self, name: str) -> str | None:
+        """The checkpoint's name for the runtime parameter `name`, or None where it has none.
+
+        A model class with a head prefixes its body (`bert.`, `transformer.`); the checkpoint may not.
+        """
+        return next((key for key in (name, name.partition(".")[2]) if key in self.tensors), None)
+
+    def weight_key(self, module: str) -> str:
+        """The checkpoint's name for the weight of runtime module `module`.
+
+        Raises:
+            BaseModelError: the checkpoint has no such tensor.
+        """
+        if key := self.tensor_key(f"{module}.weight"):
+            return key
+        raise BaseModelError(
+            f"the base has no weight for module {module}",
+            where=self.folder,
+            fix="Use the base model the basis was calibrated on",
+        )
+
+    @property
+    def head_labels(self) -> list[Any]:
+        """What the outputs of the base's own classification head are called, in order; empty where nothing says so."""
+        names = self.config.get("id2label")
+        if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
+            return []
+        return [names[key] for key in sorted(names, key=int)]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a causal language model; one whose config.json does not say is taken for one if it can be."""
+        if architectures := self.config.get("architectures"):
+            return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    @property
+    def stores_transposed(self) -> bool:
+        """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
+        return self.config["model_type"] in ("gpt2", "openai-gpt")
+
+    def fingerprint(self, modules: Iterable[str]) -> str:
+        """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""
+        digest = hashlib.sha256()
+        for module in sorted(modules):
+            file, info = self.tensors[self.weight_key(module)]
+            digest.update(json.dumps([module, list(info.shape), info.dtype]).encode())
+            with file.open("rb") as stream:
+                middle = (info.start + info.end) // 2
+                for offset in (info.start, middle, max(info.start, info.end - _SAMPLE_BYTES)):
+                    stream.seek(offset)
+                    digest.update(stream.read(min(_SAMPLE_BYTES, info.end - offset)))
+        return digest.hexdigest()
+
+    def ref(self, modules: Iterable[str]) -> BaseRef:
+        """The reference an artifact keeps to this base."""
+        return BaseRef(self.name_or_path, self.revision, self.fingerprint(modules))
+
+    def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:
+        """Refuse this base when it is not the one `ref` names.
+
+        Raises:
+            BaseModelError: other weights (another model, another revision, or an already merged one).
+        """
+        refuse_merged(self.folder)
+        if self.fingerprint(modules) != ref.fingerprint:
+            raise BaseModelError(
+                f"the base's weights are not those the artifact was made for ({ref.name_or_path})",
+                where=self.folder,
+                fix="Use that base at the same revision, or calibrate a basis for this one",
+            )
+
+    def require_task(self, task_type: str) -> None:
+        """Raise BaseModelError for an encoder that is asked to generate."""
+        if task_type == CAUSAL_LM and not self.generates:
+            raise BaseModelError(
+                f"{self.config['architectures'][0]} does not generate text",
+                where=self.folder,
+                fix="Use a causal language model for prompt/completion data, or text/label data with this one",
+            )
+
+    def load(
+        self,
+        task_type: str = CAUSAL_LM,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        num_labels: int | None = None,
+        seed: int = 0,
+    ) -> PreTrainedModel:
+        """The frozen transformers model in evaluation mode.
+
+        Args:
+            task_type: CAUSAL_LM or SEQ_CLS.
+            dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16` or `float64`; or `nf4`, linear layers in
+                four bits and all else as in the checkpoint, for which bitsandbytes must be installed.
+            device: where it goes; by default the accelerator torch sees, else the CPU.
+            num_labels: outputs of the classification head (SEQ_CLS); where the checkpoint has none, or one of another
+                size, it is drawn with `seed`; the global RNG is untouched.
+
+        Raises:
+            BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
+                raises on files that contradict each other.
+            SettingsError: `dtype` is another word.
+        """
+        import torch
+
+        self.require_task(task_type)
+        require_choice("dtype", dtype, LoadedDtype)
+        device = torch.device(device or default_device())
+        empty = None
+        if dtype == NF4:
+            from .nf4 import loading_options
+
+            empty = self.load_empty(task_type, dtype="auto", num_labels=num_labels)
+            options = loading_options(empty, device)
+        else:
+            options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if num_labels is not None:
+            options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a base that has another head
+        self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
+        if device.type != "cpu":
+            gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
+        network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
+        self._prepare(network, task_type)
+        if dtype == "auto" and device.type != "cpu" and network.dtype == torch.float32:
+            logger.warning(_IN_FLOAT32)
+        network.to(device)  # type: ignore[arg-type]
+        return network
+
+    def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:
+        """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
+
+        Raises:
+            BaseModelError: whatever transformers raises on a config.json that contradicts itself.
+        """
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, GenerationConfig
+
+        from ..tensors import TORCH_DTYPES
+
+        with as_base_model_error(self.folder), init_empty_weights():
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            if num_labels is not None:
+                config.num_labels = num_labels
+            if dtype not in ("auto", NF4):
+                wanted = getattr(torch, dtype)
+            elif (wanted := config.dtype) is None:
+                stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
+                wanted = next(stored, torch.float32)
+            network: PreTrainedModel = _auto_class(task_type).from_config(config, dtype=wanted)
+            if network.can_generate() and (self.folder / "generation_config.json").is_file():
+                with suppress(OSError):  # transformers passes over one that it cannot read
+                    network.generation_config = GenerationConfig.from_pretrained(self.folder)
+        network.tie_weights()  # a parameter that is assigned within is another one
+        self._prepare(network, task_type)
+        return network
+
+    def _prepare(self, network: PreTrainedModel, task_type: str) -> None:
+        mend_defaults(network)
+        network.requires_grad_(False).eval()
+        if task_type == SEQ_CLS:  # a decoder looks for the last token before the padding, which the tokenizer makes
+            network.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; a pad token that is missing, or has no embedding, is replaced by the end of sequence.
+
+        It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).
+
+        Raises:
+            BaseModelError: it has neither; the tokenizer's files are missing or damaged.
+        """
+        with as_base_model_error(self.folder):
+            tokenizer = tokenizer_of(self.folder)
+        if tokenizer.pad_token is None or tokenizer.pad_token_id >= self.config.get("vocab_size", math.inf):
+            if tokenizer.eos_token is None:
+                raise BaseModelError(
+                    "the tokenizer has neither a pad token nor an end-of-sequence token",
+                    where=self.folder,
+                    fix="Name one in tokenizer_config.json, for instance as pad_token",
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.config.get("type_vocab_size", 0) < 2:
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        return tokenizer
+
+
+AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one
+
+
+def _auto_class(task_type: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+
+
+def default_device() -> torch.device:
+    """The accelerator torch sees, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,0 +1,108 @@
+"""Which base models this package takes: by their config, and by what a merge has noted beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from ..errors import BaseModelError
+from ..files.storage import read_json
+
+
+def check_supported(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, or of
+    which transformers would load other weights than those that are checked."""
+    _check_types(config, folder)
+    if config.get("transformers_weights") is not None:
+        raise BaseModelError(
+            "config.json names the file of its weights itself (transformers_weights)",
+            where=folder / "config.json",
+            fix="Remove that key; the weights are those of model.safetensors, or of its index",
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise BaseModelError(
+            "the base's folder holds an adapter too, which transformers would apply",
+            where=folder / "adapter_config.json",
+            fix="Use a folder, or a repository, of the model alone: a copy without adapter_config.json will do",
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
+        full = quantization.get("base_model_name_or_path") or config.get("_name_or_path")
+        raise BaseModelError(
+            f"the base model is quantized ({method})",
+            where=folder / "config.json",
+            fix=f"Use its full-precision original{f', {full}' if full else ''}",
+        )
+    if config.get("is_encoder_decoder") or not _has_a_class(config):
+        raise BaseModelError(
+            f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
+            where=folder / "config.json",
+            fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
+        )
+    named = (config.get("architectures") or [""])[0]
+    if named.endswith("ForConditionalGeneration"):
+        raise BaseModelError(
+            f"{named} takes images or audio beside text, which is not supported",
+            where=folder / "config.json",
+            fix="Use a model of text alone, whose class ends in ForCausalLM",
+        )
+
+
+def refuse_merged(folder: Path) -> None:
+    """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
+    path = folder / "lorasb.json"
+    provenance = read_json(path) if path.is_file() else {}
+    if provenance.get("kind") != "merged":
+        return
+    what, fix = "this base is already merged", "Use the plain base"
+    with suppress(KeyError, TypeError):  # of a note that was edited by hand
+        adapters = provenance.get("adapters") or [provenance["adapter"]]
+        named = [f"adapter {found['name'] or 'without a name'}, {found['sha256'][:12]}" for found in adapters]
+        what += f" (with {', '.join(named)})"
+        fix += f", {provenance['base']['name_or_path']}"
+    raise BaseModelError(what, where=folder, fix=fix)
+
+
+def _check_types(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what is read here with a value of another type than transformers writes."""
+    architectures = config.get("architectures") or []
+    right = {
+        "architectures": isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
+        "model_type": isinstance(config.get("model_type", ""), str | NoneType),
+        "type_vocab_size": isinstance(config.get("type_vocab_size", 0), int),
+        "quantization_config": isinstance(config.get("quantization_config"), dict | NoneType),
+    }
+    for key in (key for key, is_right in right.items() if not is_right):
+        what = f"{key} is {config[key]!r:.40}"
+        raise BaseModelError(
+            what, where=folder / "config.json", fix="Fetch it again: transformers writes no such value"
+        )
+
+
+def _has_a_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers knows the model as a causal language model or a sequence classifier."""
+    named = (config.get("architectures") or [""])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
+        return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES}
+    return config.get("model_type") in known
+
+
+def _transformers_defines(class_name: str, model_type: str) -> bool:
+    found = importlib.util.find_spec("transformers")
+    family = model_type.replace("-", "_").removesuffix("_text")
+    for root in (found.submodule_search_locations or []) if found else []:
+        path = Path(root, "models", family, f"modeling_{family}.py")
+        if path.is_file() and f"class {class_name}(" in path.read_text(encoding="utf-8"):
+            return True
+    return False

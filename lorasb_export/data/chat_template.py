@@ -1,0 +1,157 @@
+"""How a base's chat template writes a chat, and where in it the assistant speaks."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import DataError
+from .tools import Chat, calls_tools
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
+# line break after a block would be left out.
+_DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
+_ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
+
+_Written = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, where: object = None) -> None:
+    """Raise DataError where nothing says how the turns of a chat are written."""
+    if tokenizer.chat_template is None:
+        place = f"{where}, {tokenizer.name_or_path}" if where else tokenizer.name_or_path
+        fix = "Use rows of prompts and no system message, or give the base a chat template"
+        raise DataError("messages are given, but the tokenizer has no chat template", where=place, fix=fix)
+
+
+def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None = None) -> dict[str, str]:
+    """What makes the chat template, or the one for chats with tools, write one and the same date every day.
+
+    Some put today's before every prompt. Rows get Llama 3's own default instead, so that a run trains on the same
+    tokens whenever it is started or resumed.
+    """
+    if tokenizer.chat_template is None:
+        return {}
+    return {"chat_template": _ONE_DAY + tokenizer.get_chat_template(tools=tools)}
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, asked: bool, of_row: bool) -> list[int]:
+    """Token ids of a chat as the template writes it.
+
+    Args:
+        asked: whether the assistant is to go on.
+        of_row: whether it is of a row, and has the date of those (`fixed_date`).
+
+    Raises:
+        DataError: there is no template, it refuses the chat, or leaves out its tools or calls.
+    """
+    require_template(tokenizer, where)
+    with _refusals(where):
+        text = _written(tokenizer, chat, asked=asked, of_row=of_row)
+        _require_tools_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, asked: bool = False, of_row: bool = True) -> str:
+    day = fixed_date(tokenizer, chat.tools) if of_row else {}
+    options: Any = {"tools": chat.tools, "tokenize": False, "add_generation_prompt": asked, **day}
+    return str(tokenizer.apply_chat_template(chat.turns, **options))
+
+
+def _require_tools_written(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, **options: bool
+) -> None:
+    """Raise DataError where the text is the same without the tools, or without the calls of them."""
+
+    def same_as(other: Chat) -> bool:
+        try:
+            return text == _written(tokenizer, other, **options)
+        except (TemplateError, TypeError):  # Mistral's refuses an answer of neither words nor calls
+            return False
+
+    without = {}
+    if chat.tools:
+        without["tools"] = Chat(chat.turns, None)
+    if any(map(calls_tools, chat.turns)):
+        silent = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in chat.turns]
+        without["tool_calls"] = Chat(silent, chat.tools)
+    for key, other in without.items():
+        if same_as(other):
+            fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
+            raise DataError(f"the base's chat template leaves out {key!r}", where=where, fix=fix)
+
+
+@contextmanager
+def _refusals(where: object) -> Iterator[None]:
+    """What a chat template refuses, as a DataError: many insist on turns that alternate, or on no system message."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:  # the latter of a template that takes a call's arguments for text
+        fix = "Write the messages as the base's template takes them"
+        raise DataError(f"the chat template refuses the messages: {error}", where=where, fix=fix) from None
+
+
+def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[slice]]:
+    """Token ids of a chat, uncut, and where in them the assistant speaks.
+
+    Raises:
+        DataError: there is no template, it refuses the chat, leaves out its tools or calls, or does not tell where the
+            assistant speaks.
+    """
+    require_template(tokenizer, where)
+    with _refusals(where):
+        if _GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
+            text, spans = _marked(chat, tokenizer)
+        else:
+            text, spans = _bounded(chat, tokenizer, where)
+        _require_tools_written(tokenizer, chat, text, where)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = tokens["input_ids"], tokens["offset_mapping"]
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    # By the tokens that overlap what is marked: its last character may have none of its own, and transformers' mask,
+    # which looks for that one, then goes on to the end of the chat.
+    return ids, [slice(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
+
+
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    """By a template that marks what the assistant says with {% generation %}."""
+    told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer, chat.tools), "tools": chat.tools}
+    rendered: Any = render_jinja_template([chat.turns], return_assistant_tokens_mask=True, **told)
+    (text,), (spans,) = rendered
+    return text, spans
+
+
+def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Written:
+    """By a template without marks: a turn begins where it is asked for, and ends where the chat up to it does.
+
+    White space behind that end, as a line break after the token that ends a turn, is nothing that is said.
+
+    Raises:
+        DataError: the chat's text does not begin with that of a part of it.
+    """
+
+    def written(turns: int, *, asked: bool = False) -> str:
+        return _written(tokenizer, Chat(chat.turns[:turns], chat.tools), asked=asked)
+
+    text, spans = written(len(chat.turns)), []
+    for i, turn in enumerate(chat.turns):
+        if turn["role"] != "assistant":
+            continue
+        asked, said = (written(i, asked=True) if i else ""), written(i + 1).rstrip()
+        if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
+            what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
+            fix = "Enclose them in {% generation %} in the template, or use prompt/completion rows for single turns"
+            raise DataError(what, where=where, fix=fix)
+        spans.append((len(asked), len(said)))
+    return text, spans

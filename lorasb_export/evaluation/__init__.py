@@ -1,0 +1,1 @@
+"""Questions asked of a base and its adapters, and their answers scored."""

@@ -1,0 +1,216 @@
+"""Greedy answers of a model in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..bars import progress_bar
+from ..base.given import evaluating, positions
+from ..data.chat_template import require_template
+from ..data.encoding import answer_ids, prompt_ids
+from ..data.rows import CHAT, Prompt, Row, kind_of, question_and_answer
+from ..data.tools import calls_tools
+from ..errors import DataError, Problems, SettingsError
+from ..layers.inject import refuse_rows
+from .answer_end import before_end, end_ids
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate_ids(
+    network: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    rooms: Sequence[int],
+    ends: Collection[int],
+    pad_id: int,
+    batch_size: int,
+) -> list[list[int]]:
+    """Greedy continuations of token-id prompts, up to and without the first of `ends`, in the order given.
+
+    Each has as many tokens at most as its room says. The likeliest token and nothing else: penalties in the base's
+    generation_config.json, made for chats, are left out.
+    """
+    from transformers import GenerationConfig
+
+    eos = sorted(ends) or None
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - rooms[i])  # the most memory first
+    answers: dict[int, list[int]] = {}
+    with torch.inference_mode(), evaluating(network):
+        for start in progress_bar(range(0, len(order), batch_size), desc="generate", leave=False):
+            rows = order[start : start + batch_size]
+            longest = max(len(prompts[i]) for i in rows)
+            ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
+            room = max(rooms[i] for i in rows)
+            greedy = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
+            with _generation_config(network, greedy):
+                output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
+            for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
+                answers[i] = before_end(row[: rooms[i]], ends)
+    return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """What is passed to `generate` only adds to the network's own; so it is put in place of it."""
+    own, network.generation_config = network.generation_config, config
+    try:
+        yield
+    finally:
+        network.generation_config = own
+
+
+def checked_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    reach: float,
+    rooms: Sequence[int],
+    unit: str,
+) -> list[list[int]]:
+    """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
+
+    Args:
+        reach: where its positions end (`given.positions`).
+        rooms: the most tokens of each answer.
+        unit: what errors call one of them; its number, from 1, follows.
+
+    Raises:
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or positions end
+            before its answer. Up to ten are named at once.
+        SettingsError: `prompts` is one text.
+    """
+    if isinstance(prompts, str):
+        raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        require_template(tokenizer)  # here, or it would be said of every chat
+    questions = []
+    problems = Problems()
+    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), 1):
+        with problems:
+            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, room=room))
+        if problems.is_full:
+            break
+    problems.raise_all("nothing was answered")
+    return questions
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, room: int) -> list[int]:
+    ids = prompt_ids(tokenizer, prompt, where)
+    if not ids:
+        raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
+    if len(ids) + room > reach:
+        what = f"a prompt of {len(ids)} tokens and an answer of {room}; the base's positions end at {reach}"
+        raise DataError(what, where=where, fix="Shorten one of them")
+    return ids
+
+
+def answers(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 128,
+    batch_size: int = 16,
+    unit: str = "prompt",
+) -> list[str]:
+    """Greedy answers to prompts, asked as in training, in the order given.
+
+    Args:
+        prompts: texts, the turns of chats, or chats with tools: dicts of `messages` and `tools`.
+        max_tokens: of an answer, at most.
+        batch_size: prompts at once; it does not change the answers beyond rounding.
+        unit: what errors call a prompt; its number, from 1, follows.
+
+    Raises:
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or learned
+            positions end before its answer. Up to ten are named at once.
+        SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all. Or `prompts`
+            is one text.
+    """
+    refuse_rows(network)
+    rooms = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    return answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
+
+
+def answers_of_ids(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    *,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy answers to what `checked_prompt_ids` gave, of as many tokens at most as `rooms` says of each."""
+    if not questions:  # of which batch_decode makes one empty answer
+        return []
+    ids = generate_ids(
+        network,
+        questions,
+        rooms=rooms,
+        ends=end_ids(tokenizer, network.generation_config.eos_token_id),
+        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        batch_size=batch_size,
+    )
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+class Asked(NamedTuple):
+    """A row as a network is asked it: the token ids, the text that is expected, and the most tokens it may answer."""
+
+    ids: list[int]
+    expected: str
+    room: int
+
+
+def asked_of(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], unit: str
+) -> list[Asked]:
+    """How rows with answers are asked.
+
+    Args:
+        unit: what errors call a row; its number, from 1, follows.
+
+    Raises:
+        DataError: messages that do not end with the assistant's turn after another; and as `checked_prompt_ids`.
+    """
+    ends = end_ids(tokenizer, network.generation_config.eos_token_id)
+    found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
+    prompts, expected, rooms = zip(*found, strict=True)
+    ids = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    return list(map(Asked, ids, expected, rooms))
+
+
+class Question(NamedTuple):
+    """A row's question; what a model that says exactly what the row trains is read to say; and tokens to allow it."""
+
+    prompt: Prompt
+    expected: str
+    max_tokens: int
+
+
+def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int] = ()) -> Question:
+    """How a row is asked.
+
+    What is expected is not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer
+    normalize it. It is the row's text where the answer is learnt after something else than the question.
+
+    Args:
+        ends: the tokens that end an answer (`end_ids`).
+    """
+    prompt, answer = question_and_answer(row, where)
+    room = len(tokenizer(answer, add_special_tokens=False).input_ids) + 8
+    ids = answer_ids(tokenizer, row, where)
+    if ids is None and kind_of(row) == CHAT and calls_tools(row["messages"][-1]):
+        what = "the chat template writes the call of a tool after something else than the question"
+        raise DataError(what, where=where, fix="Use the metric loss, or let the template write the same in both")
+    if ids is not None:
+        (answer,) = tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
+    return Question(prompt, answer, max(room, len(ids or ())))

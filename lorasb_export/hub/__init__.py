@@ -1,0 +1,1 @@
+"""What lies on the Hub, as a folder on this disk."""

@@ -1,0 +1,96 @@
+"""The newest commit of a repository on the Hub, or the one in the cache where the Hub does not say: never silently.
+
+huggingface_hub takes what it has without a word where the Hub refuses or fails: a server would start with yesterday's
+adapter. So the commit is asked for first, and fetched by its hash.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from ..errors import LoraSBError
+from ..files.atomic import atomic_file
+from .calls import hub_errors, retry_after, with_retries
+
+logger = logging.getLogger(__name__)
+
+_failing = set[str]()  # repositories that were waited for in vain: asked once when they are asked for again
+
+
+def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str:
+    """The folder of the repository `name` at the commit that `revision` (main where None) is now.
+
+    Where the Hub cannot be reached, fails, or refuses the token, it is the one that `revision` was when it was last
+    fetched, with a warning. An error would end work on a laptop whose token has expired, and keep a server down whose
+    files are all there; a branch that is gone is one all the same. With HF_HUB_OFFLINE nothing is asked.
+
+    Args:
+        fetch: `snapshot_download` of what is wanted; it is given `revision`, and `local_files_only`.
+
+    Raises:
+        OSError, httpx2.HTTPError: of huggingface_hub: not there, or neither reached nor in the cache.
+    """
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE or re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return with_retries(lambda: fetch(revision=revision))
+
+    def ask() -> str | None:
+        seconds = constants.HF_HUB_ETAG_TIMEOUT
+        return HfApi().model_info(name, revision=revision, expand=["sha"], timeout=seconds).sha
+
+    try:
+        commit = ask() if name in _failing else with_retries(ask)
+        folder = with_retries(lambda: fetch(revision=commit or revision))  # a mirror may not say
+    except RevisionNotFoundError:
+        raise
+    except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
+        if retry_after(error) is not None:
+            _failing.add(name)
+        try:
+            folder = fetch(revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise error from None
+        _warn(name, revision, Path(folder), _reason(error))
+        return folder
+    _failing.discard(name)
+    if commit is None:
+        return folder
+    with suppress(OSError):  # a cache that is only read
+        _remember(Path(folder), revision or constants.DEFAULT_REVISION, commit)
+    return folder
+
+
+@cache
+def _warn(name: str, revision: str | None, folder: Path, reason: str) -> None:
+    """Once, however many adapters of the repository are asked for."""
+    what = f"{name}@{revision}" if revision else name
+    fetched = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
+    text = "%s: %s. Commit %s, fetched %s, is taken from the cache: it may not be the newest"
+    logger.warning(text, what, reason, folder.name, fetched)
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub did not say, in our words."""
+    try:
+        with hub_errors(None, LoraSBError):
+            raise error
+    except LoraSBError as told:
+        return told.what
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Note in the cache, as huggingface_hub does where it is asked for a branch, what it is: for HF_HUB_OFFLINE."""
+    ref = folder.parents[1] / "refs" / revision
+    if not ref.is_file() or ref.read_text() != commit:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(ref) as written:
+            written.write_text(commit)

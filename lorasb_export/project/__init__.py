@@ -1,0 +1,1 @@
+"""lorasb.toml, and the verbs over all of its tasks."""

@@ -1,0 +1,137 @@
+"""Write a commented `lorasb.toml`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..data.rows import LABELLED, kind_of, read_rows
+from ..data.task import split_files
+from ..errors import DataError, OutputError, SettingsError
+from ..files.atomic import atomic_file
+from ..files.output import cannot_write
+from ..files.storage import expanded
+from ..settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
+from .file import FILE_NAME, MAX_BYTES
+from .project import refuse_bad_names
+
+_TEMPLATE = """\
+# The project file of lorasb: defaults for every verb run in this folder. Flags win.
+model = {model}  # a folder or a Hub id
+
+[basis]  # one frozen basis, calibrated over all tasks below
+{basis}
+# also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed;
+#   targets may be "all-linear", "mlp-output" (the last layer of every MLP), or name endings ("q_proj,v_proj")
+
+[fit]
+{fit}
+# also: batch_size, learning_rate, max_steps, max_length, dtype ("float32", "bfloat16", "nf4"), checkpoint_every, seed
+
+# [data]  # of every task below that does not say it itself
+# columns = {{ prompt = "question", completion = "answer" }}  # field of a row → what the data calls it
+# hold_out = 0.1  # of tasks without valid rows: about a tenth of the training rows
+
+{tasks}# each also: columns, hold_out, basis ("own")
+
+# [hub]
+# repo = "me/NAME"  # for all of it; with {{name}} in it, one for the basis and for each adapter
+"""
+
+TEXT_DEFAULTS: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}
+_CLASSIFIER_DEFAULTS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}
+
+
+def write_project(
+    path: str | Path | None,
+    model: str,
+    tasks: Mapping[str, str],
+    *,
+    basis: Mapping[str, float | str] | None = None,
+    fit: Mapping[str, float] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a commented `lorasb.toml`.
+
+    Args:
+        tasks: name → data.
+        basis, fit: what to set in these sections. When None, the default epochs, and a larger R on fewer layers for
+            text, R on all of them where the rows have labels: see docs/benchmarks.md.
+
+    Raises:
+        OutputError: the file exists and `overwrite` is false.
+        SettingsError: a task's name is not fit for a folder; or the file would be larger than is read.
+    """
+    path = expanded(path or FILE_NAME)
+    if path.exists() and not overwrite:
+        raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
+    refuse_bad_names(tasks)
+    labelled = any(_has_labels(path.parent / os.path.expanduser(data)) for data in tasks.values())
+    text = _TEMPLATE.format(
+        model=_toml(model),
+        basis=_lines(basis or (_CLASSIFIER_DEFAULTS if labelled else TEXT_DEFAULTS)),
+        fit=_lines(fit or {"epochs": FitSettings.epochs}),
+        tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
+    )
+    if (size := len(text.encode())) > MAX_BYTES:
+        what = f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read"
+        raise SettingsError(what, where=path, fix="Use shorter paths")
+    with cannot_write(path), atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def tasks_in(folder: str) -> dict[str, str]:
+    """Name → data of the tasks in `folder`: the folders in it that have a train split, and its .jsonl and .csv files,
+    sorted.
+
+    Raises:
+        SettingsError: there is none, or two of one name; or the folder is itself a task's, with a train split.
+    """
+    place = expanded(folder)
+    if _has_train(place):
+        fix = "Give the folder that it lies in, or name it with --task NAME=DATA"
+        raise SettingsError("it has a train split, so it is one task", where=place, fix=fix)
+    found: dict[str, Path] = {}
+    for path in sorted(place.glob("[!.]*")):
+        if not (_is_rows(path) or _has_train(path)):
+            continue
+        name = path.stem if path.is_file() else path.name
+        if name in found:
+            what = f"{found[name].name} and {path.name} are two tasks of one name"
+            raise SettingsError(what, where=place, fix="Rename or remove one")
+        found[name] = path
+    if not found:
+        fix = "Give the folder that has a .jsonl or .csv file, or a folder with train.jsonl or train.csv, for each"
+        raise SettingsError("there are no tasks in it", where=place, fix=fix)
+    return {name: os.path.join(folder, path.name) for name, path in found.items()}
+
+
+def _has_train(folder: Path) -> bool:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        return any(path.stem == "train" and _is_rows(path) for path in folder.iterdir())
+    return False
+
+
+def _is_rows(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".csv") and path.is_file()
+
+
+def _has_labels(data: Path) -> bool:
+    """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
+    with suppress(DataError):
+        file = split_files(data).get("train") if data.is_dir() else data
+        for place, row in read_rows(file) if file else ():
+            return kind_of(row, place) == LABELLED
+    return False
+
+
+def _toml(value: float | str) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML takes no surrogates
+
+
+def _lines(values: Mapping[str, float | str]) -> str:
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in values.items())

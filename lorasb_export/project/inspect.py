@@ -1,0 +1,113 @@
+"""What a project has: its basis, and of every task and adapter how far it is and what it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .. import basis_source
+from ..errors import ArtifactError, SettingsError
+from ..format import finite, only_numbers, read_adapter_config, read_basis_config
+from ..hub.fetch import parse_hub_folder
+from ..kind import artifact_kind
+from .project import Project
+
+
+def inspect_project(project: Project) -> dict[str, Any]:
+    """What the configs of a project's folders say. No weights are read: ten thousand adapters take seconds.
+
+    Returns:
+        `path`; `kind`, which is `project`; `base_model`; `basis`, the shared one, with its `path` and `state` (`made`,
+        `missing`, `damaged`) and, if it is made, `rank`, `modules` (their number), `sha256` and `calibrated_on` (names
+        of tasks); `adapters` by name, those of the file's tasks first; and `unfinished`, the working folders of runs,
+        interrupted or still going. Each adapter has `task` (whether the file has a task of its name), `path` and
+        `state` (`fitted`, `not_fitted`, `damaged`; `not_ours` is no LoRA-SB adapter). A fitted one has `basis`
+        (`shared`; `own`, inside of it; `other`, with a place of its own; `missing`, which it is of no use without),
+        `rank`, `modules`, `steps`, `valid_loss` and `evaluation`, {split: {metric: {base, adapter, rows}}}. What is
+        damaged has `problem`.
+
+    Raises:
+        SettingsError: the folder is no project and has no adapters.
+    """
+    names = dict.fromkeys([*project.tasks, *project.adapter_names()])
+    if project.file is None and not names:
+        fix = "Name the folder to inspect, or change to the project's"
+        raise SettingsError("there is no lorasb.toml here", where=project.folder, fix=fix)
+    shared = project.path(project.basis_path)
+    basis = _basis(shared)
+    sha256_of = cache(lambda folder: _basis(folder).get("sha256"))  # many adapters name one
+    adapters = {
+        name: {"task": name in project.tasks, **_adapter(project.adapter_folder(name), shared, sha256_of)}
+        for name in names
+    }
+    return {
+        "path": str(project.folder),
+        "kind": "project",
+        "base_model": project.model,
+        "basis": basis,
+        "adapters": adapters,
+        "unfinished": sorted(str(path) for path in project.adapters_folder.glob(".*.run") if path.is_dir()),
+    }
+
+
+def _basis(folder: Path) -> dict[str, Any]:
+    found = {"path": str(folder), "state": "missing"}
+    try:
+        if not (folder / "basis_config.json").is_file():
+            return found
+        config, shapes = read_basis_config(folder)
+    except (ArtifactError, OSError) as error:
+        return found | {"state": "damaged", "problem": str(error)}
+    data = config["calibration"].get("data")
+    sources = [source for source in data if isinstance(source, dict)] if isinstance(data, list) else []
+    return found | {
+        "state": "made",
+        "rank": config["rank"],
+        "modules": len(shapes),
+        "sha256": config["sha256"],
+        "calibrated_on": [source.get("name") for source in sources],
+    }
+
+
+def _adapter(folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]) -> dict[str, Any]:
+    """Of one adapter.
+
+    Args:
+        shared: the basis that the project's tasks share.
+        sha256_of: basis folder → its digest, None where there is no basis that can be read.
+    """
+    found = {"path": str(folder), "state": "not_fitted"}
+    try:
+        if not (folder / "adapter_config.json").is_file():
+            return found
+        if artifact_kind(folder) != "adapter":
+            return found | {"state": "not_ours"}
+        config = read_adapter_config(folder)
+    except (ArtifactError, OSError) as error:
+        return found | {"state": "damaged", "problem": str(error)}
+    training = config["training"]
+    return found | {
+        "state": "fitted",
+        "basis": _place(config["basis"], folder, shared, sha256_of),
+        "rank": config["r"],
+        "modules": len(config["target_modules"]),
+        "steps": finite(training.get("steps")),
+        "valid_loss": finite(training.get("valid_loss")),
+        "evaluation": only_numbers(training.get("evaluation", {})),
+    }
+
+
+def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]) -> str:
+    source = basis_source.resolved(named["source"], folder, None)
+    if source is None:
+        return "own" if _basis(folder).get("sha256") == named["sha256"] else "missing"
+    if parse_hub_folder(source):
+        return "other"  # it is looked for when it is needed
+    place = Path(source)
+    if not place.is_absolute():  # as no verb writes it
+        return "missing"
+    if sha256_of(place) != named["sha256"]:
+        return "missing"
+    return "shared" if place == shared else "other"

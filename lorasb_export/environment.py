@@ -52,20 +52,15 @@ def hide_before_transformers() -> None:
 
 
 class _BeforeTransformers(MetaPathFinder):
-    """Finds nothing: it only notices that transformers is looked for."""
+    """Finds nothing: once transformers is looked for, each broken package is as one that is not installed."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "transformers":
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # not in place: it is iterated
-            hide_broken_packages()
-
-
-def hide_broken_packages() -> None:
-    """Make this process treat each broken package as not installed. Of use before transformers is imported."""
-    for name in broken_packages():
-        for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
-            del sys.modules[loaded]
-        sys.modules[name] = None  # type: ignore[assignment]  # the import system reads None as "not found"
+            for name in broken_packages():
+                for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+                    del sys.modules[loaded]
+                sys.modules[name] = None  # type: ignore[assignment]  # the import system reads None as "not found"
 
 
 def child_environment(*hidden: str, **changes: str) -> dict[str, str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
 from .files.storage import expanded
-from .hub.fetch import leads_out
+from .hub.fetch import NAME, leads_out
 from .kind import artifact_kind
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NAME = re.compile(NAME)
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
 # adapter, and would answer a request for the base with it.
 PARTS_OF_CHATS = frozenset("audio file image input output prompt refusal text thinking tool video".split())

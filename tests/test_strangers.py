@@ -92,7 +92,7 @@ def test_a_base_that_holds_an_adapter_is_refused(llama: Path, tmp_path: Path) ->
     ("key", "value"),
     [
         *(("architectures", 5), ("architectures", [5]), ("model_type", ["a"])),
-        *(("quantization_config", "x"), ("type_vocab_size", None)),
+        *(("quantization_config", "x"), ("type_vocab_size", None), ("vocab_size", None)),
     ],
 )
 def test_a_config_with_a_value_of_another_type_is_refused(key: str, value: Any, llama: Path, tmp_path: Path) -> None:

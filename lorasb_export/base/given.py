@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..choices import NF4
-from ..errors import SettingsError
+from ..errors import BaseModelError, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +113,16 @@ def require_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def require_dtype(network: PreTrainedModel, dtype: str) -> None:
-    """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name."""
-    from .nf4 import dtype_name
+    """Raise SettingsError where `network` is not of the `dtype` that settings ask for, and records would name.
 
-    loaded = dtype_name(network)
+    Raises:
+        BaseModelError: its weights are in four bits of another kind than NF4.
+    """
+    loaded = str(network.dtype).removeprefix("torch.")
+    if getattr(network, "is_loaded_in_4bit", False):
+        loaded = network.config.quantization_config.bnb_4bit_quant_type
+        if loaded != NF4:
+            raise BaseModelError(f"the network's weights are {loaded}", fix=f"Load it with bnb_4bit_quant_type={NF4!r}")
     if dtype not in ("auto", loaded) or (dtype == "auto" and loaded == NF4):
         fix = f"Set dtype to {loaded}, or load the network in that one"
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)

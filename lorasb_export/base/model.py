@@ -20,7 +20,7 @@ from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import parse_hub_id, snapshot
 from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
-from .supported import check_supported, refuse_merged
+from .supported import architecture, check_supported, refuse_merged
 from .tensors import checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class BaseModel:
     @property
     def generates(self) -> bool:
         """Whether it is a causal language model; one whose config.json does not say is taken for one if it can be."""
-        if architectures := self.config.get("architectures"):
-            return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel"))
+        if named := architecture(self.config):
+            return named.endswith(("ForCausalLM", "LMHeadModel"))
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -190,7 +190,7 @@ class BaseModel:
         """Raise BaseModelError for an encoder that is asked to generate."""
         if task_type == CAUSAL_LM and not self.generates:
             raise BaseModelError(
-                f"{self.config['architectures'][0]} does not generate text",
+                f"{architecture(self.config) or self.config['model_type']} does not generate text",
                 where=self.folder,
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )

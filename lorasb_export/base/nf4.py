@@ -98,18 +98,9 @@ def renew_head(network: PreTrainedModel, empty: PreTrainedModel, newly_initializ
             setattr(network, name, head.to(network.device))
 
 
-def dtype_name(network: PreTrainedModel) -> str:
-    """What settings call its weights: a float type, or `nf4`.
-
-    Raises:
-        BaseModelError: they are in four bits of another kind.
-    """
-    if not getattr(network, "is_loaded_in_4bit", False):
-        return str(network.dtype).removeprefix("torch.")
-    kind: str = network.config.quantization_config.bnb_4bit_quant_type
-    if kind != NF4:
-        raise BaseModelError(f"the network's weights are {kind}", fix=f"Load it with bnb_4bit_quant_type={NF4!r}")
-    return kind
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether its numbers stand for others: in four or eight bits, floats too."""
+    return weight.dtype.itemsize == 1 or not weight.is_floating_point()
 
 
 def state_of(weight: torch.Tensor) -> Any:
@@ -119,9 +110,7 @@ def state_of(weight: torch.Tensor) -> Any:
         BaseModelError: it is quantized otherwise: eight bits, or four in another layout.
     """
     state = getattr(weight, "quant_state", None)
-    if (weight.is_floating_point() and weight.dtype.itemsize > 1) or (
-        state is not None and not getattr(state, "packing_format_for_cpu", False)
-    ):
+    if not is_packed(weight) or (state is not None and not getattr(state, "packing_format_for_cpu", False)):
         return state
     what = f"the network's weights are {weight.dtype}".replace("torch.", "")
     if state is not None:

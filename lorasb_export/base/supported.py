@@ -44,13 +44,18 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
             where=folder / "config.json",
             fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
         )
-    named = (config.get("architectures") or [""])[0]
+    named = architecture(config)
     if named.endswith("ForConditionalGeneration"):
         raise BaseModelError(
             f"{named} takes images or audio beside text, which is not supported",
             where=folder / "config.json",
             fix="Use a model of text alone, whose class ends in ForCausalLM",
         )
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that a config names first; empty where it names none."""
+    return (config.get("architectures") or [""])[0]
 
 
 def refuse_merged(folder: Path) -> None:
@@ -75,6 +80,7 @@ def _check_types(config: Mapping[str, Any], folder: Path) -> None:
         "architectures": isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
         "model_type": isinstance(config.get("model_type", ""), str | NoneType),
         "type_vocab_size": isinstance(config.get("type_vocab_size", 0), int),
+        "vocab_size": isinstance(config.get("vocab_size", 0), int),
         "quantization_config": isinstance(config.get("quantization_config"), dict | NoneType),
     }
     for key in (key for key, is_right in right.items() if not is_right):
@@ -86,7 +92,7 @@ def _check_types(config: Mapping[str, Any], folder: Path) -> None:
 
 def _has_a_class(config: Mapping[str, Any]) -> bool:
     """Whether transformers knows the model as a causal language model or a sequence classifier."""
-    named = (config.get("architectures") or [""])[0]
+    named = architecture(config)
     if named.endswith(("ForCausalLM", "LMHeadModel")) and _transformers_defines(named, str(config.get("model_type"))):
         return True  # seen in its source: to import transformers takes a second, the table below two more and 170 MB
     from transformers.models.auto.modeling_auto import (

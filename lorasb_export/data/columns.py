@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ..errors import DataError
+from ..errors import DataError, some
 from .rows import Row, warn_once
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
@@ -38,7 +38,7 @@ def renamed(
     for split, rows in placed.items():
         there = {column: None for _, row in rows for column in row}
         if rows and (missing := sorted(in_templates - there.keys())):
-            what = f"no row has a column {missing[0]!r} (there are: {_names(there)})"
+            what = f"no row has a column {missing[0]!r} (there are: {some(there)})"
             raise DataError(what, where=f"{where}: {split}", fix=_CORRECT)
     there = {column: None for rows in placed.values() for _, row in rows for column in row}
     used = {name for value in columns.values() for name in columns_of(value)}
@@ -62,7 +62,7 @@ def _of_fields(placed: tuple[str, Row], columns: Mapping[str, str]) -> tuple[str
         elif field in _OPTIONAL:
             continue
         else:
-            raise DataError(f"no column {value!r} (there are: {_names(row)})", where=place, fix=_CORRECT)
+            raise DataError(f"no column {value!r} (there are: {some(row)})", where=place, fix=_CORRECT)
     return place, fields
 
 
@@ -75,7 +75,3 @@ def _text(row: Row, column: str, place: str) -> str:
         what = f"column {column!r} is of type {type(value).__name__}, and a template takes text and numbers"
         raise DataError(what, where=place, fix="Convert the rows, or leave it out")
     return str(value)
-
-
-def _names(columns: Mapping[str, object]) -> str:
-    return ", ".join(map(str, columns))

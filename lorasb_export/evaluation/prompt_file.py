@@ -29,8 +29,6 @@ def read_prompts(path: Path) -> tuple[list[Row], list[Prompt]]:
             with problems:
                 prompts.append(prompt_of(row, place))
                 rows.append(row)
-            if problems.is_full:
-                break
     problems.raise_all("nothing was asked")
     if not rows:
         raise DataError("there are no rows to ask", where=path, fix="Add at least one JSON object, one a line")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..base.model import BaseModel
 from ..base.network import as_base_model_error
+from ..base.supported import architecture
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..errors import BaseModelError
 
@@ -45,12 +46,12 @@ def exporter_for(base: BaseModel, task_type: str, swappable: Iterable[str] = ())
     Raises:
         BaseModelError: neither exporter was tested with this architecture.
     """
-    architecture = (base.config.get("architectures") or [""])[0]
+    named = architecture(base.config)
     fused = [name for name in swappable if not _SPLIT.fullmatch(name)]
-    genai = task_type == CAUSAL_LM and architecture in _GENAI_ARCHITECTURES and not fused
+    genai = task_type == CAUSAL_LM and named in _GENAI_ARCHITECTURES and not fused
     config = read_config(base.folder)
     rope = _rope_types(config)
-    angles = rope <= _ROPE_OF_THE_BUILDER.get(architecture, {"default"})
+    angles = rope <= _ROPE_OF_THE_BUILDER.get(named, {"default"})
     if genai and angles and _fits_the_kernel(config) and not _wrong_window(config) and not _wrong_angles(config):
         return GENAI
     if odd := sorted(rope - _ROPE_OF_TORCH):
@@ -63,8 +64,8 @@ def exporter_for(base: BaseModel, task_type: str, swappable: Iterable[str] = ())
         return TORCH
     known = _TORCH_TYPES[task_type] | (_GENAI_ARCHITECTURES if task_type == CAUSAL_LM else set())
     raise BaseModelError(
-        f"{architecture or base.config['model_type']} is not exported to ONNX for {task_type}"
-        + (f" with an adapter on {fused[0]}" if fused and architecture in _GENAI_ARCHITECTURES else ""),
+        f"{named or base.config['model_type']} is not exported to ONNX for {task_type}"
+        + (f" with an adapter on {fused[0]}" if fused and named in _GENAI_ARCHITECTURES else ""),
         where=base.folder,
         fix=f"Use `lorasb merge` and run the model with transformers or vLLM. Exported are {', '.join(sorted(known))}",
     )

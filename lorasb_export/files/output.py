@@ -153,14 +153,14 @@ def refuse_own_input(target: Path, *inputs: str | Path | None) -> None:
         inputs: folders; what is none on this disk (a Hub id, None) is passed over.
     """
     for source in inputs:
-        if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
+        if source is not None and Path(source).exists() and real(Path(source)).is_relative_to(real(target)):
             fix = "Choose another --out"
             raise OutputError(f"the target holds what it is made from, {source}", where=target, fix=fix)
 
 
 def free_bytes(target: Path) -> int:
     """Free on the disk that `target` will lie on."""
-    parent = target.resolve()
+    parent = real(target)
     while not parent.exists():
         parent = parent.parent
     return shutil.disk_usage(parent).free

@@ -34,8 +34,9 @@ def kind_of_part(part: str) -> str:
     return "adapter" if part.startswith(f"{ADAPTERS}/") else "basis"
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # of an adapter, and of a folder in a repository
 _REPO, _REVISION = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", r"(?:@([\w./-]+))?"
-_PART = rf"{BASIS}|(?:{BASES}|{ADAPTERS})/[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}"
+_PART = rf"{BASIS}|(?:{BASES}|{ADAPTERS})/{NAME}"
 _HUB_FOLDER = re.compile(rf"{_REPO}(?:/({_PART}))?{_REVISION}")
 _HUB_ADAPTERS = re.compile(rf"{_REPO}/{ADAPTERS}{_REVISION}")
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?(?:@[\w./-]+)?")
@@ -235,4 +236,4 @@ def leads_out(path: Path, folder: Path) -> bool:
     What a folder from a stranger links to is neither copied from it nor published with it.
     """
     target = real(path)
-    return not (target.is_relative_to(folder.resolve()) or is_blob(target))
+    return not (target.is_relative_to(real(folder)) or is_blob(target))

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from ..base.nf4 import dequantize, state_of
+from ..base.nf4 import dequantize, is_packed, state_of
 from ..errors import SettingsError
 from .factors import Factors
 
@@ -29,9 +29,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear | Conv1D):
         return False
-    kind, weight = type(module), module.weight
-    packed = weight.dtype.itemsize == 1 or not weight.is_floating_point()
-    return packed or kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
+    kind = type(module)
+    return is_packed(module.weight) or kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

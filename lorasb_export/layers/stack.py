@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..adapter import Adapter, check_same_basis
-from ..errors import ArtifactError, SettingsError
+from ..errors import ArtifactError, SettingsError, some
 from .inject import inject, remove
 from .layer import Route
 
@@ -116,7 +116,7 @@ class Stack:
             raise SettingsError("no adapter was chosen", fix="Name one for every row, or one for each row")
         for name in chosen:
             if name is not None and name not in self.names:
-                raise SettingsError(f"no adapter {name!r} is attached", fix=f"Choose from {', '.join(self.names)}")
+                raise SettingsError(f"no adapter {name!r} is attached", fix=f"Choose from {some(self.names)}")
         indices = [-1 if name is None else self.names.index(name) for name in chosen]
         self.use_rows(torch.tensor(indices, device=self.layers[0].device))
 

@@ -23,7 +23,8 @@ from ..evaluation.answer_end import write_end_ids
 from ..files.output import free_bytes
 from ..files.storage import expanded, read_json, write_json
 from ..hub.fetch import parse_hub_id
-from ..provenance import adapter_provenance, command, published_training
+from ..made_from import adapter_provenance, published_training
+from ..provenance import command
 from . import retained
 from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder

@@ -23,7 +23,7 @@ from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
 from ..files.output import refuse_existing, refuse_own_input, require_room
 from ..files.storage import DTYPE_BYTES, TensorInfo
-from ..provenance import adapter_provenance
+from ..made_from import adapter_provenance
 from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted

@@ -88,12 +88,8 @@ def run(
     def text() -> str:
         return "\n".join(lines) if results else ""
 
-    with run.unfinished(value, text, failed):
-        for word, result in evaluated:
-            if isinstance(result, LoraSBError):
-                failed[word] = result
-                continue
-            results[word] = result
-            base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
-            lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
+    for word, result in run.done_of(evaluated, value, text, failed):
+        results[word] = result
+        base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
+        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
     run.result(value, text(), failed)

@@ -164,13 +164,9 @@ def run(
     failed: dict[str, LoraSBError] = {}
     lines: list[str] = []
     value = {"adapters": adapters}
-    with run.unfinished(value, lambda: "\n".join(lines), failed):
-        for name, adapter in fitted:
-            if isinstance(adapter, LoraSBError):
-                failed[name] = adapter
-                continue
-            adapters[name] = _summary(adapter)
-            lines += _lines(name, adapter)
+    for name, adapter in run.done_of(fitted, value, lambda: "\n".join(lines), failed):
+        adapters[name] = _summary(adapter)
+        lines.extend(_lines(name, adapter))
     _tell(run, value, lines, failed)
 
 

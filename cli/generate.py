@@ -80,7 +80,7 @@ def run(
     failed: dict[str, LoraSBError] = {}
     with nullcontext() if out is None else answers_file(out, overwrite=overwrite, prompts=prompts) as write:
         if onnx is not None:
-            from lorasb_export.evaluation.side_by_side import ask_onnx
+            from lorasb_export.exporting.onnx_ask import ask_onnx
 
             chosen = None if adapters is None else listed(adapters)
             found = ask_onnx(expanded(onnx), asked, chosen, **options)

@@ -103,7 +103,7 @@ def _inspect_data(run: Run, data: str, model: str | None) -> None:
         raise SettingsError("no base model: there is no lorasb.toml here", where=run.project.folder, fix=fix)
     base = model or run.project.require_model()
     task = load_task(data if data in run.project.tasks else "data", _source(run, data))
-    from lorasb_export.data.inspect import inspect_data  # only now: it brings torch
+    from lorasb_export.training.inspect import inspect_data  # only now: it brings torch
 
     found = inspect_data(task, base, settings)
     run.result(found, "\n".join(_data_lines(found)))

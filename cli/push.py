@@ -77,12 +77,8 @@ def run(
         results.append(push_folder(project, found, target, with_basis=with_basis, basis_repo=basis_repo, **options))
     else:
         pushed = push_project(project, target, only=found, with_basis=with_basis, **options)
-        with run.unfinished(value, lambda: _text(results, dry_run), failed):
-            for name, outcome in pushed:
-                if isinstance(outcome, LoraSBError):
-                    failed[name] = outcome
-                else:
-                    results.append(outcome)
+        for _, outcome in run.done_of(pushed, value, lambda: _text(results, dry_run), failed):
+            results.append(outcome)
     run.result(value, _text(results, dry_run), failed)
 
 

@@ -15,11 +15,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -29,6 +28,8 @@ from .words import given
 
 if TYPE_CHECKING:
     from lorasb_export.project.project import Project
+
+T = TypeVar("T")
 
 JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
@@ -81,17 +82,25 @@ class Run:
             _tell_failures(failed)
             raise typer.Exit(1)
 
-    @contextmanager
-    def unfinished(
-        self, value: dict[str, Any], text: Callable[[], str], failed: Mapping[str, LoraSBError]
-    ) -> Iterator[None]:
-        """Several things are done within: what was done and what failed is told also where an error ends the rest.
+    def done_of(
+        self,
+        outcomes: Iterable[tuple[str, T | LoraSBError]],
+        value: dict[str, Any],
+        text: Callable[[], str],
+        failed: dict[str, LoraSBError],
+    ) -> Iterator[tuple[str, T]]:
+        """Of several things those that were done, by name. What failed goes into `failed`. All is told also where an
+        error ends the rest.
 
         Args:
-            value, text, failed: as for `result`, to which they go at the end; they are filled within.
+            value, text, failed: as for `result`, to which they go at the end; the caller fills the first two.
         """
         try:
-            yield
+            for name, outcome in outcomes:
+                if isinstance(outcome, LoraSBError):
+                    failed[name] = outcome
+                else:
+                    yield name, outcome
         except Exception:
             if failed or any(value.values()):
                 self.done.update(value | _failures(failed))

@@ -51,7 +51,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "base/model.py": ["BaseModel: resolve load tokenizer verify"],
     "evaluation/inference.py": ["answers"],
     "inspection.py": ["inspect_folder"],
-    "data/inspect.py": ["inspect_data"],
+    "training/inspect.py": ["inspect_data"],
     "settings.py": ["CalibrationSettings", "FitSettings"],
     "data/source.py": ["TaskSource"],
     "data/task.py": ["load_task", "task_of", "TaskData: labels rows held_out"],

@@ -21,10 +21,10 @@ from lorasb_export.data.encoding import prompt_ids
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError
 from lorasb_export.evaluation.evaluate import evaluate
-from lorasb_export.evaluation.side_by_side import ask_onnx
 from lorasb_export.exporting import onnx_verify
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.exporting.onnx_build import GRAPH
 from lorasb_export.exporting.onnx_exporter import GENAI, TORCH, exporter_for
 from lorasb_export.exporting.onnx_graph import read_graph

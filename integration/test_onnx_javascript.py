@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("onnxruntime_genai")
 
 from lorasb_export.base.model import BaseModel
-from lorasb_export.evaluation.side_by_side import ask_onnx
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
+from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.files.storage import read_json, write_json
 from tests.random_adapter import save_adapter
 from tests.tiny import make_gpt2

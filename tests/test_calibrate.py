@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def test_a_task_is_called_as_in_the_mixture(base: BaseModel, sums: Path) -> None
 def test_rows_of_one_task_at_a_time_are_in_memory(base: BaseModel, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[weakref.ref[TaskData]] = []
 
-    def reading(data: dict[str, Path]) -> list[TaskData]:
-        tasks = load_tasks(data)
-        read.extend(map(weakref.ref, tasks))
-        return tasks
+    def reading(data: dict[str, Path]) -> Iterator[TaskData]:
+        for task in load_tasks(data):
+            read.append(weakref.ref(task))
+            yield task
 
     def drawing(*arguments: Any, **options: Any) -> Any:
         assert sum(task() is not None for task in read) == 1

@@ -14,7 +14,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.evaluation import side_by_side
+from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.names import refuse_many
 from tests.random_adapter import save_adapter
@@ -78,7 +78,9 @@ def test_an_adapter_called_base_is_asked_by_its_path(project: Path) -> None:
 
 def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(side_by_side, "ask_onnx", lambda *arguments, **_: asked.append(arguments[2]) or {})
+    monkeypatch.setattr(
+        "lorasb_export.exporting.onnx_ask.ask_onnx", lambda *arguments, **_: asked.append(arguments[2]) or {}
+    )
     done = CliRunner().invoke(app, ["generate", "hi", "--onnx", "x", "--adapters", "a, b,"], catch_exceptions=False)
     assert (done.exit_code, asked) == (0, [["a", "b"]])
 
@@ -91,7 +93,7 @@ def test_an_answer_has_a_token() -> None:
 def test_a_classifier_answers_nothing(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "SEQ_CLS"})
     with pytest.raises(ArtifactError, match="the graph is a classifier"):
-        side_by_side.ask_onnx(tmp_path, ["hi"])
+        ask_onnx(tmp_path, ["hi"])
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -107,7 +109,7 @@ def test_a_damaged_tokenizer_of_an_onnx_folder(is_there: bool, llama: Path, tmp_
 def test_a_merged_graph_has_no_adapters_to_name(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
     with pytest.raises(SettingsError, match="the folder has one adapter, merged in"):
-        side_by_side.ask_onnx(tmp_path, ["hi"], ["a"])
+        ask_onnx(tmp_path, ["hi"], ["a"])
 
 
 @pytest.mark.parametrize("option", [("--model", "base"), ("--dtype", "float32")])

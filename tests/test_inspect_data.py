@@ -14,11 +14,11 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import IGNORE, encode
-from lorasb_export.data.inspect import inspect_data
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training import mixed
+from lorasb_export.training.inspect import inspect_data
 from tests import project_of_a
 from tests.conftest import lorasb
 from tests.rows import CHAT, CHAT_LINE, MARKED

@@ -209,7 +209,7 @@ def test_an_onnx_export_is_asked_the_same(adapter: Adapter, monkeypatch: pytest.
         asked.append(prompts)
         return {"base": ["yes"] * len(prompts)}
 
-    monkeypatch.setattr(side_by_side, "ask_onnx", ask)
+    monkeypatch.setattr("lorasb_export.exporting.onnx_ask.ask_onnx", ask)
     words = ("generate", "--onnx", "x", "--prompts", "asked.jsonl", "--out", "answers.jsonl")
     assert lorasb(*words).exit_code == 0
     assert asked == [QUESTIONS]

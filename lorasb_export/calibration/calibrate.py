@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def calibrate(
         return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
     _check_weights(weights, data)
-    task_type, labels = _common_kind(_one_by_one(data))
+    task_type, labels = _common_kind(load_tasks(data))
     labels = in_order(labels, base.head_labels)
     classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
     if network is None:
@@ -125,7 +125,7 @@ def calibrate(
     require_padding(network, tokenizer)
     least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
     rows, tasks, unlearnable = {}, [], Problems()
-    for task in _one_by_one(data):
+    for task in load_tasks(data):  # again
         try:
             rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
         except DataError as error:
@@ -217,12 +217,6 @@ def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> No
             raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {some(names)}")
         if not 0 < weight < math.inf:
             raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
-
-
-def _one_by_one(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
-    """Read the tasks anew, each when it is asked for: the rows of all of them may be more than memory holds."""
-    for name, task in data.items():
-        yield from load_tasks({name: task})
 
 
 def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:

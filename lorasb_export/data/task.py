@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,11 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
     return _checked(name, "memory", placed)
 
 
-def load_tasks(data: Mapping[str, AnySource | TaskData]) -> list[TaskData]:
-    """The task of every name: read, or a loaded one under that name."""
-    return [replace(t, name=n) if isinstance(t, TaskData) else load_task(n, t) for n, t in data.items()]
+def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
+    """The task of every name: a loaded one under that name, or read, each when it is asked for: the rows of all of
+    them may be more than memory holds."""
+    for name, task in data.items():
+        yield replace(task, name=name) if isinstance(task, TaskData) else load_task(name, task)
 
 
 def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:

@@ -63,6 +63,7 @@ def evaluate(
         base: the base model, where it is not where the adapter says.
         split: `valid`, `test` or `train`; the task's held-out split when None.
         limit: only the first so many rows, at least 1.
+        dtype: as `BaseModel.load` takes it.
         metric: for rows with an answer `exact_match` of the greedy answer (white space at the ends aside) or `loss`,
             the mean over their tokens; for plain text `loss`; for classes `accuracy`, `mcc` or `f1`
             (the mean over classes); for regression `pearson` or `rmse`. The first of these when None.
@@ -125,8 +126,8 @@ def evaluate(
     before, said_before = score() if task.task_type == CAUSAL_LM else (None, [None] * len(rows))
     heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     with flags_kept(network):
-        adapter.inject(network)
         try:
+            adapter.inject(network)
             after, said_after = score()
         finally:
             remove(network)

@@ -106,8 +106,6 @@ def _place(named: Mapping[str, str], folder: Path, shared: Path, sha256_of: Call
     if parse_hub_folder(source):
         return "other"  # it is looked for when it is needed
     place = Path(source)
-    if not place.is_absolute():  # as no verb writes it
-        return "missing"
-    if sha256_of(place) != named["sha256"]:
+    if not place.is_absolute() or sha256_of(place) != named["sha256"]:  # no verb writes a relative one
         return "missing"
     return "shared" if place == shared else "other"

@@ -18,7 +18,6 @@ import torch
 
 from ..base.model import BaseModel
 from ..calibration.calibrate import calibrate
-from ..data.encoding import prompt_ids
 from ..data.task import TaskData, load_task
 from ..environment import require_packages
 from ..evaluation.evaluate import evaluate
@@ -26,7 +25,7 @@ from ..evaluation.inference import answers, question_of
 from ..evaluation.metrics import exact_match
 from ..evaluation.record import record_evaluation
 from ..exporting.onnx import export_onnx
-from ..exporting.onnx_run import OnnxDecoder
+from ..exporting.onnx_ask import ask_onnx
 from ..exporting.peft import export_peft
 from ..files.atomic import atomic_folder
 from ..files.storage import expanded, folder_bytes, write_json
@@ -170,7 +169,8 @@ def quickstart(
     del network, with_peft
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below
-        line.answers[_MERGED]["onnx"] = _ask_onnx(line, out / "onnx", tokenizer)
+        limit = line.limit(_MERGED, tokenizer)
+        (line.answers[_MERGED]["onnx"],) = ask_onnx(out / "onnx", line.prompts(_MERGED), max_tokens=limit).values()
     if serve and importlib.util.find_spec("vllm") is not None:
         rounding = "" if runs_on_cpu() else ", in bfloat16: on some rows rounding may change its answer"
         with line.step("serve", f"Starting vLLM with both adapters and asking it{rounding}"):
@@ -192,13 +192,6 @@ def quickstart(
         "seconds": {**line.seconds, "total": round(time.monotonic() - started, 1)},
     }
     return result, _report(result, out, push_bytes=folder_bytes(adapter) + folder_bytes(out / "basis"))
-
-
-def _ask_onnx(line: _Line, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in line.prompts(_MERGED)]
-    decoder = OnnxDecoder(folder)
-    ids = decoder.generate(prompts, line.limit(_MERGED, tokenizer))
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def _serving() -> dict[str, Any]:

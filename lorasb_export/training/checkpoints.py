@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,27 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             where=checkpoint.parent,
             fix=SAME,
         )
+
+
+def to_resume(
+    folder: Path,
+    settings: FitSettings,
+    tasks: Sequence[TaskData],
+    base: BaseModel,
+    basis: Basis | None,
+    start: Adapter | None,
+) -> dict[float, Path]:
+    """The checkpoint to go on from at every learning rate that has one; other arguments as for `identity_of`.
+
+    Raises:
+        TrainingError: one is of a run with other settings, data, basis or base.
+    """
+    found = {}
+    for rate in settings.rates:
+        if checkpoint := last_complete(rate_folder(folder, rate, settings)):
+            check_identity(checkpoint, identity_of(replace(settings, learning_rate=rate), tasks, base, basis, start))
+            found[rate] = checkpoint
+    return found
 
 
 def restore_tensors(adapter: Adapter, path: Path) -> None:

@@ -10,6 +10,7 @@ from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.task import TaskData
 from ..data.trained_template import has_another_template
+from ..errors import ArtifactError
 from ..files.storage import read_json
 from ..settings import CalibrationSettings, FitSettings, changes
 
@@ -34,14 +35,18 @@ def differences(
     if "settings" not in made:
         return []
     adapter = Adapter.load(out)
-    kept = made["settings"]["learning_rate"]
+    try:
+        kept, data = made["settings"]["learning_rate"], made["data_sha256"]
+    except (KeyError, TypeError):
+        fix = "Train it anew with --overwrite"
+        raise ArtifactError("the record of its training is damaged", where=record, fix=fix) from None
     rates = made.get("learning_rates", [kept])
     if settings.rates == (kept,):  # as it came out of a search, it is written down
         rates = [kept]
     before = made["settings"] | {"learning_rate": sorted(rates)}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
-    if made["data_sha256"] != task.sha256:
+    if data != task.sha256:
         found.append("other data")
     replaced = made.get("start") == out.name and start is not None and start.folder == out  # by what came of it
     if made.get("start_sha256") != (start and start.sha256) and not replaced:

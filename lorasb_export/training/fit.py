@@ -156,7 +156,7 @@ def train_together(
     """As `fit_together`, with the error of a task that was left out in the place of its adapter."""
     if not tasks:
         raise SettingsError("no task to fit", fix="Give at least one")
-    tasks = load_tasks(tasks) if isinstance(tasks, Mapping) else tasks
+    tasks = list(load_tasks(tasks)) if isinstance(tasks, Mapping) else tasks
     if any(task.task_type != CAUSAL_LM for task in tasks):
         raise SettingsError(
             "classifiers do not train together: each has its own head", fix="Fit them one after another"

@@ -28,17 +28,7 @@ from ..files.atomic import atomic_folder, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..settings import CalibrationSettings, FitSettings
-from .checkpoints import (
-    RESUME,
-    SAME,
-    check_folder,
-    check_identity,
-    identity_of,
-    last_complete,
-    open_folder,
-    rate_folder,
-    step_of,
-)
+from .checkpoints import RESUME, SAME, check_folder, open_folder, step_of, to_resume
 from .finished import differences
 from .record import write_training_record
 from .requirements import check_requirements, require_start
@@ -117,8 +107,7 @@ class Job:
 
             def are_kept() -> bool:
                 self._take(locks)
-                self._refuse(True, overwrite)
-                return self._are_kept(overwrite)
+                return self._are_kept(True, overwrite)
 
             return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
 
@@ -134,8 +123,7 @@ class Job:
             OutputError, ArtifactError, SettingsError, TrainingError: it would refuse to.
         """
         (task,), (out,) = self.tasks, self.outs
-        self._refuse(resume, overwrite)
-        if resume and self._are_kept(overwrite):
+        if self._are_kept(resume, overwrite):
             return "keep", None, None
         self._require(empty)
         try:
@@ -154,13 +142,9 @@ class Job:
 
     def _step_of_run(self) -> int | None:
         """Where the interrupted run of the only task is. Raises TrainingError: it had other settings, data or basis."""
-        basis, step = None if isinstance(self._basis, CalibrationSettings) else self._basis, None
-        for rate in self.settings.rates:
-            if checkpoint := last_complete(rate_folder(self.folder, rate, self.settings)):
-                at_rate = replace(self.settings, learning_rate=rate)
-                check_identity(checkpoint, identity_of(at_rate, self.tasks, self.base, basis, self._start))
-                step = step_of(checkpoint)
-        return step
+        basis = None if isinstance(self._basis, CalibrationSettings) else self._basis
+        begun = to_resume(self.folder, self.settings, self.tasks, self.base, basis, self._start)
+        return step_of(list(begun.values())[-1]) if begun else None
 
     @torch.inference_mode(False)  # whatever the caller is in: what is loaded in there could not be trained
     @torch.enable_grad()
@@ -177,7 +161,10 @@ class Job:
                 basis = own_basis(self.base, self.tasks[0], basis, self.folder, None)
             if self.settings.dtype == NF4:
                 logger.warning(_IN_FOUR_BITS)
-            network = self._network or self._load()
+            task, settings = self.tasks[0], self.settings
+            network = self._network or self.base.load(
+                task.task_type, dtype=settings.dtype, num_labels=task.num_labels, seed=settings.seed
+            )
             network.to(default_device())  # type: ignore[arg-type]  # as the Trainer would, when a Stack lies elsewhere
             self._require(network)
             with left_as_found(network), random_state_kept(network.device), accelerate_kept():
@@ -200,8 +187,7 @@ class Job:
     def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         self._take(locks)
-        self._refuse(resume, overwrite)
-        if resume and self._are_kept(overwrite):
+        if self._are_kept(resume, overwrite):
             return True
         with cannot_write(self.folder, RESUME):
             open_folder(self.folder, self.settings, resume, overwrite)
@@ -212,16 +198,16 @@ class Job:
             locks.enter_context(only_writer(out))
             put_back(out)
 
-    def _refuse(self, resume: bool, overwrite: bool) -> None:
-        """Raise where something lies in the place of an adapter that may be neither kept nor replaced."""
+    def _are_kept(self, resume: bool, overwrite: bool) -> bool:
+        """Whether a resumed run finds every adapter finished; only `overwrite` admits one of other settings or data.
+
+        Raises where something lies in the place of one that may be neither kept nor replaced.
+        """
         for out in self.outs:
             refuse_existing(out, overwrite or resume, kind="adapter")
             if overwrite:
                 card.check(out)
-
-    def _are_kept(self, overwrite: bool) -> bool:
-        """Whether every adapter is there; only `overwrite` admits one of other settings or data."""
-        if overwrite and self.folder.exists():  # interrupted while it was replacing what is there
+        if not resume or (overwrite and self.folder.exists()):  # interrupted while it was replacing what is there
             return False
         there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
         for task, out in there:
@@ -272,9 +258,3 @@ class Job:
             shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
         distributed.barrier()  # before another process exits with the error of a task: torchrun then ends all of them
         return results
-
-    def _load(self) -> PreTrainedModel:
-        task = self.tasks[0]
-        return self.base.load(
-            task.task_type, dtype=self.settings.dtype, num_labels=task.num_labels, seed=self.settings.seed
-        )

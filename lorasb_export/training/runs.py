@@ -29,9 +29,9 @@ from ..files.storage import read_json
 from ..layers.head import load_head
 from ..layers.stack import Stack
 from ..settings import FitSettings
-from .callbacks import NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
+from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
-from .checkpoints import COMPLETE, check_identity, copy_tensors, drop_run, identity_of, last_complete, rate_folder
+from .checkpoints import COMPLETE, copy_tensors, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
@@ -86,22 +86,17 @@ class TrainingRuns:
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
-        folders = {rate: rate_folder(folder, rate, settings) for rate in settings.rates}
-        self._begun = distributed.on_main(lambda: self._to_resume(folders, overwrite))
+        self._begun = distributed.on_main(lambda: self._to_resume(overwrite))
 
-    def _to_resume(self, folders: Mapping[float, Path], overwrite: bool) -> dict[float, Path | None]:
-        """The checkpoint to go on from at each rate; none of another run, which only `overwrite` drops."""
-        begun = {rate: last_complete(folder) for rate, folder in folders.items()}
+    def _to_resume(self, overwrite: bool) -> dict[float, Path]:
+        """As the function; of another run, which only `overwrite` drops, none."""
         try:
-            for rate, checkpoint in begun.items():
-                if checkpoint is not None:
-                    check_identity(checkpoint, self._identity(rate))
+            return to_resume(self.folder, self.settings, self.tasks, self.base, self.basis, self.start)
         except TrainingError as other:
             if not overwrite:
                 raise
             drop_run(self.folder, other)
-            return dict.fromkeys(begun)
-        return begun
+            return {}
 
     def best(self) -> list[Outcome | TrainingError]:
         """Every task as the best of the learning rates has left it; or its error, where none has left it finite."""
@@ -131,16 +126,11 @@ class TrainingRuns:
             return old
         return new if better(self.settings.metric, new.value, old.value) else old
 
-    def _at(self, rate: float) -> FitSettings:
-        return replace(self.settings, learning_rate=rate)
-
-    def _identity(self, rate: float) -> dict[str, Any]:
-        return identity_of(self._at(rate), self.tasks, self.base, self.basis, self.start)
-
     def _at_rate(self, rate: float) -> list[Outcome | TrainingError]:
         """Train all tasks to their ends, from the last checkpoint at this rate if there is one."""
-        settings, folder = self._at(rate), rate_folder(self.folder, rate, self.settings)
-        checkpoint, identity = self._begun[rate], self._identity(rate)
+        settings, folder = replace(self.settings, learning_rate=rate), rate_folder(self.folder, rate, self.settings)
+        checkpoint = self._begun.get(rate)
+        identity = identity_of(settings, self.tasks, self.base, self.basis, self.start)
         trainer = self._trainer(settings, folder, identity)
         if checkpoint is not None and read_json(checkpoint / COMPLETE)["finished"]:
             trainer.restore_finished(checkpoint)
@@ -186,7 +176,9 @@ class TrainingRuns:
         title = self.tasks[0].name if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         title = f"{title} at {settings.learning_rate}" if len(self.settings.rates) > 1 else title
         callbacks = [Progress(title), *self._reporters(folder)]
-        return RTrainer(self.network, self.base.tokenizer, runs, stack, settings, folder, identity, callbacks)
+        trainer = RTrainer(self.network, self.base.tokenizer, runs, stack, settings, folder, identity, callbacks)
+        trainer.add_callback(Evaluations(trainer))
+        return trainer
 
     def _reporters(self, folder: Path) -> list[TrainerCallback]:
         """The tracker's, not left to the Trainer: what it raises when it begins is told in our words, and TensorBoard's

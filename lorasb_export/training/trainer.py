@@ -30,7 +30,6 @@ from ..layers.stack import Stack
 from ..settings import FitSettings
 from ..tensors import save_tensors
 from .arguments import trainer_arguments
-from .callbacks import Evaluations
 from .checkpoints import COMPLETE, RESUME, remove_old, restore_tensors
 from .history import History
 from .mixed import MixedSteps
@@ -88,7 +87,7 @@ class RTrainer(Trainer):
                 model=network,
                 args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
                 train_dataset=range(steps),
-                callbacks=[*callbacks, Evaluations(self)],
+                callbacks=list(callbacks),
             )
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         self._window = LossWindow(len(runs), self.args.device)
@@ -171,7 +170,6 @@ class RTrainer(Trainer):
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
         self.lr_scheduler = make_scheduler(optimizer, steps, self.settings)
-        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -14,16 +14,16 @@ from ..base.given import require_positions
 from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..choices import CAUSAL_LM
+from ..data.encoding import IGNORE, Encoded, encode_all, without_left_out
+from ..data.rows import CHAT, Row
+from ..data.source import AnySource
+from ..data.task import TaskData, load_task
 from ..errors import Problems
 from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
 from ..settings import FitSettings
-from ..training.chats import warn_of_chats
-from ..training.requirements import check_rows
-from .encoding import IGNORE, Encoded, encode_all, without_left_out
-from .rows import CHAT, Row
-from .source import AnySource
-from .task import TaskData, load_task
+from .chats import warn_of_chats
+from .requirements import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -80,7 +80,8 @@ def run(
     ] = False,
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
-    from lorasb_export.calibration.capture import overview
+    given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
+    from lorasb_export.calibration.capture import overview  # only now: it brings torch
     from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.files.storage import expanded
     from lorasb_export.project.basis import calibrate_into, is_shared, shared_folder
@@ -90,7 +91,6 @@ def run(
     flags = run.given(CalibrationSettings)
     settings = project.calibration_settings(FitSettings(**project.fit), flags)
     target = expanded(out) if out else shared_folder(project)
-    given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
     sources: dict[str, AnySource] = {name: project.other_source(name, of) for name, of in given_data.items()}
     unused = given(data=data, weight=weight, samples=samples, reduction=reduction, eta=eta, loss=loss)
     if settings.directions in DRAWN and unused:

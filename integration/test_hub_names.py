@@ -283,6 +283,7 @@ def test_the_cards_lines_run_as_they_stand(made: Hub) -> None:
     assert hub.run(lines_of(hub, "me/basis") + "\nprint(len(adapter.R))") == "2"
 
 
+@pytest.mark.usefixtures("quick_exporters")
 def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
     pytest.importorskip("onnxruntime_genai")
     from lorasb_export.exporting.onnx import export_onnx

@@ -127,6 +127,7 @@ def test_genai_runs_the_task(world: World, tasks_onnx: Path) -> None:
     assert answers == world.expected("red", answers)
 
 
+@pytest.mark.usefixtures("quick_exporters")
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantized_exports_run_and_say_how_far_they_are(world: World, precision: str) -> None:
     out = world.folder / f"red-{precision}"

@@ -47,14 +47,18 @@ def test_one_commit_brings_all_and_only_what_changed_is_sent(any_hub: Hub, proje
     assert any_hub.commits(REPO) == 2
 
 
-FEW = "import lorasb_export.publishing.project_repository as p\np._MANY = 9\n"  # files in a commit
+FEW = f"""
+from unittest.mock import patch
+with patch("lorasb_export.publishing.project_repository._MANY", 9):  # files in a commit
+    {CLI}
+"""
 
 
 def test_many_files_come_in_several_commits_each_of_them_whole(any_hub: Hub, project: Path) -> None:
     for seed, name in enumerate("cde"):
         make_adapter(project / "adapters" / name, project / "basis", seed=seed)
     words = "push", "--config", project / "lorasb.toml", "--json"
-    result = json.loads(any_hub.run(FEW + CLI, *words, IN_A_PROCESS_OF="its own"))["pushed"][0]
+    result = json.loads(any_hub.run(FEW, *words))["pushed"][0]
     there = ["".join(sorted({path[9] for path in files if path.startswith("adapters/")})) for files in commits(any_hub)]
     assert there == ["a", "abc", "abcde"]
     assert result["commit"] == any_hub.repos[REPO].refs["main"]
@@ -75,7 +79,7 @@ def test_many_files_come_in_several_commits_each_of_them_whole(any_hub: Hub, pro
     for seed, name in enumerate("abcde"):
         shutil.rmtree(project / "adapters" / name)
         make_adapter(project / "adapters" / name, project / "basis", seed=seed)
-    assert json.loads(any_hub.run(FEW + CLI, *words, IN_A_PROCESS_OF="its own"))["pushed"][0]["changed"]
+    assert json.loads(any_hub.run(FEW, *words))["pushed"][0]["changed"]
     assert any_hub.commits(REPO) == 4
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from integration.conftest import Quickstart
+from integration.torture.zygote import shared_zygote
 from lorasb_export.adapter import Adapter
 from lorasb_export.files.storage import read_json
 from lorasb_export.kind import artifact_kind
@@ -22,8 +21,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def lorasb(folder: Path, *words: str) -> Any:
-    command = [sys.executable, "-m", "lorasb_cli", *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = shared_zygote().run("lorasb_cli", *words, "--json", folder=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -17,6 +17,8 @@ from integration.torture.faulty_disk import FAULTS, FaultyDisk
 from lorasb_export.adapter import Adapter
 from lorasb_export.exporting import peft
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 
 def test_lies_are_refused_or_read_rightly() -> None:
     tally = lies.run(200, seed=0)

@@ -118,7 +118,7 @@ expected = load_file("expected.safetensors")
 assert "lorasb_export" not in sys.modules
 print(float((model(expected["ids"]).logits - expected["logits"]).abs().max()))
 """
-    variables = environment.child_environment()
+    variables = environment.child_environment("bitsandbytes")  # which takes a second to import
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import load_task
-from lorasb_export.environment import child_environment
-from lorasb_export.errors import BaseModelError, SettingsError
+from lorasb_export.errors import BaseModelError, MissingPackageError, SettingsError
 from lorasb_export.evaluation.evaluate import evaluate
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import BLOCK, CalibrationSettings, FitSettings
@@ -211,10 +209,9 @@ def test_the_command_line_takes_it(llama: Path, sums: Path, tmp_path: Path, monk
     assert Basis.load("basis").calibration["dtype"] == "nf4"
 
 
-def test_without_bitsandbytes_the_error_says_what_to_install(llama: Path) -> None:
-    code = f"from lorasb_export.base.model import BaseModel; BaseModel.resolve({str(llama)!r}).load(dtype='nf4')"
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment("bitsandbytes"), capture_output=True, text=True
-    )
-    what = "MissingPackageError: the package bitsandbytes is not installed. For dtype nf4: pip install bitsandbytes"
-    assert what in found.stderr
+def test_without_bitsandbytes_the_error_says_what_to_install(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    what = "the package bitsandbytes is not installed. For dtype nf4: pip install bitsandbytes"
+    with pytest.raises(MissingPackageError, match=what):
+        BaseModel.resolve(llama).load(dtype="nf4")

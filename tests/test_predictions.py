@@ -15,7 +15,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import LoraSBError, SettingsError
-from lorasb_export.evaluation.inference import answers
+from lorasb_export.evaluation.inference import answers, answers_of_ids
 from lorasb_export.project.evaluate import evaluate_adapters
 from lorasb_export.project.project import Project
 from tests.conftest import lorasb
@@ -171,6 +171,29 @@ def test_the_size_of_a_batch_takes_memory_alone(
     assert seen == 2 * [2, 2, 1]
     with pytest.raises(SettingsError, match=r"batch_size is 0\. Give at least 1"):
         evaluate(adapter, sums, batch_size=0)
+
+
+def test_the_base_is_asked_once_what_several_adapters_are_asked(
+    adapter: Adapter, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter.R = {name: -R for name, R in adapter.R.items()}
+    adapter.save("adapters/b")
+    single = {name: evaluate(f"adapters/{name}", sums, limit=3, predictions=True) for name in "ab"}
+    asked: list[int] = []
+
+    def counted(network: Any, tokenizer: Any, ids: list[Any], *arguments: Any, **options: Any) -> list[str]:
+        asked.append(len(ids))
+        return answers_of_ids(network, tokenizer, ids, *arguments, **options)
+
+    monkeypatch.setattr("lorasb_export.evaluation.evaluate.answers_of_ids", counted)
+    done = lorasb("evaluate", "a", "b", "--data", str(sums), "--limit", "3", "--predictions", "said.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert asked == [3, 3, 3]
+    for name, found in single.items():
+        said = [line for line in lines_of("said.jsonl") if line["name"] == name]
+        assert [(one["base"], one["adapter"]) for one in said] == [
+            (one["base"], one["adapter"]) for one in found["predictions"]
+        ]
 
 
 def test_the_rows_that_are_scored_are_not_written_over_by_whatever_name(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import os
 import runpy
@@ -9,13 +11,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-_EXPORTERS = ("onnxruntime_genai.models.builder", "lorasb_export.exporting.onnx_torch")
+TORCHS_EXPORTER = "lorasb_export.exporting.onnx_torch"
+_EXPORTERS = ("onnxruntime_genai.models.builder", TORCHS_EXPORTER)
 _run_program = subprocess.run
 
 Run = Callable[..., subprocess.CompletedProcess[Any]]
@@ -27,6 +30,14 @@ def fork_exporters() -> None:
         with suppress(ModuleNotFoundError):  # of genai: without it torch's exporter is taken
             importlib.import_module(module)
     subprocess.run = exporters_by(_forked)  # type: ignore[assignment]
+
+
+@functools.cache
+def load_torchs_exporter() -> None:
+    """What `torch.onnx.export` imports when it is first called, for the forks to come."""
+    with redirect_stdout(sys.stderr):
+        torch.onnx.export(torch.nn.Identity(), (torch.zeros(1),), dynamo=True, verbose=False)
+    gc.freeze()
 
 
 def exporters_by(forked: Callable[[list[str], Path], subprocess.CompletedProcess[str]]) -> Run:

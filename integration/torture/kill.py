@@ -18,7 +18,7 @@ from integration.torture.kill_serve import kill_serve
 from integration.torture.project import VERBS, Undisturbed, Verb, entries, last_line, make, undisturbed, weights
 from integration.torture.push import kill_push
 from integration.torture.tally import Tally
-from integration.torture.zygote import Zygote
+from integration.torture.zygote import Zygote, shared_zygote
 from lorasb_export.inspection import inspect_folder
 
 _CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -29,13 +29,9 @@ def run(n: int, seed: int, verbs: Iterable[str] = tuple(VERBS), *, hub: bool = T
     tally, random = Tally("kill", seed), Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        zygote = Zygote()
-        try:
-            make(root / "start")
-            for name in verbs:
-                _kill_verb(root, zygote, tally, random, name, n)
-        finally:
-            zygote.stop()
+        make(root / "start")
+        for name in verbs:
+            _kill_verb(root, shared_zygote(), tally, random, name, n)
         if hub:
             kill_push(root / "pushed", tally, random, n)
         if serve:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from integration import child_environment
-from integration.torture.forks import end_with, fork_exporters
+from integration.torture.forks import TORCHS_EXPORTER, end_with, fork_exporters, load_torchs_exporter
 
 
 class Zygote:
@@ -74,6 +74,8 @@ def shared_zygote() -> Zygote:
 
 def _serve() -> None:
     import lorasb_cli.main  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import onnxruntime  # noqa: F401
     import torch
     import transformers
 
@@ -86,6 +88,8 @@ def _serve() -> None:
     gc.freeze()  # a child's collections would copy every page that it shares with this process
     for line in sys.stdin:
         asked, started = json.loads(line), time.monotonic()
+        if asked["command"][0] == TORCHS_EXPORTER:
+            load_torchs_exporter()
         pid = os.fork()
         if not pid:
             _become(asked)

@@ -54,6 +54,7 @@ def evaluate(
     batch_size: int = 16,
     predictions: bool = False,
     network: PreTrainedModel | None = None,
+    said_by_base: dict[Any, tuple[float, Sequence[Any]]] | None = None,
 ) -> dict[str, Any]:
     """A metric on held-out rows, for the base and for the adapter. The adapter's folder and card stay as they are.
 
@@ -71,6 +72,8 @@ def evaluate(
         predictions: also return what is said of each row; not for the metric `loss`.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
             a classifier's head and what asks for gradients are as they were.
+        said_by_base: the same dict for several adapters in turn, empty at first: a base that generates is asked once
+            what several of them are asked.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
@@ -123,7 +126,16 @@ def evaluate(
         return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
 
     result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
-    before, said_before = score() if task.task_type == CAUSAL_LM else (None, [None] * len(rows))
+    before: float | None = None
+    said_before: Sequence[Any] = [None] * len(rows)
+    if task.task_type == CAUSAL_LM:
+        kept = {} if said_by_base is None else said_by_base
+        length = trained_length(adapter) if metric == "loss" else 0
+        asked_for = base.folder, dtype, task.sha256, split, limit, metric, length
+        if asked_for not in kept:
+            kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
+            kept[asked_for] = score()
+        before, said_before = kept[asked_for]
     heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     with flags_kept(network):
         try:

@@ -144,6 +144,7 @@ def evaluate_adapters(
         raise DataError("no adapter has rows to be scored on", fix=fix)
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
+    scored["said_by_base"] = {}
     if file is not None:
         file.require_writable()
     for one in sorted(ready, key=lambda one: one.order):

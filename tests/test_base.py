@@ -105,6 +105,15 @@ def test_an_encoder_is_not_asked_to_generate(bert: Path, sums: Path) -> None:
         calibrate(str(bert), {"sums": sums})
 
 
+def test_a_config_need_not_name_its_class(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "base")
+    config = read_json(bert / "config.json") | {"model_type": "distilbert"}
+    del config["architectures"]
+    write_json(tmp_path / "base" / "config.json", config)
+    with pytest.raises(BaseModelError, match="distilbert does not generate text"):
+        BaseModel.resolve(tmp_path / "base").require_task(CAUSAL_LM)
+
+
 def test_drawing_a_head_leaves_every_other_generator_alone(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with several GPUs torch would save the generator of each, and warn of it at every load."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

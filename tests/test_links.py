@@ -11,6 +11,7 @@ import pytest
 
 from lorasb_export import Adapter, FitSettings, fit, merge
 from lorasb_export.cards import card
+from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, TrainingError
 from lorasb_export.evaluation.record import record_evaluation
 from lorasb_export.exporting.peft import export_peft
@@ -18,6 +19,7 @@ from lorasb_export.files.atomic import atomic_folder
 from lorasb_export.files.lock import only_writer
 from lorasb_export.files.storage import read_json, write_json
 from tests.merging import adapter_for
+from tests.random_adapter import adapter_on
 
 SECRET = "a secret of the user's"
 
@@ -190,3 +192,10 @@ def test_a_folder_that_is_put_back_meanwhile_is_replaced_all_the_same(
                 monkeypatch.setattr(Path, "rename", renamed)
     assert read_json(target / "lorasb.json") == {"content": "after"}
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_link_to_itself_as_the_target_is_an_error_of_ours(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_on(llama, tmp_path / "a", CAUSAL_LM)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OutputError, match="cannot write"):
+        merge(adapter, tmp_path / "loop")

@@ -39,6 +39,17 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
 
 
+def test_an_adapter_on_the_callers_network_is_no_part_of_the_base(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    base, own = BaseModel.resolve(llama), CalibrationSettings(rank=4, targets="q_proj")
+    network, settings = base.load(), replace(SETTINGS, dtype="auto")
+    first = fit(base, own, tasks["plus"], tmp_path / "a", settings, network=network)
+    first.inject(network)
+    second = fit(base, own, tasks["plus"], tmp_path / "b", settings, network=network)
+    assert second.basis_sha256 == first.basis_sha256
+
+
 def test_a_base_that_has_changed_meanwhile_is_not_trained_on_in_the_basis_of_the_former(
     llama: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:

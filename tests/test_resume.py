@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.data.task import TaskData
 from lorasb_export.environment import child_environment
-from lorasb_export.errors import OutputError, TrainingError
-from lorasb_export.files.storage import read_json
+from lorasb_export.errors import ArtifactError, OutputError, TrainingError
+from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
 from tests import training
@@ -265,3 +265,12 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
     else:
         assert steps
         assert all(step % every == 0 for step in steps)
+
+
+def test_a_damaged_record_of_the_training_is_named(llama: Path, sums: Path, basis: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, max_steps=1)
+    fit(str(llama), basis, sums, tmp_path / "a", settings)
+    record = tmp_path / "a" / "lorasb.json"
+    write_json(record, {key: value for key, value in read_json(record).items() if key != "data_sha256"})
+    with pytest.raises(ArtifactError, match=r"the record of its training is damaged \(.*lorasb.json\)"):
+        fit(str(llama), basis, sums, tmp_path / "a", settings, resume=True)

@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on a CPU (gloo), against one process."""
+"""Several processes, on a CPU (gloo), against one process; and torchrun, told to end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from integration import child_environment
+from integration.torture.zygote import shared_zygote
 from lorasb_export import distributed
 from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
@@ -115,7 +116,15 @@ main()
 """
 
 
-def torchrun(script: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def two_processes(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Of `script`, in `folder`, as torchrun starts them."""
+    (folder / "script.py").write_text(script)
+    done = shared_zygote().run("script.py", folder=folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def torchrun(script: str, folder: Path, code: int) -> subprocess.CompletedProcess[str]:
     """Two processes of `script` in `folder`."""
     (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
@@ -165,7 +174,7 @@ def test_processes_wait_for_the_first_one_longer_than_nccl_would(monkeypatch: py
 
 def test_the_first_process_decides_where_to_resume_and_all_must_see_its_disk(small: Path) -> None:
     """A process that sees no checkpoint would begin anew, while the other one goes on; both would wait for ever."""
-    torchrun(RESUME, small)
+    two_processes(RESUME, small)
     for rank in (0, 1):
         assert "number 1 does not see what number 0 writes" in (small / f"error-{rank}").read_text()
         assert str(small / "a") in (small / f"exists-{rank}").read_text()
@@ -185,7 +194,7 @@ def test_calibrate_in_two_processes(tmp_path: Path) -> None:
     rows = [{"prompt": f"{a}+{b}=", "completion": "x" * a + str(a + b)} for a in range(1, 6) for b in range(5)]
     write_splits(tmp_path / "data", {"train": rows})
     (tmp_path / "lorasb.toml").write_text(PROJECT)
-    printed = json.loads(torchrun(CALIBRATE, tmp_path).stdout)  # one object, from one of them
+    printed = json.loads(two_processes(CALIBRATE, tmp_path).stdout)  # one object, from one of them
 
     saved = [torch.load(tmp_path / f"sums-{rank}.pt") for rank in (0, 1)]
     for number, expected in enumerate(sums_of(tmp_path, rows) for rows in (13, 1)):

@@ -1,4 +1,4 @@
-"""Training in several processes under torchrun, on a CPU (gloo): the same R as in one, and a killed worker."""
+"""Training in several processes, on a CPU (gloo): the same R as in one; and under torchrun a killed worker."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shutil import copytree
 import pytest
 from safetensors.torch import load_file
 
+from integration.torture.zygote import shared_zygote
 from lorasb_export import Adapter, calibrate
 from lorasb_export.environment import child_environment
 from lorasb_export.settings import CalibrationSettings
@@ -106,7 +107,6 @@ RTrainer.training_step = killed
 main()
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-WORLD = [*TORCHRUN, "-m", "lorasb_cli"]
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,6 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(command: list[str], folder: Path) -> str:
-    child = start(command, folder)
-    printed, messages = child.communicate(timeout=300)
-    assert child.returncode == 0, messages
-    return printed
-
-
 def difference(found: Path, expected: Path) -> float:
     """The largest entry of the difference of two adapters."""
     one, two = (load_file(folder / "adapter.safetensors") for folder in (found, expected))
@@ -160,7 +153,9 @@ def of_two(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     found = {}
     for how in ("plus", "--together"):
         folder = copytree(made, tmp_path_factory.mktemp("two") / "project")
-        found[how] = finish([*WORLD, "fit", how, "--json"], folder), folder / "adapters"
+        done = shared_zygote().run("lorasb_cli", "fit", how, "--json", folder=folder, processes=2)
+        assert done.returncode == 0, done.stderr
+        found[how] = done.stdout, folder / "adapters"
     return found
 
 
@@ -183,10 +178,9 @@ def test_two_processes_train_the_R_of_one(how: str, made: Path, of_two: dict[str
 def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(how: list[str], project: Path) -> None:
     """It is the rows of one process that tell; both must leave it out at the same step."""
     (project / "poison.py").write_text(POISON)
-    child = start([*TORCHRUN, "poison.py", "fit", *how, "--json"], project)
-    printed, messages = child.communicate(timeout=300)
-    found = json.loads(printed)
-    assert (child.returncode, list(found["adapters"]), list(found["failed"])) == (1, ["plus"], ["minus"]), messages
+    done = shared_zygote().run("poison.py", "fit", *how, "--json", folder=project, processes=2)
+    found, messages = json.loads(done.stdout), done.stderr
+    assert (done.returncode, list(found["adapters"]), list(found["failed"])) == (1, ["plus"], ["minus"]), messages
     assert "the loss of minus is not finite at step 2, on training rows" in found["failed"]["minus"]["what"]
     assert messages.count("Error: not all was done, 1 failed") == 1
     assert difference(project / "adapters" / "plus", project / "alone" / "plus") < 1e-6
@@ -201,7 +195,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path, of_two: dict
     assert "Signal 9 (SIGKILL)" in messages
     assert not (project / "adapters" / "plus").exists(), messages
     assert (project / "adapters" / ".plus.run" / "checkpoint-6" / "complete.json").exists(), messages
-    finish([*WORLD, "fit", "plus", "--resume"], project)
+    assert start([*TORCHRUN, "-m", "lorasb_cli", "fit", "plus", "--resume"], project).wait(timeout=180) == 0
     _, uninterrupted = of_two["plus"]
     assert difference(project / "adapters" / "plus", uninterrupted / "plus") == 0
     assert Adapter.load(uninterrupted / "plus").training["best_step"] > 7  # its R is none that the killed run had
@@ -214,7 +208,8 @@ def sharded(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "script.py").write_text(FSDP)
     with chdir(folder):
         runpy.run_path("script.py")
-    finish([*TORCHRUN, "script.py"], folder)
+    done = shared_zygote().run("script.py", folder=folder, processes=2)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -1,7 +1,8 @@
 """A process that has imported everything and forks a `python -m` for each line it reads: starting one takes no time.
 
-In: {"folder", "command", "logs", "signal", "after"}, where the command is a module and its words, and stdout and stderr
-go to the two logs; out, when the child has ended: {"code", "seconds"}, where the code is negative for a signal that
+In: {"folder", "command", "logs", "signal", "after", "processes"}, where the command is a module, or a script, and its
+words, and stdout and stderr go to the two logs; of several processes each is told what torchrun would tell it. Out,
+when they have ended: {"code", "seconds"}, where the code is that of the first that failed, negative for a signal that
 killed it. The process ends when its stdin does.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,8 +42,17 @@ class Zygote:
         """Begin `lorasb WORDS` in `folder`; it gets signal `number` if it runs `after` seconds. It writes to `log`."""
         self._ask(folder, ("lorasb_cli", *words), (log, log), number, after)
 
-    def _ask(self, folder: Path, command: tuple[str, ...], logs: tuple[Path, Path], number: int, after: float) -> None:
+    def _ask(
+        self,
+        folder: Path,
+        command: tuple[str, ...],
+        logs: tuple[Path, Path],
+        number: int,
+        after: float,
+        processes: int = 1,
+    ) -> None:
         asked = {"folder": str(folder), "command": command, "signal": int(number), "after": after}
+        asked["processes"] = processes
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**asked, "logs": [str(log) for log in logs]}) + "\n")
         self._process.stdin.flush()
@@ -52,11 +63,18 @@ class Zygote:
         ended = json.loads(self._process.stdout.readline())
         return ended["code"], ended["seconds"]
 
-    def run(self, *command: str, folder: Path, together: bool = False) -> subprocess.CompletedProcess[str]:
-        """What `python -m MODULE WORDS` does in `folder`; `together`: what it says on stderr comes on stdout."""
+    def run(
+        self, *command: str, folder: Path, together: bool = False, processes: int = 1
+    ) -> subprocess.CompletedProcess[str]:
+        """What `python -m MODULE WORDS`, or `python SCRIPT.py WORDS`, does in `folder`.
+
+        Args:
+            together: what it says on stderr comes on stdout.
+            processes: so many of them, as torchrun starts them: where one fails, the others get SIGTERM.
+        """
         with tempfile.TemporaryDirectory() as place:
             out, errors = Path(place, "out"), Path(place, "out" if together else "errors")
-            self._ask(folder, command, (out, errors), signal.SIGKILL, 600)
+            self._ask(folder, command, (out, errors), signal.SIGKILL, 600, processes)
             code, _ = self.wait()
             said = out.read_text(errors="replace"), "" if together else errors.read_text(errors="replace")
             return subprocess.CompletedProcess(command, code, *said)
@@ -90,29 +108,49 @@ def _serve() -> None:
         asked, started = json.loads(line), time.monotonic()
         if asked["command"][0] == TORCHS_EXPORTER:
             load_torchs_exporter()
-        pid = os.fork()
-        if not pid:
-            _become(asked)
-        while time.monotonic() - started < asked["after"]:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            time.sleep(min(0.002, asked["after"]))
-        else:
-            os.kill(pid, asked["signal"])  # not reaped yet: it cannot be another process's pid
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        pids = [os.fork() or _become(asked, variables) for variables in _of_torchrun(asked["processes"])]
+        code, sent = 0, set[int]()
+        while pids:
+            for pid in list(pids):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    pids.remove(pid)
+                    code = code or os.waitstatus_to_exitcode(status)
+            late = time.monotonic() - started >= asked["after"]
+            for number, is_due in ((asked["signal"], late), (signal.SIGTERM, code != 0)):
+                if is_due and number not in sent:
+                    sent.add(number)
+                    for pid in pids:  # not reaped yet: it cannot be another process's pid
+                        os.kill(pid, number)
+            if pids:
+                time.sleep(min(0.002, asked["after"]))
         print(json.dumps({"code": code, "seconds": time.monotonic() - started}), flush=True)
 
 
-def _become(asked: dict[str, Any]) -> NoReturn:
-    """In the child: become `python -m MODULE WORDS`."""
+def _of_torchrun(processes: int) -> list[dict[str, str]]:
+    """The variables of each of them; none of a single one."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **place} for rank in range(processes)]
+
+
+def _become(asked: dict[str, Any], variables: dict[str, str]) -> NoReturn:
+    """In the child: become `python -m MODULE WORDS`, or `python SCRIPT.py WORDS`."""
+    os.environ |= variables
     os.chdir(asked["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream, log in enumerate(asked["logs"], 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
-    module = asked["command"][0]
+    name = asked["command"][0]
     sys.argv = asked["command"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    end_with(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
+    if name.endswith(".py"):
+        end_with(lambda: runpy.run_path(name, run_name="__main__"))
+    end_with(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True))
 
 
 if __name__ == "__main__":

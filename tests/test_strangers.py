@@ -164,6 +164,13 @@ def test_a_licence_is_words(matter: str, found: dict[str, str], tmp_path: Path) 
     assert licence(str(tmp_path)) == found
 
 
+@pytest.mark.parametrize(("start", "found"), [(b"\xef\xbb\xbf", {"license": "mit"}), (b"\xff", {})])
+def test_a_licence_behind_a_byte_order_mark_is_found(start: bytes, found: dict[str, str], tmp_path: Path) -> None:
+    """As editors on Windows save a card; of one that is no UTF-8 nothing is known."""
+    (tmp_path / "README.md").write_bytes(start + b"---\r\nlicense: mit\r\n---\r\ntext")
+    assert licence(str(tmp_path)) == found
+
+
 def test_a_terminal_is_sent_no_escapes_of_others(adapter: Path) -> None:
     edit(adapter, "adapter_config.json", lambda c: c["training"].update(task="\x1b]0;owned\x07\x9b2J\u202edesrever"))
     for words in (["inspect", str(adapter)], ["inspect", str(adapter), "--json"], ["merge", "\x1b[31mx", "--out", "y"]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..cards.readme import LICENCE_KEYS, front_matter
 from ..errors import ArtifactError, ServerError
-from ..files.storage import expanded
+from ..files.storage import expanded, utf8
 from ..hub.calls import hub_errors, with_retries
 from ..hub.fetch import is_hub_id
 
@@ -37,8 +37,8 @@ def licence(
     if path is None or not path.is_file():
         return {}
     try:
-        keys = front_matter(path.read_text(encoding="utf-8"), path)
-    except (ArtifactError, UnicodeDecodeError):
+        keys = front_matter(utf8(path.read_bytes(), path), path)
+    except ArtifactError:
         return {}
     found = {key: text for key in LICENCE_KEYS if (text := _text(keys.get(key)))}
     link = found.get("license_link", "")

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lorasb_export.cards import card
 from lorasb_export.cards.readme import front_matter
 from lorasb_export.cards.sections import Facts
-from lorasb_export.publishing import licence
+from lorasb_export.publishing import folder_card
 from tests.cards import ADAPTER, FIGURES, adapter
 
 BASE = {"name_or_path": "owner/base", "revision": None, "fingerprint": "f" * 64}
@@ -130,10 +130,10 @@ def test_licences_of_base_and_data() -> None:
 def test_the_link_to_a_licence_leads_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter's repository has no LICENSE; a merged model brings the base's."""
     path = tmp_path / "README.md"
-    monkeypatch.setattr(licence, "_card_on_the_hub", lambda *_: path)
+    monkeypatch.setattr(folder_card, "_card_on_the_hub", lambda *_: path)
 
     def link(source: str, **options: Any) -> str | None:
-        return licence.licence(source, **options).get("license_link")
+        return folder_card.licence(source, **options).get("license_link")
 
     path.write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     assert link("owner/base") == "https://huggingface.co/owner/base/blob/main/LICENSE"

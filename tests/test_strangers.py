@@ -26,7 +26,7 @@ from lorasb_export.errors import ArtifactError, BaseModelError, DataError, Setti
 from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.project.project import Project
 from lorasb_export.provenance import without_folders
-from lorasb_export.publishing.licence import licence
+from lorasb_export.publishing.folder_card import licence
 from lorasb_export.publishing.outgoing import take_out_paths
 from lorasb_export.serving.plan import make_plan
 from tests.artifacts import edit

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..choices import NF4, SEQ_CLS
+from ..choices import CAUSAL_LM, NF4, SEQ_CLS
 from ..errors import ArtifactError, some
 from ..files.atomic import CARD, atomic_file
 from ..files.storage import utf8
-from ..hub.fetch import leads_out
+from ..hub.fetch import is_hub_id, leads_out, parse_hub_id
 from .loading import adapter_lines, model_class_of, outputs, source_of
-from .metadata import metadata
 from .readme import assemble, update
 from .sections import (
     NOTHING,
@@ -34,6 +33,8 @@ from .sections import (
 
 HERE = "path/to/this/folder"  # how a card calls its folder as long as it has no name on the Hub
 
+_PIPELINES = {CAUSAL_LM: "text-generation", SEQ_CLS: "text-classification"}
+_OF_ADAPTERS = ("lorasb", "peft")  # libraries
 _ROUNDED = " `W` is the base with its linear layers rounded to NF4 (four bits)."
 _BEFORE = " Measured with the adapter itself, before it was written in this form."
 
@@ -247,10 +248,40 @@ def finished(
     library: str,
     tags: Sequence[str] = (),
 ) -> str:
-    """A card: `body` with its front matter before, and after it what every card ends with."""
-    keys = metadata(base, facts, name, task_type, training, library=library, tags=tags)
+    """A card: `body` with its front matter before, which the Hub reads, and after it what every card ends with.
+
+    A base model that is a local folder is left out of the front matter: the Hub could not link to it.
+    """
+    keys: dict[str, Any] = {"library_name": library}
+    if is_hub_id(base.get("name_or_path")):
+        relation = "adapter" if library in _OF_ADAPTERS else "finetune"
+        keys |= {"base_model": base["name_or_path"], "base_model_relation": relation}
+    pipeline = _PIPELINES.get(task_type or "")
+    if pipeline:
+        keys["pipeline_tag"] = pipeline
+    keys |= facts.licence
+    if on_the_hub := parse_hub_id(training.get("data") or ""):
+        keys["datasets"] = [on_the_hub.repo]
+    keys["tags"] = ["lora-sb", "lorasb", *tags]
+    results = _results(training, pipeline or "text-generation")
+    if results:
+        keys["metrics"] = sorted({metric["type"] for result in results for metric in result["metrics"]})
+        keys["model-index"] = [{"name": name.rpartition("/")[2], "results": results}]
     rest = limits(base, training, facts) + provenance_table(base, made)
     return assemble(keys, f"{body.rstrip()}\n{rest}")
+
+
+def _results(training: Mapping[str, Any], pipeline: str) -> list[dict[str, Any]]:
+    """The adapter's figures, one result for each split, as the Hub's model-index wants them."""
+    task, of_hub = training.get("task") or "task", parse_hub_id(training.get("data") or "")
+    return [
+        {
+            "task": {"type": pipeline},
+            "dataset": {"name": task, "type": of_hub.repo if of_hub else task, "split": split},
+            "metrics": [{"type": metric, "value": found["adapter"]} for metric, found in metrics.items()],
+        }
+        for split, metrics in training.get("evaluation", {}).items()
+    ]
 
 
 def base_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

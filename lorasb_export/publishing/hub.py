@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from ..basis_source import EMBEDDED
 from ..cards import readme
 from ..errors import SettingsError
 from ..files.storage import absolute
-from ..hub.fetch import parse_hub_folder
+from ..hub.fetch import is_hub_id, parse_hub_folder
 from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums
 from .folder_card import Licences, folder_card
-from .plan import card_change, check_target, planned
-from .repository import Repository, refuse_other
+from .outgoing import Files
+from .repository import Head, Repository, compare, refuse_other
 
 
 def push(
@@ -85,17 +87,16 @@ def push(
         basis, of_basis = bases.settle(adapter, files, source, to_come=basis_to_come)
         seen |= of_basis
         name_in_config(files, basis)
-    text = folder_card(files, kind, repo, folder, theirs, Licences() if head.reached else None)
-    files["README.md"] = text.encode()
+    licences = Licences() if head.reached else None
+    files["README.md"] = folder_card(files, kind, repo, folder, theirs, licences).encode()
     outgoing.take_out_paths(files)
     outgoing.refuse_tokens(files)
     files[outgoing.SUMS] = checksums(files)
-    message = message or f"Upload {kind} with lorasb"
-    plan = planned(repository, files, head, kind, public, message)
-    plan |= {"skipped": skipped, "card": readme.front_matter(text)} | ({"basis": basis} if basis else {})
+    plan = planned(repository, head, theirs, kind, files, skipped, public=public, message=message, dry_run=dry_run)
+    plan |= {"basis": basis} if basis else {}
     if dry_run:
-        return plan | card_change(theirs, text, head)
-    return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
+        return plan
+    return plan | repository.commit(files, head, seen, public=public, create_pr=create_pr, message=plan["message"])
 
 
 def _check_basis_options(folder: Path, kind: str, basis_repo: str | None, with_basis: bool) -> None:
@@ -105,3 +106,56 @@ def _check_basis_options(folder: Path, kind: str, basis_repo: str | None, with_b
         raise SettingsError("basis_repo and with_basis exclude each other", fix="Leave one out")
     if (basis_repo or with_basis) and kind != "adapter":
         raise SettingsError("basis_repo and with_basis are for adapters", where=folder, fix="Leave it out")
+
+
+def check_target(repo: str, revision: str | None, create_pr: bool) -> None:
+    """Raise SettingsError for what is no repository, or options that exclude each other."""
+    if not is_hub_id(repo):
+        fix = "Give owner/name"
+        if (found := parse_hub_folder(repo)) and found.path:
+            fix = f"Push the project to {found.repo}"
+        raise SettingsError("not a Hub repository", where=repo, fix=fix)
+    if create_pr and revision is not None:
+        raise SettingsError("create_pr and revision exclude each other", fix="Leave one out")
+
+
+def planned(
+    repository: Repository,
+    head: Head,
+    theirs: str,
+    kind: str,
+    files: Files,
+    skipped: Sequence[str],
+    *,
+    public: bool,
+    message: str | None,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """What `push` returns, but for `basis`, before its commit on `head`, where the card is still `theirs`."""
+    changes = compare(files, head)
+    sizes = {path: outgoing.size_of(file) for path, file in sorted(files.items())}
+    card = outgoing.content_of(files["README.md"]).decode()
+
+    def change(path: str) -> str:
+        if path not in changes.written:
+            return "same"
+        return "changed" if path in head.files else "added"
+
+    plan: dict[str, Any] = {
+        "repo": repository.name,
+        "url": repository.url,
+        "kind": kind,
+        "private": head.stays_private(public),
+        "files": [{"path": path, "bytes": size, "change": change(path)} for path, size in sizes.items()],
+        "deleted": changes.deleted,
+        "bytes": sum(sizes.values()),
+        "sent": sum(sizes[path] for path in changes.written),
+        "skipped": skipped,
+        "message": message or f"Upload {kind} with lorasb",
+        "parent": head.commit,
+        "card": readme.front_matter(card),
+    }
+    if dry_run:
+        diff = difflib.unified_diff(theirs.splitlines(), card.splitlines(), "on the Hub", "to be pushed", lineterm="")
+        plan |= {"card_diff": "\n".join(diff), "reached": head.reached}
+    return plan

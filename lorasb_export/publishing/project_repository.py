@@ -30,8 +30,8 @@ from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums
 from .folder_card import Licences, folder_card
+from .hub import check_target, planned
 from .outgoing import PROJECT, SUMS, Files, Seen
-from .plan import card_change, check_target, planned
 from .project_index import INDEX, About, about, make_index, others, refuse_lost
 from .repository import Head, Repository, Stored, compare, is_of_one, is_stored, refuse_other
 
@@ -91,24 +91,23 @@ def push_parts(
             failed[folder.name] = error.alone()
     if not any(kind_of_part(part) == "adapter" for part in read):
         Problems(failed.values()).raise_all("nothing was pushed")
-    message = message or "Upload project with lorasb"
-    files, text = reader.together(read, head, theirs)
-    plan = planned(repository, files, head, PROJECT, public, message)
-    plan |= {"skipped": [path for one in read.values() for path in one.skipped], "card": readme.front_matter(text)}
+    files = reader.together(read, head, theirs)
+    skipped = [path for one in read.values() for path in one.skipped]
+    plan = planned(repository, head, theirs, PROJECT, files, skipped, public=public, message=message, dry_run=dry_run)
     changed = sum(file["change"] != "same" for file in plan["files"]) + len(plan["deleted"])
     early = reader.early(read, head) if changed > _MANY and not create_pr else []
     plan["commits"] = len(early) + 1
     if changed > _MANY and not early:
         logger.warning("%d files in one commit may be too much for the Hub", changed)
     if dry_run:
-        return plan | card_change(theirs, text, head), failed
+        return plan, failed
     for number, some_parts in enumerate([*early, read], 1):
         try:
             if early:
                 logger.info("commit %d of %d", number, len(early) + 1)
-                files, _ = reader.together(some_parts, head, theirs)
+                files = reader.together(some_parts, head, theirs)
             seen = {path: version for one in some_parts.values() for path, version in one.seen.items()}
-            done = repository.commit(files, head, seen, public=public, create_pr=create_pr, message=message)
+            done = repository.commit(files, head, seen, public=public, create_pr=create_pr, message=plan["message"])
             if some_parts is not read:
                 head, theirs = repository.look(dry_run)
                 if head.commit != done["commit"]:  # what was read of cards there would be undone
@@ -202,8 +201,8 @@ class _Reader:
             room -= count
         return early
 
-    def together(self, parts: Mapping[str, _Part], head: Head, theirs: str) -> tuple[Files, str]:
-        """The files of a commit on `head`, whose card is `theirs`, that brings `parts`; and the new card.
+    def together(self, parts: Mapping[str, _Part], head: Head, theirs: str) -> Files:
+        """The files of a commit on `head`, whose card is `theirs`, that brings `parts`.
 
         The index, the card and the checksums are of all that is there then.
 
@@ -220,7 +219,7 @@ class _Reader:
         files |= {INDEX: to_json(index), "README.md": text.encode()}
         kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *parts}}
         files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
-        return files, text
+        return files
 
     def _settle(self, part: str, adapter: Adapter, files: Files) -> tuple[str, str, Seen]:
         """Where the adapter's basis is, for its card and for its config; and the basis's own files."""

@@ -15,7 +15,7 @@ from ..choices import CAUSAL_LM, MAX_DROP
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
 from ..errors import SettingsError
-from ..evaluation.evaluate import require_same_kind
+from ..evaluation.evaluate import require_same_kind, with_labels_of
 from ..files.atomic import atomic_folder
 from ..files.output import refuse_own_input, require_room
 from ..files.storage import expanded
@@ -56,7 +56,7 @@ def export_onnx(
     name = source.name or ""
     if data and name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    task = load_held_out(name, data[name]) if data else None
+    task = with_labels_of(source, load_held_out(name, data[name])) if data else None
     if task is not None:
         require_same_kind(source, task)
     base_model = source.base.resolve(base)

@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.choices import SEQ_CLS
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import TaskData
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.exporting import onnx
 from lorasb_export.exporting.export import export
+from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
+from lorasb_export.exporting.onnx_record import write_record
 from tests.random_adapter import adapter_on
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnxscript")
+
+ROWS = TaskData("sums", "memory", CAUSAL_LM, {"test": [{"prompt": "1+1=", "completion": "2"}]}, "0")
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,36 @@ def test_a_classifier_is_compared_on_the_rows_that_evaluate_takes(
     export(tmp_path / "a", tmp_path / "onnx", format="onnx", data={"a": rows})
     labels = [row["label"] for row in compared[0].rows("test")]
     assert (labels, list(map(type, labels))) == (learnt, list(map(type, learnt)))
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """As far as it is read before an adapter is added."""
+    (tmp_path / "tasks").mkdir()
+    write_record(tmp_path / "tasks", {"kind": "onnx-adapters", "routed": False, "adapters": {}, "basis": {"sha256": ""}})
+    return tmp_path / "tasks"
+
+
+def test_a_classifier_is_not_added_without_its_head(bert: Path, exported: Path, tmp_path: Path) -> None:
+    adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    with pytest.raises(BaseModelError, match="every classifier has a head of its own"):
+        add_onnx_adapters([tmp_path / "a"], exported, verify=False)
+    with pytest.raises(BaseModelError, match="every classifier has a head of its own"):
+        export_onnx_adapters([tmp_path / "a"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_of_no_adapter_is_refused(llama: Path, exported: Path, tmp_path: Path) -> None:
+    adapter_on(llama, tmp_path / "a", CAUSAL_LM)
+    data = {"a": ROWS, "b": ROWS}
+    with pytest.raises(SettingsError, match=r"data is of b, none of the adapters.*under its adapter's name"):
+        add_onnx_adapters([tmp_path / "a"], exported, data=data)
+    with pytest.raises(SettingsError, match="data is of b, none of the adapters"):
+        export([tmp_path / "a"], tmp_path / "new", format="onnx-adapters", data=data)
+
+
+def test_a_readme_that_cannot_be_kept_is_told_of_before_the_work(llama: Path, exported: Path, tmp_path: Path) -> None:
+    adapter_on(llama, tmp_path / "a", CAUSAL_LM)
+    (exported / "README.md").write_bytes(b"---\ntags: [\n---\n")
+    with pytest.raises(ArtifactError, match="front matter is not valid YAML"):
+        add_onnx_adapters([tmp_path / "a"], exported)

@@ -72,12 +72,6 @@ def export_onnx_adapters(
     for adapter in loaded.values():
         check_same_basis(adapter, basis)
         refuse_own_input(out, adapter.folder, adapter.basis_source)
-        if adapter.task_type != CAUSAL_LM:
-            raise BaseModelError(
-                f"the adapter's task is {adapter.task_type}: every classifier has a head of its own",
-                where=adapter.folder,
-                fix="Export each one merged: --format onnx",
-            )
     base_model = first.base.resolve(base)
     for ref in {basis.base, *(adapter.base for adapter in loaded.values())}:  # blocks of several may have one sha256
         base_model.verify(ref, basis.modules)
@@ -128,12 +122,13 @@ def add_onnx_adapters(
     Raises:
         ArtifactError: not such a folder, a damaged one, an adapter of another basis, or `verify` failed: the folder
             is then as it was.
-        BaseModelError: `verify`, and not the base of the folder.
+        BaseModelError: a classifier; or `verify`, and not the base of the folder.
         DataError: `data` is of another task type than its adapter.
-        SettingsError: a name that is taken.
+        SettingsError: a name that is taken; `data` under a name that is no adapter's.
     """
     folder = expanded(into)
     exported_record(folder)  # what is no such folder is refused before a lock lies beside it
+    card.check(folder)
     with only_writer(folder, wait=True):
         before = exported_record(folder)
         record = copy.deepcopy(before)
@@ -245,19 +240,30 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
     """Name → adapter.
 
     Raises:
-        SettingsError: no adapter, two of one name (capitals aside), or a name unfit for a file, or the base's.
+        BaseModelError: a classifier.
+        SettingsError: no adapter, two of one name (capitals aside), or a name unfit for a file, or the base's; `data`
+            under a name that is none of theirs.
         DataError: rows of another kind.
     """
     loaded = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
     if not loaded or len({name.casefold() for name in loaded}) != len(adapters):
         what = "the adapters need different names, by more than capitals"  # one file on the disks of macOS and Windows
         raise SettingsError(what, where=", ".join(loaded), fix="Rename a folder")
+    if odd := [name for name in data if name not in loaded]:
+        fix = "Give each task under its adapter's name"
+        raise SettingsError(f"data is of {', '.join(odd)}, none of the adapters", fix=fix)
     for name, adapter in loaded.items():
         if name == "base":
             what = "an adapter called 'base' would hide the base, which is told under that name"
             raise SettingsError(what, where=adapter.folder, fix="Rename the folder")
         if problem := name_problem(name, "name an exported adapter"):
             raise SettingsError(problem, where=adapter.folder, fix="Rename the folder")
+        if adapter.task_type != CAUSAL_LM:
+            raise BaseModelError(
+                f"the adapter's task is {adapter.task_type}: every classifier has a head of its own",
+                where=adapter.folder,
+                fix="Export each one merged: --format onnx",
+            )
         if name in data:
             require_same_kind(adapter, data[name])
     return loaded

@@ -243,4 +243,9 @@ def test_verify_compares_a_head_too(bert: Path, tmp_path: Path, monkeypatch: pyt
         peft, "folded_tensors", lambda one: {n: t if "lora" in n else 0 * t for n, t in whole(one).items()}
     )
     with pytest.raises(ArtifactError, match="PEFT's logits differ"):
+        export_peft(tmp_path / "a", tmp_path / "other", verify=True)
+    monkeypatch.setattr(peft, "folded_tensors", lambda one: {n: t for n, t in whole(one).items() if "lora" in n})
+    config, unsaid = peft.peft_config, {"modules_to_save": None, "task_type": None}  # or PEFT would miss the head
+    monkeypatch.setattr(peft, "peft_config", lambda *args, **kw: config(*args, **kw) | unsaid)
+    with pytest.raises(ArtifactError, match="PEFT's logits differ"):
         export_peft(tmp_path / "a", tmp_path / "without", verify=True)

@@ -59,7 +59,9 @@ def test_a_classifier_is_compared_on_the_rows_that_evaluate_takes(
 def exported(tmp_path: Path) -> Path:
     """As far as it is read before an adapter is added."""
     (tmp_path / "tasks").mkdir()
-    write_record(tmp_path / "tasks", {"kind": "onnx-adapters", "routed": False, "adapters": {}, "basis": {"sha256": ""}})
+    write_record(
+        tmp_path / "tasks", {"kind": "onnx-adapters", "routed": False, "adapters": {}, "basis": {"sha256": ""}}
+    )
     return tmp_path / "tasks"
 
 

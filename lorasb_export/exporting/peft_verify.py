@@ -8,6 +8,7 @@ from typing import Any
 from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..layers.exact import exact_products
+from ..layers.head import head_parameters
 from ..layers.inject import remove
 from ..merging.verify import TOLERANCE, logits_of, require_close, rows_of
 
@@ -27,9 +28,12 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
     network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
     batch, rows = rows_of(base, adapter)
     inputs = {name: tensor.to(network.device) for name, tensor in batch.items()}
+    heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
     expected = logits_of(network, inputs)
     remove(network)
+    for parameter, data in heads.items():  # PEFT has to bring the trained one
+        parameter.data = data
     with_peft: Any = PeftModel.from_pretrained(network, str(folder)).eval()
     found, fix = logits_of(with_peft, inputs), "Nothing was written; use `lorasb merge`"
     return {**require_close(expected, found, TOLERANCE["F32"], "PEFT's logits", folder, fix), "rows": rows}

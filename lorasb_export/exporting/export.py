@@ -69,11 +69,11 @@ def export(
         return export_peft(paths[0], out, base=base, verify=bool(verify), overwrite=overwrite)
     options: dict[str, Any] = {"base": base, "precision": precision, "max_drop": max_drop, "overwrite": overwrite}
     options["verify"] = verify is not False
+    options["data"] = {name: load_held_out(name, task) for name, task in (data or {}).items()}
     if format == "onnx":
         from .onnx import export_onnx
 
-        return export_onnx(paths[0], out, data=data or {}, **options)
+        return export_onnx(paths[0], out, **options)
     from .onnx_adapters import export_onnx_adapters
 
-    loaded = {name: load_held_out(name, task) for name, task in (data or {}).items()}
-    return export_onnx_adapters(paths, out, routed=routed, data=loaded, **options)
+    return export_onnx_adapters(paths, out, routed=routed, **options)

@@ -12,8 +12,7 @@ from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_DROP
-from ..data.source import AnySource
-from ..data.task import TaskData, load_held_out
+from ..data.task import TaskData
 from ..errors import SettingsError
 from ..evaluation.evaluate import require_same_kind, with_labels_of
 from ..files.atomic import atomic_folder
@@ -37,7 +36,7 @@ def export_onnx(
     base: str | Path | None = None,
     precision: str = "fp32",
     verify: bool = True,
-    data: Mapping[str, AnySource | TaskData] = {},
+    data: Mapping[str, TaskData] = {},
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -46,7 +45,8 @@ def export_onnx(
     The folder holds `model.onnx`, `model.onnx_data`, the tokenizer with its chat template, `config.json`,
     `generation_config.json`, `lorasb.json` and a card; from onnxruntime-genai's builder also `genai_config.json`.
 
-    Arguments and errors: as for `export`. int8 and int4 make graphs for the CPU, bf16 one for CUDA alone.
+    Arguments and errors: as for `export`, but the task of `data` is loaded. int8 and int4 make graphs for the
+    CPU, bf16 one for CUDA alone.
     """
     check_request(precision, PRECISIONS)
     wanted = PRECISIONS[precision]
@@ -56,7 +56,7 @@ def export_onnx(
     name = source.name or ""
     if data and name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    task = with_labels_of(source, load_held_out(name, data[name])) if data else None
+    task = with_labels_of(source, data[name]) if data else None
     if task is not None:
         require_same_kind(source, task)
     base_model = source.base.resolve(base)
@@ -70,7 +70,7 @@ def export_onnx(
         scratch.mkdir()
         merged_bytes = 4 if wanted.dtype == "float32" else 2
         require_room(folder, int(parameters(base_model) * (merged_bytes + wanted.room)))
-        merge(source, scratch / "merged", base=base, dtype=wanted.dtype)
+        merge(source, scratch / "merged", base=base_model, dtype=wanted.dtype)
         build(exporter, scratch / "merged", folder, precision, scratch, source.task_type)
         if wanted.bits:
             quantize(folder, wanted.bits)

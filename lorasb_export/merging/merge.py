@@ -18,7 +18,7 @@ from ..base.model import AnyBase, BaseModel
 from ..base.network import as_base_model_error, tokenizer_of
 from ..cards import card
 from ..choices import NF4, SEQ_CLS
-from ..errors import OutputError, SettingsError
+from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
 from ..files.output import free_bytes
 from ..files.storage import expanded, read_json, write_json
@@ -104,9 +104,12 @@ def merge(
             "free_bytes": free_bytes(out),
             "expected_retained": plan.expected_retained(),
         }
-    with resumable_folder(out, plan.identity, overwrite=overwrite) as folder:
+    identity = plan.identity()
+    with resumable_folder(out, identity, overwrite=overwrite) as folder:
         modules, reused = _write_shards(plan, folder)
-        plan.refuse_changed()
+        if plan.identity() != identity:
+            what = "a file of the base changed while it was read"
+            raise BaseModelError(what, where=plan.base.folder, fix="Merge again: nothing of it was kept")
         result |= {"retained": retained.summary(modules), "shards_reused": reused}
         retained.warn(result["retained"], " and ".join(result["stored"]))
         made = {"command": command(), "retained": result["retained"]}

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..basis import Basis
 from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import ArtifactError, BaseModelError, Problems, SettingsError
+from ..errors import ArtifactError, Problems, SettingsError
 from ..files.output import refuse_existing, refuse_own_input, require_room
 from ..files.storage import DTYPE_BYTES, TensorInfo
 from ..made_from import adapter_provenance
@@ -87,21 +86,11 @@ class MergePlan:
             return ["model.safetensors"]
         return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
-    @cached_property
     def identity(self) -> str:
         """sha256 of all that decides the bytes of the shards: what an interrupted merge may be resumed by.
 
         A base file counts by name, size and time of change, and its targets by their fingerprint.
         """
-        return self._identify()
-
-    def refuse_changed(self) -> None:
-        """Raise BaseModelError where a file of the base has changed since `identity` was first asked for."""
-        if self._identify() != self.identity:
-            what = "a file of the base changed while it was read"
-            raise BaseModelError(what, where=self.base.folder, fix="Merge again: nothing of it was kept")
-
-    def _identify(self) -> str:
         files = sorted({tensor.source[0] for shard in self.shards for tensor in shard if tensor.source is not None})
         stats = [path.stat() for path in files]
         parts = [

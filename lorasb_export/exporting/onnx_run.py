@@ -116,7 +116,11 @@ class OnnxDecoder:
         state = (path, path.stat().st_mtime_ns if path.is_file() else None)
         loaded = self._loaded.pop(state, None)
         if loaded is None:
-            check_adapter(path, self._session.get_overridable_initializers(), self.folder)
+            replaceable = self._session.get_overridable_initializers()
+            expected = {item.name: (item.shape, _FLOATS[item.type]) for item in replaceable}
+            if {name: (list(array.shape), array.dtype) for name, array in read_adapter(path).items()} != expected:
+                fix = f"Use one exported into {self.folder}"
+                raise ArtifactError("the ONNX adapter belongs to another graph", where=path, fix=fix)
             loaded = self._ort.LoraAdapter()
             loaded.Load(str(path))
         self._run_options.add_active_adapter(loaded)
@@ -254,16 +258,3 @@ def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> n
         raise DataError(f"the batch has no {', '.join(absent)}, which the graph reads", fix=fix)
     logits: np.ndarray[Any, Any] = session.run(None, {name: batch[name] for name in names})[0]
     return logits
-
-
-def check_adapter(path: Path, replaceable: Sequence[Any], folder: Path) -> None:
-    """Raise ArtifactError when an `.onnx_adapter` file does not have the names, shapes and dtypes that a graph expects.
-
-    Args:
-        replaceable: what onnxruntime says of the graph's R.
-    """
-    expected = {item.name: (item.shape, _FLOATS[item.type]) for item in replaceable}
-    if {name: (list(array.shape), array.dtype) for name, array in read_adapter(path).items()} != expected:
-        raise ArtifactError(
-            "the ONNX adapter belongs to another graph", where=path, fix=f"Use one exported into {folder}"
-        )

@@ -125,10 +125,6 @@ class Shared:
         return len(self.adapters) + (_ROOM if self.updates_from is not None else 0)
 
     @property
-    def basis_folder(self) -> Path:
-        return resolve_folder(next(iter(self.adapters.values())).find_basis(), BASIS_FILES)[0]
-
-    @property
     def reads_again(self) -> bool:
         """Whether adapters make way for others, and are read anew when they are asked for."""
         held = max(self.slots, self.max_cpu_loras or 0)  # vLLM's host cache also counts those in slots
@@ -153,7 +149,8 @@ class Shared:
         return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
 
     def environment(self, folder: str | Path) -> dict[str, str]:
-        variables = {BASIS_VARIABLE: str(self.basis_folder)}
+        basis, _ = resolve_folder(next(iter(self.adapters.values())).find_basis(), BASIS_FILES)
+        variables = {BASIS_VARIABLE: str(basis)}
         if self.updates_from is not None:
             variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute())}
             variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS))}

@@ -121,7 +121,10 @@ def make_plan(
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
     """
-    _check_settings(adapters, model, mode, extra)
+    if not adapters and model is None:
+        raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
+    require_choice("mode", mode, ServingMode)
+    flags.refuse_bad(extra)
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
@@ -270,13 +273,6 @@ def _penalizes_repetition(base: BaseModel) -> bool:
 def _base_name(base: BaseModel) -> str:
     """Its Hub id, or the name of its folder."""
     return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
-
-
-def _check_settings(adapters: Mapping[str, Any], model: str | None, mode: str, extra: Sequence[str]) -> None:
-    if not adapters and model is None:
-        raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
-    require_choice("mode", mode, ServingMode)
-    flags.refuse_bad(extra)
 
 
 def _servable(name: str, source: str | Path) -> Adapter:

@@ -139,7 +139,7 @@ def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_p
     with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
         evaluate(generates, task, split="train")
     assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
-    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).tokenizer)
+    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).tokenizer, set())
     asked.ask(Mock(eos_ids=set(), context=64, generate=lambda prompts, _: [[5]] * len(prompts)))
     assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 

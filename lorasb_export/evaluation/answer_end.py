@@ -23,6 +23,13 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | Non
     return {token for token in (tokenizer.eos_token_id, *others) if token is not None}
 
 
+def ends_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """`end_ids` of a model folder. Raises ArtifactError where a file that names them is missing or damaged."""
+    generation = folder / "generation_config.json"
+    config = read_json(generation if generation.is_file() else folder / "config.json")
+    return end_ids(tokenizer, config.get("eos_token_id"))
+
+
 def write_end_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add to `eos_token_id` in a model folder's generation_config.json what else ends our answers.
 

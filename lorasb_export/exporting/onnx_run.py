@@ -14,7 +14,7 @@ from ..bars import progress_bar
 from ..base.network import tokenizer_of
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
-from ..evaluation.answer_end import end_ids
+from ..evaluation.answer_end import ends_of
 from ..files.storage import expanded, read_json
 from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GRAPH
@@ -99,9 +99,7 @@ class OnnxDecoder:
     @cached_property
     def eos_ids(self) -> set[int]:
         """The tokens that end an answer. Raises ArtifactError when the folder's tokenizer does not load."""
-        generation = self.folder / "generation_config.json"
-        config = read_json(generation if generation.is_file() else self.folder / "config.json")
-        return end_ids(tokenizer_in(self.folder), config.get("eos_token_id"))
+        return ends_of(self.folder, tokenizer_in(self.folder))
 
     def use(self, adapter: str | Path | None) -> None:
         """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,9 @@ from ..data.encoding import encode, prompt_ids
 from ..data.rows import TEXT, has_answer
 from ..data.task import TaskData
 from ..errors import ArtifactError, DataError
-from ..evaluation.answer_end import before_end
+from ..evaluation.answer_end import before_end, ends_of
 from ..evaluation.evaluate import metric_for, trained_length
-from ..evaluation.inference import answers_of_ids, question_of
+from ..evaluation.inference import Asked, answers_of_ids, question_of
 from ..evaluation.metrics import exact_match, prediction_metrics
 from ..layers.exact import exact_products
 from ..layers.inject import remove
@@ -149,44 +149,43 @@ def _both(metric: str, rows: int, in_torch: float, in_onnx: float) -> dict[str, 
 def held_out(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
     """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
     tokenizer = base.tokenizer
-    return {name: HeldOut(task, tokenizer) for name, task in data.items() if task.kind != TEXT}
+    ends = ends_of(base.folder, tokenizer)
+    return {name: HeldOut(task, tokenizer, ends) for name, task in data.items() if task.kind != TEXT}
 
 
 class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
-    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
         self._tokenizer, unit = tokenizer, task.unit(task.held_out())
-        first = task.rows(task.held_out())[:_METRIC_ROWS]
-        self._rows = {f"{unit} {number}": row for number, row in enumerate(first, 1) if has_answer(row)}
-        self._without_answer = len(first) - len(self._rows)
-        self._prompts: list[list[int]] = []
-        self._tokens: list[int] = []
-        for where, row in self._rows.items():
-            question = question_of(tokenizer, row, where)
+        rows = task.rows(task.held_out())[:_METRIC_ROWS]
+        self._asked: list[Asked] = []
+        self._rows = len(rows)
+        for number, row in enumerate(rows, 1):
+            if not has_answer(row):
+                continue
+            where = f"{unit} {number}"
+            question = question_of(tokenizer, row, where, ends)
             ids = prompt_ids(tokenizer, question.prompt, where)
             if not ids:
                 raise DataError("the prompt has no tokens", where=where, fix="Fill it in")
-            self._prompts.append(ids)
-            self._tokens.append(question.max_tokens)
+            self._asked.append(Asked(ids, question.expected, question.max_tokens))
 
     def ask(self, decoder: OnnxDecoder) -> None:
         """The graph, of the rows that fit with their answers; torch is asked the same."""
-        rows, ends = self._rows.items(), decoder.eos_ids
-        expected = [question_of(self._tokenizer, row, where, ends).expected for where, row in rows]
-        fitting = [i for i, ids in enumerate(self._prompts) if len(ids) + self._tokens[i] <= decoder.context]
-        self._asked, self._expected = [self._prompts[i] for i in fitting], [expected[i] for i in fitting]
-        if not fitting:
+        self._asked = [one for one in self._asked if len(one.ids) + one.room <= decoder.context]
+        if not self._asked:
             return
-        self._limit = min(max(self._tokens[i] for i in fitting), decoder.context - max(map(len, self._asked)))
-        found = [before_end(ids, decoder.eos_ids) for ids in decoder.generate(self._asked, self._limit)]
+        self._prompts, self._expected = [one.ids for one in self._asked], [one.expected for one in self._asked]
+        self._limit = min(max(one.room for one in self._asked), decoder.context - max(map(len, self._prompts)))
+        found = [before_end(ids, decoder.eos_ids) for ids in decoder.generate(self._prompts, self._limit)]
         self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 
     def compare(self, network: PreTrainedModel) -> dict[str, Any]:
-        result: dict[str, Any] = {"rows_left_out": self._without_answer + len(self._rows) - len(self._asked)}
+        result: dict[str, Any] = {"rows_left_out": self._rows - len(self._asked)}
         if not self._asked:
             return result
-        given = answers_of_ids(network, self._tokenizer, self._asked, [self._limit] * len(self._asked))
+        given = answers_of_ids(network, self._tokenizer, self._prompts, [self._limit] * len(self._prompts))
         return result | _both("exact_match", len(given), exact_match(given, self._expected), self._in_onnx)
 
 

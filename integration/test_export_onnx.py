@@ -29,8 +29,8 @@ from lorasb_export.exporting import onnx_verify
 from lorasb_export.exporting.onnx import export_onnx
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_build import DATA, GRAPH
+from lorasb_export.exporting.onnx_exporter import PRECISIONS
 from lorasb_export.exporting.onnx_graph import read_graph
-from lorasb_export.exporting.onnx_precision import PRECISIONS
 from lorasb_export.exporting.onnx_quantize import quantize
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder

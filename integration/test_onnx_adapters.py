@@ -18,11 +18,11 @@ from lorasb_export.data.rows import with_system
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, OutputError, SettingsError
 from lorasb_export.evaluation.side_by_side import ask_adapters
 from lorasb_export.exporting import onnx_adapters, onnx_run
-from lorasb_export.exporting.onnx_adapter_file import Arrays, read_adapter, values, write_adapter
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
 from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.exporting.onnx_record import read_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
+from lorasb_export.exporting.onnx_swap import Arrays, read_adapter, values, write_adapter
 from tests.tiny import make_llama
 
 from .onnx_world import PROMPTS, TOKENS, answers, save_adapter

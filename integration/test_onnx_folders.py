@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lorasb_export.errors import ArtifactError
-from lorasb_export.exporting.onnx_adapter_file import read_adapter
 from lorasb_export.exporting.onnx_record import read_record, write_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder
+from lorasb_export.exporting.onnx_swap import read_adapter
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxruntime_genai")

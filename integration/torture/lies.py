@@ -30,9 +30,9 @@ from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import LoraSBError
-from lorasb_export.exporting.onnx_adapter_file import read_adapter
 from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 from lorasb_export.exporting.onnx_run import OnnxDecoder
+from lorasb_export.exporting.onnx_swap import read_adapter
 from lorasb_export.files.storage import read_header, read_json, sha256_file
 from lorasb_export.format import sealed
 from lorasb_export.inspection import inspect_folder

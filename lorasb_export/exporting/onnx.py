@@ -20,8 +20,7 @@ from ..files.output import refuse_own_input, require_room
 from ..files.storage import expanded
 from ..merging.merge import merge
 from .onnx_build import build
-from .onnx_exporter import exporter_for
-from .onnx_precision import PRECISIONS, check_request, parameters
+from .onnx_exporter import PRECISIONS, check_request, exporter_for, parameters
 from .onnx_quantize import quantize
 from .onnx_record import finish, onnx_provenance, write_record
 from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder

@@ -30,14 +30,22 @@ from ..files.output import cannot_write, refuse_own_input, require_room
 from ..files.storage import expanded
 from ..kind import artifact_kind
 from ..names import name_problem
-from .onnx_adapter_file import SUFFIX, Arrays, parameter, values, write_adapter
 from .onnx_build import DATA, GRAPH, build
-from .onnx_exporter import GENAI, exporter_for, genai_outputs
+from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameters
 from .onnx_graph import read_graph
-from .onnx_precision import PRECISIONS, check_request, parameters
 from .onnx_quantize import quantize
 from .onnx_record import RECORD, finish, onnx_provenance, read_record, write_record
-from .onnx_swap import BASIS_FILE, add_basis, add_to_stack, make_swappable
+from .onnx_swap import (
+    BASIS_FILE,
+    SUFFIX,
+    Arrays,
+    add_basis,
+    add_to_stack,
+    make_swappable,
+    parameter,
+    values,
+    write_adapter,
+)
 from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
 
 logger = logging.getLogger(__name__)

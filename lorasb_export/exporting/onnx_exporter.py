@@ -1,4 +1,6 @@
-"""Two exporters, one rule: onnxruntime-genai's builder for the decoders it knows, torch's exporter for all else.
+"""What an ONNX export takes: precisions, and two exporters.
+
+One rule: onnxruntime-genai's builder for the decoders it knows, torch's exporter for all else.
 
 The builder is an order of magnitude faster and its graph has fused attention, which decodes faster; torch's covers
 encoders and further decoders with standard operators.
@@ -7,15 +9,17 @@ encoders and further decoders with standard operators.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.model import BaseModel
 from ..base.network import as_base_model_error
 from ..base.supported import architecture
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..errors import BaseModelError
+from ..environment import require_packages
+from ..errors import BaseModelError, SettingsError
+from ..files.storage import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,6 +39,43 @@ _TORCH_TYPES = {
 _ROPE_OF_THE_BUILDER = {"LlamaForCausalLM": {"default", "llama3"}}  # others it leaves out without a word
 _ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles depend on how long the text is
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
+
+
+class GraphPrecision(NamedTuple):
+    """One precision.
+
+    Attributes:
+        provider: what the graph is for.
+        dtype: of the model in torch, before the graph's weights are quantized.
+        room: bytes a parameter on the disk; int8 and int4 are made from fp32 first.
+        bits: to which the weights are quantized, where they are.
+    """
+
+    provider: str
+    dtype: str
+    room: float
+    bits: int | None = None
+
+
+PRECISIONS = {
+    "fp32": GraphPrecision("cpu", "float32", 4.0),
+    "int8": GraphPrecision("cpu", "float32", 6.0, bits=8),
+    "int4": GraphPrecision("cpu", "float32", 5.0, bits=4),
+    "fp16": GraphPrecision("cuda", "float16", 2.0),
+    "bf16": GraphPrecision("cuda", "bfloat16", 2.0),
+}
+
+
+def check_request(precision: str, allowed: Collection[str]) -> None:
+    """Refuse an unknown precision, and a machine without the ONNX packages, before any work is done."""
+    if precision not in allowed:
+        raise SettingsError(f"precision {precision!r} is unknown here", fix=f"Choose one of {', '.join(allowed)}")
+    require_packages("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
+
+
+def parameters(base: BaseModel) -> int:
+    """How many numbers the base's files hold."""
+    return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in base.tensors.values())
 
 
 def exporter_for(base: BaseModel, task_type: str, swappable: Iterable[str] = ()) -> str:

@@ -14,7 +14,7 @@ from ..format import check_seal, sealed
 from ..made_from import adapter_provenance, published_training
 from ..names import name_problem
 from ..provenance import command, versions
-from .onnx_precision import PRECISIONS
+from .onnx_exporter import PRECISIONS
 
 if TYPE_CHECKING:
     from ..adapter import Adapter

@@ -16,12 +16,11 @@ from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
 from ..evaluation.answer_end import ends_of
 from ..files.storage import expanded, read_json
-from .onnx_adapter_file import SUFFIX, read_adapter
 from .onnx_build import GRAPH
 from .onnx_exporter import GENAI
 from .onnx_graph import read_graph
 from .onnx_record import read_record
-from .onnx_swap import IDS
+from .onnx_swap import IDS, SUFFIX, read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -238,7 +238,8 @@ def _copy(folder: Path, new: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True, copy_function=link_or_copy)
-        elif path.name in (DATA, BASIS_FILE) or path.suffix == SUFFIX:  # what is large or many; never written in place
+        # What is large or many, never written in place; nor read by onnx, which refuses hard links, as the stack is.
+        elif path.name in (DATA, BASIS_FILE) or path.suffix == SUFFIX:
             link_or_copy(path, new / path.name)
         elif path.name != RECORD:  # which is written anew
             shutil.copy2(path, new / path.name, follow_symlinks=False)

@@ -118,8 +118,8 @@ def make_swappable(path: Path, basis: Basis) -> None:
 def add_to_stack(path: Path, adapters: Sequence[Arrays]) -> None:
     """Make the graph in `path` a routed one, or give a routed one further adapters; the base is number 0.
 
-    The stack lies in a data file of its own, whose name holds its number of adapters, so that the graph and what
-    it refers to change in one rename: a reader sees the old adapters or the new ones.
+    The stack lies in a data file of its own, whose name holds its number of adapters. The file of the old one must have
+    one name only: onnx reads no data by a hard link.
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -132,15 +132,14 @@ def add_to_stack(path: Path, adapters: Sequence[Arrays]) -> None:
     for name, tensor in present.items():
         own = to_array(tensor, str(path.parent))
         stacks[name] = np.concatenate([own if routed else own[None], *(adapter[name][None] for adapter in adapters)])
-    file = f"tasks-{len(next(iter(stacks.values()))) - 1}.onnx_data"
-    with (path.parent / file).open("wb") as data:
+    file = path.parent / f"tasks-{len(next(iter(stacks.values()))) - 1}.onnx_data"
+    with file.open("wb") as data:
         for name, tensor in present.items():
             tensor.CopyFrom(_external(name, stacks[name], data))
     if not routed:
         _route(model, set(present))
-    temporary = path.with_name(f".{path.name}.new")
-    onnx.save(model, temporary)
-    temporary.replace(path)
+    path.unlink()  # it may be a link
+    onnx.save(model, path)
     for name in before - external_files(model):
         (path.parent / name).unlink()
 

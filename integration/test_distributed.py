@@ -58,7 +58,10 @@ svds = decomposition.truncated_svd = Mock(side_effect=decomposition.truncated_sv
 made = decomposed(sums[0])
 torch.save((svds.call_count, made), f"decomposed-{distributed.rank()}.pt")
 sys.argv = ["lorasb", "calibrate", "--json"]
-main()
+try:
+    main()
+finally:
+    assert not torch.distributed.is_initialized()  # or the end of Python might abort it
 """
 RESUME = """
 import os
@@ -66,7 +69,7 @@ from pathlib import Path
 from lorasb_export import Adapter, distributed, fit
 from lorasb_export.errors import SettingsError
 from lorasb_export.settings import FitSettings
-from lorasb_export.training import runs
+from lorasb_export.training import checkpoints, runs
 
 distributed.start()
 settings = FitSettings(max_steps=4, checkpoint_every=2, learning_rate=1e-3)
@@ -82,7 +85,7 @@ except InterruptedError:
     pass
 runs.RTrainer.train = train
 if not distributed.is_main():  # its view of a network's disk is old
-    runs.last_complete = lambda folder: None
+    checkpoints.last_complete = lambda folder: None
 fit("llama", "basis", "data", "a", settings, resume=True)
 assert Adapter.load("a").training["steps"] == 4
 if not distributed.is_main():

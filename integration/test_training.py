@@ -195,7 +195,9 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path, of_two: dict
     assert "Signal 9 (SIGKILL)" in messages
     assert not (project / "adapters" / "plus").exists(), messages
     assert (project / "adapters" / ".plus.run" / "checkpoint-6" / "complete.json").exists(), messages
-    assert start([*TORCHRUN, "-m", "lorasb_cli", "fit", "plus", "--resume"], project).wait(timeout=180) == 0
+    child = start([*TORCHRUN, "-m", "lorasb_cli", "fit", "plus", "--resume"], project)
+    _, messages = child.communicate(timeout=180)
+    assert child.returncode == 0, messages
     _, uninterrupted = of_two["plus"]
     assert difference(project / "adapters" / "plus", uninterrupted / "plus") == 0
     assert Adapter.load(uninterrupted / "plus").training["best_step"] > 7  # its R is none that the killed run had

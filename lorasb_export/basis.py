@@ -19,7 +19,7 @@ from .base.model import BaseRef
 from .cards import card
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
-from .files.storage import absolute, expanded, version_of, write_json
+from .files.storage import absolute, expanded, read_json, version_of, write_json
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
 from .hub.fetch import BASIS_FILES, parse_hub_folder, resolve_folder
 from .layers.factors import BlockBasis, Factors, ModuleBasis
@@ -136,7 +136,7 @@ class Basis:
         folder = expanded(folder)
         with atomic_folder(folder, overwrite=overwrite, kind="basis") as temporary:
             self.write_into(temporary)
-            card.write(temporary, card.basis_card(self.config()))
+            card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
         if not parse_hub_folder(self.source or ""):
             object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
 

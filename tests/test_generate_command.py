@@ -43,7 +43,7 @@ def test_all_adapters_but_classifiers_answer_by_default(project: Path, monkeypat
 def test_more_adapters_than_one_waits_for_are_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a project and of an ONNX export, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "lorasb_export.evaluation.inference", None)  # it brings torch: to import it fails
+    monkeypatch.setitem(sys.modules, "lorasb_export.evaluation.side_by_side", None)  # it asks: to import it fails
     tasks: dict[str, dict[str, str]] = {f"t{number}": {} for number in range(33)}
     (tmp_path / "onnx").mkdir()
     for name in tasks:

@@ -123,7 +123,7 @@ def _serve() -> None:
                     for pid in pids:  # not reaped yet: it cannot be another process's pid
                         os.kill(pid, number)
             if pids:
-                time.sleep(min(0.002, asked["after"]))
+                time.sleep(0.002 if sent else min(0.002, asked["after"]))
         print(json.dumps({"code": code, "seconds": time.monotonic() - started}), flush=True)
 
 

@@ -109,7 +109,7 @@ class BaseModel:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """See `tensors.checkpoint_tensors`."""
+        """See `base.tensors.checkpoint_tensors`."""
         return checkpoint_tensors(self.folder)
 
     def tensor_key(self, name: str) -> str | None:

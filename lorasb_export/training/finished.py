@@ -37,13 +37,13 @@ def differences(
     adapter = Adapter.load(out)
     try:
         kept, data = made["settings"]["learning_rate"], made["data_sha256"]
+        rates = sorted(made.get("learning_rates", [kept]))
     except (KeyError, TypeError):
         fix = "Train it anew with --overwrite"
         raise ArtifactError("the record of its training is damaged", where=record, fix=fix) from None
-    rates = made.get("learning_rates", [kept])
     if settings.rates == (kept,):  # as it came out of a search, it is written down
         rates = [kept]
-    before = made["settings"] | {"learning_rate": sorted(rates)}
+    before = made["settings"] | {"learning_rate": rates}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
     if data != task.sha256:

@@ -49,7 +49,7 @@ def export(
 
     Raises:
         SettingsError: an unknown format or precision; several adapters for a format that takes one;
-            `data` is under a name that is no adapter's.
+            `data` lacks the adapter's name; of `onnx-adapters`, it has one that is none's.
         ArtifactError: an adapter or its basis is bad, they do not share one, or `verify` failed.
         DataError: `data` cannot be read, or is of another task type than its adapter.
         BaseModelError: another base, or one of an architecture that is not exported.

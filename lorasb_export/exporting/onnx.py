@@ -53,8 +53,8 @@ def export_onnx(
     refuse_own_input(out, source.folder, source.basis_source)
     card.check(out)
     name = source.name or ""
-    if odd := [other for other in data if other != name]:
-        raise SettingsError(f"data is of {', '.join(odd)}, the adapter is {name}", fix="Give its task under its name")
+    if data and name not in data:
+        raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
     task = with_labels_of(source, data[name]) if data else None
     if task is not None:
         require_same_kind(source, task)

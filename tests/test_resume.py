@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,32 +33,35 @@ basis = training.basis
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
 
 
+def exit_code_of_a_fork(run: Callable[[], object]) -> int | None:
+    """A process of its own, which need not import everything again."""
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_oracle_22_resume_is_bit_equal_to_an_undisturbed_run(
-    optimizer: str, llama: Path, sums: Path, basis: Path
+    optimizer: str, llama: Path, sums: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed by SIGKILL after a checkpoint, resumed in another process; the same R, bit for bit."""
     folder, undisturbed = basis.parent / f"resume-{optimizer}", replace(SETTINGS, optimizer=optimizer)
-    script = (
-        "import sys; from lorasb_export import fit\n"
-        "from lorasb_export.settings import FitSettings; from lorasb_export.training.trainer import RTrainer\n"
-        "import os, signal, torch; torch.set_num_threads(1)\n"
-        "step = RTrainer.training_step\n"
-        "def killing(self, *args, **kwargs):\n"
-        "    if self.state.global_step == 10 and not sys.argv[6:]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, *args, **kwargs)\n"
-        "RTrainer.training_step = killing\n"
-        "settings = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2, optimizer=sys.argv[5])\n"
-        "fit(*sys.argv[1:5], settings, resume=bool(sys.argv[6:]))"
-    )
-    arguments = [sys.executable, "-c", script, str(llama), str(basis), str(sums), str(folder / "a"), optimizer]
-    variables = child_environment("bitsandbytes")  # which takes a second to import
-    assert subprocess.run(arguments, capture_output=True, env=variables).returncode == -signal.SIGKILL
+    inputs = (str(llama), basis, sums, folder / "a", undisturbed)
+    step = RTrainer.training_step
+
+    def killing(self: RTrainer, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", killing)
+        assert exit_code_of_a_fork(lambda: fit(*inputs)) == -signal.SIGKILL
     assert not (folder / "a").exists()
     with pytest.raises(OutputError, match="an interrupted run is there"):
-        fit(str(llama), basis, sums, folder / "a", undisturbed)
-    resumed = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env=variables)
-    assert resumed.returncode == 0, resumed.stderr
+        fit(*inputs)
+    assert exit_code_of_a_fork(lambda: fit(*inputs, resume=True)) == 0
     fit(str(llama), basis, sums, folder / "undisturbed", undisturbed)
     one, two = (load_file(folder / name / "adapter.safetensors") for name in ("a", "undisturbed"))
     assert all(torch.equal(one[name], two[name]) for name in two)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def left_as_found(network: PreTrainedModel) -> Iterator[None]:
-    """The network may be the caller's, or the next task's."""
+    """The network may be the caller's, or the next task's. What adapter is on it is taken off, before and after."""
+    remove(network)  # or what is looked for in the base would be looked for in that
     caches, checkpoints = getattr(network.config, "use_cache", None), is_checkpointing(network)
     dtypes = {parameter: parameter.dtype for parameter in network.parameters()}
     try:

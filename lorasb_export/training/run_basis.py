@@ -61,8 +61,7 @@ def own_basis(
 ) -> Basis:
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
     alike = replace(settings, batch_size=CalibrationSettings.batch_size)  # which decides nothing but rounding
-    # Of an empty base: an adapter may lie on `network`.
-    targets = find_targets(base.load_empty(task.task_type, num_labels=task.num_labels), settings.targets)
+    targets = find_targets(network or base.load_empty(task.task_type, num_labels=task.num_labels), settings.targets)
     of_base = [base.fingerprint(targets), recorded_template(base.folder, task)]
     made_from = json.dumps([asdict(alike), task.sha256, of_base])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"

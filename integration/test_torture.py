@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from integration.torture import agree, concurrency, disk, kill, lies
 from integration.torture.agree_ways import WAYS
 from integration.torture.agree_world import Case
 from integration.torture.faulty_disk import FAULTS, FaultyDisk
+from integration.torture.zygote import shared_zygote
 from lorasb_export.adapter import Adapter
 from lorasb_export.exporting import peft
 
@@ -39,6 +41,14 @@ def test_killed_verbs_go_on_and_end_with_the_same_bytes() -> None:
     assert tally.tried == 10
     assert tally.disturbed > 0  # a signal may come after the end, but not always
     assert not tally.problems
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_fork_ends_the_child(tmp_path: Path, number: signal.Signals) -> None:
+    """It is not lost in the hooks of `os.fork`, which then leave their locks shut."""
+    for _ in range(20):
+        shared_zygote().start(tmp_path, "inspect", ".", log=tmp_path / "log", number=number, after=0)
+        assert shared_zygote().wait()[0] in (-number, 128 + number), (tmp_path / "log").read_text()
 
 
 def test_a_faulty_disk_costs_nothing_but_the_run() -> None:

@@ -10,8 +10,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ import torch
 
 TORCHS_EXPORTER = "lorasb_export.exporting.onnx_torch"
 _EXPORTERS = ("onnxruntime_genai.models.builder", TORCHS_EXPORTER)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _run_program = subprocess.run
 
 Run = Callable[..., subprocess.CompletedProcess[Any]]
@@ -54,7 +55,8 @@ def exporters_by(forked: Callable[[list[str], Path], subprocess.CompletedProcess
 def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """A fork that runs in `folder` and becomes `command`, a module and its words; what it says is read."""
     reading, writing = os.pipe()
-    pid = os.fork()
+    with uninterrupted():
+        pid = os.fork()
     if not pid:
         torch.set_num_threads(1)  # here: torch makes its pool anew after a fork, and two threads at once may find none
         os.chdir(folder)
@@ -73,9 +75,18 @@ def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end, or until `end_with`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
 def end_with(main: Callable[[], object]) -> NoReturn:
-    """Run `main` as the last thing of this process, and end with the code that Python would end with."""
+    """Run `main` as the last thing of this process, and end as Python would end: with its code, or by Ctrl-C."""
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         main()
     finally:  # every way out, typer's SystemExit too, ends here
         error = sys.exc_info()[1]
@@ -84,4 +95,7 @@ def end_with(main: Callable[[], object]) -> NoReturn:
         code = error.code if isinstance(error, SystemExit) else int(error is not None)
         sys.stdout.flush()
         sys.stderr.flush()
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(code if isinstance(code, int) else int(code is not None))

@@ -4,6 +4,9 @@ In: {"folder", "command", "logs", "signal", "after", "processes"}, where the com
 words, and stdout and stderr go to the two logs; of several processes each is told what torchrun would tell it. Out,
 when they have ended: {"code", "seconds"}, where the code is that of the first that failed, negative for a signal that
 killed it. The process ends when its stdin does.
+
+A signal of the one who asked comes when a child has become its command, or later: one that interrupts the hooks of
+`os.fork` is lost, and leaves their locks shut. Who is still there _GRACE seconds after it is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from integration import child_environment
-from integration.torture.forks import TORCHS_EXPORTER, end_with, fork_exporters, load_torchs_exporter
+from integration.torture.forks import TORCHS_EXPORTER, end_with, fork_exporters, load_torchs_exporter, uninterrupted
+
+_GRACE = 120
 
 
 class Zygote:
@@ -108,7 +113,8 @@ def _serve() -> None:
         asked, started = json.loads(line), time.monotonic()
         if asked["command"][0] == TORCHS_EXPORTER:
             load_torchs_exporter()
-        pids = [os.fork() or _become(asked, variables) for variables in _of_torchrun(asked["processes"])]
+        with uninterrupted():
+            pids = [os.fork() or _become(asked, variables) for variables in _of_torchrun(asked["processes"])]
         code, sent = 0, set[int]()
         while pids:
             for pid in list(pids):
@@ -116,8 +122,12 @@ def _serve() -> None:
                 if ended:
                     pids.remove(pid)
                     code = code or os.waitstatus_to_exitcode(status)
-            late = time.monotonic() - started >= asked["after"]
-            for number, is_due in ((asked["signal"], late), (signal.SIGTERM, code != 0)):
+            late = time.monotonic() - started - asked["after"]
+            for number, is_due in (
+                (asked["signal"], late >= 0),
+                (signal.SIGTERM, code != 0),
+                (signal.SIGKILL, late >= _GRACE),
+            ):
                 if is_due and number not in sent:
                     sent.add(number)
                     for pid in pids:  # not reaped yet: it cannot be another process's pid

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from integration.bench import quality
+from integration.bench import basis, quality
 from integration.bench.basis_tables import comparable, correlation, pairs
 from integration.bench.method_tables import by_method, longer, sharing
 from integration.bench.report import known, pages, with_tables
@@ -33,16 +33,32 @@ class Bowl(Runner):
 
     def __init__(self, results: Results, best: float) -> None:
         super().__init__(results, Budget(None))
-        self.best, self.ran = LADDER.index(best), 0
+        self.best, self.asked = LADDER.index(best), set[float]()
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
-        self.ran += 1
+        self.asked.add(cell.lr)
         return {"loss": abs(LADDER.index(cell.lr) - self.best)}
 
 
 @pytest.mark.parametrize("best", [1e-4, 1e-2, 3e-1])
 def test_the_ladder_is_followed_to_its_lowest_rate(best: float, tmp_path: Path) -> None:
     assert tuned(cell("sst2", method="lora-sb"), Bowl(Results(tmp_path / "r"), best)).lr == best
+
+
+def test_a_search_goes_on_where_an_earlier_one_was(tmp_path: Path) -> None:
+    of, results = cell("sst2", method="lora-sb"), Results(tmp_path / "r")
+    results.add({"key": replace(of, lr=3e-5).key, "loss": 0})
+    bowl = Bowl(results, 1e-5)
+    assert tuned(of, bowl).lr == 1e-5
+    assert bowl.asked == {1e-5, 3e-5, 1e-4}
+
+
+def test_every_rank_is_trained_in_everywhere_and_other_calibrations_where_something_is_learnt() -> None:
+    assert [of.basis for of in basis.trained_in("rte", {"rank": 16})] == [
+        *("own", "mixture", "without", "sst2", "wsvd", "random")
+    ]
+    assert [of.basis for of in basis.trained_in("sst2", {"samples": 8})] == ["own", "mixture"]
+    assert not basis.trained_in("rte", {"samples": 8})
 
 
 def test_a_rate_at_the_end_of_those_tried_is_not_known_to_be_the_best() -> None:

@@ -1,7 +1,7 @@
 """What does sharing a basis cost? Every task in bases of different origin: what they capture, what comes of training.
 
 Results lie in docs/results/capture.jsonl (of a gradient over valid rows, before training) and runs.jsonl (training
-runs). A run that is there is not repeated; `--minutes` ends a sitting.
+runs, here all with the first seed). A run that is there is not repeated; `--minutes` ends a sitting.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from integration.evidence.cells import (
     CLASSIFYING,
     GENERATING,
+    LEARNT,
     RESULTS,
     RUNS,
     Budget,
@@ -21,26 +22,19 @@ from integration.evidence.cells import (
     Results,
     Runner,
     cell,
-    over_seeds,
+    tuned,
 )
 from lorasb_export.settings import DRAWN
 
-from .quality import SEEDS, TASKS
+from .quality import TASKS
 from .quality import arguments as arguments
 
-VARIANTS: tuple[dict[str, Any], ...] = (
-    {"rank": 64, "optimizer": "muon"},
-    {"rank": 64},
-    {"rank": 16, "optimizer": "muon"},
-    {"rank": 128, "optimizer": "muon"},
-    {"rank": 64, "optimizer": "muon", "reduction": "raw"},
-    {"rank": 64, "optimizer": "muon", "samples": 8},
-    {"rank": 64, "optimizer": "muon", "samples": 500},
-)
+RANKS: tuple[dict[str, Any], ...] = ({"rank": 64}, {"rank": 16}, {"rank": 128})
+CALIBRATIONS: tuple[dict[str, Any], ...] = ({"reduction": "raw"}, {"samples": 8}, {"samples": 500})  # at r = 64
 
 
-def columns(task: str) -> list[dict[str, Any]]:
-    """The origins of a basis, for one task."""
+def origins(task: str) -> list[dict[str, Any]]:
+    """What a basis for one task may be made from."""
     kind = CLASSIFYING if task in CLASSIFYING else GENERATING
     another = kind[(kind.index(task) + 1) % len(kind)]
     return [
@@ -55,13 +49,22 @@ def columns(task: str) -> list[dict[str, Any]]:
 
 
 def cells(task: str, variant: Mapping[str, Any]) -> list[Cell]:
-    calibrates = "reduction" in variant or "samples" in variant  # which is nothing to a basis that is not calibrated
-    wanted = [column for column in columns(task) if not (calibrates and column["basis"] in ("wsvd", *DRAWN))]
-    return [cell(task, method="lora-sb", **column, **variant) for column in wanted]
+    """Those whose basis is looked at, before training."""
+    calibrated = variant in CALIBRATIONS
+    wanted = [of for of in origins(task) if not (calibrated and of["basis"] in ("wsvd", *DRAWN))]
+    return [cell(task, method="lora-sb", **of, **variant) for of in wanted]
+
+
+def trained_in(task: str, variant: Mapping[str, Any]) -> list[Cell]:
+    """Other calibrations: in a task's own basis and in one of all tasks, where something is learnt."""
+    found = [replace(of, optimizer="muon") for of in cells(task, variant) if not of.balanced and of.basis != "block"]
+    if variant in CALIBRATIONS:
+        return [of for of in found if task in LEARNT and of.basis in ("own", "mixture")]
+    return found
 
 
 def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
-    """Captures first, which are cheap; then training. The first variant of all tasks comes before the second of any."""
+    """Captures first, which are cheap; then training. The first rank of all tasks comes before the second of any."""
     from integration.evidence.captures import captures
 
     known, results = Results(RESULTS / "capture.jsonl"), Results(RUNS)
@@ -74,11 +77,9 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
                 known.add({"key": of.key, **of.fields, **ratios})
                 if budget.spent:
                     raise OutOfTime
-        for variant in VARIANTS if not quick else ():
-            seeds = SEEDS if variant in VARIANTS[:2] else SEEDS[:1]
-            for same in zip(*(cells(task, variant) for task in tasks), strict=True):
-                for of in same:
-                    list(over_seeds(of, seeds, run_cell))
+        for variant in (*RANKS, *CALIBRATIONS) if not quick else ():
+            for of in (of for task in tasks for of in trained_in(task, variant)):
+                tuned(of, run_cell)
     except OutOfTime:
         complete = False
     return {"name": "basis", "complete": complete, "captures": len(known.lines()), "runs": len(results.lines())}
@@ -88,6 +89,6 @@ def _untaken(tasks: Sequence[str], known: Results) -> Iterator[list[Cell]]:
     """The cells of classifiers, then those of generators, whose capture is not known; nothing has been trained."""
     lines = known.lines()
     for kind in (CLASSIFYING, GENERATING):
-        wanted = [of for variant in VARIANTS for task in kind if task in tasks for of in cells(task, variant)]
-        untrained = dict.fromkeys(replace(of, optimizer=Cell.optimizer) for of in wanted)
-        yield [of for of in untrained if of.key not in lines]
+        variants = (*RANKS, *CALIBRATIONS)
+        wanted = [of for variant in variants for task in kind if task in tasks for of in cells(task, variant)]
+        yield [of for of in wanted if of.key not in lines]

@@ -60,6 +60,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "down: LoRA r=8": {"method": "lora", "rank": 8, "targets": DOWN},
     "down: LoRA r=32": {"method": "lora", "rank": 32, "targets": DOWN},
 }
+# These on every task; the others, which were tried where they promised something, are asked for one by one.
+EVERYWHERE = (
+    "base",
+    *("LoRA r=8", "LoRA r=32", "rsLoRA r=32", "PiSSA r=8", "DoRA r=8", "LoRA-XS r=64"),
+    *("as published: own basis, r=64, AdamW", "own basis, r=64", "shared basis, r=64"),
+)
 SEEDS = (0, 1, 2)
 
 
@@ -71,7 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     """Runs what is missing. The quick run is one task, two methods, one seed and fewer steps, and keeps nothing."""
     if not quick:
-        return _fill(Results(RUNS), tasks, tuple(METHODS), SEEDS, minutes)
+        return _fill(Results(RUNS), tasks, EVERYWHERE, SEEDS, minutes)
     with tempfile.TemporaryDirectory() as scratch:
         short = {"steps": 40, "valid_rows": 64, "test_rows": 128, "samples": 16}
         results = Results(Path(scratch) / "quick.jsonl")

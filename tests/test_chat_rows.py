@@ -88,6 +88,11 @@ def test_chat_templates_that_do_not_do(llama: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
+    with pytest.raises(DataError, match=r"\(rag, tool_use\), and none is called 'default' \(row 1, .*Save the one"):
+        encode(rows, tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = {"default": MARKED, "rag": "{{ raise_exception('not this one') }}"}
+    assert encode(rows, tokenizer, CAUSAL_LM, [], 64)
 
 
 @pytest.mark.parametrize("line_break", ["", "\n"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..errors import DataError
+from ..errors import DataError, some
 from .tools import Chat, calls_tools
 
 if TYPE_CHECKING:
@@ -27,10 +27,16 @@ _ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacr
 _Written = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
 
-def require_template(tokenizer: PreTrainedTokenizerBase, where: object = None) -> None:
-    """Raise DataError where nothing says how the turns of a chat are written."""
-    if tokenizer.chat_template is None:
-        place = f"{where}, {tokenizer.name_or_path}" if where else tokenizer.name_or_path
+def require_template(
+    tokenizer: PreTrainedTokenizerBase, where: object = None, tools: list[dict[str, Any]] | None = None
+) -> None:
+    """Raise DataError where nothing says how the turns of a chat, or of one with tools, are written."""
+    place = f"{where}, {tokenizer.name_or_path}" if where else tokenizer.name_or_path
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and "default" not in template and not (tools and "tool_use" in template):
+        what = f"the tokenizer has several chat templates ({some(sorted(template))}), and none is called 'default'"
+        raise DataError(what, where=place, fix="Save the one to be used as chat_template.jinja")
+    if template is None:
         fix = "Use rows of prompts and no system message, or give the base a chat template"
         raise DataError("messages are given, but the tokenizer has no chat template", where=place, fix=fix)
 
@@ -56,7 +62,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, a
     Raises:
         DataError: there is no template, it refuses the chat, or leaves out its tools or calls.
     """
-    require_template(tokenizer, where)
+    require_template(tokenizer, where, chat.tools)
     with _refusals(where):
         text = _written(tokenizer, chat, asked=asked, of_row=of_row)
         _require_tools_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
@@ -109,7 +115,7 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
         DataError: there is no template, it refuses the chat, leaves out its tools or calls, or does not tell where the
             assistant speaks.
     """
-    require_template(tokenizer, where)
+    require_template(tokenizer, where, chat.tools)
     with _refusals(where):
         if _GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
             text, spans = _marked(chat, tokenizer)

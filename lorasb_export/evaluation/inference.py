@@ -88,7 +88,7 @@ def checked_prompt_ids(
     """
     if isinstance(prompts, str):
         raise SettingsError("prompts is a text, not a list of them", fix="Write [prompt]")
-    if any(not isinstance(prompt, str) for prompt in prompts):
+    if tokenizer.chat_template is None and any(not isinstance(prompt, str) for prompt in prompts):
         require_template(tokenizer)  # here, or it would be said of every chat
     questions = []
     problems = Problems()

@@ -186,6 +186,21 @@ def test_in_two_processes_a_task_that_diverges_leaves_the_others_their_R(how: li
     assert difference(project / "adapters" / "plus", project / "alone" / "plus") < 1e-6
 
 
+def test_two_processes_foresee_and_keep_what_is_finished(of_two: dict[str, tuple[str, Path]], tmp_path: Path) -> None:
+    """Only one of them prints; nothing is trained, written or said to be."""
+    _, adapters = of_two["plus"]
+    folder = copytree(adapters.parent, tmp_path / "project")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    for words in (["plus", "minus", "--dry-run"], ["plus"]):
+        done = shared_zygote().run("lorasb_cli", "fit", *words, "--resume", "--json", folder=folder, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        found = json.loads(done.stdout)
+        if "--dry-run" in words:
+            assert {name: task["action"] for name, task in found["tasks"].items()} == {"plus": "keep", "minus": "train"}
+    assert list(found["adapters"]) == ["plus"]
+
+
 def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path, of_two: dict[str, tuple[str, Path]]) -> None:
     """In the eighth of ten steps, after the checkpoint of the sixth."""
     (project / "killed.py").write_text(KILLED)

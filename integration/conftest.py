@@ -27,6 +27,7 @@ llama, sums, fast_collections = fast_tests.llama, fast_tests.sums, fast_tests.fa
 
 # vLLM would pin every server to the first core, where two at a time, of two files of tests, share it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "1800")  # the first start compiles, beside other tests
 
 # A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -121,7 +121,11 @@ class Hub(HubServer):
         before = self._errors.seek(0, 2)
         self._client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
         self._client.stdin.flush()
-        answer = json.loads(self._client.stdout.readline())
+        try:
+            answer = json.loads(self._client.stdout.readline())
+        except BaseException:  # its answer would be taken for that of the next
+            self._stop_client()
+            raise
         self._errors.seek(before)
         return answer["code"], answer["said"], self._errors.read().decode()
 
@@ -129,10 +133,14 @@ class Hub(HubServer):
         return {**environment.child_environment(), **self.environment(self.home, **{**self.changes, **changes})}
 
     def stop(self) -> None:
+        self._stop_client()
+        self._errors.close()
+
+    def _stop_client(self) -> None:
         if self._client is not None:
             self._client.kill()
             self._client.wait()
-        self._errors.close()
+            self._client = None
 
     def push(self, folder: Path, repo: str, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """What `push` returns, or {"error": its type, "text": …}."""

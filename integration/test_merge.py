@@ -101,12 +101,15 @@ def test_a_disk_that_fills_up_in_the_middle(small_disk: Path, tmp_path: Path) ->
     while not list(small_disk.glob(".model.merge/.*.safetensors.json")):
         assert child.poll() is None
         time.sleep(0.001)
-    child.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
-    with (small_disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - (1 << 20))
-    child.send_signal(signal.SIGCONT)
-    _, messages = child.communicate(timeout=60)
+    try:
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        with (small_disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - (1 << 20))
+        child.send_signal(signal.SIGCONT)
+        _, messages = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode != 0
     assert "OutputError: cannot write: No space left on device" in messages
     assert [path.name for path in small_disk.iterdir()] == ["filler"]

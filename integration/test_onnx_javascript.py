@@ -89,9 +89,10 @@ def root(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("js")
     # Without scripts: onnxruntime-node's fetches CUDA libraries. sharp, for images, is not needed.
     command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", f"@huggingface/transformers@{VERSION}"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"the npm registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        pytest.skip(f"the npm registry cannot be reached: {error}: {error.stderr}")
     world = make_world(root / "world")
     export_onnx(world / "red", root / "a-onnx", verify=False)
     export_onnx_adapters([world / "red", world / "blue"], root / "routed", routed=True, verify=False)

@@ -17,7 +17,7 @@ from lorasb_export.kind import artifact_kind
 from lorasb_export.quickstart.line import NEXT, PUSH
 
 WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(3600)
 
 
 def lorasb(folder: Path, *words: str) -> Any:

@@ -205,13 +205,13 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path, of_two: dict
     """In the eighth of ten steps, after the checkpoint of the sixth."""
     (project / "killed.py").write_text(KILLED)
     child = start([*TORCHRUN, "killed.py", "fit", "plus"], project)
-    _, messages = child.communicate(timeout=180)
+    _, messages = child.communicate(timeout=600)
     assert child.returncode != 0
     assert "Signal 9 (SIGKILL)" in messages
     assert not (project / "adapters" / "plus").exists(), messages
     assert (project / "adapters" / ".plus.run" / "checkpoint-6" / "complete.json").exists(), messages
     child = start([*TORCHRUN, "-m", "lorasb_cli", "fit", "plus", "--resume"], project)
-    _, messages = child.communicate(timeout=180)
+    _, messages = child.communicate(timeout=600)
     assert child.returncode == 0, messages
     _, uninterrupted = of_two["plus"]
     assert difference(project / "adapters" / "plus", uninterrupted / "plus") == 0

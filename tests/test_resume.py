@@ -37,7 +37,8 @@ def exit_code_of_a_fork(run: Callable[[], object]) -> int | None:
     """A process of its own, which need not import everything again."""
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
-    child.join()
+    child.join(600)
+    child.kill()
     return child.exitcode
 
 
@@ -258,7 +259,10 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
             pytest.fail(f"it has not come to train: {child.communicate()[1]}")
         time.sleep(0.05)
     child.send_signal(number)
-    _, messages = child.communicate(timeout=60)
+    try:
+        _, messages = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == code, messages
     assert "Traceback" not in messages
     assert "--resume" in messages

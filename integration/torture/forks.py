@@ -79,8 +79,10 @@ def _forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
 def uninterrupted() -> Iterator[None]:
     """SIGINT and SIGTERM wait until the end, or until `end_with`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    yield
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def end_with(main: Callable[[], object]) -> NoReturn:

@@ -22,8 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
 
 from integration import child_environment
 from integration.torture.forks import TORCHS_EXPORTER, end_with, fork_exporters, load_torchs_exporter, uninterrupted
@@ -63,9 +66,13 @@ class Zygote:
         self._process.stdin.flush()
 
     def wait(self) -> tuple[int, float]:
-        """Exit code and seconds of what was started last."""
+        """Exit code and seconds of what was started last. Who is interrupted here has stopped the zygote."""
         assert self._process.stdout is not None
-        ended = json.loads(self._process.stdout.readline())
+        try:
+            ended = json.loads(self._process.stdout.readline())
+        except BaseException:  # its answer would be taken for that of the next
+            self.stop()
+            raise
         return ended["code"], ended["seconds"]
 
     def run(
@@ -84,14 +91,29 @@ class Zygote:
             said = out.read_text(errors="replace"), "" if together else errors.read_text(errors="replace")
             return subprocess.CompletedProcess(command, code, *said)
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def stop(self) -> None:
-        self._process.kill()
+        """End it, and what it runs."""
+        with suppress(psutil.NoSuchProcess):
+            its = psutil.Process(self._process.pid)
+            for process in (its, *its.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.wait()
 
 
-@functools.cache
 def shared_zygote() -> Zygote:
-    """One for all tests of this process."""
+    """One for all tests of this process; another, where one of them has stopped it."""
+    if _zygote().has_ended:
+        _zygote.cache_clear()
+    return _zygote()
+
+
+@functools.cache
+def _zygote() -> Zygote:
     return Zygote()
 
 
@@ -122,6 +144,8 @@ def _serve() -> None:
                 if ended:
                     pids.remove(pid)
                     code = code or os.waitstatus_to_exitcode(status)
+                    with suppress(ProcessLookupError):  # an exporter that a killed one has left writes on
+                        os.killpg(pid, signal.SIGKILL)
             late = time.monotonic() - started - asked["after"]
             for number, is_due in (
                 (asked["signal"], late >= 0),
@@ -150,6 +174,7 @@ def _of_torchrun(processes: int) -> list[dict[str, str]]:
 
 def _become(asked: dict[str, Any], variables: dict[str, str]) -> NoReturn:
     """In the child: become `python -m MODULE WORDS`, or `python SCRIPT.py WORDS`."""
+    os.setsid()
     os.environ |= variables
     os.chdir(asked["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

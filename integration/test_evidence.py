@@ -199,7 +199,8 @@ def test_captures_are_those_of_the_bases_that_are_trained_in() -> None:
         {"basis": "wsvd"},
         {"basis": "random"},
     ]
-    cells = [cell("cola", method="lora-sb", rank=r, samples=16, **of) for of in fields for r in (8, 64)]
+    # No more directions than rows: the pooler's gradient has no others, and which the SVD then takes is rounding.
+    cells = [cell("cola", method="lora-sb", rank=r, samples=16, **of) for of in fields for r in (8, 16)]
     found = dict(captures(cells))
     assert set(found) == set(cells)
     task = load_task("cola", DATA / "cola")

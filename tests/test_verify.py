@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base.model import BaseModel
-from lorasb_export.base.streamed import add_updates, streamed_model
+from lorasb_export.base.streamed import streamed_model
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.merging import verify
-from lorasb_export.merging.verify import compare_logits
+from lorasb_export.merging.verify import add_updates, compare_logits
 from tests.random_adapter import save_adapter
 from tests.rows import task_of
 from tests.tiny import make_gpt2

@@ -16,7 +16,7 @@ import torch
 
 from ..adapter import Adapter
 from ..base.model import BaseModel, default_device
-from ..base.streamed import add_updates, streamed_model, was_read
+from ..base.streamed import streamed_model, was_read
 from ..data.encoding import encode
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_task
@@ -112,6 +112,21 @@ def _streamed(
             raise
         return None  # a weight is not there, which a layer has read itself
     return logits if was_read(unmerged) and was_read(network) else None
+
+
+def add_updates(network: torch.nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Let every module return s·B·R·A·x more, for each of `adapters`; their factors are read when needed."""
+    for adapter in adapters:
+        for name in adapter.R:
+            network.get_submodule(name).register_forward_hook(_adding(adapter, name))
+
+
+def _adding(adapter: Adapter, name: str) -> Any:
+    def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        sBR, A = (factor.to(output.device) for factor in adapter.delta(name))
+        return output + (args[0] @ A.T) @ sBR.T
+
+    return add
 
 
 def _whole(

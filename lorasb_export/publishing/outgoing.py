@@ -14,10 +14,10 @@ from typing import Any
 from ..base.model import BaseModel
 from ..base.side_files import LICENCES, TEXTS
 from ..errors import ArtifactError
+from ..files.kind import artifact_kind
 from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
 from ..hub.fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
-from ..kind import artifact_kind
 from ..provenance import without_folders
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another

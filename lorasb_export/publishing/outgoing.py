@@ -123,10 +123,10 @@ def refuse_replaced(seen: Seen) -> None:
     """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
     for path, before in seen.items():
         if not path.exists() or version_of(path) != before:
-            raise replaced(path.parent)
+            raise replaced_meanwhile(path.parent)
 
 
-def replaced(folder: Path) -> ArtifactError:
+def replaced_meanwhile(folder: Path) -> ArtifactError:
     """To raise when `folder` is not what it was when the push began."""
     fix = "Push again: nothing was published"
     return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)

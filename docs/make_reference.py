@@ -47,7 +47,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "basis.py": ["Basis: load open save"],
     "adapter.py": ["Adapter: attach inject load load_basis save delta"],
     "layers/inject.py": ["remove"],
-    "layers/stack.py": ["Stack: __init__ use detach"],
+    "stack.py": ["Stack: __init__ use detach"],
     "base/model.py": ["BaseModel: resolve load tokenizer verify"],
     "evaluation/inference.py": ["answers"],
     "inspection.py": ["inspect_folder"],

@@ -34,8 +34,8 @@ from lorasb_export.exporting.onnx_graph import read_graph
 from lorasb_export.exporting.onnx_quantize import quantize
 from lorasb_export.exporting.onnx_run import OnnxDecoder
 from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder
+from lorasb_export.files.kind import artifact_kind
 from lorasb_export.files.storage import read_json, write_json
-from lorasb_export.kind import artifact_kind
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 from .onnx_world import EOS, PROMPTS, TOKENS, answers, save_adapter, save_basis

@@ -12,8 +12,8 @@ import pytest
 from integration.conftest import Quickstart
 from integration.torture.zygote import shared_zygote
 from lorasb_export.adapter import Adapter
+from lorasb_export.files.kind import artifact_kind
 from lorasb_export.files.storage import read_json
-from lorasb_export.kind import artifact_kind
 from lorasb_export.quickstart.line import NEXT, PUSH
 
 WAYS = ("base", "adapter", "merged", "peft", "onnx", "served")

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from .evaluation.inference import answers as answers
     from .exporting.export import export as export
     from .exporting.onnx_run import OnnxDecoder as OnnxDecoder
-    from .layers.stack import Stack as Stack
     from .merging.merge import merge as merge
     from .publishing.hub import push as push
     from .serving.launcher import running_server as running_server
     from .serving.launcher import serve as serve
     from .settings import CalibrationSettings as CalibrationSettings
     from .settings import FitSettings as FitSettings
+    from .stack import Stack as Stack
     from .training.fit import fit as fit
     from .training.fit import fit_together as fit_together
 
@@ -41,7 +41,7 @@ _HOMES = {
     "FitSettings": "settings",
     "LoraSBError": "errors",
     "OnnxDecoder": "exporting.onnx_run",
-    "Stack": "layers.stack",
+    "Stack": "stack",
     "TaskSource": "data.source",
     "answers": "evaluation.inference",
     "calibrate": "calibration.calibrate",

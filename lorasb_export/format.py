@@ -16,8 +16,8 @@ from typing import Any, get_args
 
 from .choices import TaskType
 from .errors import ArtifactError, some
+from .files.kind import PEFT_TYPE
 from .files.storage import read_header, read_json
-from .kind import PEFT_TYPE
 
 FORMAT_VERSION = 1
 # Key → the type, or types, of its value.

@@ -16,10 +16,10 @@ from .data.source import AnySource
 from .data.task import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
+from .files.kind import artifact_kind
 from .files.storage import folder_bytes, read_header, read_json, sha256_file
 from .format import only_numbers
 from .hub.fetch import MARK_FILES, resolve_folder
-from .kind import artifact_kind
 from .publishing import checksums
 from .publishing.outgoing import PROJECT, SUMS
 from .publishing.project_index import INDEX, read_index

@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
+from .files.kind import artifact_kind
 from .files.storage import expanded
 from .hub.fetch import NAME, leads_out
-from .kind import artifact_kind
 
 logger = logging.getLogger(__name__)
 

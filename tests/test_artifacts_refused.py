@@ -13,7 +13,7 @@ import torch
 from lorasb_export import Adapter, Basis
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError
-from lorasb_export.kind import artifact_kind
+from lorasb_export.files.kind import artifact_kind
 from tests.artifacts import copy, edit, edit_tensors
 
 

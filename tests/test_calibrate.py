@@ -19,7 +19,7 @@ from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.capture import capture, overview, recorded
 from lorasb_export.calibration.gradients import draw
-from lorasb_export.calibration.subspace import CaptureRatios, rounded
+from lorasb_export.calibration.subspace import CaptureRatios, to_four_digits
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import TaskData, load_task, load_tasks
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
@@ -194,7 +194,7 @@ def test_capture_of_a_mixture_is_measured_task_by_task(
     for task in tasks:
         measured, found = capture(base, network, basis, task), recorded(basis, task)
         assert overview(found) == overview(measured)
-        assert found["modules"] == {name: rounded(ratios) for name, ratios in measured["modules"].items()}
+        assert found["modules"] == {name: to_four_digits(ratios) for name, ratios in measured["modules"].items()}
         assert found["random"] < min(found["basis"], found["own"])
     assert recorded(basis, replace(tasks[0], sha256="another")) is None
     without = calibrate(base, {task.name: task for task in tasks}, replace(settings, capture=False), network=network)

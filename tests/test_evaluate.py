@@ -15,14 +15,14 @@ import torch
 from lorasb_export import Adapter, fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data import batches
-from lorasb_export.data.batches import collate, row_losses, row_scores
+from lorasb_export.data.batches import collate, row_losses
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.evaluation import inference
+from lorasb_export.evaluation import inference, scores
 from lorasb_export.evaluation.evaluate import evaluate
 from lorasb_export.evaluation.inference import answers
+from lorasb_export.evaluation.scores import row_scores
 from lorasb_export.exporting.onnx_verify import HeldOut
 from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -95,7 +95,7 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
     with torch.inference_mode():
         losses, counts = row_losses(network(**batch).logits, batch["labels"])
     watched = Mock(side_effect=row_losses)
-    monkeypatch.setattr(batches, "row_losses", watched)
+    monkeypatch.setattr(scores, "row_losses", watched)
     found = row_scores(network, rows, tokenizer.pad_token_id)
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()
@@ -112,7 +112,7 @@ def test_scores_are_taken_without_a_cache_and_are_those_with_one(
     network.register_forward_hook(lambda *arguments: cached.append(arguments[-1].past_key_values is not None))
     found = row_scores(network, rows, tokenizer.pad_token_id)
     assert network.config.use_cache is True
-    monkeypatch.setattr(batches, "without_cache", nullcontext)
+    monkeypatch.setattr(scores, "without_cache", nullcontext)
     assert row_scores(network, rows, tokenizer.pad_token_id) == found
     assert cached == [False, True]
 

@@ -9,8 +9,8 @@ import pytest
 
 from lorasb_export import Adapter, export
 from lorasb_export.errors import OutputError
+from lorasb_export.files.kind import artifact_kind
 from lorasb_export.files.storage import sha256_file, write_json
-from lorasb_export.kind import artifact_kind
 from tests import project_of_a
 from tests.conftest import lorasb
 

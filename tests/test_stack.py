@@ -16,8 +16,8 @@ from lorasb_export.evaluation.inference import answers
 from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.layers.inject import inject
 from lorasb_export.layers.layer import LoRASBLinear, Route
-from lorasb_export.layers.stack import Stack
 from lorasb_export.settings import CalibrationSettings
+from lorasb_export.stack import Stack
 from tests.families import make
 from tests.random_adapter import save_adapter
 

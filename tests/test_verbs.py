@@ -24,7 +24,7 @@ from lorasb_export import Adapter, Basis
 from lorasb_export.base.model import BaseRef
 from lorasb_export.base.network import as_base_model_error
 from lorasb_export.errors import DataError, OutputError
-from lorasb_export.kind import PEFT_TYPE
+from lorasb_export.files.kind import PEFT_TYPE
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
 

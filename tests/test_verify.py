@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
 from lorasb_export.base.model import BaseModel
-from lorasb_export.base.streamed import add_updates, streamed_model
+from lorasb_export.base.streamed import streamed_model
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
+from lorasb_export.evaluation.logits import TOLERANCE
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.merging import verify
-from lorasb_export.merging.verify import compare_logits
+from lorasb_export.merging.verify import add_updates, compare_logits
 from tests.random_adapter import save_adapter
 from tests.rows import task_of
 from tests.tiny import make_gpt2
@@ -83,7 +84,7 @@ def _merged(adapter: Adapter, folder: Path) -> Path:
 def test_what_is_not_verified_is_not_written(
     llama: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(verify.TOLERANCE, "F32", 0.0)
+    monkeypatch.setitem(TOLERANCE, "F32", 0.0)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ArtifactError, match=r"the merged logits differ .* Nothing was written"):
         merge(adapter, tmp_path / "model", verify=True)

@@ -17,8 +17,8 @@ from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.layers.factors import BlockBasis, ModuleBasis
 from lorasb_export.layers.layer import LoRASBLinear
-from lorasb_export.layers.stack import Stack
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.stack import Stack
 from tests.tiny import VOCABULARY, save_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "num_hidden_layers": 2}

@@ -10,7 +10,7 @@ import torch
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.layers.inject import inject, remove
-from lorasb_export.layers.stack import Stack
+from lorasb_export.stack import Stack
 
 from .fit_models import load, random_basis
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from lorasb_export.calibration.gradients import draw
-from lorasb_export.calibration.subspace import CaptureRatios, reduced, rounded, truncated_svd
+from lorasb_export.calibration.subspace import CaptureRatios, reduced, to_four_digits, truncated_svd
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.settings import DRAWN, CalibrationSettings
@@ -38,7 +38,7 @@ def captures(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, float]]]:
             for cell in of_origin:
                 sums = _valid_sums(cell.task, cell.targets, cell.seed)
                 ratios[cell].add(name, sums[name], capture=(B[:, : cell.rank], A[: cell.rank]))
-        yield from ((cell, rounded(of_cell.overall())) for cell, of_cell in ratios.items())
+        yield from ((cell, to_four_digits(of_cell.overall())) for cell, of_cell in ratios.items())
 
 
 def _origin(cell: Cell) -> tuple[object, ...]:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data.batches import row_scores
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.rows import Row
 from lorasb_export.data.task import TaskData
 from lorasb_export.evaluation.inference import answers, question_of
 from lorasb_export.evaluation.metrics import exact_match, prediction_metrics
+from lorasb_export.evaluation.scores import row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,9 +21,10 @@ from lorasb_export.calibration.calibrate import calibrate, calibrated_once
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data.batches import collate, mean_loss, row_losses, row_scores
+from lorasb_export.data.batches import collate, row_losses
 from lorasb_export.data.encoding import Encoded, encode
 from lorasb_export.data.task import TaskData, load_task
+from lorasb_export.evaluation.scores import mean_loss, row_scores
 from lorasb_export.layers.factors import Factors, ModuleBasis
 from lorasb_export.layers.layer import weight_of
 from lorasb_export.layers.targets import find_targets

@@ -5,14 +5,13 @@ Memory holds one module's weights in fp32 and the hidden states, so that a forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..adapter import Adapter
 from ..files.storage import TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
 from .model import BaseModel, default_device
@@ -55,13 +54,6 @@ def streamed_model(
         if own:
             _Reader(module, own, device, read)
     return network
-
-
-def add_updates(network: nn.Module, adapters: Sequence[Adapter]) -> None:
-    """Let every module return s·B·R·A·x more, for each of `adapters`; their factors are read when needed."""
-    for adapter in adapters:
-        for name in adapter.R:
-            network.get_submodule(name).register_forward_hook(_adding(adapter, name))
 
 
 def _sources(network: nn.Module, base: BaseModel, head: Mapping[str, torch.Tensor]) -> dict[int, Any] | None:
@@ -110,11 +102,3 @@ def was_read(network: nn.Module) -> bool:
     """
     hooks = (hook for module in network.modules() for hook in module._forward_pre_hooks.values())
     return all(hook.was_called for hook in hooks if isinstance(hook, _Reader))
-
-
-def _adding(adapter: Adapter, name: str) -> Any:
-    def add(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        sBR, A = (factor.to(output.device) for factor in adapter.delta(name))
-        return output + (args[0] @ A.T) @ sBR.T
-
-    return add

@@ -49,8 +49,8 @@ from .subspace import (
     POWER_ITERATIONS,
     CaptureRatios,
     reduced,
-    rounded,
     svd_device,
+    to_four_digits,
     truncated_svd,
 )
 
@@ -175,9 +175,9 @@ def calibrate(
         "svd": {"exact_up_to": EXACT_UP_TO, "oversample": OVERSAMPLE, "power_iterations": POWER_ITERATIONS},
         "energy": energy,
         "capture": {
-            **rounded(overall),
+            **to_four_digits(overall),
             "tasks": {t.name: record(t, captured[t.name]) for t in tasks if captured},
-            "modules": {name: rounded(of_module) for name, of_module in by_name.items()},
+            "modules": {name: to_four_digits(of_module) for name, of_module in by_name.items()},
         },
     }
     return Basis(base.ref(targets), settings.rank, modules, calibration)

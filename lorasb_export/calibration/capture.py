@@ -14,7 +14,7 @@ from ..layers.factors import Factors
 from ..layers.inject import remove
 from ..settings import CalibrationSettings, FitSettings
 from .gradients import draw, gradients_of_rows, of_share
-from .subspace import CaptureRatios, by_module, reduced, rounded, svd_device, truncated_svd
+from .subspace import CaptureRatios, by_module, reduced, svd_device, to_four_digits, truncated_svd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,11 +74,11 @@ def capture_of_rows(
 
 def record(task: TaskData, found: Mapping[str, Any]) -> dict[str, Any]:
     """What a basis says about a task it was calibrated on, given what `capture` returns of it; `recorded` reads it."""
-    modules = {name: rounded(ratios) for name, ratios in found["modules"].items()}
+    modules = {name: to_four_digits(ratios) for name, ratios in found["modules"].items()}
     return {
         "sha256": task.sha256,
         "rows": found["rows"],
-        **rounded({way: found[way] for way in WAYS}),
+        **to_four_digits({way: found[way] for way in WAYS}),
         "modules": modules,
     }
 
@@ -98,7 +98,7 @@ def overview(found: Mapping[str, Any]) -> dict[str, Any]:
     """What `capture` returns with, in place of every module's ratios, their spread: `by_module`."""
     return {
         "rows": found["rows"],
-        **rounded({way: found[way] for way in WAYS}),
+        **to_four_digits({way: found[way] for way in WAYS}),
         "by_module": by_module(found["modules"]),
     }
 

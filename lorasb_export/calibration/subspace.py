@@ -98,8 +98,8 @@ class CaptureRatios:
         self.modules, self._squares = all_gather_by_name(self.modules), all_gather_by_name(self._squares)
 
 
-def rounded(ratios: dict[str, float]) -> dict[str, float]:
-    """Ratios as they are recorded: to four digits."""
+def to_four_digits(ratios: dict[str, float]) -> dict[str, float]:
+    """Ratios as they are recorded."""
     return {way: round(ratio, 4) for way, ratio in ratios.items()}
 
 
@@ -113,4 +113,4 @@ def spread(values: Collection[float]) -> dict[str, float]:
     """Mean, least and greatest, to four digits; nothing of nothing."""
     if not values:
         return {}
-    return rounded({"mean": sum(values) / len(values), "min": min(values), "max": max(values)})
+    return to_four_digits({"mean": sum(values) / len(values), "min": min(values), "max": max(values)})

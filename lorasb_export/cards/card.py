@@ -105,7 +105,7 @@ lorasb fit --basis {name}    # in a project: trains an adapter of each task
 ```
 {method(numbers)}{data_of_basis(calibration, facts)}{capture(calibration.get("capture", {}))}"""
     made = {"basis sha256": config["sha256"], "command": calibration.get("command"), "versions": config["created_with"]}
-    return finished(body, base, made, facts, name, None, {}, library="lorasb", tags=["lora-sb-basis"])
+    return whole_card(body, base, made, facts, name, None, {}, library="lorasb", tags=["lora-sb-basis"])
 
 
 def adapter_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -129,7 +129,7 @@ It adds `s·B·R·A` to their weights, where `B` and `A` are frozen and shared b
 {adapter_lines(base, task_type, training, name, [name] if task_type != SEQ_CLS else [])}
 {method(numbers)}{_trained(training, facts)}"""
     made = {"basis_sha256": config["basis"]["sha256"], **facts.made}
-    return finished(body, base, made, facts, name, task_type, training, library="lorasb")
+    return whole_card(body, base, made, facts, name, task_type, training, library="lorasb")
 
 
 def peft_card(config: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -150,7 +150,7 @@ from transformers import {model_class_of(task_type)} as AutoModel
 model = PeftModel.from_pretrained({loaded}, "{name}")
 ```
 {_trained(training, facts, _BEFORE)}"""
-    return finished(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
+    return whole_card(body, base, facts.made, facts, name, task_type, training, library="peft", tags=["lora"])
 
 
 def merged_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -174,7 +174,7 @@ model = AutoModel.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 {adapters(provenance)}{method(_of_update(provenance))}{retained(provenance)}{_trained(training, facts, _BEFORE)}"""
-    return finished(body, base, provenance, facts, name, task_type, training, library="transformers")
+    return whole_card(body, base, provenance, facts, name, task_type, training, library="transformers")
 
 
 def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NOTHING) -> str:
@@ -197,7 +197,7 @@ def onnx_card(provenance: Mapping[str, Any], name: str = HERE, facts: Facts = NO
 ```python
 {_onnx_lines(provenance, tasks, name)}```
 {adapters(provenance)}{method(numbers)}{_trained(training, facts, _BEFORE)}"""
-    return finished(body, base, provenance, facts, name, task_type, training, library="onnxruntime", tags=["onnx"])
+    return whole_card(body, base, provenance, facts, name, task_type, training, library="onnxruntime", tags=["onnx"])
 
 
 def _onnx_lines(provenance: Mapping[str, Any], tasks: Sequence[str], name: str) -> str:
@@ -236,7 +236,7 @@ def _trained(training: Mapping[str, Any], facts: Facts, note: str = "") -> str:
     return data_of_training(training, facts) + training_table(training) + evaluation(training, note)
 
 
-def finished(
+def whole_card(
     body: str,
     base: Mapping[str, Any],
     made: Mapping[str, Any],

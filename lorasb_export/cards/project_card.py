@@ -7,7 +7,7 @@ from typing import Any
 
 from ..choices import SEQ_CLS
 from ..hub.fetch import kind_of_part
-from .card import finished
+from .card import whole_card
 from .loading import adapter_lines
 from .sections import Facts, base_link, figure_rows, grid
 
@@ -31,7 +31,7 @@ Each adds `s·B·R·A` to the weights of linear layers, and is a file of its `R`
 {adapter_lines(base, task_type, about, f"{name}/{first}", served)}
 {_table(adapters)}"""
     made = {f"{part} sha256": about["sha256"] for part, about in bases.items()}
-    return finished(body, base, made, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
+    return whole_card(body, base, made, facts, name, task_type, {}, library="lorasb", tags=["lora-sb-project"])
 
 
 def _shared(bases: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ _ELSEWHERE |= {"splits_sha256", "chat_template_sha256"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says that the folder's own config does not; empty until a push finds it out.
+    """What a card says that the folder's own config does not. The licences are empty until a push finds them out.
 
     Attributes:
         licence: `license`, `license_name`, `license_link` of the base's card.

@@ -1,4 +1,4 @@
-"""Task data: rows of one kind, from JSONL files, the Hub or memory.
+"""Task data: rows of one kind, from JSONL or CSV files, the Hub or memory.
 
 A label is a class, or a number to predict when any of the task's labels has a decimal point.
 """

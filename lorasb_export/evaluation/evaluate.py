@@ -13,7 +13,6 @@ from ..adapter import Adapter
 from ..base.given import flags_kept, refuse_several_devices, require_loaded
 from ..base.model import AnyBase
 from ..choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
-from ..data.batches import mean_loss, row_scores
 from ..data.encoding import encode
 from ..data.rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from ..data.source import AnySource
@@ -26,6 +25,7 @@ from ..names import name_of
 from ..settings import FitSettings
 from .inference import answers_of_ids, asked_of
 from .metrics import exact_match, prediction_metrics
+from .scores import mean_loss, row_scores
 
 logger = logging.getLogger(__name__)
 

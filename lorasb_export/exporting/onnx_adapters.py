@@ -25,10 +25,10 @@ from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..evaluation.evaluate import require_same_kind
 from ..files.atomic import atomic_folder, link_or_copy, put_back
+from ..files.kind import artifact_kind
 from ..files.lock import only_writer
 from ..files.output import cannot_write, refuse_own_input, require_room
 from ..files.storage import expanded
-from ..kind import artifact_kind
 from ..names import name_problem
 from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameters

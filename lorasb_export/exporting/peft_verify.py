@@ -7,10 +7,10 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..base.model import BaseModel
+from ..evaluation.logits import TOLERANCE, logits_of, require_close, rows_of
 from ..layers.exact import exact_products
 from ..layers.head import head_parameters
 from ..layers.inject import remove
-from ..merging.verify import TOLERANCE, logits_of, require_close, rows_of
 
 
 @exact_products()

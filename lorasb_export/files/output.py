@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, OutputError
-from ..kind import PEFT_TYPE, artifact_kind
+from .kind import PEFT_TYPE, artifact_kind
 from .storage import real
 
 _OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter

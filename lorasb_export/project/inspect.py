@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import basis_source
 from ..errors import ArtifactError, SettingsError
+from ..files.kind import artifact_kind
 from ..format import finite, only_numbers, read_adapter_config, read_basis_config
 from ..hub.fetch import parse_hub_folder
-from ..kind import artifact_kind
 from .project import Project
 
 

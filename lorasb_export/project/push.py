@@ -12,10 +12,10 @@ from typing import Any
 from .. import basis_source
 from ..bars import progress_bar
 from ..errors import ArtifactError, LoraSBError, SettingsError
+from ..files.kind import artifact_kind
 from ..files.storage import absolute
 from ..format import read_adapter_config
 from ..hub.fetch import ADAPTERS, BASES, BASIS, BASIS_FILES
-from ..kind import artifact_kind
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
 from ..publishing.repository import is_of_one

@@ -122,7 +122,7 @@ def _embed(adapter: Adapter, files: Files) -> Seen:
     found: Files = {name: folder / name for name in BASIS_FILES}
     seen = outgoing.pin(found)
     if read_basis_config(folder)[0]["sha256"] != adapter.basis_sha256:
-        raise outgoing.replaced(folder)
+        raise outgoing.replaced_meanwhile(folder)
     files |= found
     return seen
 

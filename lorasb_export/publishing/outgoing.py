@@ -14,10 +14,10 @@ from typing import Any
 from ..base.model import BaseModel
 from ..base.side_files import LICENCES, TEXTS
 from ..errors import ArtifactError
+from ..files.kind import artifact_kind
 from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
 from ..hub.fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
-from ..kind import artifact_kind
 from ..provenance import without_folders
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
@@ -123,10 +123,10 @@ def refuse_replaced(seen: Seen) -> None:
     """Raise ArtifactError when a file is not the one that was pinned: what was read may be half of each folder."""
     for path, before in seen.items():
         if not path.exists() or version_of(path) != before:
-            raise replaced(path.parent)
+            raise replaced_meanwhile(path.parent)
 
 
-def replaced(folder: Path) -> ArtifactError:
+def replaced_meanwhile(folder: Path) -> ArtifactError:
     """To raise when `folder` is not what it was when the push began."""
     fix = "Push again: nothing was published"
     return ArtifactError("the folder was replaced while it was pushed", where=folder, fix=fix)

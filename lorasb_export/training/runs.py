@@ -27,8 +27,8 @@ from ..evaluation.inference import asked_of
 from ..evaluation.metrics import better
 from ..files.storage import read_json
 from ..layers.head import load_head
-from ..layers.stack import Stack
 from ..settings import FitSettings
+from ..stack import Stack
 from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
 from .checkpoints import COMPLETE, copy_tensors, drop_run, identity_of, rate_folder, to_resume

@@ -26,8 +26,8 @@ from ..data.batches import row_losses
 from ..errors import OutputError, TrainingError, first_line, some
 from ..files.atomic import atomic_file, fsync
 from ..files.storage import write_json
-from ..layers.stack import Stack
 from ..settings import FitSettings
+from ..stack import Stack
 from ..tensors import save_tensors
 from .arguments import trainer_arguments
 from .checkpoints import COMPLETE, RESUME, remove_old, restore_tensors

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..data.batches import mean_loss, row_scores
 from ..data.encoding import Encoded
 from ..evaluation.inference import Asked, answers_of_ids
 from ..evaluation.metrics import exact_match, prediction_metrics
+from ..evaluation.scores import mean_loss, row_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

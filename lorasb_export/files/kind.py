@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import ArtifactError
-from .files.storage import read_json
+from ..errors import ArtifactError
+from .storage import read_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 _RECORDED = ("merged", "onnx", "onnx-adapters", "project", "quickstart")

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ..adapter import Adapter, check_same_basis
-from ..errors import ArtifactError, SettingsError, some
-from .inject import inject, remove
-from .layer import Route
+from .adapter import Adapter, check_same_basis
+from .errors import ArtifactError, SettingsError, some
+from .layers.inject import inject, remove
+from .layers.layer import Route
 
 
 class _RowOf(Mapping[str, torch.Tensor]):

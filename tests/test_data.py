@@ -12,10 +12,10 @@ from unittest.mock import Mock
 import datasets
 import httpx2
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub.errors import HfHubHTTPError
 
-from lorasb_export import calibrate
+from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
 from lorasb_export.data.task import load_task, task_of
@@ -247,6 +247,38 @@ def test_a_split_of_the_hub_without_labels_is_left_out(
     splits["test"][0] = 0
     with pytest.raises(DataError, match=r"label -1 is not among the training labels \(owner/name test row 2\)"):
         load_task("t", "owner/name")
+
+
+def test_rows_of_the_hub_without_a_class_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which only a column of classes says of -1, and only where it is learnt."""
+    splits = {"train": [0, -1, 1, -1], "validation": [-1, 1], "test": [-1, -1]}
+    of_label: Any = ClassLabel(names=["no", "yes"])
+
+    def load(name: str) -> DatasetDict:
+        features = Features({"text": Value("string"), "body": Value("string"), "mood": of_label, "label": of_label})
+        rows = {
+            split: [{"text": f"{i}", "body": f"{i}", "mood": label, "label": label} for i, label in enumerate(labels)]
+            for split, labels in splits.items()
+        }
+        return DatasetDict({split: Dataset.from_list(of_split, features) for split, of_split in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = load_task("t", "owner/classes")
+    assert [(row["text"], row["label"]) for row in task.rows("train")] == [("0", 0), ("2", 1)]
+    assert [row["label"] for row in task.rows("valid")] == [1]
+    assert "test" not in task.splits
+    assert "rows of owner/classes that have no label (-1) are left out: 2 of train, 1 of validation" in caplog.text
+    renamed = load_task("t", TaskSource("owner/classes", {"text": "body", "label": "mood"}))
+    assert [row["label"] for row in renamed.rows("train")] == [0, 1]
+    pairs = load_task("t", TaskSource("owner/classes", {"prompt": "body", "completion": "text"}))
+    assert (len(pairs.rows("train")), len(pairs.rows("test"))) == (4, 2)
+    of_label = Value("int64")
+    assert load_task("t", "owner/classes").labels == [-1, 0, 1]
+    splits["train"], of_label = [-1, -1], ClassLabel(names=["no", "yes"])
+    del splits["validation"]
+    assert load_task("t", "owner/classes").labels == [-1]  # for `fit` to refuse
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:

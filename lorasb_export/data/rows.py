@@ -33,6 +33,7 @@ FIELDS_OF = {
 }
 
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
+_MISSING = ("nan", "na", "null", "none")  # what is written for an empty cell of CSV
 
 Row = dict[str, Any]
 Prompt = str | Sequence[Turn] | Row  # a text, the turns of a chat, or a chat with tools: its `messages` and `tools`
@@ -125,8 +126,9 @@ def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
     A whole number that begins with 0, or has more than 18 digits, is a name.
 
     Raises:
-        DataError: a label is empty; or one is no number, and another has a decimal point: a column that is a number
-            but for a few cells would make a class of each.
+        DataError: a label is empty; or one is no number, and another has a decimal point, or it is what other programs
+            write for an empty cell among numbers alone: a column that is a number but for a few cells would make a
+            class of each.
     """
     for place, row in placed:
         row["label"] = row["label"].strip()
@@ -134,13 +136,18 @@ def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
             raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
     whole, fraction = r"[+-]?(0|[1-9]\d{0,17})", r"[+-]?(\d{0,30}\.\d{1,30}|\d{1,30}\.)"
     number = rf"{whole}|({whole}|{fraction})[eE][+-]?\d{{1,3}}|{fraction}"
-    odd = next(((place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])), None)
-    if odd is None:
+    odd = [(place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])]
+    if not odd:
         for _, row in placed:
             row["label"] = int(row["label"]) if re.fullmatch(whole, row["label"]) else float(row["label"])
-    elif any(re.fullmatch(fraction, row["label"]) for _, row in placed):
+        return
+    place, label = odd[0]
+    if len(odd) < len(placed) and all(other.lower() in _MISSING for _, other in odd):
+        fix = "Remove the row, fill it in, or give the class another name if it is one"
+        raise DataError(f"the label {label!r} is that of an empty cell: the others are numbers", where=place, fix=fix)
+    if any(re.fullmatch(fraction, row["label"]) for _, row in placed):
         fix = "Remove the row, or write all labels as names or all as numbers"
-        raise DataError(f"the label {odd[1]!r} is no number, and others are", where=odd[0], fix=fix)
+        raise DataError(f"the label {label!r} is no number, and others are", where=place, fix=fix)
 
 
 def kind_of(row: Row, where: object = None) -> str:

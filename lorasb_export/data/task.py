@@ -301,6 +301,8 @@ def _check_labels(rows: Sequence[Placed]) -> None:
             raise DataError(
                 f"label {label!r} is neither a name nor a number", where=place, fix="Use one string or one number a row"
             )
+        if isinstance(label, str) and not label.strip():
+            raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

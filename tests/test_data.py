@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import shlex
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -280,6 +283,24 @@ def test_rows_of_the_hub_without_a_class_are_left_out(
     splits["train"], of_label = [-1, -1], ClassLabel(names=["no", "yes"])
     del splits["validation"]
     assert load_task("t", "owner/classes").labels == [-1]  # for `fit` to refuse
+
+
+@pytest.mark.parametrize("name", ["ro'ws $1 ä.parquet", "rows.json", "rows.jsonl"])
+def test_rows_that_are_no_lines_come_with_a_command_that_makes_them(name: str, tmp_path: Path) -> None:
+    rows = [{"messages": json.loads(CHAT_LINE)["messages"], "n": 7, "tools": None}, json.loads(CHAT_LINE) | {"n": None}]
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_bytes(codecs.BOM_UTF8 + json.dumps(rows, indent=1).encode())
+    with pytest.raises(DataError) as error:
+        load_task("t", path)
+    kind, _, command = str(error.value).partition(f", not JSON lines ({path}). Make JSON lines of it: python ")
+    assert kind == f"the file is {'Parquet' if path.suffix == '.parquet' else 'one JSON array'}"
+    subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, check=True)
+    (made,) = set(tmp_path.iterdir()) - {path}
+    read = load_task("t", made).rows("train")
+    assert [(row["messages"], row["n"]) for row in read] == [(row["messages"], row["n"]) for row in rows]
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import csv
 import json
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -65,11 +66,28 @@ def _read_json_lines(path: Path, problems: Problems | None) -> Iterator[tuple[st
         for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
+                _refuse_other_formats(line, path)
             if line.strip():
                 with problems or nullcontext():
                     yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
             if problems and problems.is_full:
                 return
+
+
+def _refuse_other_formats(start: bytes, path: Path) -> None:
+    """Raise DataError for a file of rows that are not one a line, with a command that makes lines of them."""
+    if start.startswith(b"PAR1"):
+        kind, modules, read = "Parquet", "json, pyarrow.parquet", "pyarrow.parquet.read_table({}).to_pylist()"
+    elif start.lstrip().startswith(b"["):
+        kind, modules, read = "one JSON array", "json", 'json.load(open({}, "rb"))'
+    else:
+        return
+    new = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    source, target = (json.dumps(str(file), ensure_ascii=False) for file in (path, new))
+    lines = f'json.dumps(row, default=str) + "\\n" for row in {read.format(source)}'
+    program = f'import {modules}; open({target}, "x").writelines({lines})'
+    fix = f"Make JSON lines of it: python -c {shlex.quote(program)}"
+    raise DataError(f"the file is {kind}, not JSON lines", where=path, fix=fix)
 
 
 def _parse_row(line: bytes, place: str) -> Row:

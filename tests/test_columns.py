@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ def test_a_text_is_made_of_several_columns(tmp_path: Path) -> None:
         {"instruction": "Add {x}", "input": "1 and 2", "output": "3", "more": []},
         {"instruction": "Say", "input": None, "output": "a", "n 1": 0.5},
         {"instruction": "", "output": "b", "n 1": 7},
+        {"instruction": "nan", "input": math.nan, "output": "c", "n 1": math.nan},
     ]
     columns = {"prompt": "{{{n 1}}} {instruction}\n{input}\n", "completion": "output"}
     assert rows_of(in_json(tmp_path, *rows), columns=columns) == [
         {"prompt": "{} Add {x}\n1 and 2\n", "completion": "3"},
         {"prompt": "{0.5} Say\n\n", "completion": "a"},
         {"prompt": "{7} \n\n", "completion": "b"},
+        {"prompt": "{} nan\n\n", "completion": "c"},
     ]
     table = in_csv(tmp_path, "title,body,label\na,b,1\n,c,0\n")
     read = rows_of(table, columns={"text": "{title}: {body}", "label": "label"})

@@ -36,6 +36,8 @@ LABELS = {
     "1e-05 4": ([1e-05, 4], True),  # as pandas writes it
     "1e5 1.": ([1e5, 1.0], True),
     "nan inf": (["nan", "inf"], False),  # names, for all we know
+    "none some": (["none", "some"], False),
+    "NA null": (["NA", "null"], False),
     f"{'9' * 5000} 0x1": (["9" * 5000, "0x1"], False),
 }
 
@@ -124,6 +126,15 @@ def test_a_number_among_which_one_is_none_is_refused(tmp_path: Path) -> None:
     path = in_csv(tmp_path, "text,label\na,0.5\nb,n/a\nc,2\n")
     with pytest.raises(DataError, match=r"the label 'n/a' is no number, and others are \(.*rows\.csv:3\)"):
         load_task("t", path)
+
+
+@pytest.mark.parametrize("missing", ["NaN", "NA", "null", "None", "nan"])
+@pytest.mark.parametrize("number", ["7", "0.5"])
+def test_a_missing_label_among_numbers_is_no_class(missing: str, number: str, tmp_path: Path) -> None:
+    in_csv(tmp_path, f"text,label\na,1\nb,{number}\n", "train.csv")
+    path = in_csv(tmp_path, f"text,label\na,1\nb, {missing}\nc,NA\n", "valid.csv")
+    with pytest.raises(DataError, match=rf"the label '{missing}' is that of an empty cell.* \({path}:3\)"):
+        load_task("t", tmp_path)
 
 
 def test_rows_to_predict_that_have_no_labels_are_named(tmp_path: Path) -> None:

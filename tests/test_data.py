@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
+import shlex
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,10 @@ from unittest.mock import Mock
 import datasets
 import httpx2
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub.errors import HfHubHTTPError
 
-from lorasb_export import calibrate
+from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
 from lorasb_export.data.task import load_task, task_of
@@ -42,6 +45,7 @@ BAD = {
         "train.jsonl:2",
     ),
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
+    "empty label": (CLASS + '{"text": "a", "label": " "}\n', "the label is empty", "train.jsonl:2"),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
     "label too large": (
         f'{{"text": "a", "label": 1.5}}\n{{"text": "a", "label": 1{"0" * 400}}}\n',
@@ -247,6 +251,56 @@ def test_a_split_of_the_hub_without_labels_is_left_out(
     splits["test"][0] = 0
     with pytest.raises(DataError, match=r"label -1 is not among the training labels \(owner/name test row 2\)"):
         load_task("t", "owner/name")
+
+
+def test_rows_of_the_hub_without_a_class_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which only a column of classes says of -1, and only where it is learnt."""
+    splits = {"train": [0, -1, 1, -1], "validation": [-1, 1], "test": [-1, -1]}
+    of_label: Any = ClassLabel(names=["no", "yes"])
+
+    def load(name: str) -> DatasetDict:
+        features = Features({"text": Value("string"), "body": Value("string"), "mood": of_label, "label": of_label})
+        rows = {
+            split: [{"text": f"{i}", "body": f"{i}", "mood": label, "label": label} for i, label in enumerate(labels)]
+            for split, labels in splits.items()
+        }
+        return DatasetDict({split: Dataset.from_list(of_split, features) for split, of_split in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = load_task("t", "owner/classes")
+    assert [(row["text"], row["label"]) for row in task.rows("train")] == [("0", 0), ("2", 1)]
+    assert [row["label"] for row in task.rows("valid")] == [1]
+    assert "test" not in task.splits
+    assert "rows of owner/classes that have no label (-1) are left out: 2 of train, 1 of validation" in caplog.text
+    renamed = load_task("t", TaskSource("owner/classes", {"text": "body", "label": "mood"}))
+    assert [row["label"] for row in renamed.rows("train")] == [0, 1]
+    pairs = load_task("t", TaskSource("owner/classes", {"prompt": "body", "completion": "text"}))
+    assert (len(pairs.rows("train")), len(pairs.rows("test"))) == (4, 2)
+    of_label = Value("int64")
+    assert load_task("t", "owner/classes").labels == [-1, 0, 1]
+    splits["train"], of_label = [-1, -1], ClassLabel(names=["no", "yes"])
+    del splits["validation"]
+    assert load_task("t", "owner/classes").labels == [-1]  # for `fit` to refuse
+
+
+@pytest.mark.parametrize("name", ["ro'ws $1 ä.parquet", "rows.json", "rows.jsonl"])
+def test_rows_that_are_no_lines_come_with_a_command_that_makes_them(name: str, tmp_path: Path) -> None:
+    rows = [{"messages": json.loads(CHAT_LINE)["messages"], "n": 7, "tools": None}, json.loads(CHAT_LINE) | {"n": None}]
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_bytes(codecs.BOM_UTF8 + json.dumps(rows, indent=1).encode())
+    with pytest.raises(DataError) as error:
+        load_task("t", path)
+    kind, _, command = str(error.value).partition(f", not JSON lines ({path}). Make JSON lines of it: python ")
+    assert kind == f"the file is {'Parquet' if path.suffix == '.parquet' else 'one JSON array'}"
+    subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, check=True)
+    (made,) = set(tmp_path.iterdir()) - {path}
+    read = load_task("t", made).rows("train")
+    assert [(row["messages"], row["n"]) for row in read] == [(row["messages"], row["n"]) for row in rows]
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:

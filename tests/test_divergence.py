@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, fit
-from lorasb_export.data.task import TaskData
+from lorasb_export.data.task import TaskData, task_of
 from lorasb_export.errors import TrainingError
+from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
 from lorasb_export.training.trainer import RTrainer
 from tests.training import SETTINGS
@@ -92,6 +94,18 @@ def test_an_evaluation_before_the_next_log_tells_of_the_step_and_the_rows_too(
     settings = replace(SETTINGS, max_steps=100, evaluate_every=4, checkpoint_every=50)  # a log at every tenth step
     with pytest.raises(TrainingError, match=r"^the loss of plus is not finite at step 2, on training rows \d+"):
         fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
+
+
+def test_a_regression_that_predicts_infinities_ends_in_the_same_error(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = [(math.inf, 1, sign * math.inf) for sign in (1, -1)]
+    monkeypatch.setattr("lorasb_export.training.validation.row_scores", lambda *arguments, **options: endless)
+    rows = [{"text": f"row {i}", "label": i + 0.5} for i in range(4)]
+    task = task_of("numbers", {"train": rows, "valid": rows[:2]})
+    settings = FitSettings(max_steps=2, metric="pearson")
+    with pytest.raises(TrainingError, match=r"^the valid loss of numbers is not finite after step 1 "):
+        fit(str(bert), CalibrationSettings(rank=4), task, tmp_path / "a", settings)
 
 
 def test_a_rate_is_left_out_for_the_task_that_it_is_too_high_for(

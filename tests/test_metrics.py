@@ -56,3 +56,8 @@ def test_pearson() -> None:
     assert pearson(found, expected) == pytest.approx(known)
     assert pearson([1e-170, 2e-170], [1, 2]) == pytest.approx(1)
     assert pearson([0.1] * 3, [1, 2, 3]) == pearson([1, 2, 3], [0.1] * 3) == pearson([1], [2]) == 0
+
+
+def test_predictions_that_are_not_finite_correlate_with_nothing() -> None:
+    for found in ([math.inf, -math.inf, 1.0], [math.inf] * 3, [math.nan, 1.0, 2.0]):
+        assert math.isnan(pearson(found, [1.0, 2.0, 3.0]))

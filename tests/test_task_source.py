@@ -16,7 +16,7 @@ from lorasb_export import Adapter, TaskSource, evaluate, load_task, merge
 from lorasb_export.errors import ArtifactError, DataError, SettingsError
 from lorasb_export.project.project import Project
 from tests.conftest import lorasb
-from tests.rows import CHAT, PAIR, in_csv, in_json, rows_of
+from tests.rows import CHAT, PAIR, in_csv, in_json, rows_of, tool_row
 
 DOCS = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
 
@@ -117,6 +117,45 @@ def test_rows_that_say_the_same_stay_together_whatever_else_they_have(tmp_path: 
     train, valid = held_out(tmp_path, rows, 0.2)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
     assert 50 < len(valid) < 110
+
+
+def test_chats_that_say_the_same_stay_together(tmp_path: Path) -> None:
+    """In whatever order their keys are, whatever ids and times they have, and however the same call is written."""
+
+    def chat(i: int, *, copied: bool) -> dict[str, Any]:
+        row = tool_row("add", a="1", b=str(i))
+        user, asked, *_ = turns = row["messages"]
+        user["content"] = f"q{i % 50}"  # two calls of each question
+        if not copied:
+            return row
+        (call,) = asked["tool_calls"]
+        arguments = json.dumps(dict(reversed(call["function"]["arguments"].items())))
+        asked["tool_calls"] = [{"function": {"arguments": arguments, "name": "add"}, "id": f"call_{i}"}]
+        asked["content"] = None
+        return {"id": i, "messages": [{"id": i, "when": i / 3} | dict(reversed(turn.items())) for turn in turns]}
+
+    def calls(rows: list[Any]) -> set[str]:
+        functions = [row["messages"][1]["tool_calls"][0]["function"] for row in rows]
+        arguments = [function["arguments"] for function in functions]
+        return {json.loads(given)["b"] if isinstance(given, str) else given["b"] for given in arguments}
+
+    train, valid = held_out(tmp_path, [chat(i, copied=copied) for i in range(100) for copied in (True, False)], 0.2)
+    assert not calls(train) & calls(valid)
+    assert 20 < len(valid) < 70
+    assert {row["messages"][0]["content"] for row in train} & {row["messages"][0]["content"] for row in valid}
+
+
+def test_numbers_that_are_written_otherwise_stay_together(tmp_path: Path) -> None:
+    rows = [{"text": f"q{i}", "label": label} for i in range(100) for label in (4, 4.0, 4.5)]
+    train, valid = held_out(tmp_path, rows, 0.2)
+    of_valid = {row["text"] for row in valid if row["label"] == 4}
+    assert of_valid
+    assert not of_valid & {row["text"] for row in train if row["label"] == 4}
+
+
+def test_broken_chats_are_told_before_any_are_held_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"message 1 has no 'role' \(.*rows\.jsonl:2\)"):
+        held_out(tmp_path, [CHAT, {"messages": ["1+1="]}], 0.5)
 
 
 def test_every_class_stays_in_training(tmp_path: Path) -> None:

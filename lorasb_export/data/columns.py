@@ -67,9 +67,9 @@ def _of_fields(placed: tuple[str, Row], columns: Mapping[str, str]) -> tuple[str
 
 
 def _text(row: Row, column: str, place: str) -> str:
-    """What a template has for a column: nothing where the row has none, or an empty one."""
+    """What a template has for a column: nothing where the row has none, or an empty one, which pandas writes as NaN."""
     value = row.get(column)
-    if value is None:
+    if value is None or value != value:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         what = f"column {column!r} is of type {type(value).__name__}, and a template takes text and numbers"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, first_line
 from ..hub.calls import hub_errors, status_of, with_retries
 from ..hub.fetch import may_be_dataset
-from .rows import Row, warn_once
+from .rows import LABELLED, Row, kind_of, warn_once
 from .source import TaskSource
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _OF_A_WRONG_NAME = ("BuilderConfig", "Unknown split", "Unrecognized instruction"
 
 
 def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
-    """Split → the rows, each with its place.
+    """Split → the rows, each with its place; without those of a class that is not known.
 
     Raises:
         DataError: no such dataset, subset or split, or the Hub refuses, fails or cannot be reached.
@@ -26,17 +26,33 @@ def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
     if not may_be_dataset(source.path, Path()):
         fix = "Check the path; a dataset on the Hub is owner/name"
         raise DataError("no such file, folder or Hub dataset", where=source.path, fix=fix)
-    placed = {}
+    placed, left_out = {}, {}
+    label = source.columns.get("label") if source.columns else "label"
     for split, (theirs, dataset) in _splits(source).items():
         placed[split] = [
             (f"{source.path} {theirs} row {number}", {column: _without_nulls(value) for column, value in row.items()})
             for number, row in enumerate(dataset.to_list(), 1)
         ]
-        label = source.columns.get("label") if source.columns else "label"
-        if split != "train" and placed[split] and all(row.get(label) == -1 for _, row in placed[split]):
+        labelled = [placed_row for placed_row in placed[split] if placed_row[1].get(label) != -1]
+        if split != "train" and placed[split] and not labelled:
             warn_once(f"the {theirs} split of {source.path} is not read: its labels are all -1")
             del placed[split]  # that of a competition, which hides them
+        elif labelled and len(labelled) < len(placed[split]) and _has_classes(dataset, source, label):
+            left_out[theirs] = len(placed[split]) - len(labelled)
+            placed[split] = labelled
+    if left_out:
+        counts = ", ".join(f"{count} of {theirs}" for theirs, count in left_out.items())
+        warn_once(f"rows of {source.path} that have no label (-1) are left out: {counts}")
     return placed
+
+
+def _has_classes(dataset: Dataset, source: TaskSource, label: str | None) -> bool:
+    """Whether the column `label` is of classes, among which -1 is none: of plain numbers it may be one."""
+    from datasets import ClassLabel
+
+    if not isinstance(dataset.features.get(label), ClassLabel):
+        return False
+    return bool(source.columns) or kind_of(dict(dataset.features), source.path) == LABELLED  # else it is not learnt
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,6 +11,7 @@ import csv
 import json
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ FIELDS_OF = {
 }
 
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
+_MISSING = ("nan", "na", "null", "none")  # what is written for an empty cell of CSV
 
 Row = dict[str, Any]
 Prompt = str | Sequence[Turn] | Row  # a text, the turns of a chat, or a chat with tools: its `messages` and `tools`
@@ -64,11 +66,28 @@ def _read_json_lines(path: Path, problems: Problems | None) -> Iterator[tuple[st
         for number, line in enumerate(iter(lambda: file.readline(MAX_JSON_BYTES + 1), b""), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it there
+                _refuse_other_formats(line, path)
             if line.strip():
                 with problems or nullcontext():
                     yield f"{path}:{number}", _parse_row(line, f"{path}:{number}")
             if problems and problems.is_full:
                 return
+
+
+def _refuse_other_formats(start: bytes, path: Path) -> None:
+    """Raise DataError for a file of rows that are not one a line, with a command that makes lines of them."""
+    if start.startswith(b"PAR1"):
+        kind, modules, read = "Parquet", "json, pyarrow.parquet", "pyarrow.parquet.read_table({}).to_pylist()"
+    elif start.lstrip().startswith(b"["):
+        kind, modules, read = "one JSON array", "json", 'json.load(open({}, "rb"))'
+    else:
+        return
+    new = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    source, target = (json.dumps(str(file), ensure_ascii=False) for file in (path, new))
+    lines = f'json.dumps(row, default=str) + "\\n" for row in {read.format(source)}'
+    program = f'import {modules}; open({target}, "x").writelines({lines})'
+    fix = f"Make JSON lines of it: python -c {shlex.quote(program)}"
+    raise DataError(f"the file is {kind}, not JSON lines", where=path, fix=fix)
 
 
 def _parse_row(line: bytes, place: str) -> Row:
@@ -125,8 +144,9 @@ def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
     A whole number that begins with 0, or has more than 18 digits, is a name.
 
     Raises:
-        DataError: a label is empty; or one is no number, and another has a decimal point: a column that is a number
-            but for a few cells would make a class of each.
+        DataError: a label is empty; or one is no number, and another has a decimal point, or it is what other programs
+            write for an empty cell among numbers alone: a column that is a number but for a few cells would make a
+            class of each.
     """
     for place, row in placed:
         row["label"] = row["label"].strip()
@@ -134,13 +154,18 @@ def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
             raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
     whole, fraction = r"[+-]?(0|[1-9]\d{0,17})", r"[+-]?(\d{0,30}\.\d{1,30}|\d{1,30}\.)"
     number = rf"{whole}|({whole}|{fraction})[eE][+-]?\d{{1,3}}|{fraction}"
-    odd = next(((place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])), None)
-    if odd is None:
+    odd = [(place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])]
+    if not odd:
         for _, row in placed:
             row["label"] = int(row["label"]) if re.fullmatch(whole, row["label"]) else float(row["label"])
-    elif any(re.fullmatch(fraction, row["label"]) for _, row in placed):
+        return
+    place, label = odd[0]
+    if len(odd) < len(placed) and all(other.lower() in _MISSING for _, other in odd):
+        fix = "Remove the row, fill it in, or give the class another name if it is one"
+        raise DataError(f"the label {label!r} is that of an empty cell: the others are numbers", where=place, fix=fix)
+    if any(re.fullmatch(fraction, row["label"]) for _, row in placed):
         fix = "Remove the row, or write all labels as names or all as numbers"
-        raise DataError(f"the label {odd[1]!r} is no number, and others are", where=odd[0], fix=fix)
+        raise DataError(f"the label {label!r} is no number, and others are", where=place, fix=fix)
 
 
 def kind_of(row: Row, where: object = None) -> str:

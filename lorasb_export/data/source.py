@@ -24,8 +24,9 @@ class TaskSource:
         columns: field of a row → what the data calls it, or for a text a template of several, such as
             `{title}: {body}`; all else in the data is left alone. Empty: as it is called.
         hold_out: of data without valid rows, about the share of its training rows to hold out as such. A digest of the
-            row's fields decides: equal rows stay together, and no row changes sides when others are added, unless it is
-            the last of its class. Where there are valid rows, none are held out.
+            row's fields decides, of a chat one of its turns' roles, contents and calls: equal rows stay together, and
+            no row changes sides when others are added, unless it is the last of its class. Where there are valid rows,
+            none are held out.
         subset: which one of a Hub dataset of several.
         splits: split → that of the Hub dataset, as `datasets` writes it: `train_sft`, `train[:95%]`. What is not named
             is not read. Empty: train, validation (or valid) and test.

@@ -19,6 +19,7 @@ from ..files.storage import expanded
 from .columns import renamed
 from .hub_dataset import rows_from_hub
 from .rows import (
+    CHAT,
     FIELDS_OF,
     LABELLED,
     TEXT,
@@ -33,6 +34,7 @@ from .rows import (
     warn_once,
 )
 from .source import SPLITS, AnySource, TaskSource
+from .tools import Turn, chat_of
 
 Placed = tuple[str, Row]  # a row with its place, which errors name
 
@@ -138,9 +140,10 @@ def load_task(name: str, source: AnySource) -> TaskData:
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
     placed, place = _read(source, path), str(path.absolute()) if path.exists() else source.path
+    _check_rows(place, placed)
     if source.hold_out and "valid" not in placed:
         placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
-    return replace(_checked(name, place, placed), read_as=source.options())
+    return replace(_made(name, place, placed), read_as=source.options())
 
 
 def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
@@ -163,7 +166,8 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
             refuse_unwritable(row, place)
-    return _checked(name, "memory", placed)
+    _check_rows("memory", placed)
+    return _made(name, "memory", placed)
 
 
 def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
@@ -173,7 +177,8 @@ def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
         yield replace(task, name=name) if isinstance(task, TaskData) else load_task(name, task)
 
 
-def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
+def _check_rows(source: str, placed: Mapping[str, Sequence[Placed]]) -> None:
+    """All that can be said of rows before it is known which are held out."""
     if not placed.get("train"):
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
     kind = kind_of(placed["train"][0][1], placed["train"][0][0])
@@ -184,11 +189,18 @@ def _checked(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> 
                 fix = "Add its label, or take rows without labels out of the task's data"
             raise DataError(what, where=place, fix=fix)
         check_row(row, kind, place)
+    if kind == LABELLED:
+        _check_labels([placed_row for rows in placed.values() for placed_row in rows])
+
+
+def _made(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
+    """The task of checked rows. Raises DataError for a label that training lacks."""
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(as_json(splits)).hexdigest()
-    task = TaskData(name, source, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
-    if kind == LABELLED:
-        _check_labels(task, placed)
+    labelled = kind_of(splits["train"][0]) == LABELLED
+    task = TaskData(name, source, SEQ_CLS if labelled else CAUSAL_LM, splits, digest)
+    if labelled:
+        _check_known(task, placed)
     return task
 
 
@@ -236,15 +248,12 @@ def split_files(folder: Path) -> dict[str, Path]:
 def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[Placed], list[Placed]]:
     """Rows to train on, and about `share` of all to hold out, in their order. Of each class one stays at least.
 
-    A row is held out by a digest of its fields alone, so that no other rows decide over it.
+    A row is held out by a digest of what it says alone, so that no other rows decide over it.
     """
-    numbers = any(isinstance(row.get("label"), float) for _, row in placed)
-    digests, classes = [], []
-    for place, row in placed:
-        kind = kind_of(row, place)
-        fields = [str(row.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
-        digests.append(hashlib.sha256(as_json(fields)).digest())
-        classes.append(str(row["label"]) if kind == LABELLED and not numbers else "")
+    labelled = kind_of(placed[0][1]) == LABELLED
+    numbers = labelled and any(isinstance(row["label"], float) for _, row in placed)
+    digests = [hashlib.sha256(as_json(_said(row, numbers=numbers))).digest() for _, row in placed]
+    classes = [str(row["label"]) if labelled and not numbers else "" for _, row in placed]
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
         beyond = int.from_bytes(digest[:8]) >= share * 2**64
@@ -260,6 +269,23 @@ def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[P
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 
 
+def _said(row: Row, *, numbers: bool) -> list[Any]:
+    """What a row says: the same for equal rows, whatever else they have.
+
+    Of a chat the turns as a template takes them, and of these the words and the calls: ids and times differ in copies.
+    """
+    kind = kind_of(row)
+    if kind == CHAT:
+        return [(turn["role"], turn["content"], _called(turn)) for turn in chat_of(row).turns]
+    said = row | {"label": float(row["label"])} if numbers else row
+    return [str(said.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
+
+
+def _called(turn: Turn) -> list[Any]:
+    functions = [call["function"] for call in turn.get("tool_calls", [])]
+    return [(function["name"], function["arguments"]) for function in functions]
+
+
 def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:
     """Raise DataError for a classifier with nothing to tell apart."""
     if len(labels) == 1:
@@ -267,8 +293,7 @@ def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:
         raise DataError(f"every training row has the label {labels[0]!r}", where=where, fix=fix)
 
 
-def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]]) -> None:
-    rows = [placed_row for split in placed.values() for placed_row in split]
+def _check_labels(rows: Sequence[Placed]) -> None:
     named = isinstance(rows[0][1]["label"], str)
     for place, row in rows:
         label = row["label"]
@@ -276,10 +301,16 @@ def _check_labels(task: TaskData, placed: Mapping[str, Sequence[tuple[str, Row]]
             raise DataError(
                 f"label {label!r} is neither a name nor a number", where=place, fix="Use one string or one number a row"
             )
+        if isinstance(label, str) and not label.strip():
+            raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:
             raise DataError("some labels are names, some are numbers", where=place, fix="Use one kind")
+
+
+def _check_known(task: TaskData, placed: Mapping[str, Sequence[Placed]]) -> None:
+    rows = [placed_row for split in placed.values() for placed_row in split]
     if task.regression:
         if all(float(row["label"]).is_integer() for _, row in rows):
             what = "have decimal points and are whole: they are learnt as numbers (regression)"

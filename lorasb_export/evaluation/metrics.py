@@ -38,8 +38,10 @@ def f1(found: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
 
 
 def pearson(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Pearson's correlation, -1 to 1; 0 when either side is constant."""
+    """Pearson's correlation, -1 to 1; 0 when either side is constant, NaN when a prediction is not finite."""
     pairs = list(zip(found, expected, strict=True))
+    if not all(map(math.isfinite, found)):
+        return math.nan
     if len(set(found)) == 1 or len(set(expected)) == 1:
         return 0.0
     mean_found, mean_expected = math.fsum(found) / len(pairs), math.fsum(expected) / len(pairs)

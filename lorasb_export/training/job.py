@@ -23,7 +23,7 @@ from ..calibration.capture import overview
 from ..cards import card
 from ..choices import NF4
 from ..data.task import TaskData
-from ..errors import SettingsError, TrainingError
+from ..errors import ArtifactError, SettingsError, TrainingError
 from ..files.atomic import atomic_folder, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
@@ -95,6 +95,7 @@ class Job:
         elif start is not None:
             raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
         self._network, self._basis, self._measure, self._start = network, basis, measure, start
+        self._damaged: dict[Path, str] = {}  # adapters that `overwrite` replaces, and what is wrong with them
         self.settings = with_rate(settings, self.base, basis, tasks[0], network)
 
     def kept(self, *, overwrite: bool) -> list[Adapter] | None:
@@ -137,7 +138,7 @@ class Job:
             return "resume", step, None
         if is_free(out):
             return "train", None, None
-        differing = differences(out, self.base, self._basis, task, self.settings, self._start) if resume else []
+        differing = self._differing(task, out, overwrite) if resume else []
         return "train", None, ", ".join(differing) or "--overwrite replaces what is there"
 
     def _step_of_run(self) -> int | None:
@@ -189,6 +190,8 @@ class Job:
         self._take(locks)
         if self._are_kept(resume, overwrite):
             return True
+        for out, what in self._damaged.items():
+            logger.warning("%s is damaged (%s): it is replaced", out, what)
         with cannot_write(self.folder, RESUME):
             open_folder(self.folder, self.settings, resume, overwrite)
         return False
@@ -199,7 +202,8 @@ class Job:
             put_back(out)
 
     def _are_kept(self, resume: bool, overwrite: bool) -> bool:
-        """Whether a resumed run finds every adapter finished; only `overwrite` admits one of other settings or data.
+        """Whether a resumed run finds every adapter finished; only `overwrite` admits one of other settings or data, or
+        a damaged one.
 
         Raises where something lies in the place of one that may be neither kept nor replaced.
         """
@@ -211,7 +215,7 @@ class Job:
             return False
         there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
         for task, out in there:
-            differing = differences(out, self.base, self._basis, task, self.settings, self._start)
+            differing = self._differing(task, out, overwrite)
             if differing and overwrite:
                 return False
             if differing:
@@ -222,6 +226,16 @@ class Job:
                     fix=replacing if self.folder.exists() else SAME,
                 )
         return len(there) == len(self.outs)
+
+    def _differing(self, task: TaskData, out: Path, overwrite: bool) -> list[str]:
+        """As `differences`, but that a damaged adapter is another, where `overwrite` would replace it."""
+        try:
+            return differences(out, self.base, self._basis, task, self.settings, self._start)
+        except ArtifactError as error:
+            if not overwrite:
+                raise
+            self._damaged[out] = error.what
+            return [f"damaged: {error.what}"]
 
     def _train(
         self, network: PreTrainedModel, basis: Basis | CalibrationSettings, *, resume: bool, overwrite: bool

@@ -69,6 +69,10 @@ class OutputError(LoraSBError, OSError):
     """The target exists, the disk is full, or a port is taken; what was there is kept."""
 
 
+class BusyError(OutputError):
+    """Another process is writing the target; those beside it may be free."""
+
+
 class TrainingError(LoraSBError, RuntimeError):
     """Training cannot start, continue or resume."""
 
@@ -91,7 +95,7 @@ class ServerError(LoraSBError, RuntimeError):
 
 
 # Where one command takes several tasks or adapters in turn, these errors end the current one alone.
-PER_ITEM_ERRORS = (DataError, ArtifactError, TrainingError)
+PER_ITEM_ERRORS = (DataError, ArtifactError, BusyError, TrainingError)
 
 
 class Problems:

@@ -11,10 +11,11 @@ from lorasb_export.base.model import BaseRef
 from lorasb_export.basis import Basis
 from lorasb_export.layers.factors import ModuleBasis
 
+BASE = BaseRef("owner/base", None, "f" * 64)
 RANK, MODULES = 4, {"model.layers.0.q_proj": (16, 8), "model.layers.0.v_proj": (8, 8)}
 
 
-def make(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+def make(folder: Path, seed: int = 0, base: BaseRef = BASE) -> tuple[Path, Path]:
     """A saved basis and a saved adapter that names it by a relative path."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
@@ -25,7 +26,6 @@ def make(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         )
         for name, (rows, columns) in MODULES.items()
     }
-    base = BaseRef("owner/base", None, "f" * 64)
     calibration = {"samples": 1, "reduction": "sign", "data": [], "energy": {"a": 0.5}}
     Basis(base, RANK, modules, calibration).save(folder / "basis")
     basis = Basis.load(folder / "basis")

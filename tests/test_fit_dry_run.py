@@ -162,3 +162,16 @@ def test_what_the_options_or_the_base_refuse(project: Path, sums: Path, tmp_path
         code, tasks = foreseen(*words)
         assert (code, why in tasks["b"]["why"], why in lorasb("fit", *words).stderr) == (1, True, True)
     assert lorasb("fit", "b", "--dry-run").stdout == "b  train\n1 task: 1 to train\n"
+
+
+def test_a_damaged_adapter_is_trained_anew_with_overwrite_alone(project: Path, log: pytest.LogCaptureFixture) -> None:
+    assert lorasb("fit", "a").exit_code == 0
+    Path("adapters/a/adapter.safetensors").write_bytes(b"damaged")
+    code, tasks = foreseen("a", "--resume")
+    assert (code, tasks["a"]["action"]) == (1, "refuse")
+    code, tasks = foreseen("a", "--resume", "--overwrite")
+    assert (code, tasks["a"]["action"], "damaged" in tasks["a"]["why"]) == (0, "train", True)
+    assert lorasb("fit", "a", "--resume", "--overwrite").exit_code == 0
+    (told,) = [message for message in log.messages if "it is replaced" in message]
+    assert told.startswith(f"{project / 'adapters/a'} is damaged (not a safetensors file")
+    assert foreseen("a", "--resume")[1]["a"]["action"] == "keep"

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from lorasb_export import Basis, calibrate, fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import TaskData, load_task
-from lorasb_export.errors import BaseModelError, DataError, OutputError, SettingsError, TrainingError
+from lorasb_export.errors import BaseModelError, BusyError, DataError, OutputError, SettingsError, TrainingError
+from lorasb_export.files.lock import only_writer
 from lorasb_export.project.fit import fit_tasks
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -203,6 +204,23 @@ def test_a_full_disk_ends_the_tasks_that_are_left(
     monkeypatch.setattr("lorasb_export.training.job.write_training_record", full)
     with pytest.raises(OutputError, match="No space left"):
         fit_all(found, ["b", "a"], SETTINGS)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_task_that_another_process_writes_leaves_the_others_their_turn(
+    resume: bool, llama: Path, sums: Path, tmp_path: Path
+) -> None:
+    """Whether it is to be trained, or an adapter that is there to be kept."""
+    more = "".join(f'[tasks.{name}]\ndata = "data"\n' for name in "bc")
+    found = project(tmp_path / "p", llama, sums, f'[basis]\nrank = 4\ndirections = "random"\n{more}')
+    fitted = fit_all(found, ["a", "b"], SETTINGS)
+    with only_writer(found.adapter_folder("b")):
+        again = fit_all(found, ["b", "a", "c"], SETTINGS, resume=resume, overwrite=True)
+        with pytest.raises(BusyError):
+            fit_all(found, ["b"], SETTINGS, resume=resume, overwrite=True)
+    assert (type(again["b"]), again["b"].where) == (BusyError, str(found.adapter_folder("b")))
+    assert again["a"].sha256 == fitted["a"].sha256
+    assert found.adapter_names() == ["a", "b", "c"]
 
 
 def test_layers_are_counted_in_the_network_that_the_tasks_share(

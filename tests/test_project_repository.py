@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
-from lorasb_export import basis_source
+from lorasb_export import Adapter, basis_source
 from lorasb_export.cards.project_card import project_card
 from lorasb_export.cards.sections import NOTHING
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
@@ -20,7 +21,7 @@ from lorasb_export.inspection import inspect_folder
 from lorasb_export.project.project import Project
 from lorasb_export.project.push import push_project
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
-from tests.pushing import make
+from tests.pushing import BASE, make
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,27 @@ def test_a_plan_without_the_hub(tmp_path: Path) -> None:
     assert (plan["kind"], plan["reached"], plan["deleted"]) == ("project", False, [])
     folders = {part_of(file["path"]) for file in plan["files"]}
     assert folders == {"", "basis", "adapters/a"}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_base_is_the_same_at_another_commit_unless_its_weights_are_others(tmp_path: Path) -> None:
+    """Each of these adapters has a basis of its own; all are of the same modules."""
+    make(tmp_path)
+    bases = {
+        "b": replace(BASE, revision="2" * 40),
+        "c": replace(BASE, revision="3" * 40, fingerprint="e" * 64),
+        "d": replace(BASE, name_or_path="owner/other"),
+    }
+    for name, base in bases.items():
+        _, adapter = make(tmp_path / "made" / name, base=base)
+        Adapter.load(adapter).save(tmp_path / "adapters" / name, embed=True)
+    found = dict(push_project(Project(tmp_path), "me/support", dry_run=True))
+    assert list(found) == ["c", "d", "me/support"]
+    plan = found["me/support"]
+    assert not isinstance(plan, LoraSBError)
+    assert {part_of(file["path"]) for file in plan["files"]} == {"", "basis", "adapters/a", "adapters/b"}
+    assert "it is for other weights of owner/base than others here" in str(found["c"])
+    assert "it is for the base model owner/other, the first one here for owner/base" in str(found["d"])
 
 
 @pytest.mark.usefixtures("no_network")

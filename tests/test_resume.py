@@ -283,3 +283,22 @@ def test_a_damaged_record_of_the_training_is_named(llama: Path, sums: Path, basi
     write_json(record, {key: value for key, value in read_json(record).items() if key != "data_sha256"})
     with pytest.raises(ArtifactError, match=r"the record of its training is damaged \(.*lorasb.json\)"):
         fit(str(llama), basis, sums, tmp_path / "a", settings, resume=True)
+
+
+@pytest.mark.parametrize("settings_known", [True, False])
+def test_a_damaged_adapter_is_replaced_by_overwrite(
+    settings_known: bool, llama: Path, sums: Path, basis: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """Also one that would be kept, for it does not say how it was trained."""
+    settings, out = replace(SETTINGS, max_steps=1), tmp_path / "a"
+    inputs = (str(llama), basis, sums, out, settings)
+    made = fit(*inputs)
+    if not settings_known:
+        (out / "lorasb.json").unlink()
+    (out / "adapter.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError):
+        fit(*inputs, resume=True)
+    assert fit(*inputs, resume=True, overwrite=True).sha256 == made.sha256
+    (told,) = [message for message in log.messages if "it is replaced" in message]
+    assert str(out) in told
+    assert Adapter.load(out).sha256 == made.sha256

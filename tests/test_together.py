@@ -117,6 +117,40 @@ def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(
     assert {adapter.name: adapter.sha256 for adapter in fitted[1:]} == {a.name: a.sha256 for a in undisturbed}
 
 
+def test_overwrite_replaces_only_what_has_changed_also_where_that_is_interrupted(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`two` has other rows now, `one` is damaged, `new` is new; the others are as they were."""
+    rows, out = list(tasks["plus"].rows("train")), tmp_path / "out"
+    before = {**tasks, **{name: task_of(name, {"train": rows[:count]}) for name, count in [("one", 7), ("two", 8)]}}
+    made = {adapter.name: adapter for adapter in fit_together(str(llama), basis, before, out, SETTINGS)}
+    (out / "one" / "adapter.safetensors").write_bytes(b"damaged")
+    now = {**before, "two": task_of("two", {"train": rows[:9]}), "new": task_of("new", {"train": rows[:6]})}
+    kept = {path: path.stat().st_mtime_ns for name in tasks for path in (out / name).iterdir()}
+    ran, stops, step = list[list[str]](), [4], RTrainer.training_step
+
+    def watched(self: RTrainer, *arguments: object) -> torch.Tensor:
+        names = [run.task.name for run in self.runs]
+        if names not in ran[-1:]:
+            ran.append(names)
+        if names == ["one", "two"] and self.state.global_step in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    again = {"resume": True, "overwrite": True}
+    monkeypatch.setattr(RTrainer, "training_step", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(str(llama), basis, now, out, SETTINGS, **again)
+    fitted = {adapter.name: adapter for adapter in fit_together(str(llama), basis, now, out, SETTINGS, **again)}
+    assert (list(fitted), ran) == (list(now), [["new"], ["one", "two"]])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert [fitted[name].sha256 for name in tasks] == [made[name].sha256 for name in tasks]
+    for name in ("one", "two", "new"):
+        assert equal(fitted[name], fit(str(llama), basis, now[name], tmp_path / name, SETTINGS), 1e-6)
+    assert not list(out.glob(".*"))
+
+
 def test_no_task_is_nothing_to_train(llama: Path, basis: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no task to fit. Give at least one"):
         fit_together(str(llama), basis, [], tmp_path)

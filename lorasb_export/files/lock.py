@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ..errors import OutputError
+from ..errors import BusyError, OutputError
 from .output import cannot_write
 from .storage import real
 
@@ -30,8 +30,9 @@ def only_writer(target: Path, *, wait: bool = False) -> Iterator[None]:
         wait: until another process that holds it lets go.
 
     Raises:
-        OutputError: another process holds it and `wait` is false, the parent cannot be written, its disk has no locks,
-            or the lock file is another user's and out of reach.
+        BusyError: another process holds it and `wait` is false.
+        OutputError: the parent cannot be written, its disk has no locks, or the lock file is another user's and out of
+            reach.
     """
     target = real(target)  # a link to a folder is no second folder
     with cannot_write(target):
@@ -54,7 +55,7 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
         except BlockingIOError:
             if not wait:
                 file.close()
-                raise OutputError(
+                raise BusyError(
                     "another process is writing this target", where=target, fix="Wait for it, or choose another path"
                 ) from None
             logger.warning("another process is writing %s: waiting for it", target)

@@ -139,7 +139,8 @@ class _Reader:
         self._bases = AdapterBases(repository, head, public=public, dry_run=dry_run)
         self._sha256_of: dict[str, str] = {}  # of the bases that were read
         self.licences = Licences() if head.reached else None
-        self.base: Mapping[str, Any] = {}  # that of the first; all others have the same
+        self.base: Mapping[str, Any] = {}  # that of the first; all others have the same, at another commit perhaps
+        self._weights: dict[frozenset[str], str] = {}  # the fingerprint of the base, by the modules that it is of
 
     def read(self, part: str, folder: Path) -> _Part:
         """The part, checked.
@@ -169,7 +170,7 @@ class _Reader:
         placed: Files = {f"{part}/{path}": file for path, file in files.items()}
         outgoing.refuse_tokens(placed)
         config = json.loads(outgoing.content_of(files[f"{kind}_config.json"]))
-        self._check_base(base_of(config), folder)
+        self._check_base(config, folder)
         return _Part(placed, seen, [f"{part}/{path}" for path in skipped], about(kind, config))
 
     def early(self, read: Mapping[str, _Part], head: Head) -> list[Mapping[str, _Part]]:
@@ -244,10 +245,14 @@ class _Reader:
         theirs = self._repository.text(self._head, path)
         return folder_card(files, kind_of_part(part), name, folder, theirs, self.licences, path)
 
-    def _check_base(self, base: Mapping[str, Any], folder: Path) -> None:
-        named = [(one.get("name_or_path"), one.get("revision")) for one in (base, self.base or base)]
-        if named[0] != named[1]:
-            this, first = (f"{name}@{revision}" if revision else name for name, revision in named)
-            what = f"it is for the base model {this}, the first one here for {first}"
-            raise ArtifactError(what, where=folder, fix="Give it a repository of its own")
-        self.base = self.base or base
+    def _check_base(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Its base has the name of the first one's, and the weights, as far as others here have the same modules. The
+        commit may be another: one that changes the base's card alone would keep the next basis out for ever."""
+        base, own = base_of(config), "Give it a repository of its own"
+        name, first = base["name_or_path"], self.base or base
+        if name != first["name_or_path"]:
+            what = f"it is for the base model {name}, the first one here for {first['name_or_path']}"
+            raise ArtifactError(what, where=folder, fix=own)
+        if base["fingerprint"] != self._weights.setdefault(frozenset(config["target_modules"]), base["fingerprint"]):
+            raise ArtifactError(f"it is for other weights of {name} than others here", where=folder, fix=own)
+        self.base = first

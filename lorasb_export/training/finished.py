@@ -31,10 +31,9 @@ def differences(
         ArtifactError: the adapter, or its record, is damaged.
     """
     record = out / "lorasb.json"
-    made = read_json(record) if record.is_file() else {}
+    made, adapter = read_json(record) if record.is_file() else {}, Adapter.load(out)
     if "settings" not in made:
         return []
-    adapter = Adapter.load(out)
     try:
         kept, data = made["settings"]["learning_rate"], made["data_sha256"]
         rates = sorted(made.get("learning_rates", [kept]))

@@ -163,19 +163,27 @@ def train_together(
         )
     folder = absolute(folder)
     distributed.start()
-    trained: dict[str, Adapter | TrainingError] = {}
     ordered = sorted(tasks, key=lambda task: task.name)  # the same run in whatever order they are named
     apart = distributed.on_main(lambda: _finished_before(folder, ordered) if resume else set())
-    groups = [[task for task in ordered if (task.name in apart) == finished] for finished in (True, False)]
-    for group in filter(None, groups):
+    before, others = ([task for task in ordered if (task.name in apart) == there] for there in (True, False))
+
+    def job(group: Sequence[TaskData]) -> Job:
         working = together_folder(folder, group)
         if resume and not working.exists():
             refuse_run_of_others(folder, {task.sha256 for task in group})
         outs = [folder / task.name for task in group]
-        job = Job(base, basis, group, outs, working, settings, network, measure, start)
-        outcomes = job.train(resume=resume, overwrite=overwrite)
-        trained |= {task.name: outcome for task, outcome in zip(group, outcomes, strict=True)}
-    return [trained[task.name] for task in tasks]
+        return Job(base, basis, group, outs, working, settings, network, measure, start)
+
+    done: dict[str, Adapter | TrainingError] = {}
+    if before:
+        done |= job(before).finished(overwrite=overwrite)
+    replaced = [task for task in before if task.name not in done]
+    # A group is found again by its tasks: were those to be replaced interrupted before the others are done, all of them
+    # would be taken for one.
+    for group in filter(None, (others, replaced)):
+        outcomes = job(group).train(resume=resume, overwrite=overwrite)
+        done |= {task.name: outcome for task, outcome in zip(group, outcomes, strict=True)}
+    return [done[task.name] for task in tasks]
 
 
 def _finished_before(folder: Path, tasks: Sequence[TaskData]) -> set[str]:

@@ -23,7 +23,7 @@ from ..calibration.capture import overview
 from ..cards import card
 from ..choices import NF4
 from ..data.task import TaskData
-from ..errors import SettingsError, TrainingError
+from ..errors import ArtifactError, SettingsError, TrainingError
 from ..files.atomic import atomic_folder, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
@@ -95,21 +95,29 @@ class Job:
         elif start is not None:
             raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
         self._network, self._basis, self._measure, self._start = network, basis, measure, start
+        self._damaged: dict[Path, str] = {}  # adapters that `overwrite` replaces, and what is wrong with them
         self.settings = with_rate(settings, self.base, basis, tasks[0], network)
 
     def kept(self, *, overwrite: bool) -> list[Adapter] | None:
-        """Every task's adapter, where a resumed `train` would find all of them finished; loads no network.
+        """As `finished`, where that is every task's adapter, in their order."""
+        found = self.finished(overwrite=overwrite)
+        return list(found.values()) if len(found) == len(self.outs) else None
+
+    def finished(self, *, overwrite: bool) -> dict[str, Adapter]:
+        """The adapters that a resumed `train` would find finished, by the names of their tasks; loads no network.
 
         Raises:
             OutputError, ArtifactError, TrainingError: `train` would refuse what is there.
         """
         with ExitStack() as locks:
 
-            def are_kept() -> bool:
+            def look() -> set[Path]:
                 self._take(locks)
-                return self._are_kept(True, overwrite)
+                return self._finished(True, overwrite)
 
-            return [Adapter.load(out) for out in self.outs] if distributed.on_main(are_kept) else None
+            found = distributed.on_main(look)
+            of_task = zip(self.tasks, self.outs, strict=True)
+            return {task.name: Adapter.load(out) for task, out in of_task if out in found}
 
     def foreseen(self, empty: PreTrainedModel, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
         """What `train` would do with the only task: `train` it, `resume` it, from a step, or `keep` it; and why.
@@ -123,7 +131,7 @@ class Job:
             OutputError, ArtifactError, SettingsError, TrainingError: it would refuse to.
         """
         (task,), (out,) = self.tasks, self.outs
-        if self._are_kept(resume, overwrite):
+        if self._finished(resume, overwrite):
             return "keep", None, None
         self._require(empty)
         try:
@@ -137,7 +145,7 @@ class Job:
             return "resume", step, None
         if is_free(out):
             return "train", None, None
-        differing = differences(out, self.base, self._basis, task, self.settings, self._start) if resume else []
+        differing = self._differing(task, out, overwrite) if resume else []
         return "train", None, ", ".join(differing) or "--overwrite replaces what is there"
 
     def _step_of_run(self) -> int | None:
@@ -187,8 +195,10 @@ class Job:
     def _open(self, locks: ExitStack, resume: bool, overwrite: bool) -> bool:
         """Take the targets and open the working folder; returns whether every adapter is finished and kept."""
         self._take(locks)
-        if self._are_kept(resume, overwrite):
+        if len(self._finished(resume, overwrite)) == len(self.outs):
             return True
+        for out, what in self._damaged.items():
+            logger.warning("%s is damaged (%s): it is replaced", out, what)
         with cannot_write(self.folder, RESUME):
             open_folder(self.folder, self.settings, resume, overwrite)
         return False
@@ -198,8 +208,9 @@ class Job:
             locks.enter_context(only_writer(out))
             put_back(out)
 
-    def _are_kept(self, resume: bool, overwrite: bool) -> bool:
-        """Whether a resumed run finds every adapter finished; only `overwrite` admits one of other settings or data.
+    def _finished(self, resume: bool, overwrite: bool) -> set[Path]:
+        """The adapters that a resumed run finds finished; only `overwrite` admits others of other settings or data, or
+        damaged ones.
 
         Raises where something lies in the place of one that may be neither kept nor replaced.
         """
@@ -208,20 +219,32 @@ class Job:
             if overwrite:
                 card.check(out)
         if not resume or (overwrite and self.folder.exists()):  # interrupted while it was replacing what is there
-            return False
-        there = [(task, out) for task, out in zip(self.tasks, self.outs, strict=True) if not is_free(out)]
-        for task, out in there:
-            differing = differences(out, self.base, self._basis, task, self.settings, self._start)
-            if differing and overwrite:
-                return False
-            if differing:
+            return set()
+        found = set()
+        for task, out in zip(self.tasks, self.outs, strict=True):
+            if is_free(out):
+                continue
+            differing = self._differing(task, out, overwrite)
+            if differing and not overwrite:
                 replacing = "An interrupted run was to replace it: go on with that by --overwrite --resume"
                 raise TrainingError(
                     f"the adapter that is there was trained otherwise: {', '.join(differing)}",
                     where=out,
                     fix=replacing if self.folder.exists() else SAME,
                 )
-        return len(there) == len(self.outs)
+            if not differing:
+                found.add(out)
+        return found
+
+    def _differing(self, task: TaskData, out: Path, overwrite: bool) -> list[str]:
+        """As `differences`, but that a damaged adapter is another, where `overwrite` would replace it."""
+        try:
+            return differences(out, self.base, self._basis, task, self.settings, self._start)
+        except ArtifactError as error:
+            if not overwrite:
+                raise
+            self._damaged[out] = error.what
+            return [f"damaged: {error.what}"]
 
     def _train(
         self, network: PreTrainedModel, basis: Basis | CalibrationSettings, *, resume: bool, overwrite: bool

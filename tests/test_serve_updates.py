@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,36 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_or_out_the_client
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
     body = json.dumps({"lora_name": "x", "lora_path": path}).encode()
     assert answered(Updates(Response()), scope, body) == status
+
+
+def test_a_load_is_answered_when_the_engine_dies_meanwhile(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM leaves it waiting, and then does not end."""
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared import updates
+
+    class Engine:
+        errored = False
+
+        async def add_lora(self, request: Any) -> None:
+            self.errored = True
+            await asyncio.get_running_loop().create_future()
+
+    (tmp_path / "versions").mkdir()
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=Mock()))  # type: ignore[arg-type]
+    monkeypatch.setattr(updates, "_SECONDS", 0.1)
+    models = Mock(engine_client=Engine(), lora_requests={})
+    models.is_base_model.return_value = False
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": updates.LOAD, "headers": []}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+    assert answered(updates.Updates(Response()), scope, b'{"lora_name": "a"}') == 503
+    assert not models.lora_requests
 
 
 def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

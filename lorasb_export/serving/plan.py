@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+# Switches of vLLM's that stay off, whatever is exported → what to do instead.
+_SWITCHES = {
+    _UPDATING: "give --allow-updates",  # with it vLLM loads any path for clients
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "a server whose engine has died ends",
+}
 _MISTRALS_OWN = "consolidated*.safetensors"  # the same weights in the format of their maker
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
 
@@ -75,7 +80,8 @@ class ServePlan:
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
             wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
         wanted = {name: value for name, value in wanted.items() if name not in os.environ}
-        return self.mode.environment(folder) | {_UPDATING: "0"} | wanted  # with it vLLM loads any path for clients
+        off = {name: "0" for name in _SWITCHES if name == _UPDATING or name in os.environ}
+        return self.mode.environment(folder) | off | wanted
 
     @property
     def drain(self) -> int:
@@ -171,8 +177,9 @@ def make_plan(
     _check_weights(plan)
     _check_dtype(plan)
     _check_length(plan)
-    if os.environ.get(_UPDATING, "0") != "0":
-        logger.warning("%s has no effect here: give --allow-updates", _UPDATING)
+    for switch, instead in _SWITCHES.items():
+        if os.environ.get(switch, "0") != "0":
+            logger.warning("%s has no effect here: %s", switch, instead)
     return plan
 
 

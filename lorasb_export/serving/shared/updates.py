@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ...basis import Basis
-from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
+from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
 from ...files.output import cannot_write
 from ...files.storage import parse_json
 from ...hub.fetch import ADAPTER_FILES, leads_out
@@ -27,6 +27,7 @@ from .versions import Versions
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
 _REQUEST_BYTES = 1 << 16
+_SECONDS = 1.0  # between two looks at whether the engine lives, while it loads
 _REQUEST = 'Send {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}'
 _FOLDER = "Name a folder in the adapters' folder that holds a whole adapter of this basis, without links out of it"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -54,6 +55,8 @@ class Updates:
             body = await _read(Request(scope, receive))
             async with self.one_at_a_time:
                 status, message = await update(models, body)
+        except ServerError as error:
+            status, message = 503, str(error)
         except OutputError as error:  # the disk is full, of which the client is innocent
             status, message = 507, str(error)
         except LoraSBError as error:
@@ -71,7 +74,7 @@ class Updates:
         path = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
-        await models.engine_client.add_lora(request)
+        await _add(models.engine_client, request)
         models.lora_requests[name] = request
         await self._sweep(models)
         return 200, f"loaded {name}"
@@ -117,6 +120,16 @@ class Updates:
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
             return self.versions.keep(name, copy)
+
+
+async def _add(engine: Any, request: Any) -> None:
+    """Load an adapter. Raises ServerError when the engine dies meanwhile, of which vLLM tells no caller."""
+    adding = asyncio.ensure_future(engine.add_lora(request))
+    while not (await asyncio.wait({adding}, timeout=_SECONDS))[0]:
+        if engine.errored:
+            adding.cancel()
+            raise ServerError("the engine has died", fix="Start the server again; its log says why")
+    adding.result()
 
 
 async def _read(request: Request) -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -27,6 +27,26 @@ from tests.serving import DEFAULTS, answered, dry_run, middlewares_of, value_of
 
 adapter, folder = serving.adapter, serving.folder
 plugin, siblings, vllm_for_cpus = serving.plugin, serving.siblings, serving.vllm_for_cpus
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What vLLM's server knows of its models, with an engine that loads everything, and a folder for versions."""
+    (tmp_path / "versions").mkdir()
+
+    def request(name: str, number: int, path: str) -> SimpleNamespace:
+        return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
+
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=request))  # type: ignore[arg-type]
+    models = Mock(engine_client=Mock(add_lora=AsyncMock()), lora_requests={})
+    models.is_base_model.return_value = False
+    return models
+
+
+def scope_of(models: Any, path: str = "/v1/load_lora_adapter") -> dict[str, Any]:
+    """A request's, as vLLM's server would hand it on."""
+    app = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+    return {"type": "http", "method": "POST", "path": path, "headers": [], "app": app}
 
 
 @pytest.mark.usefixtures("plugin")
@@ -167,7 +187,7 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_or_out_the_client
 
 
 def test_a_load_is_answered_when_the_engine_dies_meanwhile(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM leaves it waiting, and then does not end."""
     pytest.importorskip("starlette")
@@ -182,18 +202,40 @@ def test_a_load_is_answered_when_the_engine_dies_meanwhile(
             self.errored = True
             await asyncio.get_running_loop().create_future()
 
-    (tmp_path / "versions").mkdir()
     variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
-    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=Mock()))  # type: ignore[arg-type]
     monkeypatch.setattr(updates, "_SECONDS", 0.1)
-    models = Mock(engine_client=Engine(), lora_requests={})
-    models.is_base_model.return_value = False
-    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": updates.LOAD, "headers": []}
-    scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
-    assert answered(updates.Updates(Response()), scope, b'{"lora_name": "a"}') == 503
+    models.engine_client = Engine()
+    assert answered(updates.Updates(Response()), scope_of(models), b'{"lora_name": "a"}') == 503
     assert not models.lora_requests
+
+
+def test_a_link_to_the_adapters_is_followed_at_each_load(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a release is a folder of its own, and `current` a link to the newest."""
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared.updates import Updates
+
+    sources = []
+    for release, scaling in (("1", 1.0), ("2", 2.0)):
+        copy = shutil.copytree(tmp_path / "a", tmp_path / release / "billing")
+        write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
+        sources.append(copy)
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "current", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    (tmp_path / "current").symlink_to("1")
+    app = Updates(Response())
+    for source in sources:
+        (tmp_path / "current").unlink()
+        (tmp_path / "current").symlink_to(source.parent.name)
+        assert answered(app, scope_of(models), b'{"lora_name": "billing"}') == 200
+        loaded = Path(models.lora_requests["billing"].lora_path)
+        assert read_json(loaded / "adapter_config.json") == read_json(source / "adapter_config.json")
 
 
 def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

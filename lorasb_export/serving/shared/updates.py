@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
 from ...files.output import cannot_write
-from ...files.storage import parse_json
+from ...files.storage import parse_json, real
 from ...hub.fetch import ADAPTER_FILES, leads_out
 from ...names import name_problem, served_name_problem
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
@@ -38,7 +38,7 @@ class Updates:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
+        self.source = Path(os.environ[UPDATES_VARIABLE])
         self.versions = Versions(Path(os.environ[VERSIONS_VARIABLE]))
         self.basis = Basis.open(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
@@ -92,17 +92,18 @@ class Updates:
     def _find(self, path: str) -> Path:
         if name_problem(path):
             raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder", fix=_FOLDER)
-        folder = self.source / path
+        source = real(self.source)  # at each load: a release may be a link that is switched
+        folder = source / path
         try:
-            self._check(path, folder)
+            self._check(path, folder, source)
         except OSError as error:
             what = f"{path!r} cannot be read: {error.strerror}"
             raise ArtifactError(what, fix="Check who may read it, and that it is not being replaced") from None
         return folder
 
-    def _check(self, path: str, folder: Path) -> None:
+    def _check(self, path: str, folder: Path, source: Path) -> None:
         for item in (folder, *(folder / file for file in ADAPTER_FILES)):
-            if leads_out(item, self.source):
+            if leads_out(item, source):
                 raise SettingsError(f"{path!r} leads out of the adapters' folder", fix=_FOLDER)
             if not (item.is_dir() if item == folder else item.is_file()):
                 what = f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}"

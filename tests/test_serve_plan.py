@@ -140,7 +140,7 @@ def test_vllms_switch_for_loading_any_path_stays_off(
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING has no effect here: give --allow-updates" in caplog.text
 
 
-@pytest.mark.parametrize("switch", ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"])
+@pytest.mark.parametrize("switch", ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_SKIP_MODEL_NAME_VALIDATION"])
 def test_what_would_make_a_server_answer_otherwise_stays_off(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:

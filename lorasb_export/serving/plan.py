@@ -33,6 +33,7 @@ _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _SWITCHES = {
     _UPDATING: "give --allow-updates",  # with it vLLM loads any path for clients
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "a server whose engine has died ends",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "a name that is not served is not answered by the base",
 }
 _MISTRALS_OWN = "consolidated*.safetensors"  # the same weights in the format of their maker
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end

@@ -7,6 +7,7 @@ It answers vLLM's two paths itself, so that vLLM's development switch for them s
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ from ...names import name_problem, served_name_problem
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R
 from .versions import Versions
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, for its handlers, its level and its stamp
 
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
 _REQUEST_BYTES = 1 << 16
@@ -50,20 +53,24 @@ class Updates:
             await self.app(scope, receive, send)
             return
         models = scope["app"].state.openai_serving_models
-        update = self._load if scope["path"] == LOAD else self._unload
+        update, verb = (self._load, "load") if scope["path"] == LOAD else (self._unload, "unload")
+        body: dict[str, str] = {}
         try:
             body = await _read(Request(scope, receive))
             async with self.one_at_a_time:
-                status, message = await update(models, body)
+                status, answer = await update(models, body)
         except ServerError as error:
-            status, message = 503, str(error)
+            status, answer = 503, {"message": str(error)}
         except OutputError as error:  # the disk is full, of which the client is innocent
-            status, message = 507, str(error)
+            status, answer = 507, {"message": str(error)}
         except LoraSBError as error:
-            status, message = 400, str(error)
-        await JSONResponse({"message": message}, status)(scope, receive, send)
+            status, answer = 400, {"message": str(error)}
+        if status != 200:  # cut short: both may be as long as the client likes
+            name = body.get("lora_name", "")
+            logger.warning("did not %s %.100r, status %d: %.500s", verb, name, status, answer["message"])
+        await JSONResponse(answer, status)(scope, receive, send)
 
-    async def _load(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+    async def _load(self, models: Any, body: dict[str, str]) -> tuple[int, dict[str, str]]:
         from vllm.lora.request import LoRARequest
 
         name = body["lora_name"]
@@ -75,16 +82,23 @@ class Updates:
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
         await _add(models.engine_client, request)
+        before = models.lora_requests.get(name)
         models.lora_requests[name] = request
+        if before is None:
+            logger.info("loaded %s: version %s", name, path.name)
+        else:
+            logger.info("replaced %s: version %s, before %s", name, path.name, _version(before))
         await self._sweep(models)
-        return 200, f"loaded {name}"
+        return 200, {"message": f"loaded {name}", "version": path.name}
 
-    async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+    async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, dict[str, str]]:
         name = body["lora_name"]
-        if models.lora_requests.pop(name, None) is None:
-            return 404, f"no adapter {name!r} is loaded"
+        before = models.lora_requests.pop(name, None)
+        if before is None:
+            return 404, {"message": f"no adapter {name!r} is loaded"}
+        logger.info("unloaded %s: version %s", name, _version(before))
         await self._sweep(models)
-        return 200, f"unloaded {name}"
+        return 200, {"message": f"unloaded {name}", "version": _version(before)}
 
     async def _sweep(self, models: Any) -> None:
         await asyncio.to_thread(self.versions.sweep, {request.lora_path for request in models.lora_requests.values()})
@@ -121,6 +135,10 @@ class Updates:
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
             return self.versions.keep(name, copy)
+
+
+def _version(request: Any) -> str:
+    return Path(request.lora_path).name
 
 
 async def _add(engine: Any, request: Any) -> None:

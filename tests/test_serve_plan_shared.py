@@ -67,6 +67,27 @@ def test_auto_shares_a_basis_where_it_can(
 
 
 @pytest.mark.usefixtures("plugin")
+def test_one_adapter_of_another_basis_is_named_and_where_it_may_be_passed_over(
+    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the first of all. Where nobody asks for a basis that is shared, it is served, and so all are folded."""
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    stray = {"0": folder / "b", **siblings}
+    differ = "the basis of a and 1 more is not that of 0: the adapters are of 2 bases"
+    for options in ({"mode": "shared"}, {"updates_from": folder}):
+        caplog.clear()
+        described = dry_run(stray, **options, pass_over=True)
+        assert (described["mode"], described["models"]) == ("shared", ["base", "a", "second"])
+        assert "Passed over: not of the basis of a and 1 more, which is served: 0" in caplog.text
+        with pytest.raises(SettingsError, match=differ):  # named, each has to be served
+            dry_run(stray, **options)
+        with pytest.raises(SettingsError, match="the basis of b is not that of a"):  # which one is to be served?
+            dry_run({"b": folder / "b", "a": folder / "a"}, **options, pass_over=True)
+    assert len(dry_run(stray, pass_over=True)["models"]) == 4
+    assert f"Serving folded, with a full LoRA in memory for each adapter: {differ}" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize(
     "flags",
     [

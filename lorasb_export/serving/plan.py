@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import BaseModelError, LoraSBError, SettingsError
+from ..errors import BaseModelError, LoraSBError, SettingsError, some
 from ..files.storage import read_json
 from ..names import served_name_problem
 from . import flags
@@ -122,8 +123,9 @@ def make_plan(
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
     Args:
-        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left. A basis that
-            cannot be read, and an adapter of another base, are errors all the same: they are not of one adapter alone.
+        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left; in shared mode, or
+            with updates, also what is not of the basis that most are of. A basis that cannot be read, and an adapter of
+            another base, are errors all the same: they are not of one adapter alone.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -169,6 +171,8 @@ def make_plan(
             raise named_twice
         logger.warning("Passed over: %s", named_twice)
         del loaded[same]
+    if pass_over and (mode == "shared" or updates_from is not None):
+        loaded = _of_one_basis(loaded)
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
@@ -213,10 +217,30 @@ def _choose_mode(
     return _folded(adapters, extra)
 
 
+def _of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Those of the basis that most are of, and a warning that names the others; all where two bases have as many."""
+    bases = _by_basis(adapters)
+    if len(bases) < 2 or len(bases[0]) == len(bases[1]):
+        return adapters
+    strangers = ", ".join(name for names in bases[1:] for name in names)
+    logger.warning("Passed over: not of the basis of %s, which is served: %s", some(bases[0], 1), strangers)
+    return {name: adapters[name] for name in bases[0]}
+
+
+def _by_basis(adapters: Mapping[str, Adapter]) -> list[list[str]]:
+    """Names of adapters that share a basis, the most first."""
+    bases: defaultdict[str, list[str]] = defaultdict(list)
+    for name, adapter in adapters.items():
+        bases[adapter.basis_sha256].append(name)
+    return sorted(bases.values(), key=len, reverse=True)
+
+
 def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
-    bases = {adapter.basis_sha256 for adapter in adapters.values()}
-    if len(bases) > 1:
-        return f"the adapters are of {len(bases)} bases"
+    if len(bases := _by_basis(adapters)) > 1:
+        strangers = [name for names in bases[1:] for name in names]
+        return (
+            f"the basis of {some(bases[0], 1)} is not that of {some(strangers)}: the adapters are of {len(bases)} bases"
+        )
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
     given = flags.values(extra)

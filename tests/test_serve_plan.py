@@ -246,6 +246,19 @@ def test_loras_that_the_disk_has_no_room_for_are_not_begun(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_a_dry_run_says_what_a_start_here_would_lack(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be asked on another machine, before the upload: no error."""
+    dry_run({"a": folder / "a"}, mode="folded")
+    assert not caplog.text
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    install(monkeypatch, "none")
+    assert dry_run({"a": folder / "a"}, mode="folded")["models"] == ["base", "a"]
+    assert "Here it would not start: vLLM is not installed" in caplog.text
+    assert "Here it would not start: not enough disk" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("extra", "names"),
     [(["--served-model-name", "x", "y", "--seed", "1"], ["x", "y"]), (["--served_model_name=z"], ["z"])],

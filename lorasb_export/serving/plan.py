@@ -18,12 +18,12 @@ from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import BaseModelError, LoraSBError, SettingsError, some
+from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some
 from ..files.storage import read_json
 from ..names import served_name_problem
 from . import flags
 from .modes import VLLM_RANKS, Folded, Mode, Shared
-from .shared import runs_on_cpu, why_unavailable
+from .shared import runs_on_cpu, vllm_version, why_unavailable
 from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,16 @@ class ServePlan:
         return flags.values(self.extra).get("--dtype", self.dtype) in ("float32", "float")
 
     def describe(self) -> dict[str, Any]:
-        """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
+        """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from.
+
+        What this machine lacks for a start is a warning: it may not be the one that serves.
+        """
+        if vllm_version() is None:
+            logger.warning("Here it would not start: vLLM is not installed")
+        try:
+            self.mode.require_room(Path(tempfile.gettempdir()))
+        except OutputError as error:
+            logger.warning("Here it would not start: %s", error)
         return {
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),

@@ -6,6 +6,7 @@ A test file takes the fixtures it needs by name: `folder = serving.folder`.
 from __future__ import annotations
 
 import asyncio
+import json
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +102,17 @@ def middlewares_of(command: list[str]) -> list[str]:
 
 def answered(app: Any, scope: dict[str, Any], body: bytes = b"") -> int:
     """The status of what `app` answers."""
+    status, _ = _sent(app, scope, body)
+    return status
+
+
+def answer_of(app: Any, scope: dict[str, Any], body: bytes = b"") -> tuple[int, Any]:
+    """The status of what `app` answers, and the JSON in it."""
+    status, content = _sent(app, scope, body)
+    return status, json.loads(content)
+
+
+def _sent(app: Any, scope: dict[str, Any], body: bytes) -> tuple[int, bytes]:
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -110,5 +122,4 @@ def answered(app: Any, scope: dict[str, Any], body: bytes = b"") -> int:
         sent.append(message)
 
     asyncio.run(app(scope, receive, send))
-    status: int = sent[0]["status"]
-    return status
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

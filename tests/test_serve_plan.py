@@ -140,6 +140,15 @@ def test_vllms_switch_for_loading_any_path_stays_off(
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING has no effect here: give --allow-updates" in caplog.text
 
 
+@pytest.mark.parametrize("switch", ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_SKIP_MODEL_NAME_VALIDATION"])
+def test_what_would_make_a_server_answer_otherwise_stays_off(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setenv(switch, "1")
+    assert dry_run({"a": folder / "a"}, mode="folded")["environment"][switch] == "0"
+    assert f"{switch} has no effect here" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -235,6 +244,19 @@ def test_loras_that_the_disk_has_no_room_for_are_not_begun(
     free.free = needed
     mode.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_dry_run_says_what_a_start_here_would_lack(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be asked on another machine, before the upload: no error."""
+    dry_run({"a": folder / "a"}, mode="folded")
+    assert not caplog.text
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    install(monkeypatch, "none")
+    assert dry_run({"a": folder / "a"}, mode="folded")["models"] == ["base", "a"]
+    assert "Here it would not start: vLLM is not installed" in caplog.text
+    assert "Here it would not start: not enough disk" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lorasb_export.basis import Basis
-from lorasb_export.errors import SettingsError
+from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.serving import plan
 from lorasb_export.serving.shared.loading import load_R, version_name
 from tests import serving
@@ -67,6 +68,27 @@ def test_auto_shares_a_basis_where_it_can(
 
 
 @pytest.mark.usefixtures("plugin")
+def test_one_adapter_of_another_basis_is_named_and_where_it_may_be_passed_over(
+    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the first of all. Where nobody asks for a basis that is shared, it is served, and so all are folded."""
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    stray = {"0": folder / "b", **siblings}
+    differ = "the basis of a and 1 more is not that of 0: the adapters are of 2 bases"
+    for options in ({"mode": "shared"}, {"updates_from": folder}):
+        caplog.clear()
+        described = dry_run(stray, **options, pass_over=True)
+        assert (described["mode"], described["models"]) == ("shared", ["base", "a", "second"])
+        assert "Passed over: not of the basis of a and 1 more, which is served: 0" in caplog.text
+        with pytest.raises(SettingsError, match=differ):  # named, each has to be served
+            dry_run(stray, **options)
+        with pytest.raises(SettingsError, match="the basis of b is not that of a"):  # which one is to be served?
+            dry_run({"b": folder / "b", "a": folder / "a"}, **options, pass_over=True)
+    assert len(dry_run(stray, pass_over=True)["models"]) == 4
+    assert f"Serving folded, with a full LoRA in memory for each adapter: {differ}" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize(
     "flags",
     [
@@ -113,7 +135,12 @@ def test_a_second_stream_for_adapters_is_stock_vllms(
     ],
 )
 def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
-    folder: Path, siblings: dict[str, Path], tmp_path: Path, extra: list[str], again: bool
+    folder: Path,
+    siblings: dict[str, Path],
+    tmp_path: Path,
+    extra: list[str],
+    again: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options: dict[str, Any] = {"model": None, "mode": "shared", "host": "127.0.0.1", "port": 1, "dtype": "auto"}
     made = plan.make_plan(siblings, **options, extra=extra, updates_from=None, has_key=False)
@@ -124,7 +151,22 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
     basis = Basis.load(folder / "a")
     before = load_R(second, basis)
     assert second.is_symlink() != again  # where all are held none is read again, and none is copied
+    memory, one = made.describe()["memory"], len(MODULES) * 4 * 4 * 2
+    copied = (
+        sum(
+            file.stat().st_size
+            for path in siblings.values()
+            for file in (path / "adapter_config.json", path / "adapter.safetensors")
+        )
+        if again
+        else 0
+    )
+    assert memory.get("disk_bytes", 0) == copied
+    assert memory.get("host_bytes", 0) == (2 * one if "--max-cpu-loras=2" in extra else 0)
     if again:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=copied - 1))
+        with pytest.raises(OutputError, match="not enough disk"):
+            made.mode.write(tmp_path)
         shutil.rmtree(siblings["second"])
         assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
         assert torch.equal(load_R(second, basis).R, before.R)

@@ -57,6 +57,21 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_forever()
 """
+# A front end whose engine has died while it was to load an adapter: vLLM waits for the answer without an end.
+ENGINE_DIED = "(APIServer pid=1) ERROR 11-26 12:54:14 [async_llm.py:906] AsyncLLM output_handler failed."
+HANGS = f"""{MODELS}
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
+if sys.argv[2] == "at start":
+    server.server_close()
+else:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    time.sleep(2)
+print("ValueError: the cause\\n{ENGINE_DIED}", flush=True)
+if sys.argv[2] == "while running":
+    server.shutdown()
+    server.server_close()
+time.sleep(60)
+"""
 KILLED = "core.EngineDeadError: See stack trace (above) for the root cause."
 FAILS = """
 print("[1, 2] " * 30000)  # as a prompt may be
@@ -189,6 +204,36 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(
         lines = "".join(f"\n  {line}" for line in log.splitlines())
         assert f"exit code 0{cause}. Its last lines:" in str(caught.value)
         assert str(caught.value).endswith(lines)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("when", ["at start", "while running"])
+def test_a_server_that_outlives_its_engine_is_killed(
+    when: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "SECONDS", 1)
+    command = [sys.executable, "-c", HANGS, str(free_port), when, "the/model"]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False)
+    try:
+        if when == "while running":
+            server.start()
+        ends = server.wait if when == "while running" else server.start
+        with pytest.raises(ServerError, match=r"its engine had died, and it did not end within 1 s: ValueError: the"):
+            ends()
+    finally:
+        server.stop()
+
+
+def test_a_prompt_in_the_log_kills_no_server(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SECONDS", 1)
+    command = [sys.executable, "-c", HANGS, str(free_port), "as a prompt says", "the/model"]
+    server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False)
+    try:
+        server.start()
+        time.sleep(5)
+        assert server._answers()
+        assert any(ENGINE_DIED in line for line in server._log)
     finally:
         server.stop()
 

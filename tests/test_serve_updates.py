@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -19,13 +21,33 @@ from lorasb_export.errors import SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
 from lorasb_export.serving import plan, shared
-from lorasb_export.serving.shared.loading import copy_adapter
+from lorasb_export.serving.shared.loading import copy_adapter, version_name
 from lorasb_export.serving.shared.versions import Versions
 from tests import serving
-from tests.serving import DEFAULTS, answered, dry_run, middlewares_of, value_of
+from tests.serving import DEFAULTS, answer_of, answered, dry_run, middlewares_of, value_of
 
 adapter, folder = serving.adapter, serving.folder
 plugin, siblings, vllm_for_cpus = serving.plugin, serving.siblings, serving.vllm_for_cpus
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What vLLM's server knows of its models, with an engine that loads everything, and a folder for versions."""
+    (tmp_path / "versions").mkdir()
+
+    def request(name: str, number: int, path: str) -> SimpleNamespace:
+        return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
+
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=request))  # type: ignore[arg-type]
+    models = Mock(engine_client=Mock(add_lora=AsyncMock()), lora_requests={})
+    models.is_base_model.return_value = False
+    return models
+
+
+def scope_of(models: Any, path: str = "/v1/load_lora_adapter") -> dict[str, Any]:
+    """A request's, as vLLM's server would hand it on."""
+    app = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+    return {"type": "http", "method": "POST", "path": path, "headers": [], "app": app}
 
 
 @pytest.mark.usefixtures("plugin")
@@ -163,6 +185,93 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_or_out_the_client
     scope["app"] = SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
     body = json.dumps({"lora_name": "x", "lora_path": path}).encode()
     assert answered(Updates(Response()), scope, body) == status
+
+
+def test_a_load_is_answered_when_the_engine_dies_meanwhile(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM leaves it waiting, and then does not end."""
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared import updates
+
+    class Engine:
+        errored = False
+
+        async def add_lora(self, request: Any) -> None:
+            self.errored = True
+            await asyncio.get_running_loop().create_future()
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(updates, "_SECONDS", 0.1)
+    models.engine_client = Engine()
+    assert answered(updates.Updates(Response()), scope_of(models), b'{"lora_name": "a"}') == 503
+    assert not models.lora_requests
+
+
+def test_a_link_to_the_adapters_is_followed_at_each_load(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a release is a folder of its own, and `current` a link to the newest."""
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared.updates import Updates
+
+    sources = []
+    for release, scaling in (("1", 1.0), ("2", 2.0)):
+        copy = shutil.copytree(tmp_path / "a", tmp_path / release / "billing")
+        write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
+        sources.append(copy)
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "current", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    (tmp_path / "current").symlink_to("1")
+    app = Updates(Response())
+    for source in sources:
+        (tmp_path / "current").unlink()
+        (tmp_path / "current").symlink_to(source.parent.name)
+        assert answered(app, scope_of(models), b'{"lora_name": "billing"}') == 200
+        loaded = Path(models.lora_requests["billing"].lora_path)
+        assert read_json(loaded / "adapter_config.json") == read_json(source / "adapter_config.json")
+
+
+def test_every_change_is_logged_with_its_version(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared import updates
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    assert updates.logger.name.startswith("vllm.")  # the one that its server has handlers for
+    monkeypatch.setattr(updates, "logger", logging.getLogger("updates"))
+    caplog.set_level(logging.INFO)
+    app, config = updates.Updates(Response()), tmp_path / "a" / "adapter_config.json"
+    versions, load, unload = [], scope_of(models), scope_of(models, updates.UNLOAD)
+    for scaling in (1.0, 2.0):
+        write_json(config, sealed(read_json(config) | {"scaling": scaling}))
+        versions.append(version_name("a", tmp_path / "a"))
+        assert answer_of(app, load, b'{"lora_name": "a"}') == (200, {"message": "loaded a", "version": versions[-1]})
+    assert answer_of(app, unload, b'{"lora_name": "a"}') == (200, {"message": "unloaded a", "version": versions[-1]})
+    answered(app, unload, b'{"lora_name": "a"}')
+    answered(app, load, json.dumps({"lora_name": "a" * 200 + "\n"}).encode())
+    answered(app, load, b"{")
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:4] == [
+        f"loaded a: version {versions[0]}",
+        f"replaced a: version {versions[1]}, before {versions[0]}",
+        f"unloaded a: version {versions[1]}",
+        "did not unload 'a', status 404: no adapter 'a' is loaded",
+    ]
+    assert said[4].startswith(f"did not load '{'a' * 99}, status 400: '{'a' * 200}\\n' cannot be served as a name")
+    assert said[5].startswith("did not load '', status 400: the request is not a JSON object")
 
 
 def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from ..basis import Basis
 from ..errors import ArtifactError
 from ..exporting.peft import write_folded
 from ..files.output import cannot_write, require_room
-from ..hub.fetch import BASIS_FILES, resolve_folder
+from ..hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
@@ -55,9 +55,18 @@ class Folded:
         """How many there are in A and s·B·R of all adapters."""
         return sum(a.rank * sum(shape) for a in self.adapters.values() for shape in a.load_basis().shapes.values())
 
-    def write(self, folder: Path) -> None:
+    @property
+    def disk_bytes(self) -> int:
+        """What `write` writes."""
+        return 4 * self._numbers
+
+    def require_room(self, folder: Path) -> None:
+        """Raise OutputError where `write` would find too little."""
         fix = "Serve fewer, or set TMPDIR to a larger disk; --mode shared, where it can be, needs none of this"
-        require_room(folder, 4 * self._numbers, fix)
+        require_room(folder, self.disk_bytes, fix)
+
+    def write(self, folder: Path) -> None:
+        self.require_room(folder)
         with cannot_write(folder, "Set TMPDIR to a larger disk"):
             for name, adapter in self.adapters.items():
                 (folder / name).mkdir()
@@ -98,7 +107,7 @@ class Folded:
             "slots": self.slots,
             "slots_bytes": self.slots * slot,
             "host_bytes": number_bytes * self._numbers * min(self._on_host, len(self.adapters)) // len(self.adapters),
-            "disk_bytes": 4 * self._numbers,
+            "disk_bytes": self.disk_bytes,
         }
 
 
@@ -130,7 +139,25 @@ class Shared:
         held = max(self.slots, self.max_cpu_loras or 0)  # vLLM's host cache also counts those in slots
         return self.updates_from is not None or self.engines != "1" or held < len(self.adapters)
 
+    @property
+    def disk_bytes(self) -> int:
+        """What `write` writes: copies, where adapters are read again."""
+        folders = [a.folder for a in self.adapters.values() if a.folder is not None] if self.reads_again else []
+        return sum((folder / file).stat().st_size for folder in folders for file in ADAPTER_FILES)
+
+    @property
+    def _on_host(self) -> int:
+        """How many vLLM holds in host memory at most: none where there is a slot for each that it holds at all."""
+        if self.max_cpu_loras is None or self.max_cpu_loras <= self.slots:
+            return 0
+        return self.max_cpu_loras if self.updates_from is not None else min(self.max_cpu_loras, len(self.adapters))
+
+    def require_room(self, folder: Path) -> None:
+        """Raise OutputError where `write` would find too little."""
+        require_room(folder, self.disk_bytes, "Serve fewer, or set TMPDIR to a larger disk")
+
     def write(self, folder: Path) -> None:
+        self.require_room(folder)
         with cannot_write(folder, "Set TMPDIR to a larger disk"):
             if self.updates_from is not None:
                 (folder / _VERSIONS).mkdir()
@@ -157,16 +184,20 @@ class Shared:
         return variables
 
     def memory(self, number_bytes: int, base: BaseModel) -> dict[str, int]:
-        """B and A; R of one adapter; and the slots, one of which is the base's and stays zero."""
+        """B and A; R of one adapter; the slots, one of which is the base's and stays zero; copies in host memory and on
+        the disk, where there are such.
+        """
         adapter = next(iter(self.adapters.values()))
         basis = adapter.load_basis()
         one = number_bytes * len(basis.modules) * basis.rank**2
         factors = 0 if basis.is_blocks else basis.rank * _basis_width(basis, base)
+        copies = {"host_bytes": one * self._on_host, "disk_bytes": self.disk_bytes}
         return {
             "slots": self.slots,
             "slots_bytes": one * (self.slots + 1),
             "basis_bytes": number_bytes * factors,
             "bytes_per_adapter": one,
+            **{name: size for name, size in copies.items() if size},
         }
 
     def _paths(self, folder: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,24 @@ from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import BaseModelError, LoraSBError, SettingsError
+from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some
 from ..files.storage import read_json
 from ..names import served_name_problem
 from . import flags
 from .modes import VLLM_RANKS, Folded, Mode, Shared
-from .shared import runs_on_cpu, why_unavailable
+from .shared import runs_on_cpu, vllm_version, why_unavailable
 from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
 
 _ASKS_FOR_KEY = f"{__package__}.key.AsksForKey"
 _UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+# Switches of vLLM's that stay off, whatever is exported → what to do instead.
+_SWITCHES = {
+    _UPDATING: "give --allow-updates",  # with it vLLM loads any path for clients
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "a server whose engine has died ends",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "a name that is not served is not answered by the base",
+}
 _MISTRALS_OWN = "consolidated*.safetensors"  # the same weights in the format of their maker
 DRAIN_SECONDS = 20  # vLLM's own default is 0, and drops every running request when it is asked to end
 
@@ -75,7 +82,8 @@ class ServePlan:
             wanted["VLLM_CPU_KVCACHE_SPACE"] = "4"
             wanted["THP_MEM_ALLOC_ENABLE"] = "1"  # large pages, so that fewer addresses of weights and R are looked up
         wanted = {name: value for name, value in wanted.items() if name not in os.environ}
-        return self.mode.environment(folder) | {_UPDATING: "0"} | wanted  # with it vLLM loads any path for clients
+        off = {name: "0" for name in _SWITCHES if name == _UPDATING or name in os.environ}
+        return self.mode.environment(folder) | off | wanted
 
     @property
     def drain(self) -> int:
@@ -89,7 +97,16 @@ class ServePlan:
         return flags.values(self.extra).get("--dtype", self.dtype) in ("float32", "float")
 
     def describe(self) -> dict[str, Any]:
-        """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from."""
+        """What a dry run reports; `TEMPORARY` in the command stands for the folder the server reads them from.
+
+        What this machine lacks for a start is a warning: it may not be the one that serves.
+        """
+        if vllm_version() is None:
+            logger.warning("Here it would not start: vLLM is not installed")
+        try:
+            self.mode.require_room(Path(tempfile.gettempdir()))
+        except OutputError as error:
+            logger.warning("Here it would not start: %s", error)
         return {
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
@@ -115,8 +132,9 @@ def make_plan(
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
     Args:
-        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left. A basis that
-            cannot be read, and an adapter of another base, are errors all the same: they are not of one adapter alone.
+        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left; in shared mode, or
+            with updates, also what is not of the basis that most are of. A basis that cannot be read, and an adapter of
+            another base, are errors all the same: they are not of one adapter alone.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -162,6 +180,8 @@ def make_plan(
             raise named_twice
         logger.warning("Passed over: %s", named_twice)
         del loaded[same]
+    if pass_over and (mode == "shared" or updates_from is not None):
+        loaded = _of_one_basis(loaded)
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
@@ -171,8 +191,9 @@ def make_plan(
     _check_weights(plan)
     _check_dtype(plan)
     _check_length(plan)
-    if os.environ.get(_UPDATING, "0") != "0":
-        logger.warning("%s has no effect here: give --allow-updates", _UPDATING)
+    for switch, instead in _SWITCHES.items():
+        if os.environ.get(switch, "0") != "0":
+            logger.warning("%s has no effect here: %s", switch, instead)
     return plan
 
 
@@ -205,10 +226,30 @@ def _choose_mode(
     return _folded(adapters, extra)
 
 
+def _of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Those of the basis that most are of, and a warning that names the others; all where two bases have as many."""
+    bases = _by_basis(adapters)
+    if len(bases) < 2 or len(bases[0]) == len(bases[1]):
+        return adapters
+    strangers = ", ".join(name for names in bases[1:] for name in names)
+    logger.warning("Passed over: not of the basis of %s, which is served: %s", some(bases[0], 1), strangers)
+    return {name: adapters[name] for name in bases[0]}
+
+
+def _by_basis(adapters: Mapping[str, Adapter]) -> list[list[str]]:
+    """Names of adapters that share a basis, the most first."""
+    bases: defaultdict[str, list[str]] = defaultdict(list)
+    for name, adapter in adapters.items():
+        bases[adapter.basis_sha256].append(name)
+    return sorted(bases.values(), key=len, reverse=True)
+
+
 def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
-    bases = {adapter.basis_sha256 for adapter in adapters.values()}
-    if len(bases) > 1:
-        return f"the adapters are of {len(bases)} bases"
+    if len(bases := _by_basis(adapters)) > 1:
+        strangers = [name for names in bases[1:] for name in names]
+        return (
+            f"the basis of {some(bases[0], 1)} is not that of {some(strangers)}: the adapters are of {len(bases)} bases"
+        )
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
     given = flags.values(extra)

@@ -29,6 +29,8 @@ SECONDS = 20  # for a server to end when it has answered all requests (vLLM take
 _LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
 # What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
 _ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
+# What it logs when its engine has died. Then it ends, unless it waits for something that the engine was to answer.
+_DIED = "AsyncLLM output_handler failed."
 _RECENT = 60.0  # seconds between an exception and the end that it is the cause of
 _EXCEPTION = re.compile(r"(?:[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")  # behind vLLM's stamp
 
@@ -60,7 +62,8 @@ class RunningServer:
         self.models: list[str] = []
         self._advice, self._drain = advice, drain
         self._asked = self._drained = 0  # engines that were asked to end, and those with nothing left to do
-        self._is_up = False
+        self._is_up = self._was_killed = False
+        self._end_of_dead: threading.Timer | None = None
         self._cause: str | None = None  # the first exception of a start; of a server that is up, the latest
         self._cause_at = 0.0
         self._command, self._variables, self._echo = command, variables, echo
@@ -82,7 +85,7 @@ class RunningServer:
         """Start the process and wait until it answers.
 
         Raises:
-            ServerError: it ended before.
+            ServerError: it ended before, or was killed because its engine had died.
             OutputError: another server answers in its place.
         """
         with _signals_held():
@@ -151,7 +154,8 @@ class RunningServer:
         return self._started.poll() is not None
 
     def wait(self) -> NoReturn:
-        """Wait until the server ends by itself, and raise ServerError: nobody has stopped it, so it failed.
+        """Wait until the server ends by itself, or is killed because its engine has died, and raise ServerError: nobody
+        has stopped it, so it failed.
 
         Its exit code says nothing: it is 0 when the engine died under a front end that then closed.
         """
@@ -212,6 +216,10 @@ class RunningServer:
             self._log.append(text[:_LOG_WIDTH])
             self._asked += _ASKED in text
             self._drained += _DRAINED in text
+            if _DIED in text and self._end_of_dead is None:
+                self._end_of_dead = threading.Timer(SECONDS, self._kill_if_dead)
+                self._end_of_dead.daemon = True
+                self._end_of_dead.start()
             found = _EXCEPTION.match(text.rstrip())
             if found:
                 self._forget_an_old_cause()
@@ -223,6 +231,15 @@ class RunningServer:
                     sys.stderr.write(text)
                     sys.stderr.flush()
 
+    def _kill_if_dead(self) -> None:
+        """Kill the server, which would wait for ever; but not where the words in its log were those of a prompt."""
+        if self._started.poll() is not None or self._answers():
+            self._end_of_dead = None
+            return
+        self._was_killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def _forget_an_old_cause(self) -> None:
         """A request may have raised it, days ago."""
         if self._is_up and time.monotonic() - self._cause_at > _RECENT:
@@ -233,6 +250,8 @@ class RunningServer:
         self._forget_an_old_cause()
         lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
         what = f"the vLLM server ended with exit code {self._started.returncode}"
+        if self._was_killed:
+            what = f"the vLLM server was killed: its engine had died, and it did not end within {SECONDS} s"
         what = what if self._cause is None else f"{what}: {self._cause}"
         advice = "" if self._is_up else self._advice
         return ServerError(what, fix=f"{advice}Its last lines:\n{lines.rstrip()}")

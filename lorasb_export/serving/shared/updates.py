@@ -7,6 +7,7 @@ It answers vLLM's two paths itself, so that vLLM's development switch for them s
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -16,17 +17,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ...basis import Basis
-from ...errors import ArtifactError, LoraSBError, OutputError, SettingsError
+from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
 from ...files.output import cannot_write
-from ...files.storage import parse_json
+from ...files.storage import parse_json, real
 from ...hub.fetch import ADAPTER_FILES, leads_out
 from ...names import name_problem, served_name_problem
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R
 from .versions import Versions
 
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, for its handlers, its level and its stamp
+
 _HEADER_BYTES, _CONFIG_BYTES = 512, 1 << 20  # more than one tensor's entry, or a config, ever takes
 _REQUEST_BYTES = 1 << 16
+_SECONDS = 1.0  # between two looks at whether the engine lives, while it loads
 _REQUEST = 'Send {"lora_name": NAME} or {"lora_name": NAME, "lora_path": FOLDER}'
 _FOLDER = "Name a folder in the adapters' folder that holds a whole adapter of this basis, without links out of it"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -37,7 +41,7 @@ class Updates:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.source = Path(os.environ[UPDATES_VARIABLE]).resolve()
+        self.source = Path(os.environ[UPDATES_VARIABLE])
         self.versions = Versions(Path(os.environ[VERSIONS_VARIABLE]))
         self.basis = Basis.open(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
@@ -49,18 +53,24 @@ class Updates:
             await self.app(scope, receive, send)
             return
         models = scope["app"].state.openai_serving_models
-        update = self._load if scope["path"] == LOAD else self._unload
+        update, verb = (self._load, "load") if scope["path"] == LOAD else (self._unload, "unload")
+        body: dict[str, str] = {}
         try:
             body = await _read(Request(scope, receive))
             async with self.one_at_a_time:
-                status, message = await update(models, body)
+                status, answer = await update(models, body)
+        except ServerError as error:
+            status, answer = 503, {"message": str(error)}
         except OutputError as error:  # the disk is full, of which the client is innocent
-            status, message = 507, str(error)
+            status, answer = 507, {"message": str(error)}
         except LoraSBError as error:
-            status, message = 400, str(error)
-        await JSONResponse({"message": message}, status)(scope, receive, send)
+            status, answer = 400, {"message": str(error)}
+        if status != 200:  # cut short: both may be as long as the client likes
+            name = body.get("lora_name", "")
+            logger.warning("did not %s %.100r, status %d: %.500s", verb, name, status, answer["message"])
+        await JSONResponse(answer, status)(scope, receive, send)
 
-    async def _load(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+    async def _load(self, models: Any, body: dict[str, str]) -> tuple[int, dict[str, str]]:
         from vllm.lora.request import LoRARequest
 
         name = body["lora_name"]
@@ -71,17 +81,24 @@ class Updates:
         path = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
-        await models.engine_client.add_lora(request)
+        await _add(models.engine_client, request)
+        before = models.lora_requests.get(name)
         models.lora_requests[name] = request
+        if before is None:
+            logger.info("loaded %s: version %s", name, path.name)
+        else:
+            logger.info("replaced %s: version %s, before %s", name, path.name, _version(before))
         await self._sweep(models)
-        return 200, f"loaded {name}"
+        return 200, {"message": f"loaded {name}", "version": path.name}
 
-    async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, str]:
+    async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, dict[str, str]]:
         name = body["lora_name"]
-        if models.lora_requests.pop(name, None) is None:
-            return 404, f"no adapter {name!r} is loaded"
+        before = models.lora_requests.pop(name, None)
+        if before is None:
+            return 404, {"message": f"no adapter {name!r} is loaded"}
+        logger.info("unloaded %s: version %s", name, _version(before))
         await self._sweep(models)
-        return 200, f"unloaded {name}"
+        return 200, {"message": f"unloaded {name}", "version": _version(before)}
 
     async def _sweep(self, models: Any) -> None:
         await asyncio.to_thread(self.versions.sweep, {request.lora_path for request in models.lora_requests.values()})
@@ -89,17 +106,18 @@ class Updates:
     def _find(self, path: str) -> Path:
         if name_problem(path):
             raise SettingsError(f"{path!r:.120} is not the name of a folder in the adapters' folder", fix=_FOLDER)
-        folder = self.source / path
+        source = real(self.source)  # at each load: a release may be a link that is switched
+        folder = source / path
         try:
-            self._check(path, folder)
+            self._check(path, folder, source)
         except OSError as error:
             what = f"{path!r} cannot be read: {error.strerror}"
             raise ArtifactError(what, fix="Check who may read it, and that it is not being replaced") from None
         return folder
 
-    def _check(self, path: str, folder: Path) -> None:
+    def _check(self, path: str, folder: Path, source: Path) -> None:
         for item in (folder, *(folder / file for file in ADAPTER_FILES)):
-            if leads_out(item, self.source):
+            if leads_out(item, source):
                 raise SettingsError(f"{path!r} leads out of the adapters' folder", fix=_FOLDER)
             if not (item.is_dir() if item == folder else item.is_file()):
                 what = f"{path!r} has no {item.name}" if item != folder else f"no adapter {path!r}"
@@ -117,6 +135,20 @@ class Updates:
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
             return self.versions.keep(name, copy)
+
+
+def _version(request: Any) -> str:
+    return Path(request.lora_path).name
+
+
+async def _add(engine: Any, request: Any) -> None:
+    """Load an adapter. Raises ServerError when the engine dies meanwhile, of which vLLM tells no caller."""
+    adding = asyncio.ensure_future(engine.add_lora(request))
+    while not (await asyncio.wait({adding}, timeout=_SECONDS))[0]:
+        if engine.errored:
+            adding.cancel()
+            raise ServerError("the engine has died", fix="Start the server again; its log says why")
+    adding.result()
 
 
 async def _read(request: Request) -> dict[str, str]:

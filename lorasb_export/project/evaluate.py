@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,85 +82,147 @@ def evaluate_adapters(
         what = "--resume takes figures from the cards, where no predictions are"
         raise SettingsError(what, fix="Leave out either")
     file = None if predictions is None else PredictionsFile(predictions, overwrite=overwrite)
-    load = load_task if data is None else load_held_out
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric, "predictions": file is not None}
-    known: dict[str, dict[str, Any]] = {}
-    damaged: dict[str, LoraSBError] = {}
-    ready: list[_Ready] = []
-    places: dict[str, int] = {}  # of the bases, by their sha256
-    found: dict[tuple[BaseRef, frozenset[str]], BaseModel] = {}
-    problems = Problems()
-    for word, folder in progress_bar(adapters.items(), desc="check"):
-        with problems:
-            try:
-                adapter = Adapter.load(folder)
-                name, source = project.task_of(adapter, data)
-            except ArtifactError as error:
-                if not all_there_are or len(adapters) == 1:
-                    raise
-                logger.warning("%s is left out: %s", word, error)
-                damaged[word] = error.alone()
-                continue
-            if source is None and not all_there_are:
-                raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
-            if source is None:
-                what = "it does not say what it was trained on (--data names its rows)"
-                logger.warning("%s is passed over: %s", word, what)
-                continue
-            task = with_labels_of(adapter, load(name, source))
-            if file is not None:
-                file.refuse_rows_of(Path(str(source)))
-            if all_there_are and (why := _passed_over(task, data, split, metric, file)):
-                logger.warning("%s is passed over: %s (%s)", word, why, source)
-                continue
-            of_split, of_metric, _ = to_score(adapter, task, **scored)
-            figures = adapter.training.get("evaluation", {}).get(of_split, {}).get(of_metric, {})
-            if resume and figures.get("data_sha256") == task.sha256:
-                of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
-                known[word] = {"task": name, "split": of_split, "metric": of_metric, **of_rows, "recorded": True}
-                continue
-            into_card = into_cards
-            if into_cards and not _was_held_out(adapter, task, of_split):
-                what = f"{word}: `fit` did not have these rows, and some {of_split} rows may have been trained on"
-                logger.warning("%s. The figures do not go into its card: fit it again", what)
-                into_card = False
-            of_base = adapter.base, frozenset(adapter.R)
-            if of_base not in found:  # to look for the base and to read it for each of a thousand takes minutes
-                found[of_base] = adapter.base.resolve(project.base_elsewhere(model, folder))
-                found[of_base].verify(*of_base)
-            place = places.setdefault(adapter.basis_sha256, len(places))
-            order = str(found[of_base].folder), adapter.task_type, adapter.num_labels or 0, place
-            # The rows are read again in their turn: all may be more than memory holds.
-            ready.append(_Ready(word, name, source, found[of_base], order, into_card))
-        if problems.is_full:
-            break
-    if problems.found:
-        problems.found += damaged.values()
-    problems.raise_all("nothing was scored")
-    if known:
-        logger.info("The figures of %d adapters are in their cards", len(known))
-    yield from (known | damaged).items()
-    if not ready and not known and not damaged:
+    look = _Look(project, data, model, file, scored, all_there_are=all_there_are, into_cards=into_cards, resume=resume)
+    look.at_all(adapters)
+    if look.known:
+        logger.info("The figures of %d adapters are in their cards", len(look.known))
+    yield from (look.known | look.damaged).items()
+    count = len(look.ready) + len(look.known) + len(look.damaged)
+    if not count:
         fix = "Add valid.jsonl to a task's data; or set hold_out in [data] or its table, and fit it again"
         raise DataError("no adapter has rows to be scored on", fix=fix)
+    yield from _scored(look.ready, file, is_one=count == 1, dtype=dtype, batch_size=batch_size, **scored)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An adapter that has been looked at: its rows, its base, and whether its card is written.
+
+    By `order` adapters of one network, and of one basis, come one after another.
+    """
+
+    word: str
+    folder: str
+    load_task: Callable[[], TaskData]  # in its turn, again: the rows of all may be more than memory holds
+    base: BaseModel
+    order: tuple[str, str, int, int]
+    into_card: bool
+
+
+@dataclass
+class _Look:
+    """A look at adapters before the first is scored: which are `ready`, of which the figures are `known` from their
+    cards, and which are `damaged`, with their errors.
+
+    Args:
+        file: of predictions.
+        scored: the options of `to_score`.
+        into_cards: figures of these rows may go into cards; the others are those of `evaluate_adapters`.
+    """
+
+    project: Project
+    data: str | None
+    model: str | None
+    file: PredictionsFile | None
+    scored: Mapping[str, Any]
+    all_there_are: bool
+    into_cards: bool
+    resume: bool
+    ready: list[_Ready] = field(default_factory=list)
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    damaged: dict[str, LoraSBError] = field(default_factory=dict)
+    _bases: dict[tuple[BaseRef, frozenset[str]], BaseModel] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)  # of the bases, by their sha256
+
+    def at_all(self, adapters: Mapping[str, str]) -> None:
+        """Look at each. Raises all that is wrong at once, but for damaged ones among several that nobody named."""
+        problems = Problems()
+        for word, folder in progress_bar(adapters.items(), desc="check"):
+            with problems:
+                try:
+                    adapter = Adapter.load(folder)
+                    name, source = self.project.task_of(adapter, self.data)
+                except ArtifactError as error:
+                    if not self.all_there_are or len(adapters) == 1:
+                        raise
+                    logger.warning("%s is left out: %s", word, error)
+                    self.damaged[word] = error.alone()
+                else:
+                    self._at(word, folder, adapter, name, source)
+            if problems.is_full:
+                break
+        if problems.found:
+            problems.found += self.damaged.values()
+        problems.raise_all("nothing was scored")
+
+    def _at(self, word: str, folder: str, adapter: Adapter, name: str, source: TaskSource | None) -> None:
+        if source is None:
+            if not self.all_there_are:
+                raise SettingsError("the adapter does not say what it was trained on", where=word, fix="Pass --data")
+            logger.warning("%s is passed over: it does not say what it was trained on (--data names its rows)", word)
+            return
+        load = partial(load_task if self.data is None else load_held_out, name, source)
+        task = with_labels_of(adapter, load())
+        if self.file is not None:
+            self.file.refuse_rows_of(Path(str(source)))
+        if self.all_there_are and (why := self._passed_over(task)):
+            logger.warning("%s is passed over: %s (%s)", word, why, source)
+            return
+        split, metric, _ = to_score(adapter, task, **self.scored)
+        figures = adapter.training.get("evaluation", {}).get(split, {}).get(metric, {})
+        if self.resume and figures.get("data_sha256") == task.sha256:
+            of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
+            self.known[word] = {"task": name, "split": split, "metric": metric, **of_rows, "recorded": True}
+            return
+        into_card = self.into_cards and _was_held_out(adapter, task, split)
+        if self.into_cards and not into_card:
+            what = f"{word}: `fit` did not have these rows, and some {split} rows may have been trained on"
+            logger.warning("%s. The figures do not go into its card: fit it again", what)
+        base = self._base(adapter, folder)
+        place = self._places.setdefault(adapter.basis_sha256, len(self._places))
+        order = str(base.folder), adapter.task_type, adapter.num_labels or 0, place
+        self.ready.append(_Ready(word, folder, load, base, order, into_card))
+
+    def _passed_over(self, task: TaskData) -> str | None:
+        """Why an adapter that nobody named is passed over; None of one that can be scored."""
+        split, metric = self.scored["split"], self.scored["metric"]
+        if not self.data and not task.splits.get(split or task.held_out()):
+            return f"its task has no {split or 'held-out'} rows"
+        if self.file is not None and metric is None and metric_for(task, None) == "loss":
+            return "the loss predicts nothing"
+        return None
+
+    def _base(self, adapter: Adapter, folder: str) -> BaseModel:
+        """The base of an adapter, verified once for all with the same modules: a thousand times would take minutes."""
+        of_base = adapter.base, frozenset(adapter.R)
+        if of_base not in self._bases:
+            self._bases[of_base] = adapter.base.resolve(self.project.base_elsewhere(self.model, folder))
+            self._bases[of_base].verify(*of_base)
+        return self._bases[of_base]
+
+
+def _scored(
+    ready: Sequence[_Ready], file: PredictionsFile | None, *, is_one: bool, dtype: str, **options: Any
+) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+    """What `evaluate` gives of each, by these `options`; or its error, unless it `is_one` alone."""
     loaded = LastLoaded(dtype=dtype)
     bases: dict[str, Basis] = {}
-    scored["said_by_base"] = {}
+    options |= {"dtype": dtype, "said_by_base": {}}
     if file is not None:
         file.require_writable()
     for one in sorted(ready, key=lambda one: one.order):
         outcome: dict[str, Any] | LoraSBError
         try:
-            adapter, task = Adapter.load(adapters[one.word]), load(one.task, one.source)
+            adapter, task = Adapter.load(one.folder), one.load_task()
             if adapter.basis_sha256 not in bases:
                 bases.clear()  # or those that lie in their adapters would fill the memory, one after another
             load_basis_once(adapter, bases)
             kind = one.base, adapter.task_type, adapter.num_labels  # anew: it may have been fitted again meanwhile
-            options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, **scored}
             # No name for the network here: it would keep it beside the next one.
             outcome = evaluate(adapter, task, base=one.base, network=loaded.get(*kind), **options)
         except PER_ITEM_ERRORS as error:
-            if len(ready) + len(known) + len(damaged) == 1:
+            if is_one:
                 raise
             logger.warning("%s is left out: %s", one.word, error)
             outcome = error.alone()
@@ -169,32 +232,6 @@ def evaluate_adapters(
             data_sha256 = {"data_sha256": task.sha256}
             outcome["recorded"] = one.into_card and _record(one.word, adapter, outcome | data_sha256)
         yield one.word, outcome
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """An adapter that has been looked at: its task and rows, its base, and whether its card is written.
-
-    By `order` adapters of one network, and of one basis, come one after another.
-    """
-
-    word: str
-    task: str
-    source: TaskSource
-    base: BaseModel
-    order: tuple[str, str, int, int]
-    into_card: bool
-
-
-def _passed_over(
-    task: TaskData, data: str | None, split: str | None, metric: str | None, file: PredictionsFile | None
-) -> str | None:
-    """Why an adapter that nobody named is passed over; None of one that can be scored."""
-    if not data and not task.splits.get(split or task.held_out()):
-        return f"its task has no {split or 'held-out'} rows"
-    if file is not None and metric is None and metric_for(task, None) == "loss":
-        return "the loss predicts nothing"
-    return None
 
 
 def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
@@ -15,18 +14,20 @@ from ..bars import progress_bar
 from ..base.given import require_positions
 from ..base.loaded import LastLoaded
 from ..base.model import BaseModel
+from ..basis import Basis
 from ..calibration.calibrate import MAX_MEASURED
 from ..choices import CAUSAL_LM
-from ..data.source import AnySource
-from ..data.task import load_task
+from ..data.task import TaskData, load_task
 from ..errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
 from ..files.output import is_free, refuse_existing
 from ..files.storage import expanded
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
-from ..training.fit import fit, job_without_network, train_together
+from ..training.fit import fit, train_together
+from ..training.job import Job
 from ..training.requirements import check_requirements
-from . import basis as project_basis
+from ..training.run_basis import with_rate
+from .basis import basis_of_task, is_shared, load_or_make, shared_folder
 from .project import OWN_BASIS, Project
 
 if TYPE_CHECKING:
@@ -36,44 +37,93 @@ logger = logging.getLogger(__name__)
 
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
 _HOLD_OUT = "To hold some out, set hold_out = 0.1 in [data] of lorasb.toml, or in a task's table, before you train"
+_BY_ITSELF = "Fit it by itself, with a smaller --batch-size or --max-length"
+Outcome = Adapter | LoraSBError
 
 
-class Inputs(NamedTuple):
-    """What tasks are fitted from, and where to, by name; read from nothing but the project and the adapter to start
-    from."""
+class FitRequest:
+    """What `fit_tasks` is asked to do, or `foresee_tasks` to foresee. To make one reads only the project and `start`.
 
-    targets: Mapping[str, Path]
-    places: Mapping[str, AnySource]
-    bases: Mapping[str, str]  # where each task's basis is, or `own`
-    start: Adapter | None
-
-
-def inputs_of(
-    project: Project, names: Sequence[str], data: str | None, basis: str | None, start: str | None, out: str | None
-) -> Inputs:
-    """What `fit_tasks` makes of these arguments.
+    Args:
+        own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
+        data, out: for a single task: its data, where the project does not name it, and its adapter folder.
+        basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
+        start: folder or Hub id of an adapter to go on from (`fit`), in its basis unless `basis` names one.
+        resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
         SettingsError: `data` or `out` with several tasks; one of several is to replace `start`.
     """
-    if len(names) > 1 and (data or out):
-        raise SettingsError("--data and --out take one task", fix="Name the task they are for")
-    targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
-    places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
-    started = Adapter.load(start) if start else None
-    if started is not None and len(targets) > 1 and started.folder in [path.absolute() for path in targets.values()]:
-        what = f"{started.name} is to be replaced, and the others are to start from it"
-        raise SettingsError(what, fix="Train it alone, or start from a copy")
-    of_start = "" if started is None or basis else str(started.find_basis())
-    bases = {name: basis or of_start or project_basis.basis_of_task(project, name) for name in names}
-    return Inputs(targets, places, bases, started)
 
+    def __init__(
+        self,
+        project: Project,
+        names: Sequence[str],
+        settings: FitSettings,
+        *,
+        own: Mapping[str, FitSettings] | None = None,
+        model: str | None = None,
+        data: str | None = None,
+        basis: str | None = None,
+        start: str | None = None,
+        out: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        if len(names) > 1 and (data or out):
+            raise SettingsError("--data and --out take one task", fix="Name the task they are for")
+        self.project, self.settings, self.own, self._model = project, settings, own or {}, model
+        self.resume, self.overwrite = resume, overwrite
+        self.settings_of = {name: self.own.get(name, settings) for name in names}
+        self.targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
+        self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
+        self.start = started = Adapter.load(start) if start else None
+        folders = [target.absolute() for target in self.targets.values()]
+        if started is not None and len(folders) > 1 and started.folder in folders:
+            what = f"{started.name} is to be replaced, and the others are to start from it"
+            raise SettingsError(what, fix="Train it alone, or start from a copy")
+        of_start = "" if started is None or basis else str(started.find_basis())
+        # Where the basis of each task is, or `own`.
+        self.bases = {name: basis or of_start or basis_of_task(project, name) for name in names}
 
-def refuse_there(target: Path, *, together: bool, resume: bool, overwrite: bool) -> None:
-    """Raise OutputError, before any task is trained, where what lies in an adapter's place is not to be replaced."""
-    refuse_existing(target, overwrite or resume, _THERE, kind="adapter")
-    if not (overwrite or resume or together):
-        refuse_begun(working_folder(target))
+    @cached_property
+    def base(self) -> BaseModel:
+        return BaseModel.resolve(self._model or self.project.require_model())
+
+    @cached_property
+    def load_empty(self) -> Callable[..., PreTrainedModel]:
+        """As that of `base`, once for all tasks of as many labels."""
+        return cache(self.base.load_empty)
+
+    def refuse_there(self, name: str, *, together: bool = False) -> None:
+        """Raise OutputError where what lies in the place of a task's adapter is not to be replaced."""
+        refuse_existing(self.targets[name], self.overwrite or self.resume, _THERE, kind="adapter")
+        if not (self.overwrite or self.resume or together):
+            refuse_begun(working_folder(self.targets[name]))
+
+    def is_begun(self, name: str) -> bool:
+        """Whether a task's adapter, or an interrupted run of it, is there."""
+        return not is_free(self.targets[name]) or working_folder(self.targets[name]).exists()
+
+    def task(self, name: str) -> TaskData:
+        """The rows of a task; anew each time, for all of them may be more than memory holds."""
+        return load_task(name, self.places[name])
+
+    def checked(self, name: str) -> TaskData:
+        """A task that its settings suit. Raises as `load_task` and `check_requirements`."""
+        task = self.task(name)
+        check_requirements([task], self.settings_of[name])
+        return task
+
+    def basis_for(self, name: str, shared: Mapping[str, Basis | None]) -> Basis | CalibrationSettings:
+        """A task's basis among `shared`, those that are there, by their places; otherwise how it is made."""
+        return shared.get(self.bases[name]) or self.project.calibration_settings(self.settings_of[name])
+
+    def job(self, task: TaskData, basis: Basis | CalibrationSettings) -> Job:
+        """What `fit` would do with `task`, to be asked what that comes to; no weights are loaded."""
+        empty, out = self.load_empty(task.task_type, num_labels=task.num_labels), self.targets[task.name]
+        settings = with_rate(self.settings_of[task.name], self.base, basis, task, empty)
+        return Job(self.base, basis, [task], [out], working_folder(out), settings, None, False, self.start)
 
 
 def leaves_others(error: Exception) -> bool:
@@ -83,32 +133,16 @@ def leaves_others(error: Exception) -> bool:
 
 
 def fit_tasks(
-    project: Project,
-    names: Sequence[str],
-    settings: FitSettings,
-    *,
-    own: Mapping[str, FitSettings] | None = None,
-    model: str | None = None,
-    data: str | None = None,
-    basis: str | None = None,
-    start: str | None = None,
-    out: str | None = None,
-    together: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> Iterator[tuple[str, Adapter | LoraSBError]]:
+    project: Project, names: Sequence[str], settings: FitSettings, *, together: bool = False, **options: Any
+) -> Iterator[tuple[str, Outcome]]:
     """Train the named tasks. The project's shared basis is calibrated first if there is none.
 
     The rows of all tasks are checked before anything is made, and read again for the training of each: all of them, or
     all R, may be more than memory holds. Nothing is done before the first task is asked for.
 
     Args:
-        own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
-        data, out: for a single task: its data, where the project does not name it, and its adapter folder.
-        basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
-        start: folder or Hub id of an adapter to go on from (`fit`), in its basis unless `basis` names one.
         together: in mixed batches (`fit_together`) instead of one after another.
-        resume: go on with interrupted tasks, keep finished ones.
+        options: of `FitRequest`.
 
     Yields:
         each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
@@ -121,126 +155,115 @@ def fit_tasks(
         OutputError: an adapter, or an interrupted run, is there already; or, even with `resume` or `overwrite`, what is
             no adapter; nothing was trained.
         DataError, MissingPackageError: see `check_requirements`; nothing was trained.
-        SettingsError: `data` or `out` with several tasks; tasks of different bases or settings, or a single one,
-            together; the project's basis is not as its file has it.
+        SettingsError: as `FitRequest`; tasks of different bases or settings, or a single one, together; the project's
+            basis is not as its file has it.
     """
     distributed.start()
-    targets, places, sources, started = inputs_of(project, names, data, basis, start, out)
-    for target in targets.values():
-        refuse_there(target, together=together, resume=resume, overwrite=overwrite)
-    own = own or {}
-    types, unscored = _checked(places, settings, own)
-    generates = types == {CAUSAL_LM}
-    unscored = [name for name in unscored if project.task(name).hold_out is None]
-    begun = [name for name in unscored if not is_free(targets[name]) or working_folder(targets[name]).exists()]
-    if new := [name for name in unscored if not (resume and name in begun)]:
-        logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
-    base = BaseModel.resolve(model or project.require_model())
-    calibration = project.calibration_settings(settings)
-    if together and own:
-        what, fix = f"{some(sorted(own))} cannot be trained together", "Leave --together out, or [tasks.NAME.fit]"
-        raise SettingsError(f"{what} with settings of their own", fix=fix)
-    if together and (len(places) < 2 or len(set(sources.values())) > 1 or OWN_BASIS in sources.values()):
-        raise SettingsError(
-            "together takes two or more tasks of one shared basis", fix="Name such tasks, or leave --together out"
-        )
-    if any(project_basis.is_shared(project, source) for source in sources.values()):
-        project_basis.shared_folder(project)  # before the base is loaded
-    same = calibration.dtype == settings.dtype
-    loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
-
-    def network() -> PreTrainedModel | None:
-        """What all tasks are trained on, if the basis can be made with it too."""
-        if not (generates and same):
-            return None
-        found = loaded.get(base, CAUSAL_LM)
-        require_positions(found, max(own.get(name, settings).max_length for name in names))
-        return found
-
-    if trains := not resume or any(map(is_free, targets.values())):  # else maybe nothing is to be trained
-        network()
-    shared = {
-        source: project_basis.load_or_make(
-            project,
-            source,
-            base,
-            {name: path for name, path in places.items() if sources[name] == source},
-            calibration,
-            network,
-        )
-        for source in sorted(set(sources.values()) - {OWN_BASIS})
-    }
-    empty = cache(base.load_empty)
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "measure": len(places) <= MAX_MEASURED}
-    options["start"] = started
-    if together:
-        (found,) = shared.values()
-        tasks = {name: load_task(name, source) for name, source in places.items()}
-        if not trains:
-            loaded.drop()  # what a basis was made with: the job loads its own, if it has to train
-        options["network"] = loaded.get(base, CAUSAL_LM) if generates and trains else None
-        outcomes = train_together(base, found, tasks, targets[names[0]].parent, settings, **options)
-        yield from zip(places, outcomes, strict=True)
-        return
-
-    def fit_one(name: str) -> Adapter:
-        task, of_task = load_task(name, places[name]), own.get(name, settings)
-        task_basis = shared.get(sources[name]) or project.calibration_settings(of_task)
-        if resume and distributed.on_main(lambda: not is_free(targets[name])):
-            without_weights = empty(task.task_type, num_labels=task.num_labels)
-            job = job_without_network(base, task_basis, task, targets[name], of_task, started, without_weights)
-            if found := job.kept(overwrite=overwrite):
-                return found[0]
-        if isinstance(task_basis, CalibrationSettings) and not same:
-            loaded.drop()  # its basis takes a base of its own, in another dtype
-            return fit(base, task_basis, task, targets[name], of_task, **options)
-        of_type = loaded.get(base, task.task_type, task.num_labels)
-        return fit(base, task_basis, task, targets[name], of_task, network=of_type, **options)
-
-    one_is_done = False
-    for name in places:
-        outcome: Adapter | LoraSBError
-        was_there = resume and not is_free(targets[name])
-        try:
-            outcome = fit_one(name)
-            one_is_done = one_is_done or not was_there
-        except Exception as error:
-            alone = distributed.world_size() == 1
-            full = alone and one_is_done and is_out_of_memory(error)  # of the first the base may be what does not fit
-            if len(places) == 1 or not (full or leaves_others(error)):
-                raise
-            logger.warning("%s is left out: %s", name, error)
-            outcome = error.alone() if isinstance(error, LoraSBError) else _out_of_memory(name)
-        if isinstance(outcome, LoraSBError):
-            gc.collect()  # what the error's frames hold, if it lies in a cycle with them
-        yield name, outcome
+    request = FitRequest(project, names, settings, **options)
+    for name in request.targets:
+        request.refuse_there(name, together=together)
+    fitting = _Fitting(request, types=_types(request))
+    yield from fitting.together() if together else fitting.in_turn()
 
 
-def _out_of_memory(name: str) -> TrainingError:
-    return TrainingError(
-        "out of memory", where=name, fix="Fit it by itself, with a smaller --batch-size or --max-length"
-    )
-
-
-def _checked(
-    places: Mapping[str, AnySource], settings: FitSettings, own: Mapping[str, FitSettings]
-) -> tuple[set[str], list[str]]:
-    """Read every task to check it. Up to ten bad ones are told at once.
-
-    Returns:
-        the types of the tasks, and the names of those without held-out rows.
-    """
-    for used in {own.get(name, settings) for name in places}:
+def _types(request: FitRequest) -> set[str]:
+    """The types of the tasks, all of which are read to be checked. Up to ten bad ones are told at once."""
+    for used in set(request.settings_of.values()):
         check_requirements([], used)  # what is wrong with no task is told once
     types, unscored, problems = set(), list[str](), Problems()
-    for name, source in progress_bar(places.items(), desc="check"):
+    for name in progress_bar(request.places, desc="check"):
         with problems:
-            task = load_task(name, source)
-            check_requirements([task], own.get(name, settings))
+            task = request.checked(name)
             types.add(task.task_type)
-            if not task.splits.get(task.held_out()):
+            if not task.splits.get(task.held_out()) and request.project.task(name).hold_out is None:
                 unscored.append(name)
         if problems.is_full:
             break
     problems.raise_all("nothing was trained")
-    return types, unscored
+    if new := [name for name in unscored if not (request.resume and request.is_begun(name))]:
+        logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
+    return types
+
+
+class _Fitting:
+    """The training of tasks that have been checked, of `types`: the networks and bases that they share."""
+
+    def __init__(self, request: FitRequest, types: set[str]) -> None:
+        self._request, self._base, settings = request, request.base, request.settings
+        self._calibration = request.project.calibration_settings(settings)
+        self._generates, self._same_dtype = types == {CAUSAL_LM}, self._calibration.dtype == settings.dtype
+        self._trains = not request.resume or any(map(is_free, request.targets.values()))  # else maybe all are kept
+        self._loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
+        self._options: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
+        self._options |= {"start": request.start, "measure": len(request.places) <= MAX_MEASURED}
+
+    def together(self) -> Iterator[tuple[str, Outcome]]:
+        request, sources = self._request, set(self._request.bases.values())
+        if request.own:
+            what = f"{some(sorted(request.own))} cannot be trained together with settings of their own"
+            raise SettingsError(what, fix="Leave --together out, or [tasks.NAME.fit]")
+        if len(request.places) < 2 or len(sources) > 1 or OWN_BASIS in sources:
+            fix = "Name such tasks, or leave --together out"
+            raise SettingsError("together takes two or more tasks of one shared basis", fix=fix)
+        (basis,) = self._bases().values()
+        tasks = {name: request.task(name) for name in request.places}
+        if not self._trains:
+            self._loaded.drop()  # what a basis was made with: the job loads its own, if it has to train
+        network = self._loaded.get(self._base, CAUSAL_LM) if self._generates and self._trains else None
+        inputs = self._base, basis, tasks, request.project.adapters_folder, request.settings
+        yield from zip(tasks, train_together(*inputs, network=network, **self._options), strict=True)
+
+    def in_turn(self) -> Iterator[tuple[str, Outcome]]:
+        request, shared, one_is_done = self._request, self._bases(), False
+        for name, target in request.targets.items():
+            outcome: Outcome
+            was_there = request.resume and not is_free(target)
+            try:
+                outcome = self._fit(name, shared)
+                one_is_done = one_is_done or not was_there
+            except Exception as error:
+                alone = distributed.world_size() == 1
+                full = alone and one_is_done and is_out_of_memory(error)  # of the first it may be the base's fault
+                if len(request.targets) == 1 or not (full or leaves_others(error)):
+                    raise
+                logger.warning("%s is left out: %s", name, error)
+                outcome = TrainingError("out of memory", where=name, fix=_BY_ITSELF)
+                if isinstance(error, LoraSBError):
+                    outcome = error.alone()
+            if isinstance(outcome, LoraSBError):
+                gc.collect()  # what the error's frames hold, if it lies in a cycle with them
+            yield name, outcome
+
+    def _fit(self, name: str, shared: Mapping[str, Basis]) -> Adapter:
+        request, target = self._request, self._request.targets[name]
+        task, basis = request.task(name), request.basis_for(name, shared)
+        is_there = request.resume and distributed.on_main(lambda: not is_free(target))
+        if is_there and (kept := request.job(task, basis).kept(overwrite=request.overwrite)):
+            return kept[0]
+        network = None
+        if isinstance(basis, CalibrationSettings) and not self._same_dtype:
+            self._loaded.drop()  # its basis takes a base of its own, in another dtype
+        else:
+            network = self._loaded.get(self._base, task.task_type, task.num_labels)
+        return fit(self._base, basis, task, target, request.settings_of[name], network=network, **self._options)
+
+    def _bases(self) -> dict[str, Basis]:
+        """By their places, those that are no task's own; the project's is made where there is none."""
+        request, project, sources = self._request, self._request.project, self._request.bases
+        if any(is_shared(project, source) for source in sources.values()):
+            shared_folder(project)  # before the base is loaded
+        if self._trains:
+            self._network()
+        bases = {}
+        for source in sorted(set(sources.values()) - {OWN_BASIS}):
+            tasks = {name: place for name, place in request.places.items() if sources[name] == source}
+            bases[source] = load_or_make(project, source, self._base, tasks, self._calibration, self._network)
+        return bases
+
+    def _network(self) -> PreTrainedModel | None:
+        """What all tasks are trained on, if the basis can be made with it too."""
+        if not (self._generates and self._same_dtype):
+            return None
+        network = self._loaded.get(self._base, CAUSAL_LM)
+        require_positions(network, max(settings.max_length for settings in self._request.settings_of.values()))
+        return network

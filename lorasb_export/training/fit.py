@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
-from ..base.model import AnyBase, BaseModel
+from ..base.model import AnyBase
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..data.source import AnySource
@@ -19,7 +19,6 @@ from ..files.storage import absolute
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import refuse_run_of_others, runs_together, together_folder, working_folder
 from .job import Job
-from .run_basis import with_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,24 +82,6 @@ def fit(
     if isinstance(outcome, TrainingError):
         raise outcome
     return outcome
-
-
-def job_without_network(
-    base: BaseModel,
-    basis: Basis | CalibrationSettings,
-    task: TaskData,
-    out: Path,
-    settings: FitSettings,
-    start: Adapter | None,
-    empty: PreTrainedModel,
-) -> Job:
-    """What `fit` would do, to be asked what that comes to; errors are those of its inputs.
-
-    Args:
-        empty: the base without weights, in which layers are counted.
-    """
-    settings = with_rate(settings, base, basis, task, empty)
-    return Job(base, basis, [task], [out], working_folder(out), settings, None, False, start)
 
 
 def fit_together(

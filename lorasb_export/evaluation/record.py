@@ -17,7 +17,7 @@ from ..format import sealed
 def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric.
 
-    `data_sha256` of the task may stand beside them.
+    `data_sha256` of the task and the `dtype` that was asked for may stand beside them.
 
     Raises:
         ArtifactError: there is another adapter by now.
@@ -37,7 +37,7 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
                 raise ArtifactError(what, where=folder, fix="Evaluate it again")
             split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
             split[result["metric"]] = {
-                key: result[key] for key in ("base", "adapter", "rows", "data_sha256") if key in result
+                key: result[key] for key in ("base", "adapter", "rows", "data_sha256", "dtype") if key in result
             }
             write_json(temporary, sealed(config))
         card.write(folder, card.adapter_card(config))

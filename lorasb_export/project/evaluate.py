@@ -61,7 +61,7 @@ def evaluate_adapters(
         predictions: a JSON-lines file to write: what base and adapter predict of each row, as `evaluate` gives it, with
             the `name` (the word) and `split`.
         overwrite: replace that file.
-        resume: take figures of the same data that are in a card from there.
+        resume: take figures of the same data, in the same dtype, that are in a card from there.
 
     Yields:
         each word and what `evaluate` gives, with `recorded`, whether its card has the figures; or its error, where it
@@ -83,7 +83,8 @@ def evaluate_adapters(
         raise SettingsError(what, fix="Leave out either")
     file = None if predictions is None else PredictionsFile(predictions, overwrite=overwrite)
     scored: dict[str, Any] = {"split": split, "limit": limit, "metric": metric, "predictions": file is not None}
-    look = _Look(project, data, model, file, scored, all_there_are=all_there_are, into_cards=into_cards, resume=resume)
+    from_cards = dtype if resume else None
+    look = _Look(project, data, model, file, scored, from_cards, all_there_are=all_there_are, into_cards=into_cards)
     look.at_all(adapters)
     if look.known:
         logger.info("The figures of %d adapters are in their cards", len(look.known))
@@ -118,6 +119,7 @@ class _Look:
     Args:
         file: of predictions.
         scored: the options of `to_score`.
+        from_cards: figures of this dtype are taken from cards; none without one.
         into_cards: figures of these rows may go into cards; the others are those of `evaluate_adapters`.
     """
 
@@ -126,9 +128,9 @@ class _Look:
     model: str | None
     file: PredictionsFile | None
     scored: Mapping[str, Any]
+    from_cards: str | None
     all_there_are: bool
     into_cards: bool
-    resume: bool
     ready: list[_Ready] = field(default_factory=list)
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     damaged: dict[str, LoraSBError] = field(default_factory=dict)
@@ -171,7 +173,8 @@ class _Look:
             return
         split, metric, _ = to_score(adapter, task, **self.scored)
         figures = adapter.training.get("evaluation", {}).get(split, {}).get(metric, {})
-        if self.resume and figures.get("data_sha256") == task.sha256:
+        its_own = figures.get("data_sha256"), figures.get("dtype", "auto")  # of one from before dtypes were recorded
+        if its_own == (task.sha256, self.from_cards):
             of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
             self.known[word] = {"task": name, "split": split, "metric": metric, **of_rows, "recorded": True}
             return
@@ -229,8 +232,8 @@ def _scored(
         else:
             if file is not None:
                 file.append(one.word, outcome)
-            data_sha256 = {"data_sha256": task.sha256}
-            outcome["recorded"] = one.into_card and _record(one.word, adapter, outcome | data_sha256)
+            how = {"data_sha256": task.sha256, "dtype": dtype}
+            outcome["recorded"] = one.into_card and _record(one.word, adapter, outcome | how)
         yield one.word, outcome
 
 

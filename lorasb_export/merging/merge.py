@@ -10,12 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import AnyBase, BaseModel
-from ..base.network import as_base_model_error, tokenizer_of
 from ..cards import card
 from ..choices import NF4, SEQ_CLS
 from ..errors import BaseModelError, OutputError, SettingsError
@@ -76,7 +73,7 @@ def merge(
         `worst` module. Of a plan `expected_retained`, `peak_memory_bytes` and `free_bytes`.
 
     Raises:
-        BaseModelError: another base, an already merged or a quantized one, a missing module.
+        BaseModelError: another base, an already merged or a quantized one, a missing module, a damaged tokenizer.
         OutputError: `out` or the report exists, another merge writes it, or the disk has too little room.
         ArtifactError: the adapter or its basis is bad, or `verify` failed.
         SettingsError: a dtype, size, weight or report's name that is none.
@@ -197,11 +194,8 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     _write_config(plan, folder)
     if plan.adapters[0].task_type == SEQ_CLS:
         _name_padding(plan, folder)
-    elif any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        is_fast = (folder / "tokenizer.json").is_file()  # AutoTokenizer's import takes seconds and 200 MB
-        with as_base_model_error(plan.base.folder):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if is_fast else tokenizer_of(folder)
-        write_end_ids(folder, tokenizer)
+    elif plan.tokenizer is not None:
+        write_end_ids(folder, plan.tokenizer)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

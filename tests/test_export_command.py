@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,28 @@ def test_a_graph_is_compared_on_the_task_of_its_adapter(
     (tmp_path / "minus").rename(tmp_path / "times")
     with pytest.raises(SettingsError, match=r"data is of plus, minus, the adapter is times. Give its task under its"):
         export(tmp_path / "times", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_who_was_trained_beside_a_base_in_four_bits_is_told(
+    added: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    record = {"kind": "onnx-adapters", "routed": False, "adapters": {}, "basis": {"sha256": adapter.basis_sha256}}
+    (tmp_path / "onnx").mkdir()
+    write_record(tmp_path / "onnx", record | {"base": asdict(adapter.base)})
+
+    def write(*_: object, **__: object) -> None:
+        raise InterruptedError  # before anything is written
+
+    monkeypatch.setattr(onnx_adapters, "atomic_folder", write)
+    call = onnx_adapters.add_onnx_adapters if added else onnx_adapters.export_onnx_adapters
+    for dtype in ("auto", "nf4"):
+        assert "trained beside" not in caplog.text
+        replace(adapter, training={"settings": {"dtype": dtype}}).save(tmp_path / dtype)
+        with pytest.raises(InterruptedError):
+            call([tmp_path / dtype], tmp_path / ("onnx" if added else "out"), verify=False)
+    assert "The adapter was trained beside a base in four bits" in caplog.text
 
 
 def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path) -> None:

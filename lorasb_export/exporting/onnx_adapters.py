@@ -18,6 +18,7 @@ import numpy as np
 
 from ..adapter import Adapter, check_same_basis
 from ..base.model import BaseModel, BaseRef
+from ..base.nf4 import warn_of_other_weights
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data.task import TaskData
@@ -84,6 +85,7 @@ def export_onnx_adapters(
     for ref in {basis.base, *(adapter.base for adapter in loaded.values())}:  # blocks of several may have one sha256
         base_model.verify(ref, basis.modules)
     warn_of_another_template(loaded.values(), base_model.folder)
+    warn_of_other_weights(loaded.values())
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
     asked = held_out(data, base_model) if verify else {}
     card.check(out)
@@ -159,6 +161,7 @@ def add_onnx_adapters(
                 what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
                 raise ArtifactError(what, where=folder, fix="Export it with others of that base")
         warn_of_another_template(loaded.values(), folder)
+        warn_of_other_weights(loaded.values())
         with atomic_folder(folder, overwrite=True) as new:
             _copy(folder, new)
             _add(new, record, loaded)

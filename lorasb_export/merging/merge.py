@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import AnyBase, BaseModel
 from ..cards import card
-from ..choices import NF4, SEQ_CLS
+from ..choices import SEQ_CLS
 from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
 from ..files.output import free_bytes
@@ -93,7 +93,6 @@ def merge(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
-    _warn_of_another_base(plan)
     result = plan.summary() | {"out": str(out)}
     if dry_run:
         return result | {
@@ -117,16 +116,6 @@ def merge(
         retained.write_report(modules, report)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
-
-
-def _warn_of_another_base(plan: MergePlan) -> None:
-    """Where an adapter says that it was trained beside weights in four bits, or not, and goes onto the others."""
-    onto = plan.rounding.base_dtype == NF4
-    if any(dtype is not None and (dtype == NF4) != onto for dtype in plan.trained_beside):
-        beside = "the weights as they are" if onto else "a base in four bits"
-        fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
-        who = "Some of the adapters were" if plan.combined else "The adapter was"
-        logger.warning("%s trained beside %s, and may score more merged %s", who, beside, fix)
 
 
 def _check_report(report: Path, *, may_exist: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ..adapter import Adapter
 from ..base.model import AnyBase, BaseModel
 from ..base.network import as_base_model_error, tokenizer_of
+from ..base.nf4 import warn_of_other_weights
 from ..base.side_files import side_files
 from ..basis import Basis
 from ..cards import card
@@ -66,7 +67,6 @@ class MergePlan:
     Attributes:
         adapters: one for each basis; the bases stay on the disk (`Basis.open`).
         combined: of a combination, what `lorasb.json` says of each adapter in it.
-        trained_beside: the dtypes of the bases beside which they were trained, as far as they say so.
         tokenizer: the base's; None of a decoder without one.
     """
 
@@ -77,7 +77,6 @@ class MergePlan:
     side_files: list[Path]
     combined: list[dict[str, Any]]
     rounding: Rounding
-    trained_beside: Collection[str | None]
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
@@ -210,15 +209,16 @@ def plan_merge(
         for one in loaded:
             _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
-    warn_of_another_template([one for one, _ in weighted], base_model.folder)
+    every = [one for one, _ in weighted]
+    warn_of_another_template(every, base_model.folder)
+    warn_of_other_weights(every, base_dtype, combined=bool(combined))
     rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
     shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
     beside = [
         path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
     ]
-    dtypes = {one.training.get("settings", {}).get("dtype") for one, _ in weighted}
     tokenizer = _tokenizer(base_model, loaded[0].task_type)
-    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, dtypes, tokenizer)
+    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, tokenizer)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 

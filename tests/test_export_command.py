@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lorasb_cli.main import app
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, export
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import TaskData
-from lorasb_export.errors import SettingsError
+from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record
 from tests.random_adapter import save_adapter
@@ -86,6 +88,26 @@ def test_who_was_trained_beside_a_base_in_four_bits_is_told(
         with pytest.raises(InterruptedError):
             call([tmp_path / dtype], tmp_path / ("onnx" if added else "out"), verify=False)
     assert "The adapter was trained beside a base in four bits" in caplog.text
+
+
+def test_where_a_dtype_is_too_narrow_the_flag_of_a_graph_is_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    modules, network = ["model.layers.0.mlp.up_proj"], BaseModel.resolve(base).load()
+    save_adapter(base, network, tmp_path / "a", modules, relative_size=0.001)
+
+    def build(*_: object) -> None:
+        raise InterruptedError  # once it is merged
+
+    monkeypatch.setattr(onnx, "build", build)
+    with pytest.raises(InterruptedError):
+        export(tmp_path / "a", tmp_path / "out", format="onnx", precision="bf16", verify=False)
+    assert "--precision fp16 or fp32" in caplog.text
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "model.odd.weight": torch.tensor([-1e9])}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"odd\.weight does not fit float16\. .*export --precision fp32"):
+        export(tmp_path / "a", tmp_path / "out", format="onnx", precision="fp16")
 
 
 def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_a_precision_is_of_an_onnx_graph() -> None:
     assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("format", ["onnx", "onnx-adapters"])
+def test_a_precision_that_is_none_is_refused_before_data_are_read(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (onnx, onnx_adapters):
+        monkeypatch.setattr(module, "load_held_out", lambda *_: pytest.fail("read"))
+    with pytest.raises(SettingsError, match="precision 'fp99' is unknown here"):
+        export(tmp_path / "a", tmp_path / "out", format=format, precision="fp99", data={"a": str(tmp_path / "rows")})
+
+
 @pytest.mark.parametrize(
     "words",
     ["--into onnx --format peft", "--into onnx --routed", "--data rows", "--format onnx --data rows --no-verify"],

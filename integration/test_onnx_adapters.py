@@ -269,6 +269,26 @@ def test_of_many_adapters_those_used_last_are_kept(
         assert decoder.generate(PROMPTS, TOKENS, set()) == answers(network, set())
 
 
+def test_an_adapter_that_another_thread_chooses_is_that_of_later_answers(
+    world: Path, tasks_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the one in use is no longer among those that are kept."""
+    monkeypatch.setattr(onnx_run, "_KEPT", 1)
+    decoder = OnnxDecoder(tasks_onnx, "red", threads=1)
+    run = decoder._session.run_with_ort_values
+
+    def interrupted(*words: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(decoder.use, "blue").result()
+        gc.collect()
+        return run(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder._session, "run_with_ort_values", interrupted)
+        assert decoder.generate(PROMPTS, TOKENS, set()) == answers(merged(world / "base", world / "red"), set())
+    assert decoder.generate(PROMPTS, TOKENS, set()) == answers(merged(world / "base", world / "blue"), set())
+
+
 def test_adapters_outlive_their_python_names(world: Path, tasks_onnx: Path) -> None:
     """RunOptions does not keep a LoraAdapter alive: ours are held while other adapters come and go."""
     decoder = OnnxDecoder(tasks_onnx, "red", threads=1)

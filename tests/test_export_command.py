@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lorasb_cli.main import app
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, export
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import TaskData
-from lorasb_export.errors import SettingsError
+from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record
 from tests.random_adapter import save_adapter
@@ -65,6 +68,48 @@ def test_a_graph_is_compared_on_the_task_of_its_adapter(
         export(tmp_path / "times", tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_who_was_trained_beside_a_base_in_four_bits_is_told(
+    added: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    record = {"kind": "onnx-adapters", "routed": False, "adapters": {}, "basis": {"sha256": adapter.basis_sha256}}
+    (tmp_path / "onnx").mkdir()
+    write_record(tmp_path / "onnx", record | {"base": asdict(adapter.base)})
+
+    def write(*_: object, **__: object) -> None:
+        raise InterruptedError  # before anything is written
+
+    monkeypatch.setattr(onnx_adapters, "atomic_folder", write)
+    call = onnx_adapters.add_onnx_adapters if added else onnx_adapters.export_onnx_adapters
+    for dtype in ("auto", "nf4"):
+        assert "trained beside" not in caplog.text
+        replace(adapter, training={"settings": {"dtype": dtype}}).save(tmp_path / dtype)
+        with pytest.raises(InterruptedError):
+            call([tmp_path / dtype], tmp_path / ("onnx" if added else "out"), verify=False)
+    assert "The adapter was trained beside a base in four bits" in caplog.text
+
+
+def test_where_a_dtype_is_too_narrow_the_flag_of_a_graph_is_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    modules, network = ["model.layers.0.mlp.up_proj"], BaseModel.resolve(base).load()
+    save_adapter(base, network, tmp_path / "a", modules, relative_size=0.001)
+
+    def build(*_: object) -> None:
+        raise InterruptedError  # once it is merged
+
+    monkeypatch.setattr(onnx, "build", build)
+    with pytest.raises(InterruptedError):
+        export(tmp_path / "a", tmp_path / "out", format="onnx", precision="bf16", verify=False)
+    assert "--precision fp16 or fp32" in caplog.text
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "model.odd.weight": torch.tensor([-1e9])}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"odd\.weight does not fit float16\. .*export --precision fp32"):
+        export(tmp_path / "a", tmp_path / "out", format="onnx", precision="fp16")
+
+
 def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path) -> None:
     (tmp_path / "onnx").symlink_to("disk/onnx")
     (tmp_path / "disk" / ".onnx.old").mkdir(parents=True)
@@ -75,6 +120,16 @@ def test_a_replacement_that_was_cut_short_behind_a_link_is_undone(tmp_path: Path
 def test_a_precision_is_of_an_onnx_graph() -> None:
     done = CliRunner().invoke(app, ["export", "a", "--precision", "int4"])
     assert (done.exit_code, "add --format onnx" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("format", ["onnx", "onnx-adapters"])
+def test_a_precision_that_is_none_is_refused_before_data_are_read(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (onnx, onnx_adapters):
+        monkeypatch.setattr(module, "load_held_out", lambda *_: pytest.fail("read"))
+    with pytest.raises(SettingsError, match="precision 'fp99' is unknown here"):
+        export(tmp_path / "a", tmp_path / "out", format=format, precision="fp99", data={"a": str(tmp_path / "rows")})
 
 
 @pytest.mark.parametrize(

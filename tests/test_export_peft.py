@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def test_llama_needs_no_base_but_checks_a_given_one(tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
     export_peft(tmp_path / "adapter", tmp_path / "peft")
     export_peft(tmp_path / "adapter", tmp_path / "again", base=tmp_path / "moved")
+
+
+def test_who_was_trained_beside_a_base_in_four_bits_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, adapter = make("llama", tmp_path)
+    for dtype in ("auto", "nf4"):
+        assert "trained beside" not in caplog.text
+        replace(adapter, training={"settings": {"dtype": dtype}}).save(tmp_path / dtype)
+        export_peft(tmp_path / dtype, tmp_path / "peft", overwrite=True)
+    assert "The adapter was trained beside a base in four bits" in caplog.text
 
 
 def test_gpt2_names_need_the_base_to_tell_conv1d_from_linear(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.merging import adapter_for
+from tests.random_adapter import BERT_MODULES
 from tests.tiny import write_index
 
 
@@ -113,6 +114,21 @@ def test_no_disk_space_is_seen_before_writing(llama: Path, tmp_path: Path) -> No
     write_index(base)
     with pytest.raises(OutputError, match=r"not enough disk: 8000\.0 GB needed"):
         merge(adapter, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+@pytest.mark.parametrize("of_a_classifier", [False, True])
+def test_a_damaged_tokenizer_is_seen_before_writing(
+    of_a_classifier: bool, llama: Path, bert: Path, tmp_path: Path
+) -> None:
+    """Not once the last shard is written, which would all be gone then."""
+    base = shutil.copytree(bert if of_a_classifier else llama, tmp_path / "base")
+    what = (BERT_MODULES, "SEQ_CLS") if of_a_classifier else ()
+    adapter = adapter_for(base, tmp_path / "a", *what)
+    (base / "tokenizer.json").write_text('{"truncated')
+    for dry_run in (True, False):
+        with pytest.raises(BaseModelError, match=r"cannot load the base: .*base\). Fetch"):
+            merge(adapter, tmp_path / "model", dry_run=dry_run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
 
 

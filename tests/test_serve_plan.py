@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from lorasb_export.serving import plan
 from tests import serving
 from tests.serving import DEFAULTS, dry_run, install, value_of
 
-folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
+folder, plugin, vllm_for_cpus = serving.folder, serving.plugin, serving.vllm_for_cpus
 
 
 def test_dry_run_gives_the_exact_command(folder: Path) -> None:
@@ -60,6 +61,20 @@ def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Pa
         command = dry_run({}, model=str(base), extra=["--seed", "1"])["command"]
         assert ("--override-generation-config" in command) == given
     assert value_of(command, "--override-generation-config") == '{"repetition_penalty": 1.0}'
+
+
+@pytest.mark.parametrize("mode", ["shared", "folded"])
+def test_who_was_trained_beside_a_base_in_four_bits_is_told(
+    mode: str, folder: Path, tmp_path: Path, plugin: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = Adapter.load(folder / "a")
+    for name, dtype in (("exact", "auto"), ("rounded", "nf4")):
+        replace(adapter, training={"settings": {"dtype": dtype}}).save(tmp_path / name)
+    dry_run({"a": folder / "a", "exact": tmp_path / "exact"}, mode=mode)
+    assert "trained beside" not in caplog.text
+    dry_run({"exact": tmp_path / "exact", "rounded": tmp_path / "rounded"}, mode=mode)
+    assert "Some of the adapters were trained beside a base in four bits" in caplog.text
+    assert "`lorasb merge --base-dtype nf4` (rounded)" in caplog.text
 
 
 def test_weights_in_mistrals_own_format_are_not_those_that_are_served(folder: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def _onnx_logits(decoder: OnnxDecoder, ids: torch.Tensor) -> torch.Tensor:
         feed = {"input_ids": part.numpy(), "attention_mask": np.ones((rows, there), np.int64)}
         feed["position_ids"] = positions
         feed = {name: array for name, array in feed.items() if name in inputs} | cache
-        outputs = dict(zip(names, session.run(names, feed, decoder._run_options), strict=True))
+        outputs = dict(zip(names, session.run(names, feed, decoder._chosen.run_options), strict=True))
         found.append(outputs.pop("logits"))
         cache = {name.replace("present", "past_key_values"): array for name, array in outputs.items()}
         done = there

@@ -5,6 +5,7 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ from torch import nn
 
 from ..choices import NF4
 from ..environment import require_packages
-from ..errors import BaseModelError, SettingsError
+from ..errors import BaseModelError, SettingsError, some
 from .given import body_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..adapter import Adapter
+
+logger = logging.getLogger(__name__)
 
 # Layers of Mamba's kind read these weights, and do not call the layers that they belong to.
 _READ_BY_OTHERS = ["dt_proj", "mixer.x_proj", "mixer.out_proj", "mamba.x_proj", "mamba.out_proj"]
@@ -131,6 +135,24 @@ def dequantize(weight: torch.Tensor, state: Any = None) -> torch.Tensor:
 
     found: torch.Tensor = dequantize_4bit(weight, state)
     return found
+
+
+def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto", *, combined: bool = False) -> None:
+    """Warn of adapters that say that they were trained beside weights in four bits, or not, and go onto the others.
+
+    Args:
+        base_dtype: `nf4` where they go onto weights in four bits, or rounded to them.
+        combined: they go onto them as one.
+    """
+    onto = base_dtype == NF4
+    said = [(one.name or "the adapter", one.training.get("settings", {}).get("dtype")) for one in adapters]
+    names = [name for name, dtype in said if dtype is not None and (dtype == NF4) != onto]
+    if names:
+        beside = "the weights as they are" if onto else "a base in four bits"
+        fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
+        who = "Some of the adapters were" if combined or len(adapters) > 1 else "The adapter was"
+        what = "%s trained beside %s, and may score more merged %s (%s)"
+        logger.warning(what, who, beside, fix, some(names))
 
 
 def keep_layout(network: nn.Module) -> None:

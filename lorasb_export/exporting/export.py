@@ -8,7 +8,7 @@ from typing import Any
 
 from ..choices import MAX_DROP, ExportFormat, require_choice
 from ..data.source import AnySource
-from ..data.task import TaskData, load_held_out
+from ..data.task import TaskData
 from ..errors import SettingsError
 
 
@@ -69,7 +69,7 @@ def export(
         return export_peft(paths[0], out, base=base, verify=bool(verify), overwrite=overwrite)
     options: dict[str, Any] = {"base": base, "precision": precision, "max_drop": max_drop, "overwrite": overwrite}
     options["verify"] = verify is not False
-    options["data"] = {name: load_held_out(name, task) for name, task in (data or {}).items()}
+    options["data"] = data or {}
     if format == "onnx":
         from .onnx import export_onnx
 

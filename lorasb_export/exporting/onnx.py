@@ -12,7 +12,8 @@ from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_DROP
-from ..data.task import TaskData
+from ..data.source import AnySource
+from ..data.task import TaskData, load_held_out
 from ..errors import SettingsError
 from ..evaluation.evaluate import require_same_kind, with_labels_of
 from ..files.atomic import atomic_folder
@@ -35,7 +36,7 @@ def export_onnx(
     base: str | Path | None = None,
     precision: str = "fp32",
     verify: bool = True,
-    data: Mapping[str, TaskData] = {},
+    data: Mapping[str, AnySource | TaskData] = {},
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -44,8 +45,7 @@ def export_onnx(
     The folder holds `model.onnx`, `model.onnx_data`, the tokenizer with its chat template, `config.json`,
     `generation_config.json`, `lorasb.json` and a card; from onnxruntime-genai's builder also `genai_config.json`.
 
-    Arguments and errors: as for `export`, but the task of `data` is loaded. int8 and int4 make graphs for the
-    CPU, bf16 one for CUDA alone.
+    Arguments and errors: as for `export`. int8 and int4 make graphs for the CPU, bf16 one for CUDA alone.
     """
     check_request(precision, PRECISIONS)
     wanted = PRECISIONS[precision]
@@ -55,7 +55,7 @@ def export_onnx(
     name = source.name or ""
     if data and name not in data:
         raise SettingsError(f"data is of {', '.join(data)}, the adapter is {name}", fix="Give its task under its name")
-    task = with_labels_of(source, data[name]) if data else None
+    task = with_labels_of(source, load_held_out(name, data[name])) if data else None
     if task is not None:
         require_same_kind(source, task)
     base_model = source.base.resolve(base)

@@ -18,9 +18,11 @@ import numpy as np
 
 from ..adapter import Adapter, check_same_basis
 from ..base.model import BaseModel, BaseRef
+from ..base.nf4 import warn_of_other_weights
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
-from ..data.task import TaskData
+from ..data.source import AnySource
+from ..data.task import TaskData, load_held_out
 from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from ..evaluation.evaluate import require_same_kind
@@ -59,22 +61,22 @@ def export_onnx_adapters(
     precision: str = "fp32",
     routed: bool = False,
     verify: bool = True,
-    data: Mapping[str, TaskData] = {},
+    data: Mapping[str, AnySource | TaskData] = {},
     max_drop: float = MAX_DROP,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write one ONNX folder for several adapters of one basis.
 
-    Arguments and errors: as for `export`, but the tasks of `data` are loaded. The last part of an adapter's path is its
-    name. `precision` is that of the base's weights; only fp16 changes that of B, A and R. The graph without an adapter
-    is compared with the base.
+    Arguments and errors: as for `export`. The last part of an adapter's path is its name. `precision` is that of the
+    base's weights; only fp16 changes that of B, A and R. The graph without an adapter is compared with the base.
 
     Raises:
         SettingsError: no adapter, two of one name (capitals aside), or a name that is no plain file name, or `base`.
     """
     check_request(precision, [name for name in PRECISIONS if name != "bf16"])  # numpy has no bf16
     wanted = PRECISIONS[precision]
-    out, loaded = expanded(out), _load(adapters, data)
+    tasks = {name: load_held_out(name, task) for name, task in data.items()}
+    out, loaded = expanded(out), _load(adapters, tasks)
     first = next(iter(loaded.values()))
     basis = first.load_basis()
     for adapter in loaded.values():
@@ -84,8 +86,9 @@ def export_onnx_adapters(
     for ref in {basis.base, *(adapter.base for adapter in loaded.values())}:  # blocks of several may have one sha256
         base_model.verify(ref, basis.modules)
     warn_of_another_template(loaded.values(), base_model.folder)
+    warn_of_other_weights(loaded.values())
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
-    asked = held_out(data, base_model) if verify else {}
+    asked = held_out(tasks, base_model) if verify else {}
     card.check(out)
     with atomic_folder(out, overwrite=overwrite, kind="onnx-adapters") as folder:
         scratch = folder / "scratch"
@@ -159,6 +162,7 @@ def add_onnx_adapters(
                 what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
                 raise ArtifactError(what, where=folder, fix="Export it with others of that base")
         warn_of_another_template(loaded.values(), folder)
+        warn_of_other_weights(loaded.values())
         with atomic_folder(folder, overwrite=True) as new:
             _copy(folder, new)
             _add(new, record, loaded)

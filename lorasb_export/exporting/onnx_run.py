@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,8 +58,19 @@ def open_session(folder: Path, threads: int | None = None) -> Any:
         ) from None
 
 
+class _Chosen(NamedTuple):
+    """An adapter, or none, as a run of the graph is given it."""
+
+    run_options: Any
+    number: int = 0  # in a routed folder
+    adapter: Any = None  # held here: RunOptions does not keep it alive
+
+
 class OnnxDecoder:
     """An exported decoder on the CPU.
+
+    Threads may share one: `generate` answers to its end with the adapter that was in use when it began. Where they use
+    different ones, they hold one lock around `use` and `generate` together; in a routed folder `generate` is told them.
 
     Args:
         folder: what `export` wrote, in the format `onnx` or `onnx-adapters`.
@@ -92,7 +103,7 @@ class OnnxDecoder:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {item.name for item in self._session.get_inputs()}
         self._past = {i.name: i for i in self._session.get_inputs() if i.name.startswith("past_")}
-        self._loaded: dict[tuple[Path, int | None], Any] = {}  # kept: RunOptions does not keep an adapter alive
+        self._loaded: dict[tuple[Path, int | None], Any] = {}
         self.use(adapter)
 
     @cached_property
@@ -102,13 +113,18 @@ class OnnxDecoder:
 
     def use(self, adapter: str | Path | None) -> None:
         """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
-        self._run_options = self._ort.RunOptions()  # a new one: of two active adapters the first would win
-        self._id = 0
+        run_options = self._ort.RunOptions()  # a new one: of two active adapters the first would win
         if adapter is None:
-            return
-        if IDS in self._inputs:
-            self._id = self._number(str(adapter))
-            return
+            self._chosen = _Chosen(run_options)
+        elif IDS in self._inputs:
+            self._chosen = _Chosen(run_options, number=self._number(str(adapter)))
+        else:
+            loaded = self._load(adapter)
+            run_options.add_active_adapter(loaded)
+            self._chosen = _Chosen(run_options, adapter=loaded)
+
+    def _load(self, adapter: str | Path) -> Any:
+        """onnxruntime's adapter of that file, new or kept."""
         path = expanded(adapter) if str(adapter).endswith(SUFFIX) else self.folder / f"{adapter}{SUFFIX}"
         state = (path, path.stat().st_mtime_ns if path.is_file() else None)
         loaded = self._loaded.pop(state, None)
@@ -120,10 +136,10 @@ class OnnxDecoder:
                 raise ArtifactError("the ONNX adapter belongs to another graph", where=path, fix=fix)
             loaded = self._ort.LoraAdapter()
             loaded.Load(str(path))
-        self._run_options.add_active_adapter(loaded)
         self._loaded[state] = loaded  # the last one: the first is the one that was used longest ago
         if len(self._loaded) > _KEPT:
             del self._loaded[next(iter(self._loaded))]
+        return loaded
 
     def _number(self, adapter: str) -> int:
         if adapter not in self.ids:
@@ -156,7 +172,8 @@ class OnnxDecoder:
                 f"{longest} prompt tokens and {max_tokens} new ones exceed the model's context of {self.context}",
                 fix="Shorten the prompt, or ask for fewer tokens",
             )
-        numbers = [self._id] * len(prompt_ids)
+        chosen = self._chosen  # read once: another thread may call `use` meanwhile
+        numbers = [chosen.number] * len(prompt_ids)
         if adapters is not None:
             if IDS not in self._inputs:
                 fix = "Export it with --routed, or call `use` before each batch"
@@ -166,11 +183,16 @@ class OnnxDecoder:
         answers: dict[int, list[int]] = {}
         for part in progress_bar(_batches(lengths), desc="generate", leave=False):
             prompts, on_them = [prompt_ids[i] for i in part], np.array([numbers[i] for i in part])
-            answers |= zip(part, self._generate(prompts, max_tokens, eos_ids, on_them), strict=True)
+            answers |= zip(part, self._generate(prompts, max_tokens, eos_ids, chosen.run_options, on_them), strict=True)
         return [answers[i] for i in range(len(prompt_ids))]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Collection[int], numbers: np.ndarray[Any, Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        eos_ids: Collection[int],
+        run_options: Any,
+        numbers: np.ndarray[Any, Any],
     ) -> list[list[int]]:
         """One batch. Padding is on the side the graph takes; a row's mask covers its own tokens."""
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -190,7 +212,7 @@ class OnnxDecoder:
             feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, IDS: numbers}
             values = {name: value(np.ascontiguousarray(array)) for name, array in feed.items() if name in self._inputs}
             # Not IO binding: onnxruntime ignores active adapters there, without a word.
-            results = self._session.run_with_ort_values(self._outputs, values | cache, self._run_options)
+            results = self._session.run_with_ort_values(self._outputs, values | cache, run_options)
             present = dict(zip(self._outputs, results, strict=True))
             tokens = present.pop("logits").numpy()[np.arange(len(prompts)), last].argmax(-1)
             for answer, token in zip(answers, tokens, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
+from ..base.nf4 import warn_of_other_weights
 from ..cards import card
 from ..cards.sections import Facts
 from ..data.trained_template import warn_of_another_template
@@ -59,6 +60,7 @@ def export_peft(
     if base_model is not None:
         base_model.verify(source.base, source.R)
         warn_of_another_template([source], base_model.folder)
+    warn_of_other_weights([source])
     _refuse_what_peft_does_not_take(source, base)
     transposed = base_model is not None and base_model.stores_transposed  # what PEFT calls fan_in_fan_out
     with atomic_folder(out, overwrite=overwrite, kind="peft") as folder:

@@ -10,14 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import AnyBase, BaseModel
-from ..base.network import as_base_model_error, tokenizer_of
 from ..cards import card
-from ..choices import NF4, SEQ_CLS
+from ..choices import SEQ_CLS
 from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
 from ..files.output import free_bytes
@@ -76,7 +73,7 @@ def merge(
         `worst` module. Of a plan `expected_retained`, `peak_memory_bytes` and `free_bytes`.
 
     Raises:
-        BaseModelError: another base, an already merged or a quantized one, a missing module.
+        BaseModelError: another base, an already merged or a quantized one, a missing module, a damaged tokenizer.
         OutputError: `out` or the report exists, another merge writes it, or the disk has too little room.
         ArtifactError: the adapter or its basis is bad, or `verify` failed.
         SettingsError: a dtype, size, weight or report's name that is none.
@@ -96,7 +93,6 @@ def merge(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
-    _warn_of_another_base(plan)
     result = plan.summary() | {"out": str(out)}
     if dry_run:
         return result | {
@@ -120,16 +116,6 @@ def merge(
         retained.write_report(modules, report)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
-
-
-def _warn_of_another_base(plan: MergePlan) -> None:
-    """Where an adapter says that it was trained beside weights in four bits, or not, and goes onto the others."""
-    onto = plan.rounding.base_dtype == NF4
-    if any(dtype is not None and (dtype == NF4) != onto for dtype in plan.trained_beside):
-        beside = "the weights as they are" if onto else "a base in four bits"
-        fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
-        who = "Some of the adapters were" if plan.combined else "The adapter was"
-        logger.warning("%s trained beside %s, and may score more merged %s", who, beside, fix)
 
 
 def _check_report(report: Path, *, may_exist: bool) -> None:
@@ -197,11 +183,8 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     _write_config(plan, folder)
     if plan.adapters[0].task_type == SEQ_CLS:
         _name_padding(plan, folder)
-    elif any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        is_fast = (folder / "tokenizer.json").is_file()  # AutoTokenizer's import takes seconds and 200 MB
-        with as_base_model_error(plan.base.folder):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if is_fast else tokenizer_of(folder)
-        write_end_ids(folder, tokenizer)
+    elif plan.tokenizer is not None:
+        write_end_ids(folder, plan.tokenizer)
     write_json(folder / "lorasb.json", provenance)
     card.write(folder, card.merged_card(provenance))
 

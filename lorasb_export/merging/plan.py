@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter
 from ..base.model import AnyBase, BaseModel
+from ..base.network import as_base_model_error, tokenizer_of
+from ..base.nf4 import warn_of_other_weights
 from ..base.side_files import side_files
 from ..basis import Basis
 from ..cards import card
@@ -29,10 +32,14 @@ from .combine import Weighted, Weights, combine, combined_record, load_weighted
 from .folder import bytes_of_an_earlier_try
 from .rounding import Rounding
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
 _PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
 _THREAD_BYTES = 40 << 20  # `write.PIECE` entries as read and as written, `sums.BLOCK` at every stage between
+_TOKENIZER_BYTES = 14  # measured: for each byte of tokenizer.json
 _ROUNDING_BYTES = 17  # measured: for each entry of the tensor that is rounded
 _MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
@@ -60,7 +67,7 @@ class MergePlan:
     Attributes:
         adapters: one for each basis; the bases stay on the disk (`Basis.open`).
         combined: of a combination, what `lorasb.json` says of each adapter in it.
-        trained_beside: the dtypes of the bases beside which they were trained, as far as they say so.
+        tokenizer: the base's; None of a decoder without one.
     """
 
     adapters: tuple[Adapter, ...]
@@ -70,7 +77,7 @@ class MergePlan:
     side_files: list[Path]
     combined: list[dict[str, Any]]
     rounding: Rounding
-    trained_beside: Collection[str | None]
+    tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def nbytes(self) -> int:
@@ -118,11 +125,13 @@ class MergePlan:
         }
 
     def peak_memory(self) -> int:
-        """An estimate in bytes: Python with torch, the factors of two modules, and the blocks of every thread."""
+        """An estimate in bytes: Python with torch, the tokenizer, the factors of two modules, every thread's blocks."""
+        tokenizer = sum(path.stat().st_size for path in self.side_files if path.name == "tokenizer.json")
         rank = sum(adapter.rank for adapter in self.adapters)
         factors = max((12 * rank * sum(tensor.shape) for tensor in self.touched), default=0)
         rounded = max((_ROUNDING_BYTES * math.prod(info.shape) for _, info in self.rounding.sources), default=0)
-        return _PYTHON_BYTES + 2 * factors + rounded + worker_count() * _THREAD_BYTES
+        kept = _PYTHON_BYTES + _TOKENIZER_BYTES * tokenizer
+        return kept + 2 * factors + rounded + worker_count() * _THREAD_BYTES
 
     def expected_retained(self) -> dict[str, Any]:
         """How much of Δ the stored dtype will keep: a guess from some weights of every target and ‖Δ‖ = s·‖R‖."""
@@ -161,7 +170,7 @@ def plan_merge(
 ) -> MergePlan:
     """Match every module of the adapter to a tensor of the base, lay out the shards, look for room.
 
-    Reads headers, the adapter, a few pages of every target, and the basis once to verify its hash.
+    Reads headers, the adapter, a few pages of every target, the basis once to verify its hash, and the tokenizer.
 
     Raises: see `merge`.
     """
@@ -200,14 +209,16 @@ def plan_merge(
         for one in loaded:
             _check_shapes(one, base_model, one.load_basis().shapes, problems)
     problems.raise_all("nothing was written")
-    warn_of_another_template([one for one, _ in weighted], base_model.folder)
+    every = [one for one, _ in weighted]
+    warn_of_another_template(every, base_model.folder)
+    warn_of_other_weights(every, base_dtype, combined=bool(combined))
     rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
     shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
     beside = [
         path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
     ]
-    dtypes = {one.training.get("settings", {}).get("dtype") for one, _ in weighted}
-    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, dtypes)
+    tokenizer = _tokenizer(base_model, loaded[0].task_type)
+    plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, tokenizer)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
 
@@ -222,6 +233,20 @@ def parse_size(size: str | int) -> int:
         if text.endswith(unit) and number.isascii() and number.isdecimal():
             return int(number) * factor
     raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
+
+
+def _tokenizer(base: BaseModel, task_type: str) -> PreTrainedTokenizerBase | None:
+    """What names a classifier's padding, or the end of a decoder's answers; None of a decoder without one.
+
+    Raises BaseModelError where it is damaged, or a classifier has none: now, and not after the last shard.
+    """
+    if task_type == SEQ_CLS:
+        return base.tokenizer
+    is_fast = (base.folder / "tokenizer.json").is_file()  # AutoTokenizer's import takes seconds and 200 MB
+    if not is_fast and not (base.folder / "tokenizer_config.json").is_file():
+        return None
+    with as_base_model_error(base.folder):
+        return PreTrainedTokenizerFast.from_pretrained(base.folder) if is_fast else tokenizer_of(base.folder)
 
 
 def _check_modules(adapter: Adapter, base: BaseModel, problems: Problems) -> None:

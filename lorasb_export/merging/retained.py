@@ -67,7 +67,8 @@ def warn(found: Mapping[str, Any], dtype: str) -> None:
     if found["cosine"] < WARN_BELOW:
         logger.warning(
             "the stored dtype (%s) keeps the update with a cosine of %.2f only (relative error %.2f). "
-            "Merge with --dtype float16 or float32, or serve the adapter unmerged",
+            "Merge with --dtype float16 or float32, or serve the adapter unmerged; "
+            "export a graph with --precision fp16 or fp32",
             dtype,
             found["cosine"],
             found["relative_error"],

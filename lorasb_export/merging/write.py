@@ -33,6 +33,7 @@ PIECE = 8 * sums.BLOCK  # entries that are read and written at a time; 4 took 9 
 MEASURED = 8  # only every 8th block tells what bf16 retains: sums over 64,000 entries and more are precise enough
 _COPY_BYTES = 4 << 20
 _FLOAT16 = torch.finfo(torch.float16)
+_WIDER = "Write it in float32: `lorasb merge --dtype float32`, `lorasb export --precision fp32`"
 _WAITING = 12  # pieces that keep the factors of their modules in memory
 
 Done = tuple[Retained | None, int]  # of one piece: the error of rounding where it was touched, and bytes written
@@ -93,9 +94,7 @@ def write_shard(
             collect()
     for module, retained in found.items():
         if not math.isfinite(retained.error):
-            raise ArtifactError(
-                f"module {module} does not fit the stored dtype", where=path.name, fix="Merge with --dtype float32"
-            )
+            raise ArtifactError(f"module {module} does not fit the stored dtype", where=path.name, fix=_WIDER)
     return found
 
 
@@ -192,7 +191,7 @@ class _Job:
         if stored.dtype == torch.float16 and torch.isinf(stored).any() and not torch.isinf(weights).any():
             if not self.tensor.name.endswith((".weight", ".bias")):  # a buffer, as GPT-Neo's mask of -1e9
                 return None, self.out.write(start, stored.clamp_(_FLOAT16.min, _FLOAT16.max))
-            raise ArtifactError(f"tensor {self.tensor.name} does not fit float16", fix="Merge with --dtype float32")
+            raise ArtifactError(f"tensor {self.tensor.name} does not fit float16", fix=_WIDER)
         return None, self.out.write(start, stored)
 
     def copy(self, offset: int, count: int) -> Done:

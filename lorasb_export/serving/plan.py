@@ -14,6 +14,7 @@ from typing import Any
 
 from ..adapter import Adapter, load_basis_once
 from ..base.model import BaseModel, BaseRef
+from ..base.nf4 import warn_of_other_weights
 from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
@@ -186,6 +187,7 @@ def make_plan(
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
     warn_of_another_template(loaded.values(), base.folder)
+    warn_of_other_weights(loaded.values())
     chosen = _choose_mode(mode, base, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_weights(plan)

@@ -51,7 +51,7 @@ def run(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --predictions.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after an interruption: score only what has no figures in its card.")
+        bool, typer.Option("--resume", help="Go on after an interruption: score only what its card has no figures of.")
     ] = False,
 ) -> None:
     """Score adapters beside the base on held-out rows. The figures go into each adapter's card."""

@@ -104,5 +104,5 @@ def _memory(memory: dict[str, int]) -> str:
     if "basis_bytes" not in memory:
         return f"{taken} and {human_bytes(memory['host_bytes'])} in its copies on the host"
     one, basis = human_bytes(memory["bytes_per_adapter"]), human_bytes(memory["basis_bytes"])
-    host = f", and {human_bytes(memory['host_bytes'])} in its copies on the host" if "host_bytes" in memory else ""
+    host = f", and {human_bytes(memory['host_bytes'])} in vLLM's copies on the host" if "host_bytes" in memory else ""
     return f"{taken}, {one} each, and their basis {basis} once{host}"

@@ -119,9 +119,9 @@ class Hub(HubServer):
         assert self._client.stdin is not None
         assert self._client.stdout is not None
         before = self._errors.seek(0, 2)
-        self._client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
-        self._client.stdin.flush()
         try:
+            self._client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
+            self._client.stdin.flush()
             answer = json.loads(self._client.stdout.readline())
         except BaseException:  # its answer would be taken for that of the next
             self._stop_client()

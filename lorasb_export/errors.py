@@ -53,6 +53,10 @@ class ArtifactError(LoraSBError, ValueError):
     """A basis, adapter or model folder is damaged, foreign, or does not belong to the other one."""
 
 
+class UnreadableError(ArtifactError):
+    """It may be whole, but it cannot be read here: a pointer of git-lfs, or of another format version."""
+
+
 class BaseModelError(LoraSBError, ValueError):
     """The base model is missing, of an unsupported kind, or not the one an artifact was made for."""
 

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from .choices import TaskType
-from .errors import ArtifactError, some
+from .errors import ArtifactError, UnreadableError, some
 from .files.kind import PEFT_TYPE
 from .files.storage import read_header, read_json
 
@@ -65,7 +65,7 @@ EDITED = "Written by another version, or edited by hand"
 def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
     """Refuse a config of another format version, with other keys or types, or changed since it was written."""
     if config.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
+        raise UnreadableError(
             f"format version {config.get('format_version')!r:.40}, this release reads {FORMAT_VERSION}",
             where=where,
             fix="Use the lorasb release that wrote it, or write it again",

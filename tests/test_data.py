@@ -303,6 +303,13 @@ def test_rows_that_are_no_lines_come_with_a_command_that_makes_them(name: str, t
     assert [(row["messages"], row["n"]) for row in read] == [(row["messages"], row["n"]) for row in rows]
 
 
+def test_a_list_in_each_line_is_not_taken_for_one_array(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps(json.loads(CHAT_LINE)['messages'])}\n" * 2)
+    with pytest.raises(DataError, match=r"expected a JSON object .*chats.jsonl:1"):
+        load_task("t", path)
+
+
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(codecs.BOM_UTF8 + GOOD.encode())
     assert load_task("t", tmp_path).rows("train") == [json.loads(GOOD)]

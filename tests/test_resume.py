@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.data.task import TaskData
 from lorasb_export.environment import child_environment
-from lorasb_export.errors import ArtifactError, OutputError, TrainingError
+from lorasb_export.errors import ArtifactError, OutputError, TrainingError, UnreadableError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
@@ -298,6 +298,10 @@ def test_a_damaged_adapter_is_replaced_by_overwrite(
     (out / "adapter.safetensors").write_bytes(b"damaged")
     with pytest.raises(ArtifactError):
         fit(*inputs, resume=True)
+    (out / "adapter.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UnreadableError, match="git lfs pull"):  # what it points to may be sound
+        fit(*inputs, resume=True, overwrite=True)
+    (out / "adapter.safetensors").write_bytes(b"damaged")
     assert fit(*inputs, resume=True, overwrite=True).sha256 == made.sha256
     (told,) = [message for message in log.messages if "it is replaced" in message]
     assert str(out) in told

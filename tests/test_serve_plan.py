@@ -268,10 +268,11 @@ def test_a_dry_run_says_what_a_start_here_would_lack(
     dry_run({"a": folder / "a"}, mode="folded")
     assert not caplog.text
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    assert dry_run({"a": folder / "a"}, mode="folded")["models"] == ["base", "a"]
+    assert "Here it would not start: not enough disk" in caplog.text
     install(monkeypatch, "none")
     assert dry_run({"a": folder / "a"}, mode="folded")["models"] == ["base", "a"]
     assert "Here it would not start: vLLM is not installed" in caplog.text
-    assert "Here it would not start: not enough disk" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -60,17 +60,16 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_f
 # A front end whose engine has died while it was to load an adapter: vLLM waits for the answer without an end.
 ENGINE_DIED = "(APIServer pid=1) ERROR 11-26 12:54:14 [async_llm.py:906] AsyncLLM output_handler failed."
 HANGS = f"""{MODELS}
-server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
-if sys.argv[2] == "at start":
-    server.server_close()
-else:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    time.sleep(2)
-print("ValueError: the cause\\n{ENGINE_DIED}", flush=True)
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models)
 if sys.argv[2] == "while running":
-    server.shutdown()
+    server.handle_request()  # is it up
+    server.handle_request()  # its models
+if sys.argv[2] == "as a prompt says":
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+else:
     server.server_close()
-time.sleep(60)
+print("ValueError: the cause\\n{ENGINE_DIED}", flush=True)
+time.sleep(600)
 """
 KILLED = "core.EngineDeadError: See stack trace (above) for the root cause."
 FAILS = """
@@ -231,9 +230,12 @@ def test_a_prompt_in_the_log_kills_no_server(free_port: int, monkeypatch: pytest
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False)
     try:
         server.start()
-        time.sleep(5)
+        while not any(ENGINE_DIED in line for line in server._log):
+            time.sleep(0.05)
+        if (timer := server._end_of_dead) is not None:  # else it has looked by now
+            timer.join()
+        assert server._started.poll() is None
         assert server._answers()
-        assert any(ENGINE_DIED in line for line in server._log)
     finally:
         server.stop()
 

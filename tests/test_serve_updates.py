@@ -197,9 +197,11 @@ def test_a_load_is_answered_when_the_engine_dies_meanwhile(
     from lorasb_export.serving.shared import updates
 
     class Engine:
-        errored = False
+        errored = refuses = False
 
         async def add_lora(self, request: Any) -> None:
+            if self.errored or self.refuses:
+                raise RuntimeError("R has values beyond float16's")
             self.errored = True
             await asyncio.get_running_loop().create_future()
 
@@ -208,7 +210,12 @@ def test_a_load_is_answered_when_the_engine_dies_meanwhile(
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setattr(updates, "_SECONDS", 0.1)
     models.engine_client = Engine()
-    assert answered(updates.Updates(Response()), scope_of(models), b'{"lora_name": "a"}') == 503
+    app = updates.Updates(Response())
+    for _ in range(2):  # the next is refused by vLLM itself
+        assert answered(app, scope_of(models), b'{"lora_name": "a"}') == 503
+    models.engine_client.errored, models.engine_client.refuses = False, True
+    status, answer = answer_of(app, scope_of(models), b'{"lora_name": "a"}')
+    assert (status, "the engine refuses it: R has values beyond float16's" in json.dumps(answer)) == (400, True)
     assert not models.lora_requests
 
 

@@ -78,16 +78,24 @@ def _refuse_other_formats(start: bytes, path: Path) -> None:
     """Raise DataError for a file of rows that are not one a line, with a command that makes lines of them."""
     if start.startswith(b"PAR1"):
         kind, modules, read = "Parquet", "json, pyarrow.parquet", "pyarrow.parquet.read_table({}).to_pylist()"
-    elif start.lstrip().startswith(b"["):
+    elif start.lstrip().startswith(b"[") and not (_is_json(start) and path.stat().st_size > len(start) + 3):
         kind, modules, read = "one JSON array", "json", 'json.load(open({}, "rb"))'
     else:
         return
     new = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
     source, target = (json.dumps(str(file), ensure_ascii=False) for file in (path, new))
-    lines = f'json.dumps(row, default=str) + "\\n" for row in {read.format(source)}'
-    program = f'import {modules}; open({target}, "x").writelines({lines})'
+    lines = f'[json.dumps(row, default=str) + "\\n" for row in {read.format(source)}]'
+    program = f'import {modules}; lines = {lines}; open({target}, "x").writelines(lines)'
     fix = f"Make JSON lines of it: python -c {shlex.quote(program)}"
     raise DataError(f"the file is {kind}, not JSON lines", where=path, fix=fix)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_row(line: bytes, place: str) -> Row:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, LoraSBError
+from ..errors import ArtifactError, LoraSBError, UnreadableError
 
 MAX_JSON_BYTES = 12_000_000  # the largest index published, of a model of 671 B parameters, has 9 MB
 _MAX_BRACKETS = 500_000  # every one becomes an object in memory, two hundred times its own size
@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(start, "little")
         if start == b"version ":
             fix = "Run git lfs pull in that folder"
-            raise ArtifactError("a pointer of git-lfs, not the file itself", where=path, fix=fix)
+            raise UnreadableError("a pointer of git-lfs, not the file itself", where=path, fix=fix)
         if size < 8 or length > size - 8:
             raise bad("not a safetensors file, or truncated in its header")
         if length > MAX_JSON_BYTES:

@@ -102,12 +102,13 @@ class ServePlan:
 
         What this machine lacks for a start is a warning: it may not be the one that serves.
         """
-        if vllm_version() is None:
+        if vllm_version() is None:  # and by which mode it would be there, and with how much room, is not known
             logger.warning("Here it would not start: vLLM is not installed")
-        try:
-            self.mode.require_room(Path(tempfile.gettempdir()))
-        except OutputError as error:
-            logger.warning("Here it would not start: %s", error)
+        else:
+            try:
+                self.mode.require_room(Path(tempfile.gettempdir()))
+            except OutputError as error:
+                logger.warning("Here it would not start: %s", error)
         return {
             "mode": self.mode.name,
             "command": self.command("TEMPORARY"),
@@ -229,12 +230,15 @@ def _choose_mode(
 
 
 def _of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
-    """Those of the basis that most are of, and a warning that names the others; all where two bases have as many."""
+    """Those of the basis that most are of, and a warning that names the others, where these are few; else all.
+
+    Of tasks that are being trained anew in another basis half must not be gone after a restart without an error.
+    """
     bases = _by_basis(adapters)
-    if len(bases) < 2 or len(bases[0]) == len(bases[1]):
+    strangers = [name for names in bases[1:] for name in names]
+    if not strangers or len(strangers) == len(bases[0]) or len(strangers) > max(1, len(adapters) // 10):
         return adapters
-    strangers = ", ".join(name for names in bases[1:] for name in names)
-    logger.warning("Passed over: not of the basis of %s, which is served: %s", some(bases[0], 1), strangers)
+    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), ", ".join(strangers))
     return {name: adapters[name] for name in bases[0]}
 
 

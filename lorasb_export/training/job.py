@@ -23,7 +23,7 @@ from ..calibration.capture import overview
 from ..cards import card
 from ..choices import NF4
 from ..data.task import TaskData
-from ..errors import ArtifactError, SettingsError, TrainingError
+from ..errors import ArtifactError, SettingsError, TrainingError, UnreadableError
 from ..files.atomic import atomic_folder, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
@@ -111,13 +111,13 @@ class Job:
         """
         with ExitStack() as locks:
 
-            def look() -> set[Path]:
+            def look() -> set[str]:
                 self._take(locks)
                 return self._finished(True, overwrite)
 
             found = distributed.on_main(look)
             of_task = zip(self.tasks, self.outs, strict=True)
-            return {task.name: Adapter.load(out) for task, out in of_task if out in found}
+            return {task.name: Adapter.load(out) for task, out in of_task if task.name in found}
 
     def foreseen(self, empty: PreTrainedModel, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
         """What `train` would do with the only task: `train` it, `resume` it, from a step, or `keep` it; and why.
@@ -208,9 +208,9 @@ class Job:
             locks.enter_context(only_writer(out))
             put_back(out)
 
-    def _finished(self, resume: bool, overwrite: bool) -> set[Path]:
-        """The adapters that a resumed run finds finished; only `overwrite` admits others of other settings or data, or
-        damaged ones.
+    def _finished(self, resume: bool, overwrite: bool) -> set[str]:
+        """The tasks whose adapters a resumed run finds finished; only `overwrite` admits some of other settings or
+        data, or damaged ones.
 
         Raises where something lies in the place of one that may be neither kept nor replaced.
         """
@@ -233,7 +233,7 @@ class Job:
                     fix=replacing if self.folder.exists() else SAME,
                 )
             if not differing:
-                found.add(out)
+                found.add(task.name)
         return found
 
     def _differing(self, task: TaskData, out: Path, overwrite: bool) -> list[str]:
@@ -241,7 +241,7 @@ class Job:
         try:
             return differences(out, self.base, self._basis, task, self.settings, self._start)
         except ArtifactError as error:
-            if not overwrite:
+            if not overwrite or isinstance(error, UnreadableError):
                 raise
             self._damaged[out] = error.what
             return [f"damaged: {error.what}"]

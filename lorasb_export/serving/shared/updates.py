@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ...basis import Basis
-from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError
+from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
 from ...hub.fetch import ADAPTER_FILES, leads_out
@@ -142,13 +142,24 @@ def _version(request: Any) -> str:
 
 
 async def _add(engine: Any, request: Any) -> None:
-    """Load an adapter. Raises ServerError when the engine dies meanwhile, of which vLLM tells no caller."""
+    """Load an adapter.
+
+    Raises:
+        ServerError: the engine has died, or dies meanwhile, of which vLLM tells no caller.
+        ArtifactError: the engine refuses it.
+    """
+    dead = ServerError("the engine has died", fix="Start the server again; its log says why")
     adding = asyncio.ensure_future(engine.add_lora(request))
     while not (await asyncio.wait({adding}, timeout=_SECONDS))[0]:
         if engine.errored:
             adding.cancel()
-            raise ServerError("the engine has died", fix="Start the server again; its log says why")
-    adding.result()
+            raise dead
+    try:
+        adding.result()
+    except Exception as error:
+        if engine.errored:
+            raise dead from None
+        raise ArtifactError(f"the engine refuses it: {first_line(error)}", fix=_FOLDER) from None
 
 
 async def _read(request: Request) -> dict[str, str]:

@@ -56,7 +56,8 @@ def test_a_fused_layer_needs_no_kernel_of_vllms(monkeypatch: pytest.MonkeyPatch,
         slots.update(torch.tensor([0, -1, 0, -1]))
         y = layer.apply(x)
     assert layer.is_fused
-    assert (layer.packed_A.weight.numel() == 0) == has_kernels  # A is held once
+    packs = has_kernels and torch.backends.cpu.get_cpu_capability() != "AVX2"
+    assert (layer.packed_A.weight.numel() == 0) == packs  # A is held once
     expected = x.float() @ W.T
     expected[[0, 2]] += x.float()[[0, 2]] @ (B @ R @ A).T
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.1)

@@ -137,11 +137,12 @@ def dequantize(weight: torch.Tensor, state: Any = None) -> torch.Tensor:
     return found
 
 
-def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto") -> None:
+def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto", *, combined: bool = False) -> None:
     """Warn of adapters that say that they were trained beside weights in four bits, or not, and go onto the others.
 
     Args:
         base_dtype: `nf4` where they go onto weights in four bits, or rounded to them.
+        combined: they go onto them as one.
     """
     onto = base_dtype == NF4
     said = [(one.name or "the adapter", one.training.get("settings", {}).get("dtype")) for one in adapters]
@@ -149,7 +150,7 @@ def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto
     if names:
         beside = "the weights as they are" if onto else "a base in four bits"
         fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
-        who = "Some of the adapters were" if len(adapters) > 1 else "The adapter was"
+        who = "Some of the adapters were" if combined or len(adapters) > 1 else "The adapter was"
         what = "%s trained beside %s, and may score more merged %s (%s)"
         logger.warning(what, who, beside, fix, some(names))
 

@@ -172,6 +172,5 @@ def require_room(
     """Raise OutputError when the disk that `target` will lie on has fewer than `needed` bytes free."""
     free = free_bytes(target)
     if free < needed:
-        unit, name = (1e9, "GB") if needed >= 1e8 else (1e6, "MB")
-        what = f"not enough disk: {needed / unit:.1f} {name} needed, {free / unit:.1f} {name} free"
+        what = f"not enough disk: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
         raise OutputError(what, where=target, fix=fix)

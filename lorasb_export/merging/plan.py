@@ -211,7 +211,7 @@ def plan_merge(
     problems.raise_all("nothing was written")
     every = [one for one, _ in weighted]
     warn_of_another_template(every, base_model.folder)
-    warn_of_other_weights(every, base_dtype)
+    warn_of_other_weights(every, base_dtype, combined=bool(combined))
     rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
     shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
     beside = [

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.serving import launcher, plan, shared
+from lorasb_export.serving import choosing, launcher, plan, shared
 from lorasb_export.serving.launcher import api_key
 from tests.random_adapter import save_adapter, save_base
 
@@ -72,7 +72,7 @@ def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if vLLM and the plugin were installed."""
-    monkeypatch.setattr(plan, "why_unavailable", lambda: None)
+    monkeypatch.setattr(choosing, "why_unavailable", lambda: None)
 
 
 @pytest.fixture

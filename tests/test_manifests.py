@@ -14,7 +14,7 @@ from lorasb_cli.main import app
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from lorasb_export.serving import flags, plan
+from lorasb_export.serving import choosing, flags
 from lorasb_export.serving.server import SECONDS
 from tests.manifests import DOCS, documents, read
 from tests.random_adapter import save_adapter, save_base
@@ -95,7 +95,7 @@ def test_it_serves_the_adapters_of_a_project_on_one_basis(tmp_path: Path, monkey
     named.save(tmp_path / "home" / "adapters" / "billing")
     (tmp_path / "home").rename(tmp_path / "volume")
 
-    monkeypatch.setattr(plan, "why_unavailable", lambda: None)  # as if vLLM were installed
+    monkeypatch.setattr(choosing, "why_unavailable", lambda: None)  # as if vLLM were installed
     done = CliRunner().invoke(app, ["serve", "--dry-run", "--json", *arguments.split()])
     described = json.loads(done.stdout)
     assert described["models"] == ["base", "billing"]

@@ -21,6 +21,7 @@ from lorasb_export.errors import BaseModelError, OutputError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.quickstart import line
 from lorasb_export.serving import plan
+from lorasb_export.serving.modes import Folded
 from tests import serving
 from tests.serving import DEFAULTS, dry_run, install, value_of
 
@@ -248,7 +249,7 @@ def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatc
 def test_loras_that_the_disk_has_no_room_for_are_not_begun(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mode = plan.Folded({name: Adapter.load(folder / name) for name in "ab"})
+    mode = Folded({name: Adapter.load(folder / name) for name in "ab"})
     needed = dry_run({name: folder / name for name in "ab"})["memory"]["disk_bytes"]
     free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)

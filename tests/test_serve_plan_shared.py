@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lorasb_export.basis import Basis
 from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.serving import plan
+from lorasb_export.serving import choosing, plan
 from lorasb_export.serving.shared.loading import load_R, version_name
 from tests import serving
 from tests.random_adapter import save_adapter, save_base
@@ -61,7 +61,7 @@ def test_auto_shares_a_basis_where_it_can(
     assert not caplog.text
     assert dry_run({"a": folder / "a", "b": folder / "b"})["mode"] == "folded"
     assert "the adapters are of 2 bases" in caplog.text
-    monkeypatch.setattr(plan, "why_unavailable", lambda: "vLLM 9.9 is not one of the tested versions")
+    monkeypatch.setattr(choosing, "why_unavailable", lambda: "vLLM 9.9 is not one of the tested versions")
     assert dry_run(siblings)["mode"] == "folded"
     with pytest.raises(SettingsError, match=r"vLLM 9\.9 is not one.*--mode folded"):
         dry_run(siblings, mode="shared")

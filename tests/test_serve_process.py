@@ -17,7 +17,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.errors import MissingPackageError, OutputError, ServerError
-from lorasb_export.serving import launcher, plan
+from lorasb_export.serving import choosing, launcher
 from lorasb_export.serving import server as server_module
 from lorasb_export.serving.launcher import running_server, serve
 from lorasb_export.serving.server import RunningServer
@@ -122,7 +122,7 @@ def test_a_server_that_dies_at_start_leaves_its_last_lines_and_no_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("vllm")
-    monkeypatch.setattr(plan, "why_unavailable", lambda: None)  # as if the plugin were installed
+    monkeypatch.setattr(choosing, "why_unavailable", lambda: None)  # as if the plugin were installed
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     options = {"extra": ["--no-such-flag"], "dtype": "float32", "mode": "shared"}
     with pytest.raises(ServerError) as caught, running_server({"a": folder / "a"}, **options):  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ from .quality import arguments as arguments
 
 RANKS: tuple[dict[str, Any], ...] = ({"rank": 64}, {"rank": 16}, {"rank": 128})
 CALIBRATIONS: tuple[dict[str, Any], ...] = ({"reduction": "raw"}, {"samples": 8}, {"samples": 500})  # at r = 64
+VARIANTS = (*RANKS, *CALIBRATIONS)
 
 
 def origins(task: str) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
                 known.add({"key": of.key, **of.fields, **ratios})
                 if budget.spent:
                     raise OutOfTime
-        for variant in (*RANKS, *CALIBRATIONS) if not quick else ():
+        for variant in VARIANTS if not quick else ():
             for of in (of for task in tasks for of in trained_in(task, variant)):
                 tuned(of, run_cell)
     except OutOfTime:
@@ -89,6 +90,5 @@ def _untaken(tasks: Sequence[str], known: Results) -> Iterator[list[Cell]]:
     """The cells of classifiers, then those of generators, whose capture is not known; nothing has been trained."""
     lines = known.lines()
     for kind in (CLASSIFYING, GENERATING):
-        variants = (*RANKS, *CALIBRATIONS)
-        wanted = [of for variant in variants for task in kind if task in tasks for of in cells(task, variant)]
+        wanted = [of for variant in VARIANTS for task in kind if task in tasks for of in cells(task, variant)]
         yield [of for of in wanted if of.key not in lines]

@@ -146,6 +146,12 @@ def _named_cells(names: Sequence[str], cells: Sequence[str], place: str, label: 
     return row
 
 
+def refuse_empty(label: str, place: str) -> None:
+    """Raise DataError for a label that says nothing."""
+    if not label.strip():
+        raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
+
+
 def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
     """Make numbers of the labels of CSV, where all of the task's are written as such; else they are names.
 
@@ -158,8 +164,7 @@ def number_labels(placed: Sequence[tuple[str, Row]]) -> None:
     """
     for place, row in placed:
         row["label"] = row["label"].strip()
-        if not row["label"]:
-            raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
+        refuse_empty(row["label"], place)
     whole, fraction = r"[+-]?(0|[1-9]\d{0,17})", r"[+-]?(\d{0,30}\.\d{1,30}|\d{1,30}\.)"
     number = rf"{whole}|({whole}|{fraction})[eE][+-]?\d{{1,3}}|{fraction}"
     odd = [(place, row["label"]) for place, row in placed if not re.fullmatch(number, row["label"])]

@@ -30,6 +30,7 @@ from .rows import (
     kind_of,
     number_labels,
     read_rows,
+    refuse_empty,
     refuse_unwritable,
     warn_once,
 )
@@ -140,10 +141,10 @@ def load_task(name: str, source: AnySource) -> TaskData:
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
     placed, place = _read(source, path), str(path.absolute()) if path.exists() else source.path
-    _check_rows(place, placed)
+    kind = _checked_kind(place, placed)
     if source.hold_out and "valid" not in placed:
-        placed["train"], placed["valid"] = _divided(placed["train"], source.hold_out, place)
-    return replace(_made(name, place, placed), read_as=source.options())
+        placed["train"], placed["valid"] = _divided(placed["train"], kind, source.hold_out, place)
+    return replace(_made(name, place, kind, placed), read_as=source.options())
 
 
 def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
@@ -166,8 +167,7 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
         placed[split] = [(f"task {name}, {split} row {number}", row) for number, row in enumerate(rows, 1)]
         for place, row in placed[split]:
             refuse_unwritable(row, place)
-    _check_rows("memory", placed)
-    return _made(name, "memory", placed)
+    return _made(name, "memory", _checked_kind("memory", placed), placed)
 
 
 def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
@@ -177,8 +177,8 @@ def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
         yield replace(task, name=name) if isinstance(task, TaskData) else load_task(name, task)
 
 
-def _check_rows(source: str, placed: Mapping[str, Sequence[Placed]]) -> None:
-    """All that can be said of rows before it is known which are held out."""
+def _checked_kind(source: str, placed: Mapping[str, Sequence[Placed]]) -> str:
+    """The kind of all rows. Raises DataError for what is wrong with them, whichever are held out."""
     if not placed.get("train"):
         raise DataError("no training rows", where=source, fix="Add at least one JSON object, one a line")
     kind = kind_of(placed["train"][0][1], placed["train"][0][0])
@@ -191,15 +191,15 @@ def _check_rows(source: str, placed: Mapping[str, Sequence[Placed]]) -> None:
         check_row(row, kind, place)
     if kind == LABELLED:
         _check_labels([placed_row for rows in placed.values() for placed_row in rows])
+    return kind
 
 
-def _made(name: str, source: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
+def _made(name: str, source: str, kind: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
     """The task of checked rows. Raises DataError for a label that training lacks."""
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
     digest = hashlib.sha256(as_json(splits)).hexdigest()
-    labelled = kind_of(splits["train"][0]) == LABELLED
-    task = TaskData(name, source, SEQ_CLS if labelled else CAUSAL_LM, splits, digest)
-    if labelled:
+    task = TaskData(name, source, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
+    if kind == LABELLED:
         _check_known(task, placed)
     return task
 
@@ -245,15 +245,14 @@ def split_files(folder: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[Placed], list[Placed]]:
+def _divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tuple[list[Placed], list[Placed]]:
     """Rows to train on, and about `share` of all to hold out, in their order. Of each class one stays at least.
 
     A row is held out by a digest of what it says alone, so that no other rows decide over it.
     """
-    labelled = kind_of(placed[0][1]) == LABELLED
-    numbers = labelled and any(isinstance(row["label"], float) for _, row in placed)
-    digests = [hashlib.sha256(as_json(_said(row, numbers=numbers))).digest() for _, row in placed]
-    classes = [str(row["label"]) if labelled and not numbers else "" for _, row in placed]
+    numbers = kind == LABELLED and any(isinstance(row["label"], float) for _, row in placed)
+    digests = [hashlib.sha256(as_json(_said(row, kind, numbers=numbers))).digest() for _, row in placed]
+    classes = [str(row["label"]) if kind == LABELLED and not numbers else "" for _, row in placed]
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
         beyond = int.from_bytes(digest[:8]) >= share * 2**64
@@ -269,12 +268,11 @@ def _divided(placed: Sequence[Placed], share: float, where: str) -> tuple[list[P
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 
 
-def _said(row: Row, *, numbers: bool) -> list[Any]:
+def _said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
     """What a row says: the same for equal rows, whatever else they have.
 
     Of a chat the turns as a template takes them, and of these the words and the calls: ids and times differ in copies.
     """
-    kind = kind_of(row)
     if kind == CHAT:
         return [(turn["role"], turn["content"], _called(turn)) for turn in chat_of(row).turns]
     said = row | {"label": float(row["label"])} if numbers else row
@@ -301,8 +299,8 @@ def _check_labels(rows: Sequence[Placed]) -> None:
             raise DataError(
                 f"label {label!r} is neither a name nor a number", where=place, fix="Use one string or one number a row"
             )
-        if isinstance(label, str) and not label.strip():
-            raise DataError("the label is empty", where=place, fix="Remove the row or fill it in")
+        if isinstance(label, str):
+            refuse_empty(label, place)
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

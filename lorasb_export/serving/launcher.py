@@ -58,7 +58,7 @@ def serve(
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
         pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left; in shared
-            mode, or with updates, also those that are not of the basis that most are of.
+            mode, or with updates, also the few that are of another basis than the others.
         echo: copy the server's log to stderr.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.

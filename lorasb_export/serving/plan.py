@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some
+from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError
 from ..files.storage import read_json
 from ..names import served_name_problem
 from . import flags
-from .modes import VLLM_RANKS, Folded, Mode, Shared
-from .shared import runs_on_cpu, vllm_version, why_unavailable
+from .choosing import choose_mode, of_one_basis
+from .modes import VLLM_RANKS, Mode
+from .shared import runs_on_cpu, vllm_version
 from .temporary import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,8 @@ def make_plan(
 
     Args:
         pass_over: leave out with a warning what is damaged or cannot be served, if anything is left; in shared mode, or
-            with updates, also what is not of the basis that most are of. A basis that cannot be read, and an adapter of
-            another base, are errors all the same: they are not of one adapter alone.
+            with updates, also the few that are of another basis than the others. A basis that cannot be read, and an
+            adapter of another base, are errors all the same: they are not of one adapter alone.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -183,13 +183,13 @@ def make_plan(
         logger.warning("Passed over: %s", named_twice)
         del loaded[same]
     if pass_over and (mode == "shared" or updates_from is not None):
-        loaded = _of_one_basis(loaded)
+        loaded = of_one_basis(loaded)
     if loaded and "," in tempfile.gettempdir():
         fix = "Set TMPDIR to another folder"
         raise SettingsError("vLLM reads no path with a comma", where=tempfile.gettempdir(), fix=fix)
     warn_of_another_template(loaded.values(), base.folder)
     warn_of_other_weights(loaded.values())
-    chosen = _choose_mode(mode, base, loaded, extra, updates_from)
+    chosen = choose_mode(mode, base, loaded, extra, updates_from)
     plan = ServePlan(base, chosen, list(loaded), host, port, dtype, extra, has_key)
     _check_weights(plan)
     _check_dtype(plan)
@@ -198,86 +198,6 @@ def make_plan(
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)
     return plan
-
-
-def _choose_mode(
-    mode: str, base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None
-) -> Mode:
-    engines = flags.values(extra).get("--data-parallel-size", "1")
-    if updates_from is not None:
-        if engines != "1":
-            fix = "Run several servers behind a load balancer, and send each of them the updates"
-            raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
-        mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
-        if mode == "folded" or not adapters:
-            fix = "Leave --allow-updates out"
-            raise SettingsError("only adapters on a shared basis change while they are served", fix=fix)
-    if not adapters or mode == "folded":
-        return _folded(adapters, extra)
-    reason = _why_not_shared(base, adapters, extra)
-    if reason is None and mode == "auto" and not runs_on_cpu():
-        reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
-    if reason is None:
-        loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
-        return Shared(adapters, updates_from, loras, in_memory, engines)
-    if mode == "shared":
-        fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
-        if updates_from is not None:
-            fix = "Leave --allow-updates out, or serve what it is about by another server"
-        raise SettingsError(reason, where="--mode shared", fix=fix)
-    logger.warning("Serving folded, with a full LoRA in memory for each adapter: %s", reason)
-    return _folded(adapters, extra)
-
-
-def _of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
-    """Those of the basis that most are of, and a warning that names the others, where these are few; else all.
-
-    Of tasks that are being trained anew in another basis half must not be gone after a restart without an error.
-    """
-    bases = _by_basis(adapters)
-    strangers = [name for names in bases[1:] for name in names]
-    if not strangers or len(strangers) == len(bases[0]) or len(strangers) > max(1, len(adapters) // 10):
-        return adapters
-    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), ", ".join(strangers))
-    return {name: adapters[name] for name in bases[0]}
-
-
-def _by_basis(adapters: Mapping[str, Adapter]) -> list[list[str]]:
-    """Names of adapters that share a basis, the most first."""
-    bases: defaultdict[str, list[str]] = defaultdict(list)
-    for name, adapter in adapters.items():
-        bases[adapter.basis_sha256].append(name)
-    return sorted(bases.values(), key=len, reverse=True)
-
-
-def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
-    if len(bases := _by_basis(adapters)) > 1:
-        strangers = [name for names in bases[1:] for name in names]
-        return (
-            f"the basis of {some(bases[0], 1)} is not that of {some(strangers)}: the adapters are of {len(bases)} bases"
-        )
-    if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
-        return "a shared basis of mixture-of-experts layers is not supported"
-    given = flags.values(extra)
-    if given.get("--data-parallel-size", "1") != "1" and any(".experts." in name for name in base.tensors):
-        return "of a mixture-of-experts base an idle engine drops its adapters at every step of the others"
-    if "--kv-sharing-fast-prefill" in given:
-        return "with --kv-sharing-fast-prefill some layers see fewer tokens than the step has"
-    if "--fully-sharded-loras" in given or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
-        return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
-    if "--enable-sleep-mode" in given:
-        return "after vLLM's sleep of level 2 B and A are not loaded again"
-    if "ray" in (given.get("--distributed-executor-backend"), given.get("--data-parallel-backend")):
-        return "Ray's workers do not get the variables that name the basis"
-    return why_unavailable()
-
-
-def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
-    loras = flags.number(extra, "--max-loras")
-    if loras is not None and loras <= len(adapters) and runs_on_cpu():
-        fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
-        raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
-    return Folded(adapters, loras)
 
 
 def _check_dtype(plan: ServePlan) -> None:

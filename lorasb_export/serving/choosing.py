@@ -1,0 +1,98 @@
+"""Which mode serves the adapters: on their shared basis, or folded; and why not otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from ..adapter import Adapter
+from ..base.model import BaseModel
+from ..errors import SettingsError, some
+from . import flags
+from .modes import Folded, Mode, Shared
+from .shared import runs_on_cpu, why_unavailable
+
+logger = logging.getLogger(__name__)
+
+
+def choose_mode(
+    mode: str, base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None
+) -> Mode:
+    engines = flags.values(extra).get("--data-parallel-size", "1")
+    if updates_from is not None:
+        if engines != "1":
+            fix = "Run several servers behind a load balancer, and send each of them the updates"
+            raise SettingsError("--allow-updates has not been run beside --data-parallel-size", fix=fix)
+        mode = "shared" if mode == "auto" else mode  # said to be impossible, not left out in silence
+        if mode == "folded" or not adapters:
+            fix = "Leave --allow-updates out"
+            raise SettingsError("only adapters on a shared basis change while they are served", fix=fix)
+    if not adapters or mode == "folded":
+        return _folded(adapters, extra)
+    reason = _why_not_shared(base, adapters, extra)
+    if reason is None and mode == "auto" and not runs_on_cpu():
+        reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
+    if reason is None:
+        loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
+        return Shared(adapters, updates_from, loras, in_memory, engines)
+    if mode == "shared":
+        fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
+        if updates_from is not None:
+            fix = "Leave --allow-updates out, or serve what it is about by another server"
+        raise SettingsError(reason, where="--mode shared", fix=fix)
+    logger.warning("Serving folded, with a full LoRA in memory for each adapter: %s", reason)
+    return _folded(adapters, extra)
+
+
+def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
+    loras = flags.number(extra, "--max-loras")
+    if loras is not None and loras <= len(adapters) and runs_on_cpu():
+        fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
+        raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
+    return Folded(adapters, loras)
+
+
+def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
+    bases, strangers = _by_basis(adapters)
+    if strangers:
+        known = f"the basis of {some(bases[0], 1)} is not that of {some(strangers)}"
+        return f"{known}: the adapters are of {len(bases)} bases"
+    if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
+        return "a shared basis of mixture-of-experts layers is not supported"
+    given = flags.values(extra)
+    if given.get("--data-parallel-size", "1") != "1" and any(".experts." in name for name in base.tensors):
+        return "of a mixture-of-experts base an idle engine drops its adapters at every step of the others"
+    if "--kv-sharing-fast-prefill" in given:
+        return "with --kv-sharing-fast-prefill some layers see fewer tokens than the step has"
+    if "--fully-sharded-loras" in given or os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") != "0":
+        return "--fully-sharded-loras and VLLM_LORA_ENABLE_DUAL_STREAM are for stock LoRA"
+    if "--enable-sleep-mode" in given:
+        return "after vLLM's sleep of level 2 B and A are not loaded again"
+    if "ray" in (given.get("--distributed-executor-backend"), given.get("--data-parallel-backend")):
+        return "Ray's workers do not get the variables that name the basis"
+    return why_unavailable()
+
+
+def of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Those of the basis that most are of, and a warning that names the others, where these are few; else all.
+
+    Of tasks that are being trained anew in another basis half must not be gone after a restart without an error.
+    """
+    bases, strangers = _by_basis(adapters)
+    if not strangers or len(strangers) == len(bases[0]) or len(strangers) > max(1, len(adapters) // 10):
+        return adapters
+    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), ", ".join(strangers))
+    return {name: adapters[name] for name in bases[0]}
+
+
+def _by_basis(adapters: Mapping[str, Adapter]) -> tuple[list[list[str]], list[str]]:
+    """Names of adapters that share a basis, the most first; and all names but the first's."""
+    bases: defaultdict[str, list[str]] = defaultdict(list)
+    for name, adapter in adapters.items():
+        bases[adapter.basis_sha256].append(name)
+    ordered = sorted(bases.values(), key=len, reverse=True)
+    return ordered, list(chain.from_iterable(ordered[1:]))

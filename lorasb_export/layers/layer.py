@@ -15,10 +15,12 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from ..base.nf4 import dequantize, is_packed, state_of
+from ..base.products import compute_dtype, product, product_of_gradient
 from ..errors import SettingsError
 from .factors import Factors
 
-_ALIKE = ("FalconLinear", "Linear4bit")  # have a forward of their own, which computes the same
+# Subclasses that have a forward of their own, which computes the same.
+_ALIKE = ("FalconLinear", "Linear4bit", "LinearInFloat32", "Conv1DInFloat32")
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
 
 
@@ -73,16 +75,16 @@ class _LoRASBFunction(torch.autograd.Function):
         scaling: float,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = x.dtype  # frozen tensors of another dtype are cast here: their casts must not be saved
+        given, dtype = x.dtype, compute_dtype(x)
+        x = x.to(dtype)  # frozen tensors of another dtype are cast here: their casts must not be saved
         state = state_of(weight)
-        flat = x.reshape(-1, x.shape[-1])
-        y = linear(flat, dequantize(weight, state).to(dtype), None if bias is None else bias.to(dtype))
+        y = product(x.reshape(-1, x.shape[-1]), dequantize(weight, state), bias)
         u = _onto(x, A)
         v = u.to(R.dtype) @ _of_rows(R, rows).mT
         _add(y, v.to(dtype).view(-1, v.shape[-1]), _transposed(B), scaling)
         ctx.save_for_backward(u, weight, R, rows)
         ctx.B, ctx.A, ctx.scaling, ctx.state, ctx.rows = B, A, scaling, state, rows
-        return y
+        return y.to(given)
 
     @staticmethod
     @once_differentiable
@@ -92,7 +94,7 @@ class _LoRASBFunction(torch.autograd.Function):
             what = "another adapter was chosen between a forward pass and its backward pass, which computes it again"
             raise SettingsError(what, fix="With gradient checkpointing call backward before the next `use`")
         dtype = u.dtype
-        grad = grads[0].reshape(-1, grads[0].shape[-1])  # once: a gradient out of attention is not contiguous
+        grad = grads[0].reshape(-1, grads[0].shape[-1]).to(dtype)  # once: a gradient out of attention is not contiguous
         with _without_autocast(grad.device.type):
             v = (ctx.scaling * _onto(grad, _transposed(ctx.B)).to(R.dtype)).view(u.shape)
             grad_x = grad_R = None
@@ -100,7 +102,7 @@ class _LoRASBFunction(torch.autograd.Function):
                 grad_R = _gradient_of_R(v, u.to(R.dtype), R, rows)
             if ctx.needs_input_grad[0]:
                 grad_u = (v @ _of_rows(R, rows)).to(dtype).view(-1, u.shape[-1])
-                of_tokens = _add(grad @ dequantize(weight, ctx.state).to(dtype), grad_u, ctx.A)
+                of_tokens = _add(product_of_gradient(grad, dequantize(weight, ctx.state)), grad_u, ctx.A)
                 grad_x = of_tokens.view(*u.shape[:-1], of_tokens.shape[-1])
         return grad_x, None, None, None, grad_R, None, None, None
 

@@ -1,0 +1,133 @@
+"""16 bits on a CPU that cannot multiply them: products in float32, and everything else as it is elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorasb_export.base import products as narrow
+from lorasb_export.base.model import BaseModel
+from lorasb_export.calibration.gradients import gradient_sums
+from lorasb_export.calibration.random_basis import random_factors
+from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
+from lorasb_export.data.batches import collate
+from lorasb_export.data.encoding import Encoded
+from lorasb_export.layers.inject import inject
+from lorasb_export.layers.targets import find_targets
+from lorasb_export.settings import ALL_LINEAR, RANDOM
+from tests.tiny import make_gpt2
+
+IDS = torch.tensor([[1, 20, 21, 22, 23, 2], [1, 30, 31, 32, 33, 2]])
+BFLOAT16 = 2.0**-8  # the largest relative error of one rounding, and that much again
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """On a CPU without instructions for it."""
+    monkeypatch.setattr(narrow, "multiplies", lambda dtype: dtype not in (torch.bfloat16, torch.float16))
+    found: torch.dtype = request.param
+    return found
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether `found` is `expected` rounded once to the dtype of `of`."""
+    return found.dtype == of.dtype and torch.allclose(found, expected.to(of.dtype), rtol=BFLOAT16, atol=1e-6)
+
+
+def test_a_weight_is_cast_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "_PIECE", 10)
+    x, bias = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, dtype=torch.bfloat16)
+    for weight in (torch.randn(7, 3).bfloat16(), torch.randn(3, 7).bfloat16().T):
+        grad = torch.randn(5, 7, dtype=torch.float64)
+        torch.testing.assert_close(narrow.product(x, weight, bias), x @ weight.double().T + bias.double())
+        torch.testing.assert_close(narrow.product(x, weight, None), x @ weight.double().T)
+        torch.testing.assert_close(narrow.product_of_gradient(grad, weight), grad @ weight.double())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_layer_gives_what_float32_gives_rounded_once(dtype: torch.dtype, kind: type[nn.Module], bias: bool) -> None:
+    plain: Any = nn.Linear(24, 16, bias=bias) if kind is nn.Linear else Conv1D(16, 24)
+    layer = copy.deepcopy(plain.to(dtype))
+    layer.__class__ = narrow._IN_FLOAT32[kind]
+    plain.float()
+    x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
+    wide = x.detach().float().requires_grad_()
+    y, expected = layer(x), plain(wide)
+    assert near(y, expected, x)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    expected.backward(upstream.float())
+    assert near(x.grad, wide.grad, x)
+    for name, parameter in layer.named_parameters():
+        assert near(parameter.grad, plain.get_parameter(name).grad, parameter), name
+    y = layer(x)
+    y.add_(1)  # a view could not be changed in place
+    assert y.shape == (2, 5, 16)
+    assert layer(x[:0]).shape == (0, 5, 16)
+
+
+def test_no_copy_of_a_frozen_weight_is_kept(dtype: torch.dtype) -> None:
+    layer = narrow.LinearInFloat32(24, 16, dtype=dtype).requires_grad_(False)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(8, 24, dtype=dtype, requires_grad=True))
+    assert [t.data_ptr() for t in saved] == [layer.weight.data_ptr()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_network_trains_as_in_float32(
+    family: str, dtype: torch.dtype, llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss and the gradient of R are near; its targets and weights have the names that they have in float32."""
+    base = BaseModel.resolve({"llama": llama, "bert": bert}.get(family) or make_gpt2(tmp_path / "base"))
+    task_type = SEQ_CLS if family == "bert" else CAUSAL_LM
+    attended: list[torch.dtype] = []
+    real = narrow.sdpa_attention_forward
+    monkeypatch.setattr(narrow, "sdpa_attention_forward", lambda *a, **o: attended.append(a[1].dtype) or real(*a, **o))
+    found = []
+    for name in (str(dtype).removeprefix("torch."), "float32"):
+        network = base.load(task_type, dtype=name)
+        targets = find_targets(network, ALL_LINEAR)
+        start = {module: torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) for module in targets}
+        R = inject(network, random_factors(targets, 4, 0, torch.float32, RANDOM), start, 0.1)
+        loss = network(IDS).logits.float().logsumexp(-1).sum()
+        loss.backward()
+        gradients = torch.cat([R[module].grad.flatten() for module in targets])
+        found.append((loss.item(), gradients, list(targets), list(network.state_dict())))
+        heads = [m for m in network.modules() if isinstance(m, narrow.LinearInFloat32)]
+        assert len(heads) == (len(targets) * (family != "gpt2") + 1 if name != "float32" else 0)
+    assert set(attended) == {torch.float32}  # in the backward pass; and never by the network in float32
+    (loss, gradients, *names), (right_loss, right, *right_names) = found
+    assert names == right_names
+    assert loss == pytest.approx(right_loss, rel=0.01)
+    assert (gradients - right).norm() < 0.05 * right.norm()
+    assert not (gradients == right).all()
+
+
+def test_a_network_in_float32_is_left_alone(dtype: torch.dtype, llama: Path) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float32")
+    assert network.config._attn_implementation == "sdpa"
+    assert not any(isinstance(module, narrow.LinearInFloat32) for module in network.modules())
+
+
+def test_gradients_for_a_basis_are_those_of_float32(dtype: torch.dtype, llama: Path) -> None:
+    rows: list[Encoded] = [{"input_ids": ids, "labels": ids} for ids in IDS.tolist()]
+    sums = []
+    for name in (str(dtype).removeprefix("torch."), "float32"):
+        network = BaseModel.resolve(llama).load(dtype=name)
+        sums.append(gradient_sums(network, find_targets(network, ALL_LINEAR), [collate(rows, 2)]))
+    for module, right in sums[1].items():
+        assert (sums[0][module] - right).norm() < 0.05 * right.norm(), module
+
+
+def test_one_row_is_multiplied_as_it_is(dtype: torch.dtype) -> None:
+    """A single token, as in generation: torch's products of a vector are fast in any dtype."""
+    assert narrow.compute_dtype(torch.zeros(1, 1, 8, dtype=dtype)) == dtype
+    assert narrow.compute_dtype(torch.zeros(2, 8, 8, dtype=dtype)) == torch.float32

@@ -64,6 +64,22 @@ def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Pa
     assert value_of(command, "--override-generation-config") == '{"repetition_penalty": 1.0}'
 
 
+def test_a_cpu_without_instructions_for_16_bits_is_told_of_float32(
+    folder: Path, vllm_for_cpus: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "with --dtype float32 it reads prompts several times as fast"
+    for able, dtype, extra in ((True, "auto", []), (False, "float32", []), (False, "auto", ["--dtype", "float32"])):
+        monkeypatch.setattr(plan, "multiplies", lambda _, able=able: able)
+        dry_run({"a": folder / "a"}, dtype=dtype, extra=extra)
+        assert said not in caplog.text
+    dry_run({"a": folder / "a"}, dtype="auto")
+    assert said in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(plan, "runs_on_cpu", lambda: False)
+    dry_run({"a": folder / "a"}, dtype="auto")
+    assert said not in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["shared", "folded"])
 def test_who_was_trained_beside_a_base_in_four_bits_is_told(
     mode: str, folder: Path, tmp_path: Path, plugin: None, caplog: pytest.LogCaptureFixture

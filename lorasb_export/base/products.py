@@ -7,7 +7,6 @@ bits: they are cast for every product, in pieces.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from .cpu import multiplies
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = "sdpa_in_float32"
 _FEW = 4  # rows below that are multiplied as vectors, which torch does well in any dtype
 _PIECE = 1 << 20  # numbers of a weight: to allocate all of a head anew takes longer than to multiply by it
-
-
-@cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the CPU has instructions for products of `dtype`, of those that torch uses."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    which: Any = torch.ops.mkldnn
-    found: bool = which._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else which._is_mkldnn_fp16_supported()
-    return found
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

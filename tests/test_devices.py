@@ -88,6 +88,10 @@ def test_products_are_exact_within_and_as_allowed_before(allowed: str, monkeypat
         torch.set_float32_matmul_precision(before)
 
 
+newer_switches = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has them since 2.9")
+
+
+@newer_switches
 def test_a_switch_that_follows_the_general_one_follows_it_afterwards() -> None:
     general, switch = torch.backends, torch.backends.cuda.matmul
     before = general.fp32_precision, switch.fp32_precision
@@ -119,6 +123,7 @@ def test_infs_of_a_scaled_loss_reach_no_R(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(head, torch.ones(2))
 
 
+@newer_switches
 def test_products_are_exact_for_who_uses_the_newer_switches() -> None:
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"

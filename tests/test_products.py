@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from lorasb_export.base import attention
 from lorasb_export.base import products as narrow
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.nf4 import dequantize
 from lorasb_export.calibration.gradients import gradient_sums
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import Encoded
 from lorasb_export.layers.inject import inject
+from lorasb_export.layers.layer import is_linear
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import ALL_LINEAR, RANDOM
-from tests.tiny import make_gpt2
+from tests.tiny import make_bert, make_gpt2
 
 IDS = torch.tensor([[1, 20, 21, 22, 23, 2], [1, 30, 31, 32, 33, 2]])
 BFLOAT16 = 2.0**-8  # the largest relative error of one rounding, and that much again
@@ -55,7 +60,8 @@ def test_a_weight_is_cast_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_gives_what_float32_gives_rounded_once(dtype: torch.dtype, kind: type[nn.Module], bias: bool) -> None:
     plain: Any = nn.Linear(24, 16, bias=bias) if kind is nn.Linear else Conv1D(16, 24)
     layer = copy.deepcopy(plain.to(dtype))
-    layer.__class__ = narrow._IN_FLOAT32[kind]
+    narrow.compute_in_float32(layer)
+    assert type(layer) is not kind
     plain.float()
     x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
     wide = x.detach().float().requires_grad_()
@@ -83,14 +89,17 @@ def test_no_copy_of_a_frozen_weight_is_kept(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_network_trains_as_in_float32(
-    family: str, dtype: torch.dtype, llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loss and the gradient of R are near; its targets and weights have the names that they have in float32."""
-    base = BaseModel.resolve({"llama": llama, "bert": bert}.get(family) or make_gpt2(tmp_path / "base"))
+    makes = {"gpt2": make_gpt2, "bert": partial(make_bert, kind=BertForSequenceClassification)}
+    base = BaseModel.resolve(llama if family == "llama" else makes[family](tmp_path / "base"))
     task_type = SEQ_CLS if family == "bert" else CAUSAL_LM
     attended: list[torch.dtype] = []
-    real = narrow.sdpa_attention_forward
-    monkeypatch.setattr(narrow, "sdpa_attention_forward", lambda *a, **o: attended.append(a[1].dtype) or real(*a, **o))
+    real = attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *a, **o: attended.append(a[1].dtype) or real(*a, **o)
+    )
     found = []
     for name in (str(dtype).removeprefix("torch."), "float32"):
         network = base.load(task_type, dtype=name)
@@ -111,9 +120,61 @@ def test_a_network_trains_as_in_float32(
     assert not (gradients == right).all()
 
 
+def test_a_given_network_computes_so_as_well(dtype: torch.dtype, llama: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+    targets = find_targets(network, "q_proj")
+    inject(network, random_factors(targets, 4, 0, dtype, RANDOM), {name: torch.zeros(4, 4) for name in targets}, 1.0)
+    assert isinstance(network.lm_head, narrow.LinearInFloat32)
+
+
+def test_attention_takes_what_models_give_it(dtype: torch.dtype) -> None:
+    """A mask by its name, as AFMoE does, and a bias of every position, as Inkling does."""
+    query, key, value = (torch.randn(1, 2, 6, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 6, 6, dtype=dtype)
+    visible = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    found, _ = attention._in_float32(nn.Module(), query, key, value, attention_mask=visible, position_bias=bias)
+    wide = (tensor.float() for tensor in (query, key, value))
+    right, _ = attention.sdpa_attention_forward(nn.Module(), *wide, visible, position_bias=bias.float())
+    assert near(found, right, query)
+
+
+def test_a_graph_is_of_the_plain_product(dtype: torch.dtype, llama: Path) -> None:
+    """An ONNX graph in 16 bits is of any number of tokens, and does not tell on which CPU it was made."""
+    layer = narrow.LinearInFloat32(1024, 2048, dtype=dtype)  # more than a piece
+    rows = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(layer, (torch.randn(6, 1024, dtype=dtype),), dynamic_shapes=(rows,), strict=False)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == [torch.ops.aten.linear.default]
+    network = BaseModel.resolve(llama).load(dtype=str(dtype).removeprefix("torch."))
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert compiled(IDS).logits.shape == (2, 6, network.config.vocab_size)
+
+
+def test_autocast_does_not_undo_it(dtype: torch.dtype) -> None:
+    layer, x = narrow.LinearInFloat32(24, 16, dtype=dtype), torch.randn(8, 24, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, layer(x))
+
+
+def test_a_base_in_four_bits_is_multiplied_in_float32(dtype: torch.dtype) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, bias=True, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(torch.randn(32, 64, dtype=dtype), requires_grad=False, quant_type="nf4").to("cpu")
+    layer.bias = nn.Parameter(torch.randn(32, dtype=dtype), requires_grad=False)
+    narrow.compute_in_float32(layer)
+    weight = dequantize(layer.weight).float()
+    assert is_linear(layer)
+    x = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert near(y, x.float() @ weight.T + layer.bias.float(), x)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    assert near(x.grad, upstream.float() @ weight, x)
+
+
 def test_a_network_in_float32_is_left_alone(dtype: torch.dtype, llama: Path) -> None:
     network = BaseModel.resolve(llama).load(dtype="float32")
-    assert network.config._attn_implementation == "sdpa"
     assert not any(isinstance(module, narrow.LinearInFloat32) for module in network.modules())
 
 

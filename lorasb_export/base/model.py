@@ -244,8 +244,7 @@ class BaseModel:
         if dtype == "auto" and device.type != "cpu" and network.dtype == torch.float32:
             logger.warning(_IN_FLOAT32)
         network.to(device)  # type: ignore[arg-type]
-        if device.type == "cpu":
-            compute_in_float32(network)
+        compute_in_float32(network)
         return network
 
     def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bars import progress_bar
 from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
 from ..base.nf4 import dequantize, state_of
+from ..base.products import compute_dtype, product, product_of_gradient
 from ..data.batches import collate, label_counts, row_losses
 from ..data.encoding import Encoded, encode_all, without_left_out
 from ..data.task import TaskData
@@ -238,24 +238,24 @@ def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 class _PackedGradient(torch.autograd.Function):
-    """x·Wᵀ + bias of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
+    """x·Wᵀ + bias (tokens, out) of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, _: torch.Tensor, module: nn.Linear, keep: Callable[[torch.Tensor], None]
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.keep = module, keep
-        return linear(
-            x, dequantize(module.weight).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
-        )
+        ctx.module, ctx.keep, ctx.dtype = module, keep, compute_dtype(x)
+        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        return product(flat, dequantize(module.weight), module.bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        ctx.keep(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
-        grad_x = grad @ dequantize(ctx.module.weight).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None
+        (x,), grad = ctx.saved_tensors, grads[0].to(ctx.dtype)
+        ctx.keep(grad.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return product_of_gradient(grad, dequantize(ctx.module.weight)).view(x.shape), None, None, None
 
 
 def _gradients_of_packed(
@@ -266,7 +266,7 @@ def _gradients_of_packed(
 
     def forward(name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _PackedGradient.apply(x, wanted, module, partial(keep, name))
-        return y
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     return _other_forwards({module: partial(forward, name, module) for name, module in modules.items()})
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..base.nf4 import keep_layout, state_of
+from ..base.products import compute_in_float32
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
 from .layer import LoRASBLinear, Route, is_linear, shape_of, weight_of
@@ -72,6 +73,7 @@ def inject(
             raise BaseModelError(f"the weight of {name} is sharded already", fix="Attach first, and shard then")
         state_of(weight)
     model.requires_grad_(False)
+    compute_in_float32(model)
     layers = {name: LoRASBLinear(found[name], module, R[name], scaling, route) for name, module in factors.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer)

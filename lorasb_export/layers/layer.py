@@ -5,7 +5,6 @@ Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out)
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from ..base.nf4 import dequantize, is_packed, state_of
-from ..base.products import compute_dtype, product, product_of_gradient
+from ..base.products import compute_dtype, product, product_of_gradient, without_autocast
 from ..errors import SettingsError
 from .factors import Factors
 
 # Subclasses that have a forward of their own, which computes the same.
-_ALIKE = ("FalconLinear", "Linear4bit", "LinearInFloat32", "Conv1DInFloat32")
+_ALIKE = ("FalconLinear", "Linear4bit", "LinearInFloat32", "Conv1DInFloat32", "Linear4bitInFloat32")
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
 
 
@@ -95,7 +94,7 @@ class _LoRASBFunction(torch.autograd.Function):
             raise SettingsError(what, fix="With gradient checkpointing call backward before the next `use`")
         dtype = u.dtype
         grad = grads[0].reshape(-1, grads[0].shape[-1]).to(dtype)  # once: a gradient out of attention is not contiguous
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             v = (ctx.scaling * _onto(grad, _transposed(ctx.B)).to(R.dtype)).view(u.shape)
             grad_x = grad_R = None
             if ctx.needs_input_grad[4]:  # Lemma 2: dL/dR = s·Bᵀ·g·Aᵀ, with g = gradᵀ·x and u = x·Aᵀ
@@ -124,10 +123,6 @@ def _add(y: torch.Tensor, v: torch.Tensor, factor: Factor, scaling: float = 1.0)
 
 def _transposed(factor: Factor) -> Factor:
     return factor if isinstance(factor, slice) else factor.T
-
-
-def _without_autocast(device: str) -> AbstractContextManager[None]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _of_rows(R: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -212,7 +207,7 @@ class LoRASBLinear(nn.Module):
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with _without_autocast(device):  # in-place products do not autocast
+        with without_autocast(device):  # in-place products do not autocast
             B, A = self.block or (self.B, self.A)
             y: torch.Tensor = _LoRASBFunction.apply(
                 x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows

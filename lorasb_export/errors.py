@@ -143,6 +143,7 @@ class Terminated(KeyboardInterrupt):
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "MPS backend out of memory",
+    "Invalid buffer size",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )

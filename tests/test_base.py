@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base.model import BaseModel
+from lorasb_export.base.model import BaseModel, default_device
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData
@@ -203,6 +203,18 @@ def test_a_base_in_float32_on_a_gpu_is_told_of_bfloat16(llama: Path, caplog: pyt
     assert said not in caplog.text
     base.load(device="meta")
     assert caplog.text.count(said) == 1
+
+
+def test_accelerates_switch_chooses_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert default_device() == torch.device("mps")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert default_device() == torch.device("cpu")
+
+
+def test_apples_gpus_have_no_float64(llama: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no float64 .*--dtype float32, or set ACCELERATE_USE_CPU=1"):
+        BaseModel.resolve(llama).load(dtype="float64", device="mps")
 
 
 def test_a_loaded_network_can_be_pickled(llama: Path) -> None:

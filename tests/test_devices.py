@@ -160,7 +160,12 @@ def test_training_by_itself_is_refused_on_another_than_the_first_device() -> Non
 
 @pytest.mark.parametrize(
     "words",
-    ["MPS backend out of memory (MPS allocated: 1 GB)", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"],
+    [
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+        "Invalid buffer size: 9.75 GiB",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
 )
 def test_a_full_memory_is_known_by_its_words(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))

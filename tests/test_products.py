@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import Encoded
 from lorasb_export.layers.inject import inject
-from lorasb_export.layers.layer import is_linear
+from lorasb_export.layers.layer import weight_of
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import ALL_LINEAR, RANDOM
-from tests.tiny import make_bert, make_gpt2
+from tests.tiny import make_bert, make_gpt2, make_llama
 
 IDS = torch.tensor([[1, 20, 21, 22, 23, 2], [1, 30, 31, 32, 33, 2]])
 BFLOAT16 = 2.0**-8  # the largest relative error of one rounding, and that much again
@@ -38,6 +40,13 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     monkeypatch.setattr(narrow, "multiplies", lambda dtype: dtype not in (torch.bfloat16, torch.float16))
     found: torch.dtype = request.param
     return found
+
+
+def converted(layer: nn.Module) -> nn.Module:
+    narrow.compute_in_float32(layer)
+    assert isinstance(layer, narrow.InFloat32)
+    assert narrow.is_linear(layer)
+    return layer
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, of: torch.Tensor) -> bool:
@@ -59,9 +68,7 @@ def test_a_weight_is_cast_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_a_layer_gives_what_float32_gives_rounded_once(dtype: torch.dtype, kind: type[nn.Module], bias: bool) -> None:
     plain: Any = nn.Linear(24, 16, bias=bias) if kind is nn.Linear else Conv1D(16, 24)
-    layer = copy.deepcopy(plain.to(dtype))
-    narrow.compute_in_float32(layer)
-    assert type(layer) is not kind
+    layer: Any = converted(copy.deepcopy(plain.to(dtype)))
     plain.float()
     x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
     wide = x.detach().float().requires_grad_()
@@ -80,7 +87,7 @@ def test_a_layer_gives_what_float32_gives_rounded_once(dtype: torch.dtype, kind:
 
 
 def test_no_copy_of_a_frozen_weight_is_kept(dtype: torch.dtype) -> None:
-    layer = narrow.LinearInFloat32(24, 16, dtype=dtype).requires_grad_(False)
+    layer = converted(nn.Linear(24, 16, dtype=dtype)).requires_grad_(False)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(8, 24, dtype=dtype, requires_grad=True))
@@ -110,8 +117,8 @@ def test_a_network_trains_as_in_float32(
         loss.backward()
         gradients = torch.cat([R[module].grad.flatten() for module in targets])
         found.append((loss.item(), gradients, list(targets), list(network.state_dict())))
-        heads = [m for m in network.modules() if isinstance(m, narrow.LinearInFloat32)]
-        assert len(heads) == (len(targets) * (family != "gpt2") + 1 if name != "float32" else 0)
+        ours = [module for module in network.modules() if isinstance(module, narrow.InFloat32)]
+        assert len(ours) == (0 if name == "float32" else len(targets) + 1)  # the head, which is no target
     assert set(attended) == {torch.float32}  # in the backward pass; and never by the network in float32
     (loss, gradients, *names), (right_loss, right, *right_names) = found
     assert names == right_names
@@ -124,7 +131,7 @@ def test_a_given_network_computes_so_as_well(dtype: torch.dtype, llama: Path) ->
     network = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
     targets = find_targets(network, "q_proj")
     inject(network, random_factors(targets, 4, 0, dtype, RANDOM), {name: torch.zeros(4, 4) for name in targets}, 1.0)
-    assert isinstance(network.lm_head, narrow.LinearInFloat32)
+    assert isinstance(network.lm_head, narrow.InFloat32)
 
 
 def test_attention_takes_what_models_give_it(dtype: torch.dtype) -> None:
@@ -140,7 +147,7 @@ def test_attention_takes_what_models_give_it(dtype: torch.dtype) -> None:
 
 def test_a_graph_is_of_the_plain_product(dtype: torch.dtype, llama: Path) -> None:
     """An ONNX graph in 16 bits is of any number of tokens, and does not tell on which CPU it was made."""
-    layer = narrow.LinearInFloat32(1024, 2048, dtype=dtype)  # more than a piece
+    layer = converted(nn.Linear(1024, 2048, dtype=dtype))  # more than a piece
     rows = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(layer, (torch.randn(6, 1024, dtype=dtype),), dynamic_shapes=(rows,), strict=False)
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
@@ -150,11 +157,46 @@ def test_a_graph_is_of_the_plain_product(dtype: torch.dtype, llama: Path) -> Non
     assert compiled(IDS).logits.shape == (2, 6, network.config.vocab_size)
 
 
-def test_autocast_does_not_undo_it(dtype: torch.dtype) -> None:
-    layer, x = narrow.LinearInFloat32(24, 16, dtype=dtype), torch.randn(8, 24, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_does_not_undo_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it change what comes out: products in its dtype."""
+    computed: list[torch.dtype] = []
+
+    def linear(*args: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = nn.functional.linear(*args)  # type: ignore[arg-type]
+        computed.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(narrow, "linear", linear)
+    layer, x = converted(nn.Linear(24, 16, dtype=dtype)), torch.randn(8, 24, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
         y = layer(x)
-    assert torch.equal(y, layer(x))
+        y.backward(torch.ones_like(y))
+    assert set(computed) == {torch.float32}
+    assert y.dtype == dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_another_dtype_than_the_weights_is_refused_as_elsewhere(dtype: torch.dtype) -> None:
+    layer = converted(nn.Linear(24, 16, dtype=dtype)).float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.randn(8, 24, dtype=dtype))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_layer_is_copied_and_pickled(dtype: torch.dtype, copied: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = converted(nn.Linear(24, 16, dtype=dtype)), torch.randn(8, 24, dtype=dtype)
+    again = copied(layer)
+    assert type(again) is type(layer)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_the_attention_of_others_is_left_to_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs() -> None: ...
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", theirs)
+    converted(nn.Linear(24, 16, dtype=dtype))
+    assert attention.ALL_ATTENTION_FUNCTIONS["sdpa"] is theirs
 
 
 def test_a_base_in_four_bits_is_multiplied_in_float32(dtype: torch.dtype) -> None:
@@ -162,9 +204,8 @@ def test_a_base_in_four_bits_is_multiplied_in_float32(dtype: torch.dtype) -> Non
     layer = bnb.nn.Linear4bit(64, 32, bias=True, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(torch.randn(32, 64, dtype=dtype), requires_grad=False, quant_type="nf4").to("cpu")
     layer.bias = nn.Parameter(torch.randn(32, dtype=dtype), requires_grad=False)
-    narrow.compute_in_float32(layer)
+    converted(layer)
     weight = dequantize(layer.weight).float()
-    assert is_linear(layer)
     x = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
     y = layer(x)
     assert near(y, x.float() @ weight.T + layer.bias.float(), x)
@@ -175,15 +216,26 @@ def test_a_base_in_four_bits_is_multiplied_in_float32(dtype: torch.dtype) -> Non
 
 def test_a_network_in_float32_is_left_alone(dtype: torch.dtype, llama: Path) -> None:
     network = BaseModel.resolve(llama).load(dtype="float32")
-    assert not any(isinstance(module, narrow.LinearInFloat32) for module in network.modules())
+    assert not any(isinstance(module, narrow.InFloat32) for module in network.modules())
 
 
-def test_gradients_for_a_basis_are_those_of_float32(dtype: torch.dtype, llama: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_for_a_basis_are_those_of_float32(packed: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In four bits those of the weights that these stand for."""
+    base = BaseModel.resolve(make_llama(tmp_path / "base", dtype=dtype, width=64))
     rows: list[Encoded] = [{"input_ids": ids, "labels": ids} for ids in IDS.tolist()]
+    if packed:
+        pytest.importorskip("bitsandbytes")
     sums = []
-    for name in (str(dtype).removeprefix("torch."), "float32"):
-        network = BaseModel.resolve(llama).load(dtype=name)
-        sums.append(gradient_sums(network, find_targets(network, ALL_LINEAR), [collate(rows, 2)]))
+    for name in ("nf4" if packed else "auto", "float32"):
+        network = base.load(dtype=name)
+        targets = find_targets(network, ALL_LINEAR)
+        if not sums:
+            stored = {module: dequantize(weight_of(layer)).float() for module, layer in targets.items()}
+        else:
+            for module, layer in targets.items():
+                layer.weight.data.copy_(stored[module])
+        sums.append(gradient_sums(network, targets, [collate(rows, 2)]))
     for module, right in sums[1].items():
         assert (sums[0][module] - right).norm() < 0.05 * right.norm(), module
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from lorasb_export.base.products import is_linear
 from lorasb_export.errors import BaseModelError, SettingsError
-from lorasb_export.layers.layer import is_linear
 from lorasb_export.layers.targets import find_targets
 from tests.families import MOE, SIZES
 

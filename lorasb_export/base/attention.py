@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .products import compute_dtype, without_autocast
 
@@ -39,5 +40,9 @@ def _widened(value: Any) -> Any:
 
 
 def attend_in_float32() -> None:
-    """Have every network of this process attend so; under the name it had, by which models choose their masks."""
-    AttentionInterface.register("sdpa", _in_float32)
+    """Have every network of this process attend so, but where someone's own function has taken that of transformers.
+
+    The name stays: by it models choose their masks.
+    """
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+        AttentionInterface.register("sdpa", _in_float32)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
-from ..errors import BaseModelError
+from ..errors import BaseModelError, SettingsError
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import parse_hub_id, snapshot
 from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
@@ -217,7 +218,7 @@ class BaseModel:
         Raises:
             BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
                 raises on files that contradict each other.
-            SettingsError: `dtype` is another word.
+            SettingsError: `dtype` is another word, or the device has none of its numbers.
         """
         import torch
 
@@ -243,6 +244,9 @@ class BaseModel:
         self._prepare(network, task_type)
         if dtype == "auto" and device.type != "cpu" and network.dtype == torch.float32:
             logger.warning(_IN_FLOAT32)
+        if device.type == "mps" and network.dtype == torch.float64:
+            fix = "Use --dtype float32, or set ACCELERATE_USE_CPU=1 in the environment"
+            raise SettingsError("Apple's GPUs have no float64", where=self.folder, fix=fix)
         network.to(device)  # type: ignore[arg-type]
         compute_in_float32(network)
         return network
@@ -316,7 +320,9 @@ def _auto_class(task_type: str) -> Any:
 
 
 def default_device() -> torch.device:
-    """The accelerator torch sees, else the CPU."""
+    """The accelerator torch sees, else the CPU; the CPU where accelerate's switch says so: a Mac's GPU has no other."""
     import torch
 
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -122,6 +122,12 @@ def state_of(weight: torch.Tensor) -> Any:
     raise BaseModelError(what, fix=f"Load the base in a float type or, with --dtype {NF4}, in four bits")
 
 
+def dtype_of(weight: torch.Tensor) -> torch.dtype:
+    """Of the numbers in it, packed or not."""
+    found: torch.dtype = getattr(getattr(weight, "quant_state", None), "dtype", weight.dtype)
+    return found
+
+
 def dequantize(weight: torch.Tensor, state: Any = None) -> torch.Tensor:
     """The weight (out, in) that a packed one stands for; one that is not packed as it is.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,23 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from .cpu import multiplies
-from .nf4 import dequantize, state_of
+from .nf4 import dequantize, dtype_of, is_packed, state_of
 
+_ALIKE = ("FalconLinear", "Linear4bit")  # have a forward of their own, which computes the same
 _FEW = 4  # rows below that are multiplied as vectors, which torch does well in any dtype
 _PIECE = 1 << 20  # numbers of a weight: to allocate all of a head anew takes longer than to multiply by it
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE).
+
+    One whose weight is packed is counted: `state_of` refuses it, and nobody passes it over.
+    """
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    kind = type(module)
+    alike = kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
+    return alike or is_packed(module.weight) or isinstance(module, InFloat32)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -29,15 +42,19 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
     A graph that is being recorded, to be compiled or exported, is of the numbers as they are.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if x.device.type != "cpu" or _is_recorded():
         return x.dtype
     return x.dtype if multiplies(x.dtype) or x.numel() < _FEW * x.shape[-1] else torch.float32
+
+
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x·Wᵀ + bias (tokens, out), of x (tokens, in) and W (out, in) of any dtype; computed in x's."""
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype or x.device.type != "cpu":
+    if weight.dtype == x.dtype or x.device.type != "cpu" or _is_recorded():
         return linear(x, weight.to(x.dtype), bias)
     y = x.new_empty(len(x), len(weight))
     for part in _pieces(weight):
@@ -47,7 +64,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def product_of_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad·W (tokens, in), of grad (tokens, out) and W (out, in) of any dtype; computed in grad's."""
-    if weight.dtype == grad.dtype or grad.device.type != "cpu":
+    if weight.dtype == grad.dtype or grad.device.type != "cpu" or _is_recorded():
         return grad @ weight.to(grad.dtype)
     total = grad.new_zeros(len(grad), weight.shape[1])
     for part in _pieces(weight):
@@ -58,6 +75,12 @@ def product_of_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def _pieces(weight: torch.Tensor) -> Iterator[slice]:
     rows = max(_PIECE // weight.shape[1], 1)
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
+def in_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that autocast has products in, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
@@ -92,57 +115,53 @@ class _Product(torch.autograd.Function):
             )
 
 
-def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y: torch.Tensor = _Product.apply(x, weight, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+# The class of a linear layer is changed and not its `forward`, which would hold the layer in a cycle.
+if TYPE_CHECKING:
+    _Base = nn.Linear
+else:
+    _Base = object
 
 
-class LinearInFloat32(nn.Linear):
-    """A Linear in 16 bits."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if compute_dtype(x) == x.dtype else _multiplied(x, self.weight, self.bias)
-
-
-class Conv1DInFloat32(Conv1D):
-    """GPT-2's, whose weight is (in, out), in 16 bits."""
+class InFloat32(_Base):
+    """What is put before the class of a linear layer in 16 bits, or in four."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if compute_dtype(x) == x.dtype:
-            unchanged: torch.Tensor = super().forward(x)
-            return unchanged
-        return _multiplied(x, self.weight.T, self.bias)
+        x = in_autocast(x)
+        if compute_dtype(x) == x.dtype or not (is_packed(self.weight) or self.weight.dtype == x.dtype):
+            return super().forward(x)
+        weight = self.weight.T if isinstance(self, Conv1D) else self.weight
+        y: torch.Tensor = _Product.apply(x, weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Its class has no name by which pickle would find it."""
+        return _blank, (type(self).__bases__[1],), self.__getstate__()
 
 
 @cache
-def _packed_class() -> type[nn.Module]:
-    """A Linear4bit: bitsandbytes multiplies in 16 bits too."""
-    from bitsandbytes.nn.modules import Linear4bit
+def _in_float32(kind: Any) -> Any:
+    return type(f"{kind.__name__}InFloat32", (InFloat32, kind), {})
 
-    class Linear4bitInFloat32(Linear4bit):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if compute_dtype(x) == x.dtype:
-                unchanged: torch.Tensor = super().forward(x)
-                return unchanged
-            return _multiplied(x, self.weight, self.bias)
 
-    return Linear4bitInFloat32
+def _blank(kind: Any) -> Any:
+    made = _in_float32(kind)
+    return made.__new__(made)
 
 
 def compute_in_float32(network: nn.Module) -> None:
-    """Have the linear layers of a network in 16 bits that lies on such a CPU, and torch's attention, computed so."""
+    """Have the linear layers of a network in 16 bits that lies on such a CPU, and torch's attention, computed so.
+
+    Layers that accelerate's hooks have given another `forward` are left as they are.
+    """
     found = False
     for module in network.modules():
-        kind = type(module)
-        if kind not in (nn.Linear, Conv1D) and kind.__name__ != "Linear4bit":
+        kind: Any = type(module)
+        if not is_linear(module) or issubclass(kind, InFloat32) or "forward" in vars(module):
             continue
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        dtype = getattr(
-            getattr(weight, "quant_state", None), "dtype", weight.dtype
-        )  # of the numbers in it, packed or not
-        if weight.device.type == "cpu" and not multiplies(dtype):
+        if weight.device.type == "cpu" and not multiplies(dtype_of(weight)):
             found = True
-            module.__class__ = {nn.Linear: LinearInFloat32, Conv1D: Conv1DInFloat32}.get(kind) or _packed_class()
+            module.__class__ = _in_float32(kind)
     if found:
         from .attention import attend_in_float32
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bars import progress_bar
 from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
 from ..base.nf4 import dequantize, state_of
-from ..base.products import compute_dtype, product, product_of_gradient
+from ..base.products import compute_dtype, product, product_of_gradient, without_autocast
 from ..data.batches import collate, label_counts, row_losses
 from ..data.encoding import Encoded, encode_all, without_left_out
 from ..data.task import TaskData
@@ -247,15 +247,17 @@ class _PackedGradient(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.module, ctx.keep, ctx.dtype = module, keep, compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        return product(flat, dequantize(module.weight), module.bias).to(x.dtype)
+        with without_autocast(x.device.type):
+            return product(flat, dequantize(module.weight), module.bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), grad = ctx.saved_tensors, grads[0].to(ctx.dtype)
-        ctx.keep(grad.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return product_of_gradient(grad, dequantize(ctx.module.weight)).view(x.shape), None, None, None
+        with without_autocast(x.device.type):
+            ctx.keep(grad.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
+            if not ctx.needs_input_grad[0]:
+                return None, None, None, None
+            return product_of_gradient(grad, dequantize(ctx.module.weight)).view(x.shape), None, None, None
 
 
 def _gradients_of_packed(

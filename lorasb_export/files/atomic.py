@@ -185,7 +185,7 @@ def fsync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (error.errno == errno.EINVAL and path.is_dir()):
+        if not (error.errno in (errno.EINVAL, errno.ENOTSUP) and path.is_dir()):
             raise
     finally:
         os.close(handle)

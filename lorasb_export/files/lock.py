@@ -18,7 +18,8 @@ from .storage import real
 
 logger = logging.getLogger(__name__)
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # Lustre without -o flock, NFS without lockd, others
+# Lustre without -o flock, NFS without lockd, others; the last two are one on Linux.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _OF_ANOTHER = "It is another user's: when no run of theirs writes there any more, remove it"
 
 

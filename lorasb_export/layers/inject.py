@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..base.nf4 import keep_layout, state_of
-from ..base.products import compute_in_float32
+from ..base.products import compute_in_float32, is_linear
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-from .layer import LoRASBLinear, Route, is_linear, shape_of, weight_of
+from .layer import LoRASBLinear, Route, shape_of, weight_of
 
 
 class Live(Mapping[str, nn.Parameter]):
@@ -73,7 +73,6 @@ def inject(
             raise BaseModelError(f"the weight of {name} is sharded already", fix="Attach first, and shard then")
         state_of(weight)
     model.requires_grad_(False)
-    compute_in_float32(model)
     layers = {name: LoRASBLinear(found[name], module, R[name], scaling, route) for name, module in factors.items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -84,12 +83,14 @@ def remove(model: nn.Module) -> None:
     """Take every adapter off `model`: its modules are the base's own again, bit for bit, and stay frozen.
 
     A classifier's head is not put back: it stays as it was trained, and in fp32 where it was narrower. Layers in four
-    bits keep their layout from then on (`nf4.keep_layout`).
+    bits keep their layout from then on (`nf4.keep_layout`), and those in 16 may be computed otherwise
+    (`products.compute_in_float32`), which torch.func cannot differentiate.
     """
     keep_layout(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRASBLinear):
             model.set_submodule(name, module.base)
+    compute_in_float32(model)
 
 
 def refuse_rows(model: nn.Module) -> None:

@@ -13,25 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from ..base.nf4 import dequantize, is_packed, state_of
-from ..base.products import compute_dtype, product, product_of_gradient, without_autocast
+from ..base.nf4 import dequantize, dtype_of, state_of
+from ..base.products import compute_dtype, in_autocast, product, product_of_gradient, without_autocast
 from ..errors import SettingsError
 from .factors import Factors
 
-# Subclasses that have a forward of their own, which computes the same.
-_ALIKE = ("FalconLinear", "Linear4bit", "LinearInFloat32", "Conv1DInFloat32", "Linear4bitInFloat32")
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it computes what Linear and Conv1D do: of their subclasses some route tokens to experts (PhiMoE).
-
-    One whose weight is packed is counted: `state_of` refuses it, and nobody passes it over.
-    """
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
-    kind = type(module)
-    return is_packed(module.weight) or kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _ALIKE
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -160,7 +147,7 @@ class LoRASBLinear(nn.Module):
     ) -> None:
         super().__init__()
         weight = weight_of(base)
-        dtype = getattr(state_of(weight), "dtype", weight.dtype)  # of the numbers in it, packed or not
+        dtype = dtype_of(weight)
         self.base = base
         self.scaling = scaling
         self.route = route
@@ -205,11 +192,10 @@ class LoRASBLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _forward(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with without_autocast(device):  # in-place products do not autocast
+        x = in_autocast(x)
+        with without_autocast(x.device.type):  # in-place products do not autocast
             B, A = self.block or (self.B, self.A)
             y: torch.Tensor = _LoRASBFunction.apply(
-                x.to(dtype), weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
+                x, weight_of(self.base), self.base.bias, B, self.R, A, self.scaling, rows
             )
         return y.view(*x.shape[:-1], y.shape[-1])  # not -1: x may be empty, as that of an expert without tokens

@@ -26,6 +26,7 @@ from ..evaluation.metrics import exact_match
 from ..evaluation.record import record_evaluation
 from ..exporting.onnx import export_onnx
 from ..exporting.onnx_ask import ask_onnx
+from ..exporting.onnx_exporter import PRECISIONS, check_request
 from ..exporting.peft import export_peft
 from ..files.atomic import atomic_folder
 from ..files.storage import expanded, folder_bytes, write_json
@@ -117,10 +118,11 @@ def quickstart(
 
     Raises:
         OutputError: `out` exists.
-        MissingPackageError: PEFT is not installed, which the comparison needs.
+        MissingPackageError: PEFT, which the comparison needs, or a package for ONNX is not installed.
         SettingsError, ServerError: the small model cannot be had, see `small_model`.
     """
     require_packages("peft")
+    check_request("fp32", PRECISIONS)
     out = expanded(out).absolute()
     started = time.monotonic()
     say(f"[1/{_STEPS}] Getting SmolLM2-135M-Instruct …")

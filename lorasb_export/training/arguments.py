@@ -6,9 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
+from ..base.model import default_device
 from ..settings import FitSettings
 
 
@@ -22,7 +22,7 @@ def trainer_arguments(settings: FitSettings, folder: Path, steps: int, name: str
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would train apart
+        use_cpu=default_device().type == "cpu",  # or several processes on CPUs would train apart
         run_name=name,
         max_steps=steps,
         per_device_train_batch_size=1,

@@ -4,6 +4,8 @@ The CPU build of vLLM brings CUDA builds of torchaudio and torchcodec. Importing
 transformers and vLLM do not expect from an optional package, so both fail to import. Hiding the broken
 package makes them take the path for "not installed". Healthy packages are left alone. `lorasb_export` asks for
 that when it is imported itself, so that whoever imports transformers after it need not know.
+
+And accelerate's switches, which are environment variables.
 """
 
 from __future__ import annotations
@@ -76,3 +78,8 @@ def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
         path.insert(0, str(_CHILD_SITE))
     return environment | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def accelerate_uses(what: str) -> bool:
+    """Whether accelerate's environment variable ACCELERATE_USE_<what> is on."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true")

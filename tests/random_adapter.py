@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.products import weight_of
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.layers.factors import Factors, ModuleBasis
 from lorasb_export.layers.head import head_parameters
-from lorasb_export.layers.layer import weight_of
 from lorasb_export.settings import BLOCK, RANDOM
 
 # Of tests.tiny.

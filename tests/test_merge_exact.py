@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 
 from lorasb_export import merge
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.products import weight_of
 from lorasb_export.layers.factors import ModuleBasis
-from lorasb_export.layers.layer import weight_of
 from lorasb_export.merging import retained, sums, write
 from lorasb_export.merging.retained import Retained
 from lorasb_export.merging.sums import Update, add

@@ -19,13 +19,13 @@ from lorasb_export.base import attention
 from lorasb_export.base import products as narrow
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.nf4 import dequantize
+from lorasb_export.base.products import weight_of
 from lorasb_export.calibration.gradients import gradient_sums
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import Encoded
 from lorasb_export.layers.inject import inject
-from lorasb_export.layers.layer import weight_of
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import ALL_LINEAR, RANDOM
 from tests.tiny import make_bert, make_gpt2, make_llama

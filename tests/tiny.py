@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorasb_export.base.products import weight_of
 from lorasb_export.files.storage import read_header, write_json
-from lorasb_export.layers.layer import LoRASBLinear, weight_of
+from lorasb_export.layers.layer import LoRASBLinear
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 VOCABULARY = ["<unk>", "<s>", "</s>", *map(chr, range(32, 127))]

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel, BaseRef, default_device
+from lorasb_export.base.products import weight_of
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate, calibrated_once
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
@@ -26,7 +27,6 @@ from lorasb_export.data.encoding import Encoded, encode
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.evaluation.scores import mean_loss, row_scores
 from lorasb_export.layers.factors import Factors, ModuleBasis
-from lorasb_export.layers.layer import weight_of
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 from lorasb_export.training.muon import Muon, groups_of

@@ -15,7 +15,7 @@ import transformers
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel
-from lorasb_export.layers.layer import weight_of
+from lorasb_export.base.products import weight_of
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import BLOCK, RANDOM
 from tests.tiny import VOCABULARY, save_tokenizer

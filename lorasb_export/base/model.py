@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
+from ..environment import accelerate_uses
 from ..errors import BaseModelError, SettingsError
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import parse_hub_id, snapshot
@@ -323,6 +323,6 @@ def default_device() -> torch.device:
     """The accelerator torch sees, else the CPU; the CPU where accelerate's switch says so: a Mac's GPU has no other."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if accelerate_uses("CPU"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Products of 16-bit numbers on a CPU that cannot multiply them: in float32, and rounded once.
+"""Linear layers and their products: in float32, and rounded once, where a CPU cannot multiply numbers of 16 bits.
 
 torch imitates such products there, number by number, which takes ten to twenty times as long. The weights stay in 16
 bits, or packed in four: they are cast for every product, in pieces.
@@ -37,24 +37,38 @@ def is_linear(module: nn.Module) -> bool:
     return alike or is_packed(module.weight) or isinstance(module, InFloat32)
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a Linear or Conv1D."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)  # type: ignore[return-value]
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a Linear or Conv1D as (out, in); a view, Conv1D stores it transposed. A packed one as it is."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """In which dtype x (…, n) is to be multiplied by a weight, for a result to be rounded to its own.
 
     A graph that is being recorded, to be compiled or exported, is of the numbers as they are.
     """
-    if x.device.type != "cpu" or _is_recorded():
+    if not _runs_on_cpu(x) or multiplies(x.dtype) or x.numel() < _FEW * x.shape[-1]:
         return x.dtype
-    return x.dtype if multiplies(x.dtype) or x.numel() < _FEW * x.shape[-1] else torch.float32
+    return torch.float32
 
 
-def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+def _runs_on_cpu(x: torch.Tensor) -> bool:
+    """Whether what is done with x is done here and now, and not recorded."""
+    if x.device.type != "cpu":
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x·Wᵀ + bias (tokens, out), of x (tokens, in) and W (out, in) of any dtype; computed in x's."""
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype or x.device.type != "cpu" or _is_recorded():
+    if weight.dtype == x.dtype or not _runs_on_cpu(x):
         return linear(x, weight.to(x.dtype), bias)
     y = x.new_empty(len(x), len(weight))
     for part in _pieces(weight):
@@ -64,7 +78,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def product_of_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad·W (tokens, in), of grad (tokens, out) and W (out, in) of any dtype; computed in grad's."""
-    if weight.dtype == grad.dtype or grad.device.type != "cpu" or _is_recorded():
+    if weight.dtype == grad.dtype or not _runs_on_cpu(grad):
         return grad @ weight.to(grad.dtype)
     total = grad.new_zeros(len(grad), weight.shape[1])
     for part in _pieces(weight):
@@ -129,8 +143,7 @@ class InFloat32(_Base):
         x = in_autocast(x)
         if compute_dtype(x) == x.dtype or not (is_packed(self.weight) or self.weight.dtype == x.dtype):
             return super().forward(x)
-        weight = self.weight.T if isinstance(self, Conv1D) else self.weight
-        y: torch.Tensor = _Product.apply(x, weight, self.bias)
+        y: torch.Tensor = _Product.apply(x, weight_of(self), self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -158,7 +171,7 @@ def compute_in_float32(network: nn.Module) -> None:
         kind: Any = type(module)
         if not is_linear(module) or issubclass(kind, InFloat32) or "forward" in vars(module):
             continue
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight = weight_of(module)
         if weight.device.type == "cpu" and not multiplies(dtype_of(weight)):
             found = True
             module.__class__ = _in_float32(kind)

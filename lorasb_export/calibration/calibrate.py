@@ -26,6 +26,7 @@ from ..base.given import (
     require_positions,
 )
 from ..base.model import AnyBase, BaseModel
+from ..base.products import shape_of
 from ..base.supported import refuse_merged
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
@@ -36,7 +37,6 @@ from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
 from ..layers.inject import remove
-from ..layers.layer import shape_of
 from ..layers.targets import WHERE_TARGETS, find_targets
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings

@@ -19,13 +19,19 @@ from transformers.pytorch_utils import Conv1D
 from ..bars import progress_bar
 from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
 from ..base.nf4 import dequantize, state_of
-from ..base.products import compute_dtype, product, product_of_gradient, without_autocast
+from ..base.products import (
+    compute_dtype,
+    product,
+    product_of_gradient,
+    shape_of,
+    weight_of,
+    without_autocast,
+)
 from ..data.batches import collate, label_counts, row_losses
 from ..data.encoding import Encoded, encode_all, without_left_out
 from ..data.task import TaskData
 from ..distributed import share, world_size
 from ..errors import BaseModelError
-from ..layers.layer import shape_of, weight_of
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:

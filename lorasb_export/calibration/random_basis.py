@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..base.products import shape_of
 from ..layers.factors import BlockBasis, Factors, ModuleBasis
-from ..layers.layer import shape_of
 from ..settings import BLOCK
 
 

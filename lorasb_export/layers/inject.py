@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..base.nf4 import keep_layout, state_of
-from ..base.products import compute_in_float32, is_linear
+from ..base.products import compute_in_float32, is_linear, shape_of, weight_of
 from ..errors import ArtifactError, BaseModelError, SettingsError
 from .factors import Factors
-from .layer import LoRASBLinear, Route, shape_of, weight_of
+from .layer import LoRASBLinear, Route
 
 
 class Live(Mapping[str, nn.Parameter]):

@@ -14,22 +14,11 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from ..base.nf4 import dequantize, dtype_of, state_of
-from ..base.products import compute_dtype, in_autocast, product, product_of_gradient, without_autocast
+from ..base.products import compute_dtype, in_autocast, product, product_of_gradient, weight_of, without_autocast
 from ..errors import SettingsError
 from .factors import Factors
 
 Factor = torch.Tensor | slice  # Bᵀ or A, (r, n); or the places in which it is the unit matrix, where the rest is zero
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or Conv1D."""
-    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)  # type: ignore[return-value]
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight of a Linear or Conv1D as (out, in); a view, Conv1D stores it transposed. A packed one as it is."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 class Route:

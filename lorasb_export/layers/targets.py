@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..base.given import body_of
-from ..base.products import is_linear
+from ..base.products import is_linear, shape_of
 from ..errors import BaseModelError, SettingsError
 from ..settings import ALL_LINEAR, MLP_OUTPUT
 from .inject import refuse_peft
-from .layer import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

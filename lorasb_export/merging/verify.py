@@ -115,8 +115,8 @@ def _adding(adapter: Adapter, name: str) -> Any:
 def _whole(
     base: BaseModel, merged: BaseModel, adapters: Sequence[Adapter], inputs: Inputs, rounding: Rounding
 ) -> Logits:
+    from ..base.products import weight_of
     from ..layers.head import load_head  # only now: Conv1D brings torch.distributed.tensor
-    from ..layers.layer import weight_of
 
     logger.info("the model cannot be run with its weights on the disk: it is loaded whole to compare logits")
     first, device = adapters[0], inputs["input_ids"].device

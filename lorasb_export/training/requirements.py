@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from .. import distributed
@@ -10,7 +9,7 @@ from ..adapter import Adapter, check_same_basis
 from ..basis import Basis
 from ..choices import SEQ_CLS
 from ..data.task import TaskData, refuse_single_class
-from ..environment import require_packages
+from ..environment import accelerate_uses, require_packages
 from ..errors import DataError, SettingsError, some
 from ..evaluation.evaluate import metric_for, require_same_kind
 from ..settings import FitSettings
@@ -20,7 +19,7 @@ def _check_launcher() -> None:
     """Raise SettingsError where `accelerate launch` asks for a way to shard: the Trainer would put other tensors in the
     place of R."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+        if accelerate_uses(name):
             fix = "Start it by torchrun, or attach an adapter in a loop of your own"
             raise SettingsError(f"fit does not train under {name}", where=f"ACCELERATE_USE_{name}", fix=fix)
 

@@ -62,7 +62,9 @@ def run(
     start: Annotated[
         str | None,
         typer.Option(
-            "--start-from", metavar="ADAPTER", help="Go on from this adapter's R, in its basis: name, folder or Hub id."
+            "--start-from",
+            metavar="ADAPTER",
+            help="Go on from this adapter's R, in its basis: name, folder or Hub id; {name} in it is the task's.",
         ),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
@@ -147,7 +149,7 @@ def run(
         "model": model,
         "data": data,
         "basis": basis,
-        "start": run.project.find_adapter(start) if start else None,
+        "start": start,
         "out": out,
         "resume": resume,
         "overwrite": overwrite,

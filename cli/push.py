@@ -58,7 +58,8 @@ def run(
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/name" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
     found = None if folder is None else project.find_folder(folder)
-    from lorasb_export.project.push import PLACE, push_folder, push_project  # only now: it brings torch
+    from lorasb_export.names import PLACE
+    from lorasb_export.project.push import push_folder, push_project  # only now: it brings torch
 
     to_project = found is None or (repo is None and PLACE not in target)  # not to a repository of the folder's own
     if basis_repo and to_project:

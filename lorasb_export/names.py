@@ -16,6 +16,7 @@ from .hub.fetch import NAME, leads_out
 
 logger = logging.getLogger(__name__)
 
+PLACE = "{name}"  # stands for an adapter's name, where one word is given for many
 _NAME = re.compile(NAME)
 # First words of the types of parts in chat requests (`text`, `image_url`). vLLM mistakes such a type for the name of an
 # adapter, and would answer a request for the base with it.

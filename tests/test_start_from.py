@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -155,3 +156,63 @@ def test_the_command(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytes
     assert "own is to be replaced, and the others are to start from it" in several.stderr
     refused = lorasb("fit", "a", "--start-from", "missing", "--overwrite")
     assert "no adapter 'missing'" in refused.stderr
+
+
+def test_each_task_of_many_starts_from_its_own(
+    llama: Path,
+    sums: Path,
+    products: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """As in a project some weeks later: `a` as it was, of `b` (in the shared basis) and `own` other rows, `new`."""
+    monkeypatch.chdir(tmp_path)
+    head = f'model = "{llama}"\n[basis]\nrank = 2\n[fit]\nmax_steps = 2\nlearning_rate = 1e-30\n'
+    file = Path("lorasb.toml")
+
+    def write(**data: Path) -> None:
+        own = {name: 'basis = "own"\n' if name == "own" else "" for name in data}
+        file.write_text(head + "".join(f'[tasks.{name}]\ndata = "{data[name]}"\n{own[name]}' for name in data))
+
+    write(a=sums, b=sums, own=sums)
+    assert lorasb("fit", "--init", "svd", "--lr", "0.01").exit_code == 0
+    shutil.copytree("adapters", "before")  # beside it: an adapter finds its basis by a relative path
+    before = {name: Adapter.load(f"before/{name}") for name in ("a", "b", "own")}
+    write(a=sums, b=products, own=products, new=products)
+    pattern = ("--start-from", "{name}", "--resume", "--overwrite")
+
+    planned = lorasb("fit", *pattern, "--lr", "0.01", "--dry-run", "--json")
+    assert {name: task["action"] for name, task in json.loads(planned.stdout)["tasks"].items()} == {
+        "a": "keep",
+        "b": "train",
+        "own": "train",
+        "new": "train",
+    }
+    for refused, message in (
+        (("--start-from", "./missing/{name}", "--overwrite"), "no task has an adapter to start from"),
+        ((*pattern, "--together"), "together all start from one adapter"),
+        (("--start-from", "a", "--overwrite"), "or each from its own: {name}"),
+    ):
+        assert message in lorasb("fit", *refused).stderr
+
+    done = lorasb("fit", *pattern, "--lr", "0.01")
+    assert done.exit_code == 0
+    assert "new: trained from the beginning, for there is no {name}" in log.text
+    after = {name: Adapter.load(f"adapters/{name}") for name in ("a", "b", "own", "new")}
+    assert after["a"].training == before["a"].training
+    for name in ("b", "own"):
+        assert after[name].training["start"].startswith(f"{name}, sha256 {before[name].sha256[:12]}")
+        assert after[name].basis_sha256 == before[name].basis_sha256
+        assert not tensors_equal(after[name].R, before[name].R)
+    assert after["own"].basis_source is None
+    assert after["new"].training["start"] is None
+    again = lorasb("fit", *pattern, "--lr", "0.01")
+    assert again.exit_code == 0
+    assert {name: Adapter.load(f"adapters/{name}").sha256 for name in after} == {
+        name: adapter.sha256 for name, adapter in after.items()
+    }
+
+    shutil.rmtree("adapters/b")
+    assert lorasb("fit", "b", "--start-from", "before/{name}").exit_code == 0
+    assert tensors_equal(Adapter.load("adapters/b").R, before["b"].R)  # at the rate of the file

@@ -21,6 +21,7 @@ from ..data.task import TaskData, load_task
 from ..errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
 from ..files.output import is_free, refuse_existing
 from ..files.storage import expanded
+from ..names import PLACE
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
 from ..training.fit import fit, train_together
@@ -29,6 +30,7 @@ from ..training.requirements import check_requirements
 from ..training.run_basis import with_rate
 from .basis import basis_of_task, is_shared, load_or_make, shared_folder
 from .project import OWN_BASIS, Project
+from .starts import Starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,11 +50,13 @@ class FitRequest:
         own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
         data, out: for a single task: its data, where the project does not name it, and its adapter folder.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
-        start: folder or Hub id of an adapter to go on from (`fit`), in its basis unless `basis` names one.
+        start: an adapter to go on from (`fit`), or with `{name}` one for each task: the word of `Starts`. A task is
+            trained in the basis of that, unless `basis` names one.
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: `data` or `out` with several tasks; one of several is to replace `start`.
+        SettingsError: `data` or `out` with several tasks; or see `Starts`.
+        ArtifactError: see `Starts`.
     """
 
     def __init__(
@@ -77,14 +81,9 @@ class FitRequest:
         self.settings_of = {name: self.own.get(name, settings) for name in names}
         self.targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
         self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
-        self.start = started = Adapter.load(start) if start else None
-        folders = [target.absolute() for target in self.targets.values()]
-        if started is not None and len(folders) > 1 and started.folder in folders:
-            what = f"{started.name} is to be replaced, and the others are to start from it"
-            raise SettingsError(what, fix="Train it alone, or start from a copy")
-        of_start = "" if started is None or basis else str(started.find_basis())
+        self.starts, self._basis = Starts(project, start, self.targets), basis
         # Where the basis of each task is, or `own`.
-        self.bases = {name: basis or of_start or basis_of_task(project, name) for name in names}
+        self.bases = {name: basis or self.starts.basis(name) or basis_of_task(project, name) for name in names}
 
     @cached_property
     def base(self) -> BaseModel:
@@ -117,13 +116,16 @@ class FitRequest:
 
     def basis_for(self, name: str, shared: Mapping[str, Basis | None]) -> Basis | CalibrationSettings:
         """A task's basis among `shared`, those that are there, by their places; otherwise how it is made."""
+        if self._basis is None and self.bases[name] == OWN_BASIS and (start := self.starts.of(name)):
+            return start.load_basis()
         return shared.get(self.bases[name]) or self.project.calibration_settings(self.settings_of[name])
 
     def job(self, task: TaskData, basis: Basis | CalibrationSettings) -> Job:
         """What `fit` would do with `task`, to be asked what that comes to; no weights are loaded."""
         empty, out = self.load_empty(task.task_type, num_labels=task.num_labels), self.targets[task.name]
         settings = with_rate(self.settings_of[task.name], self.base, basis, task, empty)
-        return Job(self.base, basis, [task], [out], working_folder(out), settings, None, False, self.start)
+        start = self.starts.of(task.name)
+        return Job(self.base, basis, [task], [out], working_folder(out), settings, None, False, start)
 
 
 def leaves_others(error: Exception) -> bool:
@@ -195,10 +197,13 @@ class _Fitting:
         self._trains = not request.resume or any(map(is_free, request.targets.values()))  # else maybe all are kept
         self._loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
         self._options: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
-        self._options |= {"start": request.start, "measure": len(request.places) <= MAX_MEASURED}
+        self._options["measure"] = len(request.places) <= MAX_MEASURED
 
     def together(self) -> Iterator[tuple[str, Outcome]]:
         request, sources = self._request, set(self._request.bases.values())
+        if request.starts.differ:
+            what = f"together all start from one adapter, not from {PLACE}"
+            raise SettingsError(what, fix="Name one, or leave --together out")
         if request.own:
             what = f"{some(sorted(request.own))} cannot be trained together with settings of their own"
             raise SettingsError(what, fix="Leave --together out, or [tasks.NAME.fit]")
@@ -211,7 +216,8 @@ class _Fitting:
             self._loaded.drop()  # what a basis was made with: the job loads its own, if it has to train
         network = self._loaded.get(self._base, CAUSAL_LM) if self._generates and self._trains else None
         inputs = self._base, basis, tasks, request.project.adapters_folder, request.settings
-        yield from zip(tasks, train_together(*inputs, network=network, **self._options), strict=True)
+        options = {**self._options, "start": request.starts.one}
+        yield from zip(tasks, train_together(*inputs, network=network, **options), strict=True)
 
     def in_turn(self) -> Iterator[tuple[str, Outcome]]:
         request, shared, one_is_done = self._request, self._bases(), False
@@ -245,7 +251,8 @@ class _Fitting:
             self._loaded.drop()  # its basis takes a base of its own, in another dtype
         else:
             network = self._loaded.get(self._base, task.task_type, task.num_labels)
-        return fit(self._base, basis, task, target, request.settings_of[name], network=network, **self._options)
+        options = {**self._options, "start": request.starts.of(name)}
+        return fit(self._base, basis, task, target, request.settings_of[name], network=network, **options)
 
     def _bases(self) -> dict[str, Basis]:
         """By their places, those that are no task's own; the project's is made where there is none."""

@@ -14,16 +14,14 @@ from ..bars import progress_bar
 from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..files.kind import artifact_kind
 from ..files.storage import absolute
-from ..format import read_adapter_config
 from ..hub.fetch import ADAPTERS, BASES, BASIS, BASIS_FILES
+from ..names import PLACE
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
 from ..publishing.repository import is_of_one
 from .project import Project
 
 logger = logging.getLogger(__name__)
-
-PLACE = "{name}"  # in the name of a repository: stands for the adapter's, or for BASIS
 
 
 def push_project(
@@ -153,5 +151,5 @@ def _local_basis(folder: Path) -> Path | None:
     """The folder of the basis that this adapter names; None of one on the Hub or inside, and of what is no adapter."""
     if artifact_kind(folder) != "adapter":
         return None
-    source = basis_source.resolved(read_adapter_config(folder)["basis"]["source"], folder, None)
+    source = basis_source.of_adapter(folder)
     return Path(source) if source is not None and Path(source).is_absolute() else None

@@ -47,8 +47,8 @@ def differences(
     found = changes(before, now)
     if data != task.sha256:
         found.append("other data")
-    replaced = made.get("start") == out.name and start is not None and start.folder == out  # by what came of it
-    if made.get("start_sha256") != (start and start.sha256) and not replaced:
+    is_itself = start is not None and start.folder == out  # with the same rows it is not to be trained once more
+    if made.get("start_sha256") != (start and start.sha256) and not is_itself:
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")

@@ -7,7 +7,7 @@ import posixpath
 from pathlib import Path
 
 from .errors import ArtifactError
-from .hub.fetch import parse_hub_folder
+from .hub.ids import parse_hub_folder
 
 EMBEDDED = "embedded"
 

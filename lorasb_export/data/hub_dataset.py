@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, first_line
 from ..hub.calls import hub_errors, status_of, with_retries
-from ..hub.fetch import may_be_dataset
+from ..hub.ids import may_be_dataset
 from .rows import LABELLED, Row, kind_of, warn_once
 from .source import TaskSource
 

@@ -11,7 +11,7 @@ from .. import basis_source
 from ..errors import ArtifactError, SettingsError
 from ..files.kind import artifact_kind
 from ..format import finite, only_numbers, read_adapter_config, read_basis_config
-from ..hub.fetch import parse_hub_folder
+from ..hub.ids import parse_hub_folder
 from .project import Project
 
 

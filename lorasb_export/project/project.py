@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.source import TaskSource
 from ..errors import ArtifactError, BaseModelError, SettingsError, some
 from ..files.storage import absolute, expanded
-from ..hub.fetch import is_mistyped_path, may_be_dataset, parse_hub_id
+from ..hub.ids import is_mistyped_path, may_be_dataset, parse_hub_id
 from ..names import adapters_in, find_adapter, name_problem, task_name_problem
 from ..settings import CalibrationSettings, FitSettings
 from .file import FILE_NAME, Task, nearest, read_project_file

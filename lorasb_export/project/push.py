@@ -15,7 +15,8 @@ from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..files.kind import artifact_kind
 from ..files.storage import absolute
 from ..format import read_adapter_config
-from ..hub.fetch import ADAPTERS, BASES, BASIS, BASIS_FILES
+from ..hub.fetch import BASIS_FILES
+from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
 from ..publishing.repository import is_of_one

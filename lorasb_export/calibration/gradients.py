@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
-from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
+from ..base.borrowed import evaluating, flags_kept, without_cache
+from ..base.given import is_checkpointing
 from ..base.nf4 import state_of
 from ..base.products import apply_linear, shape_of, weight_of
 from ..data.batches import collate, label_counts, row_losses

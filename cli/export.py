@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lorasb_export.choices import MAX_COMPARED, MAX_DROP, ExportFormat, Precision
+from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
 
 from .verb import Run
 from .words import given, human_bytes
-
-if TYPE_CHECKING:
-    from lorasb_export.data.task import TaskData
 
 
 def run(
@@ -78,13 +74,15 @@ def run(
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else run.project.base_elsewhere(model, folders[0])
     options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, **given(max_drop=max_drop)}
+    from lorasb_export.project.export import tasks_to_compare  # only now: it brings torch
+
     if into is None:
-        from lorasb_export.exporting.export import export  # only now: it brings torch
+        from lorasb_export.exporting.export import export
 
         target, verb = out or format, f"Exported {format} to"
         precision = precision or "fp32"
         if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or compared):
-            options["data"] = _tasks(run, folders, data)
+            options["data"] = tasks_to_compare(run.project, folders, data)
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=base, **options)
     else:
@@ -93,36 +91,10 @@ def run(
 
         target, verb = into, "Added to"
         if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
-            options["data"] = _tasks(run, folders, data)
+            options["data"] = tasks_to_compare(run.project, folders, data)
         result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
     run.result(result, "\n".join(lines))
-
-
-def _tasks(run: Run, folders: list[str], data: str | None) -> dict[str, TaskData]:
-    """The task of each adapter that is compared, by the adapter's name, of those whose data is found."""
-    from lorasb_export.adapter import Adapter
-    from lorasb_export.data.task import load_held_out, load_task
-    from lorasb_export.errors import DataError
-
-    found = {}
-    for folder in folders[:MAX_COMPARED]:
-        loaded = Adapter.load(folder)
-        name, source = run.project.task_of(loaded, data)
-        task = None
-        if data is not None:
-            task = load_held_out(name, source or data)
-            task.rows(task.held_out())  # or what was asked for would be left out in silence
-        elif source is not None and (name in run.project.tasks or Path(str(source)).exists()):
-            try:
-                task = load_task(name, source)
-            except DataError as error:
-                run.say(f"The data of {name} cannot be read: {error}")
-        if task is not None and task.splits.get(task.held_out()):
-            found[loaded.name or ""] = task
-        else:
-            run.say(f"No held-out rows for {name}: the graph is compared on built-in prompts only (--data names them)")
-    return found
 
 
 def _comparisons(verify: dict[str, Any]) -> list[str]:

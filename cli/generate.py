@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasb_export.choices import CAUSAL_LM, LoadedDtype
-from lorasb_export.errors import ArtifactError, LoraSBError, some
+from lorasb_export.choices import LoadedDtype
+from lorasb_export.errors import LoraSBError, some
 
 from .verb import Run
 from .words import given, listed
@@ -112,32 +112,17 @@ def _ask(
     elif model:
         chosen = []
     else:
-        from lorasb_export.names import ours_in, refuse_many
+        from lorasb_export.project.generate import adapters_to_ask
 
-        refuse_many(run.project.adapter_names(), run.project.folder)
-        chosen = [name for name in ours_in(run.project.adapters_folder) if _answers(run, name)]
+        chosen, classifiers = adapters_to_ask(run.project)
+        for name in classifiers:
+            run.say(f"{name} is passed over: it is a classifier, which answers nothing")
         options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
     base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()
     from lorasb_export.evaluation.side_by_side import ask_adapters  # only now: it brings torch
 
     return ask_adapters(asked, folders, base=base, **options), failed
-
-
-def _answers(run: Run, name: str) -> bool:
-    """Whether an adapter of the project generates; of one that does not it is said.
-
-    Of one that cannot be read who loads it says so.
-    """
-    from lorasb_export.format import read_adapter_config
-
-    try:
-        answers = read_adapter_config(run.project.adapter_folder(name))["task_type"] == CAUSAL_LM
-    except ArtifactError:
-        return True
-    if not answers:
-        run.say(f"{name} is passed over: it is a classifier, which answers nothing")
-    return answers
 
 
 def _block(line: dict[str, Any], asked: Prompt) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from lorasb_export.errors import SettingsError, some
 
 from .verb import Run
 from .words import human_bytes, score
-
-if TYPE_CHECKING:
-    from lorasb_export.data.source import AnySource
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 
@@ -51,7 +48,11 @@ def run(
     if max_length is not None and (data is None or path is not None):
         raise typer.BadParameter("--max-length is for the rows of --data, without a folder")
     if path is None and data is not None:
-        _inspect_data(run, data, model)
+        from lorasb_export.project.inspect import inspect_rows
+        from lorasb_export.settings import FitSettings
+
+        rows = inspect_rows(run.project, data, model, run.given(FitSettings))
+        run.result(rows, "\n".join(_data_lines(rows)))
         return
     if path is None:
         from lorasb_export.project.inspect import inspect_project
@@ -60,7 +61,7 @@ def run(
         run.result(project, "\n".join(_project_lines(project)))
         return
     folder = _folder(run, path)
-    source = None if data is None else _source(run, data)
+    source = None if data is None else run.project.find_data(data)
     from lorasb_export.inspection import inspect_folder  # only now: it brings torch
 
     found = inspect_folder(folder, data=source, base=model, verify=verify)
@@ -82,31 +83,6 @@ def _folder(run: Run, path: str) -> str:
             raise
         fix = f"{error.fix}; what it would be trained on: lorasb inspect --data {path}"
         raise SettingsError(error.what, where=error.where, fix=fix) from None
-
-
-def _source(run: Run, data: str) -> AnySource:
-    """What --data names."""
-    if data not in run.project.tasks:
-        return run.project.other_source("", data)
-    if Path(data).exists():
-        run.say(f"{data} is taken for the task: ./{data} names the path")
-    return run.project.task_source(data)
-
-
-def _inspect_data(run: Run, data: str, model: str | None) -> None:
-    from lorasb_export.data.task import load_task
-    from lorasb_export.settings import FitSettings
-
-    settings = run.project.settings_of(data, run.given(FitSettings))
-    if model is None and run.project.file is None:
-        fix = "Pass --model, or change to the project's folder"
-        raise SettingsError("no base model: there is no lorasb.toml here", where=run.project.folder, fix=fix)
-    base = model or run.project.require_model()
-    task = load_task(data if data in run.project.tasks else "data", _source(run, data))
-    from lorasb_export.training.inspect import inspect_data  # only now: it brings torch
-
-    found = inspect_data(task, base, settings)
-    run.result(found, "\n".join(_data_lines(found)))
 
 
 def _data_lines(found: dict[str, Any]) -> list[str]:

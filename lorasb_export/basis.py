@@ -21,7 +21,8 @@ from .errors import ArtifactError
 from .files.atomic import atomic_folder
 from .files.storage import absolute, expanded, read_json, version_of, write_json
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
-from .hub.fetch import BASIS_FILES, parse_hub_folder, resolve_folder
+from .hub.fetch import BASIS_FILES, resolve_folder
+from .hub.ids import parse_hub_folder
 from .layers.factors import BlockBasis, Factors, ModuleBasis
 from .provenance import versions
 from .settings import GRADIENT, CalibrationSettings, changes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import ArtifactError
 from .format import read_adapter_config
-from .hub.fetch import parse_hub_folder
+from .hub.ids import parse_hub_folder
 
 EMBEDDED = "embedded"
 

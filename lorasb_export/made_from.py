@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub.fetch import leads_out, parse_hub_folder
+from .hub.cache import leads_out
+from .hub.ids import parse_hub_folder
 from .provenance import CURVE, versions
 
 if TYPE_CHECKING:

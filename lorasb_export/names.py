@@ -12,7 +12,8 @@ from pathlib import Path
 from .errors import ArtifactError, Problems, SettingsError, some
 from .files.kind import artifact_kind
 from .files.storage import expanded
-from .hub.fetch import NAME, leads_out
+from .hub.cache import leads_out
+from .hub.ids import NAME
 
 logger = logging.getLogger(__name__)
 

@@ -162,7 +162,7 @@ def test_only_adapters_that_are_compared_have_their_rows_read(
     monkeypatch.setattr(
         onnx_adapters, "export_onnx_adapters", lambda *_, **options: calls.append(options) or {"bytes": 0}
     )
-    monkeypatch.setattr("lorasb_cli.export.MAX_COMPARED", 2)
+    monkeypatch.setattr("lorasb_export.project.export.MAX_COMPARED", 2)
     folders = [str(tmp_path / name) for name in names]
     command = ["export", *folders, "--format", "onnx-adapters", "--precision", "int8", "--data", str(sums)]
     CliRunner().invoke(app, command, catch_exceptions=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.merging.plan import parse_size
+from lorasb_export.merging.layout import parse_size
 from tests.merging import MODULES, adapter_for, logits, unmerged_logits
 from tests.tiny import make_gpt2, make_llama, write_index
 

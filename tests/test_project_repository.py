@@ -16,7 +16,7 @@ from lorasb_export.cards.project_card import project_card
 from lorasb_export.cards.sections import NOTHING
 from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
-from lorasb_export.hub.fetch import HubFolder, parse_hub_folder
+from lorasb_export.hub.ids import HubFolder, parse_hub_folder
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project.project import Project
 from lorasb_export.project.push import push_project

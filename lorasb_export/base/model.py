@@ -18,7 +18,8 @@ from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
 from ..environment import accelerate_uses
 from ..errors import BaseModelError, SettingsError
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
-from ..hub.fetch import parse_hub_id, snapshot
+from ..hub.fetch import snapshot
+from ..hub.ids import parse_hub_id
 from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .supported import architecture, check_supported, refuse_merged

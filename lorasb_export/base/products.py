@@ -6,7 +6,7 @@ bits, or packed in four: they are cast for every product, in pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -103,30 +103,60 @@ def without_autocast(device: str) -> AbstractContextManager[None]:
 
 
 class _Product(torch.autograd.Function):
-    """x·Wᵀ + bias in float32, which saves no copy of the weight.
+    """x·Wᵀ + bias in `compute_dtype`, which saves no copy of the weight.
 
     It is (tokens, out): given the shape of x in here it would be a view, which a model could not change in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.shape, ctx.state = x.shape, state_of(weight)
-        with without_autocast("cpu"):
-            return product(x.reshape(-1, x.shape[-1]).float(), dequantize(weight, ctx.state), bias).to(x.dtype)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        keep: Callable[[torch.Tensor], None] | None,
+        _: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if keep or ctx.needs_input_grad[1] else None, weight)
+        ctx.shape, ctx.dtype, ctx.state, ctx.keep = x.shape, compute_dtype(x), state_of(weight), keep
+        with without_autocast(x.device.type):
+            flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            return product(flat, dequantize(weight, ctx.state), bias).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].float()  # torch rounds what is returned to the inputs' dtypes
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        with without_autocast("cpu"):
+        grad = grads[0].to(ctx.dtype)  # torch rounds what is returned to the inputs' dtypes
+        to_x, _, to_bias, *_ = ctx.needs_input_grad
+        with without_autocast(grad.device.type):
+            of_weight = None if x is None else grad.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            if ctx.keep:
+                ctx.keep(of_weight)
+                of_weight = None  # freed before the next product
             return (
                 product_of_gradient(grad, dequantize(weight, ctx.state)).view(ctx.shape) if to_x else None,
-                grad.T @ x.reshape(-1, x.shape[-1]).float() if to_weight else None,
+                of_weight,
                 grad.sum(0) if to_bias else None,
+                None,
+                None,
             )
+
+
+def apply_linear(
+    module: nn.Module,
+    x: torch.Tensor,
+    keep: Callable[[torch.Tensor], None] | None = None,
+    wanted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a Linear or Conv1D makes of x (…, in), as `compute_dtype` has it, whatever its class would.
+
+    Args:
+        keep: of a packed weight; is given its gradient (out, in) in the backward pass.
+        wanted: a tensor that asks for gradients, where x may not: for `keep` to be called all the same.
+    """
+    y: torch.Tensor = _Product.apply(x, weight_of(module), module.bias, keep, wanted)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # The class of a linear layer is changed and not its `forward`, which would hold the layer in a cycle.
@@ -143,8 +173,7 @@ class InFloat32(_Base):
         x = in_autocast(x)
         if compute_dtype(x) == x.dtype or not (is_packed(self.weight) or self.weight.dtype == x.dtype):
             return super().forward(x)
-        y: torch.Tensor = _Product.apply(x, weight_of(self), self.bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return apply_linear(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Its class has no name by which pickle would find it."""

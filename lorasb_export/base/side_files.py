@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import BaseModelError
-from ..hub.fetch import leads_out
+from ..hub.cache import leads_out
 
 # Settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
 TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")

@@ -17,16 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
-from ..base.given import evaluating, flags_kept, is_checkpointing, without_cache
-from ..base.nf4 import dequantize, state_of
-from ..base.products import (
-    compute_dtype,
-    product,
-    product_of_gradient,
-    shape_of,
-    weight_of,
-    without_autocast,
-)
+from ..base.borrowed import evaluating, flags_kept, without_cache
+from ..base.given import is_checkpointing
+from ..base.nf4 import state_of
+from ..base.products import apply_linear, shape_of, weight_of
 from ..data.batches import collate, label_counts, row_losses
 from ..data.encoding import Encoded, encode_all, without_left_out
 from ..data.task import TaskData
@@ -243,40 +237,14 @@ def _checkpointed(network: PreTrainedModel) -> AbstractContextManager[None]:
     )
 
 
-class _PackedGradient(torch.autograd.Function):
-    """x·Wᵀ + bias (tokens, out) of a packed W, whose gradient (out, in) is given to `keep` in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, _: torch.Tensor, module: nn.Linear, keep: Callable[[torch.Tensor], None]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.module, ctx.keep, ctx.dtype = module, keep, compute_dtype(x)
-        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        with without_autocast(x.device.type):
-            return product(flat, dequantize(module.weight), module.bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), grad = ctx.saved_tensors, grads[0].to(ctx.dtype)
-        with without_autocast(x.device.type):
-            ctx.keep(grad.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype))
-            if not ctx.needs_input_grad[0]:
-                return None, None, None, None
-            return product_of_gradient(grad, dequantize(ctx.module.weight)).view(x.shape), None, None, None
-
-
 def _gradients_of_packed(
     modules: Mapping[str, nn.Module], keep: Callable[[str, torch.Tensor], None]
 ) -> AbstractContextManager[None]:
     """In backward passes within, `keep(name, gradient (out, in))` for every packed weight."""
     wanted = torch.zeros((), requires_grad=True)  # the first layer's input asks for no gradient
-
-    def forward(name: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _PackedGradient.apply(x, wanted, module, partial(keep, name))
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    return _other_forwards({module: partial(forward, name, module) for name, module in modules.items()})
+    return _other_forwards(
+        {m: partial(apply_linear, m, keep=partial(keep, name), wanted=wanted) for name, m in modules.items()}
+    )
 
 
 @contextmanager

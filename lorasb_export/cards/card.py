@@ -10,7 +10,8 @@ from ..choices import CAUSAL_LM, NF4, SEQ_CLS
 from ..errors import ArtifactError, some
 from ..files.atomic import CARD, atomic_file
 from ..files.storage import utf8
-from ..hub.fetch import is_hub_id, leads_out, parse_hub_id
+from ..hub.cache import leads_out
+from ..hub.ids import is_hub_id, parse_hub_id
 from .loading import adapter_lines, model_class_of, outputs, source_of
 from .readme import assemble, update
 from .sections import (

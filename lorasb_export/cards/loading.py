@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..choices import SEQ_CLS
-from ..hub.fetch import is_hub_id
+from ..hub.ids import is_hub_id
 
 
 def adapter_lines(

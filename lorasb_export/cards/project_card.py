@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..choices import SEQ_CLS
-from ..hub.fetch import kind_of_part
+from ..hub.ids import kind_of_part
 from .card import whole_card
 from .loading import adapter_lines
 from .sections import Facts, base_link, figure_rows, grid

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..basis_source import EMBEDDED
 from ..format import finite
-from ..hub.fetch import is_hub_id, parse_hub_folder
+from ..hub.ids import is_hub_id, parse_hub_folder
 from ..provenance import CURVE
 
 _MAX_ENTRIES = 24  # a larger object is data, not a summary

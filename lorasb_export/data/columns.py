@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..errors import DataError, some
-from .rows import Row, warn_once
+from .rows import Placed, Row, warn_once
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 _OPTIONAL = ("tools",)  # a chat may have none
@@ -26,9 +26,7 @@ def columns_of(value: str) -> list[str]:
     return [] if any(braces[0] in "{}" for braces in found) else [braces[1] for braces in found if braces[1]]
 
 
-def renamed(
-    placed: Mapping[str, Sequence[tuple[str, Row]]], columns: Mapping[str, str], where: str
-) -> dict[str, list[tuple[str, Row]]]:
+def renamed(placed: Mapping[str, Sequence[Placed]], columns: Mapping[str, str], where: str) -> dict[str, list[Placed]]:
     """The rows of every split with the fields that `columns` make of what they have; nothing else of them is kept.
 
     Raises:
@@ -47,7 +45,7 @@ def renamed(
     return {split: [_of_fields(row, columns) for row in of_split] for split, of_split in placed.items()}
 
 
-def _of_fields(placed: tuple[str, Row], columns: Mapping[str, str]) -> tuple[str, Row]:
+def _of_fields(placed: Placed, columns: Mapping[str, str]) -> Placed:
     place, row = placed
 
     def filled(braces: re.Match[str]) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, first_line
 from ..hub.calls import hub_errors, status_of, with_retries
-from ..hub.fetch import may_be_dataset
-from .rows import LABELLED, Row, kind_of, warn_once
+from ..hub.ids import may_be_dataset
+from .rows import LABELLED, Placed, kind_of, warn_once
 from .source import TaskSource
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OF_A_WRONG_NAME = ("BuilderConfig", "Unknown split", "Unrecognized instruction")
 
 
-def rows_from_hub(source: TaskSource) -> dict[str, list[tuple[str, Row]]]:
+def rows_from_hub(source: TaskSource) -> dict[str, list[Placed]]:
     """Split → the rows, each with its place; without those of a class that is not known.
 
     Raises:

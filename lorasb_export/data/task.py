@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,27 +16,22 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..errors import DataError, SettingsError
 from ..files.storage import expanded
 from .columns import renamed
+from .hold_out import divided
 from .hub_dataset import rows_from_hub
+from .row_files import is_csv, number_labels, read_rows, split_files
 from .rows import (
-    CHAT,
-    FIELDS_OF,
     LABELLED,
     TEXT,
+    Placed,
     Row,
     as_json,
     check_row,
-    is_csv,
     kind_of,
-    number_labels,
-    read_rows,
     refuse_empty,
     refuse_unwritable,
     warn_once,
 )
 from .source import SPLITS, AnySource, TaskSource
-from .tools import Turn, chat_of
-
-Placed = tuple[str, Row]  # a row with its place, which errors name
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ def load_task(name: str, source: AnySource) -> TaskData:
     placed, place = _read(source, path), str(path.absolute()) if path.exists() else source.path
     kind = _checked_kind(place, placed)
     if source.hold_out and "valid" not in placed:
-        placed["train"], placed["valid"] = _divided(placed["train"], kind, source.hold_out, place)
+        placed["train"], placed["valid"] = divided(placed["train"], kind, source.hold_out, place)
     return replace(_made(name, place, kind, placed), read_as=source.options())
 
 
@@ -223,65 +217,6 @@ def _read(source: TaskSource, path: Path) -> dict[str, list[Placed]]:
     if labelled := [(place, row) for place, row in of_csv if kind_of(row, place) == LABELLED]:
         number_labels(labelled)
     return placed
-
-
-def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split that a data folder has: JSON lines, or else CSV.
-
-    Warns of the .jsonl and .csv files that are none of them.
-    """
-    splits = {split: split for split in SPLITS} | {"validation": "valid"}
-    present = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jsonl", ".csv") and path.is_file())
-    found: dict[str, Path] = {}
-    for path in sorted(present, key=is_csv):
-        split = splits.get(path.stem)
-        if split in found and is_csv(path) == is_csv(found[split]):
-            raise DataError(f"both {found[split].name} and {path.name}", where=folder, fix="Keep one of them")
-        if split is not None:
-            found.setdefault(split, path)
-    if other := [path.name for path in present if path not in found.values()]:
-        files = ", ".join(f"{split}.jsonl" for split in splits)
-        warn_once(f"{', '.join(other)} in {folder} not read: a task's files are {files}, or else .csv")
-    return {split: found[split] for split in SPLITS if split in found}
-
-
-def _divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tuple[list[Placed], list[Placed]]:
-    """Rows to train on, and about `share` of all to hold out, in their order. Of each class one stays at least.
-
-    A row is held out by a digest of what it says alone, so that no other rows decide over it.
-    """
-    numbers = kind == LABELLED and any(isinstance(row["label"], float) for _, row in placed)
-    digests = [hashlib.sha256(as_json(_said(row, kind, numbers=numbers))).digest() for _, row in placed]
-    classes = [str(row["label"]) if kind == LABELLED and not numbers else "" for _, row in placed]
-    twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
-    for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
-        beyond = int.from_bytes(digest[:8]) >= share * 2**64
-        if beyond and chosen:
-            break
-        if twins[digest] < left[of_class]:
-            chosen.add(digest)
-            left[of_class] -= twins[digest]
-    if not chosen:
-        fix = "Add rows, or set hold_out = 0 in its [tasks.NAME]"
-        raise DataError("too few different rows to hold any out", where=where, fix=fix)
-    pairs = list(zip(digests, placed, strict=True))
-    return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
-
-
-def _said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
-    """What a row says: the same for equal rows, whatever else they have.
-
-    Of a chat the turns as a template takes them, and of these the words and the calls: ids and times differ in copies.
-    """
-    if kind == CHAT:
-        return [(turn["role"], turn["content"], _called(turn)) for turn in chat_of(row).turns]
-    said = row | {"label": float(row["label"])} if numbers else row
-    return [str(said.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
-
-
-def _called(turn: Turn) -> list[Any]:
-    functions = [call["function"] for call in turn.get("tool_calls", [])]
-    return [(function["name"], function["arguments"]) for function in functions]
 
 
 def refuse_single_class(labels: Sequence[Any], where: object = None) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
-from ..base.given import flags_kept, refuse_several_devices, require_loaded
+from ..base.borrowed import flags_kept
+from ..base.given import refuse_several_devices, require_loaded
 from ..base.model import AnyBase
 from ..choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
 from ..data.encoding import encode

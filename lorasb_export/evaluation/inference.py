@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..bars import progress_bar
-from ..base.given import evaluating, positions
+from ..base.borrowed import evaluating
+from ..base.given import positions
 from ..data.chat_template import require_template
 from ..data.encoding import answer_ids, prompt_ids
 from ..data.rows import CHAT, Prompt, Row, kind_of, question_and_answer

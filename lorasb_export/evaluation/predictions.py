@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.task import split_files
+from ..data.row_files import split_files
 from ..errors import OutputError
 from ..files.output import cannot_write, refuse_existing_file
 from ..files.storage import expanded

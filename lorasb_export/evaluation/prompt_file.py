@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.rows import Prompt, Row, prompt_of, read_rows
+from ..data.row_files import read_rows
+from ..data.rows import Prompt, Row, prompt_of
 from ..errors import DataError, OutputError, Problems
 from ..files.atomic import atomic_file
 from ..files.output import cannot_write, refuse_existing_file

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..bars import progress_bar
-from ..base.given import evaluating, without_cache
+from ..base.borrowed import evaluating, without_cache
 from ..data.batches import collate, row_losses
 from ..data.encoding import Encoded
 

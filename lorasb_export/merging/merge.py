@@ -19,7 +19,7 @@ from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
 from ..files.output import free_bytes
 from ..files.storage import expanded, read_json, write_json
-from ..hub.fetch import parse_hub_id
+from ..hub.ids import parse_hub_id
 from ..made_from import adapter_provenance, published_training
 from ..provenance import command
 from . import retained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..basis import Basis
 from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import ArtifactError, Problems, SettingsError
+from ..errors import ArtifactError, Problems
 from ..files.output import refuse_existing, refuse_own_input, require_room
 from ..files.storage import DTYPE_BYTES, TensorInfo
 from ..made_from import adapter_provenance
@@ -30,12 +30,12 @@ from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted
 from .folder import bytes_of_an_earlier_try
+from .layout import PlannedTensor, parse_size, planned_tensors, split_into_shards
 from .rounding import Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _MARGIN_BYTES = 32 << 20  # side files, the card, and what a file system keeps for itself
 _PYTHON_BYTES = 240 << 20  # measured: the interpreter with torch
 _THREAD_BYTES = 40 << 20  # `write.PIECE` entries as read and as written, `sums.BLOCK` at every stage between
@@ -43,21 +43,6 @@ _TOKENIZER_BYTES = 14  # measured: for each byte of tokenizer.json
 _ROUNDING_BYTES = 17  # measured: for each entry of the tensor that is rounded
 _MAX_WORKERS = 8
 _SAMPLE = 2048  # weights of each target that the expected Δ is judged by
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the merged folder and what it is made from."""
-
-    name: str
-    dtype: str  # as it will be stored
-    shape: tuple[int, ...]
-    source: tuple[Path, TensorInfo] | None  # file and header entry of its bytes; None for a trained head
-    module: str | None = None  # the module whose update is added, or None: copied or converted
-
-    @property
-    def nbytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -213,7 +198,7 @@ def plan_merge(
     warn_of_another_template(every, base_model.folder)
     warn_of_other_weights(every, base_dtype, combined=bool(combined))
     rounding = Rounding.of(base_model, base_dtype, loaded[0].task_type, loaded[0].num_labels)
-    shards = tuple(_split(_tensors(loaded, base_model, dtype), limit))
+    shards = tuple(split_into_shards(planned_tensors(loaded, base_model, dtype), limit))
     beside = [
         path for path in side_files(base_model.folder) if loaded[0].task_type != SEQ_CLS or not _embeds(path.name)
     ]
@@ -221,18 +206,6 @@ def plan_merge(
     plan = MergePlan(loaded, base_model, shards, dtype, beside, combined, rounding, tokenizer)
     require_room(out, plan.nbytes + _MARGIN_BYTES - bytes_of_an_earlier_try(out))
     return plan
-
-
-def parse_size(size: str | int) -> int:
-    """`"5GB"` → 5,000,000,000. Raises SettingsError."""
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper()
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("", 1)):
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.isascii() and number.isdecimal():
-            return int(number) * factor
-    raise SettingsError(f"size {size!r} is not a whole number with KB, MB or GB", fix="For instance 5GB")
 
 
 def _tokenizer(base: BaseModel, task_type: str) -> PreTrainedTokenizerBase | None:
@@ -274,37 +247,6 @@ def _check_shapes(adapter: Adapter, base: BaseModel, shapes: Mapping[str, tuple[
                 )
 
 
-def _tensors(adapters: tuple[Adapter, ...], base: BaseModel, dtype: str) -> list[PlannedTensor]:
-    by_key = {base.weight_key(name): name for adapter in adapters for name in adapter.R}
-    adapter = adapters[0]  # the only one that may have a head
-    name = next(iter(adapter.R))
-    body = f"{name.partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
-    # What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it.
-    prefix = "" if base.weight_key(name) == f"{name}.weight" else body
-    tensors = []
-    for name, source in base.tensors.items():
-        info = source[1]
-        stored = _NAMES[dtype] if dtype != "auto" and info.dtype in TORCH_DTYPES else info.dtype
-        renamed = name if name.startswith(prefix) else prefix + name
-        if renamed not in adapter.head and renamed.startswith(body):  # vLLM refuses the heads of pretraining
-            tensors.append(PlannedTensor(renamed, stored, info.shape, source, by_key.get(name)))
-    of_body = base.tensors[next(iter(by_key))][1].dtype
-    stored = of_body if dtype == "auto" else _NAMES[dtype]
-    return tensors + [PlannedTensor(name, stored, tuple(tensor.shape), None) for name, tensor in adapter.head.items()]
-
-
 def _embeds(name: str) -> bool:
     """Whether a file says how sentence-transformers embeds; a classifier does not, yet vLLM takes a limit from it."""
     return name == "modules.json" or "sentence_" in name
-
-
-def _split(tensors: list[PlannedTensor], limit: int) -> Iterator[tuple[PlannedTensor, ...]]:
-    shard: list[PlannedTensor] = []
-    filled = 0
-    for tensor in tensors:
-        if shard and filled + tensor.nbytes > limit:
-            yield tuple(shard)
-            shard, filled = [], 0
-        shard.append(tensor)
-        filled += tensor.nbytes
-    yield tuple(shard)

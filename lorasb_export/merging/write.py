@@ -26,7 +26,8 @@ from ..files.storage import TensorInfo
 from ..tensors import TORCH_DTYPES
 from . import sums
 from .direct import PAGE, Buffers, OutputFile
-from .plan import MergePlan, PlannedTensor, worker_count
+from .layout import PlannedTensor
+from .plan import MergePlan, worker_count
 from .retained import Retained
 
 PIECE = 8 * sums.BLOCK  # entries that are read and written at a time; 4 took 9 % longer, 16 5 % less

@@ -19,7 +19,7 @@ from ..files.lock import only_writer
 from ..files.output import is_free, refuse_existing
 from ..files.storage import absolute, sha256_file
 from ..format import read_adapter_config
-from ..hub.fetch import is_mistyped_path, parse_hub_folder
+from ..hub.ids import is_mistyped_path, parse_hub_folder
 from ..names import ours_in
 from ..settings import DRAWN, CalibrationSettings
 from .project import OWN_BASIS, Project

@@ -20,7 +20,7 @@ from ..errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Pro
 from ..evaluation.evaluate import evaluate, metric_for, to_score, with_labels_of
 from ..evaluation.predictions import PredictionsFile
 from ..evaluation.record import record_evaluation
-from ..hub.fetch import is_blob
+from ..hub.cache import is_blob
 from .project import Project
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..data.rows import LABELLED, kind_of, read_rows
-from ..data.task import split_files
+from ..data.row_files import read_rows, split_files
+from ..data.rows import LABELLED, kind_of
 from ..errors import DataError, OutputError, SettingsError
 from ..files.atomic import atomic_file
 from ..files.output import cannot_write

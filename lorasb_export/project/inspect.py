@@ -1,4 +1,4 @@
-"""What a project has: its basis, and of every task and adapter how far it is and what it scores."""
+"""What a project has: its basis, and of every task and adapter how far it is and what it scores; what rows teach."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import basis_source
+from ..data.task import load_task
 from ..errors import ArtifactError, SettingsError
 from ..files.kind import artifact_kind
 from ..format import finite, only_numbers, read_adapter_config, read_basis_config
-from ..hub.fetch import parse_hub_folder
+from ..hub.ids import parse_hub_folder
 from .project import Project
 
 
@@ -50,6 +51,28 @@ def inspect_project(project: Project) -> dict[str, Any]:
         "adapters": adapters,
         "unfinished": sorted(str(path) for path in project.adapters_folder.glob(".*.run") if path.is_dir()),
     }
+
+
+def inspect_rows(project: Project, data: str, model: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fit` would train on: `inspect_data`, of a task by its name or of any other rows, as the project has it.
+
+    Args:
+        data: a task's name; else a path or a Hub dataset id.
+        model: the base, if not the project's.
+        flags: settings of `fit` that win over the project's.
+
+    Raises:
+        SettingsError: there is no project, and no `model`; else as `inspect_data`.
+    """
+    settings = project.settings_of(data, flags)
+    if model is None and project.file is None:
+        fix = "Pass --model, or change to the project's folder"
+        raise SettingsError("no base model: there is no lorasb.toml here", where=project.folder, fix=fix)
+    base = model or project.require_model()
+    task = load_task(data if data in project.tasks else "data", project.find_data(data))
+    from ..training.inspect import inspect_data  # only now: it brings torch
+
+    return inspect_data(task, base, settings)
 
 
 def _basis(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.source import TaskSource
 from ..errors import ArtifactError, BaseModelError, SettingsError, some
 from ..files.storage import absolute, expanded
-from ..hub.fetch import is_mistyped_path, may_be_dataset, parse_hub_id
+from ..hub.ids import is_mistyped_path, may_be_dataset, parse_hub_id
 from ..names import adapters_in, find_adapter, name_problem, task_name_problem
 from ..settings import CalibrationSettings, FitSettings
 from .file import FILE_NAME, Task, nearest, read_project_file
@@ -188,6 +188,14 @@ class Project:
             if path.samefile(own) if path.exists() and own.exists() else data == task.data:
                 return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
+
+    def find_data(self, word: str) -> TaskSource:
+        """The data of the task of that name, else `word` as data of no task; a path that a task hides is told of."""
+        if word not in self.tasks:
+            return self.other_source("", word)
+        if Path(word).exists():
+            logger.warning("%s is taken for the task: ./%s names the path", word, word)
+        return self.task_source(word)
 
     def task_of(self, adapter: Adapter, data: str | None) -> tuple[str, TaskSource | None]:
         """Name and data of an adapter's task: the project's of the adapter's name, else the one it was trained on.

@@ -14,7 +14,8 @@ from ..bars import progress_bar
 from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..files.kind import artifact_kind
 from ..files.storage import absolute
-from ..hub.fetch import ADAPTERS, BASES, BASIS, BASIS_FILES
+from ..hub.fetch import BASIS_FILES
+from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts

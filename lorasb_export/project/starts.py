@@ -9,7 +9,8 @@ from pathlib import Path
 from .. import basis_source
 from ..adapter import Adapter
 from ..errors import Problems, SettingsError, some
-from ..hub.fetch import ADAPTER_FILES, is_mistyped_path, parse_hub_folder, resolve_folder
+from ..hub.fetch import ADAPTER_FILES, resolve_folder
+from ..hub.ids import is_mistyped_path, parse_hub_folder
 from ..names import PLACE
 from .project import OWN_BASIS, Project
 

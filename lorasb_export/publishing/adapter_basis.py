@@ -13,7 +13,8 @@ from ..errors import ArtifactError, ServerError
 from ..files.storage import parse_json, read_json, to_json
 from ..format import read_basis_config
 from ..hub.calls import hub_errors, with_retries
-from ..hub.fetch import BASIS_FILES, HubFolder, parse_hub_folder, resolve_folder
+from ..hub.fetch import BASIS_FILES, resolve_folder
+from ..hub.ids import HubFolder, parse_hub_folder
 from . import outgoing
 from .checksums import digest
 from .outgoing import Files, Seen

@@ -15,7 +15,8 @@ from typing import Any
 
 from ..errors import ArtifactError, some
 from ..files.storage import absolute, sha256_file, version_of
-from ..hub.fetch import parse_hub_folder, resolve_folder
+from ..hub.fetch import resolve_folder
+from ..hub.ids import parse_hub_folder
 from .outgoing import SUMS, Files, is_publishable, part_of
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")

@@ -15,7 +15,7 @@ from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError
 from ..files.storage import expanded, read_json, utf8
 from ..hub.calls import hub_errors, with_retries
-from ..hub.fetch import HubFolder, is_hub_id, parse_hub_id
+from ..hub.ids import HubFolder, is_hub_id, parse_hub_id
 from . import outgoing
 from .outgoing import Files
 

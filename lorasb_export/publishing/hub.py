@@ -13,7 +13,7 @@ from ..basis_source import EMBEDDED
 from ..cards import readme
 from ..errors import SettingsError
 from ..files.storage import absolute
-from ..hub.fetch import is_hub_id, parse_hub_folder
+from ..hub.ids import is_hub_id, parse_hub_folder
 from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums

@@ -17,7 +17,8 @@ from ..errors import ArtifactError
 from ..files.kind import artifact_kind
 from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
-from ..hub.fetch import ADAPTER_FILES, ADAPTERS, BASES, BASIS, BASIS_FILES, PARTS
+from ..hub.fetch import ADAPTER_FILES, BASIS_FILES
+from ..hub.ids import ADAPTERS, BASES, BASIS, PARTS
 from ..provenance import without_folders
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another

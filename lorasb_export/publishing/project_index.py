@@ -10,7 +10,7 @@ from ..cards.card import base_of
 from ..errors import ArtifactError, OutputError, some
 from ..files.storage import parse_json
 from ..format import check_training
-from ..hub.fetch import kind_of_part
+from ..hub.ids import kind_of_part
 from ..names import name_problem
 from .outgoing import PROJECT, part_of
 from .repository import Head, Repository

@@ -24,7 +24,8 @@ from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
 from ..errors import ArtifactError, LoraSBError, OutputError, Problems, ServerError
 from ..files.storage import to_json
-from ..hub.fetch import BASIS_FILES, kind_of_part
+from ..hub.fetch import BASIS_FILES
+from ..hub.ids import kind_of_part
 from ..names import name_problem
 from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config

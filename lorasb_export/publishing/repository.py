@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import ArtifactError, LoraSBError, OutputError, ServerError
 from ..files.storage import utf8
+from ..hub.cache import git_hash
 from ..hub.calls import hub_errors, retry_after, status_of, wait_for, with_retries
-from ..hub.fetch import git_hash
 from .checksums import digest, parse
 from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, part_of, refuse_replaced, size_of, stale
 

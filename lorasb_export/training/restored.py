@@ -12,7 +12,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from .. import distributed
-from ..base.given import flags_kept, is_checkpointing
+from ..base.borrowed import flags_kept
+from ..base.given import is_checkpointing
 from ..layers.inject import remove
 
 if TYPE_CHECKING:

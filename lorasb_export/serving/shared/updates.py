@@ -20,7 +20,8 @@ from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
-from ...hub.fetch import ADAPTER_FILES, leads_out
+from ...hub.cache import leads_out
+from ...hub.fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
 from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R

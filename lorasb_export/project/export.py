@@ -42,6 +42,6 @@ def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None)
         if task is not None and task.splits.get(task.held_out()):
             found[loaded.name or ""] = task
         else:
-            what = f"No held-out rows for {name}: the graph is compared on built-in prompts only (--data names them)"
-            logger.warning("%s", what)
+            compared = "the graph is compared on built-in prompts only (--data names them)"
+            logger.warning("No held-out rows for %s: %s", name, compared)
     return found

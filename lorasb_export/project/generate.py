@@ -18,7 +18,7 @@ def adapters_to_ask(project: Project) -> tuple[list[str], list[str]]:
         SettingsError: there are more adapters than one question should go to.
     """
     refuse_many(project.adapter_names(), project.folder)
-    generating, classifiers = [], []
+    generating, classifiers = list[str](), list[str]()
     for name in ours_in(project.adapters_folder):
         try:
             generates = read_adapter_config(project.adapter_folder(name))["task_type"] == CAUSAL_LM

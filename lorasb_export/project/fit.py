@@ -19,7 +19,16 @@ from ..basis import Basis
 from ..calibration.calibrate import MAX_MEASURED
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.task import TaskData, load_task
-from ..errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
+from ..errors import (
+    PER_ITEM_ERRORS,
+    BusyError,
+    LoraSBError,
+    Problems,
+    SettingsError,
+    TrainingError,
+    is_out_of_memory,
+    some,
+)
 from ..files.output import is_free, refuse_existing
 from ..files.storage import expanded
 from ..settings import CalibrationSettings, FitSettings
@@ -129,8 +138,8 @@ class FitRequest:
 
 def leaves_others(error: Exception) -> bool:
     """Whether the error of a task is its alone, and the next is trained all the same; under torchrun only one that all
-    processes meet: of others they would wait within their training."""
-    return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else TrainingError)
+    processes meet, as a lock's, which the first one takes for all: of others they would wait within their training."""
+    return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else (BusyError, TrainingError))
 
 
 def fit_tasks(

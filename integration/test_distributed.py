@@ -15,13 +15,14 @@ import torch
 
 from integration import child_environment
 from integration.torture.zygote import shared_zygote
-from lorasb_export import distributed
+from lorasb_export import Adapter, distributed
 from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration import calibrate as decomposition
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.data.task import load_task
+from lorasb_export.files.lock import only_writer
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
@@ -117,6 +118,21 @@ RTrainer.training_step = stopping
 sys.argv = "lorasb fit a --model llama --data data --basis basis --out a --max-steps 2000".split()
 main()
 """
+BUSY = """
+import json
+from pathlib import Path
+from lorasb_export import distributed
+from lorasb_export.project.fit import fit_tasks
+from lorasb_export.project.project import Project
+from lorasb_export.settings import FitSettings
+
+project, settings = Project.load("lorasb.toml"), FitSettings(max_steps=1, learning_rate=1e-3)
+found = []
+for options in ({"overwrite": True}, {"resume": True}):
+    found.append({name: type(outcome).__name__ for name, outcome in fit_tasks(project, "abc", settings, **options)})
+Path(f"found-{distributed.rank()}").write_text(json.dumps(found))
+distributed.stop()
+"""
 
 
 def two_processes(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -189,6 +205,18 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step_with_a_checkpoint(sma
     assert "FutureWarning" not in done.stderr
     (marker,) = small.glob(".a.run/checkpoint-*/complete.json")
     assert {"rng_state_0.pth", "rng_state_1.pth"} < {path.name for path in marker.parent.iterdir()}
+
+
+def test_a_task_that_another_run_writes_leaves_the_others_their_turn_in_all_processes(small: Path) -> None:
+    """Whether it is to be trained, or an adapter that is there to be kept: `b` is there, and another run has it."""
+    tasks = "".join(f'[tasks.{name}]\ndata = "data"\n' for name in "abc")
+    (small / "lorasb.toml").write_text(f'model = "llama"\n[basis]\npath = "basis"\n{tasks}')
+    Adapter.start(Basis.load(small / "basis")).save(small / "adapters" / "b")
+    with only_writer(small / "adapters" / "b"):
+        two_processes(BUSY, small)
+    for rank in (0, 1):
+        found = json.loads((small / f"found-{rank}").read_text())
+        assert found == [{"a": "Adapter", "b": "BusyError", "c": "Adapter"}] * 2
 
 
 def test_calibrate_in_two_processes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import BaseModelError, BusyError, DataError, OutputError, SettingsError, TrainingError
 from lorasb_export.files.lock import only_writer
 from lorasb_export.project.fit import fit_tasks
+from lorasb_export.project.foresee import foresee_tasks
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -306,3 +307,19 @@ def test_rows_longer_than_the_base_reaches_are_told_before_another_task_trains(s
     with pytest.raises(SettingsError, match=r"max_length is 5000, the base's positions end at"):
         fit_all(found, ["a", "b"], FitSettings(max_steps=1, max_length=64), own=own)
     assert not (tmp_path / "p/adapters/a").exists()
+
+
+@pytest.mark.parametrize("names", ["b", "ab"])
+def test_texts_longer_than_the_base_reaches_are_told_by_the_names_of_their_classifiers(
+    names: str, bert: Path, parity: Path, tmp_path: Path
+) -> None:
+    """Before a basis is made; and so it is foreseen."""
+    found = project(tmp_path / "p", bert, parity, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    own = dict.fromkeys(names, FitSettings(max_steps=1, max_length=5000))
+    with pytest.raises(SettingsError) as error:
+        fit_all(found, ["a", "b"], SETTINGS, own=own)
+    where = ", ".join(names)
+    assert str(error.value) == f"max_length is 5000, the base's positions end at 512 ({where}). Lower max_length to 512"
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]
+    foreseen = foresee_tasks(found, ["a", "b"], SETTINGS, own=own)
+    assert [foreseen[name]["action"] for name in "ab"] == ["refuse" if name in names else "wait" for name in "ab"]

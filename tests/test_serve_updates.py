@@ -281,6 +281,36 @@ def test_every_change_is_logged_with_its_version(
     assert said[5].startswith("did not load '', status 400: the request is not a JSON object")
 
 
+def test_an_adapter_of_a_base_in_four_bits_is_warned_of_once(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at the server's start, by the name that it is served under."""
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.shared import updates
+
+    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setattr(updates, "logger", logging.getLogger("updates"))
+    app, config = updates.Updates(Response()), tmp_path / "a" / "adapter_config.json"
+
+    def load(name: str) -> None:
+        body = json.dumps({"lora_name": name, "lora_path": "a"}).encode()
+        assert answered(app, scope_of(models), body) == 200
+
+    load("exact")
+    write_json(config, sealed(read_json(config) | {"training": {"settings": {"dtype": "nf4"}}}))
+    for name in ("x", "x", "y"):
+        load(name)
+    assert caplog.messages == [
+        "The adapter was trained beside a base in four bits, and may score more merged by "
+        f"`lorasb merge --base-dtype nf4` ({name})"
+        for name in "xy"
+    ]
+
+
 def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("starlette")
     from starlette.responses import Response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,35 @@ def test_a_stopped_run_together_is_resumed_bit_for_bit(
         fit_together(*inputs[:2], [*inputs[2], *others], tmp_path / "c", settings, resume=True)
     again = fit_together(*inputs, tmp_path / "a", settings, resume=True)  # finished: read, not trained
     assert [adapter.sha256 for adapter in again] == [adapter.sha256 for adapter in undisturbed]
+
+
+def test_a_run_of_other_tasks_is_told_by_their_names_and_how_to_go_on_with_it_or_without(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two tasks is named no longer, and another is new."""
+    out, now = tmp_path / "out", [tasks["plus"], replace(tasks["minus"], name="new")]
+    step = RTrainer.training_step
+
+    def stopping(self: RTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fit_together(llama, basis, tasks, out, SETTINGS)
+    (left,) = out.glob(".together+*.run")
+    with pytest.raises(TrainingError) as error:
+        fit_together(llama, basis, now, out, SETTINGS, resume=True)
+    assert (error.value.what, error.value.where, error.value.fix) == (
+        "an interrupted run together had other tasks than this one: with minus, without new",
+        str(left),
+        "Go on with it by `lorasb fit minus plus --together --resume`; or remove that folder, to train these from the "
+        "beginning",
+    )
+    shutil.rmtree(left)
+    assert [adapter.name for adapter in fit_together(llama, basis, now, out, SETTINGS, resume=True)] == ["plus", "new"]
 
 
 def test_killed_between_two_adapters_it_goes_on_beside_one_finished_before(

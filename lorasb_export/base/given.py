@@ -28,11 +28,11 @@ def positions(network: PreTrainedModel) -> float:
     return reach
 
 
-def require_positions(network: PreTrainedModel, max_length: int) -> None:
-    """Raise SettingsError where rows may be longer than a network's learned positions reach."""
+def require_positions(network: PreTrainedModel, max_length: int, *, where: str | None = None) -> None:
+    """Raise SettingsError if rows, of the tasks `where`, may be longer than a network's learned positions reach."""
     if max_length > (reach := positions(network)):
         fix = f"Lower max_length to {reach}"
-        raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", fix=fix)
+        raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", where=where, fix=fix)
 
 
 def refuse_several_devices(network: PreTrainedModel) -> None:

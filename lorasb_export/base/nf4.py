@@ -6,7 +6,7 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -150,15 +150,28 @@ def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto
         base_dtype: `nf4` where they go onto weights in four bits, or rounded to them.
         combined: they go onto them as one.
     """
+    said = [(one.name or "the adapter", one.training) for one in adapters]
+    if told := told_of_other_weights(said, base_dtype, combined=combined):
+        logger.warning(told)
+
+
+def told_of_other_weights(
+    said: Collection[tuple[str, Mapping[str, Any]]], base_dtype: str = "auto", *, combined: bool = False
+) -> str | None:
+    """The words of `warn_of_other_weights`, None where there is nothing to warn of.
+
+    Args:
+        said: of each adapter its name, and what it says of its training.
+    """
     onto = base_dtype == NF4
-    said = [(one.name or "the adapter", one.training.get("settings", {}).get("dtype")) for one in adapters]
-    names = [name for name, dtype in said if dtype is not None and (dtype == NF4) != onto]
-    if names:
-        beside = "the weights as they are" if onto else "a base in four bits"
-        fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
-        who = "Some of the adapters were" if combined or len(adapters) > 1 else "The adapter was"
-        what = "%s trained beside %s, and may score more merged %s (%s)"
-        logger.warning(what, who, beside, fix, some(names))
+    dtypes = [(name, training.get("settings", {}).get("dtype")) for name, training in said]
+    names = [name for name, dtype in dtypes if dtype is not None and (dtype == NF4) != onto]
+    if not names:
+        return None
+    beside = "the weights as they are" if onto else "a base in four bits"
+    fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
+    who = "Some of the adapters were" if combined or len(said) > 1 else "The adapter was"
+    return f"{who} trained beside {beside}, and may score more merged {fix} ({some(names)})"
 
 
 def keep_layout(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,18 @@ from ..base.loaded import LastLoaded
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import MAX_MEASURED
-from ..choices import CAUSAL_LM
+from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.task import TaskData, load_task
-from ..errors import PER_ITEM_ERRORS, LoraSBError, Problems, SettingsError, TrainingError, is_out_of_memory, some
+from ..errors import (
+    PER_ITEM_ERRORS,
+    BusyError,
+    LoraSBError,
+    Problems,
+    SettingsError,
+    TrainingError,
+    is_out_of_memory,
+    some,
+)
 from ..files.output import is_free, refuse_existing
 from ..files.storage import expanded
 from ..names import PLACE
@@ -130,8 +140,8 @@ class FitRequest:
 
 def leaves_others(error: Exception) -> bool:
     """Whether the error of a task is its alone, and the next is trained all the same; under torchrun only one that all
-    processes meet: of others they would wait within their training."""
-    return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else TrainingError)
+    processes meet, as a lock's, which the first one takes for all: of others they would wait within their training."""
+    return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else (BusyError, TrainingError))
 
 
 def fit_tasks(
@@ -158,7 +168,7 @@ def fit_tasks(
             no adapter; nothing was trained.
         DataError, MissingPackageError: see `check_requirements`; nothing was trained.
         SettingsError: as `FitRequest`; tasks of different bases or settings, or a single one, together; the project's
-            basis is not as its file has it.
+            basis is not as its file has it; rows of a task may be longer than the base's learned positions reach.
     """
     distributed.start()
     request = FitRequest(project, names, settings, **options)
@@ -260,7 +270,7 @@ class _Fitting:
         if any(is_shared(project, source) for source in sources.values()):
             shared_folder(project)  # before the base is loaded
         if self._trains:
-            self._network()
+            self._require_positions()
         bases = {}
         for source in sorted(set(sources.values()) - {OWN_BASIS}):
             tasks = {name: place for name, place in request.places.items() if sources[name] == source}
@@ -271,6 +281,17 @@ class _Fitting:
         """What all tasks are trained on, if the basis can be made with it too."""
         if not (self._generates and self._same_dtype):
             return None
-        network = self._loaded.get(self._base, CAUSAL_LM)
-        require_positions(network, max(settings.max_length for settings in self._request.settings_of.values()))
-        return network
+        return self._loaded.get(self._base, CAUSAL_LM)
+
+    def _require_positions(self) -> None:
+        """Raise SettingsError, with the names of the tasks whose rows may be longer than the base's positions reach."""
+        task_type = CAUSAL_LM if self._generates else SEQ_CLS  # where there are both: they share a body, that has them
+        self._base.require_task(task_type)
+        network = self._network() or self._request.load_empty(task_type, num_labels=None)
+        names, problems = defaultdict[int, list[str]](list), Problems()
+        for name, settings in self._request.settings_of.items():
+            names[settings.max_length].append(name)
+        for max_length, of_tasks in names.items():
+            with problems:
+                require_positions(network, max_length, where=some(of_tasks))
+        problems.raise_all("nothing was trained")

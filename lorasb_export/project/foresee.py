@@ -66,8 +66,9 @@ def _check(request: FitRequest, name: str) -> None:
     """What a fit does with all tasks before it trains the first."""
     request.refuse_there(name)
     task = request.checked(name)
-    if task.task_type == CAUSAL_LM and request.base.generates:
-        require_positions(request.load_empty(CAUSAL_LM, num_labels=None), request.settings_of[name].max_length)
+    if task.task_type != CAUSAL_LM or request.base.generates:
+        empty = request.load_empty(task.task_type, num_labels=task.num_labels)
+        require_positions(empty, request.settings_of[name].max_length, where=name)
 
 
 def _look(request: FitRequest, name: str, shared: dict[str, Basis | None]) -> tuple[str, int | None, str | None]:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.task import TaskData
 from ..data.trained_template import TEMPLATE_KEY, recorded_template
-from ..errors import ArtifactError, OutputError, TrainingError
+from ..errors import ArtifactError, OutputError, TrainingError, some
 from ..files.storage import read_json
 from ..settings import FitSettings, changes
 
@@ -98,23 +98,32 @@ def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
     return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
 
 
-def runs_together(folder: Path) -> dict[Path, set[str]]:
-    """Working folder → the hashes of its tasks' data, of every interrupted joint run that has a checkpoint."""
+def runs_together(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Working folder → what a checkpoint in it belongs to, of every interrupted joint run that has one.
+
+    See `identity_of`; `tasks` are their names.
+    """
     found = {}
     for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
-        found[folder / marker.relative_to(folder).parts[0]] = set(read_json(marker)["data_sha256"])
+        found[folder / marker.relative_to(folder).parts[0]] = read_json(marker)
     return found
 
 
-def refuse_run_of_others(folder: Path, data: Set[str]) -> None:
-    """Raise TrainingError if a task of one of the hashes `data` is in an interrupted joint run with other tasks.
+def refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
+    """Raise TrainingError if the data of one of `tasks` is in an interrupted joint run with other tasks.
 
     `--resume` would not go on with that run.
     """
-    for other, of_other in runs_together(folder).items():
-        if data & of_other:
-            fix = "Resume it with the tasks it had, or remove that folder"
-            raise TrainingError("an interrupted run together had other tasks", where=other, fix=fix)
+    names, data = {task.name for task in tasks}, {task.sha256 for task in tasks}
+    for other, run in runs_together(folder).items():
+        if data.isdisjoint(run["data_sha256"]):
+            continue
+        had = run["tasks"]
+        differing = {"with": [name for name in had if name not in names], "without": sorted(names.difference(had))}
+        told = ", ".join(f"{how} {some(which)}" for how, which in differing.items() if which)
+        command = f"lorasb fit {' '.join(had if len(had) <= 10 else [*had[:10], '…'])} --together --resume"
+        fix = f"Go on with it by `{command}`; or remove that folder, to train these from the beginning"
+        raise TrainingError(f"an interrupted run together had other tasks than this one: {told}", where=other, fix=fix)
 
 
 def last_complete(folder: Path) -> Path | None:

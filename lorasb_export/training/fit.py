@@ -151,7 +151,7 @@ def train_together(
     def job(group: Sequence[TaskData]) -> Job:
         working = together_folder(folder, group)
         if resume and not working.exists():
-            refuse_run_of_others(folder, {task.sha256 for task in group})
+            refuse_run_of_others(folder, group)
         outs = [folder / task.name for task in group]
         return Job(base, basis, group, outs, working, settings, network, measure, start)
 
@@ -169,5 +169,5 @@ def train_together(
 
 def _finished_before(folder: Path, tasks: Sequence[TaskData]) -> set[str]:
     """The tasks whose adapters are there and whose run is over, so that the others train without them."""
-    interrupted = set().union(*runs_together(folder).values())
+    interrupted = {sha256 for run in runs_together(folder).values() for sha256 in run["data_sha256"]}
     return {task.name for task in tasks if task.sha256 not in interrupted and not is_free(folder / task.name)}

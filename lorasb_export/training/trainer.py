@@ -286,7 +286,8 @@ class RTrainer(Trainer):
                 fsync(path)
             with atomic_file(folder / COMPLETE) as path:
                 finished = not self.active(self.state.global_step) and not self.evaluations_left()
-                write_json(path, {**self.identity, "finished": finished})
+                tasks = [run.task.name for run in self.runs]  # for people: a renamed one may be resumed
+                write_json(path, {**self.identity, "tasks": tasks, "finished": finished})
             remove_old(folder.parent)
             self._remove_surpassed()
 

@@ -16,10 +16,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from ...base.nf4 import told_of_other_weights
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
+from ...format import read_adapter_config
 from ...hub.cache import leads_out
 from ...hub.fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
@@ -47,6 +49,7 @@ class Updates:
         self.basis = Basis.open(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
         self.one_at_a_time = asyncio.Lock()
+        self._warned_of: set[str] = set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         ours = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD)
@@ -89,6 +92,7 @@ class Updates:
             logger.info("loaded %s: version %s", name, path.name)
         else:
             logger.info("replaced %s: version %s, before %s", name, path.name, _version(before))
+        await asyncio.to_thread(self._warn_of_other_weights, name, path)
         await self._sweep(models)
         return 200, {"message": f"loaded {name}", "version": path.name}
 
@@ -136,6 +140,13 @@ class Updates:
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
             return self.versions.keep(name, copy)
+
+    def _warn_of_other_weights(self, name: str, kept: Path) -> None:
+        """As at the server's start; of each name once, not every night that brings a new version."""
+        told = told_of_other_weights([(name, read_adapter_config(kept)["training"])])
+        if told and name not in self._warned_of:
+            self._warned_of.add(name)
+            logger.warning(told)
 
 
 def _version(request: Any) -> str:

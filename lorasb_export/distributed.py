@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from .environment import accelerate_uses
 from .errors import LoraSBError, SettingsError
 
 T = TypeVar("T")
@@ -44,8 +45,19 @@ def start() -> None:
         if missing and not dist.is_initialized():
             what = f"WORLD_SIZE is {described}, without {' and '.join(missing)}"
             raise SettingsError(what, fix=f"{fix}; or unset WORLD_SIZE, for one process")
+        _require_gpu_of_its_own()
         PartialState()  # also selects this process's GPU
         _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _require_gpu_of_its_own() -> None:
+    """Raise SettingsError where accelerate would put two processes on one GPU, which NCCL refuses in its own words."""
+    count, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+    if place < count or count == 0 or accelerate_uses("CPU"):
+        return
+    what = f"this is process {place + 1} of this machine, and it sees {count} GPU{'s' if count > 1 else ''}"
+    fix = "Start one process for each GPU, and let each see all of them; or set ACCELERATE_USE_CPU=1"
+    raise SettingsError(what, fix=fix)
 
 
 def stop() -> None:

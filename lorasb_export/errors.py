@@ -139,13 +139,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Unwinds like Ctrl-C, so that every `finally` runs; the CLI exits with 143."""
 
 
-# Of the CPU's allocator, of Apple's GPU, of what CUDA and cuBLAS take besides torch's allocator.
+# Of the CPU's allocator, of Apple's GPU, of what CUDA, cuBLAS and cuSOLVER take besides torch's allocator.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "MPS backend out of memory",
     "Invalid buffer size",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "cublasCreate(handle)",
+    "cusolverDnCreate(handle)",
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from lorasb_export import calibrate, fit
+from lorasb_export.base import model
 from lorasb_export.base.model import BaseModel, default_device
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.encoding import encode
@@ -202,6 +203,20 @@ def test_a_base_in_float32_on_a_gpu_is_told_of_bfloat16(llama: Path, caplog: pyt
         base.load(dtype=dtype, device="meta")
     assert said not in caplog.text
     base.load(device="meta")
+    assert caplog.text.count(said) == 1
+
+
+def test_a_gpu_that_imitates_bfloat16_is_not_told_of_it(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "_imitates_bfloat16", lambda device: device.type == "meta")
+    base, said = BaseModel.resolve(llama), "this GPU imitates bfloat16"
+    base.load(dtype="bfloat16", device="cpu").save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    base.load(device="meta")
+    BaseModel.resolve(tmp_path).load(dtype="bfloat16", device="meta")
+    assert "bfloat16" not in caplog.text
+    BaseModel.resolve(tmp_path).load(device="meta")
     assert caplog.text.count(said) == 1
 
 

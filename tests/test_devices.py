@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb_export import Adapter, FitSettings, Stack, evaluate
+from lorasb_export import Adapter, FitSettings, Stack, distributed, evaluate
 from lorasb_export.base.given import require_first_device
 from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
 from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
 from lorasb_export.layers.exact import exact_products
+from lorasb_export.serving.modes import Folded
 from lorasb_export.training.arguments import trainer_arguments
 from lorasb_export.training.muon import Muon
 from tests import serving
@@ -165,11 +166,29 @@ def test_training_by_itself_is_refused_on_another_than_the_first_device() -> Non
         "Invalid buffer size: 9.75 GiB",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDA error: out of memory",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     ],
 )
 def test_a_full_memory_is_known_by_its_words(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize(("place", "count", "on_cpu"), [("1", 1, ""), ("4", 4, ""), ("1", 1, "1")])
+def test_processes_that_would_share_a_gpu_are_refused(
+    place: str, count: int, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in (("LOCAL_RANK", place), ("ACCELERATE_USE_CPU", on_cpu)):
+        monkeypatch.setenv(name, value)
+    if on_cpu:
+        distributed._require_gpu_of_its_own()
+    else:
+        with pytest.raises(SettingsError, match=rf"process {int(place) + 1} of this machine, and it sees {count} GPU"):
+            distributed._require_gpu_of_its_own()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    distributed._require_gpu_of_its_own()
 
 
 def test_folded_adapters_take_turns_in_sixteen_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,5 +198,6 @@ def test_folded_adapters_take_turns_in_sixteen_slots(folder: Path, monkeypatch: 
     assert (value_of(command, "--max-loras"), value_of(command, "--max-cpu-loras")) == ("16", "40")
     many = dry_run({f"a{number}": folder / "a" for number in range(80)}, mode="folded")
     assert value_of(many["command"], "--max-cpu-loras") == "64"
+    assert "each of the 16 slots takes some, try -- --max-loras 8. " in Folded(dict.fromkeys(named), None).advice
     few = dry_run({"a": folder / "a"}, mode="folded")["command"]
     assert (value_of(few, "--max-loras"), "--max-cpu-loras" in few) == ("1", False)

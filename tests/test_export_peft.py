@@ -21,10 +21,12 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
+from lorasb_export.evaluation import logits
 from lorasb_export.exporting import peft
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.files.storage import read_json, write_json
 from tests.conftest import lorasb
+from tests.merging import adapter_for
 from tests.random_adapter import save_adapter, save_base, write_in
 
 from peft import PeftModel  # isort: skip
@@ -241,6 +243,24 @@ def test_verify_compares_the_logits_of_peft(
     done = lorasb(*command[:-1], str(tmp_path / "wrong"))
     assert (done.exit_code, "PEFT's logits differ by " in done.stderr) == (1, True)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, devices = BaseModel.load, []
+
+    def full(self: BaseModel, *words: Any, device: torch.device, **options: Any) -> Any:
+        devices.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(self, *words, device=device, **options)
+
+    adapter_for(llama, tmp_path / "a")
+    monkeypatch.setattr(BaseModel, "load", full)
+    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
+    export_peft(tmp_path / "a", tmp_path / "peft", verify=True)
+    assert devices == ["cuda", "cpu"]
 
 
 def test_verify_compares_a_head_too(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

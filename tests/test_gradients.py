@@ -183,6 +183,9 @@ def test_sums_lie_on_a_gpu_that_has_room_for_three_of_them(
     assert gradients._place(on_gpu, targets) == gpu
     free[gpu] = 3 * needed
     assert gradients._place(on_gpu, targets) == cpu
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2)  # of which torch keeps one that nobody has
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1)
+    assert gradients._place(on_gpu, targets) == gpu
 
 
 @pytest.mark.parametrize("loss", ["sample", "token"])

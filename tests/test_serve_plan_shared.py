@@ -53,6 +53,20 @@ def test_on_an_accelerator_every_part_of_a_basis_is_held_alone(
 
 
 @pytest.mark.usefixtures("plugin")
+def test_updates_on_an_accelerator_are_warned_of(
+    folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need the shared mode, which is not chosen there otherwise."""
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    said = "the shared basis has not been run on an accelerator yet: compare some answers"
+    assert dry_run(siblings, updates_from=folder)["mode"] == "shared"
+    assert said not in caplog.text
+    install(monkeypatch, "vllm")
+    assert dry_run(siblings, updates_from=folder)["mode"] == "shared"
+    assert said in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
 def test_auto_shares_a_basis_where_it_can(
     folder: Path, siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

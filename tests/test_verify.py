@@ -17,6 +17,7 @@ from lorasb_export.base.streamed import streamed_model
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
+from lorasb_export.evaluation import logits
 from lorasb_export.evaluation.logits import TOLERANCE
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.merging import verify
@@ -114,7 +115,7 @@ def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
         return on(device, *args)
 
     monkeypatch.setattr(verify, "_on", full)
-    monkeypatch.setattr(verify, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
     assert merge(adapter, tmp_path / "model", verify=True)["verify"]["streamed"]
     assert devices == ["cuda", "cpu"]
 

@@ -35,6 +35,10 @@ _IN_FLOAT32 = (
     "the base is in float32: with --dtype bfloat16 it takes half the memory, and the tensor cores of a GPU compute it "
     "(--dtype float32 leaves it as it is, and this warning out)"
 )
+_IN_BFLOAT16 = (
+    "this GPU imitates bfloat16, the base's dtype: --dtype float32 is faster, for twice the memory "
+    "(--dtype bfloat16 leaves it as it is, and this warning out)"
+)
 _SAMPLE_BYTES = 4096
 _CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
 # The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
@@ -243,8 +247,11 @@ class BaseModel:
             gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
-        if dtype == "auto" and device.type != "cpu" and network.dtype == torch.float32:
-            logger.warning(_IN_FLOAT32)
+        if dtype == "auto" and device.type != "cpu":
+            if network.dtype == torch.float32 and not _imitates_bfloat16(device):
+                logger.warning(_IN_FLOAT32)
+            if network.dtype == torch.bfloat16 and _imitates_bfloat16(device):
+                logger.warning(_IN_BFLOAT16)
         if device.type == "mps" and network.dtype == torch.float64:
             fix = "Use --dtype float32, or set ACCELERATE_USE_CPU=1 in the environment"
             raise SettingsError("Apple's GPUs have no float64", where=self.folder, fix=fix)
@@ -318,6 +325,13 @@ def _auto_class(task_type: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+
+
+def _imitates_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's before Ampere, as the T4."""
+    import torch
+
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_device() -> torch.device:

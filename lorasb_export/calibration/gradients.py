@@ -103,6 +103,8 @@ def of_share(sums: dict[str, torch.Tensor], device: torch.device, desc: str) -> 
     mine = share(sorted(sums))
     for name in sums.keys() - set(mine):
         del sums[name]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the passes: the libraries that decompose take memory beside torch
     for name in progress_bar(mine, desc=desc):
         yield name, sums.pop(name).to(device)
 
@@ -184,9 +186,15 @@ def _place(network: PreTrainedModel, targets: Mapping[str, nn.Module]) -> torch.
     """
     numbers = sum(math.prod(shape_of(module)) for module in targets.values())
     needed = numbers * torch.promote_types(network.dtype, torch.float32).itemsize
-    if network.device.type == "cuda" and 3 * needed < torch.cuda.mem_get_info(network.device)[0]:
+    if network.device.type == "cuda" and 3 * needed < _free(network.device):
         return network.device
     return torch.device("cpu")
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has, and that torch keeps of what was freed: of the passes before, maybe."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

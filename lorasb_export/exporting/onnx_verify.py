@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter, load_basis_once
-from ..base.model import BaseModel, default_device
+from ..base.model import BaseModel
 from ..base.streamed import streamed_model
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
@@ -22,6 +22,7 @@ from ..errors import ArtifactError, DataError
 from ..evaluation.answer_end import before_end, ends_of
 from ..evaluation.evaluate import metric_for, trained_length
 from ..evaluation.inference import Asked, answers_of_ids, question_of
+from ..evaluation.logits import where_there_is_room
 from ..evaluation.metrics import exact_match, prediction_metrics
 from ..layers.exact import exact_products
 from ..layers.inject import remove
@@ -79,18 +80,22 @@ def verify_folder(
     del decoder  # before torch loads the same weights
     bases: dict[str, Basis] = {}
     is_base_alone = not asked and all(adapter is None for adapter in adapters.values())
-    network, device = _in_torch(base, few_passes=is_base_alone)
-    results = {}
-    for name, adapter in adapters.items():
-        if adapter is not None:
-            load_basis_once(adapter, bases)
-            adapter.inject(network)
-        results[name] = _compare(network, encoded, answered[name], device)
-        if name in asked:
-            results[name] |= asked[name].compare(network)
-        if adapter is not None:
-            remove(network)
-    return results
+
+    def compared(device: torch.device) -> dict[str, dict[str, Any]]:
+        network, device = _in_torch(base, device, few_passes=is_base_alone)
+        results = {}
+        for name, adapter in adapters.items():
+            if adapter is not None:
+                load_basis_once(adapter, bases)
+                adapter.inject(network)
+            results[name] = _compare(network, encoded, answered[name], device)
+            if name in asked:
+                results[name] |= asked[name].compare(network)
+            if adapter is not None:
+                remove(network)
+        return results
+
+    return where_there_is_room(compared)
 
 
 @exact_products()
@@ -189,17 +194,17 @@ class HeldOut:
         return result | _both("exact_match", len(given), exact_match(given, self._expected), self._in_onnx)
 
 
-def _in_torch(base: BaseModel, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:
+def _in_torch(base: BaseModel, device: torch.device, *, few_passes: bool) -> tuple[PreTrainedModel, torch.device]:
     """The network in fp32, and where it computes.
 
-    Where it can, and `few_passes` are all that is wanted, its weights are read as they are needed: beside what the
-    exporter takes, the memory to hold them counts.
+    Where it can, and `few_passes` are all that is wanted, it computes on `device`, and its weights are read as they are
+    needed: beside what the exporter takes, the memory to hold them counts.
     """
-    streamed = streamed_model(base, CAUSAL_LM) if few_passes else None
+    streamed = streamed_model(base, CAUSAL_LM, device=device) if few_passes else None
     if streamed is not None:
-        return streamed, default_device()
-    device = torch.device("cpu")
-    return base.load(CAUSAL_LM, dtype="float32", device=device), device
+        return streamed, device
+    cpu = torch.device("cpu")
+    return base.load(CAUSAL_LM, dtype="float32", device=cpu), cpu
 
 
 def _compare(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
 from ..base.model import BaseModel
-from ..evaluation.logits import TOLERANCE, logits_of, require_close, rows_of
+from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of, where_there_is_room
 from ..layers.exact import exact_products
 from ..layers.head import head_parameters
 from ..layers.inject import remove
+
+if TYPE_CHECKING:
+    import torch
 
 
 @exact_products()
@@ -23,10 +26,19 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
     Raises:
         ArtifactError: the relative difference exceeds the tolerance.
     """
+    batch, rows = rows_of(base, adapter)
+    expected, found = where_there_is_room(lambda device: _logits(device, folder, adapter, base, batch))
+    fix = "Nothing was written; use `lorasb merge`"
+    return {**require_close(expected, found, TOLERANCE["F32"], "PEFT's logits", folder, fix), "rows": rows}
+
+
+def _logits(
+    device: torch.device, folder: Path, adapter: Adapter, base: BaseModel, batch: Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adapter's, and PEFT's."""
     from peft import PeftModel
 
-    network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels)
-    batch, rows = rows_of(base, adapter)
+    network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels, device=device)
     inputs = {name: tensor.to(network.device) for name, tensor in batch.items()}
     heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
     adapter.inject(network)
@@ -35,5 +47,4 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
     for parameter, data in heads.items():  # PEFT has to bring the trained one
         parameter.data = data
     with_peft: Any = PeftModel.from_pretrained(network, str(folder)).eval()
-    found, fix = logits_of(with_peft, inputs), "Nothing was written; use `lorasb merge`"
-    return {**require_close(expected, found, TOLERANCE["F32"], "PEFT's logits", folder, fix), "rows": rows}
+    return expected, logits_of(with_peft, inputs)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base.model import BaseModel, default_device
+from ..base.model import BaseModel
 from ..base.streamed import streamed_model, was_read
 from ..errors import is_out_of_memory
-from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of
+from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of, where_there_is_room
 from ..layers.exact import exact_products
 from .rounding import NOT_ROUNDED, Rounding
 
@@ -44,17 +44,8 @@ def compare_logits(
     adapter = adapters[0]
     batch, rows = rows_of(base, adapter)
     merged_base = BaseModel.resolve(merged)
-    device = default_device()
-    try:
-        of_device = _on(device, base, merged_base, adapters, batch, rounding)
-    except Exception as error:
-        if device.type == "cpu" or not is_out_of_memory(error):
-            raise
-        of_device = None
-    if of_device is None:  # only now: the error held what was in memory
-        logger.warning("%s has no room to compare logits: the CPU does it, which takes longer", device)
-        of_device = _on(torch.device("cpu"), base, merged_base, adapters, batch, rounding)
-    (expected, found), streamed = of_device
+    inputs = base, merged_base, adapters, batch, rounding
+    (expected, found), streamed = where_there_is_room(lambda device: _on(device, *inputs))
     modules = {name for one in adapters for name in one.R}
     tolerance = max(TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
     fix = "Nothing was written; merge with --dtype float32, or serve the adapter unmerged"

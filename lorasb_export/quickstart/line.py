@@ -168,13 +168,13 @@ def quickstart(
 
         with_peft: Any = PeftModel.from_pretrained(network, str(out / "peft")).eval()
         line.ask("peft", _MERGED, with_peft, tokenizer)
-    del network, with_peft
+    del network, with_peft, options  # all that holds the base, for a GPU's memory
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below
         limit = line.limit(_MERGED, tokenizer)
         (line.answers[_MERGED]["onnx"],) = ask_onnx(out / "onnx", line.prompts(_MERGED), max_tokens=limit).values()
     if serve and importlib.util.find_spec("vllm") is not None:
-        rounding = "" if runs_on_cpu() else ", in bfloat16: on some rows rounding may change its answer"
+        rounding = "" if runs_on_cpu() else ", in 16 bits: on some rows rounding may change its answer"
         with line.step("serve", f"Starting vLLM with both adapters and asking it{rounding}"):
             _ask_server(line, folders, tokenizer)
     else:
@@ -200,7 +200,7 @@ def _serving() -> dict[str, Any]:
     """What the server is started with."""
     options: dict[str, Any] = {"dtype": _DTYPE, "extra": ["--max-model-len", "512"]}
     if not runs_on_cpu():  # where adapters are applied in 16 bits, and vLLM takes nearly all memory, or does not start
-        options["dtype"] = "bfloat16"
+        options["dtype"] = "auto"  # vLLM knows which 16 bits this accelerator computes in
         options["extra"] += ["--gpu-memory-utilization", "0.5"]
     return options
 

@@ -18,6 +18,8 @@ from .shared import runs_on_cpu, why_unavailable
 
 logger = logging.getLogger(__name__)
 
+_NOT_RUN = "the shared basis has not been run on an accelerator yet"
+
 
 def choose_mode(
     mode: str, base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str], updates_from: Path | None
@@ -35,7 +37,9 @@ def choose_mode(
         return _folded(adapters, extra)
     reason = _why_not_shared(base, adapters, extra)
     if reason is None and mode == "auto" and not runs_on_cpu():
-        reason = "the shared basis has not been run on an accelerator yet (--mode shared tries it)"
+        reason = f"{_NOT_RUN} (--mode shared tries it)"
+    if reason is None and updates_from is not None and not runs_on_cpu():
+        logger.warning("%s: compare some answers with those of the merged model", _NOT_RUN)
     if reason is None:
         loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
         return Shared(adapters, updates_from, loras, in_memory, engines)

@@ -124,9 +124,8 @@ def running_server(
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
-        may_fold = plan.mode.name == "shared" and updates is None
-        advice = "Fix that, or try --mode folded. " if may_fold else ""
-        server = RunningServer(command, variables, _url(host, port), echo=echo, advice=advice, drain=plan.drain)
+        options = {"echo": echo, "advice": plan.mode.advice, "drain": plan.drain}
+        server = RunningServer(command, variables, _url(host, port), **options)
         del plan  # its tensors are on disk now
         try:
             if on_start is not None:

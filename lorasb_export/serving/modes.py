@@ -86,6 +86,14 @@ class Folded:
         """How many vLLM holds in host memory, those with a slot too; it reads others again when they are asked for."""
         return max(self.slots, min(len(self.adapters), _MAX_ON_HOST))
 
+    @property
+    def advice(self) -> str:
+        """What else to try where vLLM does not start, a sentence or ""."""
+        if runs_on_cpu() or self.slots < 2:
+            return ""
+        fewer = f"-- --max-loras {self.slots // 2}"
+        return f"Where the GPU's memory is full: each of the {self.slots} slots takes some, try {fewer}. "
+
     def environment(self, folder: str | Path) -> dict[str, str]:
         # A value exported for another server would switch the plugin on.
         return {BASIS_VARIABLE: "", FOLDED_VARIABLE: "1"}
@@ -174,6 +182,11 @@ class Shared:
     def flags(self, folder: str | Path) -> list[str]:
         flags = _lora_flags(self.adapters, self.slots, self._paths(Path(folder)))
         return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
+
+    @property
+    def advice(self) -> str:
+        """As of `Folded`."""
+        return "Fix that, or try --mode folded. " if self.updates_from is None else ""
 
     def environment(self, folder: str | Path) -> dict[str, str]:
         basis, _ = resolve_folder(next(iter(self.adapters.values())).find_basis(), BASIS_FILES)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
+from lorasb_export.names import ours_in
 
 from .verb import Run
 from .words import given, human_bytes
@@ -69,7 +70,7 @@ def run(
         raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
-    words = adapter or (run.project.adapter_names() if format == "onnx-adapters" and into is None else [])
+    words = adapter or (ours_in(run.project.adapters_folder) if format == "onnx-adapters" and into is None else [])
     folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else run.project.base_elsewhere(model, folders[0])

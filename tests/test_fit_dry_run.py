@@ -97,6 +97,28 @@ def test_what_is_foreseen_is_done(project: Path, monkeypatch: pytest.MonkeyPatch
     assert (lines[0], lines[-1]) == ("a  keep", "4 tasks: 4 to keep")
 
 
+_TOO_HIGH = ("rank = 4", "rank = 1000"), "rank 1000 exceeds module"
+_MISTYPED = ("rank = 4", 'rank = 4\ntargets = "down_prj"'), "down_prj"
+_MIXED = ("[tasks.d]\n", '[tasks.d]\ncolumns = {text = "prompt", label = "completion"}\n'), "the tasks mix"
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "directions"),
+    [(*case, "gradient") for case in (_TOO_HIGH, _MISTYPED, _MIXED)] + [(*c, "random") for c in (_TOO_HIGH, _MISTYPED)],
+)
+def test_a_basis_that_cannot_be_made(project: Path, change: tuple[str, str], told: str, directions: str) -> None:
+    """Also at a rate that is given: without one the targets are looked at for their default."""
+    file = project / "lorasb.toml"
+    text = file.read_text().replace(*change).replace("[basis]\n", f'[basis]\ndirections = "{directions}"\n')
+    file.write_text(text)
+    for more in ((), ("--lr", "0.01")):
+        foretold, done = lorasb("fit", "--dry-run", *more), lorasb("fit", *more)
+        assert told in foretold.stderr
+        assert foretold.exit_code == done.exit_code == 1
+        assert foretold.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
+        assert not (project / "adapters").exists()
+
+
 def test_bad_rows_end_all(project: Path) -> None:
     Path("data/b/train.jsonl").write_text("{")
     code, tasks = foreseen("--basis", "own")

@@ -247,6 +247,16 @@ def test_the_vllm_that_is_installed_decides_and_not_the_device_torch_sees(
     assert ("VLLM_CPU_KVCACHE_SPACE" in described["environment"]) == (slots == 2)
 
 
+def test_who_may_be_reached_without_a_key_is_told_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        dry_run({"a": folder / "a"}, host=host)
+    assert "without a key" not in caplog.text
+    for host in ("0.0.0.0", "::", "10.0.0.7", "gpu-1"):
+        caplog.clear()
+        dry_run({"a": folder / "a"}, host=host)
+        assert f"Listening on {host} without a key: set VLLM_API_KEY" in caplog.text
+
+
 def test_adapters_in_fp32_are_refused_on_an_accelerator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's kernel asserts 16 bits; a model alone does not meet it. The quickstart serves as it can."""
     install(monkeypatch, "vllm")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def calibrate(
     _check_weights(weights, data)
     task_type, labels = _common_kind(load_tasks(data))
     labels = in_order(labels, base.head_labels)
-    classes = (len(labels) or 1) if task_type == SEQ_CLS else None  # one output for regression
+    classes = _outputs(task_type, labels)
     if network is None:
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     require_outputs(network, classes)
@@ -183,10 +183,33 @@ def calibrate(
     return Basis(base.ref(targets), settings.rank, modules, calibration)
 
 
+def check(base: BaseModel, data: Mapping[str, AnySource | TaskData], settings: CalibrationSettings) -> None:
+    """Raise what `calibrate` would find wrong with the tasks together, the rank or the targets; no weights are loaded.
+
+    Raises:
+        DataError, SettingsError: as `calibrate`.
+    """
+    if settings.directions in DRAWN:
+        _targets(_empty_of_drawn(base, settings), settings)
+        return
+    task_type, labels = _common_kind(load_tasks(data))
+    network = base.load_empty(task_type, num_labels=_outputs(task_type, labels))
+    _targets(network, settings)
+    require_positions(network, settings.max_length)
+
+
+def _outputs(task_type: str, labels: Sequence[Any]) -> int | None:
+    """Of a classifier's head; one for regression."""
+    return (len(labels) or 1) if task_type == SEQ_CLS else None
+
+
+def _empty_of_drawn(base: BaseModel, settings: CalibrationSettings) -> PreTrainedModel:
+    """The shapes of the weights are enough."""
+    return base.load_empty(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
+
+
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
-    task_type = CAUSAL_LM if base.generates else SEQ_CLS
-    if network is None:  # the shapes of the weights are enough
-        network = base.load_empty(task_type, dtype=settings.dtype)
+    network = _empty_of_drawn(base, settings) if network is None else network
     remove(network)
     targets = _targets(network, settings)
     ref = base.ref(targets)
@@ -196,6 +219,7 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
     used = {key: getattr(settings, key) for key in ("directions", "targets", "dtype", "seed")}
     if settings.directions == BLOCK:  # 0 and 1 are exact in all
         del used["dtype"]
+    task_type = CAUSAL_LM if base.generates else SEQ_CLS
     calibration = {**used, "task_type": task_type, "command": command(), "data": [], "samples": 0, "energy": {}}
     return Basis(ref, settings.rank, modules, calibration)
 

@@ -11,7 +11,7 @@ from .. import distributed
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..basis_source import EMBEDDED
-from ..calibration.calibrate import calibrate, calibrated_once
+from ..calibration.calibrate import calibrate, calibrated_once, check
 from ..cards import card
 from ..data.source import AnySource
 from ..errors import OutputError, SettingsError, some
@@ -78,12 +78,26 @@ def load_or_make(
         return _of_others(source, base)
 
     def make() -> Basis:
-        names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
-        sharing = {name: tasks.get(name) or project.task_source(name) for name in names}
+        sharing = _sharing(project, tasks, calibration)
         weights = project.weights(sharing)
         return calibrate(base, sharing, calibration, weights=weights, network=network(), pass_over=True)
 
     return _as_said(project, calibrated_once(shared_folder(project), make))
+
+
+def _sharing(
+    project: Project, tasks: Mapping[str, AnySource], calibration: CalibrationSettings
+) -> dict[str, AnySource]:
+    """The data that the project's shared basis is made from: none of a drawn one."""
+    names = [] if calibration.directions in DRAWN else project.shared_tasks() or list(tasks)
+    return {name: tasks.get(name) or project.task_source(name) for name in names}
+
+
+def check_to_be_made(
+    project: Project, base: BaseModel, tasks: Mapping[str, AnySource], calibration: CalibrationSettings
+) -> None:
+    """Raise what is seen without weights to be wrong with the shared basis that `load_or_make` would make."""
+    check(base, _sharing(project, tasks, calibration), calibration)
 
 
 def load_if_there(project: Project, source: str, base: BaseModel) -> Basis | None:

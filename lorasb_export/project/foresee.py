@@ -11,7 +11,7 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..errors import LoraSBError, TrainingError, some
 from ..settings import FitSettings
-from .basis import load_if_there, shared_folder
+from .basis import check_to_be_made, load_if_there, shared_folder
 from .fit import FitRequest, leaves_others
 from .project import OWN_BASIS, Project
 
@@ -33,8 +33,8 @@ def foresee_tasks(
         resumed, but that the refusal of another, which `why` names, ends the run before.
 
     Raises:
-        LoraSBError: the base, a basis or the adapter to start from cannot be read, or is not what it has to be;
-            `data` or `out` with several tasks.
+        LoraSBError: the base, a basis or the adapter to start from cannot be read, or is not what it has to be; the
+            shared basis cannot be made of these tasks; `data` or `out` with several tasks.
     """
     distributed.start()
     request = FitRequest(project, names, settings, **options)
@@ -46,6 +46,9 @@ def foresee_tasks(
             refused[name] = error
     sources = [source for source in dict.fromkeys(request.bases.values()) if source != OWN_BASIS]
     shared = {source: load_if_there(project, source, base) for source in sources}
+    for source in (source for source, basis in shared.items() if basis is None and not refused):
+        tasks = {name: place for name, place in request.places.items() if request.bases[name] == source}
+        check_to_be_made(project, base, tasks, project.calibration_settings(settings))
     found, ended_by = {}, list(refused)
     for name in names:
         try:

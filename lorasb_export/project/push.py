@@ -16,7 +16,7 @@ from ..files.kind import artifact_kind
 from ..files.storage import absolute
 from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
-from ..names import PLACE
+from ..names import PLACE, ours_in
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
 from ..publishing.repository import is_of_one
@@ -50,7 +50,7 @@ def push_project(
             request would bring a new basis, or `with_basis` for one repository.
         and what `push` raises.
     """
-    names = project.adapter_names()
+    names = ours_in(project.adapters_folder)
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
     if PLACE not in repo and with_basis:

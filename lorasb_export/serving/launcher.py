@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 import os
 import signal
 import socket
@@ -19,8 +17,6 @@ from ..names import resolve_adapters
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder
-
-logger = logging.getLogger(__name__)
 
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
@@ -113,9 +109,6 @@ def running_server(
     port = _claim_port(host, port)
     environment.require_packages("vllm")
     key = api_key(api_key_file)
-    if not _is_loopback(host) and not key:
-        fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
-        logger.warning("Listening on %s without a key: %s", host, fix)
     options: dict[str, Any] = {"model": model, "mode": mode, "host": host, "port": port, "dtype": dtype, "extra": extra}
     updates = None if updates_from is None else expanded(updates_from)
     options |= {"updates_from": updates, "has_key": bool(key), "pass_over": pass_over}
@@ -192,13 +185,6 @@ def _claim_port(host: str, port: int) -> int:
             fix = "Stop what listens there, or give another --port"
             raise OutputError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from None
         return int(probe.getsockname()[1])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _url(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import sys
@@ -203,10 +204,20 @@ def make_plan(
     _check_length(plan)
     if runs_on_cpu() and not plan.is_float32 and not multiplies(torch.bfloat16):
         logger.warning(_IMITATED)
+    if not has_key and not _is_loopback(host):
+        fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
+        logger.warning("Listening on %s without a key: %s", host, fix)
     for switch, instead in _SWITCHES.items():
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)
     return plan
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_dtype(plan: ServePlan) -> None:

@@ -53,7 +53,8 @@ def start() -> None:
 def _require_gpu_of_its_own() -> None:
     """Raise SettingsError where accelerate would put two processes on one GPU, which NCCL refuses in its own words."""
     count, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
-    if place < count or count == 0 or accelerate_uses("CPU"):
+    sees_its_own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as SLURM may have it
+    if place < count or count == 0 or sees_its_own or dist.is_initialized() or accelerate_uses("CPU"):
         return
     what = f"this is process {place + 1} of this machine, and it sees {count} GPU{'s' if count > 1 else ''}"
     fix = "Start one process for each GPU, and let each see all of them; or set ACCELERATE_USE_CPU=1"

@@ -214,6 +214,7 @@ def test_a_gpu_that_imitates_bfloat16_is_not_told_of_it(
     base.load(dtype="bfloat16", device="cpu").save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
     base.load(device="meta")
+    assert "with --dtype float16 it takes half the memory" in caplog.text
     BaseModel.resolve(tmp_path).load(dtype="bfloat16", device="meta")
     assert "bfloat16" not in caplog.text
     BaseModel.resolve(tmp_path).load(device="meta")

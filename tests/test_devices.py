@@ -180,6 +180,7 @@ def test_processes_that_would_share_a_gpu_are_refused(
     place: str, count: int, on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in (("LOCAL_RANK", place), ("ACCELERATE_USE_CPU", on_cpu)):
         monkeypatch.setenv(name, value)
     if on_cpu:
@@ -187,6 +188,9 @@ def test_processes_that_would_share_a_gpu_are_refused(
     else:
         with pytest.raises(SettingsError, match=rf"process {int(place) + 1} of this machine, and it sees {count} GPU"):
             distributed._require_gpu_of_its_own()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", place)  # each sees the one that is its own
+    if count == 1:
+        distributed._require_gpu_of_its_own()
     monkeypatch.setenv("LOCAL_RANK", "0")
     distributed._require_gpu_of_its_own()
 

@@ -248,7 +248,7 @@ def test_verify_compares_the_logits_of_peft(
 def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, devices = BaseModel.load, []
+    load, from_pretrained, devices = BaseModel.load, PeftModel.from_pretrained, []
 
     def full(self: BaseModel, *words: Any, device: torch.device, **options: Any) -> Any:
         devices.append(device.type)
@@ -256,11 +256,16 @@ def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return load(self, *words, device=device, **options)
 
+    def with_peft(*words: Any, torch_device: str, **options: Any) -> Any:  # PEFT's own choice is the GPU
+        devices.append(torch_device)
+        return from_pretrained(*words, torch_device=torch_device, **options)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", with_peft)
     adapter_for(llama, tmp_path / "a")
     monkeypatch.setattr(BaseModel, "load", full)
     monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
     export_peft(tmp_path / "a", tmp_path / "peft", verify=True)
-    assert devices == ["cuda", "cpu"]
+    assert devices == ["cuda", "cpu", "cpu"]
 
 
 def test_verify_compares_a_head_too(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

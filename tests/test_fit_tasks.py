@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export import Basis, calibrate, fit
+from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import BaseModelError, BusyError, DataError, OutputError, SettingsError, TrainingError
@@ -323,3 +325,13 @@ def test_texts_longer_than_the_base_reaches_are_told_by_the_names_of_their_class
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]
     foreseen = foresee_tasks(found, ["a", "b"], SETTINGS, own=own)
     assert [foreseen[name]["action"] for name in "ab"] == ["refuse" if name in names else "wait" for name in "ab"]
+
+
+def test_positions_are_looked_at_where_every_task_has_an_adapter(bert: Path, parity: Path, tmp_path: Path) -> None:
+    """Of one of them the rows may have changed."""
+    found = project(tmp_path / "p", bert, parity, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    before = fit_all(found, ["a", "b"], SETTINGS)
+    own = {"a": replace(SETTINGS, max_steps=1), "b": replace(SETTINGS, max_length=5000)}
+    with pytest.raises(SettingsError, match=r"positions end at 512 \(b\)"):
+        fit_all(found, ["a", "b"], SETTINGS, own=own, resume=True, overwrite=True)
+    assert all(Adapter.load(found.adapter_folder(name)).sha256 == before[name].sha256 for name in "ab")

@@ -200,6 +200,23 @@ def test_a_name_where_no_adapter_is(words: str, file: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     "words",
+    ["merge", "export --format onnx-adapters", "push --repo me/x", "push --repo me/{name}", "serve", "evaluate"],
+)
+def test_an_adapter_of_another_tool_is_none(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    unfitted(tmp_path)
+    (tmp_path / "adapters" / "theirs").mkdir(parents=True)
+    (tmp_path / "adapters" / "theirs" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 1
+    assert "Passed over: " in done.stderr
+    assert "no adapter in this project" in done.stderr
+    named = CliRunner().invoke(app, ["push", "theirs", "--repo", "me/x", "--dry-run"])
+    assert "Passed over" not in named.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
     [
         *("fit nope", "evaluate nope", "merge nope", "export nope", "inspect nope", "serve --adapters nope"),
         *("push nope --repo me/x", "serve --adapters-dir nope"),

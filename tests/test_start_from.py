@@ -175,11 +175,11 @@ def test_each_task_of_many_starts_from_its_own(
         own = {name: 'basis = "own"\n' if name == "own" else "" for name in data}
         file.write_text(head + "".join(f'[tasks.{name}]\ndata = "{data[name]}"\n{own[name]}' for name in data))
 
-    write(a=sums, b=sums, own=sums)
+    write(a=sums, b=sums, own=products)
     assert lorasb("fit", "--init", "svd", "--lr", "0.01").exit_code == 0
     shutil.copytree("adapters", "before")  # beside it: an adapter finds its basis by a relative path
     before = {name: Adapter.load(f"before/{name}") for name in ("a", "b", "own")}
-    write(a=sums, b=products, own=products, new=products)
+    write(a=sums, b=products, own=sums, new=products)
     pattern = ("--start-from", "{name}", "--resume", "--overwrite")
 
     planned = lorasb("fit", *pattern, "--lr", "0.01", "--dry-run", "--json")
@@ -192,7 +192,7 @@ def test_each_task_of_many_starts_from_its_own(
     for refused, message in (
         (("--start-from", "./missing/{name}", "--overwrite"), "no task has an adapter to start from"),
         ((*pattern, "--together"), "together all start from one adapter"),
-        (("--start-from", "a", "--overwrite"), "or each from its own: {name}"),
+        (("--start-from", "a", "--overwrite"), "or each from its own: --start-from '{name}'"),
     ):
         assert message in lorasb("fit", *refused).stderr
 
@@ -216,3 +216,51 @@ def test_each_task_of_many_starts_from_its_own(
     shutil.rmtree("adapters/b")
     assert lorasb("fit", "b", "--start-from", "before/{name}").exit_code == 0
     assert tensors_equal(Adapter.load("adapters/b").R, before["b"].R)  # at the rate of the file
+
+
+def test_what_tasks_of_many_cannot_start_from(
+    llama: Path,
+    sums: Path,
+    products: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    head = f'model = "{llama}"\n[basis]\nrank = 2\n[fit]\nmax_steps = 1\n'
+    tasks = "".join(f'[tasks.{name}]\ndata = "{sums}"\n' for name in ("a", "b", "v2-a"))
+    Path("lorasb.toml").write_text(head + tasks)
+    assert lorasb("fit", "a", "v2-a").exit_code == 0
+    assert lorasb("fit", "b", "--scaling", "2").exit_code == 0
+    sums_before = {name: Adapter.load(f"adapters/{name}").sha256 for name in ("a", "b", "v2-a")}
+
+    def refused(*words: str, told: str) -> None:
+        done = lorasb("fit", *words, "--overwrite")
+        assert (done.exit_code, told in done.stderr) == (1, True), done.stderr
+        assert {name: Adapter.load(f"adapters/{name}").sha256 for name in sums_before} == sums_before
+
+    # Told before the first is trained, where it shows in its turn otherwise.
+    refused("--start-from", "{name}", told="scaling is 1, and 2 in the adapter to start from")
+    refused("a", "v2-a", "--start-from", "v2-{name}", told="v2-a is to be replaced, and a is to start from it")
+    refused("a", "--start-from", "{name}", "--basis", "own", told="Leave out either")
+
+    shutil.copytree("adapters", "other/adapters")
+    shutil.copytree("basis", "other/basis")
+    done = lorasb("fit", "a", "--start-from", "other/adapters/{name}", "--overwrite", "--lr", "1e-30")
+    assert done.exit_code == 0
+    assert Adapter.load("adapters/a").basis_source == str(tmp_path / "basis")  # the same, where the project has it
+    assert "not the project's" not in log.text
+
+    Path("basis").rename("gone")
+    refused("a", "--start-from", "{name}", told="the basis that a start from is gone")
+    assert not Path("basis").exists()
+    assert lorasb("calibrate", "--data", f"x={products}", "--rank", "2", "--out", "basis").exit_code == 0
+    assert lorasb("fit", "a", "--start-from", "other/adapters/{name}", "--overwrite").exit_code == 0
+    assert Adapter.load("adapters/a").basis_source == str(tmp_path / "other/basis")
+    assert "a: in the basis of what they start from, which is not the project's" in log.text
+
+    new = lorasb("fit", "v2-a", "--start-from", "missing-{name}", "--overwrite")
+    assert "no task has an adapter to start from" in new.stderr
+    shutil.rmtree("adapters/v2-a")
+    assert lorasb("fit", "v2-a", "--start-from", "{name}").exit_code == 0  # an element of a job array
+    assert "v2-a: trained from the beginning" in log.text

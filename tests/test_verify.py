@@ -120,6 +120,20 @@ def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
     assert devices == ["cuda", "cpu"]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_what_the_host_has_no_room_for_is_not_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
+    devices = []
+
+    def full(device: torch.device) -> None:
+        devices.append(device.type)
+        raise error
+
+    with pytest.raises(type(error)):
+        logits.where_there_is_room(full)
+    assert devices == ["cuda"]
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_wrong_folder_is_seen(value: float, llama: Path, adapter: Adapter, tmp_path: Path) -> None:
     file = _merged(adapter, tmp_path / "model") / "model.safetensors"

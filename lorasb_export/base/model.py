@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_FLOAT32 = (
-    "the base is in float32: with --dtype bfloat16 it takes half the memory, and the tensor cores of a GPU compute it "
+    "the base is in float32: with --dtype %s it takes half the memory, and the tensor cores of a GPU compute it "
     "(--dtype float32 leaves it as it is, and this warning out)"
 )
 _IN_BFLOAT16 = (
-    "this GPU imitates bfloat16, the base's dtype: --dtype float32 is faster, for twice the memory "
+    "this GPU imitates bfloat16, the base's dtype: --dtype float16 is faster, and where that overflows float32 "
     "(--dtype bfloat16 leaves it as it is, and this warning out)"
 )
 _SAMPLE_BYTES = 4096
@@ -248,9 +248,10 @@ class BaseModel:
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
         if dtype == "auto" and device.type != "cpu":
-            if network.dtype == torch.float32 and not _imitates_bfloat16(device):
-                logger.warning(_IN_FLOAT32)
-            if network.dtype == torch.bfloat16 and _imitates_bfloat16(device):
+            imitates = _imitates_bfloat16(device)
+            if network.dtype == torch.float32:
+                logger.warning(_IN_FLOAT32, "float16" if imitates else "bfloat16")
+            if network.dtype == torch.bfloat16 and imitates:
                 logger.warning(_IN_BFLOAT16)
         if device.type == "mps" and network.dtype == torch.float64:
             fix = "Use --dtype float32, or set ACCELERATE_USE_CPU=1 in the environment"

@@ -42,7 +42,8 @@ def where_there_is_room(compute: Callable[[torch.device], T]) -> T:
     try:
         return compute(device)
     except Exception as error:
-        if device.type == "cpu" or not is_out_of_memory(error):
+        of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if device.type == "cpu" or of_host or not is_out_of_memory(error):
             raise
     # Only now: the error held what was in memory.
     logger.warning("%s has no room to compare logits: the CPU does it, which takes longer", device)

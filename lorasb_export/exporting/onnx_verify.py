@@ -95,7 +95,7 @@ def verify_folder(
                 remove(network)
         return results
 
-    return where_there_is_room(compared)
+    return where_there_is_room(compared) if is_base_alone else compared(torch.device("cpu"))
 
 
 @exact_products()

@@ -46,5 +46,5 @@ def _logits(
     remove(network)
     for parameter, data in heads.items():  # PEFT has to bring the trained one
         parameter.data = data
-    with_peft: Any = PeftModel.from_pretrained(network, str(folder)).eval()
+    with_peft: Any = PeftModel.from_pretrained(network, str(folder), torch_device=str(device)).eval()
     return expected, logits_of(with_peft, inputs)

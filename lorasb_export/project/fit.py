@@ -6,6 +6,7 @@ import gc
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.task import TaskData, load_task
 from ..errors import (
     PER_ITEM_ERRORS,
+    ArtifactError,
     BusyError,
     LoraSBError,
     Problems,
@@ -30,13 +32,13 @@ from ..errors import (
     some,
 )
 from ..files.output import is_free, refuse_existing
-from ..files.storage import expanded
+from ..files.storage import absolute, expanded
 from ..names import PLACE
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
 from ..training.fit import fit, train_together
 from ..training.job import Job
-from ..training.requirements import check_requirements
+from ..training.requirements import check_requirements, require_same_task
 from ..training.run_basis import with_rate
 from .basis import basis_of_task, is_shared, load_or_make, shared_folder
 from .project import OWN_BASIS, Project
@@ -91,9 +93,26 @@ class FitRequest:
         self.settings_of = {name: self.own.get(name, settings) for name in names}
         self.targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
         self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
+        if start and basis == OWN_BASIS:
+            raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
         self.starts, self._basis = Starts(project, start, self.targets), basis
         # Where the basis of each task is, or `own`.
         self.bases = {name: basis or self.starts.basis(name) or basis_of_task(project, name) for name in names}
+        if basis is None:
+            self._check_bases_of_starts()
+
+    def _check_bases_of_starts(self) -> None:
+        """Raise ArtifactError where the shared basis is gone that adapters to start from are in: another would be made.
+        Of those in a basis that is not the project's it is told."""
+        started = [name for name in self.bases if self.starts.basis(name) is not None]
+        folder = self.project.path(self.project.basis_path)
+        if gone := [name for name in started if self.bases[name] == str(folder) and is_free(folder)]:
+            fix = "Restore it, or leave out --start-from"
+            raise ArtifactError(f"the basis that {some(gone)} start from is gone", where=folder, fix=fix)
+        ours = OWN_BASIS, str(folder)
+        others = [name for name in started if self.bases[name] not in (*ours, basis_of_task(self.project, name))]
+        if others and self.starts.differ:
+            logger.warning("%s: in the basis of what they start from, which is not the project's", some(others))
 
     @cached_property
     def base(self) -> BaseModel:
@@ -119,9 +138,12 @@ class FitRequest:
         return load_task(name, self.places[name])
 
     def checked(self, name: str) -> TaskData:
-        """A task that its settings suit. Raises as `load_task` and `check_requirements`."""
+        """A task that its settings suit, and what it starts from. Raises as `load_task`, `check_requirements` and
+        `require_same_task`."""
         task = self.task(name)
         check_requirements([task], self.settings_of[name])
+        if start := self.starts.described(name):
+            require_same_task(start, replace(task, label_order=start.labels), self.settings_of[name])
         return task
 
     def basis_for(self, name: str, shared: Mapping[str, Basis | None]) -> Basis | CalibrationSettings:
@@ -132,7 +154,7 @@ class FitRequest:
 
     def job(self, task: TaskData, basis: Basis | CalibrationSettings) -> Job:
         """What `fit` would do with `task`, to be asked what that comes to; no weights are loaded."""
-        empty, out = self.load_empty(task.task_type, num_labels=task.num_labels), self.targets[task.name]
+        empty, out = self.load_empty(task.task_type, num_labels=task.num_labels), absolute(self.targets[task.name])
         settings = with_rate(self.settings_of[task.name], self.base, basis, task, empty)
         start = self.starts.of(task.name)
         return Job(self.base, basis, [task], [out], working_folder(out), settings, None, False, start)
@@ -269,8 +291,7 @@ class _Fitting:
         request, project, sources = self._request, self._request.project, self._request.bases
         if any(is_shared(project, source) for source in sources.values()):
             shared_folder(project)  # before the base is loaded
-        if self._trains:
-            self._require_positions()
+        self._require_positions()
         bases = {}
         for source in sorted(set(sources.values()) - {OWN_BASIS}):
             tasks = {name: place for name, place in request.places.items() if sources[name] == source}
@@ -287,7 +308,8 @@ class _Fitting:
         """Raise SettingsError, with the names of the tasks whose rows may be longer than the base's positions reach."""
         task_type = CAUSAL_LM if self._generates else SEQ_CLS  # where there are both: they share a body, that has them
         self._base.require_task(task_type)
-        network = self._network() or self._request.load_empty(task_type, num_labels=None)
+        network = self._network() if self._trains else None
+        network = network or self._request.load_empty(task_type, num_labels=None)
         names, problems = defaultdict[int, list[str]](list), Problems()
         for name, settings in self._request.settings_of.items():
             names[settings.max_length].append(name)

@@ -50,7 +50,7 @@ def push_project(
             request would bring a new basis, or `with_basis` for one repository.
         and what `push` raises.
     """
-    names = ours_in(project.adapters_folder)
+    names = ours_in(project.adapters_folder) if only is None else project.adapter_names()
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
     if PLACE not in repo and with_basis:

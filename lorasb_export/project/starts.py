@@ -8,7 +8,10 @@ from pathlib import Path
 
 from .. import basis_source
 from ..adapter import Adapter
+from ..base.model import BaseRef
 from ..errors import Problems, SettingsError, some
+from ..files.storage import absolute
+from ..format import read_adapter_config, read_basis_config
 from ..hub.fetch import ADAPTER_FILES, resolve_folder
 from ..hub.ids import is_mistyped_path, parse_hub_folder
 from ..names import PLACE
@@ -22,42 +25,73 @@ class Starts:
 
     Args:
         word: as users give it: an adapter's name in the project, a folder or Hub id; with `{name}` in it, another one
-            for each task, and a task that has none there starts from the beginning.
+            for each task, and a task that has no such folder starts from the beginning.
         targets: task name → where its adapter goes.
 
+    Attributes:
+        differ: whether each task has its own.
+        one: the adapter of all, if they do not.
+
     Raises:
-        SettingsError: there is none of that name, or of `{name}` for any task; one of several tasks is to replace the
-            one that all start from.
+        SettingsError: there is none of that name, or none for any task; what one task replaces is another's start.
         ArtifactError: it is damaged, or cannot be fetched.
     """
 
     def __init__(self, project: Project, word: str | None, targets: Mapping[str, Path]) -> None:
-        self.differ = word is not None and PLACE in word
+        self.differ = bool(word) and PLACE in str(word)
         self.one: Adapter | None = None
-        self._each: dict[str, tuple[str, str]] = {}  # only where they lie: R of all may be more than memory holds
-        if word is None:
+        self._each: dict[str, Adapter] = {}  # without their R, which may be more than memory holds
+        self._last: tuple[str, Adapter] | None = None
+        self._shared, self._shared_sha256 = _shared_basis(project)
+        if not word:
             return
         if self.differ:
             self._each = _found(project, word, targets)
-            return
-        self.one = Adapter.load(project.find_adapter(word))
-        if len(targets) > 1 and self.one.folder in [target.absolute() for target in targets.values()]:
-            what = f"{self.one.name} is to be replaced, and the others are to start from it"
-            raise SettingsError(what, fix=f"Train it alone, start from a copy, or each from its own: {PLACE}")
+        else:
+            self.one = Adapter.load(project.find_adapter(word))
+        owners = {absolute(target): name for name, target in targets.items()}
+        for name in targets:
+            start = self.described(name)
+            owner = owners.get(start.folder, name) if start and start.folder else name
+            if owner != name:
+                others = f"{name} is" if self.differ else "the others are"
+                what = f"{owner} is to be replaced, and {others} to start from it"
+                fix = f"Train it alone, start from a copy, or each from its own: --start-from '{PLACE}'"
+                raise SettingsError(what, fix=fix)
+
+    def described(self, name: str) -> Adapter | None:
+        """As `of`, but maybe without R and head."""
+        return self._each.get(name, self.one)
 
     def of(self, name: str) -> Adapter | None:
-        """The adapter that a task starts from, where `{name}` is given read anew."""
-        return Adapter.load(self._each[name][0]) if name in self._each else self.one
+        """The adapter that a task starts from; where each has its own, only the last is held."""
+        if name not in self._each:
+            return self.one
+        if self._last is None or self._last[0] != name:
+            found = self._each[name]
+            self._last = name, Adapter.load(found.hub_source or str(found.folder))
+        return self._last[1]
 
     def basis(self, name: str) -> str | None:
-        """Where the basis of that adapter is; `own`: in it, and in no other. None without an adapter."""
-        if self.one is not None:
-            return str(self.one.find_basis())
-        return self._each[name][1] if name in self._each else None
+        """Where the basis of that adapter is: the project's shared one, if it is that; `own`, if it lies in one of many
+        adapters. None without an adapter."""
+        start = self.described(name)
+        if start is None:
+            return None
+        if start.basis_sha256 == self._shared_sha256:
+            return self._shared
+        return start.basis_source or (OWN_BASIS if self.differ else str(start.find_basis()))
 
 
-def _found(project: Project, pattern: str, names: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
-    """Of each task that has one: the adapter's folder or Hub id, and the place of its basis."""
+def _shared_basis(project: Project) -> tuple[str, str | None]:
+    """Where the project's shared basis is to be, and its hash, if it is there."""
+    folder = project.path(project.basis_path)
+    is_there = (folder / "basis_config.json").is_file()
+    return str(folder), read_basis_config(folder)[0]["sha256"] if is_there else None
+
+
+def _found(project: Project, pattern: str, names: Mapping[str, Path]) -> dict[str, Adapter]:
+    """The adapters of the tasks that have one."""
     found, fresh, problems = {}, list[str](), Problems()
     for name in names:
         with problems:
@@ -65,11 +99,11 @@ def _found(project: Project, pattern: str, names: Mapping[str, Path]) -> dict[st
             if source is None:
                 fresh.append(name)
             else:
-                folder, found_at = resolve_folder(source, ADAPTER_FILES)
-                hub_source = None if found_at == str(folder) else found_at
-                found[name] = source, basis_source.of_adapter(folder, hub_source) or OWN_BASIS
+                found[name] = _described(source)
+        if problems.is_full:
+            break
     problems.raise_all("nothing was trained")
-    if not found:
+    if not found and pattern != PLACE:
         raise SettingsError("no task has an adapter to start from", where=pattern, fix="Leave out --start-from")
     if fresh:
         logger.warning("%s: trained from the beginning, for there is no %s", some(fresh), pattern)
@@ -84,3 +118,21 @@ def _source(project: Project, word: str) -> str | None:
         return None
     is_of_hub = parse_hub_folder(source) is not None and not is_mistyped_path(source)
     return source if is_of_hub or Path(source).exists() else None
+
+
+def _described(source: str) -> Adapter:
+    """An adapter as its config describes it."""
+    folder, found_at = resolve_folder(source, ADAPTER_FILES)
+    hub_source = None if found_at == str(folder) else found_at
+    config = read_adapter_config(folder)
+    return Adapter(
+        BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
+        config["basis"]["sha256"],
+        basis_source.resolved(config["basis"]["source"], folder, hub_source),
+        {},
+        config["scaling"],
+        config["task_type"],
+        training=config["training"],
+        folder=folder,
+        hub_source=hub_source,
+    )

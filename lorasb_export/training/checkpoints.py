@@ -118,10 +118,10 @@ def refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
     for other, run in runs_together(folder).items():
         if data.isdisjoint(run["data_sha256"]):
             continue
-        had = run["tasks"]
+        had = run.get("tasks", [])
         differing = {"with": [name for name in had if name not in names], "without": sorted(names.difference(had))}
         told = ", ".join(f"{how} {some(which)}" for how, which in differing.items() if which)
-        command = f"lorasb fit {' '.join(had if len(had) <= 10 else [*had[:10], '…'])} --together --resume"
+        command = f"lorasb fit {' '.join(had or ['TASKS'])} --together --resume"
         fix = f"Go on with it by `{command}`; or remove that folder, to train these from the beginning"
         raise TrainingError(f"an interrupted run together had other tasks than this one: {told}", where=other, fix=fix)
 

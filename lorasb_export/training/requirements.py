@@ -70,10 +70,15 @@ def require_start(start: Adapter, basis: Basis, tasks: Sequence[TaskData], setti
     """
     check_same_basis(start, basis)
     for task in tasks:
-        require_same_kind(start, task)
-        if task.labels != start.labels:
-            what = f"the data has labels {some(task.labels)}, the adapter to start from {some(start.labels)}"
-            raise DataError(what, where=task.source, fix="Start from an adapter of the same labels")
+        require_same_task(start, task, settings)
+
+
+def require_same_task(start: Adapter, task: TaskData, settings: FitSettings) -> None:
+    """As `require_start`, but for the basis; R and head need not be there."""
+    require_same_kind(start, task)
+    if task.labels != start.labels:
+        what = f"the data has labels {some(task.labels)}, the adapter to start from {some(start.labels)}"
+        raise DataError(what, where=task.source, fix="Start from an adapter of the same labels")
     if settings.scaling != start.scaling:
         what = f"scaling is {settings.scaling:g}, and {start.scaling:g} in the adapter to start from"
         raise SettingsError(what, where=start.folder, fix=f"Set scaling = {start.scaling:g}")

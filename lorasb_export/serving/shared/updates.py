@@ -82,7 +82,7 @@ class Updates:
             raise SettingsError(problem, fix="Give another lora_name")
         if models.is_base_model(name):
             raise SettingsError(f"{name!r} is the name of the base", fix="Give another lora_name")
-        path = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
+        path, told = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
         await _add(models.engine_client, request)
@@ -92,7 +92,9 @@ class Updates:
             logger.info("loaded %s: version %s", name, path.name)
         else:
             logger.info("replaced %s: version %s, before %s", name, path.name, _version(before))
-        await asyncio.to_thread(self._warn_of_other_weights, name, path)
+        if told and name not in self._warned_of:  # once, not every night that brings a new version
+            self._warned_of.add(name)
+            logger.warning(told)
         await self._sweep(models)
         return 200, {"message": f"loaded {name}", "version": path.name}
 
@@ -130,8 +132,8 @@ class Updates:
             if item != folder and item.stat().st_size > self.largest:  # before a byte of it is copied
                 raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis", fix=_FOLDER)
 
-    def _keep(self, name: str, folder: Path) -> Path:
-        """A checked copy of `folder`, at a path that names its content."""
+    def _keep(self, name: str, folder: Path) -> tuple[Path, str | None]:
+        """A checked copy of `folder`, at a path that names its content; and the warning that the start would give."""
         with (
             cannot_write(self.versions.folder.parent, "Set TMPDIR to a larger disk"),
             tempfile.TemporaryDirectory(dir=self.versions.folder.parent) as temporary,
@@ -139,14 +141,8 @@ class Updates:
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
-            return self.versions.keep(name, copy)
-
-    def _warn_of_other_weights(self, name: str, kept: Path) -> None:
-        """As at the server's start; of each name once, not every night that brings a new version."""
-        told = told_of_other_weights([(name, read_adapter_config(kept)["training"])])
-        if told and name not in self._warned_of:
-            self._warned_of.add(name)
-            logger.warning(told)
+            told = told_of_other_weights([(name, read_adapter_config(copy)["training"])])
+            return self.versions.keep(name, copy), told
 
 
 def _version(request: Any) -> str:

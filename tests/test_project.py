@@ -198,21 +198,21 @@ def test_a_name_where_no_adapter_is(words: str, file: str, tmp_path: Path, monke
     assert error == f"Error: no adapter 'a', nor any other ({tmp_path}/adapters). {advice}\n"
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["merge", "export --format onnx-adapters", "push --repo me/x", "push --repo me/{name}", "serve", "evaluate"],
-)
-def test_an_adapter_of_another_tool_is_none(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["push --repo me/x", "push --repo me/{name}", "evaluate"])
+def test_adapters_of_other_tools_are_none(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
-    unfitted(tmp_path)
     (tmp_path / "adapters" / "theirs").mkdir(parents=True)
     (tmp_path / "adapters" / "theirs" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    load(tmp_path, '[hub]\nrepo = "me/x"\n')
     done = CliRunner().invoke(app, words.split())
-    assert done.exit_code == 1
-    assert "Passed over: " in done.stderr
-    assert "no adapter in this project" in done.stderr
-    named = CliRunner().invoke(app, ["push", "theirs", "--repo", "me/x", "--dry-run"])
-    assert "Passed over" not in named.stderr
+    assert (done.exit_code, "no adapter" in done.stderr) == (1, True)
+    assert "theirs is no LoRA-SB adapter" in log.text
+    log.clear()
+    named = CliRunner().invoke(app, ["push", "theirs", "--dry-run"])
+    assert (named.exit_code, "peft_type is 'LORA', not LORA_SB" in named.stderr) == (1, True)
+    assert "Passed over" not in log.text
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,9 @@ def make_plan(
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
+    if not has_key and not _is_loopback(host):
+        fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
+        logger.warning("Listening on %s without a key: %s", host, fix)
     loaded: dict[str, Adapter] = {}
     bases: dict[str, Basis] = {}  # adapters of one basis share it
     base = None if model is None else BaseModel.resolve(model)
@@ -204,9 +207,6 @@ def make_plan(
     _check_length(plan)
     if runs_on_cpu() and not plan.is_float32 and not multiplies(torch.bfloat16):
         logger.warning(_IMITATED)
-    if not has_key and not _is_loopback(host):
-        fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
-        logger.warning("Listening on %s without a key: %s", host, fix)
     for switch, instead in _SWITCHES.items():
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)

@@ -172,7 +172,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
         read.append(weakref.ref(task))
         return task
 
-    monkeypatch.setattr("lorasb_export.project.fit.load_task", reading)
+    monkeypatch.setattr("lorasb_export.project.request.load_task", reading)
     for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
         made.append(weakref.ref(adapter))
         gc.collect()  # whatever lies in a cycle

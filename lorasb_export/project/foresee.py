@@ -12,8 +12,9 @@ from ..choices import CAUSAL_LM
 from ..errors import LoraSBError, TrainingError, some
 from ..settings import FitSettings
 from .basis import check_to_be_made, load_if_there, shared_folder
-from .fit import FitRequest, leaves_others
+from .fit import leaves_others
 from .project import OWN_BASIS, Project
+from .request import FitRequest
 
 
 def foresee_tasks(

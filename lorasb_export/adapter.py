@@ -223,10 +223,8 @@ class Adapter:
         Raises:
             ArtifactError: as for `Basis.load`.
         """
-        folder, found_at = resolve_folder(source, ADAPTER_FILES)
-        hub_source = None if found_at == str(folder) else found_at
-        where, config = folder / "adapter_config.json", read_adapter_config(folder)
-        rank, modules = config["r"], config["target_modules"]
+        adapter, folder, config = describe(source)
+        where, rank, modules = folder / "adapter_config.json", config["r"], config["target_modules"]
         if rank < 1 or not modules:
             raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=AGAIN)
         expected = {f"{name}.R": [rank, rank] for name in modules}
@@ -234,21 +232,11 @@ class Adapter:
         header = read_header(path)
         head = head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])
-        source_of_basis = basis_source.resolved(config["basis"]["source"], folder, hub_source)
-        if source_of_basis is None and hub_source is not None:
-            resolve_folder(hub_source, BASIS_FILES)
-        return cls(
-            BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
-            config["basis"]["sha256"],
-            source_of_basis,
-            {name: tensors[f"{name}.R"] for name in modules},
-            config["scaling"],
-            config["task_type"],
-            {name: tensors[name] for name in head},
-            config["training"],
-            folder,
-            hub_source=hub_source,
-        )
+        if adapter.basis_source is None and adapter.hub_source is not None:
+            resolve_folder(adapter.hub_source, BASIS_FILES)
+        adapter.R = {name: tensors[f"{name}.R"] for name in modules}
+        adapter.head = {name: tensors[name] for name in head}
+        return adapter
 
     def find_basis(self) -> str | Path:
         """Where its basis lies. Raises ArtifactError when nothing says so."""
@@ -280,6 +268,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def describe(source: str | Path) -> tuple[Adapter, Path, dict[str, Any]]:
+    """What an adapter's config says, without its tensors: an adapter with neither R nor head, its folder, the config.
+
+    Raises:
+        ArtifactError: as for `Adapter.load`, of the config alone.
+    """
+    folder, found_at = resolve_folder(source, ADAPTER_FILES)
+    hub_source, config = None if found_at == str(folder) else found_at, read_adapter_config(folder)
+    adapter = Adapter(
+        BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
+        config["basis"]["sha256"],
+        basis_source.resolved(config["basis"]["source"], folder, hub_source),
+        {},
+        config["scaling"],
+        config["task_type"],
+        training=config["training"],
+        folder=folder,
+        hub_source=hub_source,
+    )
+    return adapter, folder, config
 
 
 def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:

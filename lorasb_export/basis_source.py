@@ -7,7 +7,6 @@ import posixpath
 from pathlib import Path
 
 from .errors import ArtifactError
-from .format import read_adapter_config
 from .hub.ids import parse_hub_folder
 
 EMBEDDED = "embedded"
@@ -23,11 +22,6 @@ def resolved(named: str, folder: Path, hub_source: str | None) -> str | None:
         return named
     there = os.path.normpath(os.path.join(os.path.realpath(folder), named))
     return there if os.path.isdir(there) else os.path.normpath(folder / named)  # once they were true by links alone
-
-
-def of_adapter(folder: Path, hub_source: str | None = None) -> str | None:
-    """`Adapter.basis_source` of the adapter in `folder`, without reading its R. Raises ArtifactError."""
-    return resolved(read_adapter_config(folder)["basis"]["source"], folder, hub_source)
 
 
 def _beside(named: str, hub_source: str) -> str:

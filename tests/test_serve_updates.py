@@ -246,9 +246,8 @@ def test_a_link_to_the_adapters_is_followed_at_each_load(
         assert read_json(loaded / "adapter_config.json") == read_json(source / "adapter_config.json")
 
 
-def test_every_change_is_logged_with_its_version(
-    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def logged_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As it is started beside the adapter `a`."""
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
@@ -259,8 +258,16 @@ def test_every_change_is_logged_with_its_version(
         monkeypatch.setenv(name, str(tmp_path / folder))
     assert updates.logger.name.startswith("vllm.")  # the one that its server has handlers for
     monkeypatch.setattr(updates, "logger", logging.getLogger("updates"))
+    return updates.Updates(Response())
+
+
+def test_every_change_is_logged_with_its_version(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
+    from lorasb_export.serving.shared import updates
+
     caplog.set_level(logging.INFO)
-    app, config = updates.Updates(Response()), tmp_path / "a" / "adapter_config.json"
     versions, load, unload = [], scope_of(models), scope_of(models, updates.UNLOAD)
     for scaling in (1.0, 2.0):
         write_json(config, sealed(read_json(config) | {"scaling": scaling}))
@@ -285,16 +292,7 @@ def test_an_adapter_of_a_base_in_four_bits_is_warned_of_once(
     adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As at the server's start, by the name that it is served under."""
-    pytest.importorskip("starlette")
-    from starlette.responses import Response
-
-    from lorasb_export.serving.shared import updates
-
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
-    for name, folder in variables.items():
-        monkeypatch.setenv(name, str(tmp_path / folder))
-    monkeypatch.setattr(updates, "logger", logging.getLogger("updates"))
-    app, config = updates.Updates(Response()), tmp_path / "a" / "adapter_config.json"
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
 
     def load(name: str) -> None:
         body = json.dumps({"lora_name": name, "lora_path": "a"}).encode()

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,23 +26,23 @@ from ..base.given import (
     require_positions,
 )
 from ..base.model import AnyBase, BaseModel
-from ..base.products import shape_of
 from ..base.supported import refuse_merged
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.source import AnySource
-from ..data.task import TaskData, in_order, load_tasks, refuse_single_class
-from ..errors import BaseModelError, DataError, Problems, SettingsError, some
+from ..data.task import TaskData, in_order, load_tasks
+from ..errors import BaseModelError, DataError, Problems, some
 from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
 from ..layers.inject import remove
-from ..layers.targets import WHERE_TARGETS, find_targets
+from ..layers.targets import WHERE_TARGETS
 from ..provenance import command
 from ..settings import BLOCK, DRAWN, CalibrationSettings
 from .capture import capture_of_rows, record
 from .gradients import MIN_ROWS, draw, gradients_of_rows, of_share
 from .random_basis import random_factors
+from .requirements import common_kind, empty_of_drawn, outputs_of, require_weights, targets_of
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,
@@ -109,15 +109,15 @@ def calibrate(
     if settings.directions in DRAWN:
         return _drawn(base, settings, network)
     weights = {name: float(weight) for name, weight in (weights or {}).items()}
-    _check_weights(weights, data)
-    task_type, labels = _common_kind(load_tasks(data))
+    require_weights(weights, data)
+    task_type, labels = common_kind(load_tasks(data))
     labels = in_order(labels, base.head_labels)
-    classes = _outputs(task_type, labels)
+    classes = outputs_of(task_type, labels)
     if network is None:
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     require_outputs(network, classes)
     remove(network)  # the gradient is wanted at W0
-    targets = _targets(network, settings)
+    targets = targets_of(network, settings)
     refuse_several_devices(network)
     require_positions(network, settings.max_length)
 
@@ -183,35 +183,10 @@ def calibrate(
     return Basis(base.ref(targets), settings.rank, modules, calibration)
 
 
-def check(base: BaseModel, data: Mapping[str, AnySource | TaskData], settings: CalibrationSettings) -> None:
-    """Raise what `calibrate` would find wrong with the tasks together, the rank or the targets; no weights are loaded.
-
-    Raises:
-        DataError, SettingsError: as `calibrate`.
-    """
-    if settings.directions in DRAWN:
-        _targets(_empty_of_drawn(base, settings), settings)
-        return
-    task_type, labels = _common_kind(load_tasks(data))
-    network = base.load_empty(task_type, num_labels=_outputs(task_type, labels))
-    _targets(network, settings)
-    require_positions(network, settings.max_length)
-
-
-def _outputs(task_type: str, labels: Sequence[Any]) -> int | None:
-    """Of a classifier's head; one for regression."""
-    return (len(labels) or 1) if task_type == SEQ_CLS else None
-
-
-def _empty_of_drawn(base: BaseModel, settings: CalibrationSettings) -> PreTrainedModel:
-    """The shapes of the weights are enough."""
-    return base.load_empty(CAUSAL_LM if base.generates else SEQ_CLS, dtype=settings.dtype)
-
-
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
-    network = _empty_of_drawn(base, settings) if network is None else network
+    network = empty_of_drawn(base, settings) if network is None else network
     remove(network)
-    targets = _targets(network, settings)
+    targets = targets_of(network, settings)
     ref = base.ref(targets)
     # Drawn anew for every base: code that combines adapters takes an equal hash of the basis for an equal base.
     drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")
@@ -222,55 +197,6 @@ def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedMo
     task_type = CAUSAL_LM if base.generates else SEQ_CLS
     calibration = {**used, "task_type": task_type, "command": command(), "data": [], "samples": 0, "energy": {}}
     return Basis(ref, settings.rank, modules, calibration)
-
-
-def _targets(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, torch.nn.Module]:
-    targets = find_targets(network, settings.targets)
-    shapes = {name: shape_of(module) for name, module in targets.items()}
-    name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
-    if settings.rank > min(smallest):
-        fix = f"Set rank in [basis] of lorasb.toml, or --rank of calibrate, to {min(smallest)} or less"
-        fix += f", or leave that module out: {WHERE_TARGETS}"
-        raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {smallest}", fix=fix)
-    return targets
-
-
-def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
-    for name, weight in weights.items():
-        if name not in names:
-            raise SettingsError(f"a weight for {name!r}, which is no task", fix=f"Choose from {some(names)}")
-        if not 0 < weight < math.inf:
-            raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
-
-
-def _common_kind(tasks: Iterable[TaskData]) -> tuple[str, list[Any]]:
-    """Task type, and the classes of all tasks together, sorted; none for text generation and regression.
-
-    Raises:
-        DataError: there is no task, or they are of different kinds.
-    """
-    first: TaskData | None = None
-    sources: list[str] = []
-    labels: set[Any] = set()
-    for task in tasks:
-        first = first or task
-        if (task.task_type, bool(task.labels)) != (first.task_type, bool(first.labels)):
-            name, own = task.name, f"basis_{task.name}"
-            raise DataError(
-                "the tasks mix text generation, classification or regression",
-                where=f"{first.name} and {name}",
-                fix=f"Calibrate one basis for each kind: lorasb calibrate --data {name}={task.source} --out {own}, "
-                f'then [tasks.{name}] basis = "{own}" in lorasb.toml',
-            )
-        if {type(label) for label in labels} - {type(label) for label in task.labels}:
-            what, where = "the labels of some tasks are names, of others numbers", f"{first.name} and {task.name}"
-            raise DataError(what, where=where, fix="Use one kind")
-        labels.update(task.labels)
-        sources.append(task.source)
-    if first is None:
-        raise DataError("no data to calibrate on", fix="Name at least one task")
-    refuse_single_class(sorted(labels), some(sources))
-    return first.task_type, sorted(labels)
 
 
 def _decompose(

@@ -15,7 +15,7 @@ from ..base.model import BaseModel, default_device
 from ..data.encoding import encode
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_task
-from ..errors import ArtifactError, DataError, SettingsError, is_out_of_memory
+from ..errors import ArtifactError, DataError, SettingsError, is_out_of_host_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +42,7 @@ def where_there_is_room(compute: Callable[[torch.device], T]) -> T:
     try:
         return compute(device)
     except Exception as error:
-        of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-        if device.type == "cpu" or of_host or not is_out_of_memory(error):
+        if device.type == "cpu" or is_out_of_host_memory(error) or not is_out_of_memory(error):
             raise
     # Only now: the error held what was in memory.
     logger.warning("%s has no room to compare logits: the CPU does it, which takes longer", device)

@@ -11,7 +11,8 @@ from .. import distributed
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..basis_source import EMBEDDED
-from ..calibration.calibrate import calibrate, calibrated_once, check
+from ..calibration.calibrate import calibrate, calibrated_once
+from ..calibration.requirements import check
 from ..cards import card
 from ..data.source import AnySource
 from ..errors import OutputError, SettingsError, some

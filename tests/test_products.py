@@ -37,7 +37,7 @@ BFLOAT16 = 2.0**-8  # the largest relative error of one rounding, and that much 
 @pytest.fixture(params=[torch.bfloat16, torch.float16])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """On a CPU without instructions for it."""
-    monkeypatch.setattr(narrow, "multiplies", lambda dtype: dtype not in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(narrow, "cpu_multiplies", lambda dtype: dtype not in (torch.bfloat16, torch.float16))
     found: torch.dtype = request.param
     return found
 

@@ -69,7 +69,7 @@ def test_a_cpu_without_instructions_for_16_bits_is_told_of_float32(
 ) -> None:
     said = "with --dtype float32 it reads prompts several times as fast"
     for able, dtype, extra in ((True, "auto", []), (False, "float32", []), (False, "auto", ["--dtype", "float32"])):
-        monkeypatch.setattr(plan, "multiplies", lambda _, able=able: able)
+        monkeypatch.setattr(plan, "cpu_multiplies", lambda _, able=able: able)
         dry_run({"a": folder / "a"}, dtype=dtype, extra=extra)
         assert said not in caplog.text
     dry_run({"a": folder / "a"}, dtype="auto")

@@ -15,8 +15,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.utils import clip_grad_norm_
 
 from lorasb_export.adapter import Adapter
-from lorasb_export.base.cpu import multiplies
-from lorasb_export.base.model import BaseModel, BaseRef, default_device
+from lorasb_export.base.device import cpu_multiplies, default_device
+from lorasb_export.base.model import BaseModel, BaseRef
 from lorasb_export.base.products import weight_of
 from lorasb_export.basis import Basis
 from lorasb_export.calibration.calibrate import calibrate, calibrated_once
@@ -66,7 +66,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     network.to(default_device())
     # Where a CPU multiplies 16 bits, the fused attention's backward pass takes five times as long at these lengths;
     # where it does not, eager attention is what takes longer, as only the fused one is computed in float32 there.
-    if default_device().type == "cpu" and multiplies(network.dtype):
+    if default_device().type == "cpu" and cpu_multiplies(network.dtype):
         network.set_attn_implementation("eager")
     torch.manual_seed(cell.seed)
     model = network if cell.method == "base" else _with_method(network, base, task, cell)

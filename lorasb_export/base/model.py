@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
-from ..environment import accelerate_uses
 from ..errors import BaseModelError, SettingsError
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import snapshot
 from ..hub.ids import parse_hub_id
+from .device import default_device, imitates_bfloat16
 from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .supported import architecture, check_supported, refuse_merged
@@ -248,7 +248,7 @@ class BaseModel:
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
         if dtype == "auto" and device.type != "cpu":
-            imitates = _imitates_bfloat16(device)
+            imitates = imitates_bfloat16(device)
             if network.dtype == torch.float32:
                 logger.warning(_IN_FLOAT32, "float16" if imitates else "bfloat16")
             if network.dtype == torch.bfloat16 and imitates:
@@ -326,19 +326,3 @@ def _auto_class(task_type: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
-
-
-def _imitates_bfloat16(device: torch.device) -> bool:
-    """Whether it is a GPU of NVIDIA's before Ampere, as the T4."""
-    import torch
-
-    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def default_device() -> torch.device:
-    """The accelerator torch sees, else the CPU; the CPU where accelerate's switch says so: a Mac's GPU has no other."""
-    import torch
-
-    if accelerate_uses("CPU"):
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from .cpu import multiplies
+from .device import cpu_multiplies
 from .nf4 import dequantize, dtype_of, is_packed, state_of
 
 _ALIKE = ("FalconLinear", "Linear4bit")  # have a forward of their own, which computes the same
@@ -53,7 +53,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
     A graph that is being recorded, to be compiled or exported, is of the numbers as they are.
     """
-    if not _runs_on_cpu(x) or multiplies(x.dtype) or x.numel() < _FEW * x.shape[-1]:
+    if not _runs_on_cpu(x) or cpu_multiplies(x.dtype) or x.numel() < _FEW * x.shape[-1]:
         return x.dtype
     return torch.float32
 
@@ -201,7 +201,7 @@ def compute_in_float32(network: nn.Module) -> None:
         if not is_linear(module) or issubclass(kind, InFloat32) or "forward" in vars(module):
             continue
         weight = weight_of(module)
-        if weight.device.type == "cpu" and not multiplies(dtype_of(weight)):
+        if weight.device.type == "cpu" and not cpu_multiplies(dtype_of(weight)):
             found = True
             module.__class__ = _in_float32(kind)
     if found:

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..files.storage import TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
-from .model import BaseModel, default_device
+from .device import default_device
+from .model import BaseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

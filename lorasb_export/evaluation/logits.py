@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ..adapter import Adapter
-from ..base.model import BaseModel, default_device
+from ..base.device import default_device
+from ..base.model import BaseModel
 from ..data.encoding import encode
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_task

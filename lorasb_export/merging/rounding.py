@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..base.model import BaseModel, default_device
+from ..base.device import default_device
+from ..base.model import BaseModel
 from ..base.nf4 import packed_modules, rounded
 from ..choices import NF4
 from ..errors import BaseModelError

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, load_basis_once
-from ..base.cpu import multiplies
+from ..base.device import cpu_multiplies
 from ..base.model import BaseModel, BaseRef
 from ..base.nf4 import warn_of_other_weights
 from ..base.tensors import INDEX, weight_map
@@ -205,7 +205,7 @@ def make_plan(
     _check_weights(plan)
     _check_dtype(plan)
     _check_length(plan)
-    if runs_on_cpu() and not plan.is_float32 and not multiplies(torch.bfloat16):
+    if runs_on_cpu() and not plan.is_float32 and not cpu_multiplies(torch.bfloat16):
         logger.warning(_IMITATED)
     for switch, instead in _SWITCHES.items():
         if os.environ.get(switch, "0") != "0":

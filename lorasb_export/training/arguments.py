@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..base.model import default_device
+from ..base.device import default_device
 from ..settings import FitSettings
 
 

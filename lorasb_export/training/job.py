@@ -15,8 +15,9 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
+from ..base.device import default_device
 from ..base.given import refuse_several_devices, require_first_device, require_loaded, require_positions
-from ..base.model import AnyBase, BaseModel, default_device
+from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..basis import Basis
 from ..calibration.capture import overview

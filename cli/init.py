@@ -25,6 +25,13 @@ def run(
             "--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task, and each .jsonl or .csv file."
         ),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published",
+            help="Train as the paper does: each task in its own basis, on all linear layers, by AdamW.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
@@ -35,12 +42,12 @@ def run(
     given = (tasks_in(tasks_dir) if tasks_dir else {}) | parse_pairs("--task", "NAME=DATA", task)
     tasks = {name: _from(folder, data) for name, data in (given or {"a": "data/a"}).items()}
     model = _from(folder, model)
-    path = write_project(run.config, model, tasks, overwrite=overwrite)
+    path = write_project(run.config, model, tasks, as_published=as_published, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
     if missing:
         are, each = ("is", "it") if len(missing) == 1 else ("are", "each")
         run.say(f"{some(missing)} {are} not there yet: put train.jsonl into {each}, unless it is a dataset on the Hub")
-    if len(missing) == len(tasks):
+    if len(missing) == len(tasks) and not as_published:
         run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
     run.result({"out": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
 

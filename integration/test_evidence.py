@@ -164,7 +164,18 @@ def test_a_table_takes_the_place_of_the_old_one() -> None:
 
 
 @needs_data
-def test_quick_run_and_its_cache(tmp_path: Path) -> None:
+def test_the_quick_table_has_two_methods_that_learn() -> None:
+    """`python -m integration.bench quality --quick`, whole."""
+    found = quality.run(quick=True)
+    assert found["complete"]
+    assert set(found["table"]) == {"sst2"}
+    lora, ours = found["table"]["sst2"].values()
+    assert ours["trainable"] < lora["trainable"]
+    assert max(lora["loss"], ours["loss"]) < 0.69  # a coin's
+
+
+@needs_data
+def test_a_run_is_kept_and_not_repeated(tmp_path: Path) -> None:
     """Real training of the real encoder, twice over one file: the second time nothing is trained."""
     results = Results(tmp_path / "r.jsonl")
     of = cell("sst2", method="lora-sb", basis="own", steps=30, valid_rows=64, test_rows=128, samples=16, lr=1e-2)

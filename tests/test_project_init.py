@@ -11,6 +11,7 @@ import pytest
 from lorasb_cli.main import app
 from typer.testing import CliRunner
 
+from lorasb_export.adapter import Adapter
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.project.init import write_project
@@ -42,6 +43,29 @@ def test_init_puts_r_on_all_linear_layers_of_what_classifies(tmp_path: Path) -> 
     }
     of_text, of_labels = {"rank": 128, "targets": "mlp-output"}, {"rank": 64, "targets": "all-linear"}
     assert list(found.values()) == [of_text, of_labels, of_labels, of_text, of_text, of_text]
+
+
+def test_one_switch_trains_as_published(
+    parity: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """arXiv 2411.19557: a basis of each task's own, from the signs of its gradients, on all linear layers; AdamW."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(llama), "--task", f"a={parity}", "--as-published"]
+    assert CliRunner().invoke(app, ["init", *words]).exit_code == 0
+    text = Path("lorasb.toml").read_text()
+    Path("lorasb.toml").write_text(text.replace("rank = 64", "rank = 4"))  # of a base this small
+    done = CliRunner().invoke(app, ["fit", "--max-steps", "1"])
+    assert done.exit_code == 0, done.stderr
+    adapter = Adapter.load("adapters/a")
+    basis = adapter.load_basis()
+    assert adapter.training["settings"]["optimizer"] == "adamw"
+    assert {key: basis.calibration[key] for key in ("directions", "reduction", "targets")} == {
+        "directions": "gradient",
+        "reduction": "sign",
+        "targets": "all-linear",
+    }
+    assert [of["name"] for of in basis.calibration["data"]] == ["a"]
+    assert not Path("basis").exists()
 
 
 def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from ..files.output import cannot_write
 from ..files.storage import expanded
 from ..settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 from .file import FILE_NAME, MAX_BYTES
-from .project import refuse_bad_names
+from .project import OWN_BASIS, refuse_bad_names
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.
 model = {model}  # a folder or a Hub id
 
-[basis]  # one frozen basis, calibrated over all tasks below
+[basis]  # one frozen basis, calibrated over all tasks below that have none of their own
 {basis}
 # also: directions ("gradient"; "random" or "block": without data), samples (rows of each task), dtype, seed;
 #   targets may be "all-linear", "mlp-output" (the last layer of every MLP), or name endings ("q_proj,v_proj")
@@ -42,7 +42,7 @@ model = {model}  # a folder or a Hub id
 """
 
 TEXT_DEFAULTS: Mapping[str, float | str] = {"rank": 128, "targets": MLP_OUTPUT}
-_CLASSIFIER_DEFAULTS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}
+_ALL_LAYERS: Mapping[str, float | str] = {"rank": 64, "targets": ALL_LINEAR}  # of what has labels, and of the paper
 
 
 def write_project(
@@ -51,7 +51,8 @@ def write_project(
     tasks: Mapping[str, str],
     *,
     basis: Mapping[str, float | str] | None = None,
-    fit: Mapping[str, float] | None = None,
+    fit: Mapping[str, float | str] | None = None,
+    as_published: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a commented `lorasb.toml`.
@@ -60,6 +61,8 @@ def write_project(
         tasks: name → data.
         basis, fit: what to set in these sections. When None, the default epochs, and a larger R on fewer layers for
             text, R on all of them where the rows have labels: see docs/benchmarks.md.
+        as_published: in place of these defaults, train as the paper does (arXiv 2411.19557): every task in a basis of
+            its own, on all linear layers, R by AdamW.
 
     Raises:
         OutputError: the file exists and `overwrite` is false.
@@ -70,11 +73,15 @@ def write_project(
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
     labelled = any(_has_labels(path.parent / os.path.expanduser(data)) for data in tasks.values())
+    its_optimizer = {"optimizer": "adamw"} if as_published else {}
+    its_basis = {"basis": OWN_BASIS} if as_published else {}
     text = _TEMPLATE.format(
         model=_toml(model),
-        basis=_lines(basis or (_CLASSIFIER_DEFAULTS if labelled else TEXT_DEFAULTS)),
-        fit=_lines(fit or {"epochs": FitSettings.epochs}),
-        tasks="".join(f"[tasks.{_toml(name)}]\ndata = {_toml(data)}\n\n" for name, data in tasks.items()),
+        basis=_lines(basis or (_ALL_LAYERS if labelled or as_published else TEXT_DEFAULTS)),
+        fit=_lines(fit or {"epochs": FitSettings.epochs, **its_optimizer}),
+        tasks="".join(
+            f"[tasks.{_toml(name)}]\n{_lines({'data': data, **its_basis})}\n\n" for name, data in tasks.items()
+        ),
     )
     if (size := len(text.encode())) > MAX_BYTES:
         what = f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read"

@@ -10,12 +10,12 @@ import typer
 from .verb import Run
 from .words import parse_pairs
 
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 
 def run(
     run: Run,
-    model: Annotated[
-        str, typer.Option(help="Base model: a folder or a Hub id.")
-    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Annotated[str | None, typer.Option(help=f"Base model: a folder or a Hub id.  [default: {MODEL}]")] = None,
     task: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DATA", help="A task and its data; repeatable.")
     ] = None,
@@ -32,6 +32,9 @@ def run(
             help="Train as the paper does: each task in its own basis, on all linear layers, by AdamW.",
         ),
     ] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Put the tasks that an existing file lacks at its end; all else in it stays.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
@@ -41,7 +44,14 @@ def run(
     folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
     given = (tasks_in(tasks_dir) if tasks_dir else {}) | parse_pairs("--task", "NAME=DATA", task)
     tasks = {name: _from(folder, data) for name, data in (given or {"a": "data/a"}).items()}
-    model = _from(folder, model)
+    if add:
+        if not given:
+            raise typer.BadParameter("--add: name what to add with --task or --tasks-dir")
+        if model or as_published or overwrite:
+            raise typer.BadParameter("--add leaves all else in the file as it is: give --task and --tasks-dir alone")
+        _add(run, tasks)
+        return
+    model = _from(folder, model or MODEL)
     path = write_project(run.config, model, tasks, as_published=as_published, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
     if missing:
@@ -50,6 +60,19 @@ def run(
     if len(missing) == len(tasks) and not as_published:
         run.say('[basis] is set for text. If the rows have labels, write rank = 64 and targets = "all-linear" there')
     run.result({"out": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
+
+
+def _add(run: Run, tasks: dict[str, str]) -> None:
+    from lorasb_export.errors import some
+    from lorasb_export.project.init import add_tasks
+
+    project = run.project
+    added = add_tasks(project, tasks)
+    gone = [name for name, task in project.tasks.items() if not project.path(task.data).exists()]
+    if gone:
+        run.say(f"The data of {some(gone)} is not there: take their tables out, unless it is a dataset on the Hub")
+    told = f"Added {some(added)} to {project.file}. Next: lorasb fit --resume" if added else "All of them are in it"
+    run.result({"out": str(project.file), "added": added, "gone": gone}, told)
 
 
 def _from(folder: str, path: str) -> str:

@@ -134,6 +134,49 @@ def test_init_takes_every_folder_with_rows_for_a_task(
     assert (done.exit_code, "there are no tasks in it (proj)" in done.stderr) == (1, True)
 
 
+def test_tasks_are_added_to_a_file_that_stays_as_it_is(
+    sums: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    init = ["init", "--add", "--tasks-dir", "data"]
+    shutil.copytree(sums, "data/old")
+    missing = CliRunner().invoke(app, init)
+    assert (missing.exit_code, "no project file to add to" in missing.stderr) == (1, True)
+    own = '# mine\r\nmodel = "base"\n[tasks.old]\ndata = "elsewhere"\n[tasks.old.fit]\nepochs = 2\n\n'
+    Path("lorasb.toml").write_bytes(b"\xef\xbb\xbf" + own.encode())
+    shutil.copytree(parity, "data/new")
+    done = CliRunner().invoke(app, [*init, "--json"])
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"out": "lorasb.toml", "added": ["new"], "gone": ["old"]})
+    assert "The data of old is not there" in done.stderr
+    assert Path("lorasb.toml").read_bytes().decode() == own.rstrip() + '\n\n[tasks."new"]\ndata = "data/new"\n'
+    project = Project.load()
+    assert (project.tasks["old"].data, project.tasks["old"].fit) == ("elsewhere", {"epochs": 2})
+    before = Path("lorasb.toml").stat().st_mtime_ns
+    assert json.loads(CliRunner().invoke(app, [*init, "--json"]).stdout)["added"] == []
+    assert Path("lorasb.toml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--add"], "name what to add with --task or --tasks-dir"),
+        (["--add", "--task", "a=b", "--overwrite"], "give --task and --tasks-dir alone"),
+        (["--add", "--task", "../a=b"], "cannot be"),
+        (["--add", "--task", "b=b"], r"its tasks stand on one line .*Write each of them as a table, \[tasks.NAME\]"),
+    ],
+)
+def test_what_cannot_be_added_leaves_the_file_alone(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = 'model = "base"\ntasks = { a = { data = "a" } }\n'
+    Path("lorasb.toml").write_text(before)
+    done = CliRunner().invoke(app, ["init", *words])
+    assert done.exit_code != 0
+    assert re.search(said, " ".join(done.stderr.replace("│", " ").split()))
+    assert Path("lorasb.toml").read_text() == before
+
+
 def test_init_takes_no_name_for_two_tasks_and_no_split_for_one(
     sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,10 @@
-"""Write a commented `lorasb.toml`."""
+"""Write a commented `lorasb.toml`; add tasks to one."""
 
 from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..files.output import cannot_write
 from ..files.storage import expanded
 from ..settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 from .file import FILE_NAME, MAX_BYTES
-from .project import OWN_BASIS, refuse_bad_names
+from .project import OWN_BASIS, Project, refuse_bad_names
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.
@@ -79,16 +80,47 @@ def write_project(
         model=_toml(model),
         basis=_lines(basis or (_ALL_LAYERS if labelled or as_published else TEXT_DEFAULTS)),
         fit=_lines(fit or {"epochs": FitSettings.epochs, **its_optimizer}),
-        tasks="".join(
-            f"[tasks.{_toml(name)}]\n{_lines({'data': data, **its_basis})}\n\n" for name, data in tasks.items()
-        ),
+        tasks="".join(f"{_table(name, data, **its_basis)}\n" for name, data in tasks.items()),
     )
+    _write(path, text, len(tasks))
+    return path
+
+
+def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
+    """Put those of `tasks` that `project` does not have at the end of its file; all else in it stays as it is.
+
+    Args:
+        tasks: name → data.
+
+    Returns:
+        The names of those added.
+
+    Raises:
+        SettingsError: there is no project file; a task's name is not fit for a folder; the file would be larger than is
+            read; or it has its tasks in a form that no table can be added to.
+    """
+    if project.file is None:
+        raise SettingsError("there is no project file to add to", where=FILE_NAME, fix="Leave out --add")
+    new = {name: data for name, data in tasks.items() if name not in project.tasks}
+    refuse_bad_names(new)
+    if new:
+        before = project.file.read_bytes().decode("utf-8-sig").rstrip()
+        text = "\n\n".join([before, *(_table(name, data) for name, data in new.items())])
+        try:
+            tomllib.loads(text)
+        except tomllib.TOMLDecodeError:
+            fix = "Write each of them as a table, [tasks.NAME]"
+            raise SettingsError("its tasks stand on one line", where=project.file, fix=fix) from None
+        _write(project.file, text, len(project.tasks) + len(new))
+    return list(new)
+
+
+def _write(path: Path, text: str, tasks: int) -> None:
     if (size := len(text.encode())) > MAX_BYTES:
-        what = f"{len(tasks):,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read"
+        what = f"{tasks:,} tasks make a file of {size:,} bytes, and {MAX_BYTES:,} are read"
         raise SettingsError(what, where=path, fix="Use shorter paths")
     with cannot_write(path), atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+        temporary.write_bytes(text.encode())
 
 
 def tasks_in(folder: str) -> dict[str, str]:
@@ -134,6 +166,10 @@ def _has_labels(data: Path) -> bool:
         for place, row in read_rows(file) if file else ():
             return kind_of(row, place) == LABELLED
     return False
+
+
+def _table(name: str, data: str, **more: str) -> str:
+    return f"[tasks.{_toml(name)}]\n{_lines({'data': data, **more})}\n"
 
 
 def _toml(value: float | str) -> str:

@@ -31,6 +31,7 @@ TASKS = (*CLASSIFYING, *GENERATING)
 _MUON = {"method": "lora-sb", "optimizer": "muon"}
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"method": "base", "rank": 0, "steps": 0},
+    "LoRA r=2": {"method": "lora", "rank": 2},
     "LoRA r=8": {"method": "lora", "rank": 8},
     "LoRA r=8, Muon": {"method": "lora", "rank": 8, "optimizer": "muon"},
     "LoRA r=32": {"method": "lora", "rank": 32},

@@ -13,10 +13,14 @@ _UNTRAINED = ("key", "lr", "seed", "loss", "metric", "value", "trainable", "adap
 
 
 class Best(NamedTuple):
-    """A cell's lines at its best rate, one for each seed, and all rates that were tried."""
+    """A cell's lines at its best rate, one for each seed; and the first seed's at every rate that was tried."""
 
     lines: list[Line]
-    rates: frozenset[float]
+    first: dict[float, Line]
+
+    @property
+    def rates(self) -> frozenset[float]:
+        return frozenset(self.first)
 
     @property
     def closed(self) -> bool:
@@ -43,10 +47,10 @@ def best_rates(lines: Iterable[Line]) -> dict[Identity, Best]:
         grouped[identity(line)].append(line)
     found = {}
     for cell, of_cell in grouped.items():
-        losses = {line["lr"]: line["loss"] for line in of_cell if line["seed"] == 0}
-        if losses:
-            best = min(losses, key=losses.__getitem__)
-            found[cell] = Best([line for line in of_cell if line["lr"] == best], frozenset(losses))
+        first = {line["lr"]: line for line in of_cell if line["seed"] == 0}
+        if first:
+            best = min(first, key=lambda rate: first[rate]["loss"])
+            found[cell] = Best([line for line in of_cell if line["lr"] == best], first)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     Returns:
         `loss`, `metric`, `value`, `trainable` (parameters, a classifier's head included), `adapter_bytes`, `seconds` of
-        training, `device`.
+        training, `device` (the GPU's name, or the CPU's model).
     """
     task = load_task(cell.task, DATA / cell.task)
     base = base_of(task.task_type)
@@ -88,8 +89,16 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in trained),
         "adapter_bytes": 4 * sum(p.numel() for p in trained),
         "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model(),
     }
+
+
+def _cpu_model() -> str:
+    """As Linux tells it, since seconds of different machines are not to be compared; elsewhere the architecture."""
+    cpu_info = Path("/proc/cpuinfo")
+    known = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    models = (line.partition(":")[2].strip() for line in known if line.startswith("model name"))
+    return next(models, f"cpu, {platform.machine()}")
 
 
 def _train(model: Any, trained: list[torch.nn.Parameter], rows: Sequence[Encoded], pad_id: int, cell: Cell) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 
 from integration.bench import basis, quality
-from integration.bench.basis_tables import comparable, correlation, pairs
-from integration.bench.method_tables import by_method, longer, sharing
+from integration.bench.basis_tables import comparable, correlation, equal_rates, pairs
+from integration.bench.comparisons import between, draws, four_bits, rate_steps, small_lora, unlisted
+from integration.bench.method_tables import by_method, longer, marked, methods_table, sharing
+from integration.bench.method_tables import loss as shown_loss
 from integration.bench.report import known, pages, with_tables
 from integration.bench.tradeoff import family
 from integration.evidence.best import best_rates, identity
 from integration.evidence.captures import captures
-from integration.evidence.cells import DATA, LADDER, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
+from integration.evidence.cells import DATA, LADDER, RUNS, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
 from integration.evidence.scores import some
 from integration.evidence.training import basis_of, gradient
@@ -149,6 +152,95 @@ def test_capture_is_compared_with_the_loss_within_each_task() -> None:
     higher = ([-0.5, -0.25, 0.0], [9.0, 8.0, 7.0])
     assert correlation({"e2e": e2e, "sst2": sst2}) == "-0.95 within the tasks, of 4 pairs ()"
     assert correlation({"e2e": e2e, "higher": higher}) == "-0.98 within the tasks, of 5 pairs (higher -1.00 of 3)"
+
+
+REST = {"metric": "exact_match", "value": 0.5, "trainable": 1, "adapter_bytes": 4, "seconds": 1.0}
+
+
+def searched(of: Cell, losses: dict[float, float], **rest: Any) -> list[dict[str, Any]]:
+    """The lines of a search with the first seed."""
+    return [{**replace(of, lr=lr).fields, "loss": loss, **REST, **rest} for lr, loss in losses.items()]
+
+
+def test_every_result_is_found_again_by_its_fields() -> None:
+    names = {field.name for field in dataclasses.fields(Cell)}
+    for key, line in Results(RUNS).lines().items():
+        assert Cell(**{name: value for name, value in line.items() if name in names}).key == key
+
+
+def test_a_difference_is_clear_from_four_errors_of_three_seeds() -> None:
+    assert marked([0.3, 0.4, 0.5]) == "+0.400 ± 0.058 †"
+    assert marked([0.1, 0.4, 0.5]) == "+0.333 ± 0.120"
+    assert (marked([0.5, 0.5]), marked([0.5])) == ("+0.500 ± 0.000", "+0.500")
+
+
+def test_the_tables_do_with_a_method_that_is_not_there_or_on_some_tasks() -> None:
+    rates = {1e-3: 1.0, 3e-3: 0.5, 1e-2: 1.0}
+    large = [
+        line for task in ("banking77", "e2e") for line in searched(cell(task, **quality.METHODS["LoRA r=8"]), rates)
+    ]
+    found = by_method(best_rates(large))
+    assert "LoRA r=2" not in methods_table(found, shown_loss)
+    assert "(r = 2" not in between(found)
+    assert "has not been run: ours" in small_lora(found)
+    small = searched(cell("banking77", **quality.METHODS["LoRA r=2"]), {**rates, 3e-3: 0.75})
+    found = by_method(best_rates([*large, *small]))
+    assert "| LoRA r=2 | 1 | 0.750 (+0.250) |  |" in methods_table(found, shown_loss)
+    assert "has not been run on e2e, mawps, cola, sst2: ours" in small_lora(found)
+
+
+def test_what_a_step_of_the_rate_costs_is_told_of_searches_that_have_ended() -> None:
+    of = cell("e2e", **quality.METHODS["own basis, r=64"])
+    lines = searched(of, {1e-3: 1.0, 1e-2: 1.0}, value=0.25) + searched(of, {3e-3: 0.5})
+    lines += searched(replace(of, basis="random"), {1e-3: 0.5, 3e-3: 1.0}) + searched(
+        replace(of, task="rte"), {1e-3: 1}
+    )
+    ours, others = rate_steps(best_rates(lines)).splitlines()[2:]
+    assert ours == "| LoRA-SB |  | 25.0 (25.0 to 25.0; 2) |  |  |  |"
+    assert others == "| PEFT's, and LoRA-XS |  |  |  |  |  |"
+
+
+def test_draws_stand_side_by_side_and_what_is_in_no_other_table_is_listed() -> None:
+    of = cell("banking77", **quality.METHODS["down: random basis, r=128"])
+    best = best_rates(
+        [
+            *searched(of, {1e-2: 0.5, 3e-2: 0.25, 1e-1: 1.0}),
+            *searched(replace(of, draw=2), {3e-2: 0.5}),
+            *searched(replace(of, steps=7, targets="a|b"), {1e-3: 3.0}),
+        ]
+    )
+    name = "banking77, random basis, r = 128, `down_proj`"
+    assert draws(best).splitlines()[2:] == [f"| {name} |  | 0.250 (50.0) |  | 0.500 (50.0) * |"]
+    assert unlisted(best, {}).splitlines()[6:] == [
+        "| banking77, random basis, r = 128, `a\\|b`, steps 7 | 50.0 (1) * | 3.000 | 1e-03 |",
+    ]
+
+
+def test_a_base_in_four_bits_is_compared_with_the_exact_one() -> None:
+    of = cell("banking77", **quality.METHODS["LoRA r=8"])
+    lines = searched(of, {1e-3: 1.0, 3e-3: 0.5, 1e-2: 1.0})
+    lines += searched(replace(of, dtype="nf4"), {1e-3: 2.0, 3e-3: 0.75, 1e-2: 1.0}, value=0.25)
+    best = best_rates(lines)
+    assert four_bits(by_method(best, dtype="nf4"), by_method(best)).splitlines()[2:] == [
+        "| banking77: LoRA r=8 | 25.0 (1) | 0.750 | -25.0 (+0.250) |"
+    ]
+
+
+def test_capture_is_compared_with_the_loss_at_one_rate_below_and_above_the_best_of_the_own_basis() -> None:
+    """Here a basis that captures more has the lower loss below it, and the higher above it."""
+    shares = {"own": 0.5, "mixture": 0.375, "random": 0.25}
+    cells = {basis: cell("e2e", **{**quality.METHODS["own basis, r=64"], "basis": basis}) for basis in shares}
+    lines = [
+        line
+        for basis, of in cells.items()
+        for line in searched(of, {1e-3: 4 - shares[basis], 3e-3: 1.0 + (basis == "random"), 1e-2: 4 + shares[basis]})
+    ]
+    captured = {
+        identity(of.fields): {**of.fields, "capture": shares[basis]}
+        for basis, of in ((basis, replace(of, optimizer="adamw")) for basis, of in cells.items())
+    }
+    (row,) = equal_rates(best_rates(lines), captured).splitlines()[2:]
+    assert row == "| r = 64 |  | -1.00 of 3 | -0.87 of 3 | 1.00 of 3 |"
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_results() -> None:

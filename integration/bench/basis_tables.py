@@ -14,7 +14,8 @@ from integration.evidence.cells import GENERATING, LEARNT, Cell, cell
 from lorasb_export.evaluation.metrics import pearson
 from lorasb_export.settings import DRAWN
 
-from .method_tables import TASKS, differences, mean_error, metric, table
+from .basis import VARIANTS, trained_in
+from .method_tables import TASKS, differences, marked, metric, table
 from .quality import METHODS
 
 matplotlib.use("Agg")
@@ -78,7 +79,7 @@ def basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line
 def origins(best: Mapping[Identity, Best], rank: int) -> str:
     """Loss in bases of other origin, less that in the task's own, seed by seed: all linear layers, by Muon."""
     lines: dict[str, list[str]] = {name: [] for name in ORIGINS}
-    for task in TASKS:
+    for task in LEARNT:
         own = identity(cell(task, **{**METHODS["own basis, r=64"], "rank": rank}).fields)
         kin = {
             _column(b.lines[0]): found
@@ -88,10 +89,26 @@ def origins(best: Mapping[Identity, Best], rank: int) -> str:
         for name, column in ORIGINS.items():
             of = kin.get(column)
             less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
-            lines[name].append(f"{mean_error(less, 3)}{'' if of.closed else ' *'}" if less else "")
-    shown = [k for k in range(len(TASKS)) if any(cells[k] for cells in lines.values())]
-    rows = [[name, *(cells[k] for k in shown)] for name, cells in lines.items()]
-    return table(["made from", *(TASKS[k] for k in shown)], rows)
+            lines[name].append(f"{marked(less)}{'' if of.closed else ' *'}" if of and less else "")
+    return table(["made from", *LEARNT], [[name, *cells] for name, cells in lines.items()])
+
+
+def planned(best: Mapping[Identity, Best]) -> str:
+    """How many of the runs that `bench basis` plans are there, and with how many seeds."""
+    cells = [of for variant in VARIANTS for task in TASKS for of in trained_in(task, variant)]
+    there = [(of.task, found) for of in cells if (found := best.get(identity(of.fields)))]
+    ended = [len(found.lines) for _, found in there if found.closed]
+    endless = sum(task == "rte" for task, found in there if not found.closed)
+    counts = ", ".join(
+        f"{ended.count(seeds)} with {name}" for seeds, name in ((1, "one seed"), (2, "two"), (3, "three"))
+    )
+    missing = len(cells) - len(there)
+    return (
+        f"Of the {len(cells)} cells of training that `bench basis` plans, {len(ended)} have a search that has ended: "
+        f"{counts}. Of {len(there) - len(ended)} it has not ended; {endless} of these are of rte, which is in no table "
+        "of training: there the smallest rate is the best, and a search cannot end."
+        + (f" {missing} have not been begun." if missing else "")
+    )
 
 
 def captured(captures: Mapping[Identity, Line]) -> str:
@@ -151,12 +168,48 @@ def pairs(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> P
 
 def correlation(of_tasks: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
     """Pearson's correlation within the tasks, each less its means there; and of each task with more than two pairs."""
-    centred: tuple[list[float], list[float]] = ([], [])
-    for pair in of_tasks.values():
-        for values, into in zip(pair, centred, strict=True):
-            into += [value - statistics.mean(values) for value in values]
+    centred = _centred(of_tasks.values())
     alone = [f"{task} {pearson(*pair):.2f} of {len(pair[0])}" for task, pair in of_tasks.items() if len(pair[0]) > 2]
     return f"{pearson(*centred):.2f} within the tasks, of {len(centred[0])} pairs ({', '.join(alone)})"
+
+
+def _centred(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
+    """The pairs of all groups, each less the means of its group."""
+    centred: tuple[list[float], list[float]] = ([], [])
+    for pair in groups:
+        for values, into in zip(pair, centred, strict=True):
+            into += [value - statistics.mean(values) for value in values]
+    return centred
+
+
+def equal_rates(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> str:
+    """The correlation of capture and loss at the best rates, and among bases that were trained at one and the same.
+
+    The latter with the first seed, among at least three bases of one task, rank, reduction and number of samples.
+    """
+    # (rank, where the rate lies) → the task's own basis and the rate → what every basis captures, and its loss
+    found: dict[tuple[int, str], dict[tuple[Identity, float], tuple[list[float], list[float]]]] = {}
+    for this, of in best.items():
+        own = changed(this, basis="own", balanced=False)
+        capture, of_own = captures.get(changed(this, optimizer=Cell.optimizer)), best.get(own)
+        line = of.lines[0]
+        if line["task"] not in LEARNT or line["optimizer"] != "muon" or not (capture and of_own and of_own.closed):
+            continue
+        best_rate = of_own.lines[0]["lr"]
+        for rate, trained in of.first.items():
+            where = "below" if rate < best_rate else "at" if rate == best_rate else "above"
+            x, y = found.setdefault((line["rank"], where), {}).setdefault((own, rate), ([], []))
+            x.append(capture["capture"])
+            y.append(trained["loss"])
+    points, rows = pairs(best, captures), []
+    for rank in sorted({rank for rank, _ in found}):
+        groups = [list(points.get(f"{OPTIMIZERS['muon']}, r = {rank}", {}).values())]
+        for where in ("below", "at", "above"):
+            groups.append([pair for pair in found.get((rank, where), {}).values() if len(pair[0]) > 2])
+        cells = (f"{pearson(*_centred(some)):.2f} of {sum(len(x) for x, _ in some)}" if some else "" for some in groups)
+        rows.append([f"r = {rank}", *cells])
+    places = ("below the best of the own basis", "at it", "above it")
+    return table(["", "each at its best rate", *(f"one rate, {place}" for place in places)], rows)
 
 
 def prediction(points: Pairs, picture: str) -> str:
@@ -172,8 +225,8 @@ def prediction(points: Pairs, picture: str) -> str:
 def plot(points: Pairs, path: Path) -> None:
     figure, all_axes = plt.subplots(1, len(points), figsize=(5 * len(points), 4), layout="constrained", squeeze=False)
     for axes, (kind, of_tasks) in zip(all_axes[0], points.items(), strict=True):
-        for task, (x, y) in of_tasks.items():
-            axes.scatter(x, y, label=task)
+        for task in sorted(of_tasks, key=TASKS.index):
+            axes.scatter(*of_tasks[task], label=task, color=f"C{TASKS.index(task)}")  # in every panel the same
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.set_title(kind)
         axes.set_xlabel("capture ratio, less the own basis's")

@@ -19,7 +19,7 @@ def test_the_plugin_is_inert_without_its_variable(monkeypatch: pytest.MonkeyPatc
     plugin.register()
 
 
-@pytest.mark.parametrize(("version", "mended"), [("0.32.0", True), ("0.33.0", False)])
+@pytest.mark.parametrize(("version", "mended"), [("0.32.0", True), ("0.33.0", True), ("0.34.0", False)])
 def test_of_a_folded_server_only_the_metrics_are_mended(
     version: str, mended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,7 +37,7 @@ def test_of_a_folded_server_only_the_metrics_are_mended(
 
 def test_a_vllm_that_was_not_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "version", {"vllm": "0.99.1+cpu"}.__getitem__)
-    assert "vLLM 0.99.1 is not one of the tested versions (0.32.0)" in str(shared.why_unavailable())
+    assert "vLLM 0.99.1 is not one of the tested versions (0.32.0, 0.33.0)" in str(shared.why_unavailable())
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)

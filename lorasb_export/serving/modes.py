@@ -45,8 +45,8 @@ class Folded:
         if self.max_loras is not None:
             return self.max_loras
         if runs_on_cpu():
-            # vLLM's CPU kernel reads "no adapter" (-1) as the last slot, so requests for the base would get whatever
-            # adapter lies there. One slot that is never filled holds zeros and makes them right.
+            # The CPU kernel of vLLM 0.32 reads "no adapter" (-1) as the last slot, so requests for the base would get
+            # whatever adapter lies there. One slot that is never filled holds zeros and makes them right.
             return len(self.adapters) + 1
         return min(len(self.adapters), _MAX_SLOTS)
 

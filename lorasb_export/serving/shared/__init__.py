@@ -16,7 +16,7 @@ BASIS_VARIABLE = "LORASB_SHARED_BASIS"
 FOLDED_VARIABLE = "LORASB_FOLDED"  # set: of the plugin only the metrics are wanted
 UPDATES_VARIABLE = "LORASB_UPDATES_FROM"  # the folder clients may load adapters from
 VERSIONS_VARIABLE = "LORASB_VERSIONS"  # where copies of what they load are kept
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "lorasb"
 
 

@@ -156,7 +156,8 @@ def test_a_compiled_graph_is_that_of_its_basis(monkeypatch: pytest.MonkeyPatch) 
         for sha256 in ("one", "another"):
             basis = SimpleNamespace(sha256=sha256, modules=["layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"])
             monkeypatch.setattr(manager.Basis, "open", lambda _, basis=basis: basis)
-            config = VllmConfig(additional_config={**given}, lora_config=LoRAConfig(lora_dtype="bfloat16"))
+            config = VllmConfig(additional_config={**given})
+            config.lora_config = LoRAConfig(lora_dtype="bfloat16")  # afterwards: vLLM 0.33 would ask the model of it
             manager.SharedWorkerManager(config)
             hashes.add(config.compute_hash())
             assert config.lora_config.target_modules == ["q_proj", "up_proj"]  # of no embedding

@@ -164,12 +164,16 @@ def run(
     fitted = fit_tasks(run.project, names, settings, together=together, **options)
     adapters: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
-    lines: list[str] = []
-    value = {"adapters": adapters}
-    for name, adapter in run.done_of(fitted, value, lambda: "\n".join(lines), failed):
+    lines: dict[str, list[str]] = {}
+
+    def in_order() -> list[str]:
+        """As the tasks are asked for; they are trained network by network."""
+        return [line for name in dict.fromkeys(names) for line in lines.get(name, ())]
+
+    for name, adapter in run.done_of(fitted, {"adapters": adapters}, lambda: "\n".join(in_order()), failed):
         adapters[name] = _summary(adapter)
-        lines.extend(_lines(name, adapter))
-    _tell(run, value, lines, failed)
+        lines[name] = _lines(name, adapter)
+    _tell(run, {"adapters": {name: adapters[name] for name in names if name in adapters}}, in_order(), failed)
 
 
 def _foresee(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:

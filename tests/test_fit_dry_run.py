@@ -154,6 +154,25 @@ def test_what_ends_the_run_in_its_turn(project: Path) -> None:
     assert (lorasb("fit").exit_code, [path.name for path in Path("adapters").glob("[a-d]")]) == (1, ["a"])
 
 
+def test_a_run_that_ends_has_trained_first_what_is_of_one_network(project: Path, tmp_path: Path) -> None:
+    """Classifiers of 2, 3, 2 and 3 labels: the second ends the run after the third, and the fourth waits."""
+    base = make_bert(tmp_path / "encoder")
+    for name, count in zip("abcd", (2, 3, 2, 3), strict=True):
+        rows = "".join(json.dumps({"text": label, "label": label}) + "\n" for label in "xyz"[:count])
+        for split in ("train", "valid", "test"):
+            Path(f"data/{name}/{split}.jsonl").write_text(rows)
+    of_each = "".join(f'[tasks.{name}]\ndata = "data/{name}"\n' for name in "abcd")
+    Path("lorasb.toml").write_text(f'model = "{base}"\n[basis]\nrank = 4\n[fit]\nmax_steps = 2\n{of_each}')
+    assert lorasb("calibrate").exit_code == 0
+    Path("adapters/.b.run").mkdir(parents=True)
+    Path("adapters/.b.run/notes.txt").touch()
+    code, tasks = foreseen("--resume", "--overwrite")
+    assert (code, actions(tasks)) == (1, {"a": "train", "b": "refuse", "c": "train", "d": "wait"})
+    assert list(tasks) == list("abcd")
+    done = lorasb("fit", "--resume", "--overwrite")
+    assert (done.exit_code, sorted(path.name for path in Path("adapters").glob("[a-d]"))) == (1, ["a", "c"])
+
+
 def test_what_depends_on_a_basis_that_is_not_made_yet(project: Path) -> None:
     """a has a basis of its own: with the shared one, which fit makes first, it is refused."""
     rows = Path("data/b/train.jsonl")

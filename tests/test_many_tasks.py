@@ -84,6 +84,40 @@ def test_adapters_of_one_network_are_scored_together_and_another_takes_its_place
     assert (scored, len(alive)) == (["a", "c", "b"], 2)
 
 
+@pytest.fixture
+def of_two_counts(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: classifiers of two, three, and again two labels, and their basis."""
+    monkeypatch.chdir(tmp_path)
+    for name, labels in {"a": "xy", "b": "xyz", "c": "xy"}.items():
+        rows = [{"text": label, "label": label} for label in labels]
+        write_splits(tmp_path / "data" / name, {"train": rows, "valid": rows})
+    tasks = "".join(f'[tasks.{name}]\ndata = "data/{name}"\n' for name in "abc")
+    Path("lorasb.toml").write_text(f'model = "{bert}"\n[fit]\nmax_steps = 1\n{tasks}')
+    calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random")).save("basis")
+    return tmp_path
+
+
+def test_classifiers_of_as_many_labels_are_trained_one_after_another(
+    of_two_counts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is loaded once for each count; what is printed is in the order of the file all the same."""
+    loads: list[int] = []
+    load = BaseModel.load
+
+    def watched(self: BaseModel, *arguments: Any, **options: Any) -> Any:
+        loads.append(options["num_labels"])
+        return load(self, *arguments, **options)
+
+    monkeypatch.setattr(BaseModel, "load", watched)
+    found = Project.load()
+    assert [name for name, _ in fit_tasks(found, list("abc"), SETTINGS)] == ["a", "c", "b"]
+    assert [name for name, _ in fit_tasks(found, list("bac"), SETTINGS, overwrite=True)] == ["b", "a", "c"]
+    assert loads == [2, 3, 3, 2]
+    assert list(json.loads(lorasb("fit", "--resume", "--overwrite", "--json").stdout)["adapters"]) == ["a", "b", "c"]
+    told = lorasb("fit", "b", "a", "c", "b", "--resume").stdout.splitlines()
+    assert [line[:2] for line in told if not line.startswith(" ")] == ["b:", "a:", "c:"]
+
+
 def test_of_many_tasks_none_is_measured(
     llama: Path, sums: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from ..training.fit import fit, train_together
 from ..training.requirements import check_requirements
 from .basis import is_shared, load_or_make, shared_folder
 from .project import OWN_BASIS, Project
-from .request import FitRequest
+from .request import FitRequest, Kind, one_network_at_a_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,11 +64,12 @@ def fit_tasks(
         options: of `FitRequest`.
 
     Yields:
-        each task's name and adapter, once that is written; or its error, where the task alone is at fault (its rows, a
-        loss that is not finite, an adapter in its place that was trained otherwise, memory that sufficed for others):
-        the next one is trained all the same. Of tasks together that is so where the loss or R is not finite; any other
-        error ends all of them. The error of a single task is raised; so is, under torchrun, one that not all processes
-        may meet: of data or of an artifact, which each reads for itself.
+        each task's name and adapter, once that is written, those of one network (a type, a number of labels) one after
+        another; or its error, where the task alone is at fault (its rows, a loss that is not finite, an adapter in its
+        place that was trained otherwise, memory that sufficed for others): the next one is trained all the same. Of
+        tasks together that is so where the loss or R is not finite; any other error ends all of them. The error of a
+        single task is raised; so is, under torchrun, one that not all processes may meet: of data or of an artifact,
+        which each reads for itself.
 
     Raises:
         OutputError: an adapter, or an interrupted run, is there already; or, even with `resume` or `overwrite`, what is
@@ -81,19 +82,19 @@ def fit_tasks(
     request = FitRequest(project, names, settings, **options)
     for name in request.targets:
         request.refuse_there(name, together=together)
-    fitting = _Fitting(request, types=_types(request))
+    fitting = _Fitting(request, kinds=_kinds(request))
     yield from fitting.together() if together else fitting.in_turn()
 
 
-def _types(request: FitRequest) -> set[str]:
-    """The types of the tasks, all of which are read to be checked. Up to ten bad ones are told at once."""
+def _kinds(request: FitRequest) -> dict[str, Kind]:
+    """The kinds of the tasks, all of which are read to be checked. Up to ten bad ones are told at once."""
     for used in set(request.settings_of.values()):
         check_requirements([], used)  # what is wrong with no task is told once
-    types, unscored, problems = set(), list[str](), Problems()
+    kinds, unscored, problems = dict[str, Kind](), list[str](), Problems()
     for name in progress_bar(request.places, desc="check"):
         with problems:
             task = request.checked(name)
-            types.add(task.task_type)
+            kinds[name] = task.task_type, task.num_labels
             if not task.splits.get(task.held_out()) and request.project.task(name).hold_out is None:
                 unscored.append(name)
         if problems.is_full:
@@ -101,16 +102,17 @@ def _types(request: FitRequest) -> set[str]:
     problems.raise_all("nothing was trained")
     if new := [name for name in unscored if not (request.resume and request.is_begun(name))]:
         logger.warning("No rows are held out to score %s on. %s", some(new), _HOLD_OUT)
-    return types
+    return kinds
 
 
 class _Fitting:
-    """The training of tasks that have been checked, of `types`: the networks and bases that they share."""
+    """The training of tasks that have been checked, of `kinds`: the networks and bases that they share."""
 
-    def __init__(self, request: FitRequest, types: set[str]) -> None:
+    def __init__(self, request: FitRequest, kinds: Mapping[str, Kind]) -> None:
         self._request, self._base, settings = request, request.base, request.settings
         self._calibration = request.project.calibration_settings(settings)
-        self._generates, self._same_dtype = types == {CAUSAL_LM}, self._calibration.dtype == settings.dtype
+        self._kinds, self._same_dtype = kinds, self._calibration.dtype == settings.dtype
+        self._generates = {task_type for task_type, _ in kinds.values()} == {CAUSAL_LM}
         self._trains = not request.resume or any(map(is_free, request.targets.values()))  # else maybe all are kept
         self._loaded = LastLoaded(dtype=settings.dtype, seed=settings.seed)
         self._options: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
@@ -138,9 +140,10 @@ class _Fitting:
 
     def in_turn(self) -> Iterator[tuple[str, Outcome]]:
         request, shared, one_is_done = self._request, self._bases(), False
-        for name, target in request.targets.items():
+        # One order for all processes, which compute together: rows may change while each reads them for itself.
+        for name in distributed.on_main(lambda: one_network_at_a_time(self._kinds)):
             outcome: Outcome
-            was_there = request.resume and not is_free(target)
+            was_there = request.resume and not is_free(request.targets[name])
             try:
                 outcome = self._fit(name, shared)
                 one_is_done = one_is_done or not was_there

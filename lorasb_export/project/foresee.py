@@ -14,7 +14,7 @@ from ..settings import FitSettings
 from .basis import check_to_be_made, load_if_there, shared_folder
 from .fit import leaves_others
 from .project import OWN_BASIS, Project
-from .request import FitRequest
+from .request import FitRequest, Kind, one_network_at_a_time
 
 
 def foresee_tasks(
@@ -39,10 +39,10 @@ def foresee_tasks(
     """
     distributed.start()
     request = FitRequest(project, names, settings, **options)
-    base, refused = request.base, dict[str, LoraSBError]()
+    base, kinds, refused = request.base, dict[str, Kind](), dict[str, LoraSBError]()
     for name in names:
         try:
-            _check(request, name)
+            kinds[name] = _check(request, name)
         except LoraSBError as error:
             refused[name] = error
     sources = [source for source in dict.fromkeys(request.bases.values()) if source != OWN_BASIS]
@@ -50,8 +50,8 @@ def foresee_tasks(
     for source in (source for source, basis in shared.items() if basis is None and not refused):
         tasks = {name: place for name, place in request.places.items() if request.bases[name] == source}
         check_to_be_made(project, base, tasks, project.calibration_settings(settings))
-    found, ended_by = {}, list(refused)
-    for name in names:
+    found, ended_by = dict[str, dict[str, Any]](), list(refused)
+    for name in [*one_network_at_a_time(kinds), *refused]:  # in which one that is refused ends those after it
         try:
             if name in refused:
                 raise refused[name]
@@ -63,16 +63,17 @@ def foresee_tasks(
         if ended_by and action in ("train", "resume"):
             action, step, why = "wait", None, f"the run ends before, by what refuses {some(ended_by)}"
         found[name] = {"action": action, "step": step, "why": why, "out": str(request.targets[name])}
-    return found
+    return {name: found[name] for name in names}
 
 
-def _check(request: FitRequest, name: str) -> None:
-    """What a fit does with all tasks before it trains the first."""
+def _check(request: FitRequest, name: str) -> Kind:
+    """What a fit does with all tasks before it trains the first; returns the task's kind."""
     request.refuse_there(name)
     task = request.checked(name)
     if task.task_type != CAUSAL_LM or request.base.generates:
         empty = request.load_empty(task.task_type, num_labels=task.num_labels)
         require_positions(empty, request.settings_of[name].max_length, where=name)
+    return task.task_type, task.num_labels
 
 
 def _look(request: FitRequest, name: str, shared: dict[str, Basis | None]) -> tuple[str, int | None, str | None]:

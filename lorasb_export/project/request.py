@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a network is made for: a task's type, and how many labels a classifier has.
+Kind = tuple[str, int | None]
 _THERE = "Name the tasks that are left, or pass --resume to keep it, or --overwrite to train it anew"
+
+
+def one_network_at_a_time(kinds: Mapping[str, Kind]) -> list[str]:
+    """The names of tasks in the order in which they are trained: those of one network one after another, so that the
+    base is loaded once for them all. Beyond that they stay as they are, and the first is first."""
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
+    return sorted(kinds, key=lambda name: places[kinds[name]])
 
 
 class FitRequest:

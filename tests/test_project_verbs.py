@@ -119,7 +119,7 @@ def test_all_that_cannot_be_scored_is_told_at_once(project: Path) -> None:
     Path("bad.jsonl").write_text("{")
     with (project / "lorasb.toml").open("a") as file:
         file.write('[tasks.c]\ndata = "bad.jsonl"\n')
-    done = lorasb("evaluate", "--metric", "loss")
+    done = lorasb("evaluate", "a", "b", "c", "--metric", "loss")
     assert done.exit_code == 1
     assert "2 problems, nothing was scored:" in done.stderr
     assert "adapters/b" in done.stderr
@@ -201,6 +201,30 @@ def test_where_all_are_taken_a_damaged_one_leaves_the_others_their_turn(
     shutil.rmtree("adapters/torn")
     alone = json.loads(lorasb(*words, "--json").stdout)
     assert (list(alone), alone["error"]["type"]) == (["error"], "ArtifactError")
+
+
+def test_where_all_are_taken_the_data_of_one_leaves_the_others_their_turn(
+    project: Path, sums: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """c has a row that was cut; b has left lorasb.toml, and its data the disk."""
+    adapter = Adapter.load("adapters/a")
+    adapter.training = {"task": "b", "data": str(project / "gone")}
+    adapter.save("adapters/b")
+    shutil.copytree("adapters/a", "adapters/c")
+    Path("bad.jsonl").write_text((sums / "test.jsonl").read_text() + '{"prompt": "1+1=", "comple')
+    with (project / "lorasb.toml").open("a") as file:
+        file.write('[tasks.c]\ndata = "bad.jsonl"\n')
+    words = ("evaluate", "--metric", "loss", "--limit", "1")
+    done = lorasb(*words, "--json")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed["evaluation"]), list(printed["failed"])) == (1, ["a"], ["b", "c"])
+    assert {failed["type"] for failed in printed["failed"].values()} == {"DataError"}
+    assert "b is left out: " in caplog.text
+    assert "2. c: " in done.stderr
+    named = lorasb(*words, "a", "c")
+    assert (named.exit_code, named.stdout, "bad.jsonl:" in named.stderr) == (1, "", True)
+    of_all = lorasb(*words, "--data", "bad.jsonl", "--json")  # whose fault is none of theirs
+    assert list(json.loads(of_all.stdout)) == ["error"]
 
 
 def test_who_is_named_has_to_be_good(among_others: Path) -> None:

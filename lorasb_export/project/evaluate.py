@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,13 @@ def evaluate_adapters(
     base is in four bits, where they would be read as those of the base itself, or the rows may have been trained on.
 
     All of them are looked at before the first network runs; what is wrong, with up to ten of them, is told at once.
-    But where the user named none, one that is damaged is an error of its own, and the others are scored.
+    But where the user named none, one that is damaged, or whose own data is gone or broken, is an error of its own, and
+    the others are scored.
 
     Args:
         adapters: word → folder or Hub id.
         all_there_are: the user named none: adapters whose data is unknown, or has no held-out rows, are skipped with a
-            warning, and damaged ones do not keep the others from being scored.
+            warning, and damaged ones, or those of broken data, do not keep the others from being scored.
         data: the rows to score on, if not the task's own; no card is changed then.
         model: the base, if it has moved since training.
         split, limit, dtype, metric, batch_size: as for `evaluate`.
@@ -88,8 +89,8 @@ def evaluate_adapters(
     look.at_all(adapters)
     if look.known:
         logger.info("The figures of %d adapters are in their cards", len(look.known))
-    yield from (look.known | look.damaged).items()
-    count = len(look.ready) + len(look.known) + len(look.damaged)
+    yield from (look.known | look.left_out).items()
+    count = len(look.ready) + len(look.known) + len(look.left_out)
     if not count:
         fix = "Add valid.jsonl to a task's data; or set hold_out in [data] or its table, and fit it again"
         raise DataError("no adapter has rows to be scored on", fix=fix)
@@ -114,7 +115,7 @@ class _Ready:
 @dataclass
 class _Look:
     """A look at adapters before the first is scored: which are `ready`, of which the figures are `known` from their
-    cards, and which are `damaged`, with their errors.
+    cards, and which are `left_out`, since they or their data are damaged, with their errors.
 
     Args:
         file: of predictions.
@@ -133,12 +134,12 @@ class _Look:
     into_cards: bool
     ready: list[_Ready] = field(default_factory=list)
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
-    damaged: dict[str, LoraSBError] = field(default_factory=dict)
+    left_out: dict[str, LoraSBError] = field(default_factory=dict)
     _bases: dict[tuple[BaseRef, frozenset[str]], BaseModel] = field(default_factory=dict)
     _places: dict[str, int] = field(default_factory=dict)  # of the bases, by their sha256
 
     def at_all(self, adapters: Mapping[str, str]) -> None:
-        """Look at each. Raises all that is wrong at once, but for damaged ones among several that nobody named."""
+        """Look at each. Raises all that is wrong at once, but for what is left out of several that nobody named."""
         problems = Problems()
         for word, folder in progress_bar(adapters.items(), desc="check"):
             with problems:
@@ -146,17 +147,26 @@ class _Look:
                     adapter = Adapter.load(folder)
                     name, source = self.project.task_of(adapter, self.data)
                 except ArtifactError as error:
-                    if not self.all_there_are or len(adapters) == 1:
-                        raise
-                    logger.warning("%s is left out: %s", word, error)
-                    self.damaged[word] = error.alone()
-                else:
+                    self._leave_out(word, error, among=adapters)
+                    continue
+                try:
                     self._at(word, folder, adapter, name, source)
+                except DataError as error:
+                    if self.data is not None:  # the rows of all, whose fault it is
+                        raise
+                    self._leave_out(word, error, among=adapters)
             if problems.is_full:
                 break
         if problems.found:
-            problems.found += self.damaged.values()
+            problems.found += self.left_out.values()
         problems.raise_all("nothing was scored")
+
+    def _leave_out(self, word: str, error: LoraSBError, *, among: Collection[str]) -> None:
+        """Keep the error of one adapter for the end; raise it where it is the only one, or was named."""
+        if not self.all_there_are or len(among) == 1:
+            raise error
+        logger.warning("%s is left out: %s", word, error)
+        self.left_out[word] = error.alone()
 
     def _at(self, word: str, folder: str, adapter: Adapter, name: str, source: TaskSource | None) -> None:
         if source is None:

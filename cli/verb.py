@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -54,7 +55,7 @@ class Run:
     verbose: bool
     config: str | None
     options: Mapping[str, Any]  # the verb's own
-    done: dict[str, Any] = field(default_factory=dict)  # before an error ended it: --json has it beside that
+    done: dict[str, Any] = field(default_factory=dict)  # before an error or a signal ended it: for --json, beside that
 
     def given(self, settings: type) -> dict[str, Any]:
         """The options that were given, of those that are called as a field of the dataclass `settings`."""
@@ -90,7 +91,7 @@ class Run:
         failed: dict[str, LoraSBError],
     ) -> Iterator[tuple[str, T]]:
         """Of several things those that were done, by name. What failed goes into `failed`. All is told also where an
-        error ends the rest.
+        error ends the rest; where a signal does, by --json alone.
 
         Args:
             value, text, failed: as for `result`, to which they go at the end; the caller fills the first two.
@@ -101,10 +102,11 @@ class Run:
                     failed[name] = outcome
                 else:
                     yield name, outcome
-        except Exception:
+        except (Exception, KeyboardInterrupt) as error:
             if failed or any(value.values()):
                 self.done.update(value | _failures(failed))
-                if _is_main_process() and not self.json and (said := text()):
+                is_stopped = isinstance(error, KeyboardInterrupt)
+                if _is_main_process() and not (self.json or is_stopped) and (said := text()):
                     _print(said)
             if failed:
                 _tell_failures(failed)
@@ -211,9 +213,14 @@ def _stop(number: int, _: object) -> None:
 
 
 def _interrupted(run: Run, verb: ModuleType, stop: BaseException) -> typer.Exit:
-    """Say what is there and how to go on."""
-    run.say(f"Interrupted. {getattr(verb, 'INTERRUPTED', NOTHING_WRITTEN)}")
-    return typer.Exit(143 if isinstance(stop, Terminated) or signal.SIGTERM in _received else 130)
+    """Say what is there and how to go on; with --json also what was done."""
+    said = f"Interrupted. {getattr(verb, 'INTERRUPTED', NOTHING_WRITTEN)}"
+    is_terminated = isinstance(stop, Terminated) or signal.SIGTERM in _received
+    run.say(said)
+    if run.json and run.done:
+        with suppress(SystemExit):  # Ctrl-C in a terminal ends the reader of a pipe too
+            print_error(Terminated() if is_terminated else KeyboardInterrupt(), said, run.done)
+    return typer.Exit(143 if is_terminated else 130)
 
 
 def _memory_error(error: Exception, ways: Sequence[str]) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +26,24 @@ app = typer.Typer()
 app.command()(as_command(run))
 app(args=[])
 """
+DONE = """
+import os, signal
+import typer
+from lorasb_cli.verb import Run, as_command
+
+def outcomes():
+    yield "a", 1
+    os.kill(os.getpid(), signal.SIGINT)
+
+def run(run: Run) -> None:
+    done = {}
+    for name, outcome in run.done_of(outcomes(), {"done": done}, lambda: "", {}):
+        done[name] = outcome
+
+app = typer.Typer()
+app.command()(as_command(run))
+app(args=["--json"])
+"""
 EARLY = """
 import os, signal
 from lorasb_cli import main
@@ -36,6 +56,17 @@ main.main()
 def test_a_library_that_makes_an_error_of_the_signal_does_not_hide_it(number: signal.Signals, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", LIBRARY, str(int(number))], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "Interrupted. No output was written.\n")
+
+
+def test_what_was_done_is_told_and_the_reader_may_have_been_interrupted_too() -> None:
+    """As Ctrl-C ends both sides of a pipe in a terminal."""
+    done = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
+    assert (done.returncode, list(json.loads(done.stdout))) == (130, ["done", "error"])
+    reads, writes = os.pipe()
+    os.close(reads)
+    unread = subprocess.run([sys.executable, "-c", DONE], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (unread.returncode, unread.stderr) == (130, "Interrupted. No output was written.\n")
 
 
 def test_a_signal_before_the_verb_begins() -> None:

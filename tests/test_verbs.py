@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis
 from lorasb_export.base.model import BaseRef
 from lorasb_export.base.network import as_base_model_error
-from lorasb_export.errors import DataError, OutputError
+from lorasb_export.errors import DataError, OutputError, Terminated
 from lorasb_export.files.kind import PEFT_TYPE
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -237,14 +237,12 @@ def test_json_tells_of_an_error_also_where_its_traceback_is_shown(tmp_path: Path
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("verb", "key"), [("fit", "adapters"), ("evaluate", "evaluation"), ("push --repo me/{name}", "pushed")]
-)
-@pytest.mark.parametrize("error", [OutputError("full", fix="Free it"), OSError(28, "full"), ValueError("a library's")])
-def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
-    verb: str, key: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+SEVERAL = [("fit", "adapters"), ("evaluate", "evaluation"), ("push --repo me/{name}", "pushed")]
+
+
+def ends_after_two(verb: str, end: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three things that `verb` does in `folder`, a is done, b fails, and then `end` comes."""
+    monkeypatch.chdir(folder)
     Path("lorasb.toml").write_text("".join(f'[tasks.{name}]\ndata = "data"\n' for name in "abc"))
     Path("adapters/a").mkdir(parents=True)
     Path("adapters/a/adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
@@ -258,10 +256,18 @@ def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
     def one_after_another(*_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         yield "a", results[name]
         yield "b", DataError("bad rows", fix="Mend them")
-        raise error
+        raise end
 
     function = {"fit": "fit_tasks", "evaluate": "evaluate_adapters", "push": "push_project"}[name]
     monkeypatch.setattr(f"lorasb_export.project.{name}.{function}", one_after_another)
+
+
+@pytest.mark.parametrize(("verb", "key"), SEVERAL)
+@pytest.mark.parametrize("error", [OutputError("full", fix="Free it"), OSError(28, "full"), ValueError("a library's")])
+def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
+    verb: str, key: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends_after_two(verb, error, tmp_path, monkeypatch)
     done = lorasb(*verb.split(), "--json")
     printed = json.loads(done.stdout)
     assert (done.exit_code, list(printed)) == (1, [key, "failed", "error"])
@@ -271,3 +277,24 @@ def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
     told = lorasb(*verb.split())
     assert (told.exit_code, "a" in told.stdout, "1. b: bad rows" in told.stderr) == (1, True, True)
     assert isinstance(error, ValueError) or told.stderr.rstrip().splitlines()[-1].startswith("Error: full")
+
+
+@pytest.mark.parametrize(("verb", "key"), SEVERAL)
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
+def test_json_tells_what_was_done_before_a_signal(
+    verb: str, key: str, signal: KeyboardInterrupt, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends_after_two(verb, signal, tmp_path, monkeypatch)
+    done = lorasb(*verb.split(), "--json", "--quiet")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed)) == (code, [key, "failed", "error"])
+    assert (len(printed[key]), list(printed["failed"])) == (1, ["b"])
+    assert printed["error"]["type"] == type(signal).__name__
+    assert printed["error"]["message"].startswith("Interrupted. ")
+    assert "not all was done, 1 failed:\n  1. b: bad rows" in done.stderr
+    told = lorasb(*verb.split())
+    assert (told.exit_code, told.stdout) == (code, "")
+    assert told.stderr.rstrip().splitlines()[-1].startswith("Interrupted. ")
+    monkeypatch.setenv("RANK", "1")
+    another = lorasb(*verb.split(), "--json")
+    assert (another.exit_code, another.stdout) == (code, "")

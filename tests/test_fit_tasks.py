@@ -180,6 +180,27 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
     assert (len(made), len(read) >= 4) == (4, True)
 
 
+def test_a_dry_run_keeps_no_rows_of_refused_tasks(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "".join(f'[tasks.{name}]\ndata = "data/train.jsonl"\n' for name in "bcd")
+    found = project(tmp_path / "p", llama, sums, f'[basis]\nrank = 4\ndirections = "random"\n{tasks}')
+    read: list[weakref.ref[TaskData]] = []
+    alive: list[int] = []
+
+    def reading(name: str, source: str) -> TaskData:
+        gc.collect()  # whatever lies in a cycle
+        alive.append(sum(task() is not None for task in read))
+        task = load_task(name, source)
+        read.append(weakref.ref(task))
+        return task
+
+    monkeypatch.setattr("lorasb_export.project.request.load_task", reading)
+    foreseen = foresee_tasks(found, list("bcd"), FitSettings(patience=1))  # there are no valid rows
+    assert {task["action"] for task in foreseen.values()} == {"refuse"}
+    assert alive == [0, 0, 0]
+
+
 def test_a_renamed_task_is_still_trained(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

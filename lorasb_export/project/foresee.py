@@ -44,7 +44,7 @@ def foresee_tasks(
         try:
             kinds[name] = _check(request, name)
         except LoraSBError as error:
-            refused[name] = error
+            refused[name] = error.alone()  # or the rows of every such task would stay in memory
     sources = [source for source in dict.fromkeys(request.bases.values()) if source != OWN_BASIS]
     shared = {source: load_if_there(project, source, base) for source in sources}
     for source in (source for source, basis in shared.items() if basis is None and not refused):

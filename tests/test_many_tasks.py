@@ -212,6 +212,26 @@ def test_the_base_is_looked_for_once_for_all_adapters(
     assert resolved == [str(llama)]
 
 
+def test_the_weights_are_looked_at_once_for_all_adapters_that_are_kept(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = project(tmp_path, llama, sums, "abc", '[basis]\nrank = 4\ndirections = "random"\n')
+    dict(fit_tasks(found, list("abc"), SETTINGS))
+    opened: list[Path] = []
+    opening = Path.open
+
+    def watched(self: Path, *arguments: Any, **options: Any) -> Any:
+        opened.extend([self] if self.parent == llama and self.suffix == ".safetensors" else [])
+        return opening(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", watched)
+    kept = dict(fit_tasks(found, ["a"], SETTINGS, resume=True))
+    once = len(opened)
+    kept |= dict(fit_tasks(found, list("abc"), SETTINGS, resume=True))
+    assert all(isinstance(adapter, Adapter) for adapter in kept.values())
+    assert (once > 0, len(opened)) == (True, 2 * once)
+
+
 def test_a_command_of_thousands_of_names_is_cut_where_each_adapter_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lorasb", "fit", *(f"task-{k}" for k in range(10_000))])
     kept = command()

@@ -6,7 +6,8 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
@@ -70,20 +71,28 @@ def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> 
     Raises:
         SettingsError: a word that can only be a name, and is that of none.
     """
+    found = look_up_adapter(word, adapters_dir)
+    if found is None:
+        raise _unknown(word, adapters_dir, tasks, partial(adapters_in, adapters_dir))
+    return found
+
+
+def look_up_adapter(word: str, adapters_dir: Path) -> Path | str | None:
+    """As `find_adapter`, but None for a name that is that of none: to ask for thousands takes no list of adapters."""
     path = expanded(word)
     if word != path.name or word.startswith("."):
         return path if path.is_dir() else word
-    for folder in (adapters_dir / word, path):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise _unknown(word, adapters_dir, tasks)
+    folders = (adapters_dir / word, path)
+    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
-def _unknown(name: str, adapters_dir: Path, tasks: Collection[str]) -> SettingsError:
+def _unknown(
+    name: str, adapters_dir: Path, tasks: Collection[str], list_adapters: Callable[[], Sequence[str]]
+) -> SettingsError:
     """The error that no adapter is called `name`, with the nearest that there is, or all."""
     if name in tasks:
         return SettingsError(f"task {name} has no adapter yet", where=adapters_dir, fix=f"Run: lorasb fit {name}")
-    present = [name for name in adapters_in(adapters_dir) if not name_problem(name)]
+    present = [name for name in list_adapters() if not name_problem(name)]
     what, path = f"no adapter {name!r}", f"./{name} for a folder elsewhere"
     if not present:
         fix = f"Run lorasb fit in the project's folder, or write {path}"
@@ -102,15 +111,17 @@ def resolve_adapters(
         pass_over: leave out with a warning what would be an error, if anything is left.
 
     Raises:
-        SettingsError: any is unknown, badly named, given twice, or a link out of `adapters_dir`; all of them are
+        SettingsError: any is unknown, badly named, given twice, or a link out of `adapters_dir`; up to ten of them are
             reported at once.
     """
     found: dict[str, Path | str] = {}
-    problems = Problems()
+    problems, list_adapters = Problems(), cache(partial(adapters_in, adapters_dir))
     for entry in words:
         with problems:
             *given, word = [entry] if (adapters_dir / entry).is_dir() else entry.split("=", 1)
-            source = find_adapter(word, adapters_dir, tasks)
+            source = look_up_adapter(word, adapters_dir)
+            if source is None:
+                raise _unknown(word, adapters_dir, tasks, list_adapters)
             if "/" not in word and source == adapters_dir / word:
                 _refuse_links_out(adapters_dir / word, adapters_dir)
             name = given[0] if given else name_of(source)
@@ -119,6 +130,8 @@ def resolve_adapters(
             if name in found:
                 raise SettingsError(f"{name!r} is given twice", fix=f"Write OTHER_NAME={word}")
             found[name] = source
+        if problems.is_full and not pass_over:
+            break
     if not (pass_over and found):
         problems.raise_all("nothing is served")
     for error in problems.found:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
 from lorasb_cli.words import listed
 from typer.testing import CliRunner
 
+from lorasb_export import names
 from lorasb_export.errors import SettingsError
 from lorasb_export.names import name_problem, resolve_adapters, served_name_problem, task_name_problem
 from lorasb_export.project.project import Project
@@ -171,6 +173,22 @@ def test_a_linked_file_inside_an_adapter_is_refused_too(project: Path) -> None:
     (project / "adapters" / "billing" / "adapter.safetensors").symlink_to("/etc/hostname")
     with pytest.raises(SettingsError, match=r"adapter\.safetensors is a link that leads out of adapters"):
         resolve("billing")
+
+
+def test_of_many_names_that_are_gone_ten_are_told_and_the_adapters_are_listed_once(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Mock(wraps=names.adapters_in)
+    monkeypatch.setattr(names, "adapters_in", listed)
+    with pytest.raises(SettingsError) as caught:
+        resolve(*(f"gone-{k}" for k in range(50)))
+    assert ("10 problems" in str(caught.value), "'gone-10'" in str(caught.value)) == (True, False)
+    assert listed.call_count == 1
+    with pytest.raises(SettingsError, match="task later has no adapter yet"):
+        resolve("later")
+    assert listed.call_count == 1
+    passed = resolve_adapters([*(f"gone-{k}" for k in range(50)), "billing"], Path("adapters"), pass_over=True)
+    assert list(passed) == ["billing"]
 
 
 def test_all_problems_are_reported_at_once(project: Path) -> None:

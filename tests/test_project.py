@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lorasb_export import names
 from lorasb_export.errors import SettingsError
 from lorasb_export.project.project import Project
+from lorasb_export.project.starts import Starts
 
 
 def load(folder: Path, text: str) -> Project:
@@ -154,6 +155,16 @@ def test_an_adapter_is_found_without_listing_thousands(tmp_path: Path, monkeypat
     monkeypatch.delattr(names, "adapters_in")
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert [project.find_adapter(word) for word in ("./a", ".b")] == ["a", ".b"]  # paths, not names
+
+
+def test_tasks_without_an_adapter_to_start_from_are_told_without_listing_thousands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = unfitted(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(names, "adapters_in", lambda _: pytest.fail("listed"))
+    with pytest.raises(SettingsError, match="no task has an adapter to start from"):
+        Starts(project, "{name}-v1", {name: project.adapter_folder(name) for name in project.tasks})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ..errors import Problems, SettingsError, some
 from ..files.storage import absolute
 from ..format import read_basis_config
 from ..hub.ids import is_mistyped_path, parse_hub_folder
-from ..names import PLACE
+from ..names import PLACE, look_up_adapter
 from .project import OWN_BASIS, Project
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,9 @@ def _found(project: Project, pattern: str, names: Mapping[str, Path]) -> dict[st
 
 def _source(project: Project, word: str) -> str | None:
     """As `Project.find_adapter`, but None where it is the name or the path of none."""
-    try:
-        source = project.find_adapter(word)
-    except SettingsError:
+    found = look_up_adapter(word, project.adapters_folder)
+    if found is None:
         return None
+    source = str(found)
     is_of_hub = parse_hub_folder(source) is not None and not is_mistyped_path(source)
     return source if is_of_hub or Path(source).exists() else None

@@ -91,6 +91,24 @@ def test_what_is_not_of_one_adapter_alone_is_an_error_for_all(
         dry_run({**siblings, "third": tmp_path / "third"}, pass_over=True)
 
 
+def test_a_few_without_their_basis_or_of_another_base_do_not_keep_many_from_being_served(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Adapter.load(folder / "a")
+    Adapter(first.base, "0" * 64, str(tmp_path / "gone"), first.R).save(tmp_path / "experiment")
+    # The first of all is of another base: the others' is served.
+    apart = {"0": folder / "other", "experiment": tmp_path / "experiment"}
+    others = [f"t{number:02}" for number in range(18)]
+    many = {"0": apart["0"], **dict.fromkeys(others, folder / "a"), "experiment": apart["experiment"]}
+    assert dry_run(many, pass_over=True, mode="folded")["models"] == ["base", *others]
+    assert "2 of 20 adapters cannot be served:\n  0: the base's weights are not those" in caplog.text
+    with pytest.raises(BaseModelError, match="2 of 20 adapters cannot be served"):  # named, each has to be
+        dry_run(many, mode="folded")
+    del many[others[0]]  # more than a tenth
+    with pytest.raises(BaseModelError, match="2 of 19 adapters cannot be served"):
+        dry_run(many, pass_over=True, mode="folded")
+
+
 @pytest.mark.parametrize("mode", ["shared", "folded"])
 def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str) -> None:
     ranks = {"q_lora_rank": None, "kv_lora_rank": 16}

@@ -53,8 +53,9 @@ def serve(
         extra: further vLLM flags, as `["--max-model-len", "4096"]`; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
-        pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left; in shared
-            mode, or with updates, also the few that are of another basis than the others.
+        pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left; of those
+            whose basis cannot be read, or that are of another base than most, a tenth of all at most; in shared mode,
+            or with updates, also the few that are of another basis than the others.
         echo: copy the server's log to stderr.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.

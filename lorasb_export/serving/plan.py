@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +144,8 @@ def make_plan(
 
     Args:
         pass_over: leave out with a warning what is damaged or cannot be served, if anything is left; in shared mode, or
-            with updates, also the few that are of another basis than the others. A basis that cannot be read, and an
-            adapter of another base, are errors all the same: they are not of one adapter alone.
+            with updates, also the few that are of another basis than the others. Those whose basis cannot be read, or
+            that are of another base, are left out while they are a tenth of all at most: of more it is an error.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.
@@ -160,33 +161,22 @@ def make_plan(
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
     loaded: dict[str, Adapter] = {}
-    bases: dict[str, Basis] = {}  # adapters of one basis share it
-    base = None if model is None else BaseModel.resolve(model)
-    verified: set[tuple[BaseRef, frozenset[str]]] = set()  # to read the base for each of a thousand takes seconds
-    problems: list[tuple[str, LoraSBError]] = []
+    problems: dict[str, LoraSBError] = {}
     for name, source in adapters.items():
-        is_sound = False  # then what follows is about more than this adapter: its basis, its base
         try:
-            adapter = _servable(name, source)
-            is_sound = True
-            load_basis_once(adapter, bases)
-            base = base or adapter.base.resolve()
-            of_base = (adapter.base, frozenset(adapter.R))
-            if of_base not in verified:
-                base.verify(*of_base)
-                verified.add(of_base)
+            loaded[name] = _servable(name, source)
         except LoraSBError as error:
-            problems.append((name, error))
-            pass_over = pass_over and not is_sound
-        else:
-            loaded[name] = adapter
-    if problems:
-        lines = "\n".join(f"  {name}: {error}" for name, error in problems)
+            problems[name] = error
+    base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
+    loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
+    if problems or apart:
+        problems = {name: (problems | apart)[name] for name in adapters if name not in loaded}
+        lines = "\n".join(f"  {name}: {error}" for name, error in problems.items())
         what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}"
-        if not (pass_over and loaded):
-            raise type(problems[0][1])(what, fix="")
+        if not (pass_over and loaded) or len(apart) > len(adapters) // 10:
+            raise type(next(iter(problems.values())))(what, fix="")
         logger.warning("%s\nThe others are served", what)
-    assert base is not None  # given, or found by the first adapter
+    assert base is not None  # given, or that of what is loaded
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
         if not pass_over or len(loaded) == 1:
@@ -211,6 +201,34 @@ def make_plan(
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)
     return plan
+
+
+def _on_one_base(
+    adapters: Mapping[str, Adapter], base: BaseModel | None
+) -> tuple[BaseModel | None, dict[str, LoraSBError]]:
+    """Give each adapter its basis, and compare its base with `base`, or with that of the most adapters.
+
+    Returns:
+        the base, None where none is there; and what is wrong with adapters whose basis cannot be read, or that are of
+        another base.
+    """
+    bases: dict[str, Basis] = {}  # adapters of one basis share it
+    verified: set[tuple[BaseRef, frozenset[str]]] = set()  # to read the base for each of a thousand takes seconds
+    apart: dict[str, LoraSBError] = {}
+    named = {name: (adapter.base.name_or_path, adapter.base.revision) for name, adapter in adapters.items()}
+    count = Counter(named.values())
+    for name in sorted(adapters, key=lambda name: -count[named[name]]):
+        adapter = adapters[name]
+        try:
+            load_basis_once(adapter, bases)
+            base = base or adapter.base.resolve()
+            of_base = (adapter.base, frozenset(adapter.R))
+            if of_base not in verified:
+                base.verify(*of_base)
+                verified.add(of_base)
+        except LoraSBError as error:
+            apart[name] = error
+    return base, apart
 
 
 def _is_loopback(host: str) -> bool:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory
+from lorasb_export.hub.newest import asked_once
 
 from .words import given
 
@@ -172,7 +173,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             signal.signal(signal.SIGINT, _stop)
         try:
             _refuse_processes(verb)
-            function(run, **options)
+            with asked_once():
+                function(run, **options)
         except KeyboardInterrupt as stop:
             raise _interrupted(run, verb, stop) from None
         except Exception as error:

@@ -53,6 +53,38 @@ def test_the_newest_is_asked_for_once_and_is_what_is_used_offline(any_hub: Hub, 
     assert any_hub.requests == []
 
 
+ONCE = f"""
+import sys
+from lorasb_export import push
+from lorasb_export.hub.newest import asked_once
+load = {FETCH!r}
+with asked_once():
+    exec(load)
+    exec(load)
+    if len(sys.argv) > 2:
+        push(sys.argv[2], sys.argv[1], public=True)
+        exec(load)
+"""
+
+
+def fetch_once(hub: Hub, source: str, *pushed: Path) -> list[str]:
+    exit_code, said, errors = hub.start(ONCE, source, *pushed)
+    assert exit_code == 0, errors
+    return said.split()
+
+
+def test_what_is_asked_once_is_asked_anew_after_a_push_and_by_the_next(
+    any_hub: Hub, basis: Path, tmp_path: Path
+) -> None:
+    first = made(any_hub, "me/once", tmp_path / "a", 1)
+    assert fetch_once(any_hub, "me/once") == [first, first]
+    assert any_hub.requests.count("GET /api/models/me/once?expand=sha") == 1
+    second = made(any_hub, "me/once", tmp_path / "a", 2)
+    *before, after = fetch_once(any_hub, "me/once", basis)
+    assert before == [second, second]
+    assert after == f"me/once@{any_hub.repos['me/once'].refs['main']}" != second
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "reason"),
     [

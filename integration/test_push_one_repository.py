@@ -125,6 +125,10 @@ def test_all_of_them_are_served(any_hub: Hub, project: Path) -> None:
         plan = any_hub.lorasb("serve", "--adapters-dir", source, "--dry-run")
         assert plan["models"] == ["owner/base", "a", "b"]
         assert plan["mode"] == "shared"
+    any_hub.requests.clear()
+    plan = any_hub.lorasb("serve", "--adapters", f"{REPO}/adapters/a,{REPO}/adapters/b", "--dry-run")
+    assert plan["models"] == ["owner/base", "a", "b"]
+    assert any_hub.requests.count(f"GET /api/models/{REPO}?expand=sha") == 1
     said = any_hub.lorasb_fails("serve", "--adapters-dir", "me/nothing/adapters", "--dry-run")
     assert "the Hub has no such repository" in said
 

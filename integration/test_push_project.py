@@ -29,7 +29,10 @@ def test_a_project_pushes_its_basis_once_and_what_changed(any_hub: Hub, adapter:
     assert config["basis"]["source"] == f"me/basis-lorasb@{head}"
     assert all(repo.private for name, repo in any_hub.repos.items() if name.startswith("me/"))
 
+    any_hub.requests.clear()
     assert changed() == dict.fromkeys(everything, False)
+    asked = [request for request in any_hub.requests if request == "HEAD /owner/base/resolve/main/README.md"]
+    assert len(asked) == 2  # for a basis and for an adapter, beside whose files its licence lies
     # A new card of the basis is a new commit there; the adapters still name the one that holds their basis.
     (basis / "README.md").write_text("Ours.\n")
     shutil.rmtree(project / "adapters" / "b")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,26 @@ from .calls import hub_errors, retry_after, with_retries
 logger = logging.getLogger(__name__)
 
 _failing = set[str]()  # repositories that were waited for in vain: asked once when they are asked for again
+# (repository, branch or tag) → commit, inside of `asked_once`
+_asked: ContextVar[dict[tuple[str, str | None], str] | None] = ContextVar("_asked", default=None)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Inside, the Hub is asked once for the newest commit of a repository: of what many adapters lie in all are taken
+    at one commit. Outside, at each call: a program that runs for days would keep to the commit of its start."""
+    token = _asked.set({})
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def ask_again(name: str) -> None:
+    """What was asked of the repository `name` is no longer so: it has been pushed to."""
+    known = _asked.get() or {}
+    for key in [key for key in known if key[0] == name]:
+        del known[key]
 
 
 def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str:
@@ -43,7 +64,11 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
     if constants.HF_HUB_OFFLINE or re.fullmatch("[0-9a-f]{40}", revision or ""):
         return with_retries(lambda: fetch(revision=revision))
 
+    known = _asked.get()
+
     def ask() -> str | None:
+        if known and (name, revision) in known:
+            return known[name, revision]
         seconds = constants.HF_HUB_ETAG_TIMEOUT
         return HfApi().model_info(name, revision=revision, expand=["sha"], timeout=seconds).sha
 
@@ -64,6 +89,8 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
     _failing.discard(name)
     if commit is None:
         return folder
+    if known is not None:
+        known[name, revision] = commit
     with suppress(OSError):  # a cache that is only read
         _remember(Path(folder), revision or constants.DEFAULT_REVISION, commit)
     return folder

@@ -18,6 +18,7 @@ from ..format import read_adapter_config
 from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE, ours_in
+from ..publishing.folder_card import Licences
 from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
 from ..publishing.repository import is_of_one
@@ -73,6 +74,7 @@ def push_project(
         return
     folders = [*bases, *adapters]
     _refuse_same(project, folders)
+    options["licences"] = Licences()
     for basis in bases if options.get("create_pr") else ():
         if _would_change(push_folder(project, basis, repo, **{**options, "dry_run": True})):
             what = "a pull request cannot bring a new basis: until it is merged no adapter can name it"

@@ -34,6 +34,7 @@ def push(
     with_basis: bool = False,
     basis_to_come: bool = False,
     dry_run: bool = False,
+    licences: Licences | None = None,
 ) -> dict[str, Any]:
     """Make a repository on the Hub equal to one of our folders, with its card, in one commit.
 
@@ -52,6 +53,7 @@ def push(
         with_basis: upload the adapter's basis inside the adapter's repository.
         basis_to_come: in a dry run do not look for that basis: it is pushed before the adapter.
         dry_run: only plan. Reads the Hub where it can be reached, writes nothing.
+        licences: what was asked for other folders of one base; give several pushes the same.
 
     Returns:
         repo, url, kind, private, files [{path, bytes, change: "added", "changed" or "same"}], deleted, bytes (of all
@@ -87,7 +89,7 @@ def push(
         basis, of_basis = bases.settle(adapter, files, source, to_come=basis_to_come)
         seen |= of_basis
         name_in_config(files, basis)
-    licences = Licences() if head.reached else None
+    licences = (licences or Licences()) if head.reached else None
     files["README.md"] = folder_card(files, kind, repo, folder, theirs, licences).encode()
     outgoing.take_out_paths(files)
     outgoing.refuse_tokens(files)

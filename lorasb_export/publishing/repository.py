@@ -11,6 +11,7 @@ from ..errors import ArtifactError, LoraSBError, OutputError, ServerError
 from ..files.storage import utf8
 from ..hub.cache import git_hash
 from ..hub.calls import hub_errors, retry_after, status_of, wait_for, with_retries
+from ..hub.newest import ask_again
 from .checksums import digest, parse
 from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, part_of, refuse_replaced, size_of, stale
 
@@ -165,6 +166,7 @@ class Repository:
             OutputError: the repository is public and `public` is false, or it holds another kind: nothing was written.
             ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
         """
+        ask_again(self.name)
         with hub_errors(self.name, ServerError):
             head = self._prepare(files, head, public)
             if not (changes := compare(files, head)):

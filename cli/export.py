@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
-from lorasb_export.names import ours_in
+from lorasb_export.files.storage import expanded, folder_bytes
 
 from .verb import Run
 from .words import given, human_bytes
@@ -19,14 +19,20 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help="Names, folders or Hub ids. Default: the first task's; for a new onnx-adapters export, all.",
+            help="Names, folders or Hub ids. Default: the first task's; for onnx-adapters, all.",
         ),
     ] = None,
     format: Annotated[
         ExportFormat | None, typer.Option("--format", help="What to write.  [default: peft]", show_default=False)
     ] = None,
     out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
-    into: Annotated[str | None, typer.Option(metavar="DIR", help="Add to this onnx-adapters export.")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add to this onnx-adapters export; where none is named, what it lacks or has changed since.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     precision: Annotated[
         Precision | None,
@@ -70,13 +76,22 @@ def run(
         raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
-    words = adapter or (ours_in(run.project.adapters_folder) if format == "onnx-adapters" and into is None else [])
-    folders = [run.project.find_adapter(word) for word in words] or [run.project.find_adapter(None)]
+    everything = not adapter and (into is not None or format == "onnx-adapters")
+    folders = [] if everything else [run.project.find_adapter(word) for word in adapter or [None]]
+    from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
+    from lorasb_export.project.export import adapters_to_export, tasks_to_compare
+
+    if everything:
+        folders = adapters_to_export(run.project, None if into is None else expanded(into))
+    if into is not None and not folders:
+        result = exported_record(expanded(into)) | {"out": into, "bytes": folder_bytes(expanded(into))}
+        run.result(result, f"Nothing to add to {into}")
+        return
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else run.project.base_elsewhere(model, folders[0])
-    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite, **given(max_drop=max_drop)}
-    from lorasb_export.project.export import tasks_to_compare  # only now: it brings torch
-
+    # Into an export goes what has changed, where all is asked for: it is to be as the project is.
+    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite or (everything and into is not None)}
+    options |= given(max_drop=max_drop)
     if into is None:
         from lorasb_export.exporting.export import export
 
@@ -87,9 +102,6 @@ def run(
         options |= {"precision": precision, "routed": routed}
         result = export(folders, target, format=format, base=base, **options)
     else:
-        from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record
-        from lorasb_export.files.storage import expanded
-
         target, verb = into, "Added to"
         if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
             options["data"] = tasks_to_compare(run.project, folders, data)

@@ -44,6 +44,12 @@ def some(items: Collection[object], most: int = 10) -> str:
     return ", ".join(map(str, list(items)[:most])) + more
 
 
+def some_lines(items: Collection[object], most: int = 10) -> str:
+    """As `some`, each on a line of its own, below what is said of them all."""
+    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
+    return "".join(f"\n  {item}" for item in [*list(items)[:most], *more])
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, whose text may go on for pages; its class's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

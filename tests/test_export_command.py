@@ -20,7 +20,7 @@ from lorasb_export.data.task import TaskData
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record
-from tests.random_adapter import save_adapter
+from tests.random_adapter import adapter_on, save_adapter
 
 
 def test_a_task_added_to_a_folder_is_tested_at_the_folders_precision(
@@ -213,3 +213,79 @@ def test_an_adapter_is_called_as_the_link_that_is_given(
     (tmp_path / "LATEST").symlink_to("v3")
     done = CliRunner().invoke(app, ["export", "./latest", "./LATEST", "--into", "onnx"])
     assert "the adapters need different names, by more than capitals (latest, LATEST)" in done.stderr
+
+
+@pytest.fixture
+def of_a_project(
+    llama: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Adapter, list[tuple[list[str], dict[str, Any]]]]:
+    """In the working folder three adapters of a basis that can be exported, and others that cannot; one of the former,
+    and what exporters are called with."""
+    monkeypatch.chdir(tmp_path)
+    adapters = tmp_path / "adapters"
+    network = BaseModel.resolve(llama).load()
+    first = save_adapter(llama, network, adapters / "a", ["model.layers.0.mlp.up_proj"])
+    for name in ("b", "c", "base", "my task", "A", "damaged"):
+        shutil.copytree(adapters / "a", adapters / name)
+    weights = bytearray((adapters / "damaged" / "adapter.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (adapters / "damaged" / "adapter.safetensors").write_bytes(weights)
+    adapter_on(bert, adapters / "sorts", "SEQ_CLS", labels=["no", "yes"]).save(adapters / "sorts", overwrite=True)
+    save_adapter(llama, network, adapters / "z", ["model.layers.0.mlp.up_proj"], seed=1)
+    calls: list[tuple[list[str], dict[str, Any]]] = []
+
+    def called(folders: list[str], *_: object, **options: Any) -> dict[str, Any]:
+        calls.append(([Path(folder).name for folder in folders], options))
+        return {"bytes": 0}
+
+    for name in ("export_onnx_adapters", "add_onnx_adapters"):
+        monkeypatch.setattr(onnx_adapters, name, called)
+    return first, calls
+
+
+def test_where_none_is_named_what_cannot_be_exported_does_not_keep_the_others_from_it(
+    of_a_project: tuple[Adapter, list[tuple[list[str], dict[str, Any]]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, calls = of_a_project
+    command = ["export", "--format", "onnx-adapters"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    assert calls[0][0] == ["A", "b", "c"]
+    assert calls[0][1]["overwrite"] is False
+    assert "5 of 9 adapters are passed over" in caplog.text
+    for reason in ("a and A differ by capitals", "hide the base", "damaged", "'my task' cannot", "every classifier"):
+        assert reason in caplog.text
+    assert "Passed over, being of another basis than A and 2 more: z" in caplog.text
+    for name in ("a", "A", "b", "c", "z"):
+        shutil.rmtree(Path("adapters", name))
+    done = CliRunner().invoke(app, command)
+    assert (done.exit_code, "4 problems, nothing is exported" in done.stderr, len(calls)) == (1, True, 1)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_into_an_export_goes_what_it_lacks_and_what_has_changed(
+    routed: bool,
+    of_a_project: tuple[Adapter, list[tuple[list[str], dict[str, Any]]]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first, calls = of_a_project
+    replace(first, scaling=0.5).save(tmp_path / "adapters" / "b", overwrite=True)
+    there = {"sha256": first.sha256, "scaling": first.scaling}
+    record = {"kind": "onnx-adapters", "precision": "fp32", "routed": routed, "adapters": {"a": there, "b": there}}
+    record |= {"basis": {"sha256": first.basis_sha256}, "base": asdict(first.base)}
+    (tmp_path / "onnx").mkdir()
+    write_record(tmp_path / "onnx", record)
+    command = ["export", "--into", "onnx"]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    folders, options = calls[0]
+    assert folders == (["c"] if routed else ["b", "c"])
+    assert options["overwrite"] is True
+    assert ("b has changed, and a routed graph only grows" in caplog.text) is routed
+    for reason in ("A and a differ by capitals", "adapter z belongs to another basis", "damaged"):
+        assert reason in caplog.text
+
+    record["adapters"] = {name: there | {"scaling": s} for name, s in (("a", 2.0), ("b", 0.5), ("c", 2.0))}
+    write_record(tmp_path / "onnx", record)
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert (done.exit_code, list(json.loads(done.stdout)["adapters"]), len(calls)) == (0, ["a", "b", "c"], 1)

@@ -24,7 +24,7 @@ from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
 from ..data.trained_template import warn_of_another_template
-from ..errors import ArtifactError, BaseModelError, SettingsError
+from ..errors import ArtifactError, BaseModelError, SettingsError, some
 from ..evaluation.evaluate import require_same_kind
 from ..files.atomic import atomic_folder, link_or_copy, put_back
 from ..files.kind import artifact_kind
@@ -145,22 +145,13 @@ def add_onnx_adapters(
         record = copy.deepcopy(before)
         loaded = _load(adapters, data)
         present = {name.casefold(): name for name in record["adapters"]}
-        for name in loaded:
+        for name, adapter in loaded.items():
             taken = present.get(name.casefold())
             replaceable = taken == name and not record["routed"]
             if taken and not (replaceable and overwrite):
                 fix = "Rename the adapter, or pass --overwrite" if replaceable else "Rename the adapter"
                 raise SettingsError(f"the folder has an adapter {taken!r}", where=folder, fix=fix)
-        for name, adapter in loaded.items():
-            if adapter.basis_sha256 != record["basis"]["sha256"]:
-                raise ArtifactError(
-                    f"adapter {name} belongs to another basis ({adapter.basis_sha256[:12]})",
-                    where=folder,
-                    fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
-                )
-            if adapter.base.fingerprint != record["base"]["fingerprint"]:
-                what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
-                raise ArtifactError(what, where=folder, fix="Export it with others of that base")
+            require_of_graph(adapter, record, folder)
         warn_of_another_template(loaded.values(), folder)
         warn_of_other_weights(loaded.values())
         with atomic_folder(folder, overwrite=True) as new:
@@ -187,6 +178,35 @@ def exported_record(folder: Path) -> dict[str, Any]:
     if artifact_kind(folder) != "onnx-adapters":
         raise ArtifactError("not an export of --format onnx-adapters", where=folder, fix="Export one first, with --out")
     return read_record(folder)
+
+
+def require_exportable(name: str, adapter: Adapter) -> None:
+    """Raise BaseModelError for a classifier, SettingsError for a name that is unfit for a file, or the base's."""
+    if name == "base":
+        what = "an adapter called 'base' would hide the base, which is told under that name"
+        raise SettingsError(what, where=adapter.folder, fix="Rename the folder")
+    if problem := name_problem(name, "name an exported adapter"):
+        raise SettingsError(problem, where=adapter.folder, fix="Rename the folder")
+    if adapter.task_type != CAUSAL_LM:
+        raise BaseModelError(
+            f"the adapter's task is {adapter.task_type}: every classifier has a head of its own",
+            where=adapter.folder,
+            fix="Export each one merged: --format onnx",
+        )
+
+
+def require_of_graph(adapter: Adapter, record: Mapping[str, Any], folder: Path) -> None:
+    """Raise ArtifactError for an adapter of another basis or base than that of the graph which `record` describes."""
+    name = adapter.name
+    if adapter.basis_sha256 != record["basis"]["sha256"]:
+        raise ArtifactError(
+            f"adapter {name} belongs to another basis ({adapter.basis_sha256[:12]})",
+            where=folder,
+            fix=f"Export it with others of that basis; this graph's is {record['basis']['sha256'][:12]}",
+        )
+    if adapter.base.fingerprint != record["base"]["fingerprint"]:
+        what = f"adapter {name} is for another base model, {adapter.base.name_or_path}"
+        raise ArtifactError(what, where=folder, fix="Export it with others of that base")
 
 
 def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) -> None:
@@ -261,22 +281,12 @@ def _load(adapters: Sequence[str | Path], data: Mapping[str, TaskData]) -> dict[
     loaded = {adapter.name or "": adapter for adapter in map(Adapter.load, adapters)}
     if not loaded or len({name.casefold() for name in loaded}) != len(adapters):
         what = "the adapters need different names, by more than capitals"  # one file on the disks of macOS and Windows
-        raise SettingsError(what, where=", ".join(loaded), fix="Rename a folder")
+        raise SettingsError(what, where=some(loaded), fix="Rename a folder")
     if odd := [name for name in data if name not in loaded]:
         fix = "Give each task under its adapter's name"
         raise SettingsError(f"data is of {', '.join(odd)}, none of the adapters", fix=fix)
     for name, adapter in loaded.items():
-        if name == "base":
-            what = "an adapter called 'base' would hide the base, which is told under that name"
-            raise SettingsError(what, where=adapter.folder, fix="Rename the folder")
-        if problem := name_problem(name, "name an exported adapter"):
-            raise SettingsError(problem, where=adapter.folder, fix="Rename the folder")
-        if adapter.task_type != CAUSAL_LM:
-            raise BaseModelError(
-                f"the adapter's task is {adapter.task_type}: every classifier has a head of its own",
-                where=adapter.folder,
-                fix="Export each one merged: --format onnx",
-            )
+        require_exportable(name, adapter)
         if name in data:
             require_same_kind(adapter, data[name])
     return loaded

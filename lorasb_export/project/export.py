@@ -1,18 +1,73 @@
-"""Which rows an export of a project's adapters is compared on with torch."""
+"""Which adapters of a project are exported where none is named, and which rows they are compared on with torch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..adapter import Adapter
+from ..adapter import Adapter, describe
 from ..choices import MAX_COMPARED
 from ..data.task import TaskData, load_held_out, load_task
-from ..errors import DataError
+from ..errors import DataError, Problems, SettingsError, some_lines
+from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
+from ..names import ours_in
+from ..one_basis import of_one_basis
 from .project import Project
 
 logger = logging.getLogger(__name__)
+
+
+def adapters_to_export(project: Project, into: Path | None = None) -> list[str]:
+    """Folders of all the project's adapters that one ONNX graph can hold; what is left out is warned of.
+
+    Left out is what is damaged, a classifier, badly called, or, if they are few, of another basis than most.
+
+    Args:
+        into: the export that they go into: of its basis, those that it lacks, or has with another R. None may be left.
+
+    Raises:
+        SettingsError: there is no adapter.
+        LoraSBError: none can be exported; of the kind of the first problem.
+    """
+    names = ours_in(project.adapters_folder)
+    if not names:
+        raise project.lacks("no adapter in this project", "Run lorasb fit, or name one")
+    record = None if into is None else exported_record(into)
+    there = record["adapters"] if record else {}
+    taken = {name.casefold(): name for name in there}
+    found: dict[str, Adapter] = {}
+    problems = Problems()
+    for name in names:
+        folder = project.adapter_folder(name)
+        with problems:
+            if name in there and _is_exported(folder, there[name]):
+                continue
+            adapter = Adapter.load(folder)
+            require_exportable(name, adapter)
+            if record is not None and into is not None:
+                require_of_graph(adapter, record, into)
+            other = taken.setdefault(name.casefold(), name)
+            if other != name:
+                raise SettingsError(f"{name} and {other} differ by capitals only", where=folder, fix="Rename a folder")
+            if name in there and record is not None and record["routed"]:
+                fix = "Export all anew, with --out"
+                raise SettingsError(f"{name} has changed, and a routed graph only grows", where=into, fix=fix)
+            found[name] = adapter
+    if len(problems.found) == len(names):
+        problems.raise_all("nothing is exported")
+    if problems.found:
+        what = f"{len(problems.found)} of {len(names)} adapters are passed over:{some_lines(problems.found)}"
+        logger.warning("%s", what)
+    chosen = of_one_basis(found) if record is None else found
+    return [str(project.adapter_folder(name)) for name in chosen]
+
+
+def _is_exported(folder: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether an export's record says of this adapter what its config does."""
+    adapter, _, config = describe(folder)
+    return (entry.get("sha256"), entry.get("scaling")) == (config["sha256"], adapter.scaling)
 
 
 def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None) -> dict[str, TaskData]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..errors import SettingsError, some
+from ..one_basis import by_basis
 from . import flags
 from .modes import Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable
@@ -61,7 +60,7 @@ def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
 
 
 def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Sequence[str]) -> str | None:
-    bases, strangers = _by_basis(adapters)
+    bases, strangers = by_basis(adapters)
     if strangers:
         known = f"the basis of {some(bases[0], 1)} is not that of {some(strangers)}"
         return f"{known}: the adapters are of {len(bases)} bases"
@@ -79,24 +78,3 @@ def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Seq
     if "ray" in (given.get("--distributed-executor-backend"), given.get("--data-parallel-backend")):
         return "Ray's workers do not get the variables that name the basis"
     return why_unavailable()
-
-
-def of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
-    """Those of the basis that most are of, and a warning that names the others, where these are few; else all.
-
-    Of tasks that are being trained anew in another basis half must not be gone after a restart without an error.
-    """
-    bases, strangers = _by_basis(adapters)
-    if not strangers or len(strangers) == len(bases[0]) or len(strangers) > max(1, len(adapters) // 10):
-        return adapters
-    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), ", ".join(strangers))
-    return {name: adapters[name] for name in bases[0]}
-
-
-def _by_basis(adapters: Mapping[str, Adapter]) -> tuple[list[list[str]], list[str]]:
-    """Names of adapters that share a basis, the most first; and all names but the first's."""
-    bases: defaultdict[str, list[str]] = defaultdict(list)
-    for name, adapter in adapters.items():
-        bases[adapter.basis_sha256].append(name)
-    ordered = sorted(bases.values(), key=len, reverse=True)
-    return ordered, list(chain.from_iterable(ordered[1:]))

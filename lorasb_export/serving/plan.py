@@ -26,8 +26,9 @@ from ..data.trained_template import warn_of_another_template
 from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError
 from ..files.storage import read_json
 from ..names import served_name_problem
+from ..one_basis import of_one_basis
 from . import flags
-from .choosing import choose_mode, of_one_basis
+from .choosing import choose_mode
 from .modes import VLLM_RANKS, Mode
 from .shared import runs_on_cpu, vllm_version
 from .temporary import PREFIX

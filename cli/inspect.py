@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from .verb import Run
 from .words import human_bytes, score
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
+_MANY = 50  # adapters: of more those are shown that are odd
+_MORE = "(--json lists all)"
 
 
 def run(
@@ -117,26 +120,35 @@ def _row_lines(row: dict[str, Any], max_length: int) -> list[str]:
 
 
 def _repository_lines(found: dict[str, Any]) -> list[str]:
-    """Of a project's repository: a line for each basis and each adapter."""
+    """Of a project's repository: a line for each basis and each adapter, of many for the first."""
     width = min(50, max(map(len, found["parts"]), default=0))
     lines = [f"path: {found['path']}", "kind: project", f"base model: {_in_line(found['base_model'] or 'not named')}"]
-    for part, about in found["parts"].items():
+    bases_first = sorted(found["parts"], key=lambda part: "basis_sha256" in found["parts"][part])
+    parts = list(found["parts"]) if len(found["parts"]) <= _MANY else bases_first[:_MAX_LINES]
+    for part in parts:
+        about = found["parts"][part]
         rank = f"rank {about['rank']}, " if "rank" in about else ""
         said = f"{rank}sha256 {about['sha256'][:12]}  {_scores(about.get('evaluation', {}))}"
         lines.append(f"{_in_line(part):{width}}  {_in_line(said)}".rstrip())
+    lines += _more(len(found["parts"]) - len(parts))
     if "verified" in found:
         lines.append(f"verified: {found['verified']['files']} files against {found['verified']['against']}")
     return lines
 
 
 def _project_lines(found: dict[str, Any]) -> list[str]:
-    """The basis, and a line for every adapter; of what it was scored on, the test rows if any."""
-    names = {name: _in_line(name) for name in found["adapters"]}
+    """The basis, and a line for every adapter, of many for the odd; of what it was scored on, the test rows if any."""
+    adapters = found["adapters"]
+    odd = list(adapters) if len(adapters) <= _MANY else _odd(adapters)
+    names = {name: _in_line(name) for name in (odd if len(odd) <= _MANY else odd[:_MAX_LINES])}
     width = min(40, max([len("adapter"), *map(len, names.values())]))
     lines = [f"base model: {found['base_model'] or 'not named'}", f"basis: {_basis_line(found['basis'])}"]
+    if len(adapters) > _MANY:
+        lines.append(_counts(adapters))
     if names:
         lines.append(f"{'adapter':{width}} {'state':10} {'basis':8} {'valid loss':>10}  scored")
-    for name, adapter in found["adapters"].items():
+    for name in names:
+        adapter = adapters[name]
         said = f"{names[name]:{width}} {adapter['state'].replace('_', ' '):10}"
         if "problem" in adapter:
             said += f" {_in_line(adapter['problem'])}"
@@ -146,8 +158,37 @@ def _project_lines(found: dict[str, Any]) -> list[str]:
         if not adapter["task"]:
             said += "  (of no task)"
         lines.append(said.rstrip())
+    lines += _more(len(odd) - len(names))
     more = "interrupted or still going; the same command with --resume goes on"
     return lines + [f"unfinished run: {_in_line(path)} ({more})" for path in found["unfinished"]]
+
+
+def _counts(adapters: dict[str, Any]) -> str:
+    """How many adapters there are, by state and basis."""
+    count = Counter(_state(adapter) for adapter in adapters.values())
+    said = [f"{number:,} {state}" for state, number in count.most_common()]
+    if no_task := sum(not adapter["task"] for adapter in adapters.values()):
+        said.append(f"{no_task:,} of no task")
+    return f"adapters: {len(adapters):,}: {', '.join(said)}"
+
+
+def _state(adapter: dict[str, Any]) -> str:
+    state = str(adapter["state"]).replace("_", " ")
+    return f"{state} (basis: {adapter['basis']})" if adapter["state"] == "fitted" else state
+
+
+def _odd(adapters: dict[str, Any]) -> list[str]:
+    """Names of those that are not fitted, or are of another basis than most, or of a task or none unlike most. What
+    there is least of comes first."""
+    kinds = {name: (_state(adapter), adapter["task"]) for name, adapter in adapters.items()}
+    count = Counter(kinds.values())
+    sound = Counter(kinds[name] for name, one in adapters.items() if one.get("basis", "missing") != "missing")
+    usual = [kind for kind, _ in sound.most_common(1)]
+    return sorted((name for name, kind in kinds.items() if kind not in usual), key=lambda name: count[kinds[name]])
+
+
+def _more(number: int) -> list[str]:
+    return [f"… and {number:,} more {_MORE}"] if number > 0 else []
 
 
 def _basis_line(basis: dict[str, Any]) -> str:
@@ -177,8 +218,8 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     for key, entry in islice(value.items(), _MAX_LINES):
         if isinstance(entry, dict):
             lines += [f"{indent}{key}:", *_lines(entry, indent + "  ")]
+        elif isinstance(entry, list) and len(entry) > _MAX_LINES:
+            lines.append(f"{indent}{key}: {some(entry, _MAX_LINES)} {_MORE}")
         else:
             lines.append(f"{indent}{key}: {f'{entry:.4g}' if isinstance(entry, float) else entry}")
-    if len(value) > _MAX_LINES:
-        lines.append(f"{indent}… and {len(value) - _MAX_LINES:,} more (--json lists all)")
-    return lines
+    return lines + [indent + line for line in _more(len(value) - _MAX_LINES)]

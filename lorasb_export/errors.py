@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -42,12 +43,6 @@ def some(items: Collection[object], most: int = 10) -> str:
     """Names or numbers for an error or a heading: the first of them, where there are thousands."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return ", ".join(map(str, list(items)[:most])) + more
-
-
-def some_lines(items: Collection[object], most: int = 10) -> str:
-    """As `some`, each on a line of its own, below what is said of them all."""
-    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
-    return "".join(f"\n  {item}" for item in [*list(items)[:most], *more])
 
 
 def first_line(error: BaseException) -> str:
@@ -106,6 +101,15 @@ class ServerError(LoraSBError, RuntimeError):
 
 # Where one command takes several tasks or adapters in turn, these errors end the current one alone.
 PER_ITEM_ERRORS = (DataError, ArtifactError, BusyError, TrainingError)
+
+
+def some_problems(found: Mapping[str, LoraSBError], most: int = 10) -> str:
+    """A line for each of the first, by name, where there are thousands. What there is least of comes first: one that is
+    damaged is not lost among all classifiers."""
+    alike = Counter(error.what for error in found.values())
+    ordered = sorted(found, key=lambda name: alike[found[name].what])
+    more = [f"  and {len(found) - most:,} more"] if len(found) > most else []
+    return "\n".join([*(f"  {name}: {found[name]}" for name in ordered[:most]), *more])
 
 
 class Problems:

@@ -21,7 +21,7 @@ def of_one_basis(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
     bases, strangers = by_basis(adapters)
     if not strangers or len(strangers) == len(bases[0]) or len(strangers) > max(1, len(adapters) // 10):
         return adapters
-    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), ", ".join(strangers))
+    logger.warning("Passed over, being of another basis than %s: %s", some(bases[0], 1), some(strangers))
     return {name: adapters[name] for name in bases[0]}
 
 

@@ -46,6 +46,15 @@ def test_front_matter(text: str, library: str, relation: str, tags: set[str], pi
     assert keys.get("pipeline_tag") == pipeline
 
 
+def test_of_a_thousand_tasks_and_more_a_basis_shows_the_first() -> None:
+    one = {"source": "rows.jsonl", "rows": 8, "weight": 1.0, "sha256": "2" * 64}
+    data = [{"name": f"task{number}", **one} for number in range(1001)]
+    assert "The first" not in card.basis_card({**BASIS, "calibration": {**BASIS["calibration"], "data": data[:1000]}})
+    text = card.basis_card({**BASIS, "calibration": {**BASIS["calibration"], "data": data}})
+    assert "The first 1,000 of 1,001 tasks; `basis_config.json` has all." in text
+    assert ("| task999 |" in text, "| task1000 |" in text) == (True, False)
+
+
 @pytest.mark.parametrize("name", ["/home/somebody/models/base", "base"])  # as `fit` writes it, and a push
 def test_a_local_base_is_named_nowhere(name: str) -> None:
     text = adapter(base_model_name_or_path=name)

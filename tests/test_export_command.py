@@ -252,7 +252,7 @@ def test_where_none_is_named_what_cannot_be_exported_does_not_keep_the_others_fr
     assert done.exit_code == 0, done.stderr
     assert calls[0][0] == ["A", "b", "c"]
     assert calls[0][1]["overwrite"] is False
-    assert "5 of 9 adapters are passed over" in caplog.text
+    assert "5 of 9 are passed over" in caplog.text
     for reason in ("a and A differ by capitals", "hide the base", "damaged", "'my task' cannot", "every classifier"):
         assert reason in caplog.text
     assert "Passed over, being of another basis than A and 2 more: z" in caplog.text

@@ -15,6 +15,7 @@ from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project.project import Project
 from lorasb_export.publishing.outgoing import SUMS
+from tests.conftest import lorasb
 
 
 def test_inspect_believes_what_it_finds_not_what_is_recorded(llama: Path, tmp_path: Path) -> None:
@@ -46,6 +47,23 @@ def test_inspect_of_a_peft_folder_that_others_wrote(tmp_path: Path) -> None:
     found = inspect_folder(tmp_path)
     assert (found["kind"], found["rank"], found["target_modules"]) == ("peft", 8, ["q_proj"])
     assert (found["base_model"], found["tensors"]) == ("owner/base", 1)
+
+
+def test_of_what_there_are_many_the_first_are_printed(tmp_path: Path) -> None:
+    names = [f"label{number}" for number in range(41)]
+    write_record(tmp_path, {"kind": "onnx", "labels": names, "few": names[:2]})
+    said = lorasb("inspect", str(tmp_path)).stdout
+    assert f"labels: {', '.join(names[:40])} and 1 more (--json lists all)\n" in said
+    assert "few: ['label0', 'label1']\n" in said
+    adapter = {"sha256": "1" * 64, "basis": "../../basis", "basis_sha256": "0" * 64, "base_model": "owner/base"}
+    parts = {f"adapters/{name}": {**adapter, "task_type": "CAUSAL_LM"} for name in (*names, *"abcdefghij")}
+    basis = {"basis": {"sha256": "0" * 64, "rank": 4, "base_model": "owner/base"}}
+    write_json(
+        tmp_path / "lorasb.json", {"kind": "project", "base": {"name_or_path": "owner/base"}, "parts": parts | basis}
+    )
+    lines = lorasb("inspect", str(tmp_path)).stdout.splitlines()
+    assert lines[3].startswith("basis ")
+    assert (len(lines), lines[-1]) == (3 + 40 + 1, "… and 12 more (--json lists all)")
 
 
 def test_a_folder_that_hides_an_adapter_is_told_of(

@@ -70,6 +70,24 @@ def test_every_task_and_adapter_has_a_line(project: Path, llama: Path, sums: Pat
     assert lines[-1].startswith(f"unfinished run: {project}/adapters/.b.run (")
 
 
+def test_of_many_adapters_the_odd_ones_are_listed_and_all_are_counted(project: Path) -> None:
+    Adapter.load("adapters/a").load_basis().save("basis")
+    scored = Adapter.start(Basis.load("basis"))
+    for number in range(60):
+        scored.save(f"adapters/t{number}")
+    shutil.rmtree("adapters/a")  # the only one with a task
+    Path("adapters/t7/adapter_config.json").write_text("[")
+    said = [" ".join(line.split()) for line in lorasb("inspect").stdout.splitlines()]
+    assert said[2] == "adapters: 61: 59 fitted (basis: shared), 1 not fitted, 1 damaged, 60 of no task"
+    assert [line.partition(" ")[0] for line in said[3:]] == ["adapter", "a", "t7"]
+    assert len(inspected()["adapters"]) == 61
+    shutil.rmtree("basis")
+    said = lorasb("inspect").stdout.splitlines()
+    assert "61: 59 fitted (basis: missing), 1 not fitted, 1 damaged" in said[2]
+    assert [line.partition(" ")[0] for line in said[4:7]] == ["a", "t7", "t0"]
+    assert (len(said), said[-1]) == (4 + 40 + 1, "… and 21 more (--json lists all)")
+
+
 def test_a_project_that_has_nothing_yet(project: Path) -> None:
     (project / "adapters").rename("elsewhere")
     said = [" ".join(line.split()) for line in lorasb("inspect").stdout.splitlines()]

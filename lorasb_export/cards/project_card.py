@@ -9,9 +9,7 @@ from ..choices import SEQ_CLS
 from ..hub.ids import kind_of_part
 from .card import whole_card
 from .loading import adapter_lines
-from .sections import Facts, base_link, figure_rows, grid
-
-_MAX_ROWS = 1000  # of the table: the Hub does not show a card of megabytes
+from .sections import MAX_ROWS, Facts, base_link, figure_rows, grid
 
 
 def project_card(index: Mapping[str, Any], name: str, facts: Facts) -> str:
@@ -45,8 +43,8 @@ def _shared(bases: Mapping[str, Any]) -> str:
 def _table(adapters: Mapping[str, Any]) -> str:
     """What every adapter scores on held-out rows, beside the base."""
     rows = [row for part, about in adapters.items() for row in _figures(part, about["evaluation"])]
-    more = f"The first {_MAX_ROWS:,} of {len(rows):,} figures; `lorasb.json` has all." if len(rows) > _MAX_ROWS else ""
-    return grid("Adapters", ["adapter", "split", "metric", "rows", "base", "with it"], rows[:_MAX_ROWS], before=more)
+    more = f"The first {MAX_ROWS:,} of {len(rows):,} figures; `lorasb.json` has all." if len(rows) > MAX_ROWS else ""
+    return grid("Adapters", ["adapter", "split", "metric", "rows", "base", "with it"], rows[:MAX_ROWS], before=more)
 
 
 def _figures(part: str, evaluation: Mapping[str, Any]) -> Iterator[list[Any]]:

@@ -12,6 +12,7 @@ from ..format import finite
 from ..hub.ids import is_hub_id, parse_hub_folder
 from ..provenance import CURVE
 
+MAX_ROWS = 1000  # of a table: the Hub does not show a card of megabytes
 _MAX_ENTRIES = 24  # a larger object is data, not a summary
 _METHOD = "LoRA-SB ([arXiv 2411.19557](https://arxiv.org/abs/2411.19557)) trains `R` alone, in fp32."
 # What a training summary says in other sections, or to machines.
@@ -109,7 +110,9 @@ def data_of_basis(calibration: Mapping[str, Any], facts: Facts) -> str:
         ]
         for s in calibration.get("data", [])
     ]
-    return grid("Data", ["task", "data", "rows", "weight", "licence", "sha256"], rows)
+    what = f"The first {MAX_ROWS:,} of {len(rows):,} tasks; `basis_config.json` has all."
+    more = what if len(rows) > MAX_ROWS else ""
+    return grid("Data", ["task", "data", "rows", "weight", "licence", "sha256"], rows[:MAX_ROWS], before=more)
 
 
 def training_table(training: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..adapter import Adapter, describe
 from ..choices import MAX_COMPARED
 from ..data.task import TaskData, load_held_out, load_task
-from ..errors import DataError, Problems, SettingsError, some_lines
+from ..errors import DataError, LoraSBError, Problems, SettingsError, some_problems
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
 from ..names import ours_in
 from ..one_basis import of_one_basis
@@ -38,10 +38,10 @@ def adapters_to_export(project: Project, into: Path | None = None) -> list[str]:
     there = record["adapters"] if record else {}
     taken = {name.casefold(): name for name in there}
     found: dict[str, Adapter] = {}
-    problems = Problems()
+    problems: dict[str, LoraSBError] = {}
     for name in names:
         folder = project.adapter_folder(name)
-        with problems:
+        try:
             if name in there and _is_exported(folder, there[name]):
                 continue
             adapter = Adapter.load(folder)
@@ -55,11 +55,12 @@ def adapters_to_export(project: Project, into: Path | None = None) -> list[str]:
                 fix = "Export all anew, with --out"
                 raise SettingsError(f"{name} has changed, and a routed graph only grows", where=into, fix=fix)
             found[name] = adapter
-    if len(problems.found) == len(names):
-        problems.raise_all("nothing is exported")
-    if problems.found:
-        what = f"{len(problems.found)} of {len(names)} adapters are passed over:{some_lines(problems.found)}"
-        logger.warning("%s", what)
+        except LoraSBError as error:
+            problems[name] = error.alone()
+    if len(problems) == len(names):
+        Problems(problems.values()).raise_all("nothing is exported")
+    if problems:
+        logger.warning("%d of %d are passed over:\n%s", len(problems), len(names), some_problems(problems))
     chosen = of_one_basis(found) if record is None else found
     return [str(project.adapter_folder(name)) for name in chosen]
 

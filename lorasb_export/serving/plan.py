@@ -23,7 +23,7 @@ from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
-from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError
+from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some_problems
 from ..files.storage import read_json
 from ..names import served_name_problem
 from ..one_basis import of_one_basis
@@ -172,11 +172,11 @@ def make_plan(
     loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
     if problems or apart:
         problems = {name: (problems | apart)[name] for name in adapters if name not in loaded}
-        lines = "\n".join(f"  {name}: {error}" for name, error in problems.items())
-        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{lines}"
+        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:"
         if not (pass_over and loaded) or len(apart) > len(adapters) // 10:
-            raise type(next(iter(problems.values())))(what, fix="")
-        logger.warning("%s\nThe others are served", what)
+            lines = "\n".join(f"  {name}: {error}" for name, error in problems.items())
+            raise type(next(iter(problems.values())))(f"{what}\n{lines}", fix="")
+        logger.warning("%s\n%s\nThe others are served", what, some_problems(problems))
     assert base is not None  # given, or that of what is loaded
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")

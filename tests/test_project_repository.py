@@ -20,7 +20,9 @@ from lorasb_export.hub.ids import HubFolder, parse_hub_folder
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project.project import Project
 from lorasb_export.project.push import push_project
+from lorasb_export.publishing import project_repository
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
+from lorasb_export.publishing.project_index import make_index
 from tests.pushing import BASE, make
 
 
@@ -152,6 +154,36 @@ def test_the_card_lists_every_figure() -> None:
     text = project_card({"base": base, "parts": parts}, "me/support", NOTHING)
     assert "The first 1,000 of 1,002 figures" in text
     assert text.count("| accuracy |") == 999
+
+
+def test_an_index_has_the_labels_that_its_card_shows(tmp_path: Path) -> None:
+    """All labels of thousands of classifiers are more than is read of an index."""
+    about = {"sha256": "a" * 64, "basis": "../../basis", "basis_sha256": "b" * 64, "base_model": "owner/base"}
+    about |= {"task_type": "SEQ_CLS", "evaluation": {}, "regression": False}
+    labels = [f"some intent's label, {number}" for number in range(77)]
+    parts: dict[str, Any] = {f"adapters/{number:04}": {**about, "labels": labels} for number in range(5000)}
+    basis = {"basis": {"sha256": "b" * 64, "rank": 4, "base_model": "owner/base"}}
+    index = make_index({"name_or_path": "owner/base"}, basis | parts)
+    write_json(tmp_path / "lorasb.json", index)
+    found = inspect_folder(tmp_path)["parts"]
+    assert len(found) == 5001
+    assert found["adapters/0000"]["labels"] == labels
+    assert found["adapters/0001"] == about
+    assert "some intent's label, 76" in project_card(index, "me/support", NOTHING)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("limit", ["_ENTRIES", "_FILES"])
+def test_more_than_the_hub_recommends_is_warned_of(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, adapter = make(tmp_path)
+    list(push_project(Project(tmp_path), "me/support", dry_run=True))
+    assert "the Hub recommends" not in caplog.text
+    monkeypatch.setattr(project_repository, limit, 2)
+    shutil.copytree(adapter, adapter.with_name("b"))
+    list(push_project(Project(tmp_path), "me/support", dry_run=True))
+    assert "will hold 2 adapters, 12 files; the Hub recommends fewer than" in caplog.text
 
 
 @pytest.mark.usefixtures("no_network")

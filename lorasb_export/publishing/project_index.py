@@ -35,9 +35,18 @@ def about(kind: str, config: Mapping[str, Any]) -> About:
 
 
 def make_index(base: Mapping[str, Any], parts: Mapping[str, About]) -> dict[str, Any]:
-    """Its content. `parts`: by where they lie, as in `adapters/a`."""
+    """Its content. `parts`: by where they lie, as in `adapters/a`.
+
+    Labels are of the first adapter alone, which the card shows how to load: with those of thousands of classifiers it
+    would be larger than what is read of JSON. Each adapter's own config has them.
+    """
     named = {"name_or_path": base["name_or_path"], "revision": base.get("revision")}
-    return {"kind": PROJECT, "base": named, "parts": dict(sorted(parts.items()))}
+    ordered = dict(sorted(parts.items()))
+    first = next((part for part in ordered if kind_of_part(part) == "adapter"), None)
+    for part, one in ordered.items():
+        if part != first and "labels" in one:
+            ordered[part] = {key: said for key, said in one.items() if key != "labels"}
+    return {"kind": PROJECT, "base": named, "parts": ordered}
 
 
 def read_index(content: Mapping[str, Any]) -> dict[str, Any]:

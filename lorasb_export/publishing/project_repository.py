@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ from .repository import Head, Repository, Stored, compare, is_of_one, is_stored,
 logger = logging.getLogger(__name__)
 
 _MANY = 1000  # huggingface_hub's own uploads put no more into a commit, "to stay below server-side commit timeouts"
+
+# https://huggingface.co/docs/hub/repositories-recommendations: fewer entries of a folder, fewer files of a repository
+_ENTRIES, _FILES = 10_000, 100_000
 
 
 def push_parts(
@@ -100,6 +103,7 @@ def push_parts(
     plan["commits"] = len(early) + 1
     if changed > _MANY and not early:
         logger.warning("%d files in one commit may be too much for the Hub", changed)
+    _warn_of_size({*head.files, *files} - set(plan["deleted"]))
     if dry_run:
         return plan, failed
     for number, some_parts in enumerate([*early, read], 1):
@@ -118,6 +122,14 @@ def push_parts(
                 error.fix = f"Of {len(early) + 1} commits those before are there, each whole: push again"
             raise
     return plan | done, failed
+
+
+def _warn_of_size(paths: Collection[str]) -> None:
+    """Of a repository that will hold more than the Hub recommends."""
+    adapters = sum(kind_of_part(part) == "adapter" for part in {outgoing.part_of(path) for path in paths} - {""})
+    if adapters >= _ENTRIES or len(paths) >= _FILES:
+        what = "The repository will hold %s adapters, %s files; the Hub recommends fewer than %s in a folder, %s in all"
+        logger.warning(what, *(f"{number:,}" for number in (adapters, len(paths), _ENTRIES, _FILES)))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def run(
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     everything = not adapter and (into is not None or format == "onnx-adapters")
-    folders = [] if everything else [run.project.find_adapter(word) for word in adapter or [None]]
+    folders = [] if everything else [run.project.find_adapter(word) for word in adapter or (None,)]
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
     from lorasb_export.project.export import adapters_to_export, tasks_to_compare
 

@@ -68,6 +68,24 @@ def test_one_switch_trains_as_published(
     assert not Path("basis").exists()
 
 
+def test_labels_among_text_get_a_basis_of_their_own(
+    sums: Path, parity: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("text", sums), ("labels", parity), ("more-text", sums), ("more-labels", parity)):
+        shutil.copytree(data, tmp_path / "data" / name)
+    words = [f"--task={name}=data/{name}" for name in ("text", "labels")]
+    assert CliRunner().invoke(app, ["init", "--model", str(llama), *words]).exit_code == 0
+    assert Project.load().calibration == {"rank": 128, "targets": "mlp-output"}
+    text = Path("lorasb.toml").read_text().replace("rank = 128", "rank = 4")
+    Path("lorasb.toml").write_text(text)
+    assert CliRunner().invoke(app, ["init", "--add", "--tasks-dir", "data"]).exit_code == 0
+    own = {name: task.basis for name, task in Project.load().tasks.items()}
+    assert own == {"text": None, "labels": "own", "more-labels": "own", "more-text": None}
+    foreseen = CliRunner().invoke(app, ["fit", "--dry-run"])
+    assert foreseen.exit_code == 0, foreseen.output
+
+
 def test_init_says_which_data_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -61,7 +61,8 @@ def write_project(
     Args:
         tasks: name → data.
         basis, fit: what to set in these sections. When None, the default epochs, and a larger R on fewer layers for
-            text, R on all of them where the rows have labels: see docs/benchmarks.md.
+            text, R on all of them where the rows have labels: see docs/benchmarks.md. Where only some have, these get a
+            basis of their own: one is of one kind of rows.
         as_published: in place of these defaults, train as the paper does (arXiv 2411.19557): every task in a basis of
             its own, on all linear layers, R by AdamW.
 
@@ -73,14 +74,15 @@ def write_project(
     if path.exists() and not overwrite:
         raise OutputError("the project file exists", where=path, fix="Edit it, or pass --overwrite")
     refuse_bad_names(tasks)
-    labelled = any(_has_labels(path.parent / os.path.expanduser(data)) for data in tasks.values())
+    labelled = _labelled(path.parent, tasks)
+    kinds = set(labelled.values())
+    own = {name for name in tasks if as_published or (len(kinds) > 1 and labelled.get(name))}
     its_optimizer = {"optimizer": "adamw"} if as_published else {}
-    its_basis = {"basis": OWN_BASIS} if as_published else {}
     text = _TEMPLATE.format(
         model=_toml(model),
-        basis=_lines(basis or (_ALL_LAYERS if labelled or as_published else TEXT_DEFAULTS)),
+        basis=_lines(basis or (_ALL_LAYERS if as_published or kinds == {True} else TEXT_DEFAULTS)),
         fit=_lines(fit or {"epochs": FitSettings.epochs, **its_optimizer}),
-        tasks="".join(f"{_table(name, data, **its_basis)}\n" for name, data in tasks.items()),
+        tasks="".join(f"{_table(name, data, own=name in own)}\n" for name, data in tasks.items()),
     )
     _write(path, text, len(tasks))
     return path
@@ -104,8 +106,12 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
     new = {name: data for name, data in tasks.items() if name not in project.tasks}
     refuse_bad_names(new)
     if new:
+        shared = {name: task.data for name, task in project.tasks.items() if task.basis is None}
+        of_shared = set(_labelled(project.folder, shared).values())
+        labelled = _labelled(project.folder, new)
+        own = {name for name in labelled if of_shared == {not labelled[name]}}
         before = project.file.read_bytes().decode("utf-8-sig").rstrip()
-        text = "\n\n".join([before, *(_table(name, data) for name, data in new.items())])
+        text = "\n\n".join([before, *(_table(name, data, own=name in own) for name, data in new.items())])
         try:
             tomllib.loads(text)
         except tomllib.TOMLDecodeError:
@@ -159,17 +165,20 @@ def _is_rows(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".csv") and path.is_file()
 
 
-def _has_labels(data: Path) -> bool:
-    """Whether the first row there is labelled; False also where there is none yet. `fit` reads and checks them all."""
-    with suppress(DataError):
-        file = split_files(data).get("train") if data.is_dir() else data
-        for place, row in read_rows(file) if file else ():
-            return kind_of(row, place) == LABELLED
-    return False
+def _labelled(folder: Path, tasks: Mapping[str, str]) -> dict[str, bool]:
+    """Of the tasks whose first row can be read, whether it is labelled. `fit` reads and checks all rows."""
+    found = {}
+    for name, data in tasks.items():
+        with suppress(DataError):
+            place = folder / os.path.expanduser(data)
+            file = split_files(place).get("train") if place.is_dir() else place
+            if first := next(iter(read_rows(file)), None) if file else None:
+                found[name] = kind_of(first[1], first[0]) == LABELLED
+    return found
 
 
-def _table(name: str, data: str, **more: str) -> str:
-    return f"[tasks.{_toml(name)}]\n{_lines({'data': data, **more})}\n"
+def _table(name: str, data: str, *, own: bool) -> str:
+    return f"[tasks.{_toml(name)}]\n{_lines({'data': data} | ({'basis': OWN_BASIS} if own else {}))}\n"
 
 
 def _toml(value: float | str) -> str:

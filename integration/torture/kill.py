@@ -44,7 +44,7 @@ def _kill_verb(root: Path, zygote: Zygote, tally: Tally, random: Random, name: s
     for number in range(n):
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(whole.ready, place)
-        sent = random.choice([signal.SIGINT, signal.SIGTERM]) if number % 4 == 3 else signal.SIGKILL
+        sent = random.choice([signal.SIGINT, signal.SIGTERM]) if tally.tried % 4 == 3 else signal.SIGKILL
         after = random.uniform(0.0, whole.seconds)
         log.write_text("")
         zygote.start(place, *verb.words, log=log, number=sent, after=after)

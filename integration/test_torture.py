@@ -18,6 +18,7 @@ from integration.torture.faulty_disk import FAULTS, FaultyDisk
 from integration.torture.zygote import shared_zygote
 from lorasb_export.adapter import Adapter
 from lorasb_export.exporting import peft
+from tests.conftest import write_splits
 
 pytestmark = pytest.mark.usefixtures("quick_exporters")
 
@@ -32,6 +33,7 @@ def test_the_harness_finds_a_reader_that_believes_anything(monkeypatch: pytest.M
     """What the harness counts as accepted is not only what raises."""
     believing = lies.Target(("train.jsonl",), lambda folder: len(list(folder.iterdir())), lambda folder: "rows")
     monkeypatch.setattr(lies, "TARGETS", {"rows": believing})
+    monkeypatch.setattr(lies, "_make", lambda root: write_splits(root / "rows", {"train": [{"prompt": "1"}]}))
     tally = lies.run(5, seed=0)
     assert tally.accepted_bad == 5
 

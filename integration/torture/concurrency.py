@@ -17,7 +17,7 @@ from integration.hub_server import HubServer
 from integration.torture.project import VERBS, done, entries, make, prepared, undisturbed, weights
 from integration.torture.push import published
 from integration.torture.tally import Tally
-from integration.torture.zygote import Zygote
+from integration.torture.zygote import Zygote, shared_zygote
 from lorasb_export.inspection import inspect_folder
 
 _REFUSALS = ("another process is writing this target", "the target exists", "an interrupted run is there")
@@ -30,8 +30,8 @@ def run(n: int, seed: int) -> Tally:
     tally, random = Tally("concurrency", seed), Random(seed)
     with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder, "server")).running() as server:
         root = Path(folder)
-        variables = server.environment(root / "home", HF_HUB_DISABLE_XET="1")
-        both = Zygote(**variables), Zygote(**variables)
+        pushing = Zygote(**server.environment(root / "home", HF_HUB_DISABLE_XET="1"))
+        both = shared_zygote(), pushing
         try:
             make(root / "start")
             for name in VERBS:
@@ -39,15 +39,14 @@ def run(n: int, seed: int) -> Tally:
             _merge_and_fit(root, both, tally, random, n)
             _push_and_fit(root, both, tally, random, n, server)
         finally:
-            for zygote in both:
-                zygote.stop()
+            pushing.stop()
     return tally
 
 
 def _at_once(
     both: tuple[Zygote, Zygote], place: Path, words: list[tuple[str, ...]], delay: float
 ) -> list[tuple[int, str]]:
-    """Exit code and words of each of the two commands."""
+    """Exit code and words of each of the two commands, of which only the second knows the Hub."""
     logs = [place / ".log-0", place / ".log-1"]
     for zygote, command, log, wait in zip(both, words, logs, (0.0, delay), strict=True):
         time.sleep(wait)
@@ -124,7 +123,7 @@ def _push_and_fit(
     for before in ((), _REFIT):
         place = _copy(ready, root)
         for command in filter(None, (before, words)):
-            seconds = done(both[0], place, command, root / "log")
+            seconds = done(both[1], place, command, root / "log")
         whole.append(_core(published(server, _REPO)))
         server.repos.clear()
     for number in range(n):

@@ -67,11 +67,14 @@ def _try_verb(world: _World, name: str, whole: Undisturbed, tally: Tally, n: int
         _prepare(world, name, whole, there)
         end, problem = _judge(world, name, whole, _SLOW, there)
         tally.add(end, f"{name}, slow fsync: {problem}")
+        counted: dict[bool, int] = {}
         for title, fault in faults.items():
-            _prepare(world, name, whole, there)
-            world.disk.arm(fault)
-            _lorasb(world, name, there)
-            calls = world.disk.heal()
+            if fault.only_growing not in counted:
+                _prepare(world, name, whole, there)
+                world.disk.arm(fault)
+                _lorasb(world, name, there)
+                counted[fault.only_growing] = world.disk.heal()
+            calls = counted[fault.only_growing]
             for call in spread(calls, n):
                 _prepare(world, name, whole, there)
                 end, problem = _judge(world, name, whole, fault, there, call)

@@ -179,7 +179,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def _make(root: Path) -> None:
-    base = BaseModel.resolve(make_llama(root / "base", shards="40KB"))
+    base = BaseModel.resolve(make_llama(root / "base", shards="80KB", width=64))
     (root / "rows").mkdir()
     rows = [{"prompt": f"{i} plus 1 is", "completion": f" {i + 1}"} for i in range(8)]
     (root / "rows" / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

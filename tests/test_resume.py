@@ -5,24 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lorasb_cli.main import app
+from lorasb_cli.main import app, main
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis, calibrate, fit
 from lorasb_export.data.task import TaskData
-from lorasb_export.environment import child_environment
 from lorasb_export.errors import ArtifactError, OutputError, TrainingError, UnreadableError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -30,16 +29,31 @@ from lorasb_export.training.trainer import RTrainer
 from tests import training
 
 basis = training.basis
+FORK = multiprocessing.get_context("fork")
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
 
 
 def exit_code_of_a_fork(run: Callable[[], object]) -> int | None:
     """A process of its own, which need not import everything again."""
-    child = multiprocessing.get_context("fork").Process(target=run)
+    child = FORK.Process(target=run)
     child.start()
     child.join(600)
     child.kill()
     return child.exitcode
+
+
+def begun(words: list[str], folder: Path, log: Path) -> ForkProcess:
+    """`lorasb WORDS` in `folder`, running in a fork; what it says on stderr is in `log`."""
+
+    def become() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        os.chdir(folder)
+        sys.argv, sys.stderr = ["lorasb", *words], log.open("w", buffering=1)
+        main()
+
+    child = FORK.Process(target=become)
+    child.start()
+    return child
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -247,23 +261,23 @@ def test_a_signal_in_the_middle_leaves_a_resumable_run(
 ) -> None:
     """After Ctrl-C there is the last checkpoint; SIGTERM saves one of the step at hand first."""
     out = basis.parent / f"interrupted-{code}" / "a"
-    command = [sys.executable, "-m", "lorasb_cli", "fit", "a", "--model", str(llama), "--basis", str(basis)]
-    command += ["--data", str(sums), "--out", str(out), "--max-steps", "100000"]
-    command += ["--checkpoint-every", str(every), "--evaluate-every", "20"]
-    variables = child_environment("bitsandbytes")
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=variables)
-    end = time.monotonic() + 120
-    while not list(out.parent.glob(f".a.run/{sign}")):
-        if child.poll() is not None or time.monotonic() > end:
-            child.kill()
-            pytest.fail(f"it has not come to train: {child.communicate()[1]}")
-        time.sleep(0.05)
-    child.send_signal(number)
+    words = ["fit", "a", "--model", str(llama), "--basis", str(basis), "--data", str(sums), "--out", str(out)]
+    words += ["--max-steps", "100000", "--checkpoint-every", str(every), "--evaluate-every", "20"]
+    log = tmp_path / "log"
+    child = begun(words, tmp_path, log)
     try:
-        _, messages = child.communicate(timeout=60)
+        end = time.monotonic() + 120
+        while not list(out.parent.glob(f".a.run/{sign}")):
+            if child.exitcode is not None or time.monotonic() > end:
+                pytest.fail(f"it has not come to train: {log.read_text()}")
+            time.sleep(0.05)
+        assert child.pid is not None
+        os.kill(child.pid, number)
+        child.join(60)
     finally:
         child.kill()
-    assert child.returncode == code, messages
+    messages = log.read_text()
+    assert child.exitcode == code, messages
     assert "Traceback" not in messages
     assert "--resume" in messages
     assert not out.exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,6 +15,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from tests import serving
+from tests.conftest import lorasb
 from tests.random_adapter import save_adapter, save_base
 from tests.serving import SIZES, dry_run
 
@@ -41,40 +40,39 @@ def test_adapters_may_be_paths_but_not_one_alone(folder: Path, monkeypatch: pyte
             dry_run(alone)
 
 
-def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path) -> None:
+def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     adapters = tmp_path / "many"
     for name in ("x2", "x1", ".being-written"):
         shutil.copytree(folder / "a", adapters / name)
     (adapters / "notes").mkdir()
-    command = [sys.executable, "-m", "lorasb_cli", "serve", "--adapters-dir", str(adapters), "--dry-run", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = lorasb("serve", "--adapters-dir", str(adapters), "--dry-run", "--json")
     assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
 
 
-def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(folder: Path, tmp_path: Path) -> None:
+def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
     adapters = tmp_path / "many"
     sources = {"base": "a", "damaged": "a", "good": "a", "sorts": "cls", "text": "a", "two words": "a"}
     for name, source in sources.items():
         shutil.copytree(folder / source, adapters / name)
     (adapters / "damaged" / "adapter.safetensors").write_bytes(b"{")
     (adapters / "out").symlink_to(folder / "a")
-    command = [sys.executable, "-m", "lorasb_cli", "serve", "--dry-run", "--json"]
-
-    def served(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
-
-    done = served("--adapters-dir", str(adapters))
+    words = ["serve", "--dry-run", "--json", "--adapters-dir", str(adapters)]
+    done = lorasb(*words)
     assert json.loads(done.stdout)["models"] == ["base", "good"], done.stderr
     for reason in ("damaged: ", "sorts: a classifier", "text: 'text' cannot", "'two words' cannot", "out is a link"):
-        assert reason in done.stderr
-    assert "3 of 5 adapters cannot be served" in done.stderr
-    assert "Passed over: 'base' is the name of the base and of an adapter" in done.stderr
-    assert "The others are served" in done.stderr
-    named = served("--adapters-dir", str(adapters), "--adapters", "good,damaged")
+        assert reason in caplog.text
+    assert "3 of 5 adapters cannot be served" in caplog.text
+    assert "Passed over: 'base' is the name of the base and of an adapter" in caplog.text
+    assert "The others are served" in caplog.text
+    named = lorasb(*words, "--adapters", "good,damaged")
     assert json.loads(named.stdout)["error"]["what"].startswith("1 of 2 adapters cannot be served")
     for name in ("base", "good"):
         shutil.rmtree(adapters / name)
-    none = served("--adapters-dir", str(adapters))
+    none = lorasb(*words)
     assert json.loads(none.stdout)["error"]["what"].startswith("3 of 3 adapters cannot be served")
 
 

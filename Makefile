@@ -4,14 +4,14 @@ BIN := .venv/bin
 # Two files of tests at a time, each on one core.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test unit integration lint format docs examples clean
+.PHONY: quickstart test unit integration lint style format docs examples clean
 
 quickstart: .venv  ## the whole line on a small real model, on a CPU
 	rm -rf build && $(BIN)/pip install --quiet '.[cpu]'
 	$(BIN)/lorasb quickstart --out quickstart
 
-test: lint  ## what CI runs
-	$(PYTEST) tests integration
+test: style  ## what CI runs; mypy beside the tests
+	$(BIN)/mypy & $(PYTEST) tests integration; tests=$$?; wait $$! && exit $$tests
 
 unit: install-test  ## the fast tests alone
 	$(PYTEST) tests
@@ -19,10 +19,12 @@ unit: install-test  ## the fast tests alone
 integration: install-test  ## the slow tests alone: real model, vLLM, ONNX Runtime, a loopback Hub
 	$(PYTEST) integration
 
-lint: install-test
+lint: style
+	$(BIN)/mypy
+
+style: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: install-test
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from integration.hub_client import Hub, for_one_test, make_adapter, make_basis, serve
 from integration.onnx_world import make_world
@@ -27,7 +30,7 @@ llama, sums, fast_collections = fast_tests.llama, fast_tests.sums, fast_tests.fa
 
 # vLLM would pin every server to the first core, where two at a time, of two files of tests, share it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "1800")  # the first start compiles, beside other tests
+os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", "1800")  # beside other tests
 
 # A shell starts background jobs with SIGINT ignored; our children would inherit that and never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,6 +59,16 @@ class Quickstart:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a folder."""
     return BaseModel.resolve(small_model()).folder
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first three layers under the same name: real shapes and weights, a tenth of the work."""
+    folder = tmp_path_factory.mktemp("short") / smollm2.name
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=3, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(smollm2 / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 @pytest.fixture(scope="module")
 def quick_exporters() -> Iterator[None]:
-    """ONNX exporters are forks. Those of the quickstart and of the real model are started as they are for users."""
+    """ONNX exporters are forks. Those of the quickstart are started as they are for users."""
 
     def forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         return shared_zygote().run(*command, folder=folder, together=True)

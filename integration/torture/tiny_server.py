@@ -111,6 +111,16 @@ def wrong_answer(url: str, key: str, versions: Mapping[str, str], answers: Mappi
     return ""
 
 
+@torch.inference_mode()
+def greedy(model: LlamaForCausalLM) -> dict[Tokens, Tokens]:
+    """Prompt → what transformers says after it."""
+    found = {}
+    for prompt in PROMPTS:
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)
+        found[prompt] = tuple(output[0, len(prompt) :].tolist())
+    return found
+
+
 def post(url: str, key: str, body: Mapping[str, Any]) -> bytes:
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=60) as response:
@@ -133,7 +143,7 @@ def _answers(
     """Write the adapters, the first with their basis, and ask transformers with each one's weights written in."""
     modules = [name for name, _ in model.named_modules() if name.endswith("_proj")]
     first = save_adapter(base, model, folder / versions[0], modules, rank=RANK, relative_size=0.5)
-    answers = {(base.name, prompt): tokens for prompt, tokens in _greedy(model).items()}
+    answers = {(base.name, prompt): tokens for prompt, tokens in greedy(model).items()}
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(1)
     for version in versions:
@@ -145,15 +155,6 @@ def _answers(
             adapter = Adapter(first.base, first.basis_sha256, source, R, first.scaling, basis=first.load_basis())
             adapter.save(folder / version)
         write_in(model, adapter)
-        answers |= {(version, prompt): tokens for prompt, tokens in _greedy(model).items()}
+        answers |= {(version, prompt): tokens for prompt, tokens in greedy(model).items()}
         model.load_state_dict(plain)
     return answers
-
-
-@torch.inference_mode()
-def _greedy(model: LlamaForCausalLM) -> dict[Tokens, Tokens]:
-    found = {}
-    for prompt in PROMPTS:
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)
-        found[prompt] = tuple(output[0, len(prompt) :].tolist())
-    return found

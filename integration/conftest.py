@@ -38,7 +38,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Begun first, longest first, so that no core waits at the end for one long file.
 # Those that start vLLM lie apart: two servers on two cores may each take longer than a test waits.
-_LONG = "quickstart onnx_families training torture serve_shared hub_names onnx evidence serve distributed merge".split()
+_LONG = (
+    "quickstart onnx_families training torture serve_shared hub_names onnx evidence serve distributed "
+    "push_faults manifests cli push push_card"
+).split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -101,6 +101,12 @@ def xet(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
     yield from serve(tmp_path_factory.mktemp("xet"), llama)
 
 
+@pytest.fixture(scope="session")
+def lfs(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
+    """A Hub whose transport is LFS."""
+    yield from serve(tmp_path_factory.mktemp("lfs"), llama, HF_HUB_DISABLE_XET="1")
+
+
 @pytest.fixture
 def any_hub(xet: Hub) -> Iterator[Hub]:
     """For what does not depend on the transport."""

@@ -1,7 +1,7 @@
 """The loopback Hub and the processes that talk to it, with folders to push.
 
 HF_ENDPOINT and HF_HUB_DISABLE_XET are read when huggingface_hub is imported. So there is one long-lived client process
-for each transport, in which most steps run, and a process of its own for a step that needs another environment.
+for each environment that a step needs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ from lorasb_export.basis import Basis
 from lorasb_export.files.storage import write_json
 from lorasb_export.layers.factors import ModuleBasis
 
-RANK, MODULES = (
-    4,
-    {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (64, 32)},
-)  # of tests.tiny
+RANK, MODULES = 4, ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")  # of tests.tiny
 BASE = "owner/base"
+Changes = tuple[tuple[str, str], ...]  # of a client's environment
 
 _PUSH = """
 import json, sys
@@ -65,11 +63,12 @@ class Hub(HubServer):
         super().__init__(root / "server")
         self.root, self.home, self.base, self.changes = root, root / "home", base, changes
         self._errors = (root / "client.log").open("w+b")
-        self._client: subprocess.Popen[str] | None = None
+        self._clients: dict[Changes, subprocess.Popen[str]] = {}
         self.clear()
 
     def clear(self) -> None:
-        """As at the start, but for what clients have cached and uploaded."""
+        """As at the start, but for what clients have cached and uploaded. Those of other environments end."""
+        self._stop_clients(key for key in self._clients if key)
         for container in (self.repos, self.moved, self.requests, self.violations, self.faults):
             container.clear()
         self.put(BASE, self.base)
@@ -89,14 +88,7 @@ class Hub(HubServer):
 
     def start(self, code: str, *words: object, **changes: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of `code`."""
-        if changes:
-            command = [sys.executable, "-c", code, *map(str, words)]
-            done = subprocess.run(
-                command, env=self._variables(changes), capture_output=True, text=True, timeout=300, cwd=self.root
-            )
-            found = (done.returncode, done.stdout, done.stderr)
-        else:
-            found = self._ask_client(code, [str(word) for word in words])
+        found = self._ask(self._client(changes), code, [str(word) for word in words])
         assert TOKEN not in found[1] + found[2]
         return found
 
@@ -105,26 +97,30 @@ class Hub(HubServer):
         command = [sys.executable, "-c", CLI, *map(str, words)]
         return subprocess.Popen(command, env=self._variables({}), stderr=subprocess.PIPE, text=True, cwd=self.root)
 
-    def _ask_client(self, code: str, words: list[str]) -> tuple[int, str, str]:
-        if self._client is None:
-            self._client = subprocess.Popen(
+    def _client(self, changes: dict[str, str]) -> subprocess.Popen[str]:
+        key = tuple(sorted(changes.items()))
+        if key not in self._clients:
+            self._clients[key] = subprocess.Popen(
                 [sys.executable, "-c", CLIENT],
-                env=self._variables({}),
+                env=self._variables(changes),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
                 cwd=self.root,
             )
-        assert self._client.stdin is not None
-        assert self._client.stdout is not None
+        return self._clients[key]
+
+    def _ask(self, client: subprocess.Popen[str], code: str, words: list[str]) -> tuple[int, str, str]:
+        assert client.stdin is not None
+        assert client.stdout is not None
         before = self._errors.seek(0, 2)
         try:
-            self._client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
-            self._client.stdin.flush()
-            answer = json.loads(self._client.stdout.readline())
+            client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
+            client.stdin.flush()
+            answer = json.loads(client.stdout.readline())
         except BaseException:  # its answer would be taken for that of the next
-            self._stop_client()
+            self._stop_clients(self._clients)
             raise
         self._errors.seek(before)
         return answer["code"], answer["said"], self._errors.read().decode()
@@ -133,14 +129,14 @@ class Hub(HubServer):
         return {**environment.child_environment(), **self.environment(self.home, **{**self.changes, **changes})}
 
     def stop(self) -> None:
-        self._stop_client()
+        self._stop_clients(self._clients)
         self._errors.close()
 
-    def _stop_client(self) -> None:
-        if self._client is not None:
-            self._client.kill()
-            self._client.wait()
-            self._client = None
+    def _stop_clients(self, keys: Iterable[Changes]) -> None:
+        for key in list(keys):
+            client = self._clients.pop(key)
+            client.kill()
+            client.wait()
 
     def push(self, folder: Path, repo: str, env: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
         """What `push` returns, or {"error": its type, "text": …}."""
@@ -189,16 +185,16 @@ def for_one_test(hub: Hub, other_transport: str) -> Iterator[Hub]:
 
 def make_basis(folder: Path, base: Path, seed: int = 0) -> Path:
     """A random basis for the base on the Hub, whose weights are those of the folder `base`."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        name: ModuleBasis(
+    generator, model = torch.Generator().manual_seed(seed), BaseModel.resolve(base)
+    modules = {}
+    for name in MODULES:
+        rows, columns = model.tensors[f"{name}.weight"][1].shape
+        modules[name] = ModuleBasis(
             torch.linalg.qr(torch.randn(rows, RANK, generator=generator))[0].contiguous(),
             torch.linalg.qr(torch.randn(columns, RANK, generator=generator))[0].T.contiguous(),
             torch.ones(RANK),
         )
-        for name, (rows, columns) in MODULES.items()
-    }
-    ref = BaseRef(BASE, None, BaseModel.resolve(base).fingerprint(modules))
+    ref = BaseRef(BASE, None, model.fingerprint(modules))
     Basis(ref, RANK, modules, {"samples": 1, "energy": {"a": 0.5}, "data": [], "reduction": "sign"}).save(folder)
     return folder
 

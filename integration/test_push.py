@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.hub_client import CLI, Hub, for_one_test, make_adapter, make_basis, make_merged, serve
+from integration.hub_client import CLI, Hub, for_one_test, make_adapter, make_basis, make_merged
 from lorasb_export.files.storage import sha256_file
 
 DOWNLOAD = (
     "import sys; from huggingface_hub import snapshot_download as get; print(get(*sys.argv[1:2], revision=sys.argv[2]))"
 )
-
-
-@pytest.fixture(scope="module")
-def lfs(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Hub]:
-    yield from serve(tmp_path_factory.mktemp("lfs"), llama, HF_HUB_DISABLE_XET="1")
 
 
 @pytest.fixture(params=["xet", "lfs"])
@@ -60,9 +55,9 @@ print(adapter.load_basis().sha256)
     assert digest == sha256_file(tmp_path / "elsewhere" / "basis.safetensors")
 
 
-def test_a_merged_model_is_loadable_with_transformers(hub: Hub, tmp_path: Path) -> None:
+def test_a_merged_model_is_loadable_with_transformers(any_hub: Hub, tmp_path: Path) -> None:
     merged = make_merged(tmp_path / "merged")
-    hub.push(merged, "me/merged")
+    any_hub.push(merged, "me/merged")
     load = """
 import sys, torch
 import lorasb_export
@@ -72,7 +67,15 @@ found, expected = AutoModelForCausalLM.from_pretrained("me/merged").state_dict()
 assert expected and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 print("equal")
 """
-    assert hub.run(load, merged / "model.safetensors") == "equal"
+    assert any_hub.run(load, merged / "model.safetensors") == "equal"
+
+
+@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+def test_a_merged_model_comes_back_byte_for_byte(hub: Hub, tmp_path: Path) -> None:
+    merged = make_merged(tmp_path / "merged")
+    folder = Path(hub.run(DOWNLOAD, "me/merged", hub.push(merged, "me/merged")["commit"]))
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (merged / name).read_bytes()
 
 
 def test_pushing_again_sends_nothing(hub: Hub, adapter: Path) -> None:

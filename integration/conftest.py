@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     return Quickstart(folder, json.loads(done.stdout), done.stderr)
 
 
-@pytest.fixture(scope="module")
-def quick_exporters() -> Iterator[None]:
+@contextmanager
+def forked_exporters() -> Iterator[None]:
     """ONNX exporters are forks. Those of the quickstart are started as they are for users."""
 
     def forked(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -92,6 +93,12 @@ def quick_exporters() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", exporters_by(forked))
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_exporters() -> Iterator[None]:
+    with forked_exporters():
         yield
 
 
@@ -132,5 +139,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tasks_onnx(world: Path) -> Path:
     """The adapters red and blue in one export. Not to be changed."""
-    export_onnx_adapters([world / "red", world / "blue"], world / "tasks-onnx")
+    with forked_exporters():  # before the fixture of a module
+        export_onnx_adapters([world / "red", world / "blue"], world / "tasks-onnx")
     return world / "tasks-onnx"

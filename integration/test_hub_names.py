@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from integration.hub_client import BASE, CLI, Hub, make_adapter, make_basis, serve
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import sealed
+from tests.tiny import make_llama
 
 
 @pytest.fixture(scope="module")
@@ -285,16 +286,22 @@ def test_the_cards_lines_run_as_they_stand(made: Hub) -> None:
 
 @pytest.mark.usefixtures("quick_exporters")
 def test_the_lines_of_onnx_cards_run_as_they_stand(hub: Hub) -> None:
+    """Ours, of a graph by torch's exporter; and those of genai, whose builder takes the wider model."""
     pytest.importorskip("onnxruntime_genai")
     from lorasb_export.exporting.onnx import export_onnx
     from lorasb_export.exporting.onnx_adapters import export_onnx_adapters
 
     export_onnx(hub.root / "a", hub.root / "onnx", base=hub.base, verify=False)
-    export_onnx_adapters([hub.root / "a", hub.root / "b"], hub.root / "tasks", base=hub.base, verify=False)
+    wide = hub.root / "wide"
+    basis = make_basis(wide / "basis", make_llama(wide / "base", width=64))
+    adapters = [make_adapter(wide / name, basis, seed=seed) for seed, name in enumerate("ab")]
+    export_onnx_adapters(adapters, hub.root / "tasks", base=wide / "base", verify=False)
     for folder in ("onnx", "tasks"):
         repo = f"me/{folder}-graph"
         assert hub.push(hub.root / folder, repo)["skipped"] == []
-        assert hub.run(f"{lines_of(hub, repo)}\nprint(folder)").endswith(f"{folder}-graph")
+        lines = lines_of(hub, repo)
+        assert ("import onnxruntime_genai" in lines) is (folder == "tasks")
+        assert hub.run(f"{lines}\nprint(folder)").endswith(f"{folder}-graph")
     assert "adapters for `owner/base`" in hub.content("me/tasks-graph", "README.md").decode()
 
 

@@ -50,7 +50,7 @@ def project(llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -
         f'model = "{llama}"\n[basis]\nrank = 4\n[fit]\nmax_steps = 3\n'
         '[tasks.a]\ndata = "data/a"\n[tasks.b]\ndata = "data/b"\n[hub]\nrepo = "me/{name}-lorasb"\n'
     )
-    found = result_of(started("fit", "--json", cwd=folder))
+    found = result_of(lorasb("fit", "--json", cwd=folder))
     assert set(found["adapters"]) == {"a", "b"}
     return folder
 

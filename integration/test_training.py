@@ -210,9 +210,8 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(project: Path, of_two: dict
     assert "Signal 9 (SIGKILL)" in messages
     assert not (project / "adapters" / "plus").exists(), messages
     assert (project / "adapters" / ".plus.run" / "checkpoint-6" / "complete.json").exists(), messages
-    child = start([*TORCHRUN, "-m", "lorasb_cli", "fit", "plus", "--resume"], project)
-    _, messages = child.communicate(timeout=600)
-    assert child.returncode == 0, messages
+    resumed = shared_zygote().run("lorasb_cli", "fit", "plus", "--resume", folder=project, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
     _, uninterrupted = of_two["plus"]
     assert difference(project / "adapters" / "plus", uninterrupted / "plus") == 0
     assert Adapter.load(uninterrupted / "plus").training["best_step"] > 7  # its R is none that the killed run had

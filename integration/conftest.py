@@ -40,8 +40,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Begun first, longest first, so that no core waits at the end for one long file.
 # Those that start vLLM lie apart: two servers on two cores may each take longer than a test waits.
 _LONG = (
-    "quickstart onnx_families training torture serve_shared hub_names onnx evidence serve distributed "
-    "push_faults manifests cli push push_card"
+    "quickstart onnx_families training torture hub_names serve_shared onnx evidence distributed push_faults "
+    "manifests cli push serve push_card"
 ).split()
 
 

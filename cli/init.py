@@ -41,16 +41,17 @@ def run(
     from lorasb_export.errors import some
     from lorasb_export.project.init import tasks_in, write_project
 
-    folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
-    given = (tasks_in(tasks_dir) if tasks_dir else {}) | parse_pairs("--task", "NAME=DATA", task)
-    tasks = {name: _from(folder, data) for name, data in (given or {"a": "data/a"}).items()}
+    named = parse_pairs("--task", "NAME=DATA", task)
+    found = tasks_in(tasks_dir) if tasks_dir else {}
     if add:
-        if not given:
+        if not (named or found):
             raise typer.BadParameter("--add: name what to add with --task or --tasks-dir")
         if model or as_published or overwrite:
             raise typer.BadParameter("--add leaves all else in the file as it is: give --task and --tasks-dir alone")
-        _add(run, tasks)
+        _add(run, named, found)
         return
+    folder = os.path.realpath(os.path.dirname(os.path.expanduser(run.config or "")) or os.curdir)
+    tasks = {name: _from(folder, data) for name, data in ((found | named) or {"a": "data/a"}).items()}
     model = _from(folder, model or MODEL)
     path = write_project(run.config, model, tasks, as_published=as_published, overwrite=overwrite)
     missing = [data for data in tasks.values() if not (path.parent / os.path.expanduser(data)).exists()]
@@ -62,17 +63,26 @@ def run(
     run.result({"out": str(path)}, f"Wrote {path}. Next: lorasb fit (it makes the basis first)")
 
 
-def _add(run: Run, tasks: dict[str, str]) -> None:
+def _add(run: Run, named: dict[str, str], found: dict[str, str]) -> None:
+    """Add the tasks named, and those found whose data no task has yet."""
     from lorasb_export.errors import some
+    from lorasb_export.hub.ids import may_be_dataset
     from lorasb_export.project.init import add_tasks
 
     project = run.project
+    places = {os.path.realpath(project.path(task.data)) for task in project.tasks.values()}
+    new = {name: data for name, data in found.items() if os.path.realpath(os.path.expanduser(data)) not in places}
+    tasks = {name: _from(str(project.folder), data) for name, data in (new | named).items()}
     added = add_tasks(project, tasks)
-    gone = [name for name, task in project.tasks.items() if not project.path(task.data).exists()]
+    if kept := [name for name in tasks if name not in added]:
+        run.say(f"{some(kept)}: there already, and left as the file has it")
+    of_all = tasks | {name: task.data for name, task in project.tasks.items()}
+    missing = [name for name, data in of_all.items() if not project.path(data).exists()]
+    gone = [name for name in missing if not may_be_dataset(of_all[name], project.folder)]
     if gone:
-        run.say(f"The data of {some(gone)} is not there: take their tables out, unless it is a dataset on the Hub")
-    told = f"Added {some(added)} to {project.file}. Next: lorasb fit --resume" if added else "All of them are in it"
-    run.result({"out": str(project.file), "added": added, "gone": gone}, told)
+        run.say(f"The data of {some(gone)} is not there: put it there, or take their tables out")
+    told = f"Added {some(added)} to {project.file}. Next: lorasb fit --resume" if added else "There is nothing to add"
+    run.result({"out": str(project.file), "added": added, "kept": kept, "gone": gone}, told)
 
 
 def _from(folder: str, path: str) -> str:

@@ -160,18 +160,44 @@ def test_tasks_are_added_to_a_file_that_stays_as_it_is(
     shutil.copytree(sums, "data/old")
     missing = CliRunner().invoke(app, init)
     assert (missing.exit_code, "no project file to add to" in missing.stderr) == (1, True)
-    own = '# mine\r\nmodel = "base"\n[tasks.old]\ndata = "elsewhere"\n[tasks.old.fit]\nepochs = 2\n\n'
+    own = '# mine\r\nmodel = "base"\n[tasks.old]\ndata = "gone/old.jsonl"\n[tasks.old.fit]\nepochs = 2\n\n'
     Path("lorasb.toml").write_bytes(b"\xef\xbb\xbf" + own.encode())
     shutil.copytree(parity, "data/new")
     done = CliRunner().invoke(app, [*init, "--json"])
-    assert (done.exit_code, json.loads(done.stdout)) == (0, {"out": "lorasb.toml", "added": ["new"], "gone": ["old"]})
+    told = {"out": "lorasb.toml", "added": ["new"], "kept": ["old"], "gone": ["old"]}
+    assert (done.exit_code, json.loads(done.stdout)) == (0, told)
+    assert "old: there already, and left as the file has it" in done.stderr
     assert "The data of old is not there" in done.stderr
     assert Path("lorasb.toml").read_bytes().decode() == own.rstrip() + '\n\n[tasks."new"]\ndata = "data/new"\n'
     project = Project.load()
-    assert (project.tasks["old"].data, project.tasks["old"].fit) == ("elsewhere", {"epochs": 2})
+    assert (project.tasks["old"].data, project.tasks["old"].fit) == ("gone/old.jsonl", {"epochs": 2})
     before = Path("lorasb.toml").stat().st_mtime_ns
     assert json.loads(CliRunner().invoke(app, [*init, "--json"]).stdout)["added"] == []
     assert Path("lorasb.toml").stat().st_mtime_ns == before
+
+
+def test_tasks_are_added_beside_a_linked_file_and_as_the_others_are_trained(
+    sums: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(sums, f"real/data/{name}")
+    words = ["--config", "real/lorasb.toml", "--model", str(llama), "--as-published", "--task", "first=real/data/a"]
+    assert CliRunner().invoke(app, ["init", *words]).exit_code == 0
+    Path("lorasb.toml").symlink_to("real/lorasb.toml")
+    words = ["--tasks-dir", "real/data", "--task", "hub=owner/rows", "--task", "typo=data/typo"]
+    done = CliRunner().invoke(app, ["init", "--add", *words, "--json"])
+    found = json.loads(done.stdout)
+    assert (found["added"], found["gone"]) == (["b", "hub", "typo"], ["typo"])  # a's rows are the first's
+    assert Path("lorasb.toml").is_symlink()
+    tasks = Project.load().tasks
+    assert {name: task.data for name, task in tasks.items()} == {
+        "first": "data/a",
+        "b": "data/b",
+        "hub": "owner/rows",
+        "typo": "data/typo",
+    }
+    assert {task.basis for task in tasks.values()} == {"own"}
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ def write_project(
 def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
     """Put those of `tasks` that `project` does not have at the end of its file; all else in it stays as it is.
 
+    They get a basis of their own where all tasks there have one, or where those that share one have other rows: labels
+    beside text.
+
     Args:
         tasks: name → data.
 
@@ -107,9 +110,10 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
     refuse_bad_names(new)
     if new:
         shared = {name: task.data for name, task in project.tasks.items() if task.basis is None}
-        of_shared = set(_labelled(project.folder, shared).values())
+        kinds = set(_labelled(project.folder, shared).values())
         labelled = _labelled(project.folder, new)
-        own = {name for name in labelled if of_shared == {not labelled[name]}}
+        none_shared = bool(project.tasks) and not shared
+        own = {name for name in new if none_shared or (name in labelled and kinds == {not labelled[name]})}
         before = project.file.read_bytes().decode("utf-8-sig").rstrip()
         text = "\n\n".join([before, *(_table(name, data, own=name in own) for name, data in new.items())])
         try:
@@ -117,7 +121,7 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
         except tomllib.TOMLDecodeError:
             fix = "Write each of them as a table, [tasks.NAME]"
             raise SettingsError("its tasks stand on one line", where=project.file, fix=fix) from None
-        _write(project.file, text, len(project.tasks) + len(new))
+        _write(project.file.resolve(), text, len(project.tasks) + len(new))  # a link stays one
     return list(new)
 
 

@@ -19,8 +19,8 @@ from lorasb_export.quickstart.model import small_model
 from lorasb_export.settings import ALL_LINEAR, BLOCK, RANDOM
 from lorasb_export.training.muon import Muon
 
-# Name → rank, directions, targets, and the rank of the LoRA, of all linear layers, that it is held against. LoRA's
-# quality at r = 8 is reached by the three last: docs/benchmarks.md.
+# Name → rank, directions, targets, and the rank of the LoRA, of all linear layers, that it is held against. Of the
+# three last the quality comes near that of LoRA r = 8: docs/benchmarks.md.
 CHEAPER = {
     "block_r64": (64, BLOCK, ALL_LINEAR, 64),
     "block_r96": (96, BLOCK, ALL_LINEAR, 8),

@@ -24,7 +24,7 @@ from .serve_child import Child, fold, write_adapters
 from .serve_parity import parity
 
 RANK, SMALL_RANK, MODULES = 64, 16, 210
-# What learns better than LoRA r = 8 of all linears does (docs/benchmarks.md): name → rank and directions, on every
+# What comes near the quality of LoRA r = 8 of all linears (docs/benchmarks.md): name → rank and directions, on every
 # down_proj alone.
 OF_DOWN = {"down": (128, RANDOM), "block_down": (256, BLOCK)}
 STOCK = {"max_num_batched_tokens": 128}  # its time goes by the tokens of a step, not of the prompts

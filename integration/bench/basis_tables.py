@@ -15,7 +15,8 @@ from lorasb_export.evaluation.metrics import pearson
 from lorasb_export.settings import DRAWN
 
 from .basis import VARIANTS, trained_in
-from .method_tables import TASKS, differences, marked, metric, table
+from .comparisons import setting
+from .method_tables import TASKS, differences, marked, mean_error, metric, table
 from .quality import METHODS
 
 matplotlib.use("Agg")
@@ -27,7 +28,7 @@ ORIGINS = {
     "all other tasks": "without",
     "all tasks": "mixture",
     "the weights' directions": "wsvd",
-    "random": "random",
+    "random (draw 0)": "random",
 }
 REDUCTIONS = {"sign": "signs", "raw": "the gradient itself"}
 _SAID = {"own": "its own", "mixture": "all tasks", "mixture, balanced": "all, balanced", "without": "all other tasks"}
@@ -89,24 +90,27 @@ def origins(best: Mapping[Identity, Best], rank: int) -> str:
         for name, column in ORIGINS.items():
             of = kin.get(column)
             less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
-            lines[name].append(f"{marked(less)}{'' if of.closed else ' *'}" if of and less else "")
+            shown = "" if not (of and less) else marked(less) if of.closed else f"{mean_error(less, 3)} *"
+            lines[name].append(shown)
     return table(["made from", *LEARNT], [[name, *cells] for name, cells in lines.items()])
 
 
 def planned(best: Mapping[Identity, Best]) -> str:
     """How many of the runs that `bench basis` plans are there, and with how many seeds."""
     cells = [of for variant in VARIANTS for task in TASKS for of in trained_in(task, variant)]
-    there = [(of.task, found) for of in cells if (found := best.get(identity(of.fields)))]
-    ended = [len(found.lines) for _, found in there if found.closed]
-    endless = sum(task == "rte" for task, found in there if not found.closed)
+    there = {of: found for of in (identity(of.fields) for of in cells) if (found := best.get(of))}
+    ended = [len(found.lines) for found in there.values() if found.closed]
+    others = [this for this, found in there.items() if not found.closed and dict(this)["task"] != "rte"]
+    unended = len(there) - len(ended)
     counts = ", ".join(
         f"{ended.count(seeds)} with {name}" for seeds, name in ((1, "one seed"), (2, "two"), (3, "three"))
     )
     missing = len(cells) - len(there)
     return (
         f"Of the {len(cells)} cells of training that `bench basis` plans, {len(ended)} have a search that has ended: "
-        f"{counts}. Of {len(there) - len(ended)} it has not ended; {endless} of these are of rte, which is in no table "
-        "of training: there the smallest rate is the best, and a search cannot end."
+        f"{counts}. Of {unended} it has not ended; {unended - len(others)} of these are of rte, which is in no table "
+        "of bases: there the smallest rate is the best, and a search cannot end."
+        + (f" The others (with a \\*, or not shown): {'; '.join(map(setting, others))}." if others else "")
         + (f" {missing} have not been begun." if missing else "")
     )
 
@@ -162,24 +166,27 @@ def pairs(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> P
         x, y = points.setdefault(kind, {}).setdefault(of["task"], ([], []))
         x.append(of["capture"] - own_capture["capture"])
         y.append(of_basis - of_own)
-    # The mean of each task takes one pair away, and of a single one that is left the correlation is 1 or -1.
-    return {kind: points[kind] for kind in sorted(points) if sum(len(x) - 1 for x, _ in points[kind].values()) > 1}
+    # Of two pairs the correlation is 1 or -1.
+    return {kind: points[kind] for kind in sorted(points) if any(len(x) > 2 for x, _ in points[kind].values())}
 
 
 def correlation(of_tasks: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Pearson's correlation within the tasks, each less its means there; and of each task with more than two pairs."""
-    centred = _centred(of_tasks.values())
+    """Pearson's correlation within the tasks, and of each of them with more than two pairs."""
     alone = [f"{task} {pearson(*pair):.2f} of {len(pair[0])}" for task, pair in of_tasks.items() if len(pair[0]) > 2]
-    return f"{pearson(*centred):.2f} within the tasks, of {len(centred[0])} pairs ({', '.join(alone)})"
+    return f"{_within(of_tasks.values())} pairs within the tasks ({', '.join(alone)})"
 
 
-def _centred(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[list[float], list[float]]:
-    """The pairs of all groups, each less the means of its group."""
-    centred: tuple[list[float], list[float]] = ([], [])
+def _within(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> str:
+    """Pearson's correlation of the pairs of all groups, less the means of their group and by its deviations: a group
+    of large losses would else outweigh all others. Groups of fewer than three pairs, or without spread, are left out.
+    """
+    scaled: tuple[list[float], list[float]] = ([], [])
     for pair in groups:
-        for values, into in zip(pair, centred, strict=True):
-            into += [value - statistics.mean(values) for value in values]
-    return centred
+        if len(pair[0]) > 2 and all(map(statistics.pstdev, pair)):
+            for values, into in zip(pair, scaled, strict=True):
+                mean, deviation = statistics.mean(values), statistics.pstdev(values)
+                into += [(value - mean) / deviation for value in values]
+    return f"{pearson(*scaled):.2f} of {len(scaled[0])}" if scaled[0] else ""
 
 
 def equal_rates(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> str:
@@ -203,11 +210,9 @@ def equal_rates(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]
             y.append(trained["loss"])
     points, rows = pairs(best, captures), []
     for rank in sorted({rank for rank, _ in found}):
-        groups = [list(points.get(f"{OPTIMIZERS['muon']}, r = {rank}", {}).values())]
-        for where in ("below", "at", "above"):
-            groups.append([pair for pair in found.get((rank, where), {}).values() if len(pair[0]) > 2])
-        cells = (f"{pearson(*_centred(some)):.2f} of {sum(len(x) for x, _ in some)}" if some else "" for some in groups)
-        rows.append([f"r = {rank}", *cells])
+        at_best = _within(points.get(f"{OPTIMIZERS['muon']}, r = {rank}", {}).values())
+        at_one = (_within(found.get((rank, where), {}).values()) for where in ("below", "at", "above"))
+        rows.append([f"r = {rank}", at_best, *at_one])
     places = ("below the best of the own basis", "at it", "above it")
     return table(["", "each at its best rate", *(f"one rate, {place}" for place in places)], rows)
 

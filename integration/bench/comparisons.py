@@ -19,11 +19,12 @@ BETWEEN = {
     "LoRA-SB as published less LoRA r = 8": ("as published: own basis, r=64, AdamW", "LoRA r=8"),
     "shared basis, r = 64, less LoRA r = 8": ("shared basis, r=64", "LoRA r=8"),
     "Muon less AdamW: own basis, r = 64": ("own basis, r=64", "as published: own basis, r=64, AdamW"),
+    "R0 = 0 less R0 = S/s: own basis, r = 64": ("own basis, r=64, R0 = 0", "own basis, r=64"),
     "LoRA-XS less LoRA-SB as published": ("LoRA-XS r=64", "as published: own basis, r=64, AdamW"),
     "rsLoRA r = 32 less what `init` sets for text": ("rsLoRA r=32", "down: shared basis, r=128"),
     "block of r = 256 on `down_proj` less rsLoRA r = 32": ("down: block, r=256", "rsLoRA r=32"),
     "r = 128 less r = 64: own basis": ("own basis, r=128", "own basis, r=64"),
-    "block less random basis: r = 64": ("block, r=64", "random basis, r=64"),
+    "block less random basis (draw 0 of each): r = 64": ("block, r=64", "random basis, r=64"),
     "r = 128 on `down_proj` less r = 64 on all: own basis": ("down: own basis, r=128", "own basis, r=64"),
     "the same, shared basis": ("down: shared basis, r=128", "shared basis, r=64"),
     "the same, random basis": ("down: random basis, r=128", "random basis, r=64"),
@@ -31,6 +32,7 @@ BETWEEN = {
     "what `init` sets for text less LoRA r = 2": ("down: shared basis, r=128", "LoRA r=2"),
     "random basis, r = 64, less LoRA r = 2": ("random basis, r=64", "LoRA r=2"),
 }
+_IN_WORDS = {"task", "method", "basis", "balanced", "rank", "targets", "optimizer"}  # of a cell's fields
 _LAYERS = {UPPER_DOWN: "the upper `down_proj`"}  # others as they are
 _ORIGINS = {"own": "own", "mixture": "all tasks"}
 _CALIBRATIONS = {"reduction": "the gradient, not its signs", "samples": "{} rows a task"}
@@ -40,50 +42,57 @@ def between(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     """Points, and loss in parentheses, of one method less another, seed by seed; where both searches have ended."""
     rows = []
     for label, (name, less) in BETWEEN.items():
-        cells = []
-        for task in LEARNT:
-            of, other = found.get((name, task)), found.get((less, task))
-            if not (of and other and of["closed"] and other["closed"]):
-                cells.append("")
-                continue
-            points = [100 * difference for difference in differences(of["values"], other["values"])]
-            cells.append(f"{mean_error(points, 1)} ({marked(differences(of['losses'], other['losses']))})")
+        cells = [_less(found.get((name, task)), found.get((less, task))) for task in LEARNT]
         if any(cells):
             rows.append([label, *cells])
     return table(["points (loss)", *LEARNT], rows)
 
 
+def _less(of: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """Points, and loss in parentheses, of the one less the other, seed by seed; nothing before both searches end."""
+    if not (of and other and of["closed"] and other["closed"]):
+        return ""
+    points = [100 * difference for difference in differences(of["values"], other["values"])]
+    return f"{mean_error(points, 1)} ({marked(differences(of['losses'], other['losses']))})"
+
+
 def small_lora(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    """Where LoRA with as few parameters as ours has not been compared."""
-    missing = [task for task in LEARNT if not found.get(("LoRA r=2", task), {"closed": False})["closed"]]
-    there = "has been run on all five tasks"
-    if missing:
-        where = f" on {', '.join(missing)}" if len(missing) < len(LEARNT) else ""
-        there = f"has not been run{where}: ours is compared there with LoRA of two to five times its size alone"
+    """How far LoRA with about as few parameters as ours has been run."""
+    tasks: dict[str, list[str]] = {}
+    for task in LEARNT:
+        of = found.get(("LoRA r=2", task))
+        state = "has not been run" if of is None else "is in the tables" if of["closed"] else "has a search not ended"
+        tasks.setdefault(state, []).append(task)
+    there = "; ".join(f"{state} on {', '.join(of)}" for state, of in tasks.items())
     return f"* **LoRA of our size:** r = 2, with a quarter of r = 8's parameters, {there}."
 
 
 def rate_steps(best: Mapping[Identity, Best]) -> str:
-    """Points lost with the first seed where the rate is a step of the ladder from the best: of searches that ended."""
-    lost: dict[tuple[str, bool], list[float]] = {}
+    """Points lost with the first seed at the rate below the best, and at that above it; medians over cells.
+
+    Of every cell of a task that is learnt whose search has ended, whatever its rank, layers, steps and precision.
+    """
+    lost: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for of in best.values():
         line = of.lines[0]
         if line["task"] not in LEARNT or not line["steps"] or not of.closed or line["lr"] not in LADDER:
             continue
         place = LADDER.index(line["lr"])
-        for rate in (LADDER[place - 1], LADDER[place + 1]):
-            if rate in of.first:
-                points = 100 * (of.first[line["lr"]]["value"] - of.first[rate]["value"])
-                lost.setdefault((line["task"], line["method"] == "lora-sb"), []).append(points)
+        lower, higher = LADDER[place - 1], LADDER[place + 1]
+        if {lower, higher} <= of.rates:
+            value = of.first[line["lr"]]["value"]
+            below, above = (100 * (value - of.first[rate]["value"]) for rate in (lower, higher))
+            lost.setdefault((line["task"], line["method"] == "lora-sb"), []).append((below, above))
 
-    def row(values: list[float]) -> str:
-        return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}; {len(values)})"
+    def row(pairs: list[tuple[float, float]]) -> str:
+        below, above = (statistics.median(values) for values in zip(*pairs, strict=True))
+        return f"{below:.1f}; {above:.1f} ({len(pairs)})"
 
     rows = [
         [name, *(row(lost[task, ours]) if (task, ours) in lost else "" for task in LEARNT)]
         for name, ours in (("LoRA-SB", True), ("PEFT's, and LoRA-XS", False))
     ]
-    return table(["median (least to most; of how many)", *LEARNT], rows)
+    return table(["too low; too high (cells)", *LEARNT], rows)
 
 
 def calibrations(best: Mapping[Identity, Best]) -> str:
@@ -104,7 +113,10 @@ def calibrations(best: Mapping[Identity, Best]) -> str:
 
 
 def draws(best: Mapping[Identity, Best]) -> str:
-    """Loss and score of the first seed in every draw of a basis that was drawn more than once, beside the own basis."""
+    """Loss and score of the first seed in every draw of a basis that was drawn more than once, beside the own basis.
+
+    Where a search has not ended, the number of rates that were tried.
+    """
     found: dict[Identity, dict[int, Best]] = {}
     for this, of in best.items():
         if dict(this).get("basis") in DRAWN:
@@ -116,11 +128,12 @@ def draws(best: Mapping[Identity, Best]) -> str:
         if of is None:
             return ""
         line = of.first[of.lines[0]["lr"]]
-        return f"{line['loss']:.3f} ({100 * line['value']:.1f})" + " *" * (not of.closed)
+        tried = "" if of.closed else f" * of {len(of.rates)}"
+        return f"{line['loss']:.3f} ({100 * line['value']:.1f}){tried}"
 
     most = range(max((max(of) for of in again.values()), default=0) + 1)
     rows = [
-        [_setting(this), shown(best.get(changed(this, basis="own"))), *(shown(of.get(draw)) for draw in most)]
+        [setting(this), shown(best.get(changed(this, basis="own"))), *(shown(of.get(draw)) for draw in most)]
         for this, of in again.items()
     ]
     return table(["loss (score)", "own basis", *(f"draw {draw}" for draw in most)], rows)
@@ -128,12 +141,10 @@ def draws(best: Mapping[Identity, Best]) -> str:
 
 def four_bits(found: Mapping[tuple[str, str], dict[str, Any]], exact: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     """Methods whose base was in NF4 while they were trained and scored, beside the same of the `exact` base."""
-    rows = []
-    for (name, task), of in found.items():
-        beside = exact[name, task]
-        points = [100 * difference for difference in differences(of["values"], beside["values"])]
-        less = f"{mean_error(points, 1)} ({marked(differences(of['losses'], beside['losses']))})"
-        rows.append([f"{task}: {name}", metric(of), loss(of), less])
+    rows = [
+        [f"{task}: {name}", metric(of), loss(of), _less(of, exact.get((name, task)))]
+        for (name, task), of in found.items()
+    ]
     return table(["", "score", "loss (less LoRA r = 8's)", "less the same in bfloat16: points (loss)"], rows)
 
 
@@ -147,7 +158,7 @@ def unlisted(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -
         for fields in METHODS.values()
     }
     rows = [
-        [_setting(this), metric(of.summary), f"{of.summary['loss']:.3f}", f"{of.summary['lr']:.0e}"]
+        [setting(this), metric(of.summary), f"{of.summary['loss']:.3f}", f"{of.summary['lr']:.0e}"]
         for this, of in best.items()
         if this not in listed and "draw" not in dict(this) and changed(this, optimizer=Cell.optimizer) not in captures
     ]
@@ -157,7 +168,7 @@ def unlisted(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -
     )
 
 
-def _setting(this: Identity) -> str:
+def setting(this: Identity) -> str:
     """A cell in words: its task, its method, and what is not as usual; ours is by Muon unless it says otherwise."""
     of = dict(this)
     usual = cell(of["task"], method=of["method"]).fields
@@ -167,5 +178,5 @@ def _setting(this: Identity) -> str:
     if "targets" in of:
         words.append(_LAYERS.get(of["targets"], f"`{of['targets']}`".replace("|", "\\|")))
     words += ["by AdamW"] if ours and of["optimizer"] == "adamw" else []
-    words += [f"{key} {of[key]}" for key in ("steps", "dtype", "reduction", "samples") if of[key] != usual[key]]
+    words += [f"{key} {value}" for key, value in this if key not in _IN_WORDS and value != usual.get(key)]
     return ", ".join(words)

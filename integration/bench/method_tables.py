@@ -23,11 +23,11 @@ MAIN = {
     "LoRA-XS, r = 64, AdamW": "LoRA-XS r=64",
     "own basis, r = 64": "own basis, r=64",
     "a basis made from all tasks, r = 64": "shared basis, r=64",
-    "one random basis for all tasks, r = 64": "random basis, r=64",
+    "one random basis for all tasks (draw 0), r = 64": "random basis, r=64",
     "**what `init` sets for text**: r = 128 on `down_proj`, a basis made from five tasks": "down: shared basis, r=128",
     "the same, own basis": "down: own basis, r=128",
     "the same, one random basis for all tasks (the luckiest of three draws on banking77)": "down: random basis, r=128",
-    "a block of r = 256 on `down_proj`": "down: block, r=256",
+    "a block of r = 256 on `down_proj` (draw 0)": "down: block, r=256",
 }
 # README's has fewer rows, scores alone, and cola in place of mawps, where all scores are low.
 CHOSEN_TASKS = ("banking77", "e2e", "sst2", "cola")
@@ -36,12 +36,12 @@ CHOSEN = {label: name for label, name in MAIN.items() if name not in _NOT_CHOSEN
 # Tried on a task or two, where they promised something: in the results alone.
 ONE_OFF = (
     *("LoRA r=8, Muon", "rsLoRA r=8", "shared basis, r=64, AdamW", "random basis, r=96", "block, r=128"),
-    *("upper down: block, r=256", "down: LoRA r=8", "down: LoRA r=32"),
+    *("own basis, r=64, R0 = 0", "upper down: block, r=256", "down: LoRA r=8", "down: LoRA r=32"),
 )
 USUAL = {name: name for name in METHODS if name not in ONE_OFF}
 
 # What one basis for all tasks may be; and where.
-SHARED = {"made from all tasks": "shared", "balanced": "balanced", "random": "random"}
+SHARED = {"made from all tasks": "shared", "balanced": "balanced", "random (draw 0)": "random"}
 # Of its two best rates, which are level by the loss, one gives Mcc of 7 and the other of 20.
 UNSTEADY = "cola"
 PLACES = {"all linear layers, r = 64": "{} basis, r=64", "`down_proj`, r = 128": "down: {} basis, r=128"}
@@ -74,14 +74,14 @@ def methods_table(
     methods: Mapping[str, str] | None = None,
     tasks: Sequence[str] = TASKS,
 ) -> str:
-    """A row for each method that was run; `methods` are those to show, by what they are called there."""
+    """A row for each method that `show` has something of; `methods` are those wanted, by what they are called there."""
     tasks = [task for task in tasks if any(of == task for _, of in found)]
     metrics = {task: next(s["metric"] for (_, of), s in found.items() if of == task) for task in tasks}
     rows = []
     for label, name in (methods or {name: name for name in METHODS}).items():
-        of_tasks = [found.get((name, task)) for task in tasks]
-        if any(of_tasks):
-            rows.append([label, _trained(name, found), *("" if of is None else show(of) for of in of_tasks)])
+        cells = [show(found[name, task]) if (name, task) in found else "" for task in tasks]
+        if any(cells):
+            rows.append([label, _trained(name, found), *cells])
     return table(["", "trained", *(f"{task}, {metrics[task].replace('_', ' ')}" for task in tasks)], rows)
 
 
@@ -118,10 +118,14 @@ def beside_lora(of: dict[str, Any]) -> str:
 
 
 def loss(of: dict[str, Any]) -> str:
-    """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `metric`."""
+    """Mean, and the mean ± standard error of the differences from LoRA r = 8; * as for `metric`.
+
+    None is called clear on a task that is not learnt, or before the search has ended.
+    """
     differences, text = of["less_lora"], f"{of['loss']:.3f}"
     if of["steps"] and any(differences):
-        text += f" ({marked(differences)})"
+        tells = of["closed"] and of["task"] in LEARNT
+        text += f" ({marked(differences) if tells else mean_error(differences, 3)})"
     return text + " *" * (not of["closed"])
 
 
@@ -163,9 +167,9 @@ def unfinished(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     learnt = [of for (_, task), of in found.items() if of["steps"] and task in LEARNT]
     counts = [(sum(not of["closed"] for of in some), sum(of["seeds"] < 3 for of in some)) for some in (trained, learnt)]
     return (
-        f"Of all {len(trained)} cells, here and beside the results, {counts[0][0]} have a search that has not ended, "
-        f"and {counts[0][1]} fewer than three seeds; of the {len(learnt)} of tasks that are learnt, {counts[1][0]} and "
-        f"{counts[1][1]}."
+        f"Of the {len(trained)} cells of the tables of scores, here and beside the results, {counts[0][0]} have a "
+        f"search that has not ended, and {counts[0][1]} fewer than three seeds; of the {len(learnt)} of tasks that are "
+        f"learnt, {counts[1][0]} and {counts[1][1]}."
     )
 
 
@@ -191,19 +195,19 @@ def mean_error(values: Sequence[float], digits: int) -> str:
 
 def marked(losses: Sequence[float]) -> str:
     """Mean ± standard error of differences in loss; † where it is clear: four errors or more, of three seeds."""
-    text = mean_error(losses, 3)
-    if len(losses) > 2 and abs(statistics.mean(losses)) >= 4 * statistics.stdev(losses) / len(losses) ** 0.5:
+    text, mean = mean_error(losses, 3), abs(statistics.mean(losses))
+    if len(losses) > 2 and mean and mean >= 4 * statistics.stdev(losses) / len(losses) ** 0.5:
         text += " †"
     return text
 
 
 def longer(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
-    """Score, loss and rates of each method on the one task that it was trained longer on."""
+    """Score, loss and rates of each method on the tasks that it was trained longer on."""
     rows = []
-    for (name, _), of in found.items():
+    for (name, task), of in found.items():
         rates = (f"**{rate:.0e}**" if rate == of["lr"] else f"{rate:.0e}" for rate in of["rates"])
-        rows.append([name, _trained(name, found), metric(of), loss(of), ", ".join(rates)])
-    return table(["", "trained", "exact match", "loss on valid rows", "rates tried"], rows)
+        rows.append([f"{task}: {name}", _trained(name, found), metric(of), loss(of), ", ".join(rates)])
+    return table(["", "trained", "score", "loss on valid rows", "rates tried"], rows)
 
 
 def costs(found: Mapping[tuple[str, str], dict[str, Any]], best: Mapping[Identity, Best]) -> str:

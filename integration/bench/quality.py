@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "as published: own basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "own"},
     "shared basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
     "own basis, r=64": {**_MUON, "rank": 64, "basis": "own"},
+    "own basis, r=64, R0 = 0": {**_MUON, "rank": 64, "basis": "own", "init": "zero"},
     "shared basis, r=64": {**_MUON, "rank": 64, "basis": "mixture"},
     "balanced basis, r=64": {**_MUON, "rank": 64, "basis": "mixture", "balanced": True},
     "the weights' directions, r=64": {**_MUON, "rank": 64, "basis": "wsvd"},

@@ -33,8 +33,8 @@ from .tradeoff import plot as plot_methods
 CAPTURE_PICTURE = "capture-loss.png"
 LOSSES = (
     "On valid rows, mean over the seeds; in parentheses the difference from LoRA r = 8 (seed by seed, ± its standard "
-    "error; without one it is of one seed). †: four errors or more, of three seeds or more. *: the search for a rate "
-    "has not ended."
+    "error; without one it is of one seed). †: four errors or more, of three seeds or more, on a task that is learnt. "
+    "*: the search for a rate has not ended; then there is no †."
 )
 ORIGINS = "Losses less the loss in the task's own basis, otherwise as above; all linear layers, by Muon."
 CALIBRATED = (
@@ -83,14 +83,14 @@ def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> d
         "between": between(found),
         "small-lora": small_lora(found),
         "rates": rate_steps(best),
-        "origins": f"{origins(best, 64)}\n\n{planned(best)}",
+        "origins": origins(best, 64),
         "draws": draws(best),
         "sharing": sharing(found),
         "longer": longer(by_method(best, steps=600)),
         "four-bits": four_bits(by_method(best, dtype="nf4"), found),
         "correlations": equal_rates(best, captures),
     }
-    of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS)}
+    of_readme = {"chosen": methods_table(found, settled, CHOSEN, CHOSEN_TASKS), "small-lora": small_lora(found)}
     benchmarks, readme = RESULTS.parent / "benchmarks.md", RESULTS.parents[1] / "README.md"
     return {
         RESULTS / "README.md": "\n\n".join(sections) + "\n",

@@ -58,7 +58,7 @@ def summary(lines: Sequence[Line]) -> dict[str, Any]:
     """Over the seeds of one tuned method on one task."""
     values = [line["value"] for line in lines]
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    same = {key: lines[0][key] for key in ("metric", "lr", "trainable", "adapter_bytes", "steps")}
+    same = {key: lines[0][key] for key in ("task", "metric", "lr", "trainable", "adapter_bytes", "steps")}
     return same | {
         "mean": round(statistics.mean(values), 6),
         "sd": round(sd, 4),

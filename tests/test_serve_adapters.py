@@ -51,7 +51,7 @@ def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path, monke
 
 
 def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     adapters = tmp_path / "many"
@@ -64,10 +64,10 @@ def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(
     done = lorasb(*words)
     assert json.loads(done.stdout)["models"] == ["base", "good"], done.stderr
     for reason in ("damaged: ", "sorts: a classifier", "text: 'text' cannot", "'two words' cannot", "out is a link"):
-        assert reason in caplog.text
-    assert "3 of 5 adapters cannot be served" in caplog.text
-    assert "Passed over: 'base' is the name of the base and of an adapter" in caplog.text
-    assert "The others are served" in caplog.text
+        assert reason in log.text
+    assert "3 of 5 adapters cannot be served" in log.text
+    assert "Passed over: 'base' is the name of the base and of an adapter" in log.text
+    assert "The others are served" in log.text
     named = lorasb(*words, "--adapters", "good,damaged")
     assert json.loads(named.stdout)["error"]["what"].startswith("1 of 2 adapters cannot be served")
     for name in ("base", "good"):

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -123,12 +124,15 @@ def _serve() -> None:
     import onnxruntime  # noqa: F401
     import torch
     import transformers
+    from tqdm import tqdm
 
     from lorasb_export import calibrate, fit, merge, push  # noqa: F401
     from lorasb_export.exporting import onnx, peft  # noqa: F401
 
     assert transformers.LlamaForCausalLM  # loaded
     fork_exporters()
+    # tqdm's own is one for all processes: a child that is killed while it holds it would keep it from all others.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     gc.freeze()  # a child's collections would copy every page that it shares with this process
     for line in sys.stdin:

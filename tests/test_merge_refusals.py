@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_another_and_a_merged_base_are_refused(llama: Path, tmp_path: Path) -> N
     with pytest.raises(BaseModelError, match="not those the artifact was made for"):
         merge(adapter, tmp_path / "twice", base=tmp_path / "model")
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_base_that_is_held_is_looked_at_for_each_merge(llama: Path, tmp_path: Path) -> None:
+    """Its file is replaced between the two by another of the same size, as old as the first."""
+    base = BaseModel.resolve(shutil.copytree(llama, tmp_path / "base"))
+    adapter, file = adapter_for(base.folder, tmp_path / "a"), base.folder / "model.safetensors"
+    merge(adapter, tmp_path / "model", base=base)
+    before = file.stat()
+    save_file({name: 1.1 * weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        merge(adapter, tmp_path / "again", base=base)
+    assert not (tmp_path / "again").exists()
 
 
 def test_adapters_of_two_bases_in_one_block_are_not_put_together(llama: Path, tmp_path: Path) -> None:

@@ -161,19 +161,8 @@ class BaseModel:
         """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
         return self.config["model_type"] in ("gpt2", "openai-gpt")
 
-    @cached_property
-    def _fingerprints(self) -> dict[frozenset[str], str]:
-        """By the modules that they are of, until weights are loaded anew: every task of a project asks for the same."""
-        return {}
-
     def fingerprint(self, modules: Iterable[str]) -> str:
         """sha256 over the targets' sorted names, shapes, dtypes and a sample of their bytes (three pages each)."""
-        of = frozenset(modules)
-        if of not in self._fingerprints:
-            self._fingerprints[of] = self._fingerprint_of_files(of)
-        return self._fingerprints[of]
-
-    def _fingerprint_of_files(self, modules: Iterable[str]) -> str:
         digest = hashlib.sha256()
         for module in sorted(modules):
             file, info = self.tensors[self.weight_key(module)]
@@ -256,7 +245,6 @@ class BaseModel:
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         if device.type != "cpu":
             gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
-        self._fingerprints.clear()  # the files may be others than those that were looked at
         network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
         if dtype == "auto" and device.type != "cpu":

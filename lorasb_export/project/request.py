@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -38,6 +38,23 @@ def one_network_at_a_time(kinds: Mapping[str, Kind]) -> list[str]:
     base is loaded once for them all. Beyond that they stay as they are, and the first is first."""
     places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
     return sorted(kinds, key=lambda name: places[kinds[name]])
+
+
+class _SeenOnce(BaseModel):
+    """A base that is compared and not loaded: with thousands of adapters that may be kept, its weights are read once.
+
+    What trains or merges holds a `BaseModel`, which reads them whenever it is asked: they may have been replaced.
+    """
+
+    @cached_property
+    def _fingerprints(self) -> dict[frozenset[str], str]:
+        return {}
+
+    def fingerprint(self, modules: Iterable[str]) -> str:
+        of = frozenset(modules)
+        if of not in self._fingerprints:
+            self._fingerprints[of] = super().fingerprint(of)
+        return self._fingerprints[of]
 
 
 class FitRequest:
@@ -105,6 +122,10 @@ class FitRequest:
         return BaseModel.resolve(self._model or self.project.require_model())
 
     @cached_property
+    def _seen_once(self) -> BaseModel:
+        return _SeenOnce(self.base.name_or_path, self.base.revision, self.base.folder, self.base.config)
+
+    @cached_property
     def load_empty(self) -> Callable[..., PreTrainedModel]:
         """As that of `base`, once for all tasks of as many labels."""
         return cache(self.base.load_empty)
@@ -143,4 +164,4 @@ class FitRequest:
         empty, out = self.load_empty(task.task_type, num_labels=task.num_labels), absolute(self.targets[task.name])
         settings = with_rate(self.settings_of[task.name], self.base, basis, task, empty)
         start = self.starts.of(task.name)
-        return Job(self.base, basis, [task], [out], working_folder(out), settings, None, False, start)
+        return Job(self._seen_once, basis, [task], [out], working_folder(out), settings, None, False, start)

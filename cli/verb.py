@@ -106,7 +106,7 @@ class Run:
         except (Exception, KeyboardInterrupt) as error:
             if failed or any(value.values()):
                 self.done.update(value | _failures(failed))
-                is_stopped = isinstance(error, KeyboardInterrupt)
+                is_stopped = isinstance(error, KeyboardInterrupt) or bool(_received)
                 if _is_main_process() and not (self.json or is_stopped) and (said := text()):
                     _print(said)
             if failed:

@@ -44,6 +44,27 @@ app = typer.Typer()
 app.command()(as_command(run))
 app(args=["--json"])
 """
+STOPPED = """
+import os, signal
+import typer
+from lorasb_cli.verb import Run, as_command
+
+def outcomes():
+    yield "a", 1
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise ValueError("no shape") from None
+
+def run(run: Run) -> None:
+    done = {}
+    for name, outcome in run.done_of(outcomes(), {"done": done}, lambda: "a is done", {}):
+        done[name] = outcome
+
+app = typer.Typer()
+app.command()(as_command(run))
+app()
+"""
 EARLY = """
 import os, signal
 from lorasb_cli import main
@@ -67,6 +88,15 @@ def test_what_was_done_is_told_and_the_reader_may_have_been_interrupted_too() ->
     unread = subprocess.run([sys.executable, "-c", DONE], stdout=writes, stderr=subprocess.PIPE, text=True)
     os.close(writes)
     assert (unread.returncode, unread.stderr) == (130, "Interrupted. No output was written.\n")
+
+
+def test_a_signal_that_comes_out_as_an_error_is_one_also_after_some_is_done() -> None:
+    """People are told that in a line, and programs what was done."""
+    run = [sys.executable, "-c", STOPPED]
+    told = subprocess.run(run, capture_output=True, text=True)
+    assert (told.returncode, told.stdout, told.stderr) == (143, "", "Interrupted. No output was written.\n")
+    printed = json.loads(subprocess.run([*run, "--json"], capture_output=True, text=True).stdout)
+    assert (printed["done"], printed["error"]["type"]) == ({"a": 1}, "Terminated")
 
 
 def test_a_signal_before_the_verb_begins() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory
+from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory, some_problems
 from lorasb_export.hub.newest import asked_once
 
 from .words import given
@@ -76,7 +76,8 @@ class Run:
         """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does.
 
         Args:
-            failed: of several things to do those that failed, by name: told in one error, and the exit code is 1.
+            failed: of several things to do those that failed, by name: told in one error, of many the first ten (JSON
+                has all), and the exit code is 1.
         """
         if _is_main_process() and (self.json or text):
             _print(_as_json(value | _failures(failed)) if self.json else text)
@@ -121,8 +122,8 @@ def _failures(failed: Mapping[str, LoraSBError] | None) -> dict[str, Any]:
 
 def _tell_failures(failed: Mapping[str, LoraSBError]) -> None:
     if _is_main_process():
-        lines = "".join(f"\n  {number}. {name}: {error}" for number, (name, error) in enumerate(failed.items(), 1))
-        typer.echo(_harmless(f"Error: not all was done, {len(failed)} failed:{lines}"), err=True)
+        lines = some_problems(failed, numbered=True)
+        typer.echo(_harmless(f"Error: not all was done, {len(failed):,} failed:\n{lines}"), err=True)
 
 
 # Of control characters a terminal would obey those that a file of somebody else's has; of Unicode's that turn the

@@ -103,13 +103,14 @@ class ServerError(LoraSBError, RuntimeError):
 PER_ITEM_ERRORS = (DataError, ArtifactError, BusyError, TrainingError)
 
 
-def some_problems(found: Mapping[str, LoraSBError], most: int = 10) -> str:
+def some_problems(found: Mapping[str, LoraSBError], most: int = 10, *, numbered: bool = False) -> str:
     """A line for each of the first, by name, where there are thousands. What there is least of comes first: one that is
     damaged is not lost among all classifiers."""
     alike = Counter(error.what for error in found.values())
-    ordered = sorted(found, key=lambda name: alike[found[name].what])
+    first = sorted(found, key=lambda name: alike[found[name].what])[:most]
+    lines = [f"  {f'{number}. ' * numbered}{name}: {found[name]}" for number, name in enumerate(first, 1)]
     more = [f"  and {len(found) - most:,} more"] if len(found) > most else []
-    return "\n".join([*(f"  {name}: {found[name]}" for name in ordered[:most]), *more])
+    return "\n".join(lines + more)
 
 
 class Problems:

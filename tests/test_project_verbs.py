@@ -13,8 +13,11 @@ import pytest
 
 from lorasb_export import Adapter, Basis, calibrate, evaluate, load_task
 from lorasb_export.base.model import BaseModel
+from lorasb_export.data.source import TaskSource
+from lorasb_export.data.task import TaskData
 from lorasb_export.errors import DataError, LoraSBError
 from lorasb_export.exporting import onnx
+from lorasb_export.project import evaluate as module
 from lorasb_export.project.evaluate import evaluate_adapters
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
@@ -225,6 +228,34 @@ def test_where_all_are_taken_the_data_of_one_leaves_the_others_their_turn(
     assert (named.exit_code, named.stdout, "bad.jsonl:" in named.stderr) == (1, "", True)
     of_all = lorasb(*words, "--data", "bad.jsonl", "--json")  # whose fault is none of theirs
     assert list(json.loads(of_all.stdout)) == ["error"]
+
+
+def test_data_that_all_lack_is_told_of_ten_and_not_looked_for_in_the_others(
+    project: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a disk that is not mounted: the others would each be waited for."""
+    looked_for: list[str] = []
+
+    def watched(name: str, source: TaskSource) -> TaskData:
+        looked_for.append(name)
+        return load_task(name, source)
+
+    monkeypatch.setattr(module, "load_task", watched)
+    adapter = Adapter.load(Path("adapters/a").rename("elsewhere"))
+    names = [f"t{number:02}" for number in range(14)]
+    for name in names:
+        adapter.training = {"task": name, "data": str(project / "gone" / name)}
+        adapter.save(f"adapters/{name}")
+    Path("adapters/t00/adapter.safetensors").write_bytes(b"{")  # is another matter
+    done = lorasb("evaluate", "--metric", "loss")
+    assert (done.exit_code, done.stdout, looked_for) == (1, "", names[1:11])
+    assert "11 problems, nothing was scored:\n  1. " in done.stderr
+    assert all(f"gone/{name}" in done.stderr for name in looked_for)
+    assert "left out" not in caplog.text  # the others are not scored
+    for name in names[9:]:
+        shutil.rmtree(f"adapters/{name}")
+    nine = json.loads(lorasb("evaluate", "--metric", "loss", "--json").stdout)
+    assert (list(nine), list(nine["failed"])) == (["evaluation", "failed"], names[:9])
 
 
 def test_who_is_named_has_to_be_good(among_others: Path) -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, Basis
 from lorasb_export.base.model import BaseRef
 from lorasb_export.base.network import as_base_model_error
-from lorasb_export.errors import DataError, OutputError, Terminated
+from lorasb_export.errors import DataError, LoraSBError, OutputError, Terminated
 from lorasb_export.files.kind import PEFT_TYPE
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -277,6 +277,21 @@ def test_what_was_done_is_told_also_where_an_error_ends_the_rest(
     told = lorasb(*verb.split())
     assert (told.exit_code, "a" in told.stdout, "1. b: bad rows" in told.stderr) == (1, True, True)
     assert isinstance(error, ValueError) or told.stderr.rstrip().splitlines()[-1].startswith("Error: full")
+
+
+def test_of_many_that_failed_people_are_told_ten_and_programs_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failed: dict[str, LoraSBError] = {f"t{number}": DataError("gone", fix="Mount it") for number in range(300)}
+    failed["bad"] = DataError("a row was cut", fix="Mend it")
+    with pytest.raises(typer.Exit):
+        Run(json=True, quiet=False, verbose=False, config=None, options={}).result({}, "", failed)
+    printed, told = capsys.readouterr()
+    assert list(json.loads(printed)["failed"]) == list(failed)
+    head, first, second, *_, last = told.splitlines()
+    assert head == "Error: not all was done, 301 failed:"
+    assert (first, second) == ("  1. bad: a row was cut. Mend it", "  2. t0: gone. Mount it")
+    assert (last, len(told.splitlines())) == ("  and 291 more", 12)
 
 
 @pytest.mark.parametrize(("verb", "key"), SEVERAL)

@@ -50,7 +50,7 @@ def evaluate_adapters(
 
     All of them are looked at before the first network runs; what is wrong, with up to ten of them, is told at once.
     But where the user named none, one that is damaged, or whose own data is gone or broken, is an error of its own, and
-    the others are scored.
+    the others are scored; unless ten have such data before any could be scored: a cause may be common to all.
 
     Args:
         adapters: word → folder or Hub id.
@@ -72,7 +72,8 @@ def evaluate_adapters(
         SettingsError: an adapter does not say what it was trained on; `resume` where no card would have the figures, or
             with `predictions`, which no card has.
         OutputError: the file of predictions is there already; nothing was scored.
-        DataError: none has rows to be scored on; or as for `evaluate`.
+        DataError: none has rows to be scored on; the first ten that were looked at cannot be read, though the user
+            named none; or as for `evaluate`.
         BaseModelError: the base of one is missing or another one; none was scored.
     """
     into_cards = data is None and limit is None and dtype != NF4 and split != "train"
@@ -155,17 +156,24 @@ class _Look:
                     if self.data is not None:  # the rows of all, whose fault it is
                         raise
                     self._leave_out(word, error, among=adapters)
-            if problems.is_full:
+            if problems.is_full or self._lacks_all_data():
                 break
-        if problems.found:
+        if problems.found or self._lacks_all_data():
             problems.found += self.left_out.values()
         problems.raise_all("nothing was scored")
+        for word, one in self.left_out.items():
+            logger.warning("%s is left out: %s", word, one)
+
+    def _lacks_all_data(self) -> bool:
+        """Whether the data of ten is gone or broken before any can be scored: a disk may not be mounted, or the Hub be
+        down, and each of the others be waited for as long."""
+        lacking = sum(isinstance(error, DataError) for error in self.left_out.values())
+        return lacking >= 10 and not (self.ready or self.known)
 
     def _leave_out(self, word: str, error: LoraSBError, *, among: Collection[str]) -> None:
         """Keep the error of one adapter for the end; raise it where it is the only one, or was named."""
         if not self.all_there_are or len(among) == 1:
             raise error
-        logger.warning("%s is left out: %s", word, error)
         self.left_out[word] = error.alone()
 
     def _at(self, word: str, folder: str, adapter: Adapter, name: str, source: TaskSource | None) -> None:

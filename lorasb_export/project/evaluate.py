@@ -167,8 +167,9 @@ class _Look:
     def _lacks_all_data(self) -> bool:
         """Whether the data of ten is gone or broken before any can be scored: a disk may not be mounted, or the Hub be
         down, and each of the others be waited for as long."""
-        lacking = sum(isinstance(error, DataError) for error in self.left_out.values())
-        return lacking >= 10 and not (self.ready or self.known)
+        if self.ready or self.known:
+            return False
+        return sum(isinstance(error, DataError) for error in self.left_out.values()) >= 10
 
     def _leave_out(self, word: str, error: LoraSBError, *, among: Collection[str]) -> None:
         """Keep the error of one adapter for the end; raise it where it is the only one, or was named."""

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory, some_problems
-from lorasb_export.hub.newest import asked_once
 
 from .words import given
 
@@ -174,6 +173,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             signal.signal(signal.SIGINT, _stop)
         try:
             _refuse_processes(verb)
+            from lorasb_export.hub.newest import asked_once  # only now: it takes a while
+
             with asked_once():
                 function(run, **options)
         except KeyboardInterrupt as stop:

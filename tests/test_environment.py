@@ -30,6 +30,12 @@ def test_to_import_this_package_is_cheap() -> None:
     subprocess.run([sys.executable, "-c", "import lorasb_export, sys; assert 'torch' not in sys.modules"], check=True)
 
 
+def test_to_start_the_command_imports_nothing_of_the_hub() -> None:
+    """Or `--help` and `--version` would take longer."""
+    there = "any(name.startswith('lorasb_export.hub') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import lorasb_cli.main, sys; assert not {there}"], check=True)
+
+
 def test_the_names_at_the_top() -> None:
     assert dir(lorasb_export) == sorted(lorasb_export.__all__)
     assert all(callable(getattr(lorasb_export, name)) for name in lorasb_export.__all__)

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -22,24 +21,25 @@ from .calls import hub_errors, retry_after, with_retries
 logger = logging.getLogger(__name__)
 
 _failing = set[str]()  # repositories that were waited for in vain: asked once when they are asked for again
-# (repository, branch or tag) → commit, inside of `asked_once`
-_asked: ContextVar[dict[tuple[str, str | None], str] | None] = ContextVar("_asked", default=None)
+# (repository, branch or tag) → commit, inside of `asked_once`, for all threads: a process runs one command
+_asked: dict[tuple[str, str | None], str] | None = None
 
 
 @contextmanager
 def asked_once() -> Iterator[None]:
     """Inside, the Hub is asked once for the newest commit of a repository: of what many adapters lie in all are taken
     at one commit. Outside, at each call: a program that runs for days would keep to the commit of its start."""
-    token = _asked.set({})
+    global _asked
+    _asked = {}
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked = None
 
 
 def ask_again(name: str) -> None:
     """What was asked of the repository `name` is no longer so: it has been pushed to."""
-    known = _asked.get() or {}
+    known = _asked or {}
     for key in [key for key in known if key[0] == name]:
         del known[key]
 
@@ -64,16 +64,14 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
     if constants.HF_HUB_OFFLINE or re.fullmatch("[0-9a-f]{40}", revision or ""):
         return with_retries(lambda: fetch(revision=revision))
 
-    known = _asked.get()
+    known = {} if _asked is None else _asked
 
     def ask() -> str | None:
-        if known and (name, revision) in known:
-            return known[name, revision]
         seconds = constants.HF_HUB_ETAG_TIMEOUT
         return HfApi().model_info(name, revision=revision, expand=["sha"], timeout=seconds).sha
 
     try:
-        commit = ask() if name in _failing else with_retries(ask)
+        commit = known.get((name, revision)) or (ask() if name in _failing else with_retries(ask))
         folder = with_retries(lambda: fetch(revision=commit or revision))  # a mirror may not say
     except RevisionNotFoundError:
         raise
@@ -89,8 +87,7 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
     _failing.discard(name)
     if commit is None:
         return folder
-    if known is not None:
-        known[name, revision] = commit
+    known[name, revision] = commit
     with suppress(OSError):  # a cache that is only read
         _remember(Path(folder), revision or constants.DEFAULT_REVISION, commit)
     return folder

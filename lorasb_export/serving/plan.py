@@ -171,12 +171,14 @@ def make_plan(
     base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
     loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
     if problems or apart:
-        problems = {name: (problems | apart)[name] for name in adapters if name not in loaded}
-        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:"
-        if not (pass_over and loaded) or len(apart) > len(adapters) // 10:
-            lines = "\n".join(f"  {name}: {error}" for name, error in problems.items())
-            raise type(next(iter(problems.values())))(f"{what}\n{lines}", fix="")
-        logger.warning("%s\n%s\nThe others are served", what, some_problems(problems))
+        problems |= apart
+        problems = {name: problems[name] for name in adapters if name in problems}
+        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{some_problems(problems)}"
+        may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
+        if not may_pass or too_many:
+            fix = "More than a tenth are without their basis, or of another base: name those to serve"
+            raise type(next(iter(problems.values())))(what, fix=fix if may_pass else "")
+        logger.warning("%s\nThe others are served", what)
     assert base is not None  # given, or that of what is loaded
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")

@@ -167,6 +167,24 @@ def test_two_people_with_different_tasks_share_one(any_hub: Hub, project: Path, 
     assert any_hub.commits(REPO) == 2
 
 
+def test_the_card_shows_the_labels_of_a_classifier_that_becomes_the_first(any_hub: Hub, project: Path) -> None:
+    for name in "ab":
+        adapter = Adapter.load(project / "adapters" / name)
+        adapter.task_type, adapter.head = "SEQ_CLS", {"score.weight": torch.zeros(2, 16)}
+        adapter.training = {"labels": [f"no {name}", f"yes {name}"]}
+        adapter.save(project / "adapters" / name, overwrite=True)
+    pushed(any_hub, project)
+    assert 'id2label={0: "no a", 1: "yes a"}' in any_hub.content(REPO, "README.md").decode()
+    repo = any_hub.repos[REPO]
+    kept = {path: entry for path, entry in repo.commits[repo.refs["main"]].items() if "adapters/a/" not in path}
+    repo.commit("main", kept, "without a")
+    for name in "ab":
+        shutil.rmtree(project / "adapters" / name)
+    make_adapter(project / "adapters" / "c", project / "basis", seed=9)
+    pushed(any_hub, project)
+    assert 'id2label={0: "no b", 1: "yes b"}' in any_hub.content(REPO, "README.md").decode()
+
+
 def test_what_cannot_be_published_is_left_out(any_hub: Hub, project: Path) -> None:
     """What was published of it before stays."""
     pushed(any_hub, project)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from lorasb_export.project.project import Project
 from lorasb_export.project.push import push_project
 from lorasb_export.publishing import project_repository
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
-from lorasb_export.publishing.project_index import make_index
+from lorasb_export.publishing.project_index import about, labels_of, make_index
 from tests.pushing import BASE, make
 
 
@@ -156,20 +157,24 @@ def test_the_card_lists_every_figure() -> None:
     assert text.count("| accuracy |") == 999
 
 
-def test_an_index_has_the_labels_that_its_card_shows(tmp_path: Path) -> None:
-    """All labels of thousands of classifiers are more than is read of an index."""
-    about = {"sha256": "a" * 64, "basis": "../../basis", "basis_sha256": "b" * 64, "base_model": "owner/base"}
-    about |= {"task_type": "SEQ_CLS", "evaluation": {}, "regression": False}
-    labels = [f"some intent's label, {number}" for number in range(77)]
-    parts: dict[str, Any] = {f"adapters/{number:04}": {**about, "labels": labels} for number in range(5000)}
-    basis = {"basis": {"sha256": "b" * 64, "rank": 4, "base_model": "owner/base"}}
-    index = make_index({"name_or_path": "owner/base"}, basis | parts)
-    write_json(tmp_path / "lorasb.json", index)
+def test_an_index_has_no_labels(tmp_path: Path) -> None:
+    """Those of thousands of classifiers are more than is read of it."""
+    training = {"labels": [f"some intent's label, {number}" for number in range(77)], "regression": False}
+    config = {"sha256": "a" * 64, "basis": {"source": "../../basis", "sha256": "b" * 64}, "training": training}
+    config |= {"base_model_name_or_path": "owner/base", "revision": None, "base_fingerprint": "f" * 64}
+    config |= {"task_type": "SEQ_CLS"}
+    parts = {f"adapters/{number:04}": about("adapter", config) for number in range(5000)}
+    write_json(tmp_path / "lorasb.json", make_index({"name_or_path": "owner/base"}, parts))
     found = inspect_folder(tmp_path)["parts"]
-    assert len(found) == 5001
-    assert found["adapters/0000"]["labels"] == labels
-    assert found["adapters/0001"] == about
-    assert "some intent's label, 76" in project_card(index, "me/support", NOTHING)
+    assert len(found) == 5000
+    expected = {"sha256": "a" * 64, "basis": "../../basis", "basis_sha256": "b" * 64, "base_model": "owner/base"}
+    assert found["adapters/0000"] == {**expected, "task_type": "SEQ_CLS", "evaluation": {}, "regression": False}
+
+
+@pytest.mark.parametrize("training", ["x", {}, {"labels": "no"}, {"labels": None}, {"labels": ["\ud800"]}])
+def test_labels_that_strangers_write_are_not_shown(training: Any) -> None:
+    assert labels_of(json.dumps({"training": training})) == []
+    assert labels_of(b"\xff") == labels_of("") == []
 
 
 @pytest.mark.usefixtures("no_network")

@@ -19,7 +19,8 @@ INDEX = "lorasb.json"
 
 About = Mapping[str, Any]
 
-_OF_TRAINING = ("evaluation", "labels", "regression")  # what is taken from it
+# What is taken from it: with the labels of thousands of classifiers it would be more than is read of JSON.
+_OF_TRAINING = ("evaluation", "regression")
 _OF_BASIS = {"sha256": str, "rank": int, "base_model": str}
 _OF_ADAPTER = {"sha256": str, "basis": str, "basis_sha256": str, "base_model": str, "task_type": str}
 
@@ -35,18 +36,9 @@ def about(kind: str, config: Mapping[str, Any]) -> About:
 
 
 def make_index(base: Mapping[str, Any], parts: Mapping[str, About]) -> dict[str, Any]:
-    """Its content. `parts`: by where they lie, as in `adapters/a`.
-
-    Labels are of the first adapter alone, which the card shows how to load: with those of thousands of classifiers it
-    would be larger than what is read of JSON. Each adapter's own config has them.
-    """
+    """Its content. `parts`: by where they lie, as in `adapters/a`."""
     named = {"name_or_path": base["name_or_path"], "revision": base.get("revision")}
-    ordered = dict(sorted(parts.items()))
-    first = next((part for part in ordered if kind_of_part(part) == "adapter"), None)
-    for part, one in ordered.items():
-        if part != first and "labels" in one:
-            ordered[part] = {key: said for key, said in one.items() if key != "labels"}
-    return {"kind": PROJECT, "base": named, "parts": ordered}
+    return {"kind": PROJECT, "base": named, "parts": dict(sorted(parts.items()))}
 
 
 def read_index(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +71,16 @@ def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[st
         if one is not None:
             found[part] = one
     return found
+
+
+def labels_of(config: str | bytes) -> list[Any]:
+    """Those of a classifier, from a config that anybody may have written; none where it is not in the form of ours."""
+    try:
+        training = {"labels": parse_json(config)["training"]["labels"]}
+        check_training(training, "labels")
+    except (ValueError, LookupError, TypeError):
+        return []
+    return training["labels"] or []
 
 
 def refuse_lost(mine: Mapping[str, About], others: Mapping[str, About], where: str) -> None:

@@ -22,6 +22,7 @@ from ..cards import readme
 from ..cards.card import base_of
 from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
+from ..choices import SEQ_CLS
 from ..errors import ArtifactError, LoraSBError, OutputError, Problems, ServerError
 from ..files.storage import to_json
 from ..hub.fetch import BASIS_FILES
@@ -33,7 +34,7 @@ from .checksums import checksums
 from .folder_card import Licences, folder_card
 from .hub import check_target, planned
 from .outgoing import PROJECT, SUMS, Files, Seen
-from .project_index import INDEX, About, about, make_index, others, refuse_lost
+from .project_index import INDEX, About, about, labels_of, make_index, others, refuse_lost
 from .repository import Head, Repository, Stored, compare, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)
@@ -228,12 +229,22 @@ class _Reader:
         refuse_lost(mine, there, repo)
         index = make_index(self.base, {**there, **mine})
         facts = self.licences.facts(index, {}, {}) if self.licences else NOTHING
-        text = readme.merge("", theirs, project_card(index, repo, facts), where="README.md")
         files = {path: file for one in parts.values() for path, file in one.files.items()}
+        shown = index | {"parts": self._with_labels(index["parts"], files, head)}
+        text = readme.merge("", theirs, project_card(shown, repo, facts), where="README.md")
         files |= {INDEX: to_json(index), "README.md": text.encode()}
         kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *parts}}
         files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
         return files
+
+    def _with_labels(self, parts: Mapping[str, About], files: Files, head: Head) -> dict[str, About]:
+        """What the index says of `parts`, and the labels of the first adapter, which the card shows how to load."""
+        first = next(part for part in parts if kind_of_part(part) == "adapter")
+        if parts[first]["task_type"] != SEQ_CLS:
+            return dict(parts)
+        path = f"{first}/adapter_config.json"
+        config = outgoing.content_of(files[path]) if path in files else self._repository.text(head, path)
+        return {**parts, first: {**parts[first], "labels": labels_of(config)}}
 
     def _settle(self, part: str, adapter: Adapter, files: Files) -> tuple[str, str, Seen]:
         """Where the adapter's basis is, for its card and for its config; and the basis's own files."""

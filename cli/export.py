@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
+from lorasb_export.errors import LoraSBError
 from lorasb_export.files.storage import expanded, folder_bytes
 
 from .verb import Run
@@ -81,17 +82,16 @@ def run(
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
     from lorasb_export.project.export import adapters_to_export, tasks_to_compare
 
+    failed: dict[str, LoraSBError] = {}
     if everything:
-        folders = adapters_to_export(run.project, None if into is None else expanded(into))
+        folders, failed = adapters_to_export(run.project, None if into is None else expanded(into))
     if into is not None and not folders:
         result = exported_record(expanded(into)) | {"out": into, "bytes": folder_bytes(expanded(into))}
-        run.result(result, f"Nothing to add to {into}")
+        run.result(result, "" if failed else f"Nothing to add to {into}", failed)
         return
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else run.project.base_elsewhere(model, folders[0])
-    # Into an export goes what has changed, where all is asked for: it is to be as the project is.
-    options: dict[str, Any] = {"verify": verify, "overwrite": overwrite or (everything and into is not None)}
-    options |= given(max_drop=max_drop)
+    options: dict[str, Any] = {"verify": verify} | given(max_drop=max_drop)
     if into is None:
         from lorasb_export.exporting.export import export
 
@@ -99,15 +99,16 @@ def run(
         precision = precision or "fp32"
         if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or compared):
             options["data"] = tasks_to_compare(run.project, folders, data)
-        options |= {"precision": precision, "routed": routed}
+        options |= {"precision": precision, "routed": routed, "overwrite": overwrite}
         result = export(folders, target, format=format, base=base, **options)
     else:
         target, verb = into, "Added to"
+        options["overwrite"] = overwrite or everything  # all that is asked for: what has changed too
         if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
             options["data"] = tasks_to_compare(run.project, folders, data)
         result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
-    run.result(result, "\n".join(lines))
+    run.result(result, "\n".join(lines), failed)
 
 
 def _comparisons(verify: dict[str, Any]) -> list[str]:

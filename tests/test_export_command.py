@@ -248,18 +248,23 @@ def test_where_none_is_named_what_cannot_be_exported_does_not_keep_the_others_fr
 ) -> None:
     _, calls = of_a_project
     command = ["export", "--format", "onnx-adapters"]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert done.exit_code == 0, done.stderr
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert (done.exit_code, list(json.loads(done.stdout)["failed"])) == (1, ["damaged"])
+    assert "Error: not all was done, 1 failed:\n  1. damaged: " in done.stderr
     assert calls[0][0] == ["A", "b", "c"]
     assert calls[0][1]["overwrite"] is False
     assert "5 of 9 are passed over" in caplog.text
     for reason in ("a and A differ by capitals", "hide the base", "damaged", "'my task' cannot", "every classifier"):
         assert reason in caplog.text
     assert "Passed over, being of another basis than A and 2 more: z" in caplog.text
+    Path("adapters", "damaged").rename("damaged")  # what is left out then is meant to be
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert (done.exit_code, json.loads(done.stdout), calls[1]) == (0, {"bytes": 0}, calls[0])
+    Path("damaged").rename(Path("adapters", "damaged"))
     for name in ("a", "A", "b", "c", "z"):
         shutil.rmtree(Path("adapters", name))
     done = CliRunner().invoke(app, command)
-    assert (done.exit_code, "4 problems, nothing is exported" in done.stderr, len(calls)) == (1, True, 1)
+    assert (done.exit_code, "4 problems, nothing is exported" in done.stderr, len(calls)) == (1, True, 2)
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -277,7 +282,9 @@ def test_into_an_export_goes_what_it_lacks_and_what_has_changed(
     (tmp_path / "onnx").mkdir()
     write_record(tmp_path / "onnx", record)
     command = ["export", "--into", "onnx"]
-    CliRunner().invoke(app, command, catch_exceptions=False)
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    failed = ["b", "damaged"] if routed else ["damaged"]
+    assert (done.exit_code, list(json.loads(done.stdout)["failed"])) == (1, failed)
     folders, options = calls[0]
     assert folders == (["c"] if routed else ["b", "c"])
     assert options["overwrite"] is True
@@ -287,5 +294,16 @@ def test_into_an_export_goes_what_it_lacks_and_what_has_changed(
 
     record["adapters"] = {name: there | {"scaling": s} for name, s in (("a", 2.0), ("b", 0.5), ("c", 2.0))}
     write_record(tmp_path / "onnx", record)
+    shutil.rmtree(tmp_path / "adapters" / "damaged")
     done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     assert (done.exit_code, list(json.loads(done.stdout)["adapters"]), len(calls)) == (0, ["a", "b", "c"], 1)
+    assert CliRunner().invoke(app, command).stdout == "Nothing to add to onnx\n"
+
+    # Of what the export has, one is of another basis now, and one a classifier: it is not as the project is.
+    for name, another in (("b", "z"), ("c", "sorts")):
+        shutil.rmtree(tmp_path / "adapters" / name)
+        shutil.copytree(tmp_path / "adapters" / another, tmp_path / "adapters" / name)
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert (done.exit_code, done.stdout, len(calls)) == (1, "", 1)
+    assert "2 failed:\n  1. b: adapter b belongs to another basis" in done.stderr
+    assert "\n  2. c: the adapter's task is SEQ_CLS" in done.stderr

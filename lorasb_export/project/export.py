@@ -19,13 +19,17 @@ from .project import Project
 logger = logging.getLogger(__name__)
 
 
-def adapters_to_export(project: Project, into: Path | None = None) -> list[str]:
-    """Folders of all the project's adapters that one ONNX graph can hold; what is left out is warned of.
+def adapters_to_export(project: Project, into: Path | None = None) -> tuple[list[str], dict[str, LoraSBError]]:
+    """Which of all the project's adapters one ONNX graph can hold; what is left out is warned of.
 
     Left out is what is damaged, a classifier, badly called, or, if they are few, of another basis than most.
 
     Args:
         into: the export that they go into: of its basis, those that it lacks, or has with another R. None may be left.
+
+    Returns:
+        their folders; and by name the problems without which the export would be complete: those of adapters that are
+        damaged, or that it has as they were before.
 
     Raises:
         SettingsError: there is no adapter.
@@ -34,35 +38,39 @@ def adapters_to_export(project: Project, into: Path | None = None) -> list[str]:
     names = ours_in(project.adapters_folder)
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name one")
-    record = None if into is None else exported_record(into)
-    there = record["adapters"] if record else {}
+    record = {} if into is None else exported_record(into)
+    there = record.get("adapters", {})
     taken = {name.casefold(): name for name in there}
     found: dict[str, Adapter] = {}
+    failed: dict[str, LoraSBError] = {}
     problems: dict[str, LoraSBError] = {}
     for name in names:
         folder = project.adapter_folder(name)
+        adapter = None
         try:
             if name in there and _is_exported(folder, there[name]):
                 continue
             adapter = Adapter.load(folder)
             require_exportable(name, adapter)
-            if record is not None and into is not None:
+            if into is not None:
                 require_of_graph(adapter, record, into)
             other = taken.setdefault(name.casefold(), name)
             if other != name:
                 raise SettingsError(f"{name} and {other} differ by capitals only", where=folder, fix="Rename a folder")
-            if name in there and record is not None and record["routed"]:
+            if name in there and record["routed"]:
                 fix = "Export all anew, with --out"
                 raise SettingsError(f"{name} has changed, and a routed graph only grows", where=into, fix=fix)
             found[name] = adapter
         except LoraSBError as error:
             problems[name] = error.alone()
+            if adapter is None or name in there:  # it could not be read; or an older one stays
+                failed[name] = problems[name]
     if len(problems) == len(names):
         Problems(problems.values()).raise_all("nothing is exported")
     if problems:
         logger.warning("%d of %d are passed over:\n%s", len(problems), len(names), some_problems(problems))
-    chosen = of_one_basis(found) if record is None else found
-    return [str(project.adapter_folder(name)) for name in chosen]
+    chosen = of_one_basis(found) if into is None else found
+    return [str(project.adapter_folder(name)) for name in chosen], failed
 
 
 def _is_exported(folder: Path, entry: Mapping[str, Any]) -> bool:

@@ -11,7 +11,9 @@ quickstart: .venv  ## the whole line on a small real model, on a CPU
 	$(BIN)/lorasb quickstart --out quickstart
 
 test: style  ## what CI runs; mypy beside the tests
-	$(BIN)/mypy & $(PYTEST) tests integration; tests=$$?; wait $$! && exit $$tests
+	mkdir -p build
+	$(BIN)/mypy > build/mypy.log 2>&1 & $(PYTEST) tests integration; tests=$$?; \
+	wait $$!; types=$$?; cat build/mypy.log; exit $$((tests || types))
 
 unit: install-test  ## the fast tests alone
 	$(PYTEST) tests

@@ -100,6 +100,8 @@ class Run:
         try:
             for name, outcome in outcomes:
                 if isinstance(outcome, LoraSBError):
+                    if _received:  # a library made an error of the signal, which is of no one thing
+                        raise outcome
                     failed[name] = outcome
                 else:
                     yield name, outcome

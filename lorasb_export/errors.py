@@ -134,7 +134,7 @@ class Problems:
         return False
 
     def raise_all(self, outcome: str) -> None:
-        """Raise the one error found, or one of the first's kind that lists all.
+        """Raise the one error found, or one of the first's kind that lists all, up to ten.
 
         Args:
             outcome: what came of it, such as `nothing was written`.
@@ -142,7 +142,8 @@ class Problems:
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
-            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found, 1))
+            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found[:10], 1))
+            lines += f"\n  and {len(self.found) - 10:,} more" if len(self.found) > 10 else ""
             raise type(self.found[0])(f"{len(self.found)} problems, {outcome}:{lines}", fix="")
 
 

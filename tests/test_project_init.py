@@ -82,6 +82,10 @@ def test_labels_among_text_get_a_basis_of_their_own(
     assert CliRunner().invoke(app, ["init", "--add", "--tasks-dir", "data"]).exit_code == 0
     own = {name: task.basis for name, task in Project.load().tasks.items()}
     assert own == {"text": None, "labels": "own", "more-labels": "own", "more-text": None}
+    Path("empty.toml").write_text('model = "m"\n')
+    CliRunner().invoke(app, ["init", "--config", "empty.toml", "--add", "--tasks-dir", "data"])
+    own = {name: task.basis for name, task in Project.load("empty.toml").tasks.items()}
+    assert own == {"text": None, "labels": "own", "more-labels": "own", "more-text": None}
     foreseen = CliRunner().invoke(app, ["fit", "--dry-run"])
     assert foreseen.exit_code == 0, foreseen.output
 

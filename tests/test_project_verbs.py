@@ -247,11 +247,19 @@ def test_data_that_all_lack_is_told_of_ten_and_not_looked_for_in_the_others(
         adapter.training = {"task": name, "data": str(project / "gone" / name)}
         adapter.save(f"adapters/{name}")
     Path("adapters/t00/adapter.safetensors").write_bytes(b"{")  # is another matter
+    tasks, file = "".join(f'[tasks.{name}]\ndata = "gone/{name}"\n' for name in names), Path("lorasb.toml")
+    before = file.read_text()
+    file.write_text(before + tasks)
     done = lorasb("evaluate", "--metric", "loss")
     assert (done.exit_code, done.stdout, looked_for) == (1, "", names[1:11])
     assert "11 problems, nothing was scored:\n  1. " in done.stderr
-    assert all(f"gone/{name}" in done.stderr for name in looked_for)
+    assert all(f"gone/{name}" in done.stderr for name in looked_for[:9])
+    assert "and 1 more" in done.stderr
     assert "left out" not in caplog.text  # the others are not scored
+    file.write_text(before)  # of tasks that are gone: the rows of those that stay may be there
+    gone = json.loads(lorasb("evaluate", "--metric", "loss", "--json").stdout)
+    assert (list(gone), list(gone["failed"])) == (["evaluation", "failed"], names)
+    file.write_text(before + tasks)
     for name in names[9:]:
         shutil.rmtree(f"adapters/{name}")
     nine = json.loads(lorasb("evaluate", "--metric", "loss", "--json").stdout)

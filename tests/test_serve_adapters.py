@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -110,12 +109,14 @@ def test_a_few_without_their_basis_or_of_another_base_do_not_keep_many_from_bein
 
 def test_of_many_that_cannot_be_served_an_error_names_the_first_and_what_is_too_many(folder: Path) -> None:
     many = {f"t{number:02}": folder / ("other" if number < 12 else "a") for number in range(26)}
-    for pass_over, fix in ((True, "More than a tenth are .*, or of another base: name those to serve"), (False, "")):
-        with pytest.raises(BaseModelError, match="12 of 26 adapters cannot be served:\n  t00: the base's") as refused:
+    for pass_over, why in (
+        (True, r" \(more than a tenth are .*, or of another base: name those to serve\)"),
+        (False, ""),
+    ):
+        with pytest.raises(BaseModelError, match=f"12 of 26 adapters cannot be served{why}:\n  t00: the b") as refused:
             dry_run(many, pass_over=pass_over, mode="folded")
-        *_, last, more = refused.value.what.splitlines()
+        *_, last, more = str(refused.value).splitlines()
         assert (last.startswith("  t09: "), more) == (True, "  and 2 more")
-        assert re.fullmatch(fix, refused.value.fix)
 
 
 @pytest.mark.parametrize("mode", ["shared", "folded"])

@@ -47,6 +47,7 @@ app(args=["--json"])
 STOPPED = """
 import os, signal
 import typer
+from lorasb_export.errors import DataError
 from lorasb_cli.verb import Run, as_command
 
 def outcomes():
@@ -54,6 +55,9 @@ def outcomes():
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except KeyboardInterrupt:
+        if "OF ONE" in os.environ:
+            yield "b", DataError("no rows")
+            print("goes on")
         raise ValueError("no shape") from None
 
 def run(run: Run) -> None:
@@ -90,12 +94,13 @@ def test_what_was_done_is_told_and_the_reader_may_have_been_interrupted_too() ->
     assert (unread.returncode, unread.stderr) == (130, "Interrupted. No output was written.\n")
 
 
-def test_a_signal_that_comes_out_as_an_error_is_one_also_after_some_is_done() -> None:
+@pytest.mark.parametrize("of_one", [{}, {"OF ONE": "1"}], ids=["of all", "of one thing"])
+def test_a_signal_that_comes_out_as_an_error_is_one_also_after_some_is_done(of_one: dict[str, str]) -> None:
     """People are told that in a line, and programs what was done."""
-    run = [sys.executable, "-c", STOPPED]
-    told = subprocess.run(run, capture_output=True, text=True)
+    run, environment = [sys.executable, "-c", STOPPED], os.environ | of_one
+    told = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert (told.returncode, told.stdout, told.stderr) == (143, "", "Interrupted. No output was written.\n")
-    printed = json.loads(subprocess.run([*run, "--json"], capture_output=True, text=True).stdout)
+    printed = json.loads(subprocess.run([*run, "--json"], capture_output=True, text=True, env=environment).stdout)
     assert (printed["done"], printed["error"]["type"]) == ({"a": 1}, "Terminated")
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,9 @@ class _Look:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, LoraSBError] = field(default_factory=dict)
     _bases: dict[tuple[BaseRef, frozenset[str]], BaseModel] = field(default_factory=dict)
+    _reads_none: bool = True  # of the adapters' data
     _places: dict[str, int] = field(default_factory=dict)  # of the bases, by their sha256
+    _lacking: int = 0  # adapters of the project's tasks whose data is gone or broken, before any could be read
 
     def at_all(self, adapters: Mapping[str, str]) -> None:
         """Look at each. Raises all that is wrong at once, but for what is left out of several that nobody named."""
@@ -156,20 +159,19 @@ class _Look:
                     if self.data is not None:  # the rows of all, whose fault it is
                         raise
                     self._leave_out(word, error, among=adapters)
-            if problems.is_full or self._lacks_all_data():
+                    self._lacking += self._reads_none and name in self.project.tasks
+            if problems.is_full or self._lacks_all_data:
                 break
-        if problems.found or self._lacks_all_data():
+        if problems.found or self._lacks_all_data:
             problems.found += self.left_out.values()
         problems.raise_all("nothing was scored")
-        for word, one in self.left_out.items():
+        for word, one in islice(self.left_out.items(), 10):  # at the end all are counted
             logger.warning("%s is left out: %s", word, one)
 
+    @property
     def _lacks_all_data(self) -> bool:
-        """Whether the data of ten is gone or broken before any can be scored: a disk may not be mounted, or the Hub be
-        down, and each of the others be waited for as long."""
-        if self.ready or self.known:
-            return False
-        return sum(isinstance(error, DataError) for error in self.left_out.values()) >= 10
+        """Whether a disk may not be mounted, or the Hub be down, and each of the others be waited for as long."""
+        return self._reads_none and self._lacking >= 10
 
     def _leave_out(self, word: str, error: LoraSBError, *, among: Collection[str]) -> None:
         """Keep the error of one adapter for the end; raise it where it is the only one, or was named."""
@@ -185,6 +187,7 @@ class _Look:
             return
         load = partial(load_task if self.data is None else load_held_out, name, source)
         task = with_labels_of(adapter, load())
+        self._reads_none = False
         if self.file is not None:
             self.file.refuse_rows_of(Path(str(source)))
         if self.all_there_are and (why := self._passed_over(task)):

@@ -110,10 +110,11 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
     refuse_bad_names(new)
     if new:
         shared = {name: task.data for name, task in project.tasks.items() if task.basis is None}
-        kinds = set(_labelled(project.folder, shared).values())
         labelled = _labelled(project.folder, new)
+        kinds = set(_labelled(project.folder, shared).values()) or set(labelled.values())
         none_shared = bool(project.tasks) and not shared
-        own = {name for name in new if none_shared or (name in labelled and kinds == {not labelled[name]})}
+        is_other = {name for name, has in labelled.items() if kinds == {not has} or (has and len(kinds) > 1)}
+        own = set(new) if none_shared else is_other
         before = project.file.read_bytes().decode("utf-8-sig").rstrip()
         text = "\n\n".join([before, *(_table(name, data, own=name in own) for name, data in new.items())])
         try:

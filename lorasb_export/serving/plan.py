@@ -173,12 +173,12 @@ def make_plan(
     if problems or apart:
         problems |= apart
         problems = {name: problems[name] for name in adapters if name in problems}
-        what = f"{len(problems)} of {len(adapters)} adapters cannot be served:\n{some_problems(problems)}"
+        what, which = f"{len(problems)} of {len(adapters)} adapters cannot be served", some_problems(problems)
         may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
         if not may_pass or too_many:
-            fix = "More than a tenth are without their basis, or of another base: name those to serve"
-            raise type(next(iter(problems.values())))(what, fix=fix if may_pass else "")
-        logger.warning("%s\nThe others are served", what)
+            why = " (more than a tenth are without their basis, or of another base: name those to serve)"
+            raise type(next(iter(problems.values())))(f"{what}{why if may_pass else ''}:\n{which}", fix="")
+        logger.warning("%s:\n%s\nThe others are served", what, which)
     assert base is not None  # given, or that of what is loaded
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")

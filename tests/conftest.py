@@ -124,7 +124,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     yield caplog
     logging.getLogger("lorasb_export").setLevel(logging.NOTSET)  # a verb sets it, for its process

@@ -81,7 +81,7 @@ def run(*, quick: bool, minutes: float | None = None, tasks: Sequence[str] = TAS
     if not quick:
         return _fill(Results(RUNS), tasks, EVERYWHERE, SEEDS, minutes)
     with tempfile.TemporaryDirectory() as scratch:
-        short = {"steps": 20, "valid_rows": 64, "test_rows": 64, "samples": 8}
+        short = {"steps": 20, "batch_size": 6, "valid_rows": 64, "test_rows": 64, "samples": 8}
         results = Results(Path(scratch) / "quick.jsonl")
         return _fill(results, ("sst2",), ("LoRA r=8", "as published: own basis, r=64, AdamW"), (0,), minutes, **short)
 

@@ -247,7 +247,7 @@ def test_data_that_all_lack_is_told_of_ten_and_not_looked_for_in_the_others(
         adapter.training = {"task": name, "data": str(project / "gone" / name)}
         adapter.save(f"adapters/{name}")
     Path("adapters/t00/adapter.safetensors").write_bytes(b"{")  # is another matter
-    tasks, file = "".join(f'[tasks.{name}]\ndata = "gone/{name}"\n' for name in names), Path("lorasb.toml")
+    tasks, file = "".join(f'[tasks.{name}]\ndata = "./gone/{name}"\n' for name in names), Path("lorasb.toml")
     before = file.read_text()
     file.write_text(before + tasks)
     done = lorasb("evaluate", "--metric", "loss")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -108,9 +108,14 @@ def some_problems(found: Mapping[str, LoraSBError], most: int = 10, *, numbered:
     damaged is not lost among all classifiers."""
     alike = Counter(error.what for error in found.values())
     first = sorted(found, key=lambda name: alike[found[name].what])[:most]
-    lines = [f"  {f'{number}. ' * numbered}{name}: {found[name]}" for number, name in enumerate(first, 1)]
-    more = [f"  and {len(found) - most:,} more"] if len(found) > most else []
-    return "\n".join(lines + more)
+    lines = [f"{f'{number}. ' * numbered}{name}: {found[name]}" for number, name in enumerate(first, 1)]
+    return _listed(lines, len(found))
+
+
+def _listed(lines: Sequence[str], of: int) -> str:
+    """Lines of an error, and how many more there are."""
+    more = [f"and {of - len(lines):,} more"] if of > len(lines) else []
+    return "\n".join(f"  {line}" for line in (*lines, *more))
 
 
 class Problems:
@@ -142,9 +147,9 @@ class Problems:
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
-            lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.found[:10], 1))
-            lines += f"\n  and {len(self.found) - 10:,} more" if len(self.found) > 10 else ""
-            raise type(self.found[0])(f"{len(self.found)} problems, {outcome}:{lines}", fix="")
+            lines = [f"{number}. {error}" for number, error in enumerate(self.found[:10], 1)]
+            what = f"{len(self.found)} problems, {outcome}:\n{_listed(lines, len(self.found))}"
+            raise type(self.found[0])(what, fix="")
 
 
 class Terminated(KeyboardInterrupt):

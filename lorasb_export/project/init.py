@@ -76,7 +76,7 @@ def write_project(
     refuse_bad_names(tasks)
     labelled = _labelled(path.parent, tasks)
     kinds = set(labelled.values())
-    own = {name for name in tasks if as_published or (len(kinds) > 1 and labelled.get(name))}
+    own = set(tasks) if as_published else _others(labelled, kinds)
     its_optimizer = {"optimizer": "adamw"} if as_published else {}
     text = _TEMPLATE.format(
         model=_toml(model),
@@ -112,9 +112,7 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
         shared = {name: task.data for name, task in project.tasks.items() if task.basis is None}
         labelled = _labelled(project.folder, new)
         kinds = set(_labelled(project.folder, shared).values()) or set(labelled.values())
-        none_shared = bool(project.tasks) and not shared
-        is_other = {name for name, has in labelled.items() if kinds == {not has} or (has and len(kinds) > 1)}
-        own = set(new) if none_shared else is_other
+        own = set(new) if project.tasks and not shared else _others(labelled, kinds)
         before = project.file.read_bytes().decode("utf-8-sig").rstrip()
         text = "\n\n".join([before, *(_table(name, data, own=name in own) for name, data in new.items())])
         try:
@@ -180,6 +178,11 @@ def _labelled(folder: Path, tasks: Mapping[str, str]) -> dict[str, bool]:
             if first := next(iter(read_rows(file)), None) if file else None:
                 found[name] = kind_of(first[1], first[0]) == LABELLED
     return found
+
+
+def _others(labelled: Mapping[str, bool], kinds: set[bool]) -> set[str]:
+    """Tasks that cannot share a basis with those of `kinds`, labelled or not; where these are of both, with text."""
+    return {name for name, has in labelled.items() if kinds == {not has} or (has and len(kinds) > 1)}
 
 
 def _table(name: str, data: str, *, own: bool) -> str:

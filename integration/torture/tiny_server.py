@@ -52,13 +52,18 @@ class Target:
     context: int
 
 
-def tiny_world(folder: Path, adapters: int) -> tuple[list[str], dict[tuple[str, Tokens], Tokens]]:
+def tiny_world(
+    folder: Path, adapters: int, *, tied: bool = False
+) -> tuple[list[str], dict[tuple[str, Tokens], Tokens]]:
     """A random model with two layers in `folder`/tiny, `adapters` random adapters in `folder`/adapters.
+
+    Args:
+        tied: its embeddings are its lm_head as well.
 
     Returns:
         their names, and (name, or `tiny`, and prompt) → the greedy tokens.
     """
-    model = _model()
+    model = _model(tied)
     base = save_base(model, folder / "tiny")
     tokenizer = BaseModel.resolve(small_model()).folder
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -128,10 +133,10 @@ def post(url: str, key: str, body: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _model() -> LlamaForCausalLM:
+def _model(tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
     # Weights large enough that every layer has its say in the answer.
     config = LlamaConfig(**sizes, **heads, initializer_range=0.2, max_position_embeddings=256, eos_token_id=None)
     return LlamaForCausalLM(config).eval()

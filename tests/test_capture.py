@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb_export import calibrate, fit
+from lorasb_export import calibrate, fit, fit_together
 from lorasb_export.base.model import BaseModel
 from lorasb_export.basis import Basis
 from lorasb_export.calibration import capture as module
 from lorasb_export.calibration.capture import capture, is_little, overview, recorded
 from lorasb_export.calibration.gradients import draw, gradients_of_rows
-from lorasb_export.data.task import load_task
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -59,10 +59,13 @@ def test_oracle_25_a_raw_basis_captures_the_share_of_its_singular_values(llama: 
     tokenizer = base.tokenizer
     rows = draw(task, tokenizer, [], settings)
     gradients = gradients_of_rows(network, find_targets(network, "all-linear"), rows, tokenizer.pad_token_id, settings)
-    found = capture(base, network, basis, task)["modules"]
-    for name, g in gradients.items():
-        S = torch.linalg.svdvals(g).square()
+    of_all = capture(base, network, basis, task)
+    found, squares = of_all["modules"], {name: torch.linalg.svdvals(g).square() for name, g in gradients.items()}
+    kept, whole = (sum(float(S[:end].sum()) for S in squares.values()) for end in (4, None))
+    assert of_all["basis"] == pytest.approx(math.sqrt(kept / whole), abs=1e-4)
+    for name, S in squares.items():
         assert found[name]["basis"] == pytest.approx(math.sqrt(S[:4].sum() / S.sum()), abs=1e-4)
+        assert basis.calibration["energy"][name] == pytest.approx(float(S[:4].sum() / S.sum()), abs=1e-4)
 
 
 def test_fit_warns_of_a_basis_that_captures_little(
@@ -96,6 +99,17 @@ def test_a_resumed_run_measures_another_basis_anew(
     resumed = fit(str(llama), second, task, tmp_path / "a", FitSettings(max_steps=1), resume=True)
     fresh = fit(str(llama), second, task, tmp_path / "b", FitSettings(max_steps=1))
     assert resumed.training["capture"] == fresh.training["capture"]
+
+
+def test_tasks_that_train_together_are_measured_each_by_itself(
+    llama: Path, sums: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    base = BaseModel.resolve(llama)
+    basis = random_basis(calibrate(base, {"sums": sums}, CalibrationSettings(rank=4)))
+    made = fit_together(base, basis, tasks, tmp_path, FitSettings(max_steps=1))
+    found = [overview(capture(base, base.load(), basis, task)) for task in tasks.values()]
+    assert [adapter.training["capture"]["own"] for adapter in made] == [one["own"] for one in found]
+    assert found[0]["own"] != found[1]["own"]
 
 
 def test_little_is_near_random() -> None:

@@ -284,3 +284,12 @@ def test_verify_compares_a_head_too(bert: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(peft, "peft_config", lambda *args, **kw: config(*args, **kw) | unsaid)
     with pytest.raises(ArtifactError, match="PEFT's logits differ"):
         export_peft(tmp_path / "a", tmp_path / "without", verify=True)
+
+
+def test_the_base_is_named_at_its_commit(tmp_path: Path) -> None:
+    _, base, adapter = make("llama", tmp_path)
+    at_commit = replace(adapter.base, name_or_path="owner/base", revision="1" * 40)
+    replace(adapter, base=at_commit, basis=replace(adapter.load_basis(), base=at_commit)).save(tmp_path / "pinned")
+    export_peft(tmp_path / "pinned", tmp_path / "lora", base=base)
+    config = read_json(tmp_path / "lora" / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "1" * 40)

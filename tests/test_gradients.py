@@ -86,6 +86,18 @@ def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None
     assert all(row == every[row["row"] - 1] for row in drawn)
 
 
+@pytest.mark.parametrize(
+    ("rows", "samples", "count"),
+    [(64, 1, 1), (64, 65, 64), (64, 0.25, 16), (64, 0.001, 1), (16, None, 16), (64, None, 32), (40_000, None, 40)],
+)
+def test_a_count_or_a_share_of_the_rows_is_drawn(
+    rows: int, samples: float | None, count: int, llama: Path, sums: Path
+) -> None:
+    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
+    task = replace(task, splits={"train": [task.rows("train")[0]] * rows})
+    assert len(draw(task, tokenizer, [], CalibrationSettings(samples=samples))) == count
+
+
 def test_others_are_drawn_in_the_place_of_rows_with_nothing_to_learn(llama: Path, sums: Path) -> None:
     """And where all have something, the rows are those of one sample, whose bases are pinned."""
     task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer

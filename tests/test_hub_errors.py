@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lorasb_export.errors import LoraSBError, ServerError
-from lorasb_export.hub.calls import hub_errors, retry_after
+from lorasb_export.hub.calls import hub_errors, retry_after, with_retries
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,21 @@ def test_a_rate_limit_is_waited_for_as_long_as_it_says(
 ) -> None:
     answer = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub"))
     assert retry_after(HfHubHTTPError("refused", response=answer)) == seconds
+
+
+def test_a_new_try_waits_as_long_as_the_hub_says_or_else_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    answers = iter([(503, {}), (429, {"Retry-After": "7"}), (503, {}), (200, {})])
+
+    def call() -> str:
+        status, headers = next(answers)
+        answer = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub"))
+        if status != 200:
+            raise HfHubHTTPError("refused", response=answer)
+        return "done"
+
+    assert (with_retries(call), waited) == ("done", [1, 7, 4])
 
 
 def test_a_panic_of_hf_xet_is_our_error() -> None:

@@ -111,6 +111,17 @@ def test_other_dtype(llama: Path, tmp_path: Path) -> None:
         merge(adapter, tmp_path / "other", dtype="int8")
 
 
+def test_an_older_config_names_the_new_dtype_alone(llama: Path, tmp_path: Path) -> None:
+    """Its `torch_dtype` would be read by older programs, as that of the base."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (base / "config.json").write_text(json.dumps(config))
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model", dtype="float16")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["dtype"], "torch_dtype" in config) == ("float16", False)
+
+
 def test_a_buffer_that_float16_cannot_hold_is_bounded_and_a_weight_refused(llama: Path, tmp_path: Path) -> None:
     """GPT-Neo's and GPT-J's checkpoints hold a mask of -1e9 that nobody reads."""
     base = shutil.copytree(llama, tmp_path / "base")

@@ -17,6 +17,7 @@ from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.layers.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.merging import adapter_for, logits, unmerged_logits
+from tests.random_adapter import BERT_MODULES
 from tests.tiny import make_bert, make_gpt2, make_llama
 
 
@@ -50,6 +51,15 @@ def test_the_heads_that_the_base_was_trained_with_stay_behind(moods: TaskData, t
     assert any(name.startswith("cls.") for name in read_header(tmp_path / "base" / "model.safetensors"))
     bodies = {name.partition(".")[0] for name in read_header(folder / "model.safetensors")}
     assert bodies == {"bert", "classifier"}
+
+
+def test_the_head_is_stored_as_the_body_is(bert: Path, tmp_path: Path) -> None:
+    """It was trained in fp32."""
+    base = shutil.copytree(bert, tmp_path / "base")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    merge(adapter_for(base, tmp_path / "a", BERT_MODULES, SEQ_CLS), tmp_path / "merged")
+    assert {info.dtype for info in read_header(tmp_path / "merged" / "model.safetensors").values()} == {"BF16"}
 
 
 @pytest.mark.parametrize("said", [{}, {"pad_token": None}], ids=["nothing", "null"])

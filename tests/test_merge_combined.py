@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.trained_template import TEMPLATE_KEY
-from lorasb_export.errors import ArtifactError
+from lorasb_export.errors import ArtifactError, OutputError
 from lorasb_export.files.storage import read_json
 from lorasb_export.merging.combine import combine_into
 from tests.conftest import lorasb
@@ -74,3 +74,12 @@ def test_adapters_of_two_bases_are_no_adapter(tmp_path: Path, llama: Path) -> No
     with pytest.raises(ArtifactError, match="not finite"):
         combine_into({tmp_path / "a": 1e39}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_in_which_their_basis_lies_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
+    for name in ("b", "c"):
+        other = Adapter.load(adapter)
+        other.basis_source = str(adapter)
+        other.save(tmp_path / name)
+    with pytest.raises(OutputError, match="the target holds what it is made from"):
+        combine_into({tmp_path / "b": 1.0, tmp_path / "c": 1.0}, adapter, overwrite=True)

@@ -149,4 +149,6 @@ def test_of_a_block_every_row_is_measured_and_foretold(tmp_path: Path, monkeypat
         kept = weight_of(stored.get_submodule(name)).double() - before
         cosine = float((kept * delta).sum() / kept.norm() / delta.norm())
         assert said["modules"][name]["cosine"] == pytest.approx(cosine, abs=1e-3)
+    least = min(modules, key=lambda name: said["modules"][name]["cosine"])
+    assert said["worst"] == {"module": least, **said["modules"][least]}
     assert foretold["cosine"] == pytest.approx(said["cosine"], abs=0.05)

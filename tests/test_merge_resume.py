@@ -111,6 +111,27 @@ def test_killed_while_it_is_put_in_place_the_shards_are_still_there(
     assert not [path.name for path in (tmp_path / "model").iterdir() if path.name.startswith((".", "chat_template"))]
 
 
+@pytest.mark.parametrize(("name", "base_dtype"), [("b", "auto"), ("a", "nf4")])
+def test_shards_of_another_adapter_or_of_a_rounded_base_are_not_reused(
+    name: str, base_dtype: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tensors have the same names, shapes and dtypes."""
+    other = Adapter.load(adapter)
+    other.R = {module: -R for module, R in other.R.items()}
+    other.basis_source = str(adapter)
+    other.save(tmp_path / "b")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.merging.folder.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / name, tmp_path / "model", base_dtype=base_dtype)
+    assert list((tmp_path / ".model.merge").glob("*.safetensors"))
+    assert merge(adapter, tmp_path / "model")["shards_reused"] == 0
+
+
 def test_a_base_that_changes_while_it_is_read_is_refused(
     adapter: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,19 @@ def test_an_own_basis_is_calibrated_once_and_lies_in_the_adapter(
     assert adapter.training["capture"]["basis"] == adapter.training["capture"]["own"]
 
 
+def test_other_rows_before_the_first_checkpoint_have_another_basis(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = str(llama), CalibrationSettings(rank=4)
+    settings = replace(SETTINGS, dtype="auto", max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs, tasks["plus"], tmp_path / "a", settings)
+    resumed = fit(*inputs, tasks["minus"], tmp_path / "a", settings, resume=True)
+    assert resumed.basis_sha256 == fit(*inputs, tasks["minus"], tmp_path / "b", settings).basis_sha256
+
+
 def test_an_adapter_on_the_callers_network_is_no_part_of_the_base(
     llama: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:

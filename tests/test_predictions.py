@@ -196,6 +196,17 @@ def test_the_base_is_asked_once_what_several_adapters_are_asked(
         ]
 
 
+def test_what_the_base_has_said_is_taken_for_the_same_question_alone(adapter: Adapter, sums: Path) -> None:
+    said: dict[Any, Any] = {}
+    for asked in (
+        {"metric": "loss", "limit": 2},
+        {"metric": "loss", "limit": 3},
+        {"metric": "loss", "limit": 3, "split": "valid"},
+        {"metric": "exact_match", "limit": 3, "split": "valid"},
+    ):
+        assert evaluate(adapter, sums, **asked, said_by_base=said) == evaluate(adapter, sums, **asked), asked
+
+
 def test_the_rows_that_are_scored_are_not_written_over_by_whatever_name(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_random_bases_of_two_models_differ(llama: Path, tmp_path: Path) -> None:
     )
     settings = CalibrationSettings(rank=4, directions="random")
     one, two = (calibrate(str(base), {}, settings) for base in (llama, tmp_path / "twin"))
+    assert one.sha256 != two.sha256
+
+
+@pytest.mark.parametrize("directions", ["random", "block"])
+def test_another_seed_draws_another_basis(directions: str, llama: Path) -> None:
+    settings = CalibrationSettings(rank=4, directions=directions)
+    one, two = (calibrate(str(llama), {}, replace(settings, seed=seed)) for seed in (0, 1))
     assert one.sha256 != two.sha256
 
 

@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lorasb_export.data.task import TaskData
 from lorasb_export.errors import DataError, SettingsError, Terminated
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.history import History
+from lorasb_export.training.order import RowOrder
 from lorasb_export.training.trainer import RTrainer
 from lorasb_export.training.validation import Validation
 from tests.training import SETTINGS, equal
@@ -53,6 +55,33 @@ def test_the_best_evaluated_R_is_kept(llama: Path, basis: Path, tasks: dict[str,
     last = fit(str(llama), basis, tasks["plus"], tmp_path / "last", replace(settings, keep="last"))
     assert last.training["valid_loss"] == pytest.approx(losses[12], abs=1e-6)
     assert not equal(best, last, 1e-3)
+
+
+def test_the_last_step_is_evaluated_whatever_lies_between(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=3, evaluate_every=2))
+    log = [json.loads(line) for line in (tmp_path / "a" / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 3]
+
+
+def test_of_an_R_that_a_better_one_has_surpassed_no_file_stays(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run may find a better one at each of its evaluations."""
+    monkeypatch.setattr("lorasb_export.training.job.shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
+    settings = replace(SETTINGS, max_steps=8, evaluate_every=2, checkpoint_every=4)
+    best = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings).training["best_step"]
+    assert best > 2  # that of step 2 was the best when it was made
+    assert [path.name for path in (tmp_path / ".a.run").glob("best-*")] == [f"best-0-{best}.safetensors"]
+
+
+@pytest.mark.parametrize(("keep", "value"), [("best", 1.0), ("last", 2.0)])
+def test_a_run_is_worth_what_the_R_is_that_it_keeps(keep: Any, value: float) -> None:
+    """By this the runs at several learning rates are compared."""
+    log = [{"step": step, "eval_loss": loss} for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0))]
+    settings = FitSettings(max_steps=3, keep=keep)
+    assert History(log, "", RowOrder([5], settings), settings).kept() == value
 
 
 def test_a_resumed_run_that_comes_to_no_better_R_keeps_the_best_of_its_checkpoint(

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -101,6 +102,12 @@ class ServerError(LoraSBError, RuntimeError):
 
 # Where one command takes several tasks or adapters in turn, these errors end the current one alone.
 PER_ITEM_ERRORS = (DataError, ArtifactError, BusyError, TrainingError)
+
+
+def require_path(what: str, value: object, fix: str) -> None:
+    """Raise SettingsError where `value` is no path: what is in memory would be looked for under its whole text."""
+    if not isinstance(value, str | PathLike):
+        raise SettingsError(f"{what} is a {type(value).__name__}, not a path or Hub id", fix=fix)
 
 
 def some_problems(found: Mapping[str, LoraSBError], most: int = 10, *, numbered: bool = False) -> str:

@@ -82,6 +82,11 @@ class Stack:
         """The (k, r, r) of every module that are on the model now."""
         return list(self._live.values())
 
+    def _attached(self) -> bool:
+        """Whether these layers still lie on the model, where another adapter may have been put in their place."""
+        name, layer = next(iter(self._live.modules.items()))
+        return self._model.get_submodule(name) is layer
+
     def _stacked(self) -> torch.Tensor:
         return torch.stack([layer.detach() for layer in self.layers], dim=1)  # one adapter's R lie together
 
@@ -109,8 +114,10 @@ class Stack:
         non-reentrant kind that is an error, the reentrant kind does not notice.
 
         Raises:
-            SettingsError: no adapter of that name is attached, or none is named.
+            SettingsError: no adapter of that name is attached, none is named, or another was put on the model since.
         """
+        if not self._attached():
+            raise SettingsError("these adapters are no longer on the model", fix="Make another Stack of them")
         chosen = [choice] if choice is None or isinstance(choice, str) else choice
         if not chosen:
             raise SettingsError("no adapter was chosen", fix="Name one for every row, or one for each row")
@@ -125,7 +132,11 @@ class Stack:
         self._route.rows = rows
 
     def detach(self) -> None:
-        """Take the adapters off; the base is left as it was, bit for bit, and frozen. They keep what they learnt."""
-        remove(self._model)
+        """Take the adapters off; the base is left as it was, bit for bit, and frozen. They keep what they learnt.
+
+        Others that were put on the model since stay there.
+        """
+        if self._attached():
+            remove(self._model)
         for adapter in self._adapters:
             adapter.R = dict(adapter.R)

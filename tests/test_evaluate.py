@@ -144,16 +144,17 @@ def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_p
     assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 
 
-def test_an_adapter_on_a_given_network_is_not_taken_for_the_base(
+def test_an_adapter_on_a_given_network_is_not_taken_for_the_base_and_stays_on_it(
     chatty: Path, generates: Adapter, tmp_path: Path
 ) -> None:
     task = task_of(GOOD, tmp_path / "data")
     expected = evaluate(generates, task, split="train", metric="loss")
     network = BaseModel.resolve(chatty).load()
+    generates.inject(network)
+    layers = [module for module in network.modules() if isinstance(module, LoRASBLinear)]
     for _ in range(2):
-        generates.inject(network)  # as `fit` leaves its own there
         assert evaluate(generates, task, split="train", metric="loss", network=network) == expected
-    assert not any(isinstance(module, LoRASBLinear) for module in network.modules())
+        assert [module for module in network.modules() if isinstance(module, LoRASBLinear)] == layers
 
 
 def test_a_network_that_a_loop_has_left_at_training_is_scored_without_dropout(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from lorasb_export import Adapter, Basis, calibrate
+from lorasb_export import Adapter, Basis, calibrate, export, fit, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task
-from lorasb_export.errors import ArtifactError
+from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.evaluation.evaluate import evaluate
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.muon import Muon, groups_of
@@ -102,6 +104,65 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     assert evaluate(loaded, load_task("numbers", tmp_path / "numbers.jsonl"), split="train")["rows"] == 2
     assert torch.equal(loaded.head["classifier.weight"], adapter.head["classifier.weight"])
     assert not torch.equal(loaded.head["classifier.weight"], before)
+
+
+def test_scoring_in_a_loop_of_ones_own_does_not_end_the_training(bert: Path, parity: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{a}+{b}", "label": (a + b) % 2} for a in range(3) for b in range(3)]  # as `attach` names them
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=8))
+    network = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2)
+    adapter = Adapter.attach(network, basis)
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    task, ids, values = load_task("rows", tmp_path / "rows.jsonl"), torch.tensor([[1, 20, 21, 22, 23, 2]]), []
+    for _ in range(2):
+        before = {name: R.detach().clone() for name, R in adapter.R.items()}
+        network(ids, labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(not torch.equal(R, before[name]) for name, R in adapter.R.items())
+        values.append(evaluate(adapter, task, split="train", metric="f1", network=network))
+        logits = network(ids).logits
+    fresh = BaseModel.resolve(bert).load(SEQ_CLS, num_labels=2).eval()
+    adapter.inject(fresh)
+    assert torch.equal(fresh(ids).logits, logits)
+    assert evaluate(adapter, task, split="train", metric="f1", network=fresh) == values[-1]
+
+
+def test_a_cast_of_the_model_leaves_R_in_fp32(llama: Path, basis: Path) -> None:
+    network = BaseModel.resolve(llama).load(dtype="float32")
+    adapter = Adapter.attach(network, Basis.load(basis))
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    network(ids, labels=ids).loss.backward()
+    before = {name: (R.detach().clone(), R.grad) for name, R in adapter.R.items()}
+    network.to(torch.bfloat16)
+    assert network.lm_head.weight.dtype == torch.bfloat16
+    for name, (R, grad) in before.items():
+        assert torch.equal(adapter.R[name], R)
+        assert torch.equal(adapter.R[name].grad, grad)
+    network(ids, labels=ids).loss.backward()
+
+
+ROWS = [{"prompt": "1+1", "completion": "2"}] * 100
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda b, _: fit(b, b, ROWS, "out"), "the task's data is a list, not a path or Hub id. For rows in memory"),
+        (lambda b, a: evaluate(a, ROWS), "the task's data is a list"),
+        (lambda b, _: calibrate(b, {"rows": ROWS}), "the task's data is a list"),
+        (lambda b, a: merge(a, "out", base=torch.nn.Linear(2, 2)), "the base model is a Linear"),
+        (lambda b, a: export(a, "out", format="peft"), "an adapter is a Adapter, not a path or Hub id. Save it"),
+        (lambda b, _: Basis.load({}), "what holds it is a dict"),
+    ],
+)
+def test_what_is_in_memory_is_not_looked_for_under_its_text(
+    call: Any, said: str, llama: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        call(str(llama), Adapter.start(Basis.load(basis)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:

@@ -113,6 +113,21 @@ def test_oracle_18_mixed_batch_is_each_row_alone(llama: Path, adapters: dict[str
     assert not torch.allclose(mixed[0], base[0], atol=1e-3)
 
 
+def test_a_stack_that_was_replaced_says_so_and_takes_nothing_of_the_others_off(
+    llama: Path, adapters: dict[str, Adapter]
+) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    first = Stack(model, {"a": adapters["a"]})
+    second = Stack(model, {"b": adapters["b"]})
+    of_b = logits(model, IDS)
+    with pytest.raises(SettingsError, match="no longer on the model"):
+        first.use("a")
+    first.detach()
+    assert torch.equal(logits(model, IDS), of_b)
+    second.detach()
+    assert not any(isinstance(module, LoRASBLinear) for module in model.modules())
+
+
 def test_switching_and_detaching_leave_the_base_bit_for_bit(llama: Path, adapters: dict[str, Adapter]) -> None:
     model = BaseModel.resolve(llama).load(dtype="float64")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
-from ..errors import BaseModelError, SettingsError
+from ..errors import BaseModelError, SettingsError, require_path
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import snapshot
 from ..hub.ids import parse_hub_id
@@ -93,6 +93,7 @@ class BaseModel:
         """
         if isinstance(name_or_path, BaseModel):
             return name_or_path
+        require_path("the base model", name_or_path, "Give its folder; where one is loaded, that as network= too")
         name = str(name_or_path)
         path = expanded(name)
         if path.is_file():

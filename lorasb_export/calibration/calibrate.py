@@ -90,7 +90,7 @@ def calibrate(
         data: task name → folder, file, Hub dataset id or loaded task. All must be of one task type.
         weights: task name → what the losses of its rows are multiplied by; 1 where it is not named.
         network: the loaded base, where the caller already has it; an adapter on it is taken off, and its mode and flags
-            are left as they were.
+            are left as they were; gradients that lay on it are gone.
         pass_over: leave out with a warning a task that has no row to learn from, or one that the chat template
             refuses, if any other is left: it could not be trained either.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, require_path
 from ..files.storage import expanded
 from .columns import renamed
 from .hold_out import divided
@@ -130,7 +130,9 @@ def load_task(name: str, source: AnySource) -> TaskData:
             wrong field or column, a row of another kind than the first, a label that no training row has.
         SettingsError: splits or a subset of what is no Hub dataset.
     """
-    source = source if isinstance(source, TaskSource) else TaskSource(str(source))
+    if not isinstance(source, TaskSource):
+        require_path("the task's data", source, "For rows in memory make a task with task_of")
+        source = TaskSource(str(source))
     path = expanded(source.path)
     if path.exists() and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")

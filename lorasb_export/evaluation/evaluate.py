@@ -21,7 +21,7 @@ from ..data.task import TaskData, load_held_out
 from ..data.trained_template import warn_of_another_template
 from ..errors import DataError, SettingsError
 from ..layers.head import head_parameters
-from ..layers.inject import remove
+from ..layers.inject import taken_off
 from ..names import name_of
 from ..settings import FitSettings
 from .inference import answers_of_ids, asked_of
@@ -71,8 +71,8 @@ def evaluate(
             (the mean over classes); for regression `pearson` or `rmse`. The first of these when None.
         batch_size: rows at once; it changes nothing beyond rounding.
         predictions: also return what is said of each row; not for the metric `loss`.
-        network: the loaded base, where the caller already has it; an adapter on it is taken off, before and after, and
-            a classifier's head and what asks for gradients are as they were.
+        network: the loaded base, where the caller already has it. It is left as it was found: an adapter on it is taken
+            off meanwhile, also one in training, a classifier's head and what asks for gradients are as they were.
         said_by_base: the same dict for several adapters in turn, empty at first: a base that generates is asked once
             what several of them are asked.
 
@@ -108,42 +108,40 @@ def evaluate(
         require_loaded(network, tokenizer, dtype, adapter.num_labels)
         if metric != "exact_match":
             refuse_several_devices(network)
-    remove(network)  # what is on it must not count as the base
-    if metric == "exact_match":
-        asked = asked_of(network, tokenizer, rows, unit)
-        expected = [one.expected for one in asked]
-
-    def score() -> tuple[float, Sequence[Any]]:
-        """The metric, and what is predicted of each row: nothing where the metric is the loss."""
+    with taken_off(network), flags_kept(network):  # what is on it must not count as the base
         if metric == "exact_match":
-            ids, rooms = [one.ids for one in asked], [one.room for one in asked]
-            said = answers_of_ids(network, tokenizer, ids, rooms, batch_size=batch_size)
-            return exact_match(said, expected), said
-        scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
-        if metric == "loss":
-            return mean_loss(scores), []
-        predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-        value = prediction_metrics(predicted, labels, regression=task.regression)[metric]
-        return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
+            asked = asked_of(network, tokenizer, rows, unit)
+            expected = [one.expected for one in asked]
 
-    result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
-    before: float | None = None
-    said_before: Sequence[Any] = [None] * len(rows)
-    if task.task_type == CAUSAL_LM:
-        kept = {} if said_by_base is None else said_by_base
-        length = trained_length(adapter) if metric == "loss" else 0
-        asked_for = base.folder, network.dtype, task.sha256, split, limit, metric, length
-        if asked_for not in kept:
-            kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
-            kept[asked_for] = score()
-        before, said_before = kept[asked_for]
-    heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
-    with flags_kept(network):
+        def score() -> tuple[float, Sequence[Any]]:
+            """The metric, and what is predicted of each row: nothing where the metric is the loss."""
+            if metric == "exact_match":
+                ids, rooms = [one.ids for one in asked], [one.room for one in asked]
+                said = answers_of_ids(network, tokenizer, ids, rooms, batch_size=batch_size)
+                return exact_match(said, expected), said
+            scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
+            if metric == "loss":
+                return mean_loss(scores), []
+            predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
+            value = prediction_metrics(predicted, labels, regression=task.regression)[metric]
+            return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
+
+        result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
+        before: float | None = None
+        said_before: Sequence[Any] = [None] * len(rows)
+        if task.task_type == CAUSAL_LM:
+            kept = {} if said_by_base is None else said_by_base
+            length = trained_length(adapter) if metric == "loss" else 0
+            asked_for = base.folder, network.dtype, task.sha256, split, limit, metric, length
+            if asked_for not in kept:
+                kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
+                kept[asked_for] = score()
+            before, said_before = kept[asked_for]
+        heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
         try:
             adapter.inject(network)
             after, said_after = score()
         finally:
-            remove(network)
             for parameter, data in heads.items():
                 parameter.data = data
     if not all(value is None or math.isfinite(value) for value in (before, after)):

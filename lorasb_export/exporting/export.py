@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..choices import MAX_DROP, ExportFormat, require_choice
 from ..data.source import AnySource
 from ..data.task import TaskData
-from ..errors import SettingsError
+from ..errors import SettingsError, require_path
 
 
 def export(
@@ -57,7 +57,9 @@ def export(
         OutputError: `out` exists, holds what it is made from, or the disk is too full.
         ServerError: the exporter failed.
     """
-    paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    paths = list(adapters) if isinstance(adapters, Iterable) and not isinstance(adapters, str) else [adapters]
+    for path in paths:
+        require_path("an adapter", path, "Save it, and give its folder")
     require_choice("format", format, ExportFormat)
     if routed and format != "onnx-adapters":
         raise SettingsError("routed is for the format onnx-adapters", fix="Leave it out, or export that format")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..errors import ArtifactError, LoraSBError
+from ..errors import ArtifactError, LoraSBError, require_path
 from ..files.storage import absolute, expanded
 from .cache import is_intact
 from .calls import hub_errors, with_retries
@@ -39,6 +39,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
     Raises:
         ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
     """
+    require_path("what holds it", source, "Save it, and give its folder")
     path = absolute(source)
     if path.is_dir():
         return path, str(path)

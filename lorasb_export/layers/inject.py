@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,6 +21,11 @@ class Live(Mapping[str, nn.Parameter]):
     def __init__(self, places: Mapping[str, tuple[nn.Module, str]]) -> None:
         """`places`: name → module, and what it calls the parameter."""
         self._places = places
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """name → the module that holds the parameter."""
+        return {name: module for name, (module, _) in self._places.items()}
 
     def __getitem__(self, name: str) -> nn.Parameter:
         module, leaf = self._places[name]
@@ -91,6 +97,19 @@ def remove(model: nn.Module) -> None:
         if isinstance(module, LoRASBLinear):
             model.set_submodule(name, module.base)
     compute_in_float32(model)
+
+
+@contextmanager
+def taken_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is the base; afterwards the very layers that lay on it are back, whose R may be in training."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
+    remove(model)
+    try:
+        yield
+    finally:
+        remove(model)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
 
 
 def refuse_rows(model: nn.Module) -> None:

@@ -5,7 +5,8 @@ Shapes: x (…, in), W0 (out, in), B (out, r), R (r, r), A (r, in), y (…, out)
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -146,6 +147,19 @@ class LoRASBLinear(nn.Module):
                 # Detached, a tensor of its own: FSDP2 moves a buffer in place, and would move the basis with it.
                 self.register_buffer(name, factor.detach().to(weight.device, dtype), persistent=False)
         self.R = nn.Parameter(R.detach().to(weight.device, torch.promote_types(dtype, torch.float32), copy=True))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What casts the model moves R, and its gradient, and leaves them fp32 at least."""
+
+        def of(tensor: torch.Tensor) -> torch.Tensor:
+            made = fn(tensor)
+            narrower = made.is_floating_point() and made.dtype.itemsize < tensor.dtype.itemsize
+            if narrower and (tensor is R or tensor is R.grad):
+                return tensor.to(made.device, torch.promote_types(made.dtype, torch.float32))
+            return made
+
+        R = self.R
+        return super()._apply(of, recurse)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -128,6 +128,15 @@ def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:
     assert json.loads(sent) == tokenizer | {"name_or_path": "base"}
 
 
+def test_a_part_of_a_config_names_no_folder_either(tmp_path: Path) -> None:
+    config = {"text_config": {"_name_or_path": "/home/somebody/text", "hidden_size": 8}, "chat": ["/"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files: outgoing.Files = {"config.json": tmp_path / "config.json"}
+    outgoing.take_out_paths(files)
+    text = config["text_config"] | {"_name_or_path": "text"}  # type: ignore[operator]
+    assert json.loads(outgoing.content_of(files["config.json"])) == config | {"text_config": text}
+
+
 def test_lists_and_labels_are_published_as_they_are(tmp_path: Path) -> None:
     """`modules.json` of a sentence encoder is a list; a class may be called /r/a/politics."""
     config = {"training": {"data": "/home/somebody/data", "labels": ["/r/a/politics", "/r/b/politics"]}}

@@ -56,7 +56,14 @@ _MARKS = {
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _CONFIGS = ("config.json", "tokenizer_config.json")  # of transformers; the second lists all added tokens
 _LOADED_FROM = ("_name_or_path", "name_or_path")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
+# Forms that nothing else has, as long as tokens are: vocabularies are full of their beginnings.
+_TOKEN = re.compile(
+    rb"\b(?:hf_\w{16}"
+    rb"|sk-(?:[A-Za-z0-9]{20}|(?:proj|svcacct|admin|ant|or-v1)-[\w-]{20})"  # OpenAI, Anthropic, OpenRouter
+    rb"|gh[opsru]_[A-Za-z0-9]{36}|github_pat_\w{36}|glpat-[\w-]{20}"
+    rb"|xox[abpr]-[A-Za-z0-9-]{20}|AKIA[A-Z0-9]{16}\b|AIza[\w-]{35}(?![\w-]))"  # Slack, AWS, Google
+    rb"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
+)
 _WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
@@ -175,9 +182,9 @@ def take_out_paths(files: Files) -> None:
 
 
 def refuse_tokens(files: Files) -> None:
-    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not.
+    """Raise ArtifactError for a text file that holds an access token; its name is given, the token is not.
 
-    The token in use is looked for as it is, whatever it looks like.
+    Found are the Hub token in use, whatever it looks like, and what has one of the forms of `_TOKEN`.
     """
     from huggingface_hub import get_token
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import psutil
@@ -105,7 +106,8 @@ def start(adapters: dict[str, Path], folder: Path) -> subprocess.Popen[str]:
     options = {
         "adapters": {name: str(path) for name, path in adapters.items()},
         "dtype": "float32",
-        "extra": ["--max-model-len", "1024"],
+        # The second is there without a key alone; here it is asked for beside the key.
+        "extra": ["--max-model-len", "1024", "--middleware", "lorasb_export.serving.key.AsksForLoopback"],
     }
     variables = {"TMPDIR": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": "only-for-this-test"}
     with (folder / "log").open("w") as log:
@@ -208,6 +210,22 @@ def test_without_the_key_nothing_answers_but_health_and_metrics(child: Child) ->
     assert ("post", "/invocations") in paths
     assert {path for method, path in paths if status(method, path) != 401} == {"/health", "/metrics"}
     assert status("post", "/invocations", "only-for-this-test") == 400  # it is asked, and the request is empty
+
+
+def test_a_page_that_has_its_name_point_to_this_machine_is_refused(child: Child) -> None:
+    port = urlsplit(child.ready["url"]).port
+    for host, status in ((f"localhost:{port}", 200), (f"evil.example:{port}", 403)):
+        request = Request(child.ready["url"] + "/health", headers={"Host": host})
+        with contextlib.closing(_answer(request)) as answer:
+            assert answer.status == status
+            assert (b"(the Host header)" in answer.read()) == (status == 403)
+
+
+def _answer(request: Request) -> Any:
+    try:
+        return urlopen(request, timeout=60)
+    except HTTPError as error:
+        return error
 
 
 def test_sigterm_lets_a_stream_finish_ends_it_with_143_and_leaves_nothing(child: Child) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.torch import load_file
 
-from lorasb_export import merge
+from lorasb_export import merge, push
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.side_files import TEXTS
 from lorasb_export.errors import BaseModelError
 from lorasb_export.files.storage import read_json, write_json
 from tests.merging import adapter_for
@@ -38,6 +42,31 @@ def test_side_files_are_byte_equal_and_ties_stay_tied(llama: Path, tmp_path: Pat
     network = BaseModel.resolve(tmp_path / "model").load()
     assert network.lm_head.weight is network.model.embed_tokens.weight
     assert "library_name: transformers" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_of_a_trainers_output_only_what_a_model_is_read_from_comes_along(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    left = {"credentials.json", "train.json", "notes.txt", "trainer_state.json", "requirements.txt"}
+    for name in left:
+        (base / name).write_text("{}")
+    merge(adapter_for(base, tmp_path / "a"), tmp_path / "model")
+    assert not {path.name for path in (tmp_path / "model").iterdir()} & left
+    for name in left:  # as an earlier merge carried them
+        (tmp_path / "model" / name).write_text("{}")
+    plan = push(tmp_path / "model", "me/model", dry_run=True)
+    assert set(plan["skipped"]) == left
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {file["path"] for file in plan["files"]}
+
+
+def test_every_text_that_a_tokenizer_of_transformers_reads_comes_along() -> None:
+    """But those of families that no base is of: encoder-decoders, and Whisper."""
+    others = {"byte_maps.json", "dict.txt", "normalizer.json", "target_vocab.json", "vocab-src.json", "vocab-tgt.json"}
+    table = re.compile(r"^VOCAB_FILES_NAMES = \{(.*?)\}", re.MULTILINE | re.DOTALL)
+    sources = [path.read_text() for path in Path(transformers.__path__[0], "models").glob("*/tokenization_*.py")]
+    tables = "".join(found for source in sources for found in table.findall(source))
+    named = set(re.findall(r'"([^"]+\.(?:json|txt|model|codes))"', tables))
+    assert {name for name in named if not any(fnmatch(name, pattern) for pattern in TEXTS)} == others
 
 
 @pytest.mark.parametrize("named", [97, [97, 96], None])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,36 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    "token",
+    [
+        f"sk-{'a1B2' * 12}",
+        f"sk-proj-{'a-1_' * 30}",
+        f"sk-ant-api03-{'a-1_' * 20}",
+        f"ghp_{'a1B2' * 9}",
+        f"gho_{'a1B2' * 9}",
+        f"github_pat_{'a1B2' * 5}_{'a1B2' * 14}",
+        f"glpat-{'a1_B2' * 4}",
+        f"xoxb-{'1' * 12}-{'2' * 12}-{'aB3' * 8}",
+        f"AKIA{'A1B2' * 4}",
+        f"AIza{'aB-_1' * 7}",
+        "-----BEGIN PRIVATE KEY-----",
+        "-----BEGIN RSA PRIVATE KEY-----",
+    ],
+)
+def test_tokens_of_others_are_known_by_their_forms(token: str) -> None:
+    with pytest.raises(ArtifactError, match="an access token is in this file"):
+        outgoing.refuse_tokens({"NOTICE": f'the key="{token}"'.encode()})
+
+
+def test_words_are_not_taken_for_tokens() -> None:
+    """Neither prose, nor a vocabulary's prefixes, nor numbers in base64."""
+    words = "sk-learn-based-classification-models, risk-adjusted0123456789abcdefghij, ghp_, xoxb-, AKIA, ghp_short"
+    words += " -----BEGIN CERTIFICATE----- -----BEGIN PUBLIC KEY----- github_pat_ sk-SK sk_live"
+    base64 = b64encode(random.Random(0).randbytes(1 << 20))
+    outgoing.refuse_tokens({"NOTICE": words.encode(), "vocab.txt": base64, "LICENSE": b"+AIza" + base64})
+
+
+@pytest.mark.parametrize(
     ("word", "kept"),
     [
         ("/home/me/x", "x"),
@@ -126,6 +158,15 @@ def test_a_vocabulary_is_not_taken_for_paths(tmp_path: Path) -> None:
     sent = files["tokenizer_config.json"]
     assert isinstance(sent, bytes)
     assert json.loads(sent) == tokenizer | {"name_or_path": "base"}
+
+
+def test_a_part_of_a_config_names_no_folder_either(tmp_path: Path) -> None:
+    config = {"text_config": {"_name_or_path": "/home/somebody/text", "hidden_size": 8}, "chat": ["/"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files: outgoing.Files = {"config.json": tmp_path / "config.json"}
+    outgoing.take_out_paths(files)
+    text = config["text_config"] | {"_name_or_path": "text"}  # type: ignore[operator]
+    assert json.loads(outgoing.content_of(files["config.json"])) == config | {"text_config": text}
 
 
 def test_lists_and_labels_are_published_as_they_are(tmp_path: Path) -> None:

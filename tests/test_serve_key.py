@@ -116,3 +116,46 @@ def test_a_load_balancer_may_ask_for_the_head_where_only_get_is_known(monkeypatc
     assert answered(app, dict(scope)) == 405
     assert answered(AsksForKey(app), scope) == 200
     assert scope["method"] == "HEAD"  # by which uvicorn knows to send no body
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "asks"),
+    [("127.0.0.1", "", True), ("localhost", "", True), ("127.0.0.1", "s3cret", False), ("0.0.0.0", "", False)],
+)
+@pytest.mark.parametrize("options", [{"adapters": ("a",), "mode": "folded"}, {"adapters": (), "model": "base"}])
+def test_without_a_key_loopback_is_asked_for(
+    folder: Path, host: str, key: str, asks: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    started = Mock()
+    monkeypatch.setattr(launcher, "RunningServer", started)
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    model = str(folder / options["model"]) if "model" in options else None
+    adapters = {name: folder / name for name in options["adapters"]}
+    with running_server(adapters, model=model, mode=options.get("mode", "auto"), host=host):
+        command = started.call_args.args[0]
+    assert ("lorasb_export.serving.key.AsksForLoopback" in middlewares_of(command)) == asks
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(
+            (host, 200)
+            for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "127.0.0.2")
+        ),
+        *((host, 403) for host in ("evil.example:8000", "127.0.0.1.evil.example", "evil@127.0.0.1.example", "", "[")),
+        *((host, 403) for host in ("10.0.0.7:8000", "localhost.evil.example", "127.0.0.1, evil.example")),
+    ],
+)
+def test_without_a_key_a_page_that_has_its_name_point_to_this_machine_is_refused(host: str, status: int) -> None:
+    pytest.importorskip("starlette")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.key import AsksForLoopback
+
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    scope["headers"] = [(b"host", host.encode())]
+    assert answered(AsksForLoopback(Response()), scope) == status
+    assert answered(AsksForLoopback(Response()), {**scope, "headers": []}) == 403
+    assert answered(AsksForLoopback(Response()), {**scope, "type": "websocket"}) == status

@@ -57,6 +57,17 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_forever()
 """
+ASKS_FOR_KEY = f"""{MODELS}
+class Keyed(Models):
+    def do_GET(self):
+        key = self.headers["Authorization"]
+        print(key, file=open(sys.argv[2], "a"))
+        if key is None and self.path != "/health" and "asks" in sys.argv:
+            self.send_error(401)
+        else:
+            super().do_GET()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Keyed).serve_forever()
+"""
 # A front end whose engine has died while it was to load an adapter: vLLM waits for the answer without an end.
 ENGINE_DIED = "(APIServer pid=1) ERROR 11-26 12:54:14 [async_llm.py:906] AsyncLLM output_handler failed."
 HANGS = f"""{MODELS}
@@ -262,6 +273,22 @@ def test_another_server_that_started_on_the_port_is_not_taken_for_ours(
     finally:
         second.stop()
         first.stop()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_where_the_system_does_not_tell_who_listens_the_key_goes_to_who_asks_for_one(
+    free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    monkeypatch.setattr(server_module, "listens", lambda session, port: None)
+    url, told = f"http://127.0.0.1:{free_port}", tmp_path / "told"
+    program = [sys.executable, "-c", ASKS_FOR_KEY, str(free_port), str(told), "the/model", *(["asks"] if asks else [])]
+    server = RunningServer(program, {**os.environ, "VLLM_API_KEY": "s3cret"}, url, echo=False)
+    try:
+        with nullcontext() if asks else pytest.raises(OutputError, match="another server answers there"):
+            server.start()
+    finally:
+        server.stop()
+    assert told.read_text().split() == ["None", "None", *(["Bearer", "s3cret"] if asks else [])]
 
 
 def test_an_adapter_that_a_client_has_loaded_before_we_ask_is_ours(

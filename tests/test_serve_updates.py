@@ -19,7 +19,7 @@ import pytest
 from lorasb_export.adapter import Adapter
 from lorasb_export.errors import SettingsError
 from lorasb_export.files.storage import read_json, write_json
-from lorasb_export.format import sealed
+from lorasb_export.format import read_adapter_config, sealed
 from lorasb_export.serving import plan, shared
 from lorasb_export.serving.shared.loading import copy_adapter, version_name
 from lorasb_export.serving.shared.versions import Versions
@@ -120,6 +120,27 @@ def test_a_version_is_kept_while_it_may_be_read(adapter: Adapter, tmp_path: Path
     versions.sweep([str(new)])
     assert not old.exists()
     assert (new / "adapter.safetensors").is_file()
+
+
+def test_the_disk_holds_an_adapter_once_under_however_many_names(adapter: Adapter, tmp_path: Path) -> None:
+    assert adapter.folder is not None
+    (tmp_path / "updates").mkdir()
+    versions, copy = Versions(tmp_path / "updates", seconds=0), tmp_path / "copy"
+    kept = []
+    for name, scaling in (("a", 1.0), ("b", 1.0), ("b-c", 1.0), ("d", 2.0)):
+        copy_adapter(adapter.folder, copy)
+        write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
+        kept.append(versions.keep(name, copy))
+    a, b, c, of_another_content = (path / "adapter_config.json" for path in kept)
+    assert len(set(kept)) == 4  # vLLM's prefix cache goes by the path
+    assert a.samefile(b)
+    assert b.samefile(c)
+    assert not a.samefile(of_another_content)
+    assert (a.parent / "adapter.safetensors").samefile(b.parent / "adapter.safetensors")
+    for _ in range(2):
+        versions.sweep([str(path) for path in kept[1:]])
+    assert not a.exists()
+    assert read_adapter_config(b.parent)["scaling"] == 1.0  # of which it was once a copy
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ _IN_BFLOAT16 = (
     "(--dtype bfloat16 leaves it as it is, and this warning out)"
 )
 _SAMPLE_BYTES = 4096
-_CHECKPOINT_FILES = ["*.safetensors", *TEXTS, *LICENCES, "README.md"]
+# Of what a repository publishes some JSON is read that no copy takes along: the index, and what a merge notes.
+_TEXTS = ["*.json", "*.txt", *TEXTS]
+_CHECKPOINT_FILES = ["*.safetensors", *_TEXTS, *LICENCES, "README.md"]
 # The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
 _NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
 _LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `check_supported` asks for
@@ -110,7 +112,7 @@ class BaseModel:
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            files = _CHECKPOINT_FILES if weights else TEXTS
+            files = _CHECKPOINT_FILES if weights else _TEXTS
             snapshot(f"{name}@{revision}", files, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BaseModelError
 from ..hub.cache import leads_out
 
-# Settings, tokenizer (`bpe.codes` is PhoBERT's, `tokenizer.model.v3` for vLLM) and chat templates.
-TEXTS = ("*.json", "*.txt", "*.model", "*.model.v[0-9]", "bpe.codes", "*.jinja", "additional_chat_templates/*.jinja")
+# What transformers, sentence-transformers and vLLM read, by name: beside a Trainer's output lie its state, rows, notes.
+TEXTS = (
+    *("config.json", "config.[0-9]*.json", "generation_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json"),
+    *("tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.model.v[0-9]"),
+    *("bpe.codes", "emoji.json", "entity_vocab.json"),  # PhoBERT's, GPT-NeoX-Japanese's, LUKE's
+    *("word_shape.json", "word_pronunciation.json"),  # RoCBert's
+    *("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+)
 # What licences want to come along wherever the model goes.
 LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
+_REFUSED_AS_LINKS = ("*.json", "*.txt")  # those too that stay where they are
 _MADE_ANEW = ("lorasb.json", ".index.json")
 
 
@@ -21,12 +32,17 @@ def side_files(folder: Path) -> list[Path]:
         BaseModelError: one is a link to another file elsewhere.
     """
     patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
+    kept = _found(folder, patterns)
     weights = {file.resolve().parent for file in folder.glob("model*.safetensors")}
-    for path in kept:  # a folder of the Hub's cache may be copied, and one of links to the files of a shared one
+    # A folder of the Hub's cache may be copied, and one of links to the files of a shared one.
+    for path in sorted(kept | _found(folder, _REFUSED_AS_LINKS)):
         target = path.resolve()
         if leads_out(path, folder) and target not in {home / path.relative_to(folder) for home in weights}:
             fix = "Replace it by the file itself, or link the weights (model.safetensors) to that folder too"
             raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)
-    return kept
+    return sorted(kept)
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW)}

@@ -71,7 +71,7 @@ def build(
     own = (folder / "tokenizer.json").is_file()
     for path in side_files(folder):
         copy = out / path.relative_to(folder)
-        if not copy.exists() or (own and path.name != "genai_config.json"):
+        if own or not copy.exists():
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     if task_type == CAUSAL_LM:

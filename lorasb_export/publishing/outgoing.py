@@ -34,9 +34,9 @@ _ALLOWED = {
     "basis": (*BASIS_FILES, *_ALWAYS),
     "adapter": (*ADAPTER_FILES, *BASIS_FILES, "training_log.jsonl", *_ALWAYS),
     "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
-    "merged": ("*.safetensors", *TEXTS, *_ALWAYS),
-    "onnx": (*_GRAPHS, *TEXTS, *_ALWAYS),
-    "onnx-adapters": (*_GRAPHS, *TEXTS, *_ALWAYS),
+    "merged": ("*.safetensors", "*.safetensors.index.json", *TEXTS, *_ALWAYS),
+    "onnx": (*_GRAPHS, "genai_config.json", *TEXTS, *_ALWAYS),
+    "onnx-adapters": (*_GRAPHS, "genai_config.json", *TEXTS, *_ALWAYS),
 }
 _PART = re.compile(rf"(?:{BASIS}|(?:{BASES}|{ADAPTERS})/[^/]+)(?=/)")
 _IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in PARTS.items() for pattern in _ALLOWED[kind])
@@ -55,7 +55,15 @@ _MARKS = {
 }
 _OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
 _CONFIGS = ("config.json", "tokenizer_config.json")  # of transformers; the second lists all added tokens
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9_]{16,}")
+_LOADED_FROM = ("_name_or_path", "name_or_path")
+# Forms that nothing else has, as long as tokens are: vocabularies are full of their beginnings.
+_TOKEN = re.compile(
+    rb"\b(?:hf_\w{16}"
+    rb"|sk-(?:[A-Za-z0-9]{20}|(?:proj|svcacct|admin|ant|or-v1)-[\w-]{20})"  # OpenAI, Anthropic, OpenRouter
+    rb"|gh[opsru]_[A-Za-z0-9]{36}|github_pat_\w{36}|glpat-[\w-]{20}"
+    rb"|xox[abpr]-[A-Za-z0-9-]{20}|AKIA[A-Z0-9]{16}\b|AIza[\w-]{35}(?![\w-]))"  # Slack, AWS, Google
+    rb"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
+)
 _WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
@@ -149,8 +157,8 @@ def is_publishable(path: str) -> bool:
 def take_out_paths(files: Files) -> None:
     """Put in place of every absolute path in the JSON files its last part: folders are their owner's business.
 
-    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from; one that
-    is no JSON is published as it is.
+    Of files that are not ours only the keys in which transformers keeps the folder a model was loaded from, of a part
+    too (`text_config`); one that is no JSON is published as it is.
 
     Raises:
         ArtifactError: a file of ours is no JSON.
@@ -160,27 +168,23 @@ def take_out_paths(files: Files) -> None:
             continue
         try:
             content = json.loads(content_of(file))
+            clean = _without_paths(content) if name in _OURS else _without_origin(content)
         except (ValueError, RecursionError) as error:
             if name not in _OURS:
                 continue
             raise ArtifactError(f"unreadable JSON: {error}", where=name, fix="Write the folder again") from None
         if not isinstance(content, dict):
             continue
-        if name in _OURS:
-            clean = _without_paths(content)
-            if "config_sha256" in content:
-                clean = sealed(clean)
-        else:
-            paths = {key: content[key] for key in ("_name_or_path", "name_or_path") if key in content}
-            clean = content | _without_paths(paths)
+        if name in _OURS and "config_sha256" in content:
+            clean = sealed(clean)
         if clean != content:
             files[name] = to_json(clean)
 
 
 def refuse_tokens(files: Files) -> None:
-    """Raise ArtifactError for a text file that holds a Hub token; its name is given, the token is not.
+    """Raise ArtifactError for a text file that holds an access token; its name is given, the token is not.
 
-    The token in use is looked for as it is, whatever it looks like.
+    Found are the Hub token in use, whatever it looks like, and what has one of the forms of `_TOKEN`.
     """
     from huggingface_hub import get_token
 
@@ -230,6 +234,15 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.basename(os.path.normpath(value))
     return value
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_paths(entry) if key in _LOADED_FROM else _without_origin(entry)
+            for key, entry in value.items()
+        }
+    return [_without_origin(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _without_folders(command: Any) -> Any:

@@ -1,6 +1,7 @@
-"""The key that clients have to give, asked for at every path: an ASGI middleware, by vLLM's own flag `--middleware`.
+"""Who is answered: whoever gives the key; without one, on loopback, who asks for this machine by a name of its own.
 
-vLLM itself asks for it under `/v1` and few other paths; at `/invocations`, for one, it generates for everybody.
+Two ASGI middlewares, by vLLM's own flag `--middleware`. vLLM itself asks for the key under `/v1` and few other paths;
+at `/invocations`, for one, it generates for everybody.
 """
 
 from __future__ import annotations
@@ -8,11 +9,18 @@ from __future__ import annotations
 import hmac
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
+from .listening import is_loopback
+
 _OPEN = ("/health", "/metrics")  # to be read by what watches the server
+_NOT_LOOPBACK = (
+    "Without an API key this server answers only as localhost, 127.0.0.1 or [::1] (the Host header). "
+    "Set a key, or have the proxy send Host: 127.0.0.1"
+)
 
 
 class AsksForKey:
@@ -32,6 +40,28 @@ class AsksForKey:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key)
+
+
+class AsksForLoopback:
+    """Answers 403 to whoever calls this server by another name than loopback has.
+
+    A browser sends the name in the address bar: that of a page which has its own name point to 127.0.0.1, and so may
+    read what it asks there (DNS rebinding).
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        allowed = scope["type"] == "lifespan" or is_loopback(_host(Headers(scope=scope)))
+        await (self.app if allowed else JSONResponse({"error": _NOT_LOOPBACK}, 403))(scope, receive, send)
+
+
+def _host(headers: Headers) -> str:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_head_of_open(scope: Any) -> bool:

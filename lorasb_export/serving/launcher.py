@@ -14,10 +14,12 @@ from .. import environment
 from ..errors import OutputError, SettingsError, Terminated
 from ..files.storage import cache_folder, expanded
 from ..names import resolve_adapters
+from .listening import is_loopback
 from .plan import make_plan
 from .server import RunningServer
 from .temporary import temporary_folder
 
+_ASKS_FOR_LOOPBACK = f"{__package__}.key.AsksForLoopback"
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
 
@@ -118,6 +120,8 @@ def running_server(
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
         command, variables = plan.command(folder), environment.child_environment(**changes)
+        if not key and is_loopback(host):
+            command += ["--middleware", _ASKS_FOR_LOOPBACK]
         options = {"echo": echo, "advice": plan.mode.advice, "drain": plan.drain}
         server = RunningServer(command, variables, _url(host, port), **options)
         del plan  # its tensors are on disk now

@@ -1,13 +1,22 @@
-"""Whether it is our server that listens on a port, as Linux tells it."""
+"""Where a server listens: on loopback alone? And is it ours that listens on a port, as Linux tells it?"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 _LISTENS = "0A"  # a socket's state, in /proc/net/tcp
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address without brackets, is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listens(session: int, port: int) -> bool | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ from ..names import served_name_problem
 from ..one_basis import of_one_basis
 from . import flags
 from .choosing import choose_mode
+from .listening import is_loopback
 from .modes import VLLM_RANKS, Mode
 from .shared import runs_on_cpu, vllm_version
 from .temporary import PREFIX
@@ -158,7 +158,7 @@ def make_plan(
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
-    if not has_key and not _is_loopback(host):
+    if not has_key and not is_loopback(host):
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
     loaded: dict[str, Adapter] = {}
@@ -232,13 +232,6 @@ def _on_one_base(
         except LoraSBError as error:
             apart[name] = error
     return base, apart
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_dtype(plan: ServePlan) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -123,7 +124,8 @@ class RunningServer:
     def _models(self) -> list[str]:
         """The names that are served; OutputError where another server answers, before it is told the key.
 
-        vLLM holds its port for a long time before it listens on it, and so may another.
+        vLLM holds its port for a long time before it listens on it, and so may another. Where the system does not tell
+        who listens, one that asks for a key, as ours does, is told it.
         """
         port = urlsplit(self.url).port
         assert port is not None
@@ -132,8 +134,11 @@ class RunningServer:
         if is_child is False:
             raise self._failed() if self._ends() else another
         words, versions = set(self._command), self._variables.get(VERSIONS_VARIABLE)
+        key = self._variables.get("VLLM_API_KEY", "")
         try:
-            cards = json.loads(self._get("/v1/models"))["data"]
+            if key and is_child is None and not self._asks_for_key():
+                raise another
+            cards = json.loads(self._get("/v1/models", key))["data"]
             roots = [card["root"] for card in cards if f"{card['id']}={card['root']}" not in words]
             # Those under `versions` were loaded by a client who was quicker than we are.
             are_ours = all(r in words or (versions and Path(r).is_relative_to(versions)) for r in roots)
@@ -199,9 +204,14 @@ class RunningServer:
             return False
         return True
 
-    def _get(self, path: str) -> bytes:
-        # /health, which needs no key, is asked for before it is known who listens there.
-        key = "" if path == "/health" else self._variables.get("VLLM_API_KEY", "")
+    def _asks_for_key(self) -> bool:
+        try:
+            self._get("/v1/models")
+        except HTTPError as error:
+            return error.code == 401
+        return False
+
+    def _get(self, path: str, key: str = "") -> bytes:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         opener = build_opener(ProxyHandler({}))  # the server is on this machine, whatever http_proxy says
         with opener.open(Request(self.url + path, headers=headers), timeout=10) as response:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection
+from filecmp import cmp
 from pathlib import Path
 
+from ...files.atomic import link_or_copy
+from ...hub.fetch import ADAPTER_FILES
 from .loading import version_name
 
 SECONDS = 3600  # longer than any request runs: the engine may read its version again in the middle of it
@@ -20,9 +23,17 @@ class Versions:
         self._unused_since: dict[Path, float] = {}
 
     def keep(self, name: str, copy: Path) -> Path:
-        """Move `copy`, a folder on the same disk, to a path that names its content; returns the path."""
+        """Move `copy`, a folder on the same disk, to a path that names its content; returns the path.
+
+        Under however many names one adapter is loaded, the disk holds its files once.
+        """
         kept = self.folder / version_name(name, copy)
         if not kept.exists():
+            same = next(self.folder.glob(f"*{version_name('', copy)}"), None)
+            for file in ADAPTER_FILES if same else ():
+                if cmp(same / file, copy / file, shallow=False):
+                    (copy / file).unlink()
+                    link_or_copy(same / file, copy / file)
             copy.rename(kept)
         return kept
 

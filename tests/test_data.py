@@ -57,6 +57,11 @@ BAD = {
     "no rows": ("\n\n", "no training rows", ""),
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
+    "pair not a string": (
+        '{"text": "a", "text_pair": 3, "label": "b"}\n',
+        "'text_pair' is not a string",
+        "train.jsonl:1",
+    ),
     "empty text": ('{"text": "a"}\n{"text": ""}\n', "the text is empty", "train.jsonl:2"),
     "mixed: chat": (GOOD + CHAT_LINE, "a messages row among prompt/completion rows", "train.jsonl:2"),
     "mixed: no label": (CLASS + CLASS + '{"text": "a"}\n', "a text row among text/label rows", "train.jsonl:3"),

@@ -204,6 +204,16 @@ def test_what_peft_would_take_for_experts_is_refused(
     assert "the type of the base could not be looked up" in caplog.text
 
 
+def test_the_type_of_a_base_is_looked_up_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, base, adapter = make("llama", tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(peft, "resolve_folder", lambda source, _: (asked.append(source) or base, source))
+    for revision in ("abc", None):
+        of_the_hub = replace(adapter, base=replace(adapter.base, name_or_path="owner/base", revision=revision))
+        assert peft._family(of_the_hub, None) == "llama"
+    assert asked == ["owner/base@abc", "owner/base"]
+
+
 def test_what_peft_refuses_in_models_of_mambas_kind_is_refused_here(tmp_path: Path) -> None:
     model = llama()
     model.model.layers[0].mlp.out_proj = torch.nn.Linear(32, 48)

@@ -179,7 +179,7 @@ def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.json", "/x/y"]
+    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "a/b.CSV", "b.json", "/x/y"]
 )
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

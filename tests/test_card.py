@@ -123,6 +123,23 @@ def test_the_hubs_own_reader_takes_the_metadata() -> None:
     ]
 
 
+def test_what_is_not_known_is_among_the_limits() -> None:
+    unscored, unlicensed = "No figure on held-out rows is known.", "The licence of the base model is not known here"
+    scored = {"evaluation": {"test": {"exact_match": FIGURES}}}
+    assert (unscored in adapter(), unlicensed in adapter()) == (True, True)
+    text = card.adapter_card(ADAPTER | {"training": scored}, facts=Facts({"license": "mit"}))
+    assert (unscored in text, unlicensed in text) == (False, False)
+
+
+def test_data_among_what_a_run_reports_is_no_row_of_the_table() -> None:
+    report = {
+        "of_few": {str(number): number for number in range(24)},
+        "of_many": dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 1),
+    }
+    text = adapter(training={"steps": 3, **report})
+    assert ("| of few, 23 | 23 |" in text, "of many" in text) == (True, False)
+
+
 def test_licences_of_base_and_data() -> None:
     training = {"task": "dates", "data": "owner/dates"}
     facts = Facts(
@@ -146,6 +163,7 @@ def test_the_link_to_a_licence_leads_to_the_file(tmp_path: Path, monkeypatch: py
 
     path.write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     assert link("owner/base") == "https://huggingface.co/owner/base/blob/main/LICENSE"
+    assert link("owner/rows", dataset=True) == "https://huggingface.co/datasets/owner/rows/blob/main/LICENSE"
     assert link("owner/base", revision="abc") == "https://huggingface.co/owner/base/blob/abc/LICENSE"
     assert link(str(tmp_path)) is None
     assert link("owner/base", beside=["LICENSE"]) == link(str(tmp_path), beside=["LICENSE"]) == "LICENSE"
@@ -180,6 +198,14 @@ def test_a_classifier_names_its_class_and_labels() -> None:
     text = card.peft_card({**ADAPTER, "task_type": "SEQ_CLS"}, facts=made)
     arguments = 'revision="abc", num_labels=1, ignore_mismatched_sizes=True'
     assert f'from_pretrained(AutoModel.from_pretrained("owner/base", {arguments}), ' in text
+
+
+def test_figures_of_a_classifier_are_those_of_its_task() -> None:
+    evaluation = {"valid": {"mcc": FIGURES}, "test": {"accuracy": FIGURES, "mcc": FIGURES}}
+    keys = front_matter(adapter(task_type="SEQ_CLS", training={"evaluation": evaluation}))
+    assert keys["metrics"] == ["accuracy", "mcc"]
+    (model,) = keys["model-index"]
+    assert {result["task"]["type"] for result in model["results"]} == {"text-classification"}
 
 
 def test_a_basis_names_the_class_it_was_calibrated_on() -> None:
@@ -219,6 +245,12 @@ def test_several_adapters_are_named_with_their_weights() -> None:
     assert "# a, b: adapters for `owner/base`, for ONNX Runtime\n" in text
     assert 'adapters.load(folder + "/a.onnx_adapter", "a")' in text
     assert f"| b | 1 | - | {'2' * 64} |" in text
+
+
+def test_of_many_adapters_a_title_names_the_first() -> None:
+    many = [{"name": f"a{number}", "sha256": "1" * 64} for number in range(12)]
+    text = card.merged_card({"kind": "merged", "base": BASE, "adapters": many})
+    assert "+ a8 + a9 + …: `owner/base` with 12 LoRA-SB adapters merged in\n" in text
 
 
 def test_an_onnx_card_loads_with_what_can_run_it() -> None:

@@ -71,6 +71,9 @@ def test_a_column_of_a_template_that_there_is_not(tmp_path: Path) -> None:
         rows_of(tmp_path / "in parts", columns={"prompt": "{q}?", "completion": "output"})
     with pytest.raises(DataError, match=r"column 'tags' is of type list, and a template takes .*rows\.jsonl:2\)"):
         rows_of(path, columns={"prompt": "{input}{tags}", "completion": "output"})
+    flags = in_json(tmp_path, {"input": True, "output": "b"})
+    with pytest.raises(DataError, match=r"column 'input' is of type bool, and a template takes text and numbers"):
+        rows_of(flags, columns={"prompt": "{input}?", "completion": "output"})
     with pytest.raises(DataError, match="no training rows"):
         rows_of(in_json(tmp_path), columns={"prompt": "{input}", "completion": "output"})
 

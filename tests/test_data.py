@@ -57,6 +57,11 @@ BAD = {
     "no rows": ("\n\n", "no training rows", ""),
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
+    "pair not a string": (
+        '{"text": "a", "text_pair": 3, "label": "b"}\n',
+        "'text_pair' is not a string",
+        "train.jsonl:1",
+    ),
     "empty text": ('{"text": "a"}\n{"text": ""}\n', "the text is empty", "train.jsonl:2"),
     "mixed: chat": (GOOD + CHAT_LINE, "a messages row among prompt/completion rows", "train.jsonl:2"),
     "mixed: no label": (CLASS + CLASS + '{"text": "a"}\n', "a text row among text/label rows", "train.jsonl:3"),
@@ -174,7 +179,7 @@ def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "b.json", "/x/y"]
+    "source", ["data/missing", "./data", "~/data", "../x/y", "data/", "a/b.jsonl", "a/b.CSV", "b.json", "/x/y"]
 )
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -202,6 +202,7 @@ def test_folded_adapters_take_turns_in_sixteen_slots(folder: Path, monkeypatch: 
     assert (value_of(command, "--max-loras"), value_of(command, "--max-cpu-loras")) == ("16", "40")
     many = dry_run({f"a{number}": folder / "a" for number in range(80)}, mode="folded")
     assert value_of(many["command"], "--max-cpu-loras") == "64"
+    assert many["memory"]["host_bytes"] == many["memory"]["disk_bytes"] // 2 * 64 // 80  # in 16 bits; no more are held
     assert "each of the 16 slots takes some, try -- --max-loras 8. " in Folded(dict.fromkeys(named), None).advice
     few = dry_run({"a": folder / "a"}, mode="folded")["command"]
     assert (value_of(few, "--max-loras"), "--max-cpu-loras" in few) == ("1", False)

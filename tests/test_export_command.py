@@ -132,6 +132,14 @@ def test_a_precision_that_is_none_is_refused_before_data_are_read(
         export(tmp_path / "a", tmp_path / "out", format=format, precision="fp99", data={"a": str(tmp_path / "rows")})
 
 
+@pytest.mark.parametrize("format", ["peft", "onnx"])
+def test_what_is_of_many_adapters_is_refused_for_one(format: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="routed is for the format onnx-adapters"):
+        export(tmp_path / "a", tmp_path / "out", format=format, routed=True)
+    with pytest.raises(SettingsError, match=rf"format {format} takes one adapter, 2 were given"):
+        export([tmp_path / "a", tmp_path / "b"], tmp_path / "out", format=format)
+
+
 @pytest.mark.parametrize(
     "words",
     ["--into onnx --format peft", "--into onnx --routed", "--data rows", "--format onnx --data rows --no-verify"],

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -202,6 +203,16 @@ def test_what_peft_would_take_for_experts_is_refused(
     shutil.rmtree(base)
     export_peft(tmp_path / "adapter", tmp_path / "again")
     assert "the type of the base could not be looked up" in caplog.text
+
+
+def test_the_type_of_a_base_is_looked_up_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, base, adapter = make("llama", tmp_path)
+    looked_up = Mock(return_value=(base, ""))
+    monkeypatch.setattr(peft, "resolve_folder", looked_up)
+    for revision in ("abc", None):
+        of_the_hub = replace(adapter, base=replace(adapter.base, name_or_path="owner/base", revision=revision))
+        assert peft._family(of_the_hub, None) == "llama"
+    assert [call.args[0] for call in looked_up.call_args_list] == ["owner/base@abc", "owner/base"]
 
 
 def test_what_peft_refuses_in_models_of_mambas_kind_is_refused_here(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_a_name_that_the_hub_does_not_know_is_not_taken_for_a_bad_token() -> Non
         (429, {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55.0),
         (429, {"ratelimit": '"api";r=0;t=301'}, None),
         (429, {}, 0.0),
+        (408, {}, 0.0),
+        (404, {"Retry-After": "7"}, None),
         (500, {"ratelimit": '"api";r=400;t=55'}, 0.0),
     ],
 )
@@ -100,6 +102,13 @@ def test_an_error_says_whether_other_repositories_would_meet_it(
     with pytest.raises(ServerError) as caught, hub_errors("me/a", ServerError):
         raise ConnectionError("no route")
     assert caught.value.of_every_repository
+
+
+def test_a_token_of_another_form_is_none_to_be_shown() -> None:
+    with pytest.raises(LoraSBError) as caught, hub_errors("me/a", LoraSBError):
+        raise RuntimeError("refused: Authorization: Bearer eyJhbGci.abc-123")
+    assert "refused: Authorization: ***" in str(caught.value)
+    assert "eyJ" not in str(caught.value)
 
 
 def test_no_token_in_an_error() -> None:

@@ -77,3 +77,17 @@ def test_a_folder_that_hides_an_adapter_is_told_of(
     assert not caplog.text
     assert Project.load().find_folder("billing") == "billing"
     assert "billing is taken for the folder of that name here; the adapter is adapters/billing" in caplog.text
+
+
+def test_a_path_that_a_task_hides_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").write_text('[tasks.a]\ndata = "./rows"\n')
+    project = Project.load()
+    assert str(project.find_data("a")) == str(tmp_path / "rows")
+    assert not caplog.text
+    Path("a").mkdir()
+    assert str(project.find_data("a")) == str(tmp_path / "rows")
+    assert "a is taken for the task: ./a names the path" in caplog.text
+    assert str(project.find_data("./a")) == "./a"

@@ -92,6 +92,20 @@ def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
         monkeypatch.setattr("time.time", lambda: now + 8 * 24 * 3600)
 
 
+def test_what_another_user_is_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not let us signal their process, and so says that it lives."""
+    theirs = tmp_path / f".x.tmp-{atomic._place()}-{os.getpid() + 1}-89ab"
+    theirs.touch()
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", refuse)
+    with atomic_file(tmp_path / "x") as temporary:
+        temporary.touch()
+    assert theirs.exists()
+
+
 def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> None:
     for name in ("x", ".x.old"):
         (tmp_path / name).mkdir()

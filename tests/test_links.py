@@ -18,6 +18,7 @@ from lorasb_export.exporting.peft import export_peft
 from lorasb_export.files.atomic import atomic_folder
 from lorasb_export.files.lock import only_writer
 from lorasb_export.files.storage import read_json, write_json
+from lorasb_export.hub.cache import leads_out
 from tests.merging import adapter_for
 from tests.random_adapter import adapter_on
 
@@ -122,6 +123,19 @@ def test_a_link_to_another_disk_is_no_mounted_disk(adapter: Path, tmp_path: Path
         merge(adapter, tmp_path / "model", overwrite=True)
         with pytest.raises(OutputError, match="the target exists"):
             merge(adapter, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("place", "is_there"), [("blobs/0a1b", True), ("blobs/0a/0a1b", True), ("blobs/mine/0a1b", False), ("0a1b", False)]
+)
+def test_what_lies_in_the_store_of_the_hubs_cache(place: str, is_there: bool, tmp_path: Path) -> None:
+    """By its hash, or since huggingface_hub 2.4 in a folder called by the first two letters of that."""
+    target, link = tmp_path / place, tmp_path / "folder" / "config.json"
+    for path in (target, link):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    target.touch()
+    link.symlink_to(target)
+    assert leads_out(link, link.parent) is not is_there
 
 
 def test_an_adapter_whose_replacement_was_cut_short_is_there_when_its_training_goes_on(

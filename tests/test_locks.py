@@ -9,6 +9,7 @@ import resource
 import stat
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -64,6 +65,27 @@ def test_a_lock_file_that_another_user_left(readable: bool, tmp_path: Path, monk
         with pytest.raises(OutputError, match="cannot open the lock file") as error, only_writer(tmp_path / "x"):
             pass
         assert (error.value.where, "remove it" in str(error.value.fix)) == (str(left), True)
+
+
+def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened before that: a third process makes the file anew, and would write beside us."""
+    flock = fcntl.flock
+
+    def after_it_is_gone(file: IO[bytes], how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".x.lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_it_is_gone)
+    with (
+        only_writer(tmp_path / "x"),
+        pytest.raises(OutputError, match="another process is writing"),
+        only_writer(tmp_path / "x"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.layers.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.merging import adapter_for, logits, unmerged_logits
-from tests.random_adapter import BERT_MODULES
+from tests.random_adapter import BERT_MODULES, adapter_on
 from tests.tiny import make_bert, make_gpt2, make_llama
 
 
@@ -125,3 +125,14 @@ def test_a_pad_token_without_an_embedding_does_not_pad_what_is_merged(moods: Tas
     assert read_json(folder / "special_tokens_map.json") == {"pad_token": tokenizer.eos_token}
     classify = pipeline("text-classification", str(folder), batch_size=2)
     assert len(classify(["a", "bca"])) == 2
+
+
+def test_what_happens_to_a_network_does_not_happen_to_the_adapter_that_was_put_on_it(
+    bert: Path, tmp_path: Path
+) -> None:
+    adapter = adapter_on(bert, tmp_path / "a", SEQ_CLS, labels=["no", "yes"])
+    network = adapter.base.resolve().load(SEQ_CLS, dtype="float32", num_labels=2)
+    adapter.inject(network)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    assert all(tensor.any() for tensor in (*adapter.head.values(), *adapter.R.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.exporting import onnx
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
+from lorasb_export.exporting.onnx_build import _ask_as_we_do
 from lorasb_export.exporting.onnx_record import write_record
+from lorasb_export.files.storage import read_json, write_json
 from tests.random_adapter import adapter_on
 
 pytest.importorskip("onnxruntime_genai")
@@ -88,3 +91,12 @@ def test_a_readme_that_cannot_be_kept_is_told_of_before_the_work(llama: Path, ex
     (exported / "README.md").write_bytes(b"---\ntags: [\n---\n")
     with pytest.raises(ArtifactError, match="front matter is not valid YAML"):
         add_onnx_adapters([tmp_path / "a"], exported)
+
+
+def test_a_graph_is_asked_without_the_penalties_of_chats(llama: Path, tmp_path: Path) -> None:
+    """transformers.js reads them, and would answer otherwise than torch does here."""
+    out = shutil.copytree(llama, tmp_path / "out")
+    penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    write_json(out / "generation_config.json", {"eos_token_id": 97, "temperature": 0.5, **penalties})
+    _ask_as_we_do(out)
+    assert read_json(out / "generation_config.json") == {"eos_token_id": [97, 2], "temperature": 0.5}

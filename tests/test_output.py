@@ -162,6 +162,25 @@ def test_a_disk_that_syncs_files_but_no_folders_keeps_what_is_written(
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]
 
 
+def test_a_folder_whose_name_the_disk_does_not_confirm_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fails_beside_it(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), tmp_path.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails_beside_it)
+    with (
+        pytest.raises(OutputError, match="it is there and whole, but the disk does not confirm its name: Input"),
+        atomic_folder(tmp_path / "x") as temporary,
+    ):
+        (temporary / "lorasb.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]
+
+
 def test_errors_of_other_files_are_not_called_errors_of_the_output(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="basis"), cannot_write(tmp_path / "model"):
         (tmp_path / "basis").read_bytes()

@@ -72,6 +72,14 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         assert part in message
 
 
+@pytest.mark.parametrize("line", ['dtype = "float32"', "seed = 1"])
+def test_what_all_tasks_share_is_no_setting_of_one(line: str, tmp_path: Path) -> None:
+    """The base is loaded once, in one dtype, and heads are drawn by one seed."""
+    with pytest.raises(SettingsError, match=rf"\[tasks\.a\.fit\] unknown key '{line.split()[0]}'"):
+        load(tmp_path, f'[tasks.a]\ndata = "d"\nfit.{line}\n')
+    assert load(tmp_path, f"[fit]\n{line}\n").fit
+
+
 def test_a_task_has_a_positive_weight(tmp_path: Path) -> None:
     project = load(tmp_path, '[tasks.a]\ndata = "d"\nweight = 2\n[tasks.b]\ndata = "d"\n')
     assert project.weights(["a", "b", "elsewhere"]) == {"a": 2, "b": 1.0}

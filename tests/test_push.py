@@ -101,6 +101,11 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         ("me/a/b", {}, "not a Hub repository (me/a/b). Give owner/name"),
         ("me/a", {"basis_repo": "x"}, "not a Hub repository (x). Give owner/name"),
         ("me/a", {"create_pr": True, "revision": "b"}, "create_pr and revision exclude each other. Leave one out"),
+        (
+            "me/a",
+            {"basis_repo": "me/b", "with_basis": True},
+            "basis_repo and with_basis exclude each other. Leave one out",
+        ),
         ("me/a", {"basis_repo": "me/b"}, "basis_repo and with_basis are for adapters ({}). Leave it out"),
     ],
 )

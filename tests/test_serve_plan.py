@@ -20,7 +20,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.errors import BaseModelError, OutputError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.quickstart import line
-from lorasb_export.serving import plan
+from lorasb_export.serving import flags, plan
 from lorasb_export.serving.modes import Folded
 from tests import serving
 from tests.serving import DEFAULTS, dry_run, install, value_of
@@ -219,6 +219,25 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(
+            "--enable-sleep-mode",
+            "--fully-sharded-loras",
+            "--kv-sharing-fast-prefill",
+            "--served-model-name",
+            "--dtype",
+        ),
+        *("--distributed-executor-backend", "--data-parallel-size", "--data-parallel-backend", "--lora-modules"),
+    ],
+)
+def test_a_flag_that_is_read_is_written_out_in_full(flag: str) -> None:
+    flags.refuse_bad(["--seed", "1"])
+    with pytest.raises(SettingsError, match=rf"{flag[:-1]} may be short for {flag}"):
+        flags.refuse_bad([flag[:-1], "x"])
+
+
 def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASB_SHARED_BASIS", str(folder / "a"))
     assert dry_run({"b": folder / "b"}, mode="folded")["environment"]["LORASB_SHARED_BASIS"] == ""
@@ -230,6 +249,11 @@ def test_no_spare_slot_is_refused_on_a_cpu(folder: Path) -> None:
     with pytest.raises(SettingsError, match="--max-loras 1 for 1 adapters on a CPU"):
         dry_run({"a": folder / "a"}, extra=["--max-loras", "1"], **options)
     assert dry_run({"a": folder / "a"}, extra=["--max-loras", "2"], **options)["command"][-1] == "2"
+
+
+def test_a_number_that_is_none_is_left_to_vllm(folder: Path) -> None:
+    described = dry_run({"a": folder / "a"}, mode="folded", extra=["--max-loras", "two"])
+    assert (described["command"][-2:], described["memory"]["slots"]) == (["--max-loras", "two"], 2)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +328,11 @@ def test_a_dry_run_says_what_a_start_here_would_lack(
 
 @pytest.mark.parametrize(
     ("extra", "names"),
-    [(["--served-model-name", "x", "y", "--seed", "1"], ["x", "y"]), (["--served_model_name=z"], ["z"])],
+    [
+        (["--served-model-name", "x", "y", "--seed", "1"], ["x", "y"]),
+        (["--served_model_name=z"], ["z"]),
+        (["--served-model-name", "x", "y", "--served-model-name", "z"], ["z"]),  # the last counts
+    ],
 )
 def test_a_name_that_is_given_to_the_base_is_its_name(folder: Path, extra: list[str], names: list[str]) -> None:
     adapters = {"base": folder / "a"}  # as the base's folder is called

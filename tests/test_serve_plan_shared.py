@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import OutputError, SettingsError
 from lorasb_export.serving import choosing, plan
+from lorasb_export.serving.modes import Shared
 from lorasb_export.serving.shared.loading import load_R, version_name
 from tests import serving
 from tests.random_adapter import save_adapter, save_base
@@ -50,6 +53,20 @@ def test_on_an_accelerator_every_part_of_a_basis_is_held_alone(
     install(monkeypatch, "vllm")
     memory = dry_run(siblings, dtype="float32", mode="shared")["memory"]
     assert memory["basis_bytes"] == 4 * ((32 + 32) + (48 + 32)) * 4
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_basis_is_as_wide_where_the_base_stores_its_weights_transposed(tmp_path: Path) -> None:
+    """As GPT-2 does."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=16))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["transformer.h.0.mlp.c_fc"])
+    memory = dry_run({"a": tmp_path / "a"}, dtype="float32", mode="shared")["memory"]
+    assert memory["basis_bytes"] == 4 * (32 + 4 * 32) * 4
+
+
+def test_who_needs_the_shared_basis_is_not_told_of_the_other_mode() -> None:
+    assert "--mode folded" in Shared({}).advice
+    assert Shared({}, updates_from=Path("adapters")).advice == ""
 
 
 @pytest.mark.usefixtures("plugin")
@@ -119,6 +136,14 @@ def test_what_a_shared_basis_would_not_outlive_is_served_folded(
     """vLLM drops its tensors, or starts workers that do not see our variables."""
     assert dry_run(siblings, mode="auto", extra=flags.split())["mode"] == "folded"
     assert "Serving folded" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
+def test_experts_are_served_folded(folder: Path) -> None:
+    adapter = Adapter.load(folder / "a")
+    of_expert = replace(adapter, R={"model.layers.0.mlp.experts.0.up_proj": torch.ones(4, 4)})
+    with pytest.raises(SettingsError, match="a shared basis of mixture-of-experts layers is not supported"):
+        choosing.choose_mode("shared", adapter.base.resolve(), {"a": of_expert}, (), None)
 
 
 @pytest.mark.usefixtures("plugin")

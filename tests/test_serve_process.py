@@ -190,6 +190,24 @@ def test_of_many_models_the_number_is_told(
     assert echoed == [True, False]  # the server's log
 
 
+def test_a_server_on_an_address_of_ipv6_is_found_there() -> None:
+    assert [launcher._url(host, 8000) for host in ("::", "::1")] == ["http://[::1]:8000"] * 2
+    with socket.socket(socket.AF_INET6) as taken:
+        try:
+            taken.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        taken.listen()
+        with pytest.raises(OutputError, match="cannot listen"):
+            launcher._claim_port("::1", taken.getsockname()[1])
+    assert launcher._claim_port("::1", 0) > 0
+
+
+def test_a_long_path_is_no_place_for_sockets() -> None:
+    """Theirs has room for about a hundred characters."""
+    assert launcher._keep_inside("/tmp/" + "x" * 60) == {}
+
+
 @pytest.mark.parametrize(
     ("log", "cause"),
     [

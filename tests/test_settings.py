@@ -31,6 +31,10 @@ def test_a_setting_that_is_none_of_the_choices_is_refused(kind: Callable[..., An
     [
         (CalibrationSettings, "samples", (0, 1.5, math.nan, math.inf)),
         (CalibrationSettings, "eta", (0, math.nan, math.inf)),
+        *((CalibrationSettings, name, (0, -1)) for name in ("rank", "batch_size", "max_length")),
+        *((FitSettings, name, (0, -1)) for name in ("batch_size", "accumulate", "max_length")),
+        *((FitSettings, f"{name}_every", (0, -1)) for name in ("checkpoint", "evaluate")),
+        *((FitSettings, name, (0, -1)) for name in ("max_steps", "patience")),
         (CalibrationSettings, "seed", (-1, 2**32)),
         (FitSettings, "seed", (-1, 2**32)),
         (FitSettings, "epochs", (0, math.nan, math.inf)),

@@ -46,6 +46,12 @@ def test_what_comes_out_may_be_changed_in_place(bias: bool) -> None:
     assert torch.equal(found, layer.R.grad)
 
 
+def test_a_layer_keeps_its_basis_out_of_what_is_saved_of_a_model() -> None:
+    factors = ModuleBasis(torch.eye(4, 2), torch.eye(2, 5), torch.ones(2))
+    layer = LoRASBLinear(torch.nn.Linear(5, 4), factors, torch.randn(2, 2), 1.0)
+    assert set(layer.state_dict()) == {"base.weight", "base.bias", "R"}
+
+
 @pytest.mark.parametrize("rows", [None, [0, 1]])
 def test_nothing_may_come_in(rows: list[int] | None) -> None:
     """As to an expert that no token is sent to."""

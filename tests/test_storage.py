@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from lorasb_export.files.storage import parse_json, read_header
+from lorasb_export.errors import ArtifactError
+from lorasb_export.files.storage import MAX_JSON_BYTES, parse_json, read_header, read_json
 
 
 def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:
@@ -24,3 +26,19 @@ def test_a_tensor_without_numbers_may_be_listed_after_the_one_it_lies_before(tmp
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     assert list(read_header(tmp_path / "x.safetensors")) == ["a", "b"]
+
+
+def test_what_is_too_large_to_be_one_of_ours_is_not_read(tmp_path: Path) -> None:
+    file, too_large = tmp_path / "x", MAX_JSON_BYTES + 1
+    for start, size, read, what in (
+        (b"", too_large, read_json, f"more than {MAX_JSON_BYTES} bytes of JSON"),
+        (too_large.to_bytes(8, "little"), 8 + too_large, read_header, f"its header takes {too_large} bytes, more than"),
+    ):
+        file.write_bytes(start)
+        os.truncate(file, size)
+        with pytest.raises(ArtifactError, match=what):
+            read(file)
+    brackets = "[],"
+    assert len(parse_json(f'{{"x": [{brackets * 1000}[]]}}')["x"]) == 1001
+    with pytest.raises(ValueError, match="more than 500000 lists and objects"):
+        parse_json(f'{{"x": [{brackets * 500_000}[]]}}')

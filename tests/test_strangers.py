@@ -151,6 +151,8 @@ def test_a_header_of_huge_shapes_is_refused_at_once(shape: list[int], tmp_path: 
         ("license: [mit, apache-2.0]", {"license": "mit, apache-2.0"}),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: [*b, *b]", {}),
         ("license: {a: b}", {}),
+        (f"license: {list(range(20))}", {"license": "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"}),
+        (f"license: {'x' * 400}", {"license": "x" * 300}),
         ("license: no", {}),
         ("license: .nan", {}),
         (f"license: 0x{'f' * 5000}", {}),
@@ -224,6 +226,12 @@ def test_a_scaling_that_no_float_holds_is_refused(scaling: float, adapter: Path)
 def test_a_project_file_has_no_key_of_many_parts(line: str, tmp_path: Path) -> None:
     (tmp_path / "lorasb.toml").write_text(line)
     with pytest.raises(SettingsError, match="a key of more than 16 parts"):
+        Project.load(tmp_path / "lorasb.toml")
+
+
+def test_a_project_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "lorasb.toml").write_text(f"# {'x' * 4_000_000}")
+    with pytest.raises(SettingsError, match="larger than 4,000,000 bytes"):
         Project.load(tmp_path / "lorasb.toml")
 
 

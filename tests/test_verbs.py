@@ -18,6 +18,7 @@ import typer
 from lorasb_cli import calibrate, evaluate, fit
 from lorasb_cli.main import app, main
 from lorasb_cli.verb import Run, as_command
+from lorasb_cli.words import human_bytes, score
 from typer.testing import CliRunner
 
 from lorasb_export import Adapter, Basis
@@ -218,6 +219,74 @@ def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatc
     ]
     assert {(s.targets, s.batch_size) for s in of_basis} == {("q_proj,v_proj", 2)}
     assert [options["public"] for _, options in seen[4:]] == [True, False]
+
+
+MERGE, EXPORT = "merging.merge.merge", "exporting.export.export"
+HANDED_ON: list[tuple[str, str, dict[str, Any]]] = [
+    ("merge a --dtype float16 --max-shard-size 1MB", MERGE, {"dtype": "float16", "max_shard_size": "1MB"}),
+    ("merge a --report kept.json --verify --model m", MERGE, {"report": "kept.json", "verify": True, "base": "m"}),
+    (
+        "evaluate a --data rows --model m --split valid --limit 3 --dtype float32 --metric loss --batch-size 2",
+        "project.evaluate.evaluate_adapters",
+        {"data": "rows", "model": "m", "split": "valid", "limit": 3}
+        | {"dtype": "float32", "metric": "loss", "batch_size": 2},
+    ),
+    ("export a --format onnx-adapters --routed", EXPORT, {"format": "onnx-adapters", "routed": True}),
+    (
+        "export a --format onnx --precision int8 --max-drop 3 --overwrite --model m",
+        EXPORT,
+        {"precision": "int8", "max_drop": 3, "overwrite": True, "base": "m"},
+    ),
+    (
+        "push --repo me/x --commit-message Again --revision b",
+        "project.push.push_project",
+        {"message": "Again", "revision": "b"},
+    ),
+    (
+        "serve --adapters a --model m --host 0.0.0.0 --port 8123 --dtype float16 --mode folded -- --seed 1",
+        "serving.launcher.serve",
+        {"model": "m", "host": "0.0.0.0", "port": 8123, "dtype": "float16", "mode": "folded", "extra": ["--seed", "1"]},
+    ),
+    (
+        "serve --adapters-dir adapters --allow-updates --api-key-file key",
+        "serving.launcher.serve",
+        {"updates_from": Path("adapters"), "api_key_file": "key"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "place", "expected"), HANDED_ON)
+def test_what_is_given_is_handed_on(
+    words: str, place: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("adapters/a").mkdir(parents=True)
+    Path("adapters/a/adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
+    monkeypatch.setattr("lorasb_export.project.export.tasks_to_compare", lambda *_: {})
+    called = Mock(side_effect=OSError)
+    monkeypatch.setattr(f"lorasb_export.{place}", called)
+    assert lorasb(*words.split()).exit_code == 1
+    found = called.call_args.kwargs
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_folder_with_an_equals_sign_is_merged_as_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    merged = Mock(side_effect=OSError)
+    monkeypatch.setattr(f"lorasb_export.{MERGE}", merged)
+    for name in ("lr=1e-3", "lr=high"):
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").touch()
+        assert lorasb("merge", name).exit_code == 1
+        assert merged.call_args.args[0] == name
+
+
+def test_numbers_for_people() -> None:
+    assert [human_bytes(count) for count in (999, 1000, 1_234_567, 5e15)] == ["999 B", "1.0 KB", "1.2 MB", "5000.0 TB"]
+    assert [score(metric, 0.5) for metric in ("exact_match", "accuracy", "mcc")] == ["50.0%", "50.0%", "0.5000"]
+    assert [score("loss", value) for value in (None, True, 2)] == ["-", "-", "2.0000"]
 
 
 def test_what_would_not_be_looked_at_is_refused() -> None:

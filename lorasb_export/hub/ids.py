@@ -65,7 +65,7 @@ def is_hub_id(name: object) -> bool:
 def may_be_dataset(source: str, folder: Path) -> bool:
     """Whether `source`, of which there is no file, may be a dataset's id, `owner/name` or `name`, with or without
     `@revision`, rather than a mistyped path: one with a file's ending, or into a folder that `folder` has."""
-    is_id = _DATASET_ID.fullmatch(source) is not None and not source.endswith(_FILE_ENDINGS)
+    is_id = _DATASET_ID.fullmatch(source) is not None and not source.lower().endswith(_FILE_ENDINGS)
     return is_id and not ("/" in source and (folder / source.partition("/")[0]).is_dir())
 
 

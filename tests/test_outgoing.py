@@ -112,6 +112,7 @@ def test_paths_and_tokens_stay_at_home(tmp_path: Path, monkeypatch: pytest.Monke
         ("/a/x,/b/z", "x,z"),
         ("--rank=4", "--rank=4"),
         ("data/x", "data/x"),
+        ("a=~me", "a=~me"),
     ],
 )
 def test_a_recorded_command_names_no_folder(word: str, kept: str) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lorasb_export.environment import child_environment
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, ServerError, SettingsError
 from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.project.project import Project
-from lorasb_export.provenance import without_folders
+from lorasb_export.provenance import MAX_COMMAND, without_folders
 from lorasb_export.publishing.folder_card import licence
 from lorasb_export.publishing.outgoing import take_out_paths
 from lorasb_export.quickstart.model import _fetch
@@ -142,6 +143,7 @@ def test_a_config_with_a_value_of_another_type_is_refused(key: str, value: Any, 
         ("/home/me/a=b/c", "c"),
         ("file:///home/me/acme/x", "x"),
         ("a,/home/me/acme/b,/home/me/c", "a,b,c"),
+        ("~me@work/acme/x", "x"),
         ("me/acme", "me/acme"),
         ("https://example.org/x", "https://example.org/x"),
     ],
@@ -163,6 +165,24 @@ def test_a_command_that_is_none_is_published_without_paths(command: Any) -> None
     assert isinstance(content, bytes)
     assert b"/home" not in content
     assert type(json.loads(content)["command"]) is type(command)
+
+
+@pytest.mark.parametrize("command", ["=~" * 20_000, "x" * 1_000_000, "'" + "=~" * 20_000])
+def test_a_long_command_is_published_at_once(command: str) -> None:
+    """To look for paths in one of these took a minute."""
+    files: dict[str, Path | bytes] = {"lorasb.json": json.dumps({"command": command}).encode()}
+    before = time.process_time()
+    take_out_paths(files)
+    assert time.process_time() - before < 1.0
+
+
+def test_a_command_that_is_cut_as_ours_are_is_published_whole() -> None:
+    command = f"lorasb {'x ' * 2000}"[:MAX_COMMAND] + " … (123,456 words)"
+    files: dict[str, Path | bytes] = {"lorasb.json": json.dumps({"command": command}).encode()}
+    take_out_paths(files)
+    content = files["lorasb.json"]
+    assert isinstance(content, bytes)
+    assert "123,456" in json.loads(content)["command"]
 
 
 @pytest.mark.parametrize("shape", [[10**17] * 100_000, [10**4000] * 400, [2**63]])

@@ -31,6 +31,16 @@ def test_every_locked_package_has_hashes() -> None:
     assert all("--hash=sha256:" in entry for entry in entries)
 
 
+def test_what_builds_this_package_is_locked_and_used() -> None:
+    """In isolation pip would fetch the newest, without a hash."""
+    locked = {one["name"].lower(): one["version"] for one in components(LOCK.read_text())}
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]:
+        wanted = Requirement(line)
+        assert locked[wanted.name.lower()] in wanted.specifier
+    for page in ("explanation/security.md", "make_lock.py"):
+        assert "pip install --no-deps --no-build-isolation ." in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
 def test_the_list_of_packages_is_that_of_the_lock() -> None:
     assert json.loads(BOM.read_text())["components"] == components(LOCK.read_text())
 

@@ -1,7 +1,8 @@
 """Write docs/supply-chain: the exact packages of the extra `cpu` with their hashes, and the same as a CycloneDX list.
 
 `uv` resolves them (pip install uv); further words go to it, such as where torch's CPU builds are found. Install from it
-with `pip install --require-hashes -r docs/supply-chain/requirements-cpu.txt`, then `pip install --no-deps .`.
+with `pip install --require-hashes -r docs/supply-chain/requirements-cpu.txt`, then
+`pip install --no-deps --no-build-isolation .`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -189,6 +190,14 @@ def test_an_index_of_another_hand_harms_nobody(any_hub: Hub, project: Path, edit
     make_adapter(project / "adapters" / "d", project / "basis", seed=4)
     pushed(any_hub, project)
     assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/d", "bases/z", "basis"]
+
+
+def test_a_card_of_another_hand_is_named(any_hub: Hub, project: Path, theirs: Path, edit: Edit) -> None:
+    pushed(any_hub, theirs)
+    lines = [f"{new}: &{new} [*{old}, *{old}]" for old, new in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")]
+    edit("README.md", "\n".join(["---", "a: &a [x, x]", *lines, "tags: [*z]", "---"]).encode())
+    said = refused(any_hub, project)
+    assert "the card's front matter has an alias (`*name`) (README.md on the Hub)" in said
 
 
 def test_checksums_of_another_hand_are_not_overwritten(any_hub: Hub, project: Path, theirs: Path, edit: Edit) -> None:

@@ -9,8 +9,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-_FROM_ROOT = re.compile(r"(?:(?<=[=,@])|^)(?:file://|~[^/,]*)?/[^,]*")
-_MAX_COMMAND = 4000  # characters of a command
+# What begins with a ~ and has no folder stays as it is; to look whether it has one, at every ~, would take minutes.
+_FROM_ROOT = re.compile(r"(?:(?<=[=,@])|^)(?:~|(?:file://)?/)[^,]*")
+MAX_COMMAND = 4000  # characters of a command
 
 CURVE = "training.png"  # the picture of an adapter's losses
 
@@ -26,7 +27,7 @@ def command() -> str | None:
         return None
     words = list(map(without_folders, sys.argv[1:]))
     text = shlex.join(["lorasb", *words])
-    return text if len(text) <= _MAX_COMMAND else f"{text[:_MAX_COMMAND]} … ({len(words):,} words)"
+    return text if len(text) <= MAX_COMMAND else f"{text[:MAX_COMMAND]} … ({len(words):,} words)"
 
 
 def without_folders(word: str) -> str:

@@ -69,6 +69,32 @@ def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text().endswith("text\n")
 
 
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\ntags: [*b, *b]", "has an alias"),  # 20 such lines: a million words
+        ("a: &a {x: 1}\nb: {<<: *a}", "has an alias"),
+        ("license: !!int ''", "is not valid YAML, or JSON cannot hold it"),
+        ("license: !!timestamp mine", "is not valid YAML, or JSON cannot hold it"),
+        (f"license: 0x{'f' * 5000}", "is not valid YAML, or JSON cannot hold it"),
+        ("2020-01-01: mine", "is not valid YAML, or JSON cannot hold it"),
+    ],
+)
+def test_front_matter_of_anybody_ends_in_an_error_that_says_where(keys: str, what: str) -> None:
+    theirs = f"---\n{keys}\n---\ntext\n"
+    with pytest.raises(ArtifactError, match=f"the card's front matter {what}") as caught:
+        merge("", theirs, adapter())
+    assert caught.value.where == "README.md on the Hub"
+    with pytest.raises(ArtifactError, match=what):
+        update(theirs, adapter(), where="a/README.md")
+
+
+def test_tags_that_are_none_are_shown_in_short() -> None:
+    with pytest.raises(ArtifactError, match="the card's tags are") as caught:
+        update(f"---\ntags: [{'x' * 5000}, 5, 5]\n---\n", adapter())
+    assert str(caught.value).startswith("the card's tags are ['xxxxxxxxxxxx...xxxxxxxxxxxxx', 5, 5], not words")
+
+
 MINE = "---\nlanguage: no\n---\nWritten in the folder.\n"
 THEIRS = "Written on the Hub.\n"
 

@@ -102,6 +102,11 @@ def test_it_serves_the_adapters_of_a_project_on_one_basis(tmp_path: Path, monkey
     assert described["mode"] == "shared"
 
 
+def test_ray_which_asks_for_no_key_listens_on_this_machine_alone() -> None:
+    """Left to itself a config file listens on 0.0.0.0."""
+    assert read("ray.yaml")["http_options"]["host"] == "127.0.0.1"
+
+
 def test_ray_takes_it() -> None:
     found = read("ray.yaml")
     validate(found, "ray-2.60.0-serve")

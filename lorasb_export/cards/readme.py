@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +51,7 @@ def update(old: str, card: str, *, where: object = None) -> str:
     return f"---\n{_dump(new_keys)}{kept}---\n{text}"
 
 
-def merge(mine: str, theirs: str, generated: str, *, where: object = None) -> str:
+def merge(mine: str, theirs: str, generated: str, *, where: str = "README.md") -> str:
     """The card to publish: `generated`, with what the user wrote in the folder's card and in the one on the Hub.
 
     The published block keeps a hash of the text that the folder had then. So a text edited on the Hub alone stays,
@@ -74,11 +76,12 @@ def merge(mine: str, theirs: str, generated: str, *, where: object = None) -> st
         fix = "Copy what you want to keep from the one into the other, until both texts are the same"
         raise OutputError("README.md was edited here and on the Hub, differently", where=where, fix=fix)
     keys = front_matter(generated)
-    old, published_keys = front_matter(mine, where), front_matter(theirs, where)
+    at_theirs = f"{where} on the Hub"
+    old, published_keys = front_matter(mine, where), front_matter(theirs, at_theirs)
     licence = next((k for k in (old, published_keys) if "license" in k), keys)
     keys = {key: value for key, value in keys.items() if key not in LICENCE_KEYS}
     keys |= {key: licence[key] for key in LICENCE_KEYS if key in licence}
-    keys["tags"] += [tag for tag in _tags(published_keys, where) if tag not in keys["tags"]]
+    keys["tags"] += [tag for tag in _tags(published_keys, at_theirs) if tag not in keys["tags"]]
     text = update(start, f"---\n{_dump(keys)}---\n{_split(generated)[1]}", where=where)
     text = _STAMP.sub("", text)
     return text.replace(END, f"<!-- lorasb:text {stamped} -->\n{END}", 1)
@@ -97,12 +100,33 @@ def _hash(text: str) -> str:
 
 
 def front_matter(card: str, where: object = None) -> dict[str, Any]:
-    """The metadata of a card. Raises ArtifactError where somebody has edited it into no YAML."""
+    """The metadata of a card.
+
+    Raises:
+        ArtifactError: somebody has edited it into no YAML, into what JSON cannot hold, or has used an alias.
+    """
     try:
-        return dict(yaml.safe_load(_split(card)[0]) or {})
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
-        fix = "Correct the lines between the first two `---`"
-        raise ArtifactError("the card's front matter is not valid YAML", where=where, fix=fix) from None
+        keys = dict(_Loader(_split(card)[0]).get_single_data() or {})
+        json.dumps(keys, default=str)  # as --json prints it: no number of thousands of digits, no date for a key
+        return keys
+    except _AliasError:
+        what, fix = "has an alias (`*name`)", "Write out there what it stands for"
+    except Exception:  # PyYAML lets through whatever its conversions raise: of `!!int ""` an IndexError
+        what, fix = "is not valid YAML, or JSON cannot hold it", "Correct the lines between the first two `---`"
+    raise ArtifactError(f"the card's front matter {what}", where=where, fix=fix)
+
+
+class _AliasError(Exception):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them stand for gigabytes, once they are written out."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _AliasError
+        return super().compose_node(parent, index)
 
 
 def _tags(keys: Mapping[str, Any], where: object) -> list[str]:
@@ -110,7 +134,8 @@ def _tags(keys: Mapping[str, Any], where: object) -> list[str]:
     found = keys.get("tags") or []
     tags = found if isinstance(found, list) else [found]
     if not all(isinstance(tag, str) for tag in tags):
-        raise ArtifactError(f"the card's tags are {found!r:.60}, not words", where=where, fix="Put them in quotes")
+        what = f"the card's tags are {reprlib.repr(found):.60}, not words"
+        raise ArtifactError(what, where=where, fix="Put them in quotes")
     return tags
 
 

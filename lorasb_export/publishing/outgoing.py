@@ -19,7 +19,7 @@ from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
 from ..hub.fetch import ADAPTER_FILES, BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS, PARTS
-from ..provenance import without_folders
+from ..provenance import MAX_COMMAND, without_folders
 
 Files = dict[str, "Path | bytes"]  # path in the repository → the file of weights, or the content of another
 Seen = dict[Path, tuple[int, ...]]  # file → what tells it from another one of its name
@@ -249,6 +249,7 @@ def _without_folders(command: Any) -> Any:
     """A recorded command as `provenance.command` makes it, whoever wrote this one."""
     if not isinstance(command, str):  # of another program than ours it is None
         return _without_paths(command)
+    command = command[: 2 * MAX_COMMAND]  # ours are shorter; to split a word takes the square of its length
     try:
         return shlex.join(map(without_folders, shlex.split(command)))
     except ValueError:  # cut short in a quotation, or no command

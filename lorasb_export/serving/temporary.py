@@ -12,7 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "lorasb-"  # short, for the paths of sockets in it
-_LOCK = ".lock"  # held while the folder is in use: no process of another container or host has to be asked for
+# Held while the folder is in use: no process of another container or host has to be asked for. A name of our own, for
+# what has it is emptied: others write `.lock` too, uv into every environment.
+_LOCK = ".lorasb-serve.lock"
+_RANDOM = "?" * 8  # what mkdtemp puts behind the prefix
 
 
 @contextmanager
@@ -57,10 +60,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_what_was_killed() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_LOCK}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}{_RANDOM}/{_LOCK}"):
         with suppress(OSError):  # its server runs
             found = path.parent.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():  # another's, or a link into anything
+                continue
+            if found.st_mode & 0o777 != 0o700:  # not made by mkdtemp
                 continue
             with path.open("r+b") as file:  # to write, which a lock needs over NFS
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

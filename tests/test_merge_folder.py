@@ -90,7 +90,7 @@ def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Pa
     adapter = adapter_for(base, tmp_path / "a")
     blobs.mkdir(parents=True)
     (tmp_path / "shared").mkdir()
-    links = {blobs / "0a1b": "vocab.txt", tmp_path / "shared" / "merges.txt": "merges.txt", secret: "notes.txt"}
+    links = {blobs / "0a1b": "vocab.txt", tmp_path / "shared" / "merges.txt": "merges.txt", secret: "added_tokens.json"}
     for target, link in links.items():
         target.write_text(link)
         (base / link).symlink_to(target)
@@ -98,10 +98,10 @@ def test_no_link_of_the_base_brings_another_file_along(llama: Path, tmp_path: Pa
         merge(adapter, tmp_path / "model")
     shutil.move(base / "model.safetensors", tmp_path / "shared" / "model.safetensors")
     (base / "model.safetensors").symlink_to(tmp_path / "shared" / "model.safetensors")
-    with pytest.raises(BaseModelError, match=r"a link to another file, .*secret \(.*notes.txt\)"):
+    with pytest.raises(BaseModelError, match=r"a link to another file, .*secret \(.*added_tokens.json\)"):
         merge(adapter, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    (base / "notes.txt").unlink()
+    (base / "added_tokens.json").unlink()
     merge(adapter, tmp_path / "model")  # as the Hub's cache holds every file, or a folder of links to a shared one
     for name in ("vocab.txt", "merges.txt"):
         assert (tmp_path / "model" / name).read_text() == name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BaseModelError
@@ -21,7 +20,6 @@ TEXTS = (
 )
 # What licences want to come along wherever the model goes.
 LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
-_REFUSED_AS_LINKS = ("*.json", "*.txt")  # those too that stay where they are
 _MADE_ANEW = ("lorasb.json", ".index.json")
 
 
@@ -32,17 +30,12 @@ def side_files(folder: Path) -> list[Path]:
         BaseModelError: one is a link to another file elsewhere.
     """
     patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
-    kept = _found(folder, patterns)
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
     weights = {file.resolve().parent for file in folder.glob("model*.safetensors")}
-    # A folder of the Hub's cache may be copied, and one of links to the files of a shared one.
-    for path in sorted(kept | _found(folder, _REFUSED_AS_LINKS)):
+    for path in kept:  # a folder of the Hub's cache may be copied, and one of links to the files of a shared one
         target = path.resolve()
         if leads_out(path, folder) and target not in {home / path.relative_to(folder) for home in weights}:
             fix = "Replace it by the file itself, or link the weights (model.safetensors) to that folder too"
             raise BaseModelError(f"a link to another file, {target}", where=path, fix=fix)
-    return sorted(kept)
-
-
-def _found(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW)}
+    return kept

@@ -30,8 +30,8 @@ class Versions:
         kept = self.folder / version_name(name, copy)
         if not kept.exists():
             same = next(self.folder.glob(f"*{version_name('', copy)}"), None)
-            for file in ADAPTER_FILES if same else ():
-                if cmp(same / file, copy / file, shallow=False):
+            for file in ADAPTER_FILES:
+                if same and cmp(same / file, copy / file, shallow=False):
                     (copy / file).unlink()
                     link_or_copy(same / file, copy / file)
             copy.rename(kept)

@@ -104,6 +104,43 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     assert not torch.equal(loaded.head["classifier.weight"], before)
 
 
+def test_an_adapter_is_trained_on(llama: Path, basis: Path, tmp_path: Path) -> None:
+    first = Adapter.attach(BaseModel.resolve(llama).load(), Basis.load(basis), scaling=2.0)
+    for R in first.R.values():
+        R.data.add_(1.0)
+    first.save(tmp_path / "first", embed=True)
+    start, network = Adapter.load(tmp_path / "first"), BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, start.load_basis(), start=start)
+    assert (adapter.scaling, adapter.sha256) == (2.0, start.sha256)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    network(ids, labels=ids).loss.backward()
+    optimizer.step()
+    adapter.save(tmp_path / "second")
+    assert Adapter.load(tmp_path / "second").sha256 == adapter.sha256 != start.sha256 == first.sha256
+    shutil.rmtree(tmp_path / "first")  # the basis that lay in it went along
+    assert Adapter.load(tmp_path / "second").load_basis().sha256 == start.basis_sha256
+    other = calibrate(str(llama), {}, CalibrationSettings(rank=8, directions="random"))
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        Adapter.attach(network, other, start=start)
+
+
+def test_a_classifier_is_trained_on_from_its_head_and_labels(bert: Path, parity: Path, tmp_path: Path) -> None:
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=2))
+    base = BaseModel.resolve(bert)
+    network = base.load(SEQ_CLS, num_labels=2)
+    network.config.id2label = {0: "odd", 1: "even"}
+    start = Adapter.attach(network, basis)
+    start.head["classifier.weight"].data.add_(1.0)
+    start.training["task"] = "parity"
+    adapter = Adapter.attach(base.load(SEQ_CLS, num_labels=2, seed=1), basis, start=start)
+    assert adapter.sha256 == start.sha256
+    assert adapter.training == {"labels": ["odd", "even"]}  # of the run there is nothing yet
+    assert not any(p is q for p, q in zip(adapter.tensors().values(), start.tensors().values(), strict=True))
+    with pytest.raises(ArtifactError, match="another head than the adapter to start from"):
+        Adapter.attach(base.load(SEQ_CLS, num_labels=3), basis, start=start)
+
+
 def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:
     adapter = Adapter.start(Basis.load(basis))
     said = {"loss": np.float32(0.5), "steps": torch.tensor(3), "all": [np.int64(1)], "some": np.array([0.25])}

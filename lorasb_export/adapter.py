@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, 
 from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .names import name_of
 from .tensors import check_savable, gathered, head_shapes, load_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -208,8 +211,9 @@ class Adapter:
 
         Args:
             overwrite: replace the folder, where it is an adapter.
-            embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
-                for a basis of blocks, which takes less room than R.
+            embed: put the basis inside, so that the folder stands alone. Done anyway where the basis was saved nowhere
+                but in an adapter (of a new adapter with a warning), and for a basis of blocks, which takes less room
+                than R.
 
         Raises:
             OutputError: the folder exists; with `overwrite` only what is no adapter.
@@ -219,10 +223,20 @@ class Adapter:
         folder = expanded(folder)
         R, head = gathered(self.R), gathered(self.head)
         check_savable(R, head, (self.rank, self.rank))
+        self.basis_source = self.basis_source or self._saved_since()
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite, kind="adapter") as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
+            if not (embed or self.basis_source or self.folder or self.load_basis().is_blocks):
+                logger.warning("%s holds the whole basis, saved nowhere else (adapters name one: basis.save)", folder)
         self.folder, self.hub_source = absolute(folder), None
+
+    def _saved_since(self) -> str | None:
+        """Where the basis was saved after this adapter was made; None for one that lies in an adapter: this one's."""
+        source = self.basis.source if self.basis is not None else None
+        if source is None or not os.path.isfile(os.path.join(source, "basis_config.json")):
+            return None
+        return None if os.path.isfile(os.path.join(source, "adapter_config.json")) else source
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""

@@ -45,7 +45,7 @@ SHOWN: dict[str, Sequence[str]] = {
     "serving/launcher.py": ["serve", "running_server"],
     "serving/server.py": ["RunningServer: wait"],
     "basis.py": ["Basis: load open save"],
-    "adapter.py": ["Adapter: attach inject load load_basis save delta"],
+    "adapter.py": ["Adapter: attach inject load load_basis save delta name rank labels"],
     "layers/inject.py": ["remove"],
     "stack.py": ["Stack: __init__ use detach"],
     "base/model.py": ["BaseModel: resolve load tokenizer verify"],

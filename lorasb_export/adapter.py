@@ -87,7 +87,8 @@ class Adapter:
 
         All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
         those of the model's config. Of the model only names and shapes are compared with the basis: whether its
-        weights are those of the base, `BaseModel.verify` says.
+        weights are those of the base, `BaseModel.verify` says. An adapter that is there is replaced;
+        `lorasb_export.layers.inject.remove(model)` takes it off.
 
         Args:
             scaling: s.
@@ -138,7 +139,8 @@ class Adapter:
         """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one.
 
         They are copies: what becomes of them on the model, `save` does not see. To train it on, take
-        `attach(model, adapter.load_basis(), start=adapter)`.
+        `attach(model, adapter.load_basis(), start=adapter)`. An adapter that is there is replaced;
+        `lorasb_export.layers.inject.remove(model)` takes it off.
         """
         from .layers.head import load_head
         from .layers.inject import inject
@@ -170,6 +172,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
+        """r, of every R (r, r)."""
         return int(next(iter(self.R.values())).shape[0])
 
     def config(self, source: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,13 @@ from lorasb_export.training.muon import Muon, groups_of
 from tests import training
 
 basis = training.basis
+PAGE = Path(__file__).parents[1] / "docs/how-to/train.md"
+
+
+def lines_of_docs(heading: str) -> list[str]:
+    """The blocks of Python under `heading` of the page on training."""
+    _, _, below = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")
+    return [block.partition("```")[0] for block in below.partition("\n## ")[0].split("```python\n")[1:]]
 
 
 def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_path: Path) -> None:
@@ -43,8 +51,7 @@ def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_pat
 
 
 def test_a_trainer_resumes_from_checkpoints_of_r_alone(llama: Path, basis: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
-    (line,) = [line for line in page.splitlines() if line.startswith("model._keys_to_ignore_on_save")]
+    (line,) = [line for line in lines_of_docs("Your own loop") if line.startswith("model._keys_to_ignore_on_save")]
     rows = [{"input_ids": [1, 20 + i, 21, 22, 2], "labels": [1, 20 + i, 21, 22, 2]} for i in range(12)]
 
     def trained(steps: int, resume: bool) -> Adapter:
@@ -123,6 +130,21 @@ def test_an_adapter_is_trained_on(llama: Path, basis: Path, tmp_path: Path) -> N
     other = calibrate(str(llama), {}, CalibrationSettings(rank=8, directions="random"))
     with pytest.raises(ArtifactError, match="do not belong together"):
         Adapter.attach(network, other, start=start)
+
+
+def test_the_lines_of_the_docs_attach_train_on_and_take_off(
+    llama: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "base")
+    shutil.copytree(basis, tmp_path / "basis")
+    monkeypatch.chdir(tmp_path)
+    attached, trained_on, taken_off = lines_of_docs("Your own loop")[:3]
+    names: dict[str, Any] = {}
+    exec(attached, names)
+    exec(trained_on, names)
+    assert names["adapter"].sha256 == Adapter.load("adapters/mine").sha256
+    exec(taken_off, names)
+    assert names["model"].state_dict().keys() == BaseModel.resolve(llama).load().state_dict().keys()
 
 
 def test_a_classifier_is_trained_on_from_its_head_and_labels(bert: Path, parity: Path, tmp_path: Path) -> None:

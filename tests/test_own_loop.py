@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +17,12 @@ from transformers import Trainer, TrainingArguments
 
 from lorasb_export import Adapter, Basis, calibrate
 from lorasb_export.base.model import BaseModel
+from lorasb_export.calibration.gradients import draw
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
 from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.muon import Muon, groups_of
 from tests import training
@@ -145,6 +148,44 @@ def test_the_lines_of_the_docs_attach_train_on_and_take_off(
     assert names["adapter"].sha256 == Adapter.load("adapters/mine").sha256
     exec(taken_off, names)
     assert names["model"].state_dict().keys() == BaseModel.resolve(llama).load().state_dict().keys()
+
+
+def test_the_lines_of_the_docs_make_the_basis_that_calibrate_makes(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, "base")
+    (lines,) = lines_of_docs("A basis of your own loss")
+    settings = CalibrationSettings(rank=4, targets="mlp-output")
+    theirs = calibrate(str(llama), {"sums": sums}, settings)
+    rows = draw(load_task("sums", sums), BaseModel.resolve(llama).tokenizer, [], settings)
+    batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
+    exec(lines.replace("= 64,", "= 4,"), {"loader": batches, "loss_of": lambda model, batch: model(**batch).loss})
+    ours = Basis.load("basis")
+    assert ours.modules.keys() == theirs.modules.keys()
+    for name, module in ours.modules.items():
+        expected = theirs.modules[name]
+        assert torch.allclose(module.B * module.S @ module.A, expected.B * expected.S @ expected.A, atol=1e-7)
+        assert torch.allclose(module.B @ module.B.T, expected.B @ expected.B.T, atol=1e-3)
+    adapter = Adapter.attach(BaseModel.resolve(llama).load(), ours)
+    adapter.save("a")
+    assert Adapter.load("a").load_basis().sha256 == ours.sha256
+
+
+def test_a_basis_that_is_not_orthonormal_is_not_saved(basis: Path, tmp_path: Path) -> None:
+    good = Basis.load(basis)
+    name = next(iter(good.modules))
+    module = good.modules[name]
+    assert isinstance(module, ModuleBasis)
+    for bad in (
+        replace(module, B=2 * module.B),
+        replace(module, A=module.A[:4]),
+        replace(module, A=torch.nan * module.A),
+    ):
+        with pytest.raises(ArtifactError, match=rf"[AB] of {name} is not made of 8 orthonormal vectors"):
+            replace(good, modules={**good.modules, name: bad}).save(tmp_path / "bad")
+    rounded = {n: replace(m, B=m.B.bfloat16(), A=m.A.bfloat16()) for n, m in good.modules.items()}
+    replace(good, modules=rounded).save(tmp_path / "rounded")
 
 
 def test_a_classifier_is_trained_on_from_its_head_and_labels(bert: Path, parity: Path, tmp_path: Path) -> None:

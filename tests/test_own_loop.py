@@ -172,6 +172,29 @@ def test_the_lines_of_the_docs_make_the_basis_that_calibrate_makes(
     assert Adapter.load("a").load_basis().sha256 == ours.sha256
 
 
+def test_the_lines_of_the_docs_evaluate_many_with_one_basis(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((llama, "base"), (basis, "basis"), (sums, "data/a")):
+        shutil.copytree(source, name)
+    for init, name in (("zero", "a"), ("svd", "b")):
+        Adapter.start(Basis.load("basis"), init=init).save(f"adapters/{name}")
+    _, lines = lines_of_docs("Several adapters on one model")
+    read, load = [], Basis.load
+
+    def reading(source: str) -> Basis:
+        read.append(source)
+        return load(source)
+
+    monkeypatch.setattr(Basis, "load", reading)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert read == ["basis"]
+    assert names["scores"] == {name: evaluate(f"adapters/{name}", "data/a") for name in "ab"}
+    assert len(names["said_by_base"]) == 1
+
+
 def test_a_basis_that_is_not_orthonormal_is_not_saved(basis: Path, tmp_path: Path) -> None:
     good = Basis.load(basis)
     name = next(iter(good.modules))

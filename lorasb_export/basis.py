@@ -29,7 +29,7 @@ from .settings import GRADIENT, CalibrationSettings, changes
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
-_ROUNDING = 0.02  # of products of orthonormal vectors in bfloat16: four times what can come of it
+_ROUNDING = 0.02  # of products of orthonormal vectors rounded to bfloat16: twice 2⁻⁸, and room
 
 
 class _ModulesOnDisk(Mapping[str, ModuleBasis]):
@@ -133,7 +133,8 @@ class Basis:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the basis folder, whole or not at all.
 
-        Adapters trained in it from now on name that folder, unless it is from the Hub, where all can find it.
+        Adapters trained in it from now on name that folder, and so do those that named none, when they are saved next;
+        unless it is from the Hub, where all can find it.
 
         Raises:
             OutputError: the folder exists; with `overwrite` only what is no basis.

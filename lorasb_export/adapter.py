@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, 
 from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .names import name_of
 from .tensors import check_savable, gathered, head_shapes, load_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -71,22 +74,34 @@ class Adapter:
         return f"<Adapter {self.name}: {of}, basis {self.basis_sha256[:12]}>"
 
     @classmethod
-    def attach(cls, model: torch.nn.Module, basis: Basis, *, scaling: float = 1.0, init: Init = "svd") -> Adapter:
+    def attach(
+        cls,
+        model: torch.nn.Module,
+        basis: Basis,
+        *,
+        scaling: float = 1.0,
+        init: Init = "svd",
+        start: Adapter | None = None,
+    ) -> Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
 
         All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
         those of the model's config. Of the model only names and shapes are compared with the basis: whether its
-        weights are those of the base, `BaseModel.verify` says.
+        weights are those of the base, `BaseModel.verify` says. An adapter that is there is replaced;
+        `lorasb_export.layers.inject.remove(model)` takes it off.
 
         Args:
             scaling: s.
             init: `svd` starts at R0 = S/s, the first step of the paper; `zero` starts at the base model.
+            start: an adapter of this basis to go on from: R, and a classifier's head and labels, start as copies of its
+                own, and s is its own, whatever `scaling` and `init` say. It stays as it is.
 
         Returns:
             an adapter whose `R` are the model's live parameters: train them, then `save`.
 
         Raises:
-            ArtifactError: the model lacks a module of the basis, or its shape differs.
+            ArtifactError: the model lacks a module of the basis, or its shape differs; `start` is of another basis, or
+                has another head than the model.
             BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4), or
                 offloaded.
             SettingsError: `init` is another word.
@@ -94,10 +109,20 @@ class Adapter:
         from .layers.head import labels_of, train_head  # only now: these bring transformers
         from .layers.inject import inject
 
+        if start is not None:
+            check_same_basis(start, basis)
+            basis, scaling = basis_for_next(start, basis), start.scaling
         adapter = cls.start(basis, scaling=scaling, init=init)
         adapter.R = inject(model, basis.modules, adapter.R, scaling)
         if classifies(model):
             adapter.task_type, adapter.head, adapter.training = SEQ_CLS, train_head(model), labels_of(model.config)
+        if start is not None:
+            heads = [{name: t.shape for name, t in one.head.items()} for one in (start, adapter)]
+            if heads[0] != heads[1]:  # copied nevertheless, one row would fill them all
+                fix = "Load the base for the adapter's kind of task, with its number of labels"
+                raise ArtifactError("the model has another head than the adapter to start from", fix=fix)
+            copy_tensors(start.tensors(), adapter)
+            adapter.training = {key: start.training[key] for key in ("labels", "regression") if key in start.training}
         return adapter
 
     @classmethod
@@ -113,7 +138,9 @@ class Adapter:
     def inject(self, model: torch.nn.Module) -> None:
         """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one.
 
-        They are copies. To train it on, `attach` a fresh one of its basis and scaling and copy its R into that.
+        They are copies: what becomes of them on the model, `save` does not see. To train it on, take
+        `attach(model, adapter.load_basis(), start=adapter)`. An adapter that is there is replaced;
+        `lorasb_export.layers.inject.remove(model)` takes it off.
         """
         from .layers.head import load_head
         from .layers.inject import inject
@@ -145,6 +172,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
+        """r, of every R (r, r)."""
         return int(next(iter(self.R.values())).shape[0])
 
     def config(self, source: str) -> dict[str, Any]:
@@ -186,8 +214,9 @@ class Adapter:
 
         Args:
             overwrite: replace the folder, where it is an adapter.
-            embed: put the basis inside, so that the folder stands alone. Done anyway without a `basis_source`, and
-                for a basis of blocks, which takes less room than R.
+            embed: put the basis inside, so that the folder stands alone. Done anyway where the basis was saved nowhere
+                but in an adapter (of a new adapter with a warning), and for a basis of blocks, which takes less room
+                than R.
 
         Raises:
             OutputError: the folder exists; with `overwrite` only what is no adapter.
@@ -197,10 +226,20 @@ class Adapter:
         folder = expanded(folder)
         R, head = gathered(self.R), gathered(self.head)
         check_savable(R, head, (self.rank, self.rank))
+        self.basis_source = self.basis_source or self._saved_since()
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite, kind="adapter") as temporary:
                 replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
+            if not (embed or self.basis_source or self.folder or self.load_basis().is_blocks):
+                logger.warning("%s holds the whole basis, saved nowhere else (adapters name one: basis.save)", folder)
         self.folder, self.hub_source = absolute(folder), None
+
+    def _saved_since(self) -> str | None:
+        """Where the basis was saved after this adapter was made; None for one that lies in an adapter: this one's."""
+        source = self.basis.source if self.basis is not None else None
+        if source is None or not os.path.isfile(os.path.join(source, "basis_config.json")):
+            return None
+        return None if os.path.isfile(os.path.join(source, "adapter_config.json")) else source
 
     def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
         """Write the adapter's files into `temporary`, which will be renamed to `target`."""
@@ -296,6 +335,17 @@ def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:
     """`adapter.load_basis()`; adapters of one basis share what the first has put into `loaded`, by its sha256."""
     adapter.basis = adapter.basis or loaded.get(adapter.basis_sha256)
     loaded[adapter.basis_sha256] = adapter.load_basis()
+
+
+def copy_tensors(tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+    """Put R, and a head, into those that an adapter has on its model."""
+    for name, live in adapter.tensors().items():
+        live.data.copy_(tensors[name])
+
+
+def basis_for_next(start: Adapter, basis: Basis) -> Basis:
+    """The basis of `start` for one that goes on from it: where it lies in that adapter, so in the next one."""
+    return replace(basis, source=None) if basis.source in (str(start.folder), start.hub_source) else basis
 
 
 def check_same_basis(adapter: Adapter, basis: Basis) -> None:

@@ -29,6 +29,7 @@ from .settings import GRADIENT, CalibrationSettings, changes
 from .tensors import check_finite, check_tensors, load_tensors, read_tensor
 
 _DECISIVE = ("rank", "directions", "targets", "reduction", "loss", "eta", "max_length", "dtype", "seed")
+_ROUNDING = 0.02  # of products of orthonormal vectors rounded to bfloat16: twice 2⁻⁸, and room
 
 
 class _ModulesOnDisk(Mapping[str, ModuleBasis]):
@@ -130,16 +131,31 @@ class Basis:
         return sealed(content)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the basis folder, whole or not at all. Raises OutputError when it exists.
+        """Write the basis folder, whole or not at all.
 
-        Adapters trained in it from now on name that folder, unless it is from the Hub, where all can find it.
+        Adapters trained in it from now on name that folder, and so do those that named none, when they are saved next;
+        unless it is from the Hub, where all can find it.
+
+        Raises:
+            OutputError: the folder exists; with `overwrite` only what is no basis.
+            ArtifactError: the columns of a B, or the rows of an A, are not `rank` orthonormal ones.
         """
         folder = expanded(folder)
+        self._check_orthonormal()
         with atomic_folder(folder, overwrite=overwrite, kind="basis") as temporary:
             self.write_into(temporary)
             card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
         if not parse_hub_folder(self.source or ""):
             object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
+
+    def _check_orthonormal(self) -> None:
+        unit = torch.eye(self.rank)
+        for name, module in self.modules.items():
+            for part, rows in () if module.block else (("B", module.B.T), ("A", module.A)):
+                products = (rows.float() @ rows.float().T).cpu()
+                if products.shape != unit.shape or not (products - unit).abs().max() <= _ROUNDING:
+                    what = f"{part} of {name} is not made of {self.rank} orthonormal vectors"
+                    raise ArtifactError(what, fix="Take U and Vᵀ of an SVD, or Q of a QR decomposition")
 
     def write_into(self, folder: Path) -> None:
         """Write `basis.safetensors` and `basis_config.json` into an existing folder.

@@ -38,6 +38,25 @@ def test_adapters_name_the_folder_that_a_basis_was_saved_to(
     assert of_hub.source == "me/basis@main"
 
 
+def test_a_basis_saved_after_its_adapter_was_made_is_named(
+    folders: tuple[Path, Path], tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    basis = replace(Basis.load(folders[0]), source=None)
+    adapter = Adapter.start(basis)
+    adapter.save(tmp_path / "before")
+    assert "before holds the whole basis, saved nowhere else" in log.text
+    log.clear()
+    basis.save(tmp_path / "basis")
+    adapter.save(tmp_path / "after")
+    assert Adapter.load(tmp_path / "after").basis_source == str(tmp_path / "basis")
+    alone = Adapter.load(tmp_path / "before")
+    alone.load_basis()
+    for name in ("again", "and_again"):  # what lies in an adapter is no basis for others to name
+        alone.save(tmp_path / name)
+        assert Adapter.load(tmp_path / name).basis_source is None
+    assert not log.text
+
+
 def test_basis_inside_the_adapter_folder_is_found(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

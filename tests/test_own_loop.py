@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,15 +18,24 @@ from transformers import Trainer, TrainingArguments
 
 from lorasb_export import Adapter, Basis, calibrate, export, fit, merge
 from lorasb_export.base.model import BaseModel
+from lorasb_export.calibration.gradients import draw
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.evaluation.evaluate import evaluate
+from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.muon import Muon, groups_of
 from tests import training
 
 basis = training.basis
+PAGE = Path(__file__).parents[1] / "docs/how-to/train.md"
+
+
+def lines_of_docs(heading: str) -> list[str]:
+    """The blocks of Python under `heading` of the page on training."""
+    _, _, below = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")
+    return [block.partition("```")[0] for block in below.partition("\n## ")[0].split("```python\n")[1:]]
 
 
 def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_path: Path) -> None:
@@ -45,8 +55,7 @@ def test_attach_and_save_in_a_loop_of_ones_own(llama: Path, basis: Path, tmp_pat
 
 
 def test_a_trainer_resumes_from_checkpoints_of_r_alone(llama: Path, basis: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
-    (line,) = [line for line in page.splitlines() if line.startswith("model._keys_to_ignore_on_save")]
+    (line,) = [line for line in lines_of_docs("Your own loop") if line.startswith("model._keys_to_ignore_on_save")]
     rows = [{"input_ids": [1, 20 + i, 21, 22, 2], "labels": [1, 20 + i, 21, 22, 2]} for i in range(12)]
 
     def trained(steps: int, resume: bool) -> Adapter:
@@ -163,6 +172,119 @@ def test_what_is_in_memory_is_not_looked_for_under_its_text(
     with pytest.raises(SettingsError, match=re.escape(said)):
         call(str(llama), Adapter.start(Basis.load(basis)))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_trained_on(llama: Path, basis: Path, tmp_path: Path) -> None:
+    first = Adapter.attach(BaseModel.resolve(llama).load(), Basis.load(basis), scaling=2.0)
+    for R in first.R.values():
+        R.data.add_(1.0)
+    first.save(tmp_path / "first", embed=True)
+    start, network = Adapter.load(tmp_path / "first"), BaseModel.resolve(llama).load()
+    adapter = Adapter.attach(network, start.load_basis(), start=start)
+    assert (adapter.scaling, adapter.sha256) == (2.0, start.sha256)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
+    network(ids, labels=ids).loss.backward()
+    optimizer.step()
+    adapter.save(tmp_path / "second")
+    assert Adapter.load(tmp_path / "second").sha256 == adapter.sha256 != start.sha256 == first.sha256
+    shutil.rmtree(tmp_path / "first")  # the basis that lay in it went along
+    assert Adapter.load(tmp_path / "second").load_basis().sha256 == start.basis_sha256
+    other = calibrate(str(llama), {}, CalibrationSettings(rank=8, directions="random"))
+    with pytest.raises(ArtifactError, match="do not belong together"):
+        Adapter.attach(network, other, start=start)
+
+
+def test_the_lines_of_the_docs_attach_train_on_and_take_off(
+    llama: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "base")
+    shutil.copytree(basis, tmp_path / "basis")
+    monkeypatch.chdir(tmp_path)
+    attached, trained_on, taken_off = lines_of_docs("Your own loop")[:3]
+    names: dict[str, Any] = {}
+    exec(attached, names)
+    exec(trained_on, names)
+    assert names["adapter"].sha256 == Adapter.load("adapters/mine").sha256
+    exec(taken_off, names)
+    assert names["model"].state_dict().keys() == BaseModel.resolve(llama).load().state_dict().keys()
+
+
+def test_the_lines_of_the_docs_make_the_basis_that_calibrate_makes(
+    llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, "base")
+    (lines,) = lines_of_docs("A basis of your own loss")
+    settings = CalibrationSettings(rank=4, targets="mlp-output")
+    theirs = calibrate(str(llama), {"sums": sums}, settings)
+    rows = draw(load_task("sums", sums), BaseModel.resolve(llama).tokenizer, [], settings)
+    batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
+    exec(lines.replace("= 64,", "= 4,"), {"loader": batches, "loss_of": lambda model, batch: model(**batch).loss})
+    ours = Basis.load("basis")
+    assert ours.modules.keys() == theirs.modules.keys()
+    for name, module in ours.modules.items():
+        expected = theirs.modules[name]
+        assert torch.allclose(module.B * module.S @ module.A, expected.B * expected.S @ expected.A, atol=1e-7)
+        assert torch.allclose(module.B @ module.B.T, expected.B @ expected.B.T, atol=1e-3)
+    adapter = Adapter.attach(BaseModel.resolve(llama).load(), ours)
+    adapter.save("a")
+    assert Adapter.load("a").load_basis().sha256 == ours.sha256
+
+
+def test_the_lines_of_the_docs_evaluate_many_with_one_basis(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((llama, "base"), (basis, "basis"), (sums, "data/a")):
+        shutil.copytree(source, name)
+    for init, name in (("zero", "a"), ("svd", "b")):
+        Adapter.start(Basis.load("basis"), init=init).save(f"adapters/{name}")
+    _, lines = lines_of_docs("Several adapters on one model")
+    read, load = [], Basis.load
+
+    def reading(source: str) -> Basis:
+        read.append(source)
+        return load(source)
+
+    monkeypatch.setattr(Basis, "load", reading)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert read == ["basis"]
+    assert names["scores"] == {name: evaluate(f"adapters/{name}", "data/a") for name in "ab"}
+    assert len(names["said_by_base"]) == 1
+
+
+def test_a_basis_that_is_not_orthonormal_is_not_saved(basis: Path, tmp_path: Path) -> None:
+    good = Basis.load(basis)
+    name = next(iter(good.modules))
+    module = good.modules[name]
+    assert isinstance(module, ModuleBasis)
+    for bad in (
+        replace(module, B=2 * module.B),
+        replace(module, A=module.A[:4]),
+        replace(module, A=torch.nan * module.A),
+    ):
+        with pytest.raises(ArtifactError, match=rf"[AB] of {name} is not made of 8 orthonormal vectors"):
+            replace(good, modules={**good.modules, name: bad}).save(tmp_path / "bad")
+    rounded = {n: replace(m, B=m.B.bfloat16(), A=m.A.bfloat16()) for n, m in good.modules.items()}
+    replace(good, modules=rounded).save(tmp_path / "rounded")
+
+
+def test_a_classifier_is_trained_on_from_its_head_and_labels(bert: Path, parity: Path, tmp_path: Path) -> None:
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=2))
+    base = BaseModel.resolve(bert)
+    network = base.load(SEQ_CLS, num_labels=2)
+    network.config.id2label = {0: "odd", 1: "even"}
+    start = Adapter.attach(network, basis)
+    start.head["classifier.weight"].data.add_(1.0)
+    start.training["task"] = "parity"
+    adapter = Adapter.attach(base.load(SEQ_CLS, num_labels=2, seed=1), basis, start=start)
+    assert adapter.sha256 == start.sha256
+    assert adapter.training == {"labels": ["odd", "even"]}  # of the run there is nothing yet
+    assert not any(p is q for p, q in zip(adapter.tensors().values(), start.tensors().values(), strict=True))
+    with pytest.raises(ArtifactError, match="another head than the adapter to start from"):
+        Adapter.attach(base.load(SEQ_CLS, num_labels=3), basis, start=start)
 
 
 def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:

@@ -178,7 +178,11 @@ class BaseModel:
         return digest.hexdigest()
 
     def ref(self, modules: Iterable[str]) -> BaseRef:
-        """The reference an artifact keeps to this base."""
+        """The reference that a basis of these modules, by their full names, keeps to this base: to their weights.
+
+        Raises:
+            BaseModelError: the checkpoint has no weight for one of them.
+        """
         return BaseRef(self.name_or_path, self.revision, self.fingerprint(modules))
 
     def verify(self, ref: BaseRef, modules: Iterable[str]) -> None:

@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from ..adapter import Adapter
+from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.task import TaskData
@@ -207,9 +206,3 @@ def restore_tensors(adapter: Adapter, path: Path) -> None:
     if set(saved) != set(adapter.tensors()):
         raise ArtifactError("the checkpoint holds other tensors than this adapter", where=path, fix=SAME)
     copy_tensors(saved, adapter)
-
-
-def copy_tensors(tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
-    """Put R, and a head, into those that an adapter has on its model."""
-    for name, live in adapter.tensors().items():
-        live.data.copy_(tensors[name])

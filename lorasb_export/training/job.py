@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import distributed
-from ..adapter import Adapter
+from ..adapter import Adapter, basis_for_next
 from ..base.device import default_device
 from ..base.given import refuse_several_devices, require_first_device, require_loaded, require_positions
 from ..base.model import AnyBase, BaseModel
@@ -89,8 +89,7 @@ class Job:
             self.base.verify(basis.base, basis.modules)
             if start is not None:
                 require_start(start, basis, tasks, settings)
-                if basis.source in (str(start.folder), start.hub_source):  # it lies in that adapter: so in the next one
-                    basis = replace(basis, source=None)
+                basis = basis_for_next(start, basis)
             for out in outs:
                 refuse_own_input(out, basis.source)
         elif start is not None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from .. import distributed
-from ..adapter import Adapter
+from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.encoding import Encoded, encode
@@ -31,7 +31,7 @@ from ..settings import FitSettings
 from ..stack import Stack
 from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
 from .chats import warn_of_chats
-from .checkpoints import COMPLETE, copy_tensors, drop_run, identity_of, rate_folder, to_resume
+from .checkpoints import COMPLETE, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun

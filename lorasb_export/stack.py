@@ -16,16 +16,16 @@ class _RowOf(Mapping[str, torch.Tensor]):
     """One adapter's R: module name → (r, r), a view of what is on the model now, also after `model.to`."""
 
     def __init__(self, live: Mapping[str, torch.nn.Parameter], k: int) -> None:
-        self._live, self._k = live, k
+        self.live, self._k = live, k
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._live[name].detach()[self._k]
+        return self.live[name].detach()[self._k]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._live)
+        return iter(self.live)
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self.live)
 
 
 class Stack:
@@ -139,4 +139,5 @@ class Stack:
         if self._attached():
             remove(self._model)
         for adapter in self._adapters:
-            adapter.R = dict(adapter.R)
+            if isinstance(adapter.R, _RowOf) and adapter.R.live is self._live:
+                adapter.R = dict(adapter.R)

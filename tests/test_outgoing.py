@@ -131,6 +131,7 @@ def test_words_are_not_taken_for_tokens() -> None:
     """Neither prose, nor a vocabulary's prefixes, nor numbers in base64."""
     words = "sk-learn-based-classification-models, risk-adjusted0123456789abcdefghij, ghp_, xoxb-, AKIA, ghp_short"
     words += " -----BEGIN CERTIFICATE----- -----BEGIN PUBLIC KEY----- github_pat_ sk-SK sk_live"
+    words += " sk-xxxxxxxxxxxxxxxxxxxxxxxx sk-YOURAPIKEYGOESHERE12 xoxb-your-bot-token-goes-here AKIAIOSFODNN7EXAMPLE"
     base64 = b64encode(random.Random(0).randbytes(1 << 20))
     outgoing.refuse_tokens({"NOTICE": words.encode(), "vocab.txt": base64, "LICENSE": b"+AIza" + base64})
 

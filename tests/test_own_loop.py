@@ -137,12 +137,16 @@ def test_scoring_in_a_loop_of_ones_own_does_not_end_the_training(bert: Path, par
     assert evaluate(adapter, task, split="train", metric="f1", network=fresh) == values[-1]
 
 
-def test_a_cast_of_the_model_leaves_R_in_fp32(llama: Path, basis: Path) -> None:
+@pytest.mark.parametrize("swap", [False, True])  # as torch does it of FSDP2's tensors
+def test_a_cast_of_the_model_leaves_R_in_fp32(
+    swap: bool, llama: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = BaseModel.resolve(llama).load(dtype="float32")
     adapter = Adapter.attach(network, Basis.load(basis))
     ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
     network(ids, labels=ids).loss.backward()
     before = {name: (R.detach().clone(), R.grad) for name, R in adapter.R.items()}
+    monkeypatch.setattr("torch.__future__.get_swap_module_params_on_conversion", lambda: swap)
     network.to(torch.bfloat16)
     assert network.lm_head.weight.dtype == torch.bfloat16
     for name, (R, grad) in before.items():

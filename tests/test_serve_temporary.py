@@ -46,7 +46,6 @@ def test_a_start_leaves_alone_what_a_link_leads_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mine = tmp_path / "mine"
     mine.mkdir()
-    mine.chmod(0o700)
     for name in (LOCK, "kept"):
         (mine / name).touch()
     (tmp_path / "lorasb-alink000").symlink_to(mine)
@@ -55,21 +54,19 @@ def test_a_start_leaves_alone_what_a_link_leads_to(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "lock"),
+    ("name", "lock"),
     [
-        ("lorasb-venv", 0o755, ".lock"),  # as `uv venv` makes it
-        ("lorasb-venv_311", 0o700, ".lock"),
-        ("lorasb-venv_311", 0o755, LOCK),
-        ("lorasb-venv", 0o700, LOCK),
+        ("lorasb-venv", ".lock"),  # as `uv venv` makes it
+        ("lorasb-venv_311", ".lock"),
+        ("lorasb-venv", LOCK),
     ],
 )
 def test_a_start_leaves_alone_what_no_server_made(
-    name: str, mode: int, lock: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, lock: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / name
     folder.mkdir()
-    folder.chmod(mode)
     (folder / lock).touch()
     (folder / "kept").touch()
     with temporary_folder():

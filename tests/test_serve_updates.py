@@ -137,6 +137,11 @@ def test_the_disk_holds_an_adapter_once_under_however_many_names(adapter: Adapte
     assert b.samefile(c)
     assert not a.samefile(of_another_content)
     assert (a.parent / "adapter.safetensors").samefile(b.parent / "adapter.safetensors")
+    b.with_name("adapter.safetensors").unlink()  # by what cleans folders of temporary files
+    copy_adapter(adapter.folder, copy)
+    write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": 1.0}))
+    of_e = versions.keep("e", copy)
+    assert {path.name for path in of_e.iterdir()} >= {"adapter.safetensors", "adapter_config.json"}
     for _ in range(2):
         versions.sweep([str(path) for path in kept[1:]])
     assert not a.exists()

@@ -123,13 +123,15 @@ def test_a_stack_that_was_replaced_says_so_and_takes_nothing_of_the_others_off(
     llama: Path, adapters: dict[str, Adapter]
 ) -> None:
     model = BaseModel.resolve(llama).load(dtype="float64")
-    first = Stack(model, {"a": adapters["a"]})
+    first = Stack(model, {"a": adapters["a"], "b": adapters["b"]})
     second = Stack(model, {"b": adapters["b"]})
     of_b = logits(model, IDS)
     with pytest.raises(SettingsError, match="no longer on the model"):
         first.use("a")
     first.detach()
     assert torch.equal(logits(model, IDS), of_b)
+    second.values += 1
+    assert torch.equal(next(iter(adapters["b"].R.values())), second.values[0, 0])
     second.detach()
     assert not any(isinstance(module, LoRASBLinear) for module in model.modules())
 

@@ -77,6 +77,8 @@ def test_the_fetch_of_the_small_model_runs_nothing_of_the_working_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", python_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # it may know folders that have it
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     (tmp_path / "pip.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ServerError, match="No matching distribution found"):
         _fetch(tmp_path)
@@ -201,6 +203,7 @@ def test_a_header_of_huge_shapes_is_refused_at_once(shape: list[int], tmp_path: 
         ("license: mit", {"license": "mit"}),
         ("license: [mit, apache-2.0]", {"license": "mit, apache-2.0"}),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: [*b, *b]", {}),
+        ("license: mit\ndatasets: &id001 [a/b]\nx: *id001", {"license": "mit"}),  # as PyYAML writes what is there twice
         ("license: {a: b}", {}),
         (f"license: {list(range(20))}", {"license": "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"}),
         (f"license: {'x' * 400}", {"license": "x" * 300}),

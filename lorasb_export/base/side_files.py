@@ -18,8 +18,16 @@ TEXTS = (
     *("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
 )
-# What licences want to come along wherever the model goes.
-LICENCES = ("*LICENSE", "LICENSE-MODEL", "LICENSE*.md", "LICENSE*.txt", "NOTICE", "NOTICE*.md", "*POLICY.md")
+# What licences want to come along wherever the model goes: `LICENSE`, `notice.txt`, `Use_Policy.md`.
+LICENCES = (
+    "LICENSE-MODEL",
+    *(
+        f"*{spelt}{ending}"
+        for word in ("license", "licence", "notice", "notices", "policy", "copying")
+        for spelt in (word, word.upper(), word.title())
+        for ending in ("", "*.md", "*.txt")
+    ),
+)
 _MADE_ANEW = ("lorasb.json", ".index.json")
 
 

@@ -116,6 +116,12 @@ def front_matter(card: str, where: object = None) -> dict[str, Any]:
     raise ArtifactError(f"the card's front matter {what}", where=where, fix=fix)
 
 
+def licence_of(card: str, where: object = None) -> dict[str, Any]:
+    """Those of LICENCE_KEYS that a card has, whatever the rest of its front matter is. Raises as `front_matter`."""
+    entries = [entry for entry in _entries(_split(card)[0]) if _key(entry) in LICENCE_KEYS]
+    return front_matter(f"---\n{''.join(entries)}\n---\n", where)
+
+
 class _AliasError(Exception):
     pass
 

@@ -154,11 +154,11 @@ class LoRASBLinear(nn.Module):
         def of(tensor: torch.Tensor) -> torch.Tensor:
             made = fn(tensor)
             narrower = made.is_floating_point() and made.dtype.itemsize < tensor.dtype.itemsize
-            if narrower and (tensor is R or tensor is R.grad):
+            if narrower and (tensor is R or tensor is grad):
                 return tensor.to(made.device, torch.promote_types(made.dtype, torch.float32))
             return made
 
-        R = self.R
+        R, grad = self.R, self.R.grad  # torch may take it off R before it asks
         return super()._apply(of, recurse)
 
     @property

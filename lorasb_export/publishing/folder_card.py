@@ -108,7 +108,7 @@ def licence(
     if path is None or not path.is_file():
         return {}
     try:
-        keys = readme.front_matter(utf8(path.read_bytes(), path), path)
+        keys = readme.licence_of(utf8(path.read_bytes(), path), path)
     except ArtifactError:
         return {}
     found = {key: text for key in readme.LICENCE_KEYS if (text := _text(keys.get(key)))}

@@ -64,6 +64,7 @@ _TOKEN = re.compile(
     rb"|xox[abpr]-[A-Za-z0-9-]{20}|AKIA[A-Z0-9]{16}\b|AIza[\w-]{35}(?![\w-]))"  # Slack, AWS, Google
     rb"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
 )
+_EXAMPLE = re.compile(rb"x{6}|example|your", re.IGNORECASE)  # in documentation, in a token's place
 _WEIGHTS = ("*.safetensors", *_GRAPHS)
 _TEXT_BYTES = 1 << 20  # a larger file is a vocabulary, not written by hand
 
@@ -193,7 +194,8 @@ def refuse_tokens(files: Files) -> None:
         if any(fnmatch(name, pattern) for pattern in _WEIGHTS):
             continue
         text = content_of(file)
-        if _TOKEN.search(text) or (in_use and in_use in text):
+        tokens = (found[0] for found in _TOKEN.finditer(text) if not _EXAMPLE.search(found[0]))
+        if any(tokens) or (in_use and in_use in text):
             raise ArtifactError("an access token is in this file", where=name, fix="Take it out, and revoke it")
 
 

@@ -53,15 +53,25 @@ class AsksForLoopback:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        allowed = scope["type"] == "lifespan" or is_loopback(_host(Headers(scope=scope)))
+        host = _host(Headers(scope=scope))  # None of a health check: a browser sends it
+        allowed = scope["type"] == "lifespan" or host is None or _is_of_this_machine(host)
         await (self.app if allowed else JSONResponse({"error": _NOT_LOOPBACK}, 403))(scope, receive, send)
 
 
-def _host(headers: Headers) -> str:
+def _host(headers: Headers) -> str | None:
+    """Without its port; None where the client names none."""
+    given = headers.get("host")
+    if not given:
+        return None
     try:
-        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        return urlsplit(f"//{given}").hostname or given
     except ValueError:
-        return ""
+        return given
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether no page can have it for a name: an address of loopback, or what no server of names is asked for."""
+    return is_loopback(host) or host in ("0.0.0.0", "::", "localhost.") or host.endswith(".localhost")
 
 
 def _is_head_of_open(scope: Any) -> bool:

@@ -65,8 +65,6 @@ def _remove_what_was_killed() -> None:
             found = path.parent.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():  # another's, or a link into anything
                 continue
-            if found.st_mode & 0o777 != 0o700:  # not made by mkdtemp
-                continue
             with path.open("r+b") as file:  # to write, which a lock needs over NFS
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _empty(path.parent)

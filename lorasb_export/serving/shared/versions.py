@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from filecmp import cmp
 from pathlib import Path
 
-from ...files.atomic import link_or_copy
 from ...hub.fetch import ADAPTER_FILES
 from .loading import version_name
 
@@ -31,9 +31,11 @@ class Versions:
         if not kept.exists():
             same = next(self.folder.glob(f"*{version_name('', copy)}"), None)
             for file in ADAPTER_FILES:
-                if same and cmp(same / file, copy / file, shallow=False):
-                    (copy / file).unlink()
-                    link_or_copy(same / file, copy / file)
+                with suppress(OSError):  # gone meanwhile, or no links on this disk: then it is held twice
+                    if same and cmp(same / file, copy / file, shallow=False):
+                        link = copy / f".{file}"
+                        link.hardlink_to(same / file)
+                        link.replace(copy / file)
             copy.rename(kept)
         return kept
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+import lorasb_export
+
 from . import calibrate, evaluate, export, fit, generate, init, inspect, merge, push, quickstart, serve
 from .verb import NOTHING_WRITTEN, as_command, print_error
 
@@ -28,9 +30,7 @@ for module in (init, calibrate, fit, evaluate, generate, merge, export, push, se
 def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """LoRA-SB: one frozen basis for a base model, a tiny adapter for every task."""
     if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(installed("lorasb"))
+        typer.echo(lorasb_export.__version__)
         raise typer.Exit()
 
 

@@ -6,7 +6,6 @@ The names below load on first use, so that importing this package is cheap.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from . import environment
@@ -66,7 +65,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            return version("lorasb")
+            return import_module("importlib.metadata").version("lorasb")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)

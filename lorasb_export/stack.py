@@ -84,8 +84,8 @@ class Stack:
 
     def _attached(self) -> bool:
         """Whether these layers still lie on the model, where another adapter may have been put in their place."""
-        name, layer = next(iter(self._live.modules.items()))
-        return self._model.get_submodule(name) is layer
+        name = next(iter(self._live))
+        return self._model.get_submodule(name) is self._live.module(name)
 
     def _stacked(self) -> torch.Tensor:
         return torch.stack([layer.detach() for layer in self.layers], dim=1)  # one adapter's R lie together

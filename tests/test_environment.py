@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def test_after_this_package_transformers_does_not_see_a_broken_one(before: str, 
 
 def test_to_import_this_package_is_cheap() -> None:
     subprocess.run([sys.executable, "-c", "import lorasb_export, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_the_version_is_read_when_it_is_asked_for() -> None:
+    """importlib.metadata takes longer than all else of the import."""
+    code = "import sys; before = {*sys.modules}; import lorasb_export; new = {*sys.modules} - before; "
+    code += "assert 'importlib.metadata' not in new; print(lorasb_export.__version__)"
+    for words in (["-c", code], ["-m", "lorasb_cli", "--version"]):
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{version('lorasb')}\n"
 
 
 def test_to_start_the_command_imports_nothing_of_the_hub() -> None:

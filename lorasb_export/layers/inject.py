@@ -22,10 +22,9 @@ class Live(Mapping[str, nn.Parameter]):
         """`places`: name → module, and what it calls the parameter."""
         self._places = places
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """name → the module that holds the parameter."""
-        return {name: module for name, (module, _) in self._places.items()}
+    def module(self, name: str) -> nn.Module:
+        """The one that holds the parameter."""
+        return self._places[name][0]
 
     def __getitem__(self, name: str) -> nn.Parameter:
         module, leaf = self._places[name]

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from .tensors import check_savable, gathered, head_shapes, load_tensors
 
 logger = logging.getLogger(__name__)
 
+# What `training` says of one R and of no other.
+_MEASURED = {"steps", "best_step", "train_loss", "valid_loss", "valid_metrics", "learning_rates", "evaluation", "plot"}
+
 
 @dataclass(eq=False)  # tensors have no one answer to ==
 class Adapter:
@@ -49,8 +53,9 @@ class Adapter:
             tensors on the CPU.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; JSON. Keys of your own may hold anything: what is no JSON is
-            saved as numbers or text. Those that the card shows are as `fit` and `evaluate` write them: `task` and
-            `data` text, `labels` a list, `settings` by name, `evaluation`
+            saved as numbers or text. Steps, losses and figures that were loaded with an R which has changed since are
+            not saved, unless you have changed them too. Those that the card shows are as `fit` and `evaluate` write
+            them: `task` and `data` text, `labels` a list, `settings` by name, `evaluation`
             {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
         basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
@@ -68,6 +73,7 @@ class Adapter:
     folder: Path | None = None
     basis: Basis | None = None
     hub_source: str | None = None
+    _loaded: tuple[str, Mapping[str, Any]] | None = None  # `sha256` and `training` as they were read
 
     def __repr__(self) -> str:
         of = f"{self.task_type}, rank {self.rank} on {len(self.R)} modules of {self.base.name_or_path}"
@@ -177,6 +183,7 @@ class Adapter:
 
     def config(self, source: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
+        sha256 = self.sha256
         content = {
             "peft_type": PEFT_TYPE,
             "format_version": FORMAT_VERSION,
@@ -188,10 +195,21 @@ class Adapter:
             "scaling": self.scaling,
             "target_modules": sorted(self.R),
             "basis": {"sha256": self.basis_sha256, "source": source},
-            "training": json.loads(json.dumps(dict(self.training), default=_plain)),
-            "sha256": self.sha256,
+            "training": json.loads(json.dumps(self._training_of(sha256), default=_plain)),
+            "sha256": sha256,
         }
         return sealed(content)
+
+    def _training_of(self, sha256: str) -> dict[str, Any]:
+        """`training`, without what was measured of the R and head that were loaded, if they are not those of `sha256`:
+        they were trained on since."""
+        if self._loaded is None or self._loaded[0] == sha256:
+            return dict(self.training)
+        old = {key: value for key, value in self._loaded[1].items() if key in _MEASURED}
+        gone = [key for key in old if key in self.training and self.training[key] == old[key]]
+        if gone:
+            logger.warning("%s has changed since it was loaded: its record is saved without %s", self, ", ".join(gone))
+        return {key: value for key, value in self.training.items() if key not in gone}
 
     @property
     def sha256(self) -> str:
@@ -327,6 +345,7 @@ def describe(source: str | Path) -> tuple[Adapter, Path, dict[str, Any]]:
         training=config["training"],
         folder=folder,
         hub_source=hub_source,
+        _loaded=(config["sha256"], deepcopy(config["training"])),
     )
     return adapter, folder, config
 

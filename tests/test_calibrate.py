@@ -54,6 +54,11 @@ def test_weights_of_a_mixture(base: BaseModel, sums: Path, products: Path) -> No
             calibrate(base, data, settings, weights={"a": wrong}, network=network)
 
 
+def test_data_without_a_name_is_refused(llama: Path, sums: Path) -> None:
+    with pytest.raises(SettingsError, match=r'the data is a str, not tasks by name\. Give {"name": data}'):
+        calibrate(str(llama), str(sums), CalibrationSettings(rank=4))  # type: ignore[arg-type]
+
+
 def test_a_task_is_called_as_in_the_mixture(base: BaseModel, sums: Path) -> None:
     """Two names for the same loaded data are two tasks, and neither loses its rows."""
     task = load_task("sums", sums)

@@ -74,6 +74,8 @@ def test_broken_front_matter_is_refused(tmp_path: Path) -> None:
     [
         ("a: &a [x, x]\nb: &b [*a, *a]\ntags: [*b, *b]", "has an alias"),  # 20 such lines: a million words
         ("a: &a {x: 1}\nb: {<<: *a}", "has an alias"),
+        ("a:\n" + "".join(f"{'  ' * depth}- b:\n" for depth in range(11)), "is nested more than 20 deep"),
+        (f"a: {'[' * 2000}{']' * 2000}", "is nested more than 20 deep"),  # they took 16 s
         ("license: !!int ''", "is not valid YAML, or JSON cannot hold it"),
         ("license: !!timestamp mine", "is not valid YAML, or JSON cannot hold it"),
         (f"license: 0x{'f' * 5000}", "is not valid YAML, or JSON cannot hold it"),

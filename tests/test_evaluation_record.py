@@ -67,6 +67,31 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path, sums: Pat
     assert "--resume takes figures from the cards" in refused.output
 
 
+def test_figures_of_other_rows_go_when_there_are_some_of_these(project: Path) -> None:
+    def recorded(**figure: Any) -> set[str]:
+        record_evaluation(Adapter.load("adapters/a"), {"base": 0.3, "adapter": 0.6, "rows": 24, **figure})
+        return set(Adapter.load("adapters/a").training["evaluation"][figure["split"]])
+
+    assert recorded(split="test", metric="loss") == {"loss"}  # of rows that nobody knows
+    assert recorded(split="test", metric="accuracy", data_sha256="old") == {"loss", "accuracy"}
+    assert recorded(split="valid", metric="accuracy", data_sha256="old") == {"accuracy"}
+    assert recorded(split="test", metric="f1", data_sha256="old") == {"loss", "accuracy", "f1"}
+    assert recorded(split="test", metric="mcc", data_sha256="new") == {"loss", "mcc"}
+    assert set(Adapter.load("adapters/a").training["evaluation"]["valid"]) == {"accuracy"}
+    assert recorded(split="test", metric="f1") == {"loss", "mcc", "f1"}
+
+
+def test_losses_of_rows_cut_at_other_lengths_are_told_of(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree("adapters/a", "adapters/b")
+    adapter = Adapter.load("adapters/b")
+    adapter.training = {**adapter.training, "settings": {**adapter.training.get("settings", {}), "max_length": 64}}
+    adapter.save("adapters/b", overwrite=True)
+    for words, metric, told in ((["a", "b"], "loss", True), (["a"], "loss", False), (["a", "b"], "exact_match", False)):
+        caplog.clear()
+        assert lorasb("evaluate", *words, "--metric", metric).exit_code == 0
+        assert ("longer than one of the cuts: b at 64 tokens; a at 512 tokens" in caplog.text) == told
+
+
 def test_figures_of_a_replaced_adapter_are_not_those_of_the_new_one(
     project: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import IGNORE, encode
 from lorasb_export.data.task import load_task, task_of
+from lorasb_export.data.twins import warn_of_twins
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training import mixed
@@ -79,6 +80,21 @@ def test_tokens_are_counted_before_the_cut(chatty: Path) -> None:
     assert of_train["tokens"] == {"min": 1 + more, "median": 50 + more, "p95": 95 + more, "max": 100 + more}
     assert (of_train["rows"], of_train["rows_cut"]) == (100, 100 - (11 - more))
     assert found["splits"]["valid"]["tokens"]["max"] == 100 + more
+
+
+def test_held_out_rows_that_are_training_rows_too_are_named(chatty: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)]
+    task = task_of("t", {"train": rows[:20], "valid": rows[20:], "test": [*rows[24:], {**rows[3], "id": 7}, rows[0]]})
+    warn_of_twins(task)
+    told = "t: 2 of 8 test rows are training rows too (rows 7, 8): they say little of new ones (memory)"
+    assert caplog.messages == [told]
+    caplog.clear()
+    numbers = [{"text": "a", "label": 1.5}, {"text": "b", "label": 2}]
+    warn_of_twins(task_of("n", {"train": numbers, "valid": [{"text": "b", "label": 2.0}, {"text": "c", "label": 2.0}]}))
+    assert "n: 1 of 2 valid rows are training rows too (rows 1)" in caplog.text
+    caplog.clear()
+    inspect_data(task, chatty)  # as `fit`
+    assert told in caplog.messages
 
 
 def test_test_rows_are_counted_and_need_not_fit(chatty: Path, caplog: pytest.LogCaptureFixture) -> None:

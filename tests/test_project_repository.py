@@ -149,8 +149,12 @@ def test_the_card_lists_every_figure() -> None:
     assert "# 2 LoRA-SB adapters for `owner/base`" in text
     assert "| a | test | accuracy | 100 | - | 0.5 |" in text
     assert "| b | - | - | - | - | - |" in text
+    assert "may have chosen the checkpoint" not in text
     assert 'id2label={0: "x|y", 1: "z"}' in text
     assert "lorasb serve --adapters me/support/adapters/b " in text  # vLLM serves no classifier
+    of_valid = about | {"evaluation": {"valid": {"accuracy": figures}}}
+    text = project_card({"base": base, "parts": parts | {"adapters/a": of_valid}}, "me/support", NOTHING)
+    assert "The `valid` rows may have chosen the checkpoint too" in text
     parts |= {f"adapters/{number}": parts["adapters/a"] for number in range(1000)}
     text = project_card({"base": base, "parts": parts}, "me/support", NOTHING)
     assert "The first 1,000 of 1,002 figures" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
 from tests import training
+from tests.rows import GOOD
 
 basis = training.basis
 FORK = multiprocessing.get_context("fork")
@@ -205,6 +207,12 @@ def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
         with pytest.raises(TrainingError, match=f"trained otherwise: .*{differing}"):
             fit(str(llama), of_basis, data, out, changed, resume=True)
     assert Adapter.load(out).sha256 == done.sha256
+    rows = shutil.copytree(sums, tmp_path / "rows")
+    (rows / "test.jsonl").write_text(GOOD)  # over which R does not depend
+    assert fit(str(llama), basis, rows, out, settings, resume=True).sha256 == done.sha256
+    (rows / "valid.jsonl").write_text(GOOD)
+    with pytest.raises(TrainingError, match="trained otherwise: other data"):
+        fit(str(llama), basis, rows, out, settings, resume=True)
     fit(str(llama), own, sums, out, settings, resume=True, overwrite=True)
     assert fit(str(llama), own, sums, out, settings, resume=True).rank == 4
     with pytest.raises(TrainingError, match="rank 4, not 2"):

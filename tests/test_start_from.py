@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, Basis, calibrate, fit, fit_together
+from lorasb_export.choices import CAUSAL_LM
+from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import ArtifactError, DataError, SettingsError, TrainingError
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.trainer import RTrainer
@@ -52,6 +54,29 @@ def test_several_tasks_at_once_all_start_there(
     tasks = {"b": sums, "c": products}
     for adapter in fit_together(str(llama), basis, tasks, tmp_path, STILL, start=first):
         assert tensors_equal(adapter.R, first.R)
+
+
+def test_the_start_is_kept_where_no_step_is_better(
+    first: Adapter, llama: Path, sums: Path, products: Path, basis: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    wild = replace(SETTINGS, learning_rate=10.0, epochs=1)
+    same = fit(str(llama), basis, sums, tmp_path / "a", wild, start=first)
+    assert same.training["best_step"] == 0
+    assert tensors_equal(same.R, first.R)
+    assert "a: no step was better than the adapter to start from, whose R it keeps" in log.text
+    for adapter in fit_together(str(llama), basis, {"b": sums, "c": sums}, tmp_path, wild, start=first):
+        assert tensors_equal(adapter.R, first.R)
+    last = fit(str(llama), basis, sums, tmp_path / "d", replace(wild, keep="last"), start=first)
+    assert not equal(last, first, 1e-3)
+    log.clear()
+    rows = load_task("products", products).rows("train")
+    task = TaskData("e", "memory", CAUSAL_LM, {"train": rows[8:], "valid": rows[:8]}, "")
+    better = fit(str(llama), basis, task, tmp_path / "e", SETTINGS, start=first)
+    curve = [json.loads(line) for line in (tmp_path / "e" / "training_log.jsonl").read_text().splitlines()]
+    assert curve[0]["step"] == 0
+    assert curve[0]["eval_loss"] > better.training["valid_loss"]
+    assert better.training["best_step"] > 0
+    assert "no step was better" not in log.text
 
 
 def test_each_learning_rate_starts_there_and_a_head_too(bert: Path, parity: Path, tmp_path: Path) -> None:

@@ -43,8 +43,11 @@ def _shared(bases: Mapping[str, Any]) -> str:
 def _table(adapters: Mapping[str, Any]) -> str:
     """What every adapter scores on held-out rows, beside the base."""
     rows = [row for part, about in adapters.items() for row in _figures(part, about["evaluation"])]
-    more = f"The first {MAX_ROWS:,} of {len(rows):,} figures; `lorasb.json` has all." if len(rows) > MAX_ROWS else ""
-    return grid("Adapters", ["adapter", "split", "metric", "rows", "base", "with it"], rows[:MAX_ROWS], before=more)
+    said = [f"The first {MAX_ROWS:,} of {len(rows):,} figures; `lorasb.json` has all."] if len(rows) > MAX_ROWS else []
+    if any(split == "valid" for _, split, *_ in rows):
+        said.append("The `valid` rows may have chosen the checkpoint too: the adapter's own card says so.")
+    header = ["adapter", "split", "metric", "rows", "base", "with it"]
+    return grid("Adapters", header, rows[:MAX_ROWS], before=" ".join(said))
 
 
 def _figures(part: str, evaluation: Mapping[str, Any]) -> Iterator[list[Any]]:

@@ -18,6 +18,7 @@ _BLOCK = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _STAMP = re.compile(r"<!-- lorasb:text ([0-9a-f]{16}) -->\n")  # of the folder's own text, when it was pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
+_DEPTH = 20  # a model-index has seven
 # Every key that a card of ours may have; what else is in a front matter is the user's own.
 _GENERATED = {"library_name", "base_model", "base_model_relation", "pipeline_tag", "tags", "datasets", "metrics"}
 _GENERATED |= {"model-index", *LICENCE_KEYS}
@@ -103,14 +104,15 @@ def front_matter(card: str, where: object = None) -> dict[str, Any]:
     """The metadata of a card.
 
     Raises:
-        ArtifactError: somebody has edited it into no YAML, into what JSON cannot hold, or has used an alias.
+        ArtifactError: somebody has edited it into no YAML, into what JSON cannot hold, has used an alias, or nests it
+            more than twenty deep.
     """
     try:
         keys = dict(_Loader(_split(card)[0]).get_single_data() or {})
         json.dumps(keys, default=str)  # as --json prints it: no number of thousands of digits, no date for a key
         return keys
-    except _AliasError:
-        what, fix = "has an alias (`*name`)", "Write out there what it stands for"
+    except _TooLargeError as error:
+        what, fix = error.args
     except Exception:  # PyYAML lets through whatever its conversions raise: of `!!int ""` an IndexError
         what, fix = "is not valid YAML, or JSON cannot hold it", "Correct the lines between the first two `---`"
     raise ArtifactError(f"the card's front matter {what}", where=where, fix=fix)
@@ -122,17 +124,24 @@ def licence_of(card: str, where: object = None) -> dict[str, Any]:
     return front_matter(f"---\n{''.join(entries)}\n---\n", where)
 
 
-class _AliasError(Exception):
-    pass
+class _TooLargeError(Exception):
+    """What a card has, and what to do."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a few lines of them stand for gigabytes, once they are written out."""
+    """For a stranger's few lines, which could stand for gigabytes (aliases) or take minutes to read (brackets)."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise _AliasError
-        return super().compose_node(parent, index)
+            raise _TooLargeError("has an alias (`*name`)", "Write out there what it stands for")
+        if self.depth > _DEPTH:
+            raise _TooLargeError(f"is nested more than {_DEPTH} deep", "Correct the lines between the first two `---`")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _tags(keys: Mapping[str, Any], where: object) -> list[str]:

@@ -18,7 +18,7 @@ def divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tu
     A row is held out by a digest of what it says alone, so that no other rows decide over it.
     """
     numbers = kind == LABELLED and any(isinstance(row["label"], float) for _, row in placed)
-    digests = [hashlib.sha256(as_json(_said(row, kind, numbers=numbers))).digest() for _, row in placed]
+    digests = [hashlib.sha256(as_json(said(row, kind, numbers=numbers))).digest() for _, row in placed]
     classes = [str(row["label"]) if kind == LABELLED and not numbers else "" for _, row in placed]
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
@@ -35,15 +35,15 @@ def divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tu
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 
 
-def _said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
+def said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
     """What a row says: the same for equal rows, whatever else they have.
 
     Of a chat the turns as a template takes them, and of these the words and the calls: ids and times differ in copies.
     """
     if kind == CHAT:
         return [(turn["role"], turn["content"], _called(turn)) for turn in chat_of(row).turns]
-    said = row | {"label": float(row["label"])} if numbers else row
-    return [str(said.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
+    fields = row | {"label": float(row["label"])} if numbers else row
+    return [str(fields.get(field)) for field in (*FIELDS_OF[kind], "text_pair")]
 
 
 def _called(turn: Turn) -> list[Any]:

@@ -168,7 +168,13 @@ def task_of(name: str, splits: Mapping[str, Iterable[Row]]) -> TaskData:
 
 def load_tasks(data: Mapping[str, AnySource | TaskData]) -> Iterator[TaskData]:
     """The task of every name: a loaded one under that name, or read, each when it is asked for: the rows of all of
-    them may be more than memory holds."""
+    them may be more than memory holds.
+
+    Raises:
+        SettingsError: no names.
+    """
+    if not isinstance(data, Mapping):
+        raise SettingsError(f"the data is a {type(data).__name__}, not tasks by name", fix='Give {"name": data}')
     for name, task in data.items():
         yield replace(task, name=name) if isinstance(task, TaskData) else load_task(name, task)
 

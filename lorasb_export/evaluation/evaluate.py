@@ -132,7 +132,7 @@ def evaluate(
         if task.task_type == CAUSAL_LM:
             kept = {} if said_by_base is None else said_by_base
             length = trained_length(adapter) if metric == "loss" else 0
-            asked_for = base.folder, network.dtype, task.sha256, split, limit, metric, length
+            asked_for = base.folder, network.dtype, dtype, task.sha256, split, limit, metric, length
             if asked_for not in kept:
                 kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
                 kept[asked_for] = score()

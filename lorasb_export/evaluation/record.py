@@ -15,7 +15,8 @@ from ..format import sealed
 
 
 def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
-    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric.
+    """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric, and
+    those of the split that are of other data.
 
     `data_sha256` of the task and the `dtype` that was asked for may stand beside them.
 
@@ -35,9 +36,10 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
             if config["sha256"] != adapter.sha256:
                 what = "the adapter was replaced while it was scored"
                 raise ArtifactError(what, where=folder, fix="Evaluate it again")
-            split = config["training"].setdefault("evaluation", {}).setdefault(result["split"], {})
-            split[result["metric"]] = {
-                key: result[key] for key in ("base", "adapter", "rows", "data_sha256", "dtype") if key in result
-            }
+            evaluation, data = config["training"].setdefault("evaluation", {}), result.get("data_sha256")
+            found = {key: result[key] for key in ("base", "adapter", "rows", "data_sha256", "dtype") if key in result}
+            before = evaluation.get(result["split"], {}).items()
+            of_these = {name: one for name, one in before if data is None or one.get("data_sha256") in (None, data)}
+            evaluation[result["split"]] = of_these | {result["metric"]: found}
             write_json(temporary, sealed(config))
         card.write(folder, card.adapter_card(config))

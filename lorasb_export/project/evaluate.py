@@ -17,8 +17,9 @@ from ..base.model import BaseModel, BaseRef
 from ..choices import NF4
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_held_out, load_task
-from ..errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError
-from ..evaluation.evaluate import evaluate, metric_for, to_score, with_labels_of
+from ..data.twins import warn_of_twins
+from ..errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError, some
+from ..evaluation.evaluate import evaluate, metric_for, to_score, trained_length, with_labels_of
 from ..evaluation.predictions import PredictionsFile
 from ..evaluation.record import record_evaluation
 from ..hub.cache import is_blob
@@ -139,6 +140,7 @@ class _Look:
     left_out: dict[str, LoraSBError] = field(default_factory=dict)
     _bases: dict[tuple[BaseRef, frozenset[str]], BaseModel] = field(default_factory=dict)
     _reads_none: bool = True  # of the adapters' data
+    _cut_at: dict[str, dict[int, list[str]]] = field(default_factory=dict)  # task → length of rows → words, of losses
     _places: dict[str, int] = field(default_factory=dict)  # of the bases, by their sha256
     _lacking: int = 0  # adapters of the project's tasks whose data is gone or broken, before any could be read
 
@@ -165,6 +167,9 @@ class _Look:
         if problems.found or self._lacks_all_data:
             problems.found += self.left_out.values()
         problems.raise_all("nothing was scored")
+        for words in (of_length for of_length in self._cut_at.values() if len(of_length) > 1):
+            told = "; ".join(f"{some(of_one)} at {length} tokens" for length, of_one in sorted(words.items()))
+            logger.warning("These losses cannot be compared where rows are longer than one of the cuts: %s", told)
         for word, one in islice(self.left_out.items(), 10):  # at the end all are counted
             logger.warning("%s is left out: %s", word, one)
 
@@ -194,6 +199,10 @@ class _Look:
             logger.warning("%s is passed over: %s (%s)", word, why, source)
             return
         split, metric, _ = to_score(adapter, task, **self.scored)
+        if metric == "loss":
+            self._cut_at.setdefault(name, {}).setdefault(trained_length(adapter), []).append(word)
+        if self.data is None:  # a file of rows to be scored on has no other split
+            warn_of_twins(task)
         figures = adapter.training.get("evaluation", {}).get(split, {}).get(metric, {})
         its_own = figures.get("data_sha256"), figures.get("dtype", "auto")  # of one from before dtypes were recorded
         if its_own == (task.sha256, self.from_cards):

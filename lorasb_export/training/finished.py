@@ -45,7 +45,7 @@ def differences(
     before = made["settings"] | {"learning_rate": rates}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
-    if data != task.sha256:
+    if data != task.sha256 and _learns_others(adapter, task):
         found.append("other data")
     is_itself = start is not None and start.folder == out  # with the same rows it is not to be trained once more
     if made.get("start_sha256") != (start and start.sha256) and not is_itself:
@@ -58,3 +58,10 @@ def differences(
         return found + adapter.load_basis().differences(asdict(basis))
     same = isinstance(basis, Basis) and basis.sha256 == adapter.basis_sha256
     return found if same else [*found, "another basis"]
+
+
+def _learns_others(adapter: Adapter, task: TaskData) -> bool:
+    """Whether rows that decide over R, train and valid, are others than then; test rows do not."""
+    then = adapter.training.get("splits_sha256") or {}
+    now = {split: task.split_sha256(split) for split in ("train", "valid") if split in task.splits}
+    return adapter.regression != task.regression or now != {split: then[split] for split in then if split != "test"}

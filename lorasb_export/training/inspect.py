@@ -18,6 +18,7 @@ from ..data.encoding import IGNORE, Encoded, encode_all, without_left_out
 from ..data.rows import CHAT, Row
 from ..data.source import AnySource
 from ..data.task import TaskData, load_task
+from ..data.twins import warn_of_twins
 from ..errors import Problems
 from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
@@ -76,6 +77,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
         with problems:
             asked_of(network, tokenizer, task.rows("valid"), task.unit("valid"))
     problems.raise_all("nothing can be trained")
+    warn_of_twins(task)
     if task.kind == CHAT:
         warn_of_chats(task, kept["train"], tokenizer, end_ids(tokenizer, network.generation_config.eos_token_id))
     return {

@@ -21,6 +21,7 @@ from ..data.encoding import Encoded, encode
 from ..data.rows import CHAT
 from ..data.task import TaskData
 from ..data.trained_template import recorded_template
+from ..data.twins import warn_of_twins
 from ..errors import TrainingError
 from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
@@ -152,6 +153,8 @@ class TrainingRuns:
             training = {**summary(run, entries, steps, best), "settings": asdict(settings)}
             training |= recorded_template(self.base.folder, run.task)
             training["start"] = self.start and f"{self.start.name}, sha256 {self.start.sha256[:12]}"
+            if best == 0:
+                logger.warning("%s: no step was better than the adapter to start from, whose R it keeps", run.task.name)
             adapter = run.adapter  # lets go of the model: the run at the next rate trains the same head
             adapter.R = {name: R.detach().cpu() for name, R in adapter.R.items()}
             adapter.head = {name: parameter.detach().cpu().clone() for name, parameter in adapter.head.items()}
@@ -203,6 +206,7 @@ class TrainingRuns:
         """The training rows of every task, and how it is validated."""
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
+            warn_of_twins(task)
             if task.kind == CHAT:
                 ends = end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
                 warn_of_chats(task, rows, self.base.tokenizer, ends)

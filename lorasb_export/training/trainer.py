@@ -91,6 +91,7 @@ class RTrainer(Trainer):
             )
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         self._window = LossWindow(len(runs), self.args.device)
+        self._starts_from_another = identity["start_sha256"] is not None
         self._stopped: set[int] = set()
         self.diverged: dict[int, TrainingError] = {}
 
@@ -240,6 +241,7 @@ class RTrainer(Trainer):
             # Four times; with patience so often that it can run out before the last quarter does.
             every = self.settings.evaluate_every or math.ceil(run.order.steps / (4 * (self.settings.patience or 1)))
             due = step > 0 and (step % every == 0 or step == run.order.steps)
+            due |= step == 0 and self._starts_from_another and self.settings.keep == "best"  # which may be the best
             if run.validation and due and not self.history(k).is_evaluated_at(step):
                 left.append(k)
         return left

@@ -63,6 +63,8 @@ def test_merged_folder_is_complete(red_onnx: Path) -> None:
     assert artifact_kind(red_onnx) == "onnx"
     assert json.loads((red_onnx / "lorasb.json").read_text())["precision"] == "fp32"
     assert (red_onnx / "chat_template.jinja").read_text() == TEMPLATE
+    ends = read_json(red_onnx / "genai_config.json")["model"]["eos_token_id"]
+    assert set(ends) == OnnxDecoder(red_onnx, threads=1).eos_ids
 
 
 def test_no_node_ends_with_an_input_that_is_left_out(red_onnx: Path) -> None:

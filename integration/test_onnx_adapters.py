@@ -16,6 +16,7 @@ from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.data.rows import with_system
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, OutputError, SettingsError
+from lorasb_export.evaluation.answer_end import before_end
 from lorasb_export.evaluation.side_by_side import ask_adapters
 from lorasb_export.exporting import onnx_adapters, onnx_run
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
@@ -25,11 +26,11 @@ from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
 from lorasb_export.exporting.onnx_swap import Arrays, read_adapter, values, write_adapter
 from tests.tiny import make_llama
 
-from .onnx_world import PROMPTS, TOKENS, answers, save_adapter
+from .onnx_world import EOS, PROMPTS, TOKENS, answers, save_adapter
 from .reference import merged
 
 ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxruntime_genai")
+og = pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnx")
 
 pytestmark = pytest.mark.usefixtures("quick_exporters")
@@ -196,6 +197,21 @@ def test_routed_rows_of_one_batch_answer_for_different_tasks(world: Path, tmp_pa
         OnnxDecoder(out, "green")
     with pytest.raises(SettingsError, match="has an adapter 'red'"):
         add_onnx_adapters([world / "red"], out, overwrite=True)
+
+    model, generators, kept = og.Model(str(out)), {}, []  # as the page says it, several requests at a time
+    for name, number in (("blue", 2), ("red", 1), (None, 0)):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(PROMPTS[0]) + TOKENS, do_sample=False)
+        generators[name] = og.Generator(model, parameters)
+        kept.append(np.array([number], np.int64))
+        generators[name].set_model_input("adapter_ids", kept[-1])
+    for generator in generators.values():
+        generator.append_tokens(PROMPTS[0])
+    for name, generator in generators.items():
+        while not generator.is_done():
+            generator.generate_next_token()
+        said = generator.get_sequence(0)[len(PROMPTS[0]) :].tolist()
+        assert said == before_end(expected[name][0], {EOS})
 
 
 def test_routing_needs_a_routed_folder(tasks_onnx: Path) -> None:

@@ -251,14 +251,14 @@ def test_a_classifier_is_scored_on_held_out_rows_as_evaluate_does(
     save_tokenizer(tmp_path / "base", token_types=True)
     adapter = Adapter.load(tmp_path / "a")
     if kind == "numbers":
-        adapter.head = {name: tensor[:1] for name, tensor in adapter.head.items()}
+        adapter.head = {name: 50_000 * tensor[:1] for name, tensor in adapter.head.items()}  # prices
         adapter.training = {"labels": [], "regression": True}
         adapter.save(tmp_path / "a", overwrite=True)
     tokenizer, rows = BaseModel.resolve(tmp_path / "base").tokenizer, []
     for text in ("abc", "xyz 1", "hello", "a longer text", "0", "Utrecht", "blue chairs", "q"):
         with torch.inference_mode():
             logits = network(**tokenizer(text, text[::-1], return_tensors="pt")).logits[0]
-        label: Any = ["no", "yes"][int(logits.argmax())] if kind == "classes" else float(logits[0]) + 0.5
+        label: Any = ["no", "yes"][int(logits.argmax())] if kind == "classes" else 50_000 * float(logits[0]) + 0.5
         rows.append({"text": text, "text_pair": text[::-1], "label": label})
     train = [row | {"label": label} for row, label in zip(rows, ("no", "yes"), strict=False)]
     write_splits(tmp_path / "data", {"train": train if kind == "classes" else rows, "test": rows})

@@ -21,7 +21,7 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..environment import child_environment
 from ..errors import ServerError
-from ..evaluation.answer_end import write_end_ids
+from ..evaluation.answer_end import ends_of, write_end_ids
 from ..files.output import disk_error_in
 from ..files.storage import read_json, write_json
 from .onnx_exporter import GENAI, PRECISIONS, read_config
@@ -89,12 +89,19 @@ def build(
 
 
 def _ask_as_we_do(out: Path) -> None:
-    """Make generation_config.json end answers where ours end, without the penalties that ours leave out.
+    """Make generation_config.json end answers where ours end, without the penalties that ours leave out, and
+    genai_config.json too: of older builders it lacks some ends.
 
-    transformers.js reads it, and would penalize greedy answers too.
+    transformers.js reads the former, and would penalize greedy answers too.
     """
     with as_base_model_error(out):
-        write_end_ids(out, tokenizer_of(out))
+        tokenizer = tokenizer_of(out)
+        write_end_ids(out, tokenizer)
+    of_genai = out / "genai_config.json"
+    if of_genai.is_file():
+        config = read_json(of_genai)
+        config["model"]["eos_token_id"] = sorted(ends_of(out, tokenizer))
+        write_json(of_genai, config)
     path = out / "generation_config.json"
     if path.is_file():
         write_json(path, {key: value for key, value in read_json(path).items() if key not in _PENALTIES})

@@ -110,8 +110,8 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
 
     Returns:
         `prompts`, `equal_prompts` (the same class; not for regression) and `gap`, the largest difference of one of
-        their logits. With data also `metric` (the first that `evaluate` has for it), `rows`, its value in `torch` and
-        in `onnx`, and `drop`.
+        their logits; of a regression's numbers, where they are beyond 1, relative to the largest. With data also
+        `metric` (the first that `evaluate` has for it), `rows`, its value in `torch` and in `onnx`, and `drop`.
     """
     tokenizer = base.tokenizer
     rows = []
@@ -132,7 +132,9 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     with torch.inference_mode():
         expected = [network(**batch).logits for batch in batches]
     result: dict[str, Any] = {"prompts": len(PROMPTS), "gap": float((found[0] - expected[0]).abs().max())}
-    if not adapter.regression:
+    if adapter.regression:
+        result["gap"] /= max(1.0, float(expected[0].abs().max()))  # prices or years differ by as many digits as others
+    else:
         result["equal_prompts"] = int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
     if data is None:
         return result

@@ -15,8 +15,9 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.chat_template import fixed_date
 from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
 from lorasb_export.data.rows import question_and_answer
+from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
-from tests.rows import CHAT_LINE, MARKED
+from tests.rows import CHAT, CHAT_LINE, MARKED
 from tests.tiny import TEMPLATE
 
 
@@ -130,6 +131,62 @@ def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_
     told = rf"does not tell where .* in turn {turns.index('a') + 1} \(row 1\)\. Enclose them in \{{% generation %\}}"
     with pytest.raises(DataError, match=told):
         encode([row], tokenizer, CAUSAL_LM, [], 64)
+
+
+THOUGHTS = "{% if m['KEY'] WHEN %}[{{ m['KEY'] }}]{% endif %}"
+
+
+def thinking(key: str, when: str = "", template: str = MARKED) -> str:
+    """A template that writes the thoughts before the words."""
+    written = THOUGHTS.replace("KEY", key).replace("WHEN", when)
+    return template.replace("{% generation %}", "{% generation %}" + written)
+
+
+def reasoned(**given: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", **given}]}
+
+
+@pytest.mark.parametrize("read", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("given", ["reasoning", "reasoning_content"])
+def test_reasoning_is_learnt_by_whichever_name_it_has(read: str, given: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = thinking(read)
+    (encoded,) = encode([reasoned(**{given: "so"})], tokenizer, CAUSAL_LM, [], 64)
+    learnt = [label for label in encoded["labels"] if label != IGNORE]
+    assert "".join(tokenizer.convert_ids_to_tokens(learnt)) == "[so]2</s>"
+
+
+def test_reasoning_that_a_template_never_writes_is_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    told = r"the base's chat template leaves out 'reasoning' \(row 1\)"
+    for template in (MARKED, TEMPLATE, thinking("thinking")):
+        tokenizer.chat_template = template
+        assert encode([reasoned(reasoning="")], tokenizer, CAUSAL_LM, [], 64)
+        earlier = {"messages": [*reasoned(reasoning="so")["messages"], *CHAT["messages"]]}
+        for row in (reasoned(reasoning="so"), earlier):
+            with pytest.raises(DataError, match=told):
+                encode([row], tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = thinking("reasoning", "and loop.last")  # of turns before, as many do not
+    encode(
+        [earlier, {"messages": [*earlier["messages"][:2], *reasoned(reasoning="so")["messages"]]}],
+        tokenizer,
+        CAUSAL_LM,
+        [],
+        64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"thinking": "so"}, "message 2 has 'thinking', which no server gives to a chat template"),
+        ({"reasoning": ["so"]}, "the reasoning of message 2 is no text"),
+        ({"reasoning": "so", "reasoning_content": "or so"}, "or differs under its two keys"),
+    ],
+)
+def test_reasoning_that_is_given_otherwise_is_refused(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        task_of("t", {"train": [reasoned(**given)]})
 
 
 def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:

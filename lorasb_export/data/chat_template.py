@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import DataError, some
-from .tools import Chat, calls_tools
+from .tools import REASONING, Chat, Turn, calls_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,12 +60,12 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, a
         of_row: whether it is of a row, and has the date of those (`fixed_date`).
 
     Raises:
-        DataError: there is no template, it refuses the chat, or leaves out its tools or calls.
+        DataError: there is no template, it refuses the chat, or leaves out its tools, calls or reasoning.
     """
     require_template(tokenizer, where, chat.tools)
     with _refusals(where):
         text = _written(tokenizer, chat, asked=asked, of_row=of_row)
-        _require_tools_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
+        _require_all_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -75,14 +75,24 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, asked: bool = Fa
     return str(tokenizer.apply_chat_template(chat.turns, **options))
 
 
-def _require_tools_written(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, **options: bool
+def _require_all_written(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    text: str,
+    where: object,
+    *,
+    asked: bool = False,
+    of_row: bool = True,
 ) -> None:
-    """Raise DataError where the text is the same without the tools, or without the calls of them."""
+    """Raise DataError where the text is the same without the tools, or without the calls of them.
 
-    def same_as(other: Chat) -> bool:
+    Or where the chat up to the last turn with reasoning is the same without that: of turns before the last many
+    templates leave it out, as they do where a server asks.
+    """
+
+    def same(text: str, other: Chat, *, asked: bool) -> bool:
         try:
-            return text == _written(tokenizer, other, **options)
+            return text == _written(tokenizer, other, asked=asked, of_row=of_row)
         except (TemplateError, TypeError):  # Mistral's refuses an answer of neither words nor calls
             return False
 
@@ -90,12 +100,20 @@ def _require_tools_written(
     if chat.tools:
         without["tools"] = Chat(chat.turns, None)
     if any(map(calls_tools, chat.turns)):
-        silent = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in chat.turns]
-        without["tool_calls"] = Chat(silent, chat.tools)
-    for key, other in without.items():
-        if same_as(other):
-            fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
-            raise DataError(f"the base's chat template leaves out {key!r}", where=where, fix=fix)
+        without["tool_calls"] = Chat([_less(turn, "tool_calls") for turn in chat.turns], chat.tools)
+    left_out = [key for key, other in without.items() if same(text, other, asked=asked)]
+    if thought := [n for n, turn in enumerate(chat.turns, 1) if turn["role"] == "assistant" and turn.get("reasoning")]:
+        *before, last = chat.turns[: thought[-1]]
+        upto = _written(tokenizer, Chat([*before, last], chat.tools), of_row=of_row)
+        if same(upto, Chat([*before, _less(last, *REASONING)], chat.tools), asked=False):
+            left_out.append("reasoning")
+    if left_out:
+        fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
+        raise DataError(f"the base's chat template leaves out {left_out[0]!r}", where=where, fix=fix)
+
+
+def _less(turn: Turn, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if key not in keys}
 
 
 @contextmanager
@@ -112,8 +130,8 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
     """Token ids of a chat, uncut, and where in them the assistant speaks.
 
     Raises:
-        DataError: there is no template, it refuses the chat, leaves out its tools or calls, or does not tell where the
-            assistant speaks.
+        DataError: there is no template, it refuses the chat, leaves out its tools, calls or reasoning, or does not tell
+            where the assistant speaks.
     """
     require_template(tokenizer, where, chat.tools)
     with _refusals(where):
@@ -121,7 +139,7 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
             text, spans = _marked(chat, tokenizer)
         else:
             text, spans = _bounded(chat, tokenizer, where)
-        _require_tools_written(tokenizer, chat, text, where)
+        _require_all_written(tokenizer, chat, text, where)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = tokens["input_ids"], tokens["offset_mapping"]
     starts, ends = [start for start, _ in places], [end for _, end in places]

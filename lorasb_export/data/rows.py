@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import DataError, some
-from .tools import Turn, calls_tools, chat_of
+from .tools import Turn, calls_tools, chat_of, says_something
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,9 @@ def _check_messages(row: Row, where: str) -> None:
             if not isinstance(turn[field], str):
                 what = f"{field!r} of message {number} is not a string"
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
+        if turn.get("thinking"):
+            what = f"message {number} has 'thinking', which no server gives to a chat template"
+            raise DataError(what, where=where, fix="Call it 'reasoning'")
     chat_of(row, where)
 
 
@@ -160,7 +163,7 @@ def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
             fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"
             raise DataError(what, where=where, fix=fix)
     spoken = (turn for turn in messages if turn["role"] == "assistant")
-    if not any(calls_tools(turn) or turn["content"].strip() for turn in spoken):
+    if not any(map(says_something, spoken)):
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
 
 

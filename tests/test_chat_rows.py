@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_
         encode([row], tokenizer, CAUSAL_LM, [], 64)
 
 
+ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant"}
 THOUGHTS = "{% if m['KEY'] WHEN %}[{{ m['KEY'] }}]{% endif %}"
 
 
@@ -187,6 +189,32 @@ def test_reasoning_that_a_template_never_writes_is_refused(llama: Path) -> None:
 def test_reasoning_that_is_given_otherwise_is_refused(given: dict[str, Any], told: str) -> None:
     with pytest.raises(DataError, match=told):
         task_of("t", {"train": [reasoned(**given)]})
+
+
+@pytest.mark.parametrize(
+    ("names", "roles", "expected"),
+    [
+        ("", "dua", "system:0|user:1|assistant:2|"),
+        ("", "duduas", "system:0//2//5|user:1|user:3|assistant:4|"),
+        ("", "udua", "system:1|user:0|user:2|assistant:3|"),
+        ("", "sdua", "system:0//1|user:2|assistant:3|"),
+        ("", "ussua", "user:0|system:1|system:2|user:3|assistant:4|"),
+        ("{% set role = 'developer' %}", "sdua", "system:0|developer:1|user:2|assistant:3|"),
+    ],
+)
+def test_developers_are_written_as_vllm_writes_them(names: str, roles: str, expected: str, llama: Path) -> None:
+    """As its `safe_apply_chat_template` does (integration/test_serve_shared.py asks it)."""
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = (
+        names + "{% for m in messages %}{{ m['role'] + ':' + m['content'] | replace('\\n', '/') + '|' }}{% endfor %}"
+    )
+    turns = [{"role": ROLES[role], "content": str(i)} for i, role in enumerate(roles)]
+    assert "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, turns))) == expected
+    marks = "{% generation %}{{ m['content'] | replace('\\n', '/') }}{% endgeneration %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['role']", marks + "{{ m['role']")
+    (encoded,) = encode([{"messages": turns}], tokenizer, CAUSAL_LM, [], 64)
+    spelled = "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"]))
+    assert spelled == re.sub(r"(\w+):([^|]*)", r"\2\1:\2", expected)
 
 
 def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,6 +52,20 @@ def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] |
     return {"chat_template": _ONE_DAY + tokenizer.get_chat_template(tools=tools)}
 
 
+def _as_served(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Chat:
+    """With turns of a role `developer` as vLLM gives them to a template that does not name it: they are the system's,
+    and all that the system says is one turn, the first."""
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    if not any(turn["role"] == "developer" for turn in chat.turns) or re.search("""(["'])developer\\1""", template):
+        return chat
+    system = [turn for turn in chat.turns if turn["role"] in ("system", "developer")]
+    others = [turn for turn in chat.turns if turn["role"] not in ("system", "developer")]
+    if system == chat.turns[:1]:  # it keeps its other keys
+        return chat._replace(turns=[{**_less(system[0], "tools"), "role": "system"}, *others])
+    said = "\n\n".join(turn["content"] for turn in system if turn["content"])
+    return chat._replace(turns=[{"role": "system", "content": said}, *others])
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, asked: bool, of_row: bool) -> list[int]:
     """Token ids of a chat as the template writes it.
 
@@ -63,6 +77,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, a
         DataError: there is no template, it refuses the chat, or leaves out its tools, calls or reasoning.
     """
     require_template(tokenizer, where, chat.tools)
+    chat = _as_served(tokenizer, chat)
     with _refusals(where):
         text = _written(tokenizer, chat, asked=asked, of_row=of_row)
         _require_all_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
@@ -134,6 +149,7 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
             where the assistant speaks.
     """
     require_template(tokenizer, where, chat.tools)
+    chat = _as_served(tokenizer, chat)
     with _refusals(where):
         if _GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
             text, spans = _marked(chat, tokenizer)

@@ -95,6 +95,17 @@ BAD = {
         "the assistant says nothing",
         "train.jsonl:1",
     ),
+    "empty answer": (
+        CHAT_LINE
+        + CHAT_LINE.replace('"2"}', '"2"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": " "}'),
+        "message 4 is an empty answer of the assistant's",
+        "train.jsonl:2",
+    ),
+    "call of the older kind": (
+        CHAT_LINE + CHAT_LINE.replace('"2"', 'null, "function_call": {"name": "w", "arguments": "{}"}'),
+        "message 2 has 'function_call'",
+        "train.jsonl:2",
+    ),
     "tools": (CHAT_LINE[:-2] + ', "tools": [{"type": "function"}]}\n', "tool 1 is no function", "train.jsonl:1"),
     "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
     "not text": (b"\xff\xfe\x00", "broken JSON: 'utf-8' codec can't decode", "train.jsonl:1"),

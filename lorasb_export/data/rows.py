@@ -27,6 +27,8 @@ FIELDS_OF = {
 
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
 
+_UNREAD_OF_TURNS = {"thinking": "Call it 'reasoning'", "function_call": "Write it as one of 'tool_calls'"}
+
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # a row with its place, which errors name
 Prompt = str | Sequence[Turn] | Row  # a text, the turns of a chat, or a chat with tools: its `messages` and `tools`
@@ -142,6 +144,10 @@ def _check_messages(row: Row, where: str) -> None:
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
     _refuse_sharegpt(messages, where)
     for number, turn in enumerate(messages, 1):
+        for key, fix in _UNREAD_OF_TURNS.items():
+            if isinstance(turn, dict) and turn.get(key):
+                what = f"message {number} has {key!r}, which no server gives to a chat template"
+                raise DataError(what, where=where, fix=fix)
         for field in ("role", "content"):
             if field == "content" and calls_tools(turn) and turn.get(field) is None:
                 continue
@@ -150,9 +156,6 @@ def _check_messages(row: Row, where: str) -> None:
             if not isinstance(turn[field], str):
                 what = f"{field!r} of message {number} is not a string"
                 raise DataError(what, where=where, fix="Put it in quotes: only text is learnt")
-        if turn.get("thinking"):
-            what = f"message {number} has 'thinking', which no server gives to a chat template"
-            raise DataError(what, where=where, fix="Call it 'reasoning'")
     chat_of(row, where)
 
 
@@ -162,9 +165,13 @@ def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
             what = f"message {number} has weight {turn['weight']!r}, and every turn of the assistant is learnt alike"
             fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"
             raise DataError(what, where=where, fix=fix)
-    spoken = (turn for turn in messages if turn["role"] == "assistant")
-    if not any(map(says_something, spoken)):
+    spoken = {number: turn for number, turn in enumerate(messages, 1) if turn["role"] == "assistant"}
+    if not spoken:
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
+    for number, turn in spoken.items():
+        if not says_something(turn):
+            what = f"message {number} is an empty answer of the assistant's, which would be learnt"
+            raise DataError(what, where=where, fix="Fill it in, or remove the turn or the row")
 
 
 def _refuse_sharegpt(turns: Any, where: object) -> None:

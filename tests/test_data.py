@@ -46,6 +46,11 @@ BAD = {
     ),
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
     "empty label": (CLASS + '{"text": "a", "label": " "}\n', "the label is empty", "train.jsonl:2"),
+    "label with a space": (
+        CLASS + CLASS.replace("yes", "yes "),
+        "label 'yes ' has white space at an end",
+        "train.jsonl:2",
+    ),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
     "label too large": (
         f'{{"text": "a", "label": 1.5}}\n{{"text": "a", "label": 1{"0" * 400}}}\n',

@@ -238,6 +238,9 @@ def _check_labels(rows: Sequence[Placed]) -> None:
             )
         if isinstance(label, str):
             refuse_empty(label, place)
+            if label != label.strip():  # it would be a class beside that without
+                what = f"label {label!r} has white space at an end"
+                raise DataError(what, where=place, fix="Take it away, in all rows")
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

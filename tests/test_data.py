@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, as_json
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
@@ -351,6 +352,24 @@ def test_rows_in_memory(tmp_path: Path) -> None:
     task = task_of("t", {"valid": of_files.rows("valid"), "train": iter(of_files.rows("train"))})
     assert (task.splits, task.sha256, task.task_type) == (of_files.splits, of_files.sha256, SEQ_CLS)
     assert repr(of_files) == f"<TaskData t: text/label rows, 2 train, 1 valid, of {tmp_path}>"
+
+
+@pytest.mark.parametrize(
+    "line", [GOOD, CHAT_LINE, CLASS, '{"text": "a"}\n', json.dumps(tool_row("weather", city="Oslo"))]
+)
+def test_columns_that_nobody_reads_do_not_make_other_data(line: str) -> None:
+    row = json.loads(line)
+    bare, first, second = (task_of("t", {"train": [row | more]}) for more in ({}, {"at": 1}, {"at": 2}))
+    assert bare.sha256 == first.sha256 == second.sha256
+    assert bare.split_sha256("train") == second.split_sha256("train")
+    for field in row:
+        changed = task_of("t", {"train": [{**row, field: row[field] * 2}]})
+        assert not changed.has_digest(bare.sha256)
+        assert not changed.has_digest(bare.split_sha256("train"), "train")
+    by_columns = [hashlib.sha256(as_json(rows)).hexdigest() for rows in (first.splits, first.rows("train"))]
+    assert first.has_digest(by_columns[0])  # as adapters of before have it
+    assert first.has_digest(by_columns[1], "train")
+    assert not second.has_digest(by_columns[0])
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,12 @@ def kind_of(row: Row, where: object = None) -> str:
     )
 
 
+def fields_read(row: Row, kind: str) -> Row:
+    """What is read of a row: nothing else of it matters."""
+    optional = {CHAT: ("tools",), LABELLED: ("text_pair",)}
+    return {field: row[field] for field in (*FIELDS_OF[kind], *optional.get(kind, ())) if field in row}
+
+
 def has_answer(row: Row) -> bool:
     """Whether it asks something and answers it: other chats can be learnt, but not asked."""
     if kind_of(row) == COMPLETION:

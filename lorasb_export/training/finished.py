@@ -45,7 +45,7 @@ def differences(
     before = made["settings"] | {"learning_rate": rates}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
-    if data != task.sha256:
+    if not task.has_digest(data):
         found.append("other data")
     is_itself = start is not None and start.folder == out  # with the same rows it is not to be trained once more
     if made.get("start_sha256") != (start and start.sha256) and not is_itself:

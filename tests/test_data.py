@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, as_json
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, as_json, prompt_of
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
@@ -126,6 +126,47 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "told"),
+    [
+        *(
+            (line, {column: value}, column)
+            for line in (CHAT_LINE, GOOD)
+            for column, value in {
+                "system": "Be brief.",
+                "system_prompt": "Be brief.",
+                "functions": [{"name": "w"}],
+                "chat_template_kwargs": {"enable_thinking": False},
+                "documents": [{"text": "a"}],
+            }.items()
+        ),
+        (GOOD, {"tools": [{"type": "function"}]}, "tools"),
+        (GOOD, {"label": False}, "label"),
+        (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
+        (GOOD, {"label": 0}, None),
+        (CHAT_LINE, {"label": False}, None),
+        ('{"text": "a"}', {"system": "b"}, None),
+    ],
+)
+def test_columns_that_would_change_what_is_asked(
+    line: str, more: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    row = json.loads(line) | more
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    if told is None:
+        assert load_task("t", tmp_path)
+        return
+    with pytest.raises(
+        DataError, match=rf"the row has '{told}': .*which would not be read .*train.jsonl:1\)\. .*columns"
+    ):
+        load_task("t", tmp_path)
+    columns = {field: field for field in json.loads(line)}
+    assert load_task("t", TaskSource(str(tmp_path), columns)).rows("train") == [json.loads(line)]
+    if told != "label":
+        with pytest.raises(DataError, match=f"'{told}'"):
+            prompt_of(row, "here")
 
 
 def test_weights_that_change_nothing(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ FIELDS_OF = {
 
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
 
+_UNREAD = ("system", "system_prompt", "functions", "chat_template_kwargs", "documents")  # they change what is asked
 _UNREAD_OF_TURNS = {"thinking": "Call it 'reasoning'", "function_call": "Write it as one of 'tool_calls'"}
 
 Row = dict[str, Any]
@@ -96,6 +97,7 @@ def prompt_of(row: Row, where: str) -> Prompt:
     Raises:
         DataError: it has neither, or they are not what `check_row` takes; or nothing is left of the messages.
     """
+    _refuse_unread(row, where)
     if "messages" in row:
         _check_messages(row, where)
         turns: list[Turn] = row["messages"]
@@ -122,11 +124,25 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
     return [{"role": "system", "content": system}, *turns]
 
 
+def _refuse_unread(row: Row, where: str) -> None:
+    """Raise DataError for what changes a question, or calls an answer bad, and lies where nothing reads it."""
+    columns = _UNREAD if "messages" in row else (*_UNREAD, "tools")
+    found = [column for column in columns if row.get(column)]
+    if "messages" not in row and row.get("label") is False:  # KTO's
+        found.append("label")
+    if found:
+        what = f"the row has {found[0]!r}: {str(row[found[0]])!r:.40}, which would not be read"
+        fix = "Write it into the messages, take out bad answers, or name columns of its [tasks.NAME] to read no others"
+        raise DataError(what, where=where, fix=fix)
+
+
 def check_row(row: Row, kind: str, where: str) -> None:
     for field in FIELDS_OF[kind]:
         if field not in row:
             fix = "Every row needs it; where [tasks.NAME] or [data] has columns, they name every field"
             raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
+    if kind in (COMPLETION, CHAT):
+        _refuse_unread(row, where)
     if kind == CHAT:
         _check_messages(row, where)
         _check_learnt(row["messages"], where)

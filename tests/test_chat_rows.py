@@ -7,6 +7,7 @@ import re
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
@@ -134,7 +135,7 @@ def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_
         encode([row], tokenizer, CAUSAL_LM, [], 64)
 
 
-ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant"}
+ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
 THOUGHTS = "{% if m['KEY'] WHEN %}[{{ m['KEY'] }}]{% endif %}"
 
 
@@ -215,6 +216,45 @@ def test_developers_are_written_as_vllm_writes_them(names: str, roles: str, expe
     (encoded,) = encode([{"messages": turns}], tokenizer, CAUSAL_LM, [], 64)
     spelled = "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"]))
     assert spelled == re.sub(r"(\w+):([^|]*)", r"\2\1:\2", expected)
+
+
+def test_turns_that_a_template_leaves_out_are_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+
+    def read(roles: str) -> None:
+        turns = [{"role": ROLES[role], "content": str(i)} for i, role in enumerate(roles)]
+        encode([{"messages": turns}] * 2, tokenizer, CAUSAL_LM, [], 64)
+        prompt_ids(tokenizer, turns[:-1])
+
+    for marked in (MARKED, TEMPLATE):
+        said = "{% if m['role'] in ['user', 'assistant'] or m['role'] == 'system' and loop.first %}"
+        tokenizer.chat_template = marked.replace("%}<s>", "%}" + said + "<s>", 1).replace(
+            "{% endfor", "{% endif %}{% endfor"
+        )
+        for roles in ("ua", "sua", "uaua"):
+            read(roles)
+        with pytest.raises(
+            DataError, match=r"leaves out what system says later on \(row 1\)\. Write it into the user's"
+        ):
+            read("usua")
+        for roles, place in (("uatua", " later on"), ("tua", "")):
+            with pytest.raises(DataError, match=rf"leaves out what tool says{place} \(row 1\)"):
+                read(roles)
+        with pytest.raises(DataError, match="leaves out what tool says"):
+            prompt_ids(tokenizer, [{"role": "user", "content": "1"}, {"role": "tool", "content": "2"}])
+
+
+def test_what_a_turn_says_is_looked_for_once_in_a_template(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = TEMPLATE + "{# of this test alone #}"
+    calls = Mock(wraps=tokenizer.apply_chat_template)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", calls)
+    counts = []
+    for _ in range(2):
+        calls.reset_mock()
+        prompt_ids(tokenizer, CHAT["messages"][:1])
+        counts.append(calls.call_count)
+    assert counts == [2, 1]
 
 
 def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:

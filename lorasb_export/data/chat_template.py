@@ -24,6 +24,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
 _ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
 
+# (template, role, first or not) of turns whose words a chat was seen to have: once, since it takes a rendering.
+_SEEN_WRITTEN: set[tuple[str, str, bool]] = set()
+
 _Written = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
 
@@ -74,7 +77,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, a
         of_row: whether it is of a row, and has the date of those (`fixed_date`).
 
     Raises:
-        DataError: there is no template, it refuses the chat, or leaves out its tools, calls or reasoning.
+        DataError: there is no template, it refuses the chat, or leaves out its tools, calls, reasoning or turns.
     """
     require_template(tokenizer, where, chat.tools)
     chat = _as_served(tokenizer, chat)
@@ -102,7 +105,8 @@ def _require_all_written(
     """Raise DataError where the text is the same without the tools, or without the calls of them.
 
     Or where the chat up to the last turn with reasoning is the same without that: of turns before the last many
-    templates leave it out, as they do where a server asks.
+    templates leave it out, as they do where a server asks. Or where it is the same whatever another than the assistant
+    says.
     """
 
     def same(text: str, other: Chat, *, asked: bool) -> bool:
@@ -125,6 +129,17 @@ def _require_all_written(
     if left_out:
         fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
         raise DataError(f"the base's chat template leaves out {left_out[0]!r}", where=where, fix=fix)
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    for place, turn in enumerate(chat.turns):
+        key, words = (template, turn["role"], place == 0), turn.get("content")
+        if turn["role"] == "assistant" or not words or key in _SEEN_WRITTEN:
+            continue
+        otherwise = [*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]]
+        if same(text, Chat(otherwise, chat.tools), asked=asked):
+            what = f"the base's chat template leaves out what {turn['role']} says{' later on' if place else ''}"
+            fix = "Write it into the user's messages, or take a base whose template has it"
+            raise DataError(what, where=where, fix=fix)
+        _SEEN_WRITTEN.add(key)
 
 
 def _less(turn: Turn, *keys: str) -> dict[str, Any]:
@@ -145,8 +160,8 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
     """Token ids of a chat, uncut, and where in them the assistant speaks.
 
     Raises:
-        DataError: there is no template, it refuses the chat, leaves out its tools, calls or reasoning, or does not tell
-            where the assistant speaks.
+        DataError: there is no template, it refuses the chat, leaves out its tools, calls, reasoning or turns, or does
+            not tell where the assistant speaks.
     """
     require_template(tokenizer, where, chat.tools)
     chat = _as_served(tokenizer, chat)

@@ -119,6 +119,7 @@ def test_without_marks_a_turn_is_from_where_it_is_asked_for_to_the_end_of_the_ch
     ("template", "turns"),
     [
         (TEMPLATE.replace("prompt %}<s>", "prompt %}<s>[think]"), "ua"),  # DeepSeek-R1's, which opens thoughts
+        (TEMPLATE.replace("prompt %}<s>", "prompt %}<s><think>"), "ua"),
         (TEMPLATE.replace("</s>", "{% if loop.last %}.{% endif %}</s>"), "uaua"),  # as Qwen3's in a chat's last turn
         (TEMPLATE, "au"),  # nothing is asked before
     ],
@@ -131,8 +132,9 @@ def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_
     roles = {"u": "user", "a": "assistant"}
     row = {"messages": [{"role": roles[turn], "content": str(i)} for i, turn in enumerate(turns)]}
     told = rf"does not tell where .* in turn {turns.index('a') + 1} \(row 1\)\. Enclose them in \{{% generation %\}}"
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=told) as error:
         encode([row], tokenizer, CAUSAL_LM, [], 64)
+    assert ("or use prompt/completion rows" in str(error.value)) == ("<think>" not in template)
 
 
 ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}

@@ -18,6 +18,7 @@ from .tools import REASONING, Chat, Turn, calls_tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPENED_THOUGHTS = re.compile(r"<[\w:]*(think|thought|reason)\w*>(?=\s*$)")  # at the end of a question
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
 # line break after a block would be left out.
@@ -206,7 +207,9 @@ def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Wri
         asked, said = (written(i, asked=True) if i else ""), written(i + 1).rstrip()
         if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
             what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
-            fix = "Enclose them in {% generation %} in the template, or use prompt/completion rows for single turns"
+            fix = "Enclose them in {% generation %} in the template"
+            if not OPENED_THOUGHTS.search(asked):  # in which a completion would be learnt
+                fix += ", or use prompt/completion rows for single turns"
             raise DataError(what, where=where, fix=fix)
         spans.append((len(asked), len(said)))
     return text, spans

@@ -223,13 +223,35 @@ def test_a_chat_with_tools_has_the_tokens_that_are_trained(server: RunningServer
         for arguments in ('{"city": "Oslo"}', "{}", ""):
             call["arguments"] = arguments
             asked = {"messages": row["messages"][:3], "tools": tools}
-            body = {"model": "one", "chat_template": TOOLED, "add_special_tokens": False, **asked}
-            headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-            request = Request(f"{server.url}/tokenize", json.dumps(body).encode(), headers)
-            with urlopen(request, timeout=60) as response:
-                tokens = json.load(response)["tokens"]
+            tokens = _tokens(server, TOOLED, asked)
             assert tokenizer.decode(tokens) == tokenizer.decode(prompt_ids(tokenizer, asked))
             assert tokens == prompt_ids(tokenizer, asked)
+
+
+@pytest.mark.parametrize("roles", ["du", "dudu", "sdu", "ud", "ssu"])
+@pytest.mark.parametrize("names", ["", "{% set role = 'developer' %}"])
+def test_a_chat_with_developers_and_reasoning_has_the_tokens_that_are_trained(
+    roles: str, names: str, server: RunningServer, short_smollm2: Path
+) -> None:
+    tokenizer = BaseModel.resolve(short_smollm2).tokenizer
+    written = "{{ m['role'] }}: {{ m['reasoning'] }}, {{ m['reasoning_content'] }}, {{ m['content'] }}\n"
+    tokenizer.chat_template = names + "{% for m in messages %}" + written + "{% endfor %}"
+    known = {"s": "system", "d": "developer", "u": "user"}
+    turns = [{"role": known[role], "content": f"turn {number}"} for number, role in enumerate(roles)]
+    thought = {"role": "assistant", "content": "So.", "reasoning": "Well."}
+    asked = {"messages": [*turns, thought, {"role": "user", "content": "?"}]}
+    tokens = _tokens(server, tokenizer.chat_template, asked)
+    assert tokenizer.decode(tokens) == tokenizer.decode(prompt_ids(tokenizer, asked))
+
+
+def _tokens(server: RunningServer, template: str, asked: dict[str, Any]) -> list[int]:
+    """Token ids that the server makes of a chat."""
+    body = {"model": "one", "chat_template": template, "add_special_tokens": False, **asked}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    request = Request(f"{server.url}/tokenize", json.dumps(body).encode(), headers)
+    with urlopen(request, timeout=60) as response:
+        tokens: list[int] = json.load(response)["tokens"]
+    return tokens
 
 
 def test_metrics_count_what_adapters_say(server: RunningServer) -> None:

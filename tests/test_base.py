@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from dataclasses import replace
@@ -16,15 +17,17 @@ from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 from lorasb_export import calibrate, fit
 from lorasb_export.base import model
 from lorasb_export.base.device import default_device
+from lorasb_export.base.given import positions, require_positions, trained_positions
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.evaluation.inference import answers
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import GOOD
-from tests.tiny import TEMPLATE, make_bert, make_llama, write_index
+from tests.tiny import TEMPLATE, make_bert, make_gpt2, make_llama, write_index
 from tests.training import SETTINGS
 
 
@@ -151,6 +154,24 @@ def test_what_the_base_cannot_do_is_refused(llama: Path, bert: Path, sums: Path,
     for calibration, settings in (({"max_length": 600}, {}), ({}, {"max_length": 600})):
         with pytest.raises(SettingsError, match=r"max_length is 600, the base's positions end at 512\. Lower"):
             fit(str(bert), CalibrationSettings(rank=8, **calibration), parity, tmp_path / "a", FitSettings(**settings))
+
+
+def test_more_tokens_than_the_base_is_made_for_are_told_of(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = BaseModel.resolve(llama)
+    network, tokenizer = base.load(), base.tokenizer
+    assert (trained_positions(network), positions(network)) == (2048, math.inf)
+    for _ in range(2):
+        require_positions(network, 2048)
+        require_positions(network, 2049)
+    learned = BaseModel.resolve(make_gpt2(tmp_path / "gpt2"))  # what is beyond is refused
+    require_positions(learned.load_empty(CAUSAL_LM), 1024)
+    network.config.max_position_embeddings = 16
+    answers(network, tokenizer, ["1", "1" * 20], max_tokens=2, unit="one")
+    first, second = (record.getMessage() for record in caplog.records if record.name.startswith("lorasb"))
+    assert first.startswith("max_length is 2049, and the base's config has max_position_embeddings = 2048: what lies")
+    assert second.startswith("one: 1 of 2 may reach, with their answers, beyond the 16 tokens of max_position_emb")
 
 
 def test_checkpointing_that_the_base_lacks_is_refused(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
@@ -15,8 +17,9 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.chat_template import fixed_date
 from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
 from lorasb_export.data.rows import question_and_answer
+from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
-from tests.rows import CHAT_LINE, MARKED
+from tests.rows import CHAT, CHAT_LINE, MARKED
 from tests.tiny import TEMPLATE
 
 
@@ -116,6 +119,7 @@ def test_without_marks_a_turn_is_from_where_it_is_asked_for_to_the_end_of_the_ch
     ("template", "turns"),
     [
         (TEMPLATE.replace("prompt %}<s>", "prompt %}<s>[think]"), "ua"),  # DeepSeek-R1's, which opens thoughts
+        (TEMPLATE.replace("prompt %}<s>", "prompt %}<s><think>"), "ua"),
         (TEMPLATE.replace("</s>", "{% if loop.last %}.{% endif %}</s>"), "uaua"),  # as Qwen3's in a chat's last turn
         (TEMPLATE, "au"),  # nothing is asked before
     ],
@@ -128,8 +132,131 @@ def test_without_marks_a_template_that_writes_a_turn_otherwise_when_it_is_asked_
     roles = {"u": "user", "a": "assistant"}
     row = {"messages": [{"role": roles[turn], "content": str(i)} for i, turn in enumerate(turns)]}
     told = rf"does not tell where .* in turn {turns.index('a') + 1} \(row 1\)\. Enclose them in \{{% generation %\}}"
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=told) as error:
         encode([row], tokenizer, CAUSAL_LM, [], 64)
+    assert ("or use prompt/completion rows" in str(error.value)) == ("<think>" not in template)
+
+
+ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
+THOUGHTS = "{% if m['KEY'] WHEN %}[{{ m['KEY'] }}]{% endif %}"
+
+
+def thinking(key: str, when: str = "", template: str = MARKED) -> str:
+    """A template that writes the thoughts before the words."""
+    written = THOUGHTS.replace("KEY", key).replace("WHEN", when)
+    return template.replace("{% generation %}", "{% generation %}" + written)
+
+
+def reasoned(**given: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", **given}]}
+
+
+@pytest.mark.parametrize("read", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("given", ["reasoning", "reasoning_content"])
+def test_reasoning_is_learnt_by_whichever_name_it_has(read: str, given: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = thinking(read)
+    (encoded,) = encode([reasoned(**{given: "so"})], tokenizer, CAUSAL_LM, [], 64)
+    learnt = [label for label in encoded["labels"] if label != IGNORE]
+    assert "".join(tokenizer.convert_ids_to_tokens(learnt)) == "[so]2</s>"
+
+
+def test_reasoning_that_a_template_never_writes_is_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    told = r"the base's chat template leaves out 'reasoning' \(row 1\)"
+    for template in (MARKED, TEMPLATE, thinking("thinking")):
+        tokenizer.chat_template = template
+        assert encode([reasoned(reasoning="")], tokenizer, CAUSAL_LM, [], 64)
+        earlier = {"messages": [*reasoned(reasoning="so")["messages"], *CHAT["messages"]]}
+        for row in (reasoned(reasoning="so"), earlier):
+            with pytest.raises(DataError, match=told):
+                encode([row], tokenizer, CAUSAL_LM, [], 64)
+    tokenizer.chat_template = thinking("reasoning", "and loop.last")  # of turns before, as many do not
+    encode(
+        [earlier, {"messages": [*earlier["messages"][:2], *reasoned(reasoning="so")["messages"]]}],
+        tokenizer,
+        CAUSAL_LM,
+        [],
+        64,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"thinking": "so"}, "message 2 has 'thinking', which no server gives to a chat template"),
+        ({"reasoning": ["so"]}, "the reasoning of message 2 is no text"),
+        ({"reasoning": "so", "reasoning_content": "or so"}, "or differs under its two keys"),
+    ],
+)
+def test_reasoning_that_is_given_otherwise_is_refused(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        task_of("t", {"train": [reasoned(**given)]})
+
+
+@pytest.mark.parametrize(
+    ("names", "roles", "expected"),
+    [
+        ("", "dua", "system:0|user:1|assistant:2|"),
+        ("", "duduas", "system:0//2//5|user:1|user:3|assistant:4|"),
+        ("", "udua", "system:1|user:0|user:2|assistant:3|"),
+        ("", "sdua", "system:0//1|user:2|assistant:3|"),
+        ("", "ussua", "user:0|system:1|system:2|user:3|assistant:4|"),
+        ("{% set role = 'developer' %}", "sdua", "system:0|developer:1|user:2|assistant:3|"),
+    ],
+)
+def test_developers_are_written_as_vllm_writes_them(names: str, roles: str, expected: str, llama: Path) -> None:
+    """As its `safe_apply_chat_template` does (integration/test_serve_shared.py asks it)."""
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = (
+        names + "{% for m in messages %}{{ m['role'] + ':' + m['content'] | replace('\\n', '/') + '|' }}{% endfor %}"
+    )
+    turns = [{"role": ROLES[role], "content": str(i)} for i, role in enumerate(roles)]
+    assert "".join(tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, turns))) == expected
+    marks = "{% generation %}{{ m['content'] | replace('\\n', '/') }}{% endgeneration %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['role']", marks + "{{ m['role']")
+    (encoded,) = encode([{"messages": turns}], tokenizer, CAUSAL_LM, [], 64)
+    spelled = "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"]))
+    assert spelled == re.sub(r"(\w+):([^|]*)", r"\2\1:\2", expected)
+
+
+def test_turns_that_a_template_leaves_out_are_refused(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+
+    def read(roles: str) -> None:
+        turns = [{"role": ROLES[role], "content": str(i)} for i, role in enumerate(roles)]
+        encode([{"messages": turns}] * 2, tokenizer, CAUSAL_LM, [], 64)
+        prompt_ids(tokenizer, turns[:-1])
+
+    for marked in (MARKED, TEMPLATE):
+        said = "{% if m['role'] in ['user', 'assistant'] or m['role'] == 'system' and loop.first %}"
+        tokenizer.chat_template = marked.replace("%}<s>", "%}" + said + "<s>", 1).replace(
+            "{% endfor", "{% endif %}{% endfor"
+        )
+        for roles in ("ua", "sua", "uaua"):
+            read(roles)
+        with pytest.raises(
+            DataError, match=r"leaves out what system says later on \(row 1\)\. Write it into the user's"
+        ):
+            read("usua")
+        for roles, place in (("uatua", " later on"), ("tua", "")):
+            with pytest.raises(DataError, match=rf"leaves out what tool says{place} \(row 1\)"):
+                read(roles)
+        with pytest.raises(DataError, match="leaves out what tool says"):
+            prompt_ids(tokenizer, [{"role": "user", "content": "1"}, {"role": "tool", "content": "2"}])
+
+
+def test_what_a_turn_says_is_looked_for_once_in_a_template(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = TEMPLATE + "{# of this test alone #}"
+    calls = Mock(wraps=tokenizer.apply_chat_template)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", calls)
+    counts = []
+    for _ in range(2):
+        calls.reset_mock()
+        prompt_ids(tokenizer, CHAT["messages"][:1])
+        counts.append(calls.call_count)
+    assert counts == [2, 1]
 
 
 def test_a_row_in_which_nothing_is_marked_is_not_called_too_long(llama: Path, caplog: pytest.LogCaptureFixture) -> None:

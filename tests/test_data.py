@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, as_json, prompt_of
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
@@ -46,6 +47,11 @@ BAD = {
     ),
     "no label given": ('{"text": "a", "label": null}\n', "label None is neither a name nor", "train.jsonl:1"),
     "empty label": (CLASS + '{"text": "a", "label": " "}\n', "the label is empty", "train.jsonl:2"),
+    "label with a space": (
+        CLASS + CLASS.replace("yes", "yes "),
+        "label 'yes ' has white space at an end",
+        "train.jsonl:2",
+    ),
     "label not finite": ('{"text": "a", "label": NaN}\n', "label nan is not finite", "train.jsonl:1"),
     "label too large": (
         f'{{"text": "a", "label": 1.5}}\n{{"text": "a", "label": 1{"0" * 400}}}\n',
@@ -95,6 +101,17 @@ BAD = {
         "the assistant says nothing",
         "train.jsonl:1",
     ),
+    "empty answer": (
+        CHAT_LINE
+        + CHAT_LINE.replace('"2"}', '"2"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": " "}'),
+        "message 4 is an empty answer of the assistant's",
+        "train.jsonl:2",
+    ),
+    "call of the older kind": (
+        CHAT_LINE + CHAT_LINE.replace('"2"', 'null, "function_call": {"name": "w", "arguments": "{}"}'),
+        "message 2 has 'function_call'",
+        "train.jsonl:2",
+    ),
     "tools": (CHAT_LINE[:-2] + ', "tools": [{"type": "function"}]}\n', "tool 1 is no function", "train.jsonl:1"),
     "no messages": ('{"messages": []}\n', "the assistant says nothing", "train.jsonl:1"),
     "not text": (b"\xff\xfe\x00", "broken JSON: 'utf-8' codec can't decode", "train.jsonl:1"),
@@ -109,6 +126,47 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "told"),
+    [
+        *(
+            (line, {column: value}, column)
+            for line in (CHAT_LINE, GOOD)
+            for column, value in {
+                "system": "Be brief.",
+                "system_prompt": "Be brief.",
+                "functions": [{"name": "w"}],
+                "chat_template_kwargs": {"enable_thinking": False},
+                "documents": [{"text": "a"}],
+            }.items()
+        ),
+        (GOOD, {"tools": [{"type": "function"}]}, "tools"),
+        (GOOD, {"label": False}, "label"),
+        (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
+        (GOOD, {"label": 0}, None),
+        (CHAT_LINE, {"label": False}, None),
+        ('{"text": "a"}', {"system": "b"}, None),
+    ],
+)
+def test_columns_that_would_change_what_is_asked(
+    line: str, more: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    row = json.loads(line) | more
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    if told is None:
+        assert load_task("t", tmp_path)
+        return
+    with pytest.raises(
+        DataError, match=rf"the row has '{told}': .*which would not be read .*train.jsonl:1\)\. .*columns"
+    ):
+        load_task("t", tmp_path)
+    columns = {field: field for field in json.loads(line)}
+    assert load_task("t", TaskSource(str(tmp_path), columns)).rows("train") == [json.loads(line)]
+    if told != "label":
+        with pytest.raises(DataError, match=f"'{told}'"):
+            prompt_of(row, "here")
 
 
 def test_weights_that_change_nothing(tmp_path: Path) -> None:
@@ -335,6 +393,24 @@ def test_rows_in_memory(tmp_path: Path) -> None:
     task = task_of("t", {"valid": of_files.rows("valid"), "train": iter(of_files.rows("train"))})
     assert (task.splits, task.sha256, task.task_type) == (of_files.splits, of_files.sha256, SEQ_CLS)
     assert repr(of_files) == f"<TaskData t: text/label rows, 2 train, 1 valid, of {tmp_path}>"
+
+
+@pytest.mark.parametrize(
+    "line", [GOOD, CHAT_LINE, CLASS, '{"text": "a"}\n', json.dumps(tool_row("weather", city="Oslo"))]
+)
+def test_columns_that_nobody_reads_do_not_make_other_data(line: str) -> None:
+    row = json.loads(line)
+    bare, first, second = (task_of("t", {"train": [row | more]}) for more in ({}, {"at": 1}, {"at": 2}))
+    assert bare.sha256 == first.sha256 == second.sha256
+    assert bare.split_sha256("train") == second.split_sha256("train")
+    for field in row:
+        changed = task_of("t", {"train": [{**row, field: row[field] * 2}]})
+        assert not changed.has_digest(bare.sha256)
+        assert not changed.has_digest(bare.split_sha256("train"), "train")
+    by_columns = [hashlib.sha256(as_json(rows)).hexdigest() for rows in (first.splits, first.rows("train"))]
+    assert first.has_digest(by_columns[0])  # as adapters of before have it
+    assert first.has_digest(by_columns[1], "train")
+    assert not second.has_digest(by_columns[0])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ..choices import NF4
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
 
 
@@ -28,11 +31,31 @@ def positions(network: PreTrainedModel) -> float:
     return reach
 
 
+def trained_positions(network: PreTrainedModel) -> float:
+    """How many tokens a network is made for, as its config says; infinity where it does not.
+
+    Positions that are computed (RoPE) go on beyond: the answers get worse, and nothing fails.
+    """
+    return getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def require_positions(network: PreTrainedModel, max_length: int, *, where: str | None = None) -> None:
-    """Raise SettingsError if rows, of the tasks `where`, may be longer than a network's learned positions reach."""
+    """Raise SettingsError if rows, of the tasks `where`, may be longer than a network's learned positions reach.
+
+    Warns where they may be longer than it is made for.
+    """
     if max_length > (reach := positions(network)):
         fix = f"Lower max_length to {reach}"
         raise SettingsError(f"max_length is {max_length}, the base's positions end at {reach}", where=where, fix=fix)
+    if max_length > (made_for := trained_positions(network)):
+        _warn_of_length(max_length, made_for)
+
+
+@cache
+def _warn_of_length(max_length: int, made_for: float) -> None:
+    """Once: a run asks several times."""
+    what = "max_length is %d, and the base's config has max_position_embeddings = %d: what lies beyond is learnt badly"
+    logger.warning(f"{what}, unless rope scaling in its config is meant to reach there", max_length, made_for)
 
 
 def refuse_several_devices(network: PreTrainedModel) -> None:

@@ -13,16 +13,20 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import DataError, some
-from .tools import Chat, calls_tools
+from .tools import REASONING, Chat, Turn, calls_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPENED_THOUGHTS = re.compile(r"<[\w:]*(think|thought|reason)\w*>(?=\s*$)")  # at the end of a question
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
 # line break after a block would be left out.
 _DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
 _ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
+
+# (template, role, first or not) of turns whose words a chat was seen to have: once, since it takes a rendering.
+_SEEN_WRITTEN: set[tuple[str, str, bool]] = set()
 
 _Written = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
@@ -52,6 +56,20 @@ def fixed_date(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] |
     return {"chat_template": _ONE_DAY + tokenizer.get_chat_template(tools=tools)}
 
 
+def _as_served(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Chat:
+    """With turns of a role `developer` as vLLM gives them to a template that does not name it: they are the system's,
+    and all that the system says is one turn, the first."""
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    if not any(turn["role"] == "developer" for turn in chat.turns) or re.search("""(["'])developer\\1""", template):
+        return chat
+    system = [turn for turn in chat.turns if turn["role"] in ("system", "developer")]
+    others = [turn for turn in chat.turns if turn["role"] not in ("system", "developer")]
+    if system == chat.turns[:1]:  # it keeps its other keys
+        return chat._replace(turns=[{**_less(system[0], "tools"), "role": "system"}, *others])
+    said = "\n\n".join(turn["content"] for turn in system if turn["content"])
+    return chat._replace(turns=[{"role": "system", "content": said}, *others])
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, asked: bool, of_row: bool) -> list[int]:
     """Token ids of a chat as the template writes it.
 
@@ -60,12 +78,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: object, *, a
         of_row: whether it is of a row, and has the date of those (`fixed_date`).
 
     Raises:
-        DataError: there is no template, it refuses the chat, or leaves out its tools or calls.
+        DataError: there is no template, it refuses the chat, or leaves out its tools, calls, reasoning or turns.
     """
     require_template(tokenizer, where, chat.tools)
+    chat = _as_served(tokenizer, chat)
     with _refusals(where):
         text = _written(tokenizer, chat, asked=asked, of_row=of_row)
-        _require_tools_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
+        _require_all_written(tokenizer, chat, text, where, asked=asked, of_row=of_row)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -75,14 +94,25 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, asked: bool = Fa
     return str(tokenizer.apply_chat_template(chat.turns, **options))
 
 
-def _require_tools_written(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, **options: bool
+def _require_all_written(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    text: str,
+    where: object,
+    *,
+    asked: bool = False,
+    of_row: bool = True,
 ) -> None:
-    """Raise DataError where the text is the same without the tools, or without the calls of them."""
+    """Raise DataError where the text is the same without the tools, or without the calls of them.
 
-    def same_as(other: Chat) -> bool:
+    Or where the chat up to the last turn with reasoning is the same without that: of turns before the last many
+    templates leave it out, as they do where a server asks. Or where it is the same whatever another than the assistant
+    says.
+    """
+
+    def same(text: str, other: Chat, *, asked: bool) -> bool:
         try:
-            return text == _written(tokenizer, other, **options)
+            return text == _written(tokenizer, other, asked=asked, of_row=of_row)
         except (TemplateError, TypeError):  # Mistral's refuses an answer of neither words nor calls
             return False
 
@@ -90,12 +120,31 @@ def _require_tools_written(
     if chat.tools:
         without["tools"] = Chat(chat.turns, None)
     if any(map(calls_tools, chat.turns)):
-        silent = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in chat.turns]
-        without["tool_calls"] = Chat(silent, chat.tools)
-    for key, other in without.items():
-        if same_as(other):
-            fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
-            raise DataError(f"the base's chat template leaves out {key!r}", where=where, fix=fix)
+        without["tool_calls"] = Chat([_less(turn, "tool_calls") for turn in chat.turns], chat.tools)
+    left_out = [key for key, other in without.items() if same(text, other, asked=asked)]
+    if thought := [n for n, turn in enumerate(chat.turns, 1) if turn["role"] == "assistant" and turn.get("reasoning")]:
+        *before, last = chat.turns[: thought[-1]]
+        upto = _written(tokenizer, Chat([*before, last], chat.tools), of_row=of_row)
+        if same(upto, Chat([*before, _less(last, *REASONING)], chat.tools), asked=False):
+            left_out.append("reasoning")
+    if left_out:
+        fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
+        raise DataError(f"the base's chat template leaves out {left_out[0]!r}", where=where, fix=fix)
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    for place, turn in enumerate(chat.turns):
+        key, words = (template, turn["role"], place == 0), turn.get("content")
+        if turn["role"] == "assistant" or not words or key in _SEEN_WRITTEN:
+            continue
+        otherwise = [*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]]
+        if same(text, Chat(otherwise, chat.tools), asked=asked):
+            what = f"the base's chat template leaves out what {turn['role']} says{' later on' if place else ''}"
+            fix = "Write it into the user's messages, or take a base whose template has it"
+            raise DataError(what, where=where, fix=fix)
+        _SEEN_WRITTEN.add(key)
+
+
+def _less(turn: Turn, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if key not in keys}
 
 
 @contextmanager
@@ -112,16 +161,17 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
     """Token ids of a chat, uncut, and where in them the assistant speaks.
 
     Raises:
-        DataError: there is no template, it refuses the chat, leaves out its tools or calls, or does not tell where the
-            assistant speaks.
+        DataError: there is no template, it refuses the chat, leaves out its tools, calls, reasoning or turns, or does
+            not tell where the assistant speaks.
     """
     require_template(tokenizer, where, chat.tools)
+    chat = _as_served(tokenizer, chat)
     with _refusals(where):
         if _GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
             text, spans = _marked(chat, tokenizer)
         else:
             text, spans = _bounded(chat, tokenizer, where)
-        _require_tools_written(tokenizer, chat, text, where)
+        _require_all_written(tokenizer, chat, text, where)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = tokens["input_ids"], tokens["offset_mapping"]
     starts, ends = [start for start, _ in places], [end for _, end in places]
@@ -157,7 +207,9 @@ def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Wri
         asked, said = (written(i, asked=True) if i else ""), written(i + 1).rstrip()
         if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
             what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
-            fix = "Enclose them in {% generation %} in the template, or use prompt/completion rows for single turns"
+            fix = "Enclose them in {% generation %} in the template"
+            if not OPENED_THOUGHTS.search(asked):  # in which a completion would be learnt
+                fix += ", or use prompt/completion rows for single turns"
             raise DataError(what, where=where, fix=fix)
         spans.append((len(asked), len(said)))
     return text, spans

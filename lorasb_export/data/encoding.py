@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, DataError
-from .chat_template import chat_ids, chat_tokens
+from .chat_template import OPENED_THOUGHTS, chat_ids, chat_tokens
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
 from .tools import chat_of
 
@@ -24,6 +24,7 @@ IGNORE = -100
 _NAMED_ROWS = 10  # in a warning
 _LONG, _BARE = "their prompt alone has {} tokens or more", "no token of theirs is to be learnt"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
+_END_OF_QUESTION = 16  # tokens: a tag may be one, or a few
 _INPUTS = ("input_ids", "token_type_ids")
 
 Encoded = dict[str, Any]
@@ -193,8 +194,24 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[l
         ids = _ended(_text_ids(tokenizer, row["text"]), tokenizer)
         return ids, ids
     prompt = prompt_ids(tokenizer, row["prompt"], where, of_row=True)
+    _refuse_opened_twice(tokenizer, prompt, row["completion"], where)
     completion = _ended(_continuation(tokenizer, row["completion"]), tokenizer)
     return prompt + completion, [IGNORE] * len(prompt) + completion
+
+
+def opened_by(tokenizer: PreTrainedTokenizerBase, asked: Sequence[int]) -> str | None:
+    """The tag, as `<think>`, with which a chat template opens thoughts at the end of a question."""
+    if tokenizer.chat_template is None:
+        return None
+    tag = OPENED_THOUGHTS.search(str(tokenizer.decode(list(asked[-_END_OF_QUESTION:]))))
+    return tag[0] if tag else None
+
+
+def _refuse_opened_twice(tokenizer: PreTrainedTokenizerBase, asked: Sequence[int], answer: str, where: str) -> None:
+    """Raise DataError for a completion that begins with the tag that its question ends in."""
+    if answer.lstrip().startswith("<") and (tag := opened_by(tokenizer, asked)) and answer.lstrip().startswith(tag):
+        what = f"the completion begins with {tag}, which the base's chat template has written before it"
+        raise DataError(what, where=where, fix="Leave it out of the completion")
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import DataError, some
-from .tools import Turn, calls_tools, chat_of
+from .tools import Turn, calls_tools, chat_of, says_something
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ FIELDS_OF = {
 }
 
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
+
+_UNREAD = ("system", "system_prompt", "functions", "chat_template_kwargs", "documents")  # they change what is asked
+_UNREAD_OF_TURNS = {"thinking": "Call it 'reasoning'", "function_call": "Write it as one of 'tool_calls'"}
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # a row with its place, which errors name
@@ -54,6 +57,12 @@ def kind_of(row: Row, where: object = None) -> str:
         where=where,
         fix=f"{kinds}, or say in columns of its [tasks.NAME], or of [data], what they are called",
     )
+
+
+def fields_read(row: Row, kind: str) -> Row:
+    """What is read of a row: nothing else of it matters."""
+    optional = {CHAT: ("tools",), LABELLED: ("text_pair",)}
+    return {field: row[field] for field in (*FIELDS_OF[kind], *optional.get(kind, ())) if field in row}
 
 
 def has_answer(row: Row) -> bool:
@@ -88,6 +97,7 @@ def prompt_of(row: Row, where: str) -> Prompt:
     Raises:
         DataError: it has neither, or they are not what `check_row` takes; or nothing is left of the messages.
     """
+    _refuse_unread(row, where)
     if "messages" in row:
         _check_messages(row, where)
         turns: list[Turn] = row["messages"]
@@ -114,11 +124,25 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
     return [{"role": "system", "content": system}, *turns]
 
 
+def _refuse_unread(row: Row, where: str) -> None:
+    """Raise DataError for what changes a question, or calls an answer bad, and lies where nothing reads it."""
+    columns = _UNREAD if "messages" in row else (*_UNREAD, "tools")
+    found = [column for column in columns if row.get(column)]
+    if "messages" not in row and row.get("label") is False:  # KTO's
+        found.append("label")
+    if found:
+        what = f"the row has {found[0]!r}: {str(row[found[0]])!r:.40}, which would not be read"
+        fix = "Write it into the messages, take out bad answers, or name columns of its [tasks.NAME] to read no others"
+        raise DataError(what, where=where, fix=fix)
+
+
 def check_row(row: Row, kind: str, where: str) -> None:
     for field in FIELDS_OF[kind]:
         if field not in row:
             fix = "Every row needs it; where [tasks.NAME] or [data] has columns, they name every field"
             raise DataError(f"the row lacks field {field!r}", where=where, fix=fix)
+    if kind in (COMPLETION, CHAT):
+        _refuse_unread(row, where)
     if kind == CHAT:
         _check_messages(row, where)
         _check_learnt(row["messages"], where)
@@ -142,6 +166,10 @@ def _check_messages(row: Row, where: str) -> None:
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
     _refuse_sharegpt(messages, where)
     for number, turn in enumerate(messages, 1):
+        for key, fix in _UNREAD_OF_TURNS.items():
+            if isinstance(turn, dict) and turn.get(key):
+                what = f"message {number} has {key!r}, which no server gives to a chat template"
+                raise DataError(what, where=where, fix=fix)
         for field in ("role", "content"):
             if field == "content" and calls_tools(turn) and turn.get(field) is None:
                 continue
@@ -159,9 +187,13 @@ def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
             what = f"message {number} has weight {turn['weight']!r}, and every turn of the assistant is learnt alike"
             fix = "Leave the turn out, or write it into the user's message after it; to learn it, leave the key out"
             raise DataError(what, where=where, fix=fix)
-    spoken = (turn for turn in messages if turn["role"] == "assistant")
-    if not any(calls_tools(turn) or turn["content"].strip() for turn in spoken):
+    spoken = {number: turn for number, turn in enumerate(messages, 1) if turn["role"] == "assistant"}
+    if not spoken:
         raise DataError("the assistant says nothing: nothing to learn", where=where, fix="Remove the row")
+    for number, turn in spoken.items():
+        if not says_something(turn):
+            what = f"message {number} is an empty answer of the assistant's, which would be learnt"
+            raise DataError(what, where=where, fix="Fill it in, or remove the turn or the row")
 
 
 def _refuse_sharegpt(turns: Any, where: object) -> None:

@@ -26,6 +26,7 @@ from .rows import (
     Row,
     as_json,
     check_row,
+    fields_read,
     kind_of,
     refuse_empty,
     refuse_unwritable,
@@ -88,12 +89,21 @@ class TaskData:
         return f"{self.name}: {split} row"
 
     def split_sha256(self, split: str) -> str:
-        """A digest of the rows of `split`."""
-        return hashlib.sha256(as_json(self.splits[split])).hexdigest()
+        """A digest of what is read of the rows of `split`."""
+        return _digest([fields_read(row, self.kind) for row in self.splits[split]])
+
+    def has_digest(self, sha256: str | None, split: str | None = None) -> bool:
+        """Whether it is that of all rows, or of a split's: of what is read, or of all columns, as it once was."""
+        now, rows = (self.split_sha256(split), self.splits[split]) if split else (self.sha256, self.splits)
+        return sha256 == now or sha256 == _digest(rows)
 
     def held_out(self) -> str:
         """The split to report on: `test` where there is one, else `valid`."""
         return "test" if self.splits.get("test") else "valid"
+
+
+def _digest(rows: object) -> str:
+    return hashlib.sha256(as_json(rows)).hexdigest()
 
 
 def in_order(labels: Collection[Any], order: Sequence[Any]) -> list[Any]:
@@ -199,7 +209,7 @@ def _checked_kind(source: str, placed: Mapping[str, Sequence[Placed]]) -> str:
 def _made(name: str, source: str, kind: str, placed: Mapping[str, Sequence[Placed]]) -> TaskData:
     """The task of checked rows. Raises DataError for a label that training lacks."""
     splits = {split: [row for _, row in rows] for split, rows in placed.items()}
-    digest = hashlib.sha256(as_json(splits)).hexdigest()
+    digest = _digest({split: [fields_read(row, kind) for row in rows] for split, rows in splits.items()})
     task = TaskData(name, source, SEQ_CLS if kind == LABELLED else CAUSAL_LM, splits, digest)
     if kind == LABELLED:
         _check_known(task, placed)
@@ -244,6 +254,9 @@ def _check_labels(rows: Sequence[Placed]) -> None:
             )
         if isinstance(label, str):
             refuse_empty(label, place)
+            if label != label.strip():  # it would be a class beside that without
+                what = f"label {label!r} has white space at an end"
+                raise DataError(what, where=place, fix="Take it away, in all rows")
         if not isinstance(label, str) and not abs(label) <= sys.float_info.max:
             raise DataError(f"label {label!r:.40} is not finite, or too large", where=place, fix="Remove the row")
         if isinstance(label, str) != named:

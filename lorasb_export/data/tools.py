@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError
 
-Turn = Mapping[str, Any]  # "role" and "content"; of the assistant maybe "tool_calls"
+Turn = Mapping[str, Any]  # "role" and "content"; of the assistant maybe "tool_calls" and "reasoning"
+REASONING = ("reasoning", "reasoning_content")  # what the assistant thought: of the two keys templates read one
 _TOOL = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 _CALL = '{"type": "function", "function": {"name": …, "arguments": {…}}}'
 _ALWAYS, _IF_GIVEN = ("name", "description", "parameters"), ("strict", "defer_loading")  # of a function, in this order
@@ -28,7 +29,7 @@ def chat_of(prompt: Sequence[Turn] | Mapping[str, Any], where: object = None) ->
     """The chat of turns, or of a row with `messages` and maybe `tools`.
 
     Raises:
-        DataError: tools or calls that are not of OpenAI's form.
+        DataError: tools or calls that are not of OpenAI's form, or reasoning that is no text.
     """
     turns, tools = (prompt["messages"], prompt.get("tools")) if isinstance(prompt, Mapping) else (prompt, None)
     return Chat([_turn(turn, number, where) for number, turn in enumerate(turns, 1)], _tools(tools, where))
@@ -36,6 +37,11 @@ def chat_of(prompt: Sequence[Turn] | Mapping[str, Any], where: object = None) ->
 
 def calls_tools(turn: Turn) -> bool:
     return turn["role"] == "assistant" and bool(turn.get("tool_calls"))
+
+
+def says_something(turn: Turn) -> bool:
+    """Whether a turn that `chat_of` takes has words, reasoning or calls."""
+    return calls_tools(turn) or any((turn.get(key) or "").strip() for key in ("content", *REASONING))
 
 
 def _tools(tools: Any, where: object) -> list[dict[str, Any]] | None:
@@ -59,7 +65,7 @@ def _tool(tool: Any, number: int, where: object) -> dict[str, Any]:
 
 def _turn(turn: Turn, number: int, where: object) -> dict[str, Any]:
     """Without what is null, as the content of a call is in what OpenAI answers."""
-    written = {key: value for key, value in turn.items() if value is not None}
+    written = {key: value for key, value in turn.items() if value is not None} | _reasoning(turn, number, where)
     if not calls_tools(turn):
         written.pop("tool_calls", None)
         return written
@@ -67,6 +73,17 @@ def _turn(turn: Turn, number: int, where: object) -> dict[str, Any]:
     if not isinstance(calls, list):
         raise DataError(f"'tool_calls' of message {number} is not a list", where=where, fix=f"Use [{_CALL}, …]")
     return {"content": ""} | written | {"tool_calls": [_call(call, number, where) for call in calls]}
+
+
+def _reasoning(turn: Turn, number: int, where: object) -> dict[str, str]:
+    """What the assistant thought, under both keys, whichever it is given under."""
+    given = [turn[key] for key in REASONING if turn["role"] == "assistant" and turn.get(key) is not None]
+    if not given:
+        return {}
+    if not isinstance(given[0], str) or given[-1] != given[0]:
+        what = f"the reasoning of message {number} is no text, or differs under its two keys"
+        raise DataError(what, where=where, fix='Write it as "reasoning": "…"')
+    return dict.fromkeys(REASONING, given[0])
 
 
 def _call(call: Any, number: int, where: object) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +12,7 @@ import torch
 
 from ..bars import progress_bar
 from ..base.borrowed import evaluating
-from ..base.given import positions
+from ..base.given import positions, trained_positions
 from ..data.chat_template import require_template
 from ..data.encoding import answer_ids, prompt_ids
 from ..data.rows import CHAT, Prompt, Row, kind_of, question_and_answer
@@ -21,6 +23,8 @@ from .answer_end import before_end, end_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def generate_ids(
@@ -74,13 +78,17 @@ def checked_prompt_ids(
     reach: float,
     rooms: Sequence[int],
     unit: str,
+    made_for: float = math.inf,
 ) -> list[list[int]]:
     """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
+
+    One warning counts those that are longer, with their answers, than it is made for.
 
     Args:
         reach: where its positions end (`given.positions`).
         rooms: the most tokens of each answer.
         unit: what errors call one of them; its number, from 1, follows.
+        made_for: how many tokens it is made for (`given.trained_positions`).
 
     Raises:
         DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or positions end
@@ -99,6 +107,12 @@ def checked_prompt_ids(
         if problems.is_full:
             break
     problems.raise_all("nothing was answered")
+    if beyond := sum(len(ids) + room > made_for for ids, room in zip(questions, rooms, strict=True)):
+        logger.warning(
+            "%s: %d of %d may reach, with their answers, beyond the %d tokens of max_position_embeddings in the base's "
+            "config, where answers get worse, unless rope scaling in its config is meant to reach there",
+            *(unit, beyond, len(questions), made_for),
+        )
     return questions
 
 
@@ -137,7 +151,9 @@ def answers(
     """
     refuse_rows(network)
     rooms = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    questions = checked_prompt_ids(
+        tokenizer, prompts, reach=positions(network), made_for=trained_positions(network), rooms=rooms, unit=unit
+    )
     return answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
 
 
@@ -185,7 +201,9 @@ def asked_of(
     ends = end_ids(tokenizer, network.generation_config.eos_token_id)
     found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
     prompts, expected, rooms = zip(*found, strict=True)
-    ids = checked_prompt_ids(tokenizer, prompts, reach=positions(network), rooms=rooms, unit=unit)
+    ids = checked_prompt_ids(
+        tokenizer, prompts, reach=positions(network), made_for=trained_positions(network), rooms=rooms, unit=unit
+    )
     return list(map(Asked, ids, expected, rooms))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..adapter import Adapter, load_basis_once
 from ..bars import progress_bar
-from ..base.given import positions
+from ..base.given import positions, trained_positions
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..choices import CAUSAL_LM
@@ -71,9 +71,11 @@ def ask_adapters(
     base_model.require_task(CAUSAL_LM)
     warn_of_another_template(loaded.values(), base_model.folder)
     tokenizer = base_model.tokenizer
-    reach = positions(base_model.load_empty(CAUSAL_LM))
+    empty = base_model.load_empty(CAUSAL_LM)
     rooms = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, rooms=rooms, unit=unit)
+    questions = checked_prompt_ids(
+        tokenizer, prompts, reach=positions(empty), made_for=trained_positions(empty), rooms=rooms, unit=unit
+    )
     network = base_model.load(dtype=dtype)
     asked: dict[str, Adapter | None] = {"base": None, **loaded}
     found = {}

@@ -287,4 +287,4 @@ def _was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
     """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
     as then. Of rows divided anew, or moved between files, some may have been trained on."""
     then = adapter.training.get("splits_sha256")
-    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))
+    return not then or any(task.has_digest(then.get(part), part) for part in (split, "train"))

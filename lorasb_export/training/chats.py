@@ -1,4 +1,5 @@
-"""Warns before training where a chat template teaches answers that do not end, or asks otherwise than it teaches."""
+"""Warns before training where a chat template teaches answers that do not end, or asks otherwise than it teaches, or
+opens thoughts in which a completion would be learnt."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from ..data.encoding import IGNORE, Encoded, prompt_ids
+from ..data.encoding import IGNORE, Encoded, opened_by, prompt_ids
 from ..data.rows import has_answer, question_and_answer
 from ..data.task import TaskData
 from ..errors import DataError
@@ -35,6 +36,24 @@ def warn_of_chats(
     if whole:
         _warn_of_endless(task.name, whole[0]["labels"], tokenizer, ends)
         _warn_of_other_contexts(task, whole[:_COMPARED], tokenizer)
+
+
+def warn_of_thoughts(task: TaskData, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the chat template opens thoughts when it asks, and completions do not close them.
+
+    Args:
+        encoded: of the training rows, each a prompt and its completion.
+    """
+    start, _ = _last_run(encoded[0]["labels"])
+    if (tag := opened_by(tokenizer, encoded[0]["input_ids"][:start])) is None:
+        return
+    rows, closed = task.rows("train"), tag.replace("<", "</")
+    if unclosed := sum(closed not in rows[row["row"] - 1]["completion"] for row in encoded):
+        logger.warning(
+            "%s: the base's chat template ends a question with %s, and %d of %d completions do not close it: they are "
+            "learnt as thoughts. Begin them with the thoughts, if any, and %s; or use rows of messages",
+            *(task.name, tag, unclosed, len(encoded), closed),
+        )
 
 
 def _warn_of_endless(name: str, labels: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:

@@ -15,7 +15,7 @@ from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..choices import CAUSAL_LM
 from ..data.encoding import IGNORE, Encoded, encode_all, without_left_out
-from ..data.rows import CHAT, Row
+from ..data.rows import CHAT, COMPLETION, Row
 from ..data.source import AnySource
 from ..data.task import TaskData, load_task
 from ..data.twins import warn_of_twins
@@ -23,7 +23,7 @@ from ..errors import Problems
 from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
 from ..settings import FitSettings
-from .chats import warn_of_chats
+from .chats import warn_of_chats, warn_of_thoughts
 from .requirements import check_rows
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     warn_of_twins(task)
     if task.kind == CHAT:
         warn_of_chats(task, kept["train"], tokenizer, end_ids(tokenizer, network.generation_config.eos_token_id))
+    elif task.kind == COMPLETION:
+        warn_of_thoughts(task, kept["train"], tokenizer)
     return {
         "path": task.source,
         "kind": "data",

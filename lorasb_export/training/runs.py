@@ -18,7 +18,7 @@ from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.encoding import Encoded, encode
-from ..data.rows import CHAT
+from ..data.rows import CHAT, COMPLETION
 from ..data.task import TaskData
 from ..data.trained_template import recorded_template
 from ..data.twins import warn_of_twins
@@ -31,7 +31,7 @@ from ..layers.head import load_head
 from ..settings import FitSettings
 from ..stack import Stack
 from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
-from .chats import warn_of_chats
+from .chats import warn_of_chats, warn_of_thoughts
 from .checkpoints import COMPLETE, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
@@ -210,6 +210,8 @@ class TrainingRuns:
             if task.kind == CHAT:
                 ends = end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
                 warn_of_chats(task, rows, self.base.tokenizer, ends)
+            elif task.kind == COMPLETION:
+                warn_of_thoughts(task, rows, self.base.tokenizer)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:

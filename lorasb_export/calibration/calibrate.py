@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -96,7 +96,8 @@ def calibrate(
 
     Raises:
         DataError: no rows to learn from, mixed task types, a row that the chat template refuses.
-        SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
+        SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task;
+            or of several processes not all have read the same.
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
     distributed.start()
@@ -139,6 +140,12 @@ def calibrate(
     if without := unlearnable.found:
         told = "".join(f"\n  {error}" for error in without[:10])
         logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+
+    def inputs() -> dict[str, Any]:
+        of_base = [base.revision, base.fingerprint(targets)]
+        return {"settings": asdict(settings), "base": of_base, "weights": weights, "rows": list(rows.items())}
+
+    distributed.require_same_inputs(inputs)
     every_row = [row for of_task in rows.values() for row in of_task]
     of = ", ".join(rows) if len(rows) <= MAX_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)

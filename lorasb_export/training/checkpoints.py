@@ -98,12 +98,17 @@ def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
 
 
 def runs_together(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Working folder → what a checkpoint in it belongs to, of every interrupted joint run that has one.
+    """As `runs_begun`, of every joint run."""
+    return runs_begun(folder, "together+*")
+
+
+def runs_begun(folder: Path, name: str = "*") -> dict[Path, dict[str, Any]]:
+    """Working folder → what a checkpoint in it belongs to, of every interrupted run that has one, or one under way.
 
     See `identity_of`; `tasks` are their names.
     """
     found = {}
-    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
+    for marker in folder.glob(f".{name}.run/**/checkpoint-*/{COMPLETE}"):
         found[folder / marker.relative_to(folder).parts[0]] = read_json(marker)
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from ..cards import card
 from ..choices import NF4
 from ..data.task import TaskData
 from ..errors import ArtifactError, SettingsError, TrainingError, UnreadableError
-from ..files.atomic import atomic_folder, put_back
+from ..files.atomic import atomic_folder, discard, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..format import read_basis_config
@@ -203,7 +202,7 @@ class Job:
         for out, what in self._damaged.items():
             logger.warning("%s is damaged (%s): it is replaced", out, what)
         with cannot_write(self.folder, RESUME):
-            open_folder(self.folder, self.settings, resume, overwrite)
+            open_folder(self.folder, self.outs[0], self.settings, resume, overwrite)
         return False
 
     def _take(self, locks: ExitStack) -> None:
@@ -284,7 +283,7 @@ class Job:
             results.append(adapter)
         distributed.barrier()
         if distributed.is_main() and any(isinstance(result, Adapter) for result in results):
-            shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
+            discard(self.folder, self.outs[0])  # the adapters are in place
         distributed.barrier()  # before another process exits with the error of a task: torchrun then ends all of them
         return results
 

@@ -88,6 +88,13 @@ def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_lock_of_a_machine_that_died_is_named(tmp_path: Path) -> None:
+    """An NFS server may keep it."""
+    with only_writer(tmp_path / "x"), pytest.raises(OutputError) as error, only_writer(tmp_path / "x"):
+        pass
+    assert f"if no run is alive on any machine, remove {tmp_path / '.x.lock'}" in str(error.value)
+
+
 def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:
     """Of `fit --together` with a thousand tasks."""
 

@@ -56,9 +56,8 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
         except BlockingIOError:
             if not wait:
                 file.close()
-                raise BusyError(
-                    "another process is writing this target", where=target, fix="Wait for it, or choose another path"
-                ) from None
+                fix = f"Wait for it, or choose another path; if no run is alive on any machine, remove {path}"
+                raise BusyError("another process is writing this target", where=target, fix=fix) from None
             logger.warning("another process is writing %s: waiting for it", target)
             _flock(file, path, fcntl.LOCK_EX)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -159,6 +160,18 @@ def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monke
         second = threads.submit(calibrated_once, folder, never)
         assert first.result().sha256 == second.result().sha256
     assert [path.name for path in tmp_path.iterdir()] == ["basis"]
+
+
+def test_a_basis_that_another_node_has_made_is_taken(llama: Path, tmp_path: Path) -> None:
+    """This one's NFS had not seen it yet."""
+    settings = CalibrationSettings(rank=4, directions="random")
+
+    def make() -> Basis:
+        calibrate(str(llama), {}, settings).save(tmp_path / "basis")
+        return calibrate(str(llama), {}, replace(settings, seed=1))
+
+    made = calibrated_once(tmp_path / "basis", make)
+    assert made.calibration["seed"] == 0
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float32", "auto"), (None, "auto"), (None, "float16")])

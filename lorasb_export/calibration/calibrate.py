@@ -31,7 +31,7 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.source import AnySource
 from ..data.task import TaskData, in_order, load_tasks
-from ..errors import BaseModelError, DataError, Problems, some
+from ..errors import BaseModelError, DataError, OutputError, Problems, some
 from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
@@ -249,6 +249,10 @@ def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:
             distributed.require_same_disk(folder.parent)
             basis = make()
             if distributed.is_main():
-                basis.save(folder)
+                try:
+                    basis.save(folder)
+                except OutputError:
+                    if is_free(folder):
+                        raise  # else it is there: for a while NFS remembers of a folder that it was not
             distributed.barrier()
     return Basis.load(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -133,6 +135,29 @@ for options in ({"overwrite": True}, {"resume": True}):
 Path(f"found-{distributed.rank()}").write_text(json.dumps(found))
 distributed.stop()
 """
+OTHERS = """
+from pathlib import Path
+from lorasb_export import BaseModel, calibrate, distributed, fit
+from lorasb_export.errors import SettingsError
+from lorasb_export.settings import CalibrationSettings, FitSettings
+
+distributed.start()
+first, said = distributed.is_main(), []
+made = {"rank": 2, "samples": 4}
+for begin in (
+    lambda: fit("llama", "basis", "data" if first else "changed", "a", FitSettings(max_steps=2)),
+    lambda: fit("llama", "basis", "data" if first else "longer", "b", FitSettings(epochs=1)),
+    lambda: calibrate("llama", {"a": "data" if first else "changed"}, CalibrationSettings(**made)),
+    lambda: calibrate("llama" if first else "moved", {"a": "data"}, CalibrationSettings(**made)),
+):
+    try:
+        begin()
+        said.append("done")
+    except SettingsError as error:
+        said.append(str(error))
+Path(f"said-{distributed.rank()}").write_text("\\n".join(said))
+distributed.stop()
+"""
 
 
 def two_processes(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -197,6 +222,23 @@ def test_the_first_process_decides_where_to_resume_and_all_must_see_its_disk(sma
     for rank in (0, 1):
         assert "number 1 does not see what number 0 writes" in (small / f"error-{rank}").read_text()
         assert str(small / "a") in (small / f"exists-{rank}").read_text()
+
+
+def test_processes_that_have_read_other_inputs_do_not_compute_together(small: Path) -> None:
+    """A copy on a node's own disk: R would be of both, or, where the one has more rows, both would wait for ever."""
+    rows = [{"prompt": f"{a}+1=", "completion": "x"} for a in range(8)]
+    write_splits(small / "changed", {"train": rows})
+    write_splits(small / "longer", {"train": [*rows, *rows]})
+    shutil.copytree(small / "llama", small / "moved")
+    network = BaseModel.resolve(small / "llama").load()
+    network.model.layers[0].mlp.down_proj.weight.data.add_(1)
+    network.save_pretrained(small / "moved")
+    two_processes(OTHERS, small)
+    said = (small / "said-0").read_text()
+    assert said == (small / "said-1").read_text()
+    of_each = ["data, tokens", "data, tokens", "rows", "base"]
+    for names, error in zip(of_each, said.splitlines(), strict=True):
+        assert re.fullmatch(rf"of the 2 .* number 1 \(on \S+\) has other {names}\. Let all nodes .*", error)
 
 
 def test_sigterm_to_torchrun_stops_all_after_the_same_step_with_a_checkpoint(small: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 import uuid
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .environment import accelerate_uses
-from .errors import LoraSBError, SettingsError
+from .errors import LoraSBError, SettingsError, some
 
 T = TypeVar("T")
 
@@ -148,6 +150,31 @@ def require_same_disk(folder: Path) -> None:
             f"of the {world_size()} processes number {', '.join(blind)} does not see what number 0 writes",
             where=folder,
             fix="Put the project on a disk that all nodes share",
+        )
+
+
+def require_same_inputs(inputs: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise SettingsError, on every process, unless all are about to compute with the same.
+
+    A node may have a copy of its own, of other rows, or an older commit in its cache: gradients of both would be
+    averaged, or one process would wait for a step that the others never take.
+
+    Args:
+        inputs: name → JSON; not asked for where there is one process.
+    """
+    if world_size() == 1:
+        return
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in inputs().items()}
+    mine = {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+    (_, first), *others = all_gather([(os.uname().nodename, mine)])
+    differing = []
+    for number, (host, theirs) in enumerate(others, 1):
+        if names := [name for name in first | theirs if first.get(name) != theirs.get(name)]:
+            differing.append(f"number {number} (on {host}) has other {', '.join(names)}")
+    if differing:
+        raise SettingsError(
+            f"of the {world_size()} processes not all have the inputs of number 0: {some(differing)}",
+            fix="Let all nodes see the same files, and name what is on the Hub as owner/name@revision",
         )
 
 

@@ -68,6 +68,19 @@ def test_an_accelerator_of_the_callers_is_as_before(
         GradientState._reset_state()
 
 
+def test_runs_that_mpirun_starts_side_by_side_are_each_by_themselves(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would join them on a CPU, and write what torchrun sets into the environment."""
+    sizes = dict.fromkeys(("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), "2")
+    for name, value in sizes.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    fit(str(llama), basis, tasks["plus"], tmp_path / "a", SETTINGS)
+    assert {name: value for name, value in os.environ.items() if name in sizes or name not in before} == sizes
+    assert not dist.is_initialized()
+
+
 def test_what_wraps_a_model_is_refused(llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path) -> None:
     compiled: Any = torch.compile(BaseModel.resolve(llama).load(dtype="float64"))
     for call in (

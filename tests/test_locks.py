@@ -9,7 +9,7 @@ import resource
 import stat
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -86,6 +86,31 @@ def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["flock", "fstat"])
+def test_over_nfs_a_lock_file_that_is_gone_is_stale(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fcntl if call == "flock" else os
+    really, calls = getattr(module, call), 0
+
+    def stale(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if call == "flock" else 2):  # the first fstat is of a file just opened
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return really(*arguments)
+
+    monkeypatch.setattr(module, call, stale)
+    with only_writer(tmp_path / "x"):
+        assert calls == (2 if call == "flock" else 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_machine_that_died_is_named(tmp_path: Path) -> None:
+    """An NFS server may keep it."""
+    with only_writer(tmp_path / "x"), pytest.raises(OutputError) as error, only_writer(tmp_path / "x"):
+        pass
+    assert f"if no run is alive on any machine, remove {tmp_path / '.x.lock'}" in str(error.value)
 
 
 def test_too_many_locks_name_the_limit(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,9 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.calibrate import calibrated_once
 from lorasb_export.files.lock import only_writer
 from lorasb_export.files.storage import read_json, write_json
+from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
+from lorasb_export.training.trainer import RTrainer
 from tests.conftest import lorasb
 
 
@@ -45,6 +49,41 @@ def test_a_basis_that_adapters_need_is_not_replaced(project: Path) -> None:
     assert done.exit_code == 0
     assert "fit will refuse this basis: rank 2, not 4, says [basis] in" in done.stderr
     assert Basis.load("basis").rank == 2
+
+
+def test_a_basis_that_runs_go_on_in_is_not_replaced(project: Path) -> None:
+    shutil.rmtree("adapters")
+    for name in ("a", "together+0123"):
+        checkpoint = project / "adapters" / f".{name}.run" / "rate-0.1" / "checkpoint-2"
+        checkpoint.mkdir(parents=True)
+        made = {"basis_sha256": Basis.load("basis").sha256, "data_sha256": [], "tasks": ["a"]}
+        write_json(checkpoint / "complete.json", made)
+        done = lorasb("calibrate", "--rank", "2", "--overwrite")
+        assert (done.exit_code, "interrupted runs go on in it: a (" in done.stderr) == (1, True)
+        write_json(checkpoint / "complete.json", {**made, "basis_sha256": "of another"})
+    assert lorasb("calibrate", "--rank", "2", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_basis_that_is_lost_in_training_goes_into_the_adapter(
+    replaced: bool, project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the first checkpoint nothing says that somebody needs it."""
+    shutil.rmtree("adapters")
+    old, step = Basis.load("basis").sha256, RTrainer.training_step
+
+    def meanwhile(self: RTrainer, *arguments: Any) -> Any:
+        shutil.rmtree("basis")
+        if replaced:
+            random = CalibrationSettings(rank=2, directions="random")
+            calibrate(Project.load().require_model(), {}, random).save("basis")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(RTrainer, "training_step", meanwhile)
+    assert lorasb("fit", "a", "--max-steps", "1").exit_code == 0
+    assert "basis is not there any more, or another basis: " in caplog.text
+    adapter = Adapter.load("adapters/a")
+    assert (adapter.basis_source, adapter.load_basis().sha256) == (None, old)
 
 
 def test_a_second_calibrate_into_the_same_folder_leaves_the_first_alone(project: Path) -> None:
@@ -121,6 +160,18 @@ def test_who_comes_second_waits_for_the_basis(llama: Path, tmp_path: Path, monke
         second = threads.submit(calibrated_once, folder, never)
         assert first.result().sha256 == second.result().sha256
     assert [path.name for path in tmp_path.iterdir()] == ["basis"]
+
+
+def test_a_basis_that_another_node_has_made_is_taken(llama: Path, tmp_path: Path) -> None:
+    """This one's NFS had not seen it yet."""
+    settings = CalibrationSettings(rank=4, directions="random")
+
+    def make() -> Basis:
+        calibrate(str(llama), {}, settings).save(tmp_path / "basis")
+        return calibrate(str(llama), {}, replace(settings, seed=1))
+
+    made = calibrated_once(tmp_path / "basis", make)
+    assert made.calibration["seed"] == 0
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float32", "auto"), (None, "auto"), (None, "float16")])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lorasb_cli.main import app
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 from lorasb_export.adapter import Adapter
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import OutputError, SettingsError
+from lorasb_export.project import init as project_init
 from lorasb_export.project.init import write_project
 from lorasb_export.project.project import Project
 
@@ -202,6 +206,25 @@ def test_tasks_are_added_beside_a_linked_file_and_as_the_others_are_trained(
         "typo": "data/typo",
     }
     assert {task.basis for task in tasks.values()} == {"own"}
+
+
+def test_tasks_that_are_added_at_once_are_all_there(
+    sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(None, "base", {"z": str(sums)})
+    project, write = Project.load(), project_init._write
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.05)
+        write(*arguments)
+
+    monkeypatch.setattr(project_init, "_write", slowly)
+    with ThreadPoolExecutor() as threads:
+        added = list(threads.map(lambda name: project_init.add_tasks(project, {name: str(sums)}), "abca"))
+    assert sorted(map(len, added)) == [0, 1, 1, 1]
+    assert sorted(Project.load().tasks) == ["a", "b", "c", "z"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lorasb.toml"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +111,33 @@ def interrupt(
             fit(str(llama), basis, sums, out, settings, overwrite=overwrite)
     finally:
         RTrainer._save_checkpoint = save
+
+
+def test_a_kill_while_a_run_is_removed_leaves_nothing_that_looks_whole(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end, before another, and where one of other settings is dropped."""
+    out, settings = tmp_path / "a", replace(SETTINGS, max_steps=2)
+
+    def cut_short(path: Path, **_: object) -> None:
+        next(path.rglob("adapter-0.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    def killed(settings: FitSettings, **options: bool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", cut_short)
+            with pytest.raises(KeyboardInterrupt):
+                fit(str(llama), basis, sums, out, settings, **options)
+
+    killed(settings)
+    made = Adapter.load(out).sha256
+    assert fit(str(llama), basis, sums, out, settings, resume=True, overwrite=True).sha256 == made  # kept
+    interrupt(llama, basis, sums, out, settings, overwrite=True)
+    killed(settings, overwrite=True)
+    assert not (tmp_path / ".a.run").exists()
+    interrupt(llama, basis, sums, out, settings, overwrite=True)
+    killed(replace(settings, seed=1), resume=True, overwrite=True)
+    assert fit(str(llama), basis, sums, out, settings, resume=True, overwrite=True).sha256 == made
 
 
 def test_a_run_of_other_settings_is_not_resumed(llama: Path, sums: Path, basis: Path) -> None:
@@ -269,8 +295,7 @@ def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
     (run / "checkpoint-11").mkdir()
     for path in run.glob("checkpoint-*"):
         os.utime(path, (time.time() + 3600,) * 2)
-    at_the_end = SimpleNamespace(rmtree=lambda *_, **__: None)
-    monkeypatch.setattr("lorasb_export.training.job.shutil", at_the_end)
+    monkeypatch.setattr("lorasb_export.training.job.discard", lambda *_: None)
     fit(str(llama), basis, sums, out, SETTINGS, resume=True)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
 

@@ -139,7 +139,7 @@ def test_a_checkpoint_holds_R_and_the_optimizer_and_no_pickle_of_ours(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lorasb_export.training.job.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("lorasb_export.training.job.discard", lambda *_: None)
     settings = replace(SETTINGS, max_steps=3, dtype="auto", optimizer=optimizer)
     fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings)
     (checkpoint,) = (tmp_path / ".a.run").glob("checkpoint-*")

@@ -10,7 +10,6 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,7 +68,7 @@ def test_of_an_R_that_a_better_one_has_surpassed_no_file_stays(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long run may find a better one at each of its evaluations."""
-    monkeypatch.setattr("lorasb_export.training.job.shutil", SimpleNamespace(rmtree=lambda *_, **__: None))
+    monkeypatch.setattr("lorasb_export.training.job.discard", lambda *_: None)
     settings = replace(SETTINGS, max_steps=8, evaluate_every=2, checkpoint_every=4)
     best = fit(str(llama), basis, tasks["plus"], tmp_path / "a", settings).training["best_step"]
     assert best > 2  # that of step 2 was the best when it was made

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +31,7 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.source import AnySource
 from ..data.task import TaskData, in_order, load_tasks
-from ..errors import BaseModelError, DataError, Problems, some
+from ..errors import BaseModelError, DataError, OutputError, Problems, some
 from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
@@ -96,7 +96,8 @@ def calibrate(
 
     Raises:
         DataError: no rows to learn from, mixed task types, a row that the chat template refuses.
-        SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task.
+        SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task;
+            or of several processes not all have read the same.
         BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
     """
     distributed.start()
@@ -139,6 +140,12 @@ def calibrate(
     if without := unlearnable.found:
         told = "".join(f"\n  {error}" for error in without[:10])
         logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+
+    def inputs() -> dict[str, Any]:
+        of_base = [base.revision, base.fingerprint(targets)]
+        return {"settings": asdict(settings), "base": of_base, "weights": weights, "rows": list(rows.items())}
+
+    distributed.require_same_inputs(inputs)
     every_row = [row for of_task in rows.values() for row in of_task]
     of = ", ".join(rows) if len(rows) <= MAX_MEASURED else f"{len(rows)} tasks"
     logger.info("Calibrating a basis for %d modules on %d rows of %s", len(targets), len(every_row), of)
@@ -242,6 +249,10 @@ def calibrated_once(folder: Path, make: Callable[[], Basis]) -> Basis:
             distributed.require_same_disk(folder.parent)
             basis = make()
             if distributed.is_main():
-                basis.save(folder)
+                try:
+                    basis.save(folder)
+                except OutputError:
+                    if is_free(folder):
+                        raise  # else it is there: for a while NFS remembers of a folder that it was not
             distributed.barrier()
     return Basis.load(folder)

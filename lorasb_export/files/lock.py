@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Lustre without -o flock, NFS without lockd, others; the last two are one on Linux.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_GONE = {errno.ENOENT, errno.ESTALE}  # the latter over NFS, of a file that is open here
 _OF_ANOTHER = "It is another user's: when no run of theirs writes there any more, remove it"
 
 
@@ -52,21 +53,25 @@ def _lock(path: Path, target: Path, wait: bool) -> IO[bytes]:
     while True:
         file = os.fdopen(_open(path), "rb")
         try:
-            _flock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                file.close()
-                raise BusyError(
-                    "another process is writing this target", where=target, fix="Wait for it, or choose another path"
-                ) from None
-            logger.warning("another process is writing %s: waiting for it", target)
-            _flock(file, path, fcntl.LOCK_EX)
-        try:
+            _take(file, path, target, wait)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        except FileNotFoundError:
-            pass
+        except OSError as error:
+            if error.errno not in _GONE:
+                file.close()
+                raise
         file.close()  # its holder removed it just now: this is a lock on nothing
+
+
+def _take(file: IO[bytes], path: Path, target: Path, wait: bool) -> None:
+    try:
+        _flock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            fix = f"Wait for it, or choose another path; if no run is alive on any machine, remove {path}"
+            raise BusyError("another process is writing this target", where=target, fix=fix) from None
+        logger.warning("another process is writing %s: waiting for it", target)
+        _flock(file, path, fcntl.LOCK_EX)
 
 
 def _open(path: Path) -> int:

@@ -14,7 +14,7 @@ from ..files.storage import absolute, expanded
 from .cache import is_intact
 from .calls import hub_errors, with_retries
 from .ids import ADAPTERS, PARTS, HubFolder, is_mistyped_path, parse_hub_adapters, parse_hub_folder, parse_hub_id
-from .newest import at_newest
+from .newest import at_newest, is_only_read
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,9 @@ def snapshot(
     with hub_errors(source, kind, f"{before}no such folder, and "):
         try:
             folder = at_newest(name, revision or tagged, fetch)
-        except LocalEntryNotFoundError:
+        except OSError as error:
+            if not (isinstance(error, LocalEntryNotFoundError) or is_only_read(error)):
+                raise
             if cached is None or not any(cached.glob("*.safetensors")):
                 raise
             logger.warning("%s cannot be looked at on the Hub: what is in the cache of it is taken", source)

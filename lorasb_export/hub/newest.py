@@ -6,6 +6,7 @@ adapter. So the commit is asked for first, and fetched by its hash.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import time
@@ -20,6 +21,7 @@ from .calls import hub_errors, retry_after, with_retries
 
 logger = logging.getLogger(__name__)
 
+_ONLY_READ = {errno.EACCES, errno.EPERM, errno.EROFS}
 _failing = set[str]()  # repositories that were waited for in vain: asked once when they are asked for again
 # (repository, branch or tag) → commit, inside of `asked_once`, for all threads: a process runs one command
 _asked: dict[tuple[str, str | None], str] | None = None
@@ -47,9 +49,10 @@ def ask_again(name: str) -> None:
 def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str:
     """The folder of the repository `name` at the commit that `revision` (main where None) is now.
 
-    Where the Hub cannot be reached, fails, or refuses the token, it is the one that `revision` was when it was last
-    fetched, with a warning. An error would end work on a laptop whose token has expired, and keep a server down whose
-    files are all there; a branch that is gone is one all the same. With HF_HUB_OFFLINE nothing is asked.
+    Where the Hub cannot be reached, fails, or refuses the token, or the cache is only read, it is the one that
+    `revision` was when it was last fetched, with a warning. An error would end work on a laptop whose token has
+    expired, and keep a server down whose files are all there; a branch that is gone is one all the same. With
+    HF_HUB_OFFLINE nothing is asked.
 
     Args:
         fetch: `snapshot_download` of what is wanted; it is given `revision`, and `local_files_only`.
@@ -75,7 +78,10 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
         folder = with_retries(lambda: fetch(revision=commit or revision))  # a mirror may not say
     except RevisionNotFoundError:
         raise
-    except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
+    except (OSError, httpx2.TransportError) as error:
+        of_the_hub = isinstance(error, (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError))
+        if not of_the_hub and not is_only_read(error):
+            raise
         if retry_after(error) is not None:
             _failing.add(name)
         try:
@@ -102,8 +108,15 @@ def _warn(name: str, revision: str | None, folder: Path, reason: str) -> None:
     logger.warning(text, what, reason, folder.name, fetched)
 
 
+def is_only_read(error: Exception) -> bool:
+    """Whether the cache may not be written: many share one, that an administrator fills."""
+    return isinstance(error, OSError) and error.errno in _ONLY_READ
+
+
 def _reason(error: Exception) -> str:
-    """Why the Hub did not say, in our words."""
+    """Why the Hub did not say, in our words, or what it has cannot be fetched."""
+    if isinstance(error, OSError) and error.errno in _ONLY_READ:
+        return f"what is newer cannot be written into the cache ({error.strerror})"
     try:
         with hub_errors(None, LoraSBError):
             raise error

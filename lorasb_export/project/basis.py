@@ -23,6 +23,7 @@ from ..format import read_adapter_config
 from ..hub.ids import is_mistyped_path, parse_hub_folder
 from ..names import ours_in
 from ..settings import DRAWN, CalibrationSettings
+from ..training.checkpoints import runs_begun
 from .project import OWN_BASIS, Project
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def calibrate_into(
 
 
 def refuse_to_strand(project: Project, target: Path) -> None:
-    """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need.
+    """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need; or runs that
+    are under way, or were interrupted.
 
     Raises:
         ArtifactError: the config of an adapter is damaged.
@@ -195,4 +197,11 @@ def refuse_to_strand(project: Project, target: Path) -> None:
             f"adapters were trained in this basis and are of no use without it: {some(trained)}",
             where=target,
             fix="Choose another folder with --out, or remove these adapters first",
+        )
+    runs = [run for run in runs_begun(project.adapters_folder).values() if run.get("basis_sha256") == sha256]
+    if names := sorted({name for run in runs for name in run.get("tasks", [])}):
+        raise OutputError(
+            f"this basis is being trained in, or interrupted runs go on in it: {some(names)}",
+            where=target,
+            fix="Choose another folder with --out, or end these first (lorasb fit --resume), or remove their .NAME.run",
         )

@@ -13,6 +13,7 @@ from ..data.row_files import read_rows, split_files
 from ..data.rows import LABELLED, kind_of
 from ..errors import DataError, OutputError, SettingsError
 from ..files.atomic import atomic_file
+from ..files.lock import only_writer
 from ..files.output import cannot_write
 from ..files.storage import expanded
 from ..settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
@@ -106,6 +107,14 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
     """
     if project.file is None:
         raise SettingsError("there is no project file to add to", where=FILE_NAME, fix="Leave out --add")
+    if tasks.keys() <= project.tasks.keys():
+        return []
+    with only_writer(project.file, wait=True):  # of two that read the same file one would lose what the other adds
+        return _added(Project.load(project.file), project.file, tasks)
+
+
+def _added(project: Project, file: Path, tasks: Mapping[str, str]) -> list[str]:
+    """As `add_tasks`, of a `project` that nobody else writes into its `file`."""
     new = {name: data for name, data in tasks.items() if name not in project.tasks}
     refuse_bad_names(new)
     if new:
@@ -113,14 +122,14 @@ def add_tasks(project: Project, tasks: Mapping[str, str]) -> list[str]:
         labelled = _labelled(project.folder, new)
         kinds = set(_labelled(project.folder, shared).values()) or set(labelled.values())
         own = set(new) if project.tasks and not shared else _others(labelled, kinds)
-        before = project.file.read_bytes().decode("utf-8-sig").rstrip()
+        before = file.read_bytes().decode("utf-8-sig").rstrip()
         text = "\n\n".join([before, *(_table(name, data, own=name in own) for name, data in new.items())])
         try:
             tomllib.loads(text)
         except tomllib.TOMLDecodeError:
             fix = "Write each of them as a table, [tasks.NAME]"
-            raise SettingsError("its tasks stand on one line", where=project.file, fix=fix) from None
-        _write(project.file.resolve(), text, len(project.tasks) + len(new))  # a link stays one
+            raise SettingsError("its tasks stand on one line", where=file, fix=fix) from None
+        _write(file.resolve(), text, len(project.tasks) + len(new))  # a link stays one
     return list(new)
 
 

@@ -20,6 +20,7 @@ from ..basis import Basis
 from ..data.task import TaskData
 from ..data.trained_template import TEMPLATE_KEY, recorded_template
 from ..errors import ArtifactError, OutputError, TrainingError, some
+from ..files.atomic import discard
 from ..files.storage import read_json
 from ..settings import FitSettings, changes
 
@@ -36,8 +37,11 @@ def rate_folder(folder: Path, rate: float, settings: FitSettings) -> Path:
     return folder / f"rate-{rate}" if len(settings.rates) > 1 else folder
 
 
-def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
+def open_folder(folder: Path, out: Path, settings: FitSettings, resume: bool, overwrite: bool) -> None:
     """Make the working folder of a run, empty unless it is resumed.
+
+    Args:
+        out: an adapter of the run; the next one of it removes what a kill leaves of the old folder.
 
     Raises as `check_folder`, but that `overwrite` drops a run of other learning rates.
     """
@@ -48,7 +52,7 @@ def open_folder(folder: Path, settings: FitSettings, resume: bool, overwrite: bo
             raise
         drop_run(folder, other)
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder, out)  # in place, a kill might leave complete.json of a checkpoint that is half gone
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -75,6 +79,8 @@ def drop_run(folder: Path, other: TrainingError) -> None:
     """Remove the checkpoints in a working folder, of the run that `other` tells of. What was measured stays: its names
     say of what."""
     logger.warning("%s (%s): it is dropped, and training begins anew", other.what, folder)
+    for marker in folder.glob(f"**/checkpoint-*/{COMPLETE}"):
+        marker.unlink()  # before the rest, or a kill might leave it beside a half
     for path in [path for kind in ("checkpoint", "rate", "best") for path in folder.glob(f"{kind}-*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -98,12 +104,17 @@ def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
 
 
 def runs_together(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Working folder → what a checkpoint in it belongs to, of every interrupted joint run that has one.
+    """As `runs_begun`, of every joint run."""
+    return runs_begun(folder, "together+*")
+
+
+def runs_begun(folder: Path, name: str = "*") -> dict[Path, dict[str, Any]]:
+    """Working folder → what a checkpoint in it belongs to, of every interrupted run that has one, or one under way.
 
     See `identity_of`; `tasks` are their names.
     """
     found = {}
-    for marker in folder.glob(f".together+*.run/**/checkpoint-*/{COMPLETE}"):
+    for marker in folder.glob(f".{name}.run/**/checkpoint-*/{COMPLETE}"):
         found[folder / marker.relative_to(folder).parts[0]] = read_json(marker)
     return found
 

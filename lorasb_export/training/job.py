@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,11 @@ from ..cards import card
 from ..choices import NF4
 from ..data.task import TaskData
 from ..errors import ArtifactError, SettingsError, TrainingError, UnreadableError
-from ..files.atomic import atomic_folder, put_back
+from ..files.atomic import atomic_folder, discard, put_back
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
+from ..format import read_basis_config
+from ..hub.ids import parse_hub_folder
 from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, check_folder, open_folder, step_of, to_resume
 from .finished import differences
@@ -200,7 +202,7 @@ class Job:
         for out, what in self._damaged.items():
             logger.warning("%s is damaged (%s): it is replaced", out, what)
         with cannot_write(self.folder, RESUME):
-            open_folder(self.folder, self.settings, resume, overwrite)
+            open_folder(self.folder, self.outs[0], self.settings, resume, overwrite)
         return False
 
     def _take(self, locks: ExitStack) -> None:
@@ -266,6 +268,9 @@ class Job:
             together = names if len(names) > 1 else None
             adapter.training = {**outcome.training, "together": together, "capture": capture and overview(capture)}
             written = resume and not overwrite and not is_free(out)  # before the interruption
+            if distributed.on_main(partial(_is_lost, basis)) and not written:
+                logger.warning("%s is not there any more, or another basis: %s holds its own", basis.source, out)
+                adapter.basis_source = None
             if distributed.is_main() and not written:
                 seconds = round(time.monotonic() - self._started, 1)
                 rates, used = list(self.settings.rates), outcome.training["settings"]  # those that decide nothing too
@@ -278,6 +283,17 @@ class Job:
             results.append(adapter)
         distributed.barrier()
         if distributed.is_main() and any(isinstance(result, Adapter) for result in results):
-            shutil.rmtree(self.folder, ignore_errors=True)  # the adapters are in place
+            discard(self.folder, self.outs[0])  # the adapters are in place
         distributed.barrier()  # before another process exits with the error of a task: torchrun then ends all of them
         return results
+
+
+def _is_lost(basis: Basis) -> bool:
+    """Whether the folder that a basis was loaded from holds another one by now, or none."""
+    if basis.source is None or parse_hub_folder(basis.source):
+        return False
+    try:
+        there: str = read_basis_config(Path(basis.source))[0]["sha256"]
+    except ArtifactError:
+        return True
+    return there != basis.sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,8 @@ from ..layers.inject import remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what accelerate reads beside WORLD_SIZE
 
 
 @contextmanager
@@ -60,12 +63,19 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 @contextmanager
 def accelerate_kept() -> Iterator[None]:
     """The Trainer makes accelerate's state anew, which is one for the process: an Accelerator of the caller's would
-    accumulate and cast otherwise afterwards, and one that is made then be refused."""
+    accumulate and cast otherwise afterwards, and one that is made then be refused.
+
+    Runs that mpirun, or srun for MPI, starts side by side are none the less each by itself: on a CPU accelerate would
+    join them, and average the gradients of different tasks.
+    """
+    alone = distributed.world_size() == 1
+    hidden = {name: os.environ.pop(name) for name in _OF_MPI if alone and name in os.environ}
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     before = [dict(state) for state in states]
     try:
         yield
     finally:
+        os.environ.update(hidden)
         for state, old in zip(states, before, strict=True):
             state.clear()
             state.update(old)

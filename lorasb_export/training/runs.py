@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -68,6 +70,7 @@ class TrainingRuns:
 
     Raises:
         TrainingError: what is to be resumed had other settings or data.
+        SettingsError: of several processes not all have read the same.
     """
 
     def __init__(
@@ -87,7 +90,18 @@ class TrainingRuns:
         self.base, self.network, self.basis, self.tasks = base, network, basis, tasks
         self.settings, self.folder, self.events = settings, folder, events
         self._fresh_head: dict[str, torch.Tensor] = {}
+        distributed.require_same_inputs(self._inputs)
         self._begun = distributed.on_main(lambda: self._to_resume(overwrite))
+
+    def _inputs(self) -> dict[str, Any]:
+        """What R depends on, as this process has read it."""
+        tokens = hashlib.sha256()
+        for rows, _ in self._encoded:
+            for row in rows:
+                tokens.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+        identity = identity_of(self.settings, self.tasks, self.base, self.basis, self.start)
+        read = {"base": [self.base.revision, self.base.fingerprint(self.basis.modules)], "tokens": tokens.hexdigest()}
+        return {name.removesuffix("_sha256").replace("_", " "): value for name, value in (identity | read).items()}
 
     def _to_resume(self, overwrite: bool) -> dict[float, Path]:
         """As the function; of another run, which only `overwrite` drops, none."""

@@ -54,8 +54,8 @@ class Adapter:
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; JSON. Keys of your own may hold anything: what is no JSON is
             saved as numbers or text. Steps, losses and figures that were loaded with an R which has changed since are
-            not saved, unless you have changed them too. Those that the card shows are as `fit` and `evaluate` write
-            them: `task` and `data` text, `labels` a list, `settings` by name, `evaluation`
+            not saved, unless you have changed any of them too. Those that the card shows are as `fit` and `evaluate`
+            write them: `task` and `data` text, `labels` a list, `settings` by name, `evaluation`
             {split: {metric: {"base", "adapter", "rows"}}}.
         folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
         basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
@@ -183,7 +183,6 @@ class Adapter:
 
     def config(self, source: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
-        sha256 = self.sha256
         content = {
             "peft_type": PEFT_TYPE,
             "format_version": FORMAT_VERSION,
@@ -195,21 +194,22 @@ class Adapter:
             "scaling": self.scaling,
             "target_modules": sorted(self.R),
             "basis": {"sha256": self.basis_sha256, "source": source},
-            "training": json.loads(json.dumps(self._training_of(sha256), default=_plain)),
-            "sha256": sha256,
+            "training": json.loads(json.dumps(self.current_training(), default=_plain)),
+            "sha256": self.sha256,
         }
         return sealed(content)
 
-    def _training_of(self, sha256: str) -> dict[str, Any]:
-        """`training`, without what was measured of the R and head that were loaded, if they are not those of `sha256`:
-        they were trained on since."""
-        if self._loaded is None or self._loaded[0] == sha256:
+    def current_training(self) -> dict[str, Any]:
+        """`training`, without what was measured of the R and head that were loaded, if these were trained on since."""
+        if self._loaded is None or self._loaded[0] == self.sha256:
             return dict(self.training)
         old = {key: value for key, value in self._loaded[1].items() if key in _MEASURED}
-        gone = [key for key in old if key in self.training and self.training[key] == old[key]]
-        if gone:
-            logger.warning("%s has changed since it was loaded: its record is saved without %s", self, ", ".join(gone))
-        return {key: value for key, value in self.training.items() if key not in gone}
+        if not old or any(self.training.get(key) != value for key, value in old.items()):  # they are told anew
+            return dict(self.training)
+        logger.warning(
+            "%s has changed since it was loaded: its record is kept without %s", self, ", ".join(sorted(old))
+        )
+        return {key: value for key, value in self.training.items() if key not in old}
 
     @property
     def sha256(self) -> str:

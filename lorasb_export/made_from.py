@@ -40,7 +40,7 @@ def adapter_provenance(adapter: Adapter) -> dict[str, Any]:
 
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
     """What a folder made from `adapter` says of its training. The picture of its curve, if any, goes to `folder`."""
-    training = {key: value for key, value in adapter.training.items() if key != "plot"}
+    training = {key: value for key, value in adapter.current_training().items() if key != "plot"}
     return training | {"plot": CURVE} if folder and _copy_curve(adapter, folder) else training
 
 

@@ -166,7 +166,8 @@ def test_reasoning_that_a_template_never_writes_is_refused(llama: Path) -> None:
     told = r"the base's chat template leaves out 'reasoning' \(row 1\)"
     for template in (MARKED, TEMPLATE, thinking("thinking")):
         tokenizer.chat_template = template
-        assert encode([reasoned(reasoning="")], tokenizer, CAUSAL_LM, [], 64)
+        for nothing in ("", "\n\n"):  # the latter is between Qwen3's tags where it does not think
+            assert encode([reasoned(reasoning=nothing)], tokenizer, CAUSAL_LM, [], 64)
         earlier = {"messages": [*reasoned(reasoning="so")["messages"], *CHAT["messages"]]}
         for row in (reasoned(reasoning="so"), earlier):
             with pytest.raises(DataError, match=told):
@@ -181,10 +182,20 @@ def test_reasoning_that_a_template_never_writes_is_refused(llama: Path) -> None:
     )
 
 
+def test_thinking_is_for_templates_that_name_it(llama: Path) -> None:
+    """As gpt-oss's does; `enable_thinking` is no such name."""
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = thinking("thinking")
+    (encoded,) = encode([reasoned(thinking="so")], tokenizer, CAUSAL_LM, [], 64)
+    assert "".join(tokenizer.convert_ids_to_tokens(encoded["input_ids"])).endswith("[so]2</s>")
+    tokenizer.chat_template = "{% if enable_thinking %}{% endif %}" + thinking("reasoning")
+    with pytest.raises(DataError, match=r"leaves out 'thinking' \(row 1\)\. Call it 'reasoning'"):
+        encode([reasoned(thinking="so")], tokenizer, CAUSAL_LM, [], 64)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"thinking": "so"}, "message 2 has 'thinking', which no server gives to a chat template"),
         ({"reasoning": ["so"]}, "the reasoning of message 2 is no text"),
         ({"reasoning": "so", "reasoning_content": "or so"}, "or differs under its two keys"),
     ],

@@ -73,10 +73,10 @@ def test_figures_of_other_rows_go_when_there_are_some_of_these(project: Path) ->
         return set(Adapter.load("adapters/a").training["evaluation"][figure["split"]])
 
     assert recorded(split="test", metric="loss") == {"loss"}  # of rows that nobody knows
-    assert recorded(split="test", metric="accuracy", data_sha256="old") == {"loss", "accuracy"}
-    assert recorded(split="valid", metric="accuracy", data_sha256="old") == {"accuracy"}
-    assert recorded(split="test", metric="f1", data_sha256="old") == {"loss", "accuracy", "f1"}
-    assert recorded(split="test", metric="mcc", data_sha256="new") == {"loss", "mcc"}
+    assert recorded(split="test", metric="accuracy", split_sha256="old") == {"loss", "accuracy"}
+    assert recorded(split="valid", metric="accuracy", split_sha256="old") == {"accuracy"}
+    assert recorded(split="test", metric="f1", split_sha256="old") == {"loss", "accuracy", "f1"}
+    assert recorded(split="test", metric="mcc", split_sha256="new") == {"loss", "mcc"}
     assert set(Adapter.load("adapters/a").training["evaluation"]["valid"]) == {"accuracy"}
     assert recorded(split="test", metric="f1") == {"loss", "mcc", "f1"}
 

@@ -25,8 +25,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
 _ONE_DAY = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}{{ '' }}"
 
-# (template, role, first or not) of turns whose words a chat was seen to have: once, since it takes a rendering.
-_SEEN_WRITTEN: set[tuple[str, str, bool]] = set()
+# (template, role, first or not, and whether that role speaks before and after) of turns whose words a chat was seen to
+# have: once, since it takes a rendering.
+_SEEN_WRITTEN: set[tuple[str, str, bool, bool, bool]] = set()
 
 _Written = tuple[str, list[tuple[int, int]]]  # as it is written, and where (characters) in it the assistant speaks
 
@@ -122,17 +123,22 @@ def _require_all_written(
     if any(map(calls_tools, chat.turns)):
         without["tool_calls"] = Chat([_less(turn, "tool_calls") for turn in chat.turns], chat.tools)
     left_out = [key for key, other in without.items() if same(text, other, asked=asked)]
-    if thought := [n for n, turn in enumerate(chat.turns, 1) if turn["role"] == "assistant" and turn.get("reasoning")]:
+    if thought := [n for n, turn in enumerate(chat.turns, 1) if turn["role"] == "assistant" and _thoughts(turn)]:
         *before, last = chat.turns[: thought[-1]]
         upto = _written(tokenizer, Chat([*before, last], chat.tools), of_row=of_row)
         if same(upto, Chat([*before, _less(last, *REASONING)], chat.tools), asked=False):
             left_out.append("reasoning")
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    if any(turn.get("thinking") for turn in chat.turns) and not re.search(r"\bthinking\b", template):
+        what, fix = "the base's chat template leaves out 'thinking'", "Call it 'reasoning', as servers do"
+        raise DataError(what, where=where, fix=fix)
     if left_out:
         fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
         raise DataError(f"the base's chat template leaves out {left_out[0]!r}", where=where, fix=fix)
-    template = tokenizer.get_chat_template(tools=chat.tools)
+    roles = [turn["role"] for turn in chat.turns]
     for place, turn in enumerate(chat.turns):
-        key, words = (template, turn["role"], place == 0), turn.get("content")
+        role, words = turn["role"], turn.get("content")
+        key = template, role, place == 0, role in roles[:place], role in roles[place + 1 :]
         if turn["role"] == "assistant" or not words or key in _SEEN_WRITTEN:
             continue
         otherwise = [*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]]
@@ -141,6 +147,10 @@ def _require_all_written(
             fix = "Write it into the user's messages, or take a base whose template has it"
             raise DataError(what, where=where, fix=fix)
         _SEEN_WRITTEN.add(key)
+
+
+def _thoughts(turn: Turn) -> str:
+    return str(turn.get("reasoning") or "").strip()
 
 
 def _less(turn: Turn, *keys: str) -> dict[str, Any]:

@@ -28,7 +28,6 @@ FIELDS_OF = {
 FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "label")
 
 _UNREAD = ("system", "system_prompt", "functions", "chat_template_kwargs", "documents")  # they change what is asked
-_UNREAD_OF_TURNS = {"thinking": "Call it 'reasoning'", "function_call": "Write it as one of 'tool_calls'"}
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # a row with its place, which errors name
@@ -127,13 +126,22 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
 def _refuse_unread(row: Row, where: str) -> None:
     """Raise DataError for what changes a question, or calls an answer bad, and lies where nothing reads it."""
     columns = _UNREAD if "messages" in row else (*_UNREAD, "tools")
-    found = [column for column in columns if row.get(column)]
+    found = [column for column in columns if not _is_empty(row.get(column))]
     if "messages" not in row and row.get("label") is False:  # KTO's
         found.append("label")
     if found:
         what = f"the row has {found[0]!r}: {str(row[found[0]])!r:.40}, which would not be read"
         fix = "Write it into the messages, take out bad answers, or name columns of its [tasks.NAME] to read no others"
         raise DataError(what, where=where, fix=fix)
+
+
+def _is_empty(value: object) -> bool:
+    """Whether it says nothing, in any of the spellings that tables and JSON columns have for that."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return not value or value != value  # NaN
 
 
 def check_row(row: Row, kind: str, where: str) -> None:
@@ -166,10 +174,9 @@ def _check_messages(row: Row, where: str) -> None:
         raise DataError("'messages' is not a list", where=where, fix='Use [{"role": …, "content": …}, …]')
     _refuse_sharegpt(messages, where)
     for number, turn in enumerate(messages, 1):
-        for key, fix in _UNREAD_OF_TURNS.items():
-            if isinstance(turn, dict) and turn.get(key):
-                what = f"message {number} has {key!r}, which no server gives to a chat template"
-                raise DataError(what, where=where, fix=fix)
+        if isinstance(turn, dict) and turn.get("function_call"):
+            what = f"message {number} has 'function_call', which no server gives to a chat template"
+            raise DataError(what, where=where, fix="Write it as one of 'tool_calls'")
         for field in ("role", "content"):
             if field == "content" and calls_tools(turn) and turn.get(field) is None:
                 continue

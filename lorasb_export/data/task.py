@@ -92,11 +92,6 @@ class TaskData:
         """A digest of what is read of the rows of `split`."""
         return _digest([fields_read(row, self.kind) for row in self.splits[split]])
 
-    def has_digest(self, sha256: str | None, split: str | None = None) -> bool:
-        """Whether it is that of all rows, or of a split's: of what is read, or of all columns, as it once was."""
-        now, rows = (self.split_sha256(split), self.splits[split]) if split else (self.sha256, self.splits)
-        return sha256 == now or sha256 == _digest(rows)
-
     def held_out(self) -> str:
         """The split to report on: `test` where there is one, else `valid`."""
         return "test" if self.splits.get("test") else "valid"

@@ -74,7 +74,7 @@ def _task(adapter: Adapter) -> TaskData | None:
     except (DataError, SettingsError) as error:
         logger.info("built-in text is used to compare logits: %s", error)
         return None
-    return task if task.has_digest(adapter.training.get("data_sha256")) else None
+    return task if task.sha256 == adapter.training.get("data_sha256") else None
 
 
 def logits_of(network: PreTrainedModel, inputs: Inputs) -> torch.Tensor:

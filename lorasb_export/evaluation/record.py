@@ -13,12 +13,14 @@ from ..files.lock import only_writer
 from ..files.storage import read_json, write_json
 from ..format import sealed
 
+_KEPT = ("base", "adapter", "rows", "data_sha256", "split_sha256", "dtype")
+
 
 def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     """Put an evaluation's figures into an adapter's config and card, replacing those of the same split and metric, and
-    those of the split that are of other data.
+    those of the split that are of other rows.
 
-    `data_sha256` of the task and the `dtype` that was asked for may stand beside them.
+    `data_sha256` of the task, `split_sha256` of the rows and the `dtype` that was asked for may stand beside them.
 
     Raises:
         ArtifactError: there is another adapter by now.
@@ -36,10 +38,10 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
             if config["sha256"] != adapter.sha256:
                 what = "the adapter was replaced while it was scored"
                 raise ArtifactError(what, where=folder, fix="Evaluate it again")
-            evaluation, data = config["training"].setdefault("evaluation", {}), result.get("data_sha256")
-            found = {key: result[key] for key in ("base", "adapter", "rows", "data_sha256", "dtype") if key in result}
+            evaluation, rows = config["training"].setdefault("evaluation", {}), result.get("split_sha256")
+            found = {key: result[key] for key in _KEPT if key in result}
             before = evaluation.get(result["split"], {}).items()
-            of_these = {name: one for name, one in before if data is None or one.get("data_sha256") in (None, data)}
+            of_these = {name: one for name, one in before if rows is None or one.get("split_sha256") in (None, rows)}
             evaluation[result["split"]] = of_these | {result["metric"]: found}
             write_json(temporary, sealed(config))
         card.write(folder, card.adapter_card(config))

@@ -198,10 +198,13 @@ def refuse_to_strand(project: Project, target: Path) -> None:
             where=target,
             fix="Choose another folder with --out, or remove these adapters first",
         )
-    runs = [run for run in runs_begun(project.adapters_folder).values() if run.get("basis_sha256") == sha256]
-    if names := sorted({name for run in runs for name in run.get("tasks", [])}):
+    runs = {
+        folder: run for folder, run in runs_begun(project.adapters_folder).items() if run.get("basis_sha256") == sha256
+    }
+    if runs:
+        names = sorted({name for run in runs.values() for name in run.get("tasks", [])})
         raise OutputError(
             f"this basis is being trained in, or interrupted runs go on in it: {some(names)}",
             where=target,
-            fix="Choose another folder with --out, or end these first (lorasb fit --resume), or remove their .NAME.run",
+            fix=f"Choose another folder with --out, or end these first, or remove {some(runs)}",
         )

@@ -263,7 +263,7 @@ def _scored(
         else:
             if file is not None:
                 file.append(one.word, outcome)
-            how = {"data_sha256": task.sha256, "dtype": dtype}
+            how = {"data_sha256": task.sha256, "split_sha256": task.split_sha256(outcome["split"]), "dtype": dtype}
             outcome["recorded"] = one.into_card and _record(one.word, adapter, outcome | how)
         yield one.word, outcome
 
@@ -287,4 +287,4 @@ def _was_held_out(adapter: Adapter, task: TaskData, split: str) -> bool:
     """Whether the training passed over these rows, as far as it is recorded: they, or the training rows, are the same
     as then. Of rows divided anew, or moved between files, some may have been trained on."""
     then = adapter.training.get("splits_sha256")
-    return not then or any(task.has_digest(then.get(part), part) for part in (split, "train"))
+    return not then or any(then.get(part) == task.split_sha256(part) for part in (split, "train"))

@@ -149,9 +149,12 @@ class Progress(TrainerCallback):
     def _say(self, step: int, steps: int) -> None:
         self.spoke = time.monotonic()
         since, first = self.began
-        left = (self.spoke - since) / max(1, step - first) * (steps - step)
         losses = ", ".join(f"{name} {loss}" for name, loss in sorted(self.losses.items()))
-        logger.info("%s: step %d of %d, %s, about %.0f s left", self.title, step, steps, losses, left)
+        if step == first:  # what it starts from was evaluated
+            self.began, left = (self.spoke, step), ""
+        else:
+            left = f", about {(self.spoke - since) / (step - first) * (steps - step):.0f} s left"
+        logger.info("%s: step %d of %d, %s%s", self.title, step, steps, losses, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

@@ -45,7 +45,7 @@ def differences(
     before = made["settings"] | {"learning_rate": rates}
     now = settings.decisive() | {"learning_rate": sorted(settings.rates)}
     found = changes(before, now)
-    if not task.has_digest(data) and _learns_others(adapter, task):
+    if data != task.sha256 and _learns_others(adapter, task):
         found.append("other data")
     is_itself = start is not None and start.folder == out  # with the same rows it is not to be trained once more
     if made.get("start_sha256") != (start and start.sha256) and not is_itself:
@@ -63,6 +63,5 @@ def differences(
 def _learns_others(adapter: Adapter, task: TaskData) -> bool:
     """Whether rows that decide over R, train and valid, are others than then; test rows do not."""
     then = adapter.training.get("splits_sha256") or {}
-    learnt = {"train", "valid"} & (then.keys() | task.splits.keys())
-    same = all(split in task.splits and task.has_digest(then.get(split), split) for split in learnt)
-    return adapter.regression != task.regression or not same
+    now = {split: task.split_sha256(split) for split in task.splits if split != "test"}
+    return adapter.regression != task.regression or now != {split: then[split] for split in then if split != "test"}

@@ -56,12 +56,14 @@ class History:
         return next((tuple(entry[key]) for entry in self.log if (key := f"{self.prefix}diverged") in entry), None)
 
     def has_stopped(self) -> bool:
-        """Whether so many evaluations as `patience` allows have passed without a better one."""
+        """Whether so many evaluations as `patience` allows have passed without a better one. That of the adapter it
+        starts from does not count: the first steps may undo some of what that had learnt."""
         patience = self.settings.patience
         if patience is None:
             return False
         values = self._values()
-        return len(values) - 1 - self._best() >= patience
+        first = int(self._evaluated()[:1] == [0])
+        return len(values) - 1 - max(self._best(), first) >= patience
 
     def steps_done(self, step: int) -> int:
         """Optimizer steps that the task has taken when the run is at `step`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -98,7 +98,8 @@ class TrainingRuns:
         tokens = hashlib.sha256()
         for rows, _ in self._encoded:
             for row in rows:
-                tokens.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+                labels = row["labels"] if isinstance(row["labels"], list) else [row["labels"]]
+                tokens.update(array("q", row["input_ids"]).tobytes() + array("d", labels).tobytes())
         identity = identity_of(self.settings, self.tasks, self.base, self.basis, self.start)
         read = {"base": [self.base.revision, self.base.fingerprint(self.basis.modules)], "tokens": tokens.hexdigest()}
         return {name.removesuffix("_sha256").replace("_", " "): value for name, value in (identity | read).items()}

@@ -144,6 +144,7 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         (GOOD, {"tools": [{"type": "function"}]}, "tools"),
         (GOOD, {"label": False}, "label"),
         (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
+        (GOOD, {"tools": "[]", "functions": "null", "chat_template_kwargs": {"a": None}, "system": " "}, None),
         (GOOD, {"label": 0}, None),
         (CHAT_LINE, {"label": False}, None),
         ('{"text": "a"}', {"system": "b"}, None),

@@ -31,6 +31,9 @@ def test_a_long_verb_says_how_far_it_is(
     log.clear()
     CliRunner().invoke(app, ["fit", "--overwrite", "--quiet"], catch_exceptions=False)
     assert not log.messages
+    CliRunner().invoke(app, ["fit", "--start-from", "a", "--overwrite"], catch_exceptions=False)
+    before = next(line for line in log.messages if "step 0 of 4" in line)
+    assert re.fullmatch(r"a: step 0 of 4, valid loss \d\.\d+", before)  # how long a step takes is not known yet
 
 
 def test_together_a_line_names_the_task_of_its_valid_loss(

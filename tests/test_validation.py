@@ -83,6 +83,13 @@ def test_a_run_is_worth_what_the_R_is_that_it_keeps(keep: Any, value: float) -> 
     assert History(log, "", RowOrder([5], settings), settings).kept() == value
 
 
+@pytest.mark.parametrize(("losses", "stops"), [((1.0, 1.1), False), ((1.0, 1.1, 1.2), True), ((1.0, 0.9, 1.1), True)])
+def test_patience_does_not_count_what_a_run_starts_from(losses: tuple[float, ...], stops: bool) -> None:
+    log = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    settings = FitSettings(max_steps=3, patience=1)
+    assert History(log, "", RowOrder([5], settings), settings).has_stopped() == stops
+
+
 def test_a_resumed_run_that_comes_to_no_better_R_keeps_the_best_of_its_checkpoint(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,7 @@ def _refuse_unread(row: Row, where: str) -> None:
 def _is_empty(value: object) -> bool:
     """Whether it says nothing, in any of the spellings that tables and JSON columns have for that."""
     if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
+        return all(one is None for one in value.values())
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return not value or value != value  # NaN

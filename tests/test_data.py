@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, prompt_of
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, prompt_of, warn_once
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
@@ -142,7 +142,6 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
             }.items()
         ),
         (GOOD, {"tools": [{"type": "function"}]}, "tools"),
-        (GOOD, {"label": False}, "label"),
         (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
         (GOOD, {"tools": "[]", "functions": "null", "chat_template_kwargs": {"a": None}, "system": " "}, None),
         (GOOD, {"label": 0}, None),
@@ -164,9 +163,16 @@ def test_columns_that_would_change_what_is_asked(
         load_task("t", tmp_path)
     columns = {field: field for field in json.loads(line)}
     assert load_task("t", TaskSource(str(tmp_path), columns)).rows("train") == [json.loads(line)]
-    if told != "label":
-        with pytest.raises(DataError, match=f"'{told}'"):
-            prompt_of(row, "here")
+    with pytest.raises(DataError, match=f"'{told}'"):
+        prompt_of(row, "here")
+
+
+def test_answers_that_are_called_bad_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As KTO's rows are, which are learnt otherwise."""
+    warn_once.cache_clear()
+    for label, told in ((True, 0), (0, 0), (False, 1)):
+        task_of("t", {"train": [{**json.loads(GOOD), "label": label}] * 2})
+        assert caplog.text.count("with a label of false are learnt like the others") == told
 
 
 def test_weights_that_change_nothing(tmp_path: Path) -> None:

@@ -124,14 +124,14 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
 
 
 def _refuse_unread(row: Row, where: str) -> None:
-    """Raise DataError for what changes a question, or calls an answer bad, and lies where nothing reads it."""
+    """Raise DataError for what changes a question and lies where nothing reads it; warn of answers called bad."""
     columns = _UNREAD if "messages" in row else (*_UNREAD, "tools")
     found = [column for column in columns if not _is_empty(row.get(column))]
     if "messages" not in row and row.get("label") is False:  # KTO's
-        found.append("label")
+        warn_once("Completions with a label of false are learnt like the others: take out those that it calls bad")
     if found:
         what = f"the row has {found[0]!r}: {str(row[found[0]])!r:.40}, which would not be read"
-        fix = "Write it into the messages, take out bad answers, or name columns of its [tasks.NAME] to read no others"
+        fix = "Write it into the messages, or name columns of its [tasks.NAME] to read no others"
         raise DataError(what, where=where, fix=fix)
 
 

@@ -1,4 +1,4 @@
-"""The fields of rows from columns of other names, and texts made of several."""
+"""The fields of rows from columns of other names, and texts made of several; columns that are no fields."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from lorasb_export.data.rows import prompt_of, warn_once
+from lorasb_export.data.source import TaskSource
+from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
-from tests.rows import PAIR, in_csv, in_json, rows_of
+from tests.rows import CHAT_LINE, CLASS, GOOD, PAIR, in_csv, in_json, rows_of, tool_row
 
 
 def test_a_class_that_columns_leave_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -82,3 +85,65 @@ def test_labels_within_a_text_are_not_left_out(tmp_path: Path, caplog: pytest.Lo
     path = in_csv(tmp_path, "body,label\na,yes\n")
     assert rows_of(path, columns={"text": "{body}: {label}"}) == [{"text": "a: yes"}]
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "told"),
+    [
+        *(
+            (line, {column: value}, column)
+            for line in (CHAT_LINE, GOOD)
+            for column, value in {
+                "system": "Be brief.",
+                "system_prompt": "Be brief.",
+                "functions": [{"name": "w"}],
+                "chat_template_kwargs": {"enable_thinking": False},
+                "documents": [{"text": "a"}],
+            }.items()
+        ),
+        (GOOD, {"tools": [{"type": "function"}]}, "tools"),
+        (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
+        (GOOD, {"tools": "[]", "functions": "null", "chat_template_kwargs": {"a": None}, "system": " "}, None),
+        (GOOD, {"label": 0}, None),
+        (CHAT_LINE, {"label": False}, None),
+        ('{"text": "a"}', {"system": "b"}, None),
+    ],
+)
+def test_columns_that_would_change_what_is_asked(
+    line: str, more: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    row = json.loads(line) | more
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    if told is None:
+        assert load_task("t", tmp_path)
+        return
+    with pytest.raises(
+        DataError, match=rf"the row has '{told}': .*which would not be read .*train.jsonl:1\)\. .*columns"
+    ):
+        load_task("t", tmp_path)
+    columns = {field: field for field in json.loads(line)}
+    assert load_task("t", TaskSource(str(tmp_path), columns)).rows("train") == [json.loads(line)]
+    with pytest.raises(DataError, match=f"'{told}'"):
+        prompt_of(row, "here")
+
+
+def test_answers_that_are_called_bad_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As KTO's rows are, which are learnt otherwise."""
+    warn_once.cache_clear()
+    for label, told in ((True, 0), (0, 0), (False, 1)):
+        task_of("t", {"train": [{**json.loads(GOOD), "label": label}] * 2})
+        assert caplog.text.count("with a label of false are learnt like the others") == told
+
+
+@pytest.mark.parametrize(
+    "line", [GOOD, CHAT_LINE, CLASS, '{"text": "a"}\n', json.dumps(tool_row("weather", city="Oslo"))]
+)
+def test_columns_that_nobody_reads_do_not_make_other_data(line: str) -> None:
+    row = json.loads(line)
+    bare, first, second = (task_of("t", {"train": [row | more]}) for more in ({}, {"at": 1}, {"at": 2}))
+    assert bare.sha256 == first.sha256 == second.sha256
+    assert bare.split_sha256("train") == second.split_sha256("train")
+    for field in row:
+        changed = task_of("t", {"train": [{**row, field: row[field] * 2}]})
+        assert changed.sha256 != bare.sha256
+        assert changed.split_sha256("train") != bare.split_sha256("train")

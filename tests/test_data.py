@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT, prompt_of, warn_once
+from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
@@ -125,54 +125,6 @@ def test_bad_rows_are_named(case: str, tmp_path: Path) -> None:
         load_task("t", tmp_path)
     assert message in str(error.value)
     assert place in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "more", "told"),
-    [
-        *(
-            (line, {column: value}, column)
-            for line in (CHAT_LINE, GOOD)
-            for column, value in {
-                "system": "Be brief.",
-                "system_prompt": "Be brief.",
-                "functions": [{"name": "w"}],
-                "chat_template_kwargs": {"enable_thinking": False},
-                "documents": [{"text": "a"}],
-            }.items()
-        ),
-        (GOOD, {"tools": [{"type": "function"}]}, "tools"),
-        (GOOD, {"label": True, "system": None, "documents": [], "tools": "", "functions": {}, "when": 1}, None),
-        (GOOD, {"tools": "[]", "functions": "null", "chat_template_kwargs": {"a": None}, "system": " "}, None),
-        (GOOD, {"label": 0}, None),
-        (CHAT_LINE, {"label": False}, None),
-        ('{"text": "a"}', {"system": "b"}, None),
-    ],
-)
-def test_columns_that_would_change_what_is_asked(
-    line: str, more: dict[str, Any], told: str | None, tmp_path: Path
-) -> None:
-    row = json.loads(line) | more
-    (tmp_path / "train.jsonl").write_text(json.dumps(row))
-    if told is None:
-        assert load_task("t", tmp_path)
-        return
-    with pytest.raises(
-        DataError, match=rf"the row has '{told}': .*which would not be read .*train.jsonl:1\)\. .*columns"
-    ):
-        load_task("t", tmp_path)
-    columns = {field: field for field in json.loads(line)}
-    assert load_task("t", TaskSource(str(tmp_path), columns)).rows("train") == [json.loads(line)]
-    with pytest.raises(DataError, match=f"'{told}'"):
-        prompt_of(row, "here")
-
-
-def test_answers_that_are_called_bad_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    """As KTO's rows are, which are learnt otherwise."""
-    warn_once.cache_clear()
-    for label, told in ((True, 0), (0, 0), (False, 1)):
-        task_of("t", {"train": [{**json.loads(GOOD), "label": label}] * 2})
-        assert caplog.text.count("with a label of false are learnt like the others") == told
 
 
 def test_weights_that_change_nothing(tmp_path: Path) -> None:
@@ -399,20 +351,6 @@ def test_rows_in_memory(tmp_path: Path) -> None:
     task = task_of("t", {"valid": of_files.rows("valid"), "train": iter(of_files.rows("train"))})
     assert (task.splits, task.sha256, task.task_type) == (of_files.splits, of_files.sha256, SEQ_CLS)
     assert repr(of_files) == f"<TaskData t: text/label rows, 2 train, 1 valid, of {tmp_path}>"
-
-
-@pytest.mark.parametrize(
-    "line", [GOOD, CHAT_LINE, CLASS, '{"text": "a"}\n', json.dumps(tool_row("weather", city="Oslo"))]
-)
-def test_columns_that_nobody_reads_do_not_make_other_data(line: str) -> None:
-    row = json.loads(line)
-    bare, first, second = (task_of("t", {"train": [row | more]}) for more in ({}, {"at": 1}, {"at": 2}))
-    assert bare.sha256 == first.sha256 == second.sha256
-    assert bare.split_sha256("train") == second.split_sha256("train")
-    for field in row:
-        changed = task_of("t", {"train": [{**row, field: row[field] * 2}]})
-        assert changed.sha256 != bare.sha256
-        assert changed.split_sha256("train") != bare.split_sha256("train")
 
 
 @pytest.mark.parametrize(

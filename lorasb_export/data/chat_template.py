@@ -139,11 +139,11 @@ def _require_all_written(
     for place, turn in enumerate(chat.turns):
         role, words = turn["role"], turn.get("content")
         key = template, role, place == 0, role in roles[:place], role in roles[place + 1 :]
-        if turn["role"] == "assistant" or not words or key in _SEEN_WRITTEN:
+        if role == "assistant" or not words or key in _SEEN_WRITTEN:
             continue
         otherwise = [*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]]
         if same(text, Chat(otherwise, chat.tools), asked=asked):
-            what = f"the base's chat template leaves out what {turn['role']} says{' later on' if place else ''}"
+            what = f"the base's chat template leaves out what {role} says{' later on' if place else ''}"
             fix = "Write it into the user's messages, or take a base whose template has it"
             raise DataError(what, where=where, fix=fix)
         _SEEN_WRITTEN.add(key)

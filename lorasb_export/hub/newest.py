@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 from ..errors import LoraSBError
 from ..files.atomic import atomic_file
@@ -108,14 +109,14 @@ def _warn(name: str, revision: str | None, folder: Path, reason: str) -> None:
     logger.warning(text, what, reason, folder.name, fetched)
 
 
-def is_only_read(error: Exception) -> bool:
+def is_only_read(error: Exception) -> TypeGuard[OSError]:
     """Whether the cache may not be written: many share one, that an administrator fills."""
     return isinstance(error, OSError) and error.errno in _ONLY_READ
 
 
 def _reason(error: Exception) -> str:
     """Why the Hub did not say, in our words, or what it has cannot be fetched."""
-    if isinstance(error, OSError) and error.errno in _ONLY_READ:
+    if is_only_read(error):
         return f"what is newer cannot be written into the cache ({error.strerror})"
     try:
         with hub_errors(None, LoraSBError):

@@ -1,5 +1,5 @@
-"""Warns before training where a chat template teaches answers that do not end, or asks otherwise than it teaches, or
-opens thoughts in which a completion would be learnt."""
+"""Warns before training of held-out rows that are trained on, and where a chat template teaches answers that do not
+end, asks otherwise than it teaches, or opens thoughts in which a completion would be learnt."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ..data.encoding import IGNORE, Encoded, opened_by, prompt_ids
-from ..data.rows import has_answer, question_and_answer
+from ..data.rows import CHAT, COMPLETION, has_answer, question_and_answer
 from ..data.task import TaskData
+from ..data.twins import warn_of_twins
 from ..errors import DataError
+from ..evaluation.answer_end import end_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 _COMPARED = 256  # chats: to write their questions takes half as long as to encode them, or more
 _SHOWN = 8  # tokens of an ending
+
+
+def warn_of_rows(
+    task: TaskData, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel
+) -> None:
+    """All that is warned of the rows of a task; `encoded` are those that are trained on."""
+    warn_of_twins(task)
+    if task.kind == CHAT:
+        warn_of_chats(task, encoded, tokenizer, end_ids(tokenizer, network.generation_config.eos_token_id))
+    elif task.kind == COMPLETION:
+        warn_of_thoughts(task, encoded, tokenizer)
 
 
 def warn_of_chats(

@@ -15,15 +15,13 @@ from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..choices import CAUSAL_LM
 from ..data.encoding import IGNORE, Encoded, encode_all, without_left_out
-from ..data.rows import CHAT, COMPLETION, Row
+from ..data.rows import Row
 from ..data.source import AnySource
 from ..data.task import TaskData, load_task
-from ..data.twins import warn_of_twins
 from ..errors import Problems
-from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
 from ..settings import FitSettings
-from .chats import warn_of_chats, warn_of_thoughts
+from .chats import warn_of_rows
 from .requirements import check_rows
 
 if TYPE_CHECKING:
@@ -77,11 +75,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
         with problems:
             asked_of(network, tokenizer, task.rows("valid"), task.unit("valid"))
     problems.raise_all("nothing can be trained")
-    warn_of_twins(task)
-    if task.kind == CHAT:
-        warn_of_chats(task, kept["train"], tokenizer, end_ids(tokenizer, network.generation_config.eos_token_id))
-    elif task.kind == COMPLETION:
-        warn_of_thoughts(task, kept["train"], tokenizer)
+    warn_of_rows(task, kept["train"], tokenizer, network)
     return {
         "path": task.source,
         "kind": "data",

@@ -20,12 +20,9 @@ from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.encoding import Encoded, encode
-from ..data.rows import CHAT, COMPLETION
 from ..data.task import TaskData
 from ..data.trained_template import recorded_template
-from ..data.twins import warn_of_twins
 from ..errors import TrainingError
-from ..evaluation.answer_end import end_ids
 from ..evaluation.inference import asked_of
 from ..evaluation.metrics import better
 from ..files.storage import read_json
@@ -33,7 +30,7 @@ from ..layers.head import load_head
 from ..settings import FitSettings
 from ..stack import Stack
 from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
-from .chats import warn_of_chats, warn_of_thoughts
+from .chats import warn_of_rows
 from .checkpoints import COMPLETE, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
@@ -221,12 +218,7 @@ class TrainingRuns:
         """The training rows of every task, and how it is validated."""
         encoded = [(self._rows(task, "train"), self._validation(task)) for task in self.tasks]
         for task, (rows, _) in zip(self.tasks, encoded, strict=True):
-            warn_of_twins(task)
-            if task.kind == CHAT:
-                ends = end_ids(self.base.tokenizer, self.network.generation_config.eos_token_id)
-                warn_of_chats(task, rows, self.base.tokenizer, ends)
-            elif task.kind == COMPLETION:
-                warn_of_thoughts(task, rows, self.base.tokenizer)
+            warn_of_rows(task, rows, self.base.tokenizer, self.network)
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:

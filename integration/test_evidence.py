@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from integration.bench import basis, quality
 from integration.bench.basis_tables import comparable, correlation, equal_rates, pairs
@@ -22,7 +24,7 @@ from integration.evidence.captures import captures
 from integration.evidence.cells import DATA, LADDER, RUNS, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
 from integration.evidence.models import base_of
 from integration.evidence.scores import some
-from integration.evidence.training import basis_of, gradient
+from integration.evidence.training import SCALED, basis_of, gradient, weight_basis
 from lorasb_export.calibration.subspace import CaptureRatios
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
@@ -62,6 +64,22 @@ def test_every_rank_is_trained_in_everywhere_and_other_calibrations_where_someth
     ]
     assert [of.basis for of in basis.trained_in("sst2", {"samples": 8})] == ["own", "mixture"]
     assert not basis.trained_in("rte", {"samples": 8})
+
+
+@pytest.mark.parametrize(("method", "orthonormal"), [("lora-xs", "B"), ("lora-xs-mirrored", "A"), ("lora-sb", "AB")])
+def test_lora_xs_has_the_singular_values_beside_the_input(method: str, orthonormal: str) -> None:
+    """The SVD of a weight's transpose, (U·Σ, Vᵀ), as the code of LoRA-XS takes it: the former is its A, transposed."""
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    network = LlamaForCausalLM(config)
+    of = weight_basis(network, Cell("t", method, rank=4), scaled=SCALED.get(method))
+    weight = network.model.layers[0].mlp.down_proj.weight.detach()
+    module = of.modules["model.layers.0.mlp.down_proj"]
+    U, S, Vh = torch.linalg.svd(weight.T, full_matrices=False)
+    if method in SCALED:
+        torch.testing.assert_close(module.B @ module.A, ((U[:, :4] * S[:4]) @ Vh[:4]).T)
+    for name in orthonormal:
+        factor = module.B.T if name == "B" else module.A
+        torch.testing.assert_close(factor @ factor.T, torch.eye(4))
 
 
 def test_a_rate_at_the_end_of_those_tried_is_not_known_to_be_the_best() -> None:

@@ -37,6 +37,7 @@ CHOSEN = {label: name for label, name in MAIN.items() if name not in _NOT_CHOSEN
 ONE_OFF = (
     *("LoRA r=8, Muon", "rsLoRA r=8", "shared basis, r=64, AdamW", "random basis, r=96", "block, r=128"),
     *("own basis, r=64, R0 = 0", "upper down: block, r=256", "down: LoRA r=8", "down: LoRA r=32"),
+    "LoRA-XS r=64, mirrored",  # on every task, before we saw that it is not LoRA-XS
 )
 USUAL = {name: name for name in METHODS if name not in ONE_OFF}
 

@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PiSSA r=8": {"method": "pissa", "rank": 8},
     "DoRA r=8": {"method": "dora", "rank": 8},
     "LoRA-XS r=64": {"method": "lora-xs", "rank": 64},
+    "LoRA-XS r=64, mirrored": {"method": "lora-xs-mirrored", "rank": 64},
     "as published: own basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "own"},
     "shared basis, r=64, AdamW": {"method": "lora-sb", "rank": 64, "basis": "mixture"},
     "own basis, r=64": {**_MUON, "rank": 64, "basis": "own"},

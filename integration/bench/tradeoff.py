@@ -30,7 +30,7 @@ def family(method: str) -> str:
     """Under which heading of the legend a row of the tables belongs."""
     fields = METHODS[method]
     peft, xs, published, everywhere, output = _FAMILIES
-    if fields["method"] == "lora-xs":
+    if fields["method"] in ("lora-xs", "lora-xs-mirrored"):
         return xs
     if fields["method"] != "lora-sb":
         return peft

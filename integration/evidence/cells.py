@@ -23,7 +23,8 @@ class Cell:
 
     Attributes:
         task: a folder of the task data.
-        method: `base` (untrained), `lora`, `rslora`, `dora`, `pissa` (PEFT's), `lora-xs`, `lora-sb`.
+        method: `base` (untrained), `lora`, `rslora`, `dora`, `pissa` (PEFT's), `lora-xs`, `lora-sb`; or
+            `lora-xs-mirrored`, which has the weight's singular values in B, where LoRA-XS has them in A.
         basis: of `lora-sb`, what the basis was calibrated on: `own`; another task's name; `mixture` of all tasks of
             this kind; `without` this one; `wsvd`, the weight's own singular vectors; `random`; or `block`.
         balanced: of a mixture, whether every task's gradient sum is divided by its norm first.
@@ -159,7 +160,10 @@ def calibrated_on(cell: Cell) -> list[str]:
 
 
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-START = {"lora": 1e-3, "rslora": 3e-4, "dora": 1e-3, "pissa": 3e-4, "lora-xs": 3e-3, "lora-sb": 1e-2}
+START = {
+    **{"lora": 1e-3, "rslora": 3e-4, "dora": 1e-3, "pissa": 3e-4},
+    **{"lora-xs": 3e-3, "lora-xs-mirrored": 3e-3, "lora-sb": 1e-2},
+}
 
 
 def tuned(cell: Cell, run: Runner) -> Cell:

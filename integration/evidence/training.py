@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -49,6 +49,8 @@ _PEFT = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
 }
+# The factor that is multiplied by the weight's singular values.
+SCALED: dict[str, Literal["A", "B"]] = {"lora-xs": "A", "lora-xs-mirrored": "B"}
 _CACHE = Path("~/.cache/lorasb/bases").expanduser()
 transformers.logging.set_verbosity_error()  # a new head is meant to be new
 
@@ -146,12 +148,12 @@ def _with_method(network: PreTrainedModel, base: BaseModel, task: TaskData, cell
             **_PEFT[cell.method],
         )
         return get_peft_model(network, config)
-    if cell.method == "lora-xs":
-        basis, init = weight_basis(network, cell, scaled=True), "zero"
+    if cell.method in SCALED:
+        basis, init = weight_basis(network, cell, scaled=SCALED[cell.method]), "zero"
     else:
         basis, init = basis_of(network, base, task, cell), cell.init
     adapter = Adapter.attach(network, basis, init=init)
-    if cell.method == "lora-xs":  # its R starts as noise
+    if cell.method in SCALED:  # its R starts as noise
         for R in adapter.R.values():
             torch.nn.init.normal_(R, std=1e-5)
     return network
@@ -213,13 +215,17 @@ def gradient(
     return {name: g.cpu() for name, g in sums.items()}  # those of many tasks are kept
 
 
-def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: bool = False) -> Basis:
-    """The leading singular vectors of every weight; `scaled` as LoRA-XS has them: B = U·Σ."""
+def weight_basis(network: PreTrainedModel, cell: Cell, *, scaled: Literal["A", "B"] | None = None) -> Basis:
+    """The leading singular vectors of every weight; `scaled` is the factor that is multiplied by the singular values.
+
+    LoRA-XS has A = Σ·Vᵀ: its code takes the SVD of Wᵀ, and U·Σ of that for the side of the input (2405.17604).
+    """
     modules, rank = {}, cell.rank
     for name, module in find_targets(network, cell.targets).items():
         U, S, Vh = torch.linalg.svd(weight_of(module).detach().float(), full_matrices=False)
-        B = U[:, :rank] * S[:rank] if scaled else U[:, :rank]
-        modules[name] = ModuleBasis(B.contiguous(), Vh[:rank].contiguous(), torch.zeros(rank))
+        B, A, values = U[:, :rank], Vh[:rank], S[:rank]
+        B, A = (B * values if scaled == "B" else B), (values[:, None] * A if scaled == "A" else A)
+        modules[name] = ModuleBasis(B.contiguous(), A.contiguous(), torch.zeros(rank))
     return _basis(network, rank, modules)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,19 @@ from integration.bench.report import known, pages, with_tables
 from integration.bench.tradeoff import family
 from integration.evidence.best import best_rates, identity
 from integration.evidence.captures import captures
-from integration.evidence.cells import DATA, LADDER, RUNS, Budget, Cell, OutOfTime, Results, Runner, cell, tuned
+from integration.evidence.cells import (
+    DATA,
+    LADDER,
+    RESULTS,
+    RUNS,
+    Budget,
+    Cell,
+    OutOfTime,
+    Results,
+    Runner,
+    cell,
+    tuned,
+)
 from integration.evidence.models import base_of
 from integration.evidence.scores import some
 from integration.evidence.training import SCALED, basis_of, gradient, weight_basis
@@ -64,6 +77,15 @@ def test_every_rank_is_trained_in_everywhere_and_other_calibrations_where_someth
     ]
     assert [of.basis for of in basis.trained_in("sst2", {"samples": 8})] == ["own", "mixture"]
     assert not basis.trained_in("rte", {"samples": 8})
+
+
+@needs_data
+def test_the_data_is_that_which_the_page_names() -> None:
+    for task, of in json.loads((RESULTS / "data.json").read_text()).items():
+        for split, file in of["files"].items():
+            content = (DATA / task / f"{split}.jsonl").read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"], (task, split)
+            assert content.count(b"\n") == file["rows"]
 
 
 @pytest.mark.parametrize(("method", "orthonormal"), [("lora-xs", "B"), ("lora-xs-mirrored", "A"), ("lora-sb", "AB")])

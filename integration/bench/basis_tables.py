@@ -71,8 +71,8 @@ def basis_tables(best: Mapping[Identity, Best], captures: Mapping[Identity, Line
             shown = {identity: _shown(best, of) for identity, of in cells.items()}
             if metric := rows(shown.__getitem__):
                 section += (
-                    f"\n\nTest metric in percent (and loss on valid rows), after training by {name} "
-                    f"(* at the best rate tried, its search not ended):\n\n{metric}"
+                    f"\n\nTest metric in percent after training by {name}, and the loss on valid rows, in other bases "
+                    f"less that in the task's own (* at the best rate tried, its search not ended):\n\n{metric}"
                 )
         yield section
 
@@ -143,8 +143,9 @@ def comparable(best: Mapping[Identity, Best], identity: Identity) -> Best | None
 def _shown(best: Mapping[Identity, Best], identity: Identity) -> str:
     if (found := comparable(best, identity)) is None:
         return "-"
-    of = found.summary
-    return f"{metric(of)} ({of['loss']:.3f})"
+    of, own = found.summary, best.get(changed(identity, basis="own", balanced=False))
+    less = differences(of["losses"], own.summary["losses"]) if own and own is not found else []
+    return f"{metric(of)} ({mean_error(less, 3) if less else format(of['loss'], '.3f')})"
 
 
 # Kind of training → task → for each basis, what it captures and loses more than the task's own.

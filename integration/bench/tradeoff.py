@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ _FEW = 6  # methods: with less a task's picture says nothing
 # In the order of the legend: what a method's fields are, its marker and colour.
 _FAMILIES = {
     "LoRA, rsLoRA, PiSSA, DoRA (PEFT)": ("o", "tab:gray"),
-    "LoRA-XS": ("s", "black"),
+    "LoRA-XS, and mirrored": ("s", "black"),
     "LoRA-SB as published (AdamW)": ("v", "tab:red"),
     "LoRA-SB (Muon), all linear layers": ("^", "tab:blue"),
     "LoRA-SB (Muon), MLP output": ("D", "tab:green"),
@@ -40,7 +42,10 @@ def family(method: str) -> str:
 
 
 def plot(found: Mapping[tuple[str, str], Mapping[str, Any]], path: Path) -> None:
-    """One picture a task. Hollow: fewer than three seeds, or the search for a rate has not ended."""
+    """One picture a task: LoRA's loss and what others lose more, with the same seeds.
+
+    Hollow: fewer than three seeds, or the search for a rate has not ended.
+    """
     of_tasks: dict[str, dict[str, Mapping[str, Any]]] = {}
     for (method, task), of in found.items():
         if of["steps"] and task in LEARNT and ("LoRA r=8", task) in found:
@@ -53,7 +58,8 @@ def plot(found: Mapping[tuple[str, str], Mapping[str, Any]], path: Path) -> None
         axes.axhline(of_lora["loss"], color="tab:gray", linewidth=0.7, linestyle=":")
         for method, of in methods.items():
             marker, colour = _FAMILIES[family(method)]
-            place = of["trainable"] / of_lora["trainable"], of["loss"]
+            more = statistics.mean(of["less_lora"] or [math.nan])
+            place = of["trainable"] / of_lora["trainable"], of_lora["loss"] + more
             sure = of["seeds"] >= 3 and of["closed"]
             axes.scatter(*place, marker=marker, edgecolors=colour, facecolors=colour if sure else "none")
             axes.annotate(METHODS[method]["rank"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)

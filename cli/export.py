@@ -92,20 +92,18 @@ def run(
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else run.project.base_elsewhere(model, folders[0])
     options: dict[str, Any] = {"verify": verify} | given(max_drop=max_drop)
+    precision = precision or ("fp32" if into is None else exported_record(expanded(into))["precision"])
+    if verify and not to_peft and precision != "bf16" and (precision != "fp32" or compared):
+        options["data"] = tasks_to_compare(run.project, folders, data)
     if into is None:
         from lorasb_export.exporting.export import export
 
         target, verb = out or format, f"Exported {format} to"
-        precision = precision or "fp32"
-        if verify and format != "peft" and precision != "bf16" and (precision != "fp32" or compared):
-            options["data"] = tasks_to_compare(run.project, folders, data)
         options |= {"precision": precision, "routed": routed, "overwrite": overwrite}
         result = export(folders, target, format=format, base=base, **options)
     else:
         target, verb = into, "Added to"
         options["overwrite"] = overwrite or everything  # all that is asked for: what has changed too
-        if verify and (exported_record(expanded(into))["precision"] != "fp32" or compared):
-            options["data"] = tasks_to_compare(run.project, folders, data)
         result = add_onnx_adapters(folders, into, base=base, **options)
     lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
     run.result(result, "\n".join(lines), failed)

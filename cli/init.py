@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorasb_export.errors import some
+
 from .verb import Run
 from .words import parse_pairs
 
@@ -38,7 +40,6 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented lorasb.toml into the working folder."""
-    from lorasb_export.errors import some
     from lorasb_export.project.init import tasks_in, write_project
 
     named = parse_pairs("--task", "NAME=DATA", task)
@@ -65,7 +66,6 @@ def run(
 
 def _add(run: Run, named: dict[str, str], found: dict[str, str]) -> None:
     """Add the tasks named, and those found whose data no task has yet."""
-    from lorasb_export.errors import some
     from lorasb_export.hub.ids import may_be_dataset
     from lorasb_export.project.init import add_tasks
 

@@ -51,19 +51,18 @@ def run(
     ] = False,
 ) -> None:
     """Upload a folder to the Hub, with its card. In a project: the basis and every adapter that changed."""
-    if basis_repo and folder is None:
-        raise typer.BadParameter("--basis-repo is for one adapter: name it, or leave --basis-repo out")
     project, target = run.project, repo or run.project.repo
     if target is None:
         fix = 'Pass --repo owner/name, or set [hub] repo = "owner/name" in lorasb.toml'
         raise SettingsError("no repository", fix=fix)
     found = None if folder is None else project.find_folder(folder)
     from lorasb_export.names import PLACE
-    from lorasb_export.project.push import push_folder, push_project  # only now: it brings torch
 
     to_project = found is None or (repo is None and PLACE not in target)  # not to a repository of the folder's own
     if basis_repo and to_project:
-        raise typer.BadParameter("--basis-repo is for one adapter in a repository of its own: name that with --repo")
+        raise typer.BadParameter("--basis-repo is for one adapter in a repository of its own: name both, with --repo")
+    from lorasb_export.project.push import push_folder, push_project  # only now: it brings torch
+
     options: dict[str, Any] = {
         "public": project.public if public is None else public,
         "revision": revision,

@@ -110,11 +110,11 @@ def require_path(what: str, value: object, fix: str) -> None:
         raise SettingsError(f"{what} is a {type(value).__name__}, not a path or Hub id", fix=fix)
 
 
-def some_problems(found: Mapping[str, LoraSBError], most: int = 10, *, numbered: bool = False) -> str:
+def some_problems(found: Mapping[str, LoraSBError], *, numbered: bool = False) -> str:
     """A line for each of the first, by name, where there are thousands. What there is least of comes first: one that is
     damaged is not lost among all classifiers."""
     alike = Counter(error.what for error in found.values())
-    first = sorted(found, key=lambda name: alike[found[name].what])[:most]
+    first = sorted(found, key=lambda name: alike[found[name].what])[:10]
     lines = [f"{f'{number}. ' * numbered}{name}: {found[name]}" for number, name in enumerate(first, 1)]
     return _listed(lines, len(found))
 

@@ -44,7 +44,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(project: Path, sums: Pat
     in_card = {"base": 1.5, "adapter": 0.25, "rows": 24}
 
     def resumed(data_sha256: str) -> dict[str, Any]:
-        figures = {"split": "test", "metric": "loss", **in_card, "data_sha256": data_sha256}
+        figures = {"split": "test", "metric": "loss", **in_card, "data_sha256": data_sha256, "dtype": "auto"}
         record_evaluation(Adapter.load("adapters/a"), figures)
         done = lorasb("evaluate", "--metric", "loss", "--resume", "--json")
         found: dict[str, Any] = json.loads(done.stdout)["evaluation"]

@@ -14,8 +14,8 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate
 from lorasb_export.data.encoding import IGNORE, encode
+from lorasb_export.data.hold_out import warn_of_twins
 from lorasb_export.data.task import load_task, task_of
-from lorasb_export.data.twins import warn_of_twins
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training import mixed

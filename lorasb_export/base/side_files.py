@@ -28,7 +28,6 @@ LICENCES = (
         for ending in ("", "*.md", "*.txt")
     ),
 )
-_MADE_ANEW = ("lorasb.json", ".index.json")
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -39,7 +38,7 @@ def side_files(folder: Path) -> list[Path]:
     """
     patterns = (*TEXTS, *LICENCES, "*.py")  # code that config.json may name; none is fetched, and none is run here
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    kept = sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(_MADE_ANEW))
+    kept = sorted(path for path in found if not path.name.startswith("."))
     weights = {file.resolve().parent for file in folder.glob("model*.safetensors")}
     for path in kept:  # a folder of the Hub's cache may be copied, and one of links to the files of a shared one
         target = path.resolve()

@@ -1,15 +1,21 @@
-"""Which training rows of a task are held out, to be its valid rows."""
+"""Which training rows of a task are held out, to be its valid rows; and which held-out rows were learnt too."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, some
 from .rows import CHAT, FIELDS_OF, LABELLED, Placed, Row, as_json
 from .tools import Turn, chat_of
+
+if TYPE_CHECKING:
+    from .task import TaskData
+
+logger = logging.getLogger(__name__)
 
 
 def divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tuple[list[Placed], list[Placed]]:
@@ -18,7 +24,7 @@ def divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tu
     A row is held out by a digest of what it says alone, so that no other rows decide over it.
     """
     numbers = kind == LABELLED and any(isinstance(row["label"], float) for _, row in placed)
-    digests = [hashlib.sha256(as_json(said(row, kind, numbers=numbers))).digest() for _, row in placed]
+    digests = [hashlib.sha256(as_json(_said(row, kind, numbers=numbers))).digest() for _, row in placed]
     classes = [str(row["label"]) if kind == LABELLED and not numbers else "" for _, row in placed]
     twins, left, chosen = Counter(digests), Counter(classes), set[bytes]()
     for digest, of_class in sorted(dict(zip(digests, classes, strict=True)).items()):
@@ -35,7 +41,22 @@ def divided(placed: Sequence[Placed], kind: str, share: float, where: str) -> tu
     return [row for digest, row in pairs if digest not in chosen], [row for digest, row in pairs if digest in chosen]
 
 
-def said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
+def warn_of_twins(task: TaskData) -> None:
+    """Name the valid and test rows of `task` that say the same as one of its training rows."""
+    kind, numbers = task.kind, task.regression
+
+    def digests(split: str) -> list[int]:
+        return [hash(as_json(_said(row, kind, numbers=numbers))) for row in task.splits.get(split, ())]
+
+    learnt = set(digests("train"))
+    for split in ("valid", "test"):
+        held_out = digests(split)
+        if twins := [number for number, digest in enumerate(held_out, 1) if digest in learnt]:
+            what = f"{task.name}: {len(twins)} of {len(held_out)} {split} rows are training rows too"
+            logger.warning("%s (rows %s): they say little of new ones (%s)", what, some(twins), task.source)
+
+
+def _said(row: Row, kind: str, *, numbers: bool) -> list[Any]:
     """What a row says: the same for equal rows, whatever else they have.
 
     Of a chat the turns as a template takes them, and of these the words and the calls: ids and times differ in copies.

@@ -20,13 +20,18 @@ from .source import SPLITS
 _MISSING = ("nan", "na", "null", "none")  # what is written for an empty cell of CSV
 
 
+def is_rows(path: Path) -> bool:
+    """Whether it is a file that rows are read from."""
+    return path.suffix.lower() in (".jsonl", ".csv") and path.is_file()
+
+
 def split_files(folder: Path) -> dict[str, Path]:
     """The file of each split that a data folder has: JSON lines, or else CSV.
 
     Warns of the .jsonl and .csv files that are none of them.
     """
     splits = {split: split for split in SPLITS} | {"validation": "valid"}
-    present = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jsonl", ".csv") and path.is_file())
+    present = sorted(filter(is_rows, folder.iterdir()))
     found: dict[str, Path] = {}
     for path in sorted(present, key=is_csv):
         split = splits.get(path.stem)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, some
 from ..files.storage import read_json, utf8
@@ -56,14 +56,6 @@ def recorded_template(folder: Path, *tasks: TaskData) -> dict[str, str | None]:
     """What a training on the base in `folder` records of the template; nothing where no row is written with one."""
     asked = any(task.kind in (COMPLETION, CHAT) for task in tasks)
     return {TEMPLATE_KEY: template_sha256(folder)} if asked else {}
-
-
-def has_another_template(training: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the rows of an adapter's `training` were written with another template than the base in `folder` has.
-
-    Not of one that does not say so: of an older one, of one's own loop, or of rows that no template writes.
-    """
-    return TEMPLATE_KEY in training and training[TEMPLATE_KEY] != template_sha256(folder)
 
 
 def warn_of_another_template(adapters: Iterable[Adapter], folder: Path) -> None:

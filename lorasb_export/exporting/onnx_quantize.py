@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import ServerError
 from .onnx_build import DATA, GRAPH
-from .onnx_graph import read_graph
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -36,7 +35,6 @@ def quantize(folder: Path, bits: int, keep: Collection[str] = ()) -> None:
     import onnx
 
     path = folder / GRAPH
-    read_graph(path)
     model = onnx.load(path)
     head = _head(model, keep)
     weight_of_head = head.input[1] if head else None

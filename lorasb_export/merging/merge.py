@@ -124,7 +124,7 @@ def _check_report(report: Path, *, may_exist: bool) -> None:
     if not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     for path in (report, report.with_suffix(".png")):
-        if path.exists() and not may_exist:
+        if path.exists() and not (may_exist and path.is_file()):
             raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
 
 

@@ -15,9 +15,9 @@ from ..bars import progress_bar
 from ..base.loaded import LastLoaded
 from ..base.model import BaseModel, BaseRef
 from ..choices import NF4
+from ..data.hold_out import warn_of_twins
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_held_out, load_task
-from ..data.twins import warn_of_twins
 from ..errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Problems, SettingsError, some
 from ..evaluation.evaluate import evaluate, metric_for, to_score, trained_length, with_labels_of
 from ..evaluation.predictions import PredictionsFile
@@ -204,7 +204,7 @@ class _Look:
         if self.data is None:  # a file of rows to be scored on has no other split
             warn_of_twins(task)
         figures = adapter.training.get("evaluation", {}).get(split, {}).get(metric, {})
-        its_own = figures.get("data_sha256"), figures.get("dtype", "auto")  # of one from before dtypes were recorded
+        its_own = figures.get("data_sha256"), figures.get("dtype")
         if its_own == (task.sha256, self.from_cards):
             of_rows = {key: figures[key] for key in ("rows", "base", "adapter")}
             self.known[word] = {"task": name, "split": split, "metric": metric, **of_rows, "recorded": True}

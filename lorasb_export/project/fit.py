@@ -164,8 +164,8 @@ class _Fitting:
         request, target = self._request, self._request.targets[name]
         task, basis = request.task(name), request.basis_for(name, shared)
         is_there = request.resume and distributed.on_main(lambda: not is_free(target))
-        if is_there and (kept := request.job(task, basis).kept(overwrite=request.overwrite)):
-            return kept[0]
+        if is_there and (finished := request.job(task, basis).finished(overwrite=request.overwrite)):
+            return finished[name]
         network = None
         if isinstance(basis, CalibrationSettings) and not self._same_dtype:
             self._loaded.drop()  # its basis takes a base of its own, in another dtype

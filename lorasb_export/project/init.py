@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..data.row_files import read_rows, split_files
+from ..data.row_files import is_rows, read_rows, split_files
 from ..data.rows import LABELLED, kind_of
 from ..errors import DataError, OutputError, SettingsError
 from ..files.atomic import atomic_file
@@ -154,7 +154,7 @@ def tasks_in(folder: str) -> dict[str, str]:
         raise SettingsError("it has a train split, so it is one task", where=place, fix=fix)
     found: dict[str, Path] = {}
     for path in sorted(place.glob("[!.]*")):
-        if not (_is_rows(path) or _has_train(path)):
+        if not (is_rows(path) or _has_train(path)):
             continue
         name = path.stem if path.is_file() else path.name
         if name in found:
@@ -169,12 +169,8 @@ def tasks_in(folder: str) -> dict[str, str]:
 
 def _has_train(folder: Path) -> bool:
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        return any(path.stem == "train" and _is_rows(path) for path in folder.iterdir())
+        return any(path.stem == "train" and is_rows(path) for path in folder.iterdir())
     return False
-
-
-def _is_rows(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".csv") and path.is_file()
 
 
 def _labelled(folder: Path, tasks: Mapping[str, str]) -> dict[str, bool]:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ..data.encoding import IGNORE, Encoded, opened_by, prompt_ids
+from ..data.hold_out import warn_of_twins
 from ..data.rows import CHAT, COMPLETION, has_answer, question_and_answer
 from ..data.task import TaskData
-from ..data.twins import warn_of_twins
 from ..errors import DataError
 from ..evaluation.answer_end import end_ids
 

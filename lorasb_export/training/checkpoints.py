@@ -103,11 +103,6 @@ def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
     return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
 
 
-def runs_together(folder: Path) -> dict[Path, dict[str, Any]]:
-    """As `runs_begun`, of every joint run."""
-    return runs_begun(folder, "together+*")
-
-
 def runs_begun(folder: Path, name: str = "*") -> dict[Path, dict[str, Any]]:
     """Working folder → what a checkpoint in it belongs to, of every interrupted run that has one, or one under way.
 
@@ -125,7 +120,7 @@ def refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
     `--resume` would not go on with that run.
     """
     names, data = {task.name for task in tasks}, {task.sha256 for task in tasks}
-    for other, run in runs_together(folder).items():
+    for other, run in runs_begun(folder, "together+*").items():
         if data.isdisjoint(run["data_sha256"]):
             continue
         had = run.get("tasks", [])
@@ -177,11 +172,9 @@ def identity_of(
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
-    # What an older release did not write down is no difference.
-    differing = [key for key in wanted if key != "settings" and saved.get(key, wanted[key]) != wanted[key]]
+    differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
     differing = ["chat template" if key == TEMPLATE_KEY else key for key in differing]
-    before = dict.fromkeys(wanted["settings"]) | saved.get("settings", {})
-    differing += [f"settings ({change})" for change in changes(before, wanted["settings"])]
+    differing += [f"settings ({change})" for change in changes(saved["settings"], wanted["settings"])]
     if differing:
         raise TrainingError(
             f"the interrupted run had other {', '.join(differing)}",

@@ -9,7 +9,7 @@ from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..basis import Basis
 from ..data.task import TaskData
-from ..data.trained_template import has_another_template
+from ..data.trained_template import TEMPLATE_KEY, template_sha256
 from ..errors import ArtifactError
 from ..files.storage import read_json
 from ..settings import CalibrationSettings, FitSettings, changes
@@ -52,7 +52,8 @@ def differences(
         found.append("another start")
     if base.fingerprint(adapter.R) != adapter.base.fingerprint:
         found.append("another base model")
-    if has_another_template(adapter.training, base.folder):
+    here = template_sha256(base.folder)
+    if adapter.training.get(TEMPLATE_KEY, here) != here:  # a loop of one's own does not say
         found.append("another chat template")
     if isinstance(basis, CalibrationSettings) and adapter.basis_source is None:  # the task's own, as is asked for
         return found + adapter.load_basis().differences(asdict(basis))

@@ -99,11 +99,6 @@ class Job:
         self._damaged: dict[Path, str] = {}  # adapters that `overwrite` replaces, and what is wrong with them
         self.settings = with_rate(settings, self.base, basis, tasks[0], network)
 
-    def kept(self, *, overwrite: bool) -> list[Adapter] | None:
-        """As `finished`, where that is every task's adapter, in their order."""
-        found = self.finished(overwrite=overwrite)
-        return list(found.values()) if len(found) == len(self.outs) else None
-
     def finished(self, *, overwrite: bool) -> dict[str, Adapter]:
         """The adapters that a resumed `train` would find finished, by the names of their tasks; loads no network.
 

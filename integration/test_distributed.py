@@ -253,7 +253,7 @@ def test_a_task_that_another_run_writes_leaves_the_others_their_turn_in_all_proc
     """Whether it is to be trained, or an adapter that is there to be kept: `b` is there, and another run has it."""
     tasks = "".join(f'[tasks.{name}]\ndata = "data"\n' for name in "abc")
     (small / "lorasb.toml").write_text(f'model = "llama"\n[basis]\npath = "basis"\n{tasks}')
-    Adapter.start(Basis.load(small / "basis")).save(small / "adapters" / "b")
+    Adapter.fresh(Basis.load(small / "basis")).save(small / "adapters" / "b")
     with only_writer(small / "adapters" / "b"):
         two_processes(BUSY, small)
     for rank in (0, 1):

@@ -237,7 +237,7 @@ def test_fsdp2_shards_the_model_and_trains_the_same_R(
     """Plain `fully_shard`; and in bf16 by its policy, where the frozen tensors are not of one dtype."""
     assert difference(sharded / sharding / optimizer, sharded / "whole" / optimizer) < tolerance
     trained = Adapter.load(sharded / sharding / optimizer)
-    start = Adapter.start(trained.load_basis())
+    start = Adapter.fresh(trained.load_basis())
     assert all((R - start.R[name]).abs().max() > 1e-2 for name, R in trained.R.items())
 
 

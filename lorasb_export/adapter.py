@@ -118,7 +118,7 @@ class Adapter:
         if start is not None:
             check_same_basis(start, basis)
             basis, scaling = basis_for_next(start, basis), start.scaling
-        adapter = cls.start(basis, scaling=scaling, init=init)
+        adapter = cls.fresh(basis, scaling=scaling, init=init)
         adapter.R = inject(model, basis.modules, adapter.R, scaling)
         if classifies(model):
             adapter.task_type, adapter.head, adapter.training = SEQ_CLS, train_head(model), labels_of(model.config)
@@ -132,7 +132,7 @@ class Adapter:
         return adapter
 
     @classmethod
-    def start(cls, basis: Basis, *, scaling: float = 1.0, init: Init = "svd") -> Adapter:
+    def fresh(cls, basis: Basis, *, scaling: float = 1.0, init: Init = "svd") -> Adapter:
         """A fresh adapter that is on no model yet; arguments as for `attach`."""
         require_choice("init", init, Init)
         R0 = {

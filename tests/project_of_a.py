@@ -15,7 +15,7 @@ def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The working folder: a project of the task a with its adapter, which is as training starts."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[tasks.a]\ndata = "{sums}"\n')
-    adapter = Adapter.start(calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random")))
+    adapter = Adapter.fresh(calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random")))
     adapter.training = {"task": "a", "data": str(sums)}
     adapter.save("adapters/a")
     return tmp_path

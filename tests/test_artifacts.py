@@ -77,7 +77,7 @@ def test_an_adapter_is_where_and_what_it_was_saved_as(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    adapter = Adapter.start(Basis.load(folders[0]))
+    adapter = Adapter.fresh(Basis.load(folders[0]))
     assert adapter.name is None
     adapter.save("mine")
     assert (adapter.name, adapter.folder) == ("mine", tmp_path / "mine")

@@ -26,11 +26,11 @@ def test_adapters_name_the_folder_that_a_basis_was_saved_to(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     basis = replace(Basis.load(folders[0]), source=None)  # as `calibrate` makes it
-    Adapter.start(basis).save(tmp_path / "before")
+    Adapter.fresh(basis).save(tmp_path / "before")
     assert (tmp_path / "before" / "basis.safetensors").is_file()
     monkeypatch.chdir(tmp_path)
     basis.save("basis")
-    Adapter.start(basis).save("after")
+    Adapter.fresh(basis).save("after")
     assert not (tmp_path / "after" / "basis.safetensors").exists()
     assert Adapter.load("after").basis_source == basis.source == str(tmp_path / "basis")
     of_hub = replace(basis, source="me/basis@main")
@@ -42,7 +42,7 @@ def test_a_basis_saved_after_its_adapter_was_made_is_named(
     folders: tuple[Path, Path], tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     basis = replace(Basis.load(folders[0]), source=None)
-    adapter = Adapter.start(basis)
+    adapter = Adapter.fresh(basis)
     adapter.save(tmp_path / "before")
     assert "before holds the whole basis, saved nowhere else" in log.text
     log.clear()

@@ -68,7 +68,7 @@ def test_training_is_blind_to_the_scaling_at_the_scaled_rate(project: Path) -> N
         fitted(project, f"scaling = {s}", f"learning_rate = {0.03 / s}", 'optimizer = "adamw"', steps=5)
         for s in (1.0, 3.0)
     )
-    start = Adapter.start(plain.load_basis())
+    start = Adapter.fresh(plain.load_basis())
     for name, R in plain.R.items():
         assert (R - start.R[name]).abs().max() > 0.02
         torch.testing.assert_close(3 * scaled.R[name], R, rtol=0, atol=1e-4)
@@ -79,7 +79,7 @@ def test_weight_decay_shrinks_R_by_the_rate(optimizer: str, project: Path) -> No
     """Decoupled: in one step lr·λ·R0 is all that it takes."""
     keys = (f'optimizer = "{optimizer}"', "learning_rate = 0.1")
     plain, decayed = fitted(project, *keys), fitted(project, *keys, "weight_decay = 0.5")
-    start = Adapter.start(plain.load_basis())
+    start = Adapter.fresh(plain.load_basis())
     for name, R in plain.R.items():
         expected = 0.1 * 0.5 * start.R[name]
         assert expected.max() > 1e-3

@@ -194,7 +194,7 @@ def test_the_base_is_looked_for_once_for_all_adapters(
     found = project(tmp_path, llama, sums, "abc")
     basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
     for name in "abc":
-        adapter = Adapter.start(basis)
+        adapter = Adapter.fresh(basis)
         adapter.training = {"task": name, "data": str(sums)}
         adapter.save(found.adapter_folder(name))
     resolved: list[str] = []
@@ -261,7 +261,7 @@ def test_a_folder_given_twice_to_a_merge_is_refused_by_whatever_name(
     monkeypatch.chdir(tmp_path)
     project(tmp_path, llama, sums, "a")
     basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
-    Adapter.start(basis).save("adapters/a")
+    Adapter.fresh(basis).save("adapters/a")
     done = lorasb("merge", "a", "./adapters/a=0.5", "--out", "model")
     assert done.exit_code == 2
     assert "is given twice" in done.stderr

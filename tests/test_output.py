@@ -62,7 +62,7 @@ def test_a_tilde_is_the_home_folder_of_what_is_written_too(
     monkeypatch.chdir(here)
     basis = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random"))
     basis.save("~/basis")
-    Adapter.start(basis).save("~/a")
+    Adapter.fresh(basis).save("~/a")
     assert Adapter.load("~/a").basis_source == str(home / "basis")
     settings = FitSettings(max_steps=1)
     fit(str(llama), "~/basis", tasks["plus"], "~/b", settings)

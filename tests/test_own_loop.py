@@ -86,7 +86,7 @@ def test_a_trainer_resumes_from_checkpoints_of_r_alone(llama: Path, basis: Path,
 def test_what_could_not_be_loaded_does_not_replace_what_can(
     value: torch.Tensor, problem: str, llama: Path, basis: Path, tmp_path: Path
 ) -> None:
-    adapter = Adapter.start(Basis.load(basis))
+    adapter = Adapter.fresh(Basis.load(basis))
     adapter.save(tmp_path / "a")
     before = adapter.sha256
     adapter.R[sorted(adapter.R)[-1]] = value
@@ -174,7 +174,7 @@ def test_what_is_in_memory_is_not_looked_for_under_its_text(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match=re.escape(said)):
-        call(str(llama), Adapter.start(Basis.load(basis)))
+        call(str(llama), Adapter.fresh(Basis.load(basis)))
     assert not list(tmp_path.iterdir())
 
 
@@ -243,7 +243,7 @@ def test_the_lines_of_the_docs_evaluate_many_with_one_basis(
     for source, name in ((llama, "base"), (basis, "basis"), (sums, "data/a")):
         shutil.copytree(source, name)
     for init, name in (("zero", "a"), ("svd", "b")):
-        Adapter.start(Basis.load("basis"), init=init).save(f"adapters/{name}")
+        Adapter.fresh(Basis.load("basis"), init=init).save(f"adapters/{name}")
     _, lines = lines_of_docs("Several adapters on one model")
     read, load = [], Basis.load
 
@@ -292,7 +292,7 @@ def test_a_classifier_is_trained_on_from_its_head_and_labels(bert: Path, parity:
 
 
 def test_what_a_loop_says_of_itself_may_be_any_numbers(basis: Path, tmp_path: Path) -> None:
-    adapter = Adapter.start(Basis.load(basis))
+    adapter = Adapter.fresh(Basis.load(basis))
     said = {"loss": np.float32(0.5), "steps": torch.tensor(3), "all": [np.int64(1)], "some": np.array([0.25])}
     adapter.training = MappingProxyType({**said, "folder": tmp_path, "own": MappingProxyType({"x": 1})})
     adapter.save(tmp_path / "a")

@@ -30,7 +30,7 @@ def project(llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "lorasb.toml").write_text(f'model = "{llama}"\n[basis]\nrank = 4\n[tasks.a]\ndata = "{sums}"\n')
     calibrate(str(llama), {"a": sums}, CalibrationSettings(rank=4)).save("basis")
     for name in "ab":
-        Adapter.start(Basis.load("basis")).save(f"adapters/{name}")
+        Adapter.fresh(Basis.load("basis")).save(f"adapters/{name}")
     return tmp_path
 
 

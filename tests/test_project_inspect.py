@@ -35,15 +35,15 @@ def rewrite(config: Path, **changes: Any) -> None:
 
 def test_every_task_and_adapter_has_a_line(project: Path, llama: Path, sums: Path) -> None:
     Adapter.load("adapters/a").load_basis().save("basis")
-    scored = Adapter.start(Basis.load("basis"))
+    scored = Adapter.fresh(Basis.load("basis"))
     of_training = {"task": "a", "data": str(sums), "steps": 7, "valid_loss": 0.125}
     scored.training = {**of_training, "evaluation": {"valid": {}, "test": FIGURES}}
     scored.save("adapters/a", overwrite=True)
-    of_own = Adapter.start(calibrate(str(llama), {}, CalibrationSettings(rank=2, directions="random")))
+    of_own = Adapter.fresh(calibrate(str(llama), {}, CalibrationSettings(rank=2, directions="random")))
     of_own.save("adapters/own", embed=True)
     of_other = calibrate(str(llama), {}, CalibrationSettings(rank=3, directions="random"))
     of_other.save("others")
-    Adapter.start(Basis.load("others")).save("adapters/other")
+    Adapter.fresh(Basis.load("others")).save("adapters/other")
     for name, config in (("broken", {"peft_type": "LORA_SB"}), ("peft", {"peft_type": "LORA"})):
         Path("adapters", name).mkdir()
         write_json(Path("adapters", name, "adapter_config.json"), config)
@@ -72,7 +72,7 @@ def test_every_task_and_adapter_has_a_line(project: Path, llama: Path, sums: Pat
 
 def test_of_many_adapters_the_odd_ones_are_listed_and_all_are_counted(project: Path) -> None:
     Adapter.load("adapters/a").load_basis().save("basis")
-    scored = Adapter.start(Basis.load("basis"))
+    scored = Adapter.fresh(Basis.load("basis"))
     for number in range(60):
         scored.save(f"adapters/t{number}")
     shutil.rmtree("adapters/a")  # the only one with a task
@@ -96,7 +96,7 @@ def test_a_project_that_has_nothing_yet(project: Path) -> None:
 
 def test_an_adapter_whose_basis_is_gone_or_another_one_is_told_of(project: Path, llama: Path) -> None:
     Adapter.load("adapters/a").load_basis().save("basis")
-    Adapter.start(Basis.load("basis")).save("adapters/a", overwrite=True)
+    Adapter.fresh(Basis.load("basis")).save("adapters/a", overwrite=True)
     assert inspected()["adapters"]["a"]["basis"] == "shared"
     shutil.rmtree("basis")
     assert inspected()["adapters"]["a"]["basis"] == "missing"

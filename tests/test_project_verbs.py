@@ -33,7 +33,7 @@ def test_adapters_are_scored_on_one_base_and_share_their_basis(
     Adapter.load("adapters/a").load_basis().save("basis")
     other = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random", targets="q_proj"))
     for name, basis in (("a", Basis.load("basis")), ("b", Basis.load("basis")), ("c", other)):
-        adapter = Adapter.start(basis)
+        adapter = Adapter.fresh(basis)
         adapter.training = {"task": name, "data": str(sums)}
         adapter.save(f"adapters/{name}", overwrite=True)
     base, read = Mock(wraps=BaseModel.load), Mock(wraps=Basis.load)

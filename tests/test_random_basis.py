@@ -67,7 +67,7 @@ def test_fit_in_a_basis_drawn_at_random_asks_for_no_gradient(
     assert adapter.training["settings"]["learning_rate"] == 8.1e-2
     assert (adapter.training["capture"], adapter.training["energy"]) == (None, {})
     assert any(R.any() for R in adapter.R.values())
-    assert not any(R.any() for R in Adapter.start(adapter.load_basis()).R.values())
+    assert not any(R.any() for R in Adapter.fresh(adapter.load_basis()).R.values())
     assert "The basis holds" not in (tmp_path / "a" / "README.md").read_text()
 
 

@@ -259,7 +259,7 @@ def test_a_finished_adapter_of_other_settings_data_or_basis_is_not_kept(
 def test_the_verb_keeps_an_adapter_of_ones_own_loop(
     llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = Adapter.start(Basis.load(basis))
+    adapter = Adapter.fresh(Basis.load(basis))
     adapter.training = {"steps": 500, "settings": {"max_length": 128}}  # what one's own loop likes to say
     adapter.save(tmp_path / "adapters" / "a")
     monkeypatch.chdir(tmp_path)

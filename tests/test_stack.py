@@ -24,7 +24,7 @@ from tests.random_adapter import save_adapter
 
 def random_adapter(basis: Basis, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    adapter = Adapter.start(basis, scaling=2.0)
+    adapter = Adapter.fresh(basis, scaling=2.0)
     adapter.R = {n: torch.randn(4, 4, generator=generator, dtype=torch.float64) for n in adapter.R}
     return adapter
 

@@ -47,7 +47,7 @@ def test_tasks_together_end_as_each_alone(
         assert written.training["together"] == ["minus", "plus"]
         for key in ("steps", "train_loss", "valid_loss", "best_step", "trainable_parameters"):
             assert written.training[key] == pytest.approx(alone.training[key], abs=1e-5), key
-    start = Adapter.start(Basis.load(basis))
+    start = Adapter.fresh(Basis.load(basis))
     assert not equal(together[0], start, 1e-3)
     assert not equal(together[0], together[1], 1e-3)
     assert not list((tmp_path / "together").glob(".*"))

@@ -46,7 +46,7 @@ def test_such_a_model_is_trained_and_merged(name: str, tasks: dict[str, TaskData
     basis = calibrate(str(base), tasks, CalibrationSettings(rank=2, dtype="float32"))
     settings = FitSettings(max_steps=12, learning_rate=3e-2, max_length=64)
     adapter = fit(str(base), basis, tasks["plus"], tmp_path / "a", settings)
-    start = Adapter.start(basis)
+    start = Adapter.fresh(basis)
     assert all((R - start.R[name]).abs().max() > 1e-3 for name, R in adapter.R.items())
     result = merge(adapter, tmp_path / "model", verify=True)
     assert (result["verify"]["relative_difference"] < 1e-5, result["verify"]["streamed"]) == (True, False)
@@ -63,7 +63,7 @@ def test_of_several_adapters_none_is_the_weight(tmp_path: Path) -> None:
     base = make(tmp_path / "base", "Mamba")
     basis: Basis = calibrate(str(base), {}, CalibrationSettings(rank=2, directions="random"))
     network = BaseModel.resolve(base).load()
-    Stack(network, {"a": Adapter.start(basis), "b": Adapter.start(basis)})
+    Stack(network, {"a": Adapter.fresh(basis), "b": Adapter.fresh(basis)})
     with pytest.raises(SettingsError, match=r"layers read whole weights.*one adapter at a time"):
         network(torch.tensor([[1, 2]]))
 

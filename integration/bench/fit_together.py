@@ -23,7 +23,7 @@ def together(rounds: int, tokens: int) -> dict[str, list[float]]:
     model = load(torch.float32)
     basis = random_basis(model, 64)
     ids = torch.randint(0, 49152, (TASKS, tokens))
-    alone = Adapter.start(basis)
+    alone = Adapter.fresh(basis)
 
     def step(rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         model(input_ids=rows, labels=rows).loss.backward()
@@ -31,7 +31,7 @@ def together(rounds: int, tokens: int) -> dict[str, list[float]]:
         optimizer.zero_grad()
 
     def mixed() -> Callable[[], None]:
-        stack = Stack(model, {str(k): Adapter.start(basis) for k in range(TASKS)})
+        stack = Stack(model, {str(k): Adapter.fresh(basis) for k in range(TASKS)})
         values = [torch.nn.Parameter(v) for v in stack.values]
         optimizers = [torch.optim.AdamW([v], fused=True) for v in values]
         stack.use(stack.names)

@@ -188,7 +188,7 @@ def _make(root: Path) -> None:
     basis = calibrate(base, {"a": root / "rows"}, CalibrationSettings(rank=4, samples=8, dtype="float32"))
     basis.save(root / "basis")
     calibrate(base, {}, CalibrationSettings(rank=4, directions="block")).save(root / "blocks")
-    adapter = Adapter.start(Basis.load(root / "basis"), scaling=2.0)
+    adapter = Adapter.fresh(Basis.load(root / "basis"), scaling=2.0)
     generator = torch.Generator().manual_seed(0)
     adapter.R = {name: torch.randn(R.shape, generator=generator) for name, R in adapter.R.items()}
     adapter.save(root / "adapter")

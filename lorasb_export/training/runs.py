@@ -176,7 +176,7 @@ class TrainingRuns:
     def _trainer(self, settings: FitSettings, folder: Path, identity: Mapping[str, Any]) -> RTrainer:
         fresh: dict[str, Any] = {"scaling": settings.scaling, "init": settings.init}
         if len(self.tasks) > 1:
-            adapters = [Adapter.start(self.basis, **fresh) for _ in self.tasks]
+            adapters = [Adapter.fresh(self.basis, **fresh) for _ in self.tasks]
             stack = Stack(self.network, dict(zip((task.name for task in self.tasks), adapters, strict=True)))
         else:
             adapters, stack = [Adapter.attach(self.network, self.basis, **fresh)], None

@@ -12,7 +12,7 @@ from .verb import Run
 from .words import human_bytes
 
 INTERRUPTED = "What was not finished is not published; the same command again sends what is missing."
-_SHOWN = 10  # of the files that are skipped; --json lists all
+_SHOWN = 10  # of the files that are skipped, or replaced; --json lists all
 
 
 def run(
@@ -93,14 +93,24 @@ def _text(results: list[dict[str, Any]], dry_run: bool) -> str:
 def _done(result: dict[str, Any]) -> str:
     done = "Pushed" if result["changed"] else "Already there:"
     text = f"{done} {len(result['files'])} files, {human_bytes(result['bytes'])}, to {result['url']}"
-    return "\n".join([text, *_skipped(result)])
+    return "\n".join([text, *_lines("replaced", _replaced(result)), *_skipped(result)])
+
+
+def _replaced(result: dict[str, Any]) -> list[str]:
+    """The adapters that were there with other weights: from a clone a push puts back what others have renewed since."""
+    changed = [file["path"] for file in result["files"] if file["change"] == "changed"]
+    return [path for path in changed if path.rpartition("/")[2] == "adapter.safetensors"]
 
 
 def _skipped(result: dict[str, Any]) -> list[str]:
-    """A line for each of the first few; hidden files come last, for a clone has hundreds under `.git`."""
-    paths = sorted(result["skipped"], key=lambda path: path.startswith("."))
-    more = [f"  skipped  {len(paths) - _SHOWN} more"] if len(paths) > _SHOWN else []
-    return [f"  skipped  {path}" for path in paths[:_SHOWN]] + more
+    """Hidden files come last, for a clone has hundreds under `.git`."""
+    return _lines("skipped", sorted(result["skipped"], key=lambda path: path.startswith(".")))
+
+
+def _lines(what: str, paths: list[str]) -> list[str]:
+    """A line for each of the first few."""
+    more = [f"{len(paths) - _SHOWN} more"] if len(paths) > _SHOWN else []
+    return [f"  {what:8} {path}" for path in [*paths[:_SHOWN], *more]]
 
 
 def _plan(plan: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from integration.hub_client import CLI, Hub, for_one_test, make_adapter, make_basis, make_merged
+from integration.hub_server import Fault
 from lorasb_export.files.storage import sha256_file
 
 DOWNLOAD = (
@@ -132,6 +133,54 @@ def test_a_basis_of_its_own_repository(any_hub: Hub, adapter: Path, basis: Path)
 
     again = any_hub.push(adapter, "me/a", basis_repo="me/basis", public=True)  # me/a is there, and stays private
     assert (again["private"], again["basis"]) == (True, f"me/basis@{commit}")
+
+
+def test_a_basis_is_named_at_a_commit_that_is_there(any_hub: Hub, adapter: Path, basis: Path) -> None:
+    """The one named before is in the cache still, though its history was squashed."""
+    old = any_hub.push(basis, "me/basis")["commit"]
+    any_hub.push(adapter, "me/a", basis_repo="me/basis")
+    repo = any_hub.repos["me/basis"]
+    new = repo.commit("main", dict(repo.commits[old]), "squashed")
+    del repo.commits[old]
+    for words in ({"dry_run": True, "basis_to_come": True}, {"dry_run": True}, {}):
+        named = "me/basis" if "basis_to_come" in words else f"me/basis@{new}"
+        assert any_hub.push(adapter, "me/a", basis_repo="me/basis", **words)["basis"] == named
+    del any_hub.repos["me/basis"]
+    refused = any_hub.push(adapter, "me/a", basis_repo="me/basis")
+    assert refused["text"].startswith("the adapter's basis: the Hub has no such repository")
+
+
+def test_a_basis_just_pushed_is_found_though_the_hub_fails_for_a_moment(
+    any_hub: Hub, adapter: Path, basis: Path
+) -> None:
+    """The cache would say what main was before."""
+    any_hub.push(basis, "me/basis")
+    any_hub.push(adapter, "me/a", basis_repo="me/basis")
+    other = make_basis(basis.with_name("other"), any_hub.base, seed=7)
+    commit = any_hub.push(other, "me/basis")["commit"]
+    any_hub.faults.append(Fault("GET /api/models/me/basis", status=503))
+    any_hub.faults.append(Fault("HEAD /me/basis/resolve/main/", status=503, times=99))
+    of_other = make_adapter(adapter.with_name("b"), other)
+    assert any_hub.push(of_other, "me/b", basis_repo="me/basis")["basis"] == f"me/basis@{commit}"
+
+
+def test_what_a_gitignore_there_names_is_sent_too(any_hub: Hub, basis: Path) -> None:
+    any_hub.push(basis, "me/basis")
+    make_basis(basis.with_name("other"), any_hub.base, seed=7)
+    repo = any_hub.repos["me/basis"]
+    ignored = {".gitignore": any_hub.store.regular(b"*.safetensors\n*.json\n")}
+    repo.commit("main", {**repo.commits[repo.refs["main"]], **ignored}, "web")
+    any_hub.push(basis.with_name("other"), "me/basis")
+    for name in ("basis.safetensors", "basis_config.json"):
+        assert any_hub.content("me/basis", name) == (basis.with_name("other") / name).read_bytes()
+
+
+def test_what_main_has_is_sent_to_a_branch_that_lacks_it(any_hub: Hub, basis: Path) -> None:
+    make_basis(basis.with_name("other"), any_hub.base, seed=7)
+    any_hub.push(basis, "me/basis")
+    any_hub.push(basis.with_name("other"), "me/basis", revision="exp")
+    any_hub.push(basis, "me/basis", revision="exp")
+    assert any_hub.files("me/basis", "exp") == any_hub.files("me/basis")
 
 
 def test_stale_weights_go_in_the_same_commit(any_hub: Hub, tmp_path: Path) -> None:

@@ -83,6 +83,25 @@ def test_many_files_come_in_several_commits_each_of_them_whole(any_hub: Hub, pro
     assert any_hub.commits(REPO) == 4
 
 
+def test_many_files_are_one_pull_request(any_hub: Hub, project: Path) -> None:
+    for seed, name in enumerate("cde"):
+        make_adapter(project / "adapters" / name, project / "basis", seed=seed)
+    any_hub.run(FEW, "push", "--config", project / "lorasb.toml", "--create-pr", "--json")
+    assert set(any_hub.repos[REPO].refs) == {"main", "refs/pr/1"}
+
+
+def test_adapters_that_take_the_place_of_others_are_named(any_hub: Hub, project: Path) -> None:
+    words = "push", "--config", project / "lorasb.toml"
+    pushed(any_hub, project)
+    (project / "adapters" / "a" / "README.md").write_text("Ours.\n")
+    shutil.rmtree(project / "adapters" / "b")
+    make_adapter(project / "adapters" / "b", project / "basis", seed=6)
+    make_adapter(project / "adapters" / "d", project / "basis", seed=7)
+    lines = any_hub.start(CLI, *words)[1].splitlines()
+    assert [line for line in lines if "replaced" in line] == ["  replaced adapters/b/adapter.safetensors"]
+    assert "replaced" not in any_hub.start(CLI, *words)[1]
+
+
 def commits(hub: Hub) -> list[Mapping[str, Entry]]:
     """The files of each commit that a push made, oldest first."""
     return list(hub.repos[REPO].commits.values())[1:]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from integration import one_repository
 from integration.hub_client import CLI, Hub, make_adapter, make_basis
@@ -190,6 +191,22 @@ def test_an_index_of_another_hand_harms_nobody(any_hub: Hub, project: Path, edit
     make_adapter(project / "adapters" / "d", project / "basis", seed=4)
     pushed(any_hub, project)
     assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/d", "bases/z", "basis"]
+
+
+def test_a_config_that_is_no_text_stops_nobody(any_hub: Hub, project: Path, theirs: Path, edit: Edit) -> None:
+    """Of a classifier that comes first on the card, and of one that the index does not know."""
+    adapter = Adapter.load(theirs / "adapters" / "c")
+    adapter.task_type, adapter.head = "SEQ_CLS", {"score.weight": torch.zeros(2, 16)}
+    adapter.training = {"labels": ["no", "yes"]}
+    adapter.save(theirs / "adapters" / "0")
+    pushed(any_hub, theirs)
+    edit("adapters/0/adapter_config.json", b"\xff")
+    pushed(any_hub, project)
+    assert "adapters/0" in parts(any_hub)
+    edit("lorasb.json", None)
+    make_adapter(project / "adapters" / "d", project / "basis", seed=4)
+    pushed(any_hub, project)
+    assert parts(any_hub) == ["adapters/a", "adapters/b", "adapters/c", "adapters/d", "basis"]
 
 
 def test_a_card_of_another_hand_is_named(any_hub: Hub, project: Path, theirs: Path, edit: Edit) -> None:

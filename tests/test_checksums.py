@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,3 +78,28 @@ def test_without_it_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     (tmp_path / SUMS).write_bytes(b"")
     with pytest.raises(ArtifactError, match="it lists no file"):
         verify(tmp_path)
+
+
+def test_of_many_adapters_few_patterns_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file of the Hub is compared with each of them."""
+    names = ["a", "ab", *map(str, range(100))]
+    paths = [f"adapters/{name}/{file}" for name in names for file in ("adapter.safetensors", "adapter_config.json")]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    (tmp_path / SUMS).write_bytes(checksums({path: tmp_path / path for path in paths}))
+    asked: list[list[str]] = []
+
+    def fetch(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    commit = "0" * 40
+    assert verify(f"me/support@{commit}")["files"] == len(paths)
+    assert asked[1] == ["adapters/*/adapter.safetensors", "adapters/*/adapter_config.json"]
+    assert verify(f"me/support/adapters/a@{commit}")["files"] == 2
+    assert set(asked[3]) == {"adapters/a/adapter.safetensors", "adapters/a/adapter_config.json"}
+    (tmp_path / "adapters" / "ab" / "adapter.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"adapters/ab/adapter.safetensors missing"):
+        verify(f"me/support@{commit}")

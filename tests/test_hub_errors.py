@@ -38,6 +38,7 @@ def test_a_name_that_the_hub_does_not_know_is_not_taken_for_a_bad_token() -> Non
     ("status", "headers", "seconds"),
     [
         (429, {"Retry-After": "7"}, 7.0),
+        (429, {"Retry-After": "300"}, 300.0),
         (429, {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55.0),
         (429, {"ratelimit": '"api";r=0;t=301'}, None),
         (429, {}, 0.0),
@@ -81,6 +82,7 @@ def test_a_panic_of_hf_xet_is_our_error() -> None:
     ("error", "of_every_repository"),
     [
         ((401, HfHubHTTPError), True),
+        ((402, HfHubHTTPError), True),
         ((403, HfHubHTTPError), True),
         ((429, HfHubHTTPError), True),
         ((503, HfHubHTTPError), True),

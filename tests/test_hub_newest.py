@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lorasb_export.errors import BaseModelError
 from lorasb_export.hub.fetch import snapshot
@@ -71,3 +73,64 @@ def test_of_a_cache_that_is_only_read_the_older_commit_is_taken(
     )
     # Then its weights, of that commit: something that the administrator's did not ask for is not there.
     assert snapshot(f"{name}@{old.name}", ["*"], BaseModelError, cached=old) == (name, old.name, old)
+
+
+class Cache:
+    """Of one repository; `fetch` takes what it is asked for, or what lies here, the commit `a…`."""
+
+    def __init__(self, folder: Path, *, reached: bool = True) -> None:
+        self.folder, self.reached = folder, reached
+        self.fetched: list[str | None] = []
+
+    def fetch(self, *, revision: str | None, local_files_only: bool = False) -> str:
+        if not self.reached and not local_files_only:
+            raise LocalEntryNotFoundError("not there")
+        self.fetched.append(revision)
+        folder = self.folder / "snapshots" / ("a" * 40 if local_files_only else str(revision))
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *found: int | str | None) -> None:
+    """The Hub gives these, one at a time: a commit, or none, or an error's status."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    left = iter(found)
+
+    def model_info(*_: Any, **__: Any) -> SimpleNamespace:
+        if not isinstance(answer := next(left), int):
+            return SimpleNamespace(sha=answer)
+        response = httpx2.Response(answer, request=httpx2.Request("GET", "http://hub"))
+        raise HfHubHTTPError("refused", response=response)
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+
+
+def test_one_command_takes_one_commit_also_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub fails where the first of two adapters is asked for, and answers for the second."""
+    answers(monkeypatch, 403, "b" * 40)
+    cache = Cache(tmp_path)
+    with asked_once():
+        found = [at_newest("me/twice", None, cache.fetch) for _ in range(2)]
+    assert [Path(folder).name for folder in found] == ["a" * 40] * 2
+
+
+def test_a_mirror_that_does_not_say_the_commit_is_asked_for_the_branch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, None)
+    cache = Cache(tmp_path)
+    at_newest("me/mirrored", "v1", cache.fetch)
+    assert cache.fetched == ["v1"]
+
+
+def test_what_cannot_be_fetched_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, "b" * 40)
+    assert Path(at_newest("me/cut-off", None, Cache(tmp_path, reached=False).fetch)).name == "a" * 40
+
+
+def test_a_hub_that_answers_again_is_waited_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, *[503] * 5, "b" * 40, 503, "c" * 40)
+    cache = Cache(tmp_path)
+    found = [Path(at_newest("me/recovers", None, cache.fetch)).name for _ in range(3)]
+    assert found == ["a" * 40, "b" * 40, "c" * 40]

@@ -212,3 +212,12 @@ def test_a_long_list_of_tokens_hides_no_path() -> None:
     files: outgoing.Files = {"tokenizer_config.json": json.dumps(content).encode()}
     outgoing.take_out_paths(files)
     assert json.loads(outgoing.content_of(files["tokenizer_config.json"])) == content | {"name_or_path": "base"}
+
+
+def test_a_routed_export_has_no_file_for_each_adapter(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no other file is named")
+    write_json(tmp_path / "lorasb.json", {"kind": "onnx-adapters", "adapters": {"a": {}}, "routed": True})
+    outgoing.refuse_incomplete({"model.onnx": tmp_path / "model.onnx"}, "onnx-adapters", tmp_path)
+    write_json(tmp_path / "lorasb.json", {"kind": "onnx-adapters", "adapters": {"a": {}}})
+    with pytest.raises(ArtifactError, match=r"no a\.onnx_adapter"):
+        outgoing.refuse_incomplete({"model.onnx": tmp_path / "model.onnx"}, "onnx-adapters", tmp_path)

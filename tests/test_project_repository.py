@@ -15,15 +15,17 @@ from typer.testing import CliRunner
 from lorasb_export import Adapter, basis_source
 from lorasb_export.cards.project_card import project_card
 from lorasb_export.cards.sections import NOTHING
-from lorasb_export.errors import ArtifactError, LoraSBError, SettingsError
+from lorasb_export.errors import ArtifactError, LoraSBError, OutputError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
+from lorasb_export.format import sealed
 from lorasb_export.hub.ids import HubFolder, parse_hub_folder
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.project.project import Project
 from lorasb_export.project.push import push_project
 from lorasb_export.publishing import project_repository
 from lorasb_export.publishing.outgoing import is_publishable, part_of, stale
-from lorasb_export.publishing.project_index import about, labels_of, make_index
+from lorasb_export.publishing.project_index import about, labels_of, make_index, others, refuse_lost
+from lorasb_export.publishing.repository import Head, Repository, Stored
 from tests.pushing import BASE, make
 
 
@@ -213,3 +215,63 @@ def test_inspect_of_a_copy_takes_what_strangers_write(tmp_path: Path) -> None:
     assert found["parts"]["adapters/a"] == about | {"evaluation": evaluation}
     done = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert (done.exit_code, "adapters/a" in done.stdout) == (0, True)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_token_in_an_adapters_log_is_not_published(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    (adapter / "training_log.jsonl").write_text("hf_" + "abcdefghijklmnopqrstuvwxyz")
+    with pytest.raises(ArtifactError, match="an access token is in this file"):
+        list(push_project(Project(tmp_path), "me/support", dry_run=True))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_basis_that_was_replaced_is_not_published_with_its_adapters(tmp_path: Path) -> None:
+    basis, _ = make(tmp_path)
+    other, _ = make(tmp_path / "other", seed=1)
+    shutil.rmtree(basis)
+    other.rename(basis)
+    with pytest.raises(ArtifactError, match="the adapter was trained in"):
+        list(push_project(Project(tmp_path), "me/support", dry_run=True))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_projects_basis_is_called_basis_there_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    basis, adapter = make(tmp_path)
+    basis.rename(tmp_path / "my basis")
+    config = read_json(adapter / "adapter_config.json")
+    config["basis"]["source"] = "../../my basis"
+    write_json(adapter / "adapter_config.json", sealed(config))
+    plan = dict(push_project(Project(tmp_path, basis_path="my basis"), "me/support", dry_run=True))["me/support"]
+    assert not isinstance(plan, LoraSBError)
+    assert "basis/basis.safetensors" in [file["path"] for file in plan["files"]]
+
+
+def test_weights_that_a_push_no_longer_has_are_stale() -> None:
+    shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    assert stale([*shards, "notes.txt"], [], {"model.safetensors": b""}) == shards
+    there = ["adapters/a/basis.safetensors", "full.safetensors"]
+    assert stale(there, [], {"README.md": b"", "adapters/a/adapter.safetensors": b""}) == there[:1]
+
+
+ABOUT = {"sha256": "a" * 64, "basis": "../../basis", "basis_sha256": "b" * 64, "base_model": "x", "task_type": "y"}
+
+
+def test_what_is_badly_named_there_is_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["adapters/a", "adapters/q[1]"]
+    index = {"base": {"name_or_path": "x"}, "parts": dict.fromkeys(parts, ABOUT)}
+    monkeypatch.setattr(Repository, "text", lambda *_: json.dumps(index))
+    head = Head(files={f"{part}/adapter.safetensors": Stored("a" * 64, large=True, size=1) for part in parts})
+    assert list(others(Repository("me/support", None), head, ())) == ["adapters/a"]
+
+
+def test_adapters_of_another_base_there_are_no_neighbours() -> None:
+    with pytest.raises(OutputError, match=r"adapters there \(adapters/b\) are for another base model, z"):
+        refuse_lost({"adapters/a": ABOUT}, {"adapters/b": ABOUT | {"base_model": "z"}}, "me/support")
+
+
+def test_an_index_has_the_figures() -> None:
+    config = {"sha256": "a" * 64, "basis": {"source": "../../basis", "sha256": "b" * 64}, "task_type": "SEQ_CLS"}
+    config |= {"base_model_name_or_path": "owner/base", "revision": None, "base_fingerprint": "f" * 64}
+    figures = {"test": {"accuracy": {"base": None, "adapter": 0.5, "rows": 100}}}
+    assert about("adapter", config | {"training": {"evaluation": figures}})["evaluation"] == figures

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lorasb_export import push
+from lorasb_export import Adapter, push
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.files.storage import write_json
 from lorasb_export.inspection import inspect_folder
@@ -114,3 +116,22 @@ def test_wrong_options(tmp_path: Path, repo: str, options: dict[str, Any], messa
     with pytest.raises(SettingsError) as caught:
         push(basis, repo, dry_run=True, **options)
     assert str(caught.value) == message.format(basis)
+
+
+def test_a_basis_inside_is_not_sent_where_it_has_a_repository(tmp_path: Path) -> None:
+    _, adapter = make(tmp_path)
+    found = Adapter.load(adapter)
+    found.load_basis()
+    found.save(tmp_path / "adapters" / "e", embed=True)
+    plan = push(tmp_path / "adapters" / "e", "me/e", basis_repo="me/basis", dry_run=True)
+    assert not [file["path"] for file in plan["files"] if file["path"].startswith("basis")]
+
+
+def test_a_merged_model_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    write_json(tmp_path / "lorasb.json", {"kind": "merged"})
+    save_file({"x": torch.zeros(64)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
+        push(tmp_path, "me/merged", dry_run=True)

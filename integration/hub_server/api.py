@@ -8,6 +8,8 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 
@@ -70,14 +72,16 @@ class Handler(BaseHandler):
         self.json({"errors": [], "warnings": []})
 
     def preupload(self, id: str, rev: str) -> None:
-        there, files = self._commit_of(id, rev)[1], []
-        for asked in json.loads(self.body)["files"]:
+        there, files, body = self._commit_of(id, rev)[1], [], json.loads(self.body)
+        ignored = (body.get("gitIgnore") or self._gitignore(there)).split()
+        for asked in body["files"]:
             sample = base64.b64decode(asked["sample"], validate=True)
             if len(sample) != min(512, asked["size"]):
                 raise Violation(400, f"{asked['path']}: the sample has {len(sample)} bytes")
             entry = there.get(asked["path"])
             mode = "lfs" if asked["path"].endswith(".safetensors") or not _is_text(sample) else "regular"
-            files.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False})
+            ignore = any(fnmatch(asked["path"], pattern) for pattern in ignored)
+            files.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": ignore})
             files[-1] |= {"oid": entry.oid} if entry else {}
         self.json({"files": files})
 
@@ -190,6 +194,9 @@ class Handler(BaseHandler):
         if sha not in repo.commits:
             raise Answer(404, f"Invalid rev id: {rev}", "RevisionNotFound")
         return sha, repo.commits[sha]
+
+    def _gitignore(self, there: Mapping[str, Entry]) -> str:
+        return self.server.store.path(there[".gitignore"].sha256).read_text() if ".gitignore" in there else ""
 
     def _lfs(self, oid: str, size: int) -> Entry:
         path = self.server.store.path(oid)

@@ -263,7 +263,8 @@ def classify(folder: str | Path, batch: Mapping[str, np.ndarray[Any, Any]]) -> n
 
     Raises:
         ArtifactError: the graph is damaged or missing, or does not run on the CPU.
-        DataError: the batch lacks an array that the graph reads.
+        DataError: the batch lacks an array that the graph reads; or the graph does not run on it: its texts may be
+            longer than the model's positions reach.
         MissingPackageError: onnxruntime is not installed.
     """
     return run_classifier(open_session(expanded(folder)), batch)
@@ -275,5 +276,10 @@ def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> n
     if absent := [name for name in names if name not in batch]:
         fix = "Take what the tokenizer of the folder returns"
         raise DataError(f"the batch has no {', '.join(absent)}, which the graph reads", fix=fix)
-    logits: np.ndarray[Any, Any] = session.run(None, {name: batch[name] for name in names})[0]
+    try:
+        logits: np.ndarray[Any, Any] = session.run(None, {name: batch[name] for name in names})[0]
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        tokens = max(batch[name].shape[-1] for name in names)
+        what = f"the graph does not run on texts of {tokens} tokens: {first_line(error):.300}"
+        raise DataError(what, fix="Cut them where training did: truncation=True, max_length=N") from None
     return logits

@@ -28,7 +28,7 @@ _ANSWERS = {
     413: ("that is more than the Hub takes at once", "Push fewer adapters at a time"),
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
 }
-_OF_THE_TOKEN = (401, 403, 429)  # what it may, and how often
+_OF_THE_TOKEN = (401, 402, 403, 429)  # what it may, how much and how often
 
 T = TypeVar("T")
 

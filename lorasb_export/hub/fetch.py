@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
 ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
 BASIS_FILES = ("basis_config.json", "basis.safetensors")
+_OF_ADAPTER = re.compile(rf"^{ADAPTERS}/[^/]+/")
 MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 
@@ -54,8 +55,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
         which = "folder of that repository" if asked.path else "repository"
         fix = "See what it is: lorasb inspect"
         raise ArtifactError(f"that {which} has no {' or '.join(files)}", where=where, fix=fix)
-    for damaged in (file for file in found if not is_intact(root / file)):
-        _fetch_again(name, commit, root, damaged)
+    _mend(name, commit, root, found)
     return root / asked.path, where
 
 
@@ -72,9 +72,23 @@ def adapters_folder(source: str) -> Path:
     files = {"adapter": (*ADAPTER_FILES, *BASIS_FILES), "basis": BASIS_FILES}
     wanted = [f"{part}/{file}" for part, kind in PARTS.items() for file in files[kind]]
     name, commit, root = snapshot(str(repo), wanted, ArtifactError)
-    for file in sorted(path for path in root.rglob("*") if path.is_file() and not is_intact(path)):
-        _fetch_again(name, commit, root, file.relative_to(root).as_posix())
+    _mend(name, commit, root, sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
     return root / ADAPTERS
+
+
+def fetch_listed(source: str, files: Sequence[str]) -> Path:
+    """The root of a repository on the Hub with those of `files`, by their paths there, that it has.
+
+    A pattern for each file would take the square of their number where a project has thousands of adapters: those of
+    one name are fetched of all its adapters.
+
+    Raises:
+        ArtifactError: as for `resolve_folder`.
+    """
+    patterns = sorted({_OF_ADAPTER.sub(f"{ADAPTERS}/*/", file) for file in files})
+    name, commit, root = snapshot(source, patterns, ArtifactError)
+    _mend(name, commit, root, [file for file in files if (root / file).is_file()])
+    return root
 
 
 def snapshot(
@@ -135,12 +149,16 @@ def neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: s
     return kind(f"{before}neither a folder nor a Hub id", where=str(source), fix=fix)
 
 
-def _fetch_again(name: str, commit: str, folder: Path, file: str) -> None:
+def _mend(name: str, commit: str, folder: Path, files: Sequence[str]) -> None:
+    """Fetch again, once, those that are not as the Hub names them."""
     from huggingface_hub import hf_hub_download
 
     where = f"{name}@{commit}"
-    with hub_errors(where, ArtifactError):
-        with_retries(lambda: hf_hub_download(name, file, revision=commit, force_download=True))
-    if not is_intact(folder / file):
-        fix = "Try again later; if it stays so, ask the owner to upload it again"
-        raise ArtifactError(f"{file} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)
+    for file in files:
+        if is_intact(folder / file):
+            continue
+        with hub_errors(where, ArtifactError):
+            with_retries(partial(hf_hub_download, name, file, revision=commit, force_download=True))
+        if not is_intact(folder / file):
+            fix = "Try again later; if it stays so, ask the owner to upload it again"
+            raise ArtifactError(f"{file} does not arrive as the Hub names it (its hash differs)", where=where, fix=fix)

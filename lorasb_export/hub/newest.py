@@ -90,6 +90,7 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
         except LocalEntryNotFoundError:
             raise error from None
         _warn(name, revision, Path(folder), _reason(error))
+        known[name, revision] = Path(folder).name
         return folder
     _failing.discard(name)
     if commit is None:

@@ -27,7 +27,9 @@ class AdapterBases:
     def __init__(self, repository: Repository, head: Head, *, public: bool, dry_run: bool) -> None:
         self._repository, self._head, self._dry_run = repository, head, dry_run
         self._private = head.stays_private(public)
-        self._pinned: dict[tuple[HubFolder, str], str | None] = {}  # what was asked of the Hub
+        # What was asked of the Hub.
+        self._pinned: dict[tuple[HubFolder, str], str | None] = {}
+        self._there: dict[HubFolder, bool] = {}
 
     def settle(
         self, adapter: Adapter, files: Files, source: str, *, place: str = "", to_come: bool = False
@@ -61,15 +63,18 @@ class AdapterBases:
         if basis is None:
             fix = "Push the basis first and name it with --basis-repo, or upload it in the adapter with --with-basis"
             raise ArtifactError("nobody else could find this adapter's basis, a local folder", where=source, fix=fix)
-        if basis.revision is None:
-            published = _published_basis(self._repository.text(self._head, f"{place}adapter_config.json"))
-            before = parse_hub_folder(str(published.get("source")))
-            is_same = published.get("sha256") == adapter.basis_sha256
-            basis = before if is_same and before and before._replace(revision=None) == basis else basis
-        if not self._head.reached or (self._dry_run and to_come and basis.revision is None):
+        if not self._head.reached:
             return source
-        key = basis, adapter.basis_sha256
         try:
+            if basis.revision is None:
+                published = _published_basis(self._repository.text(self._head, f"{place}adapter_config.json"))
+                before = parse_hub_folder(str(published.get("source")))
+                is_same = published.get("sha256") == adapter.basis_sha256
+                if is_same and before and before._replace(revision=None) == basis and self._is_there(before):
+                    basis = before
+            if self._dry_run and to_come and basis.revision is None:
+                return source
+            key = basis, adapter.basis_sha256
             if key not in self._pinned:
                 self._pinned[key] = self._pin(*key)
         except ServerError as error:
@@ -77,6 +82,19 @@ class AdapterBases:
                 raise
             return source
         return self._pinned[key] or source
+
+    def _is_there(self, basis: HubFolder) -> bool:
+        """Whether the Hub has that commit still: what lies in the cache is there also when the repository was deleted,
+        or its history squashed."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        if basis not in self._there:
+            with hub_errors(str(basis), ServerError, "the adapter's basis: "):
+                try:
+                    self._there[basis] = bool(_commit_of(basis.repo, basis.revision))
+                except (RepositoryNotFoundError, RevisionNotFoundError):
+                    self._there[basis] = False
+        return self._there[basis]
 
     def _pin(self, basis: HubFolder, sha256: str) -> str | None:
         """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is
@@ -137,6 +155,16 @@ def _published_basis(config: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _commit_of(repo: str, revision: str | None) -> str:
+    """The commit that a revision is on the Hub now, main where None. (A download would be answered from the cache
+    where the Hub fails or is not asked.)"""
+    from huggingface_hub import HfApi
+
+    commit = with_retries(lambda: HfApi().model_info(repo, revision=revision)).sha
+    assert commit is not None
+    return commit
+
+
 def _basis_config(basis: HubFolder, branch: str | None) -> tuple[Path, str]:
     """It, and the commit: at that revision; without one on `branch`, if there is such, else on main."""
     from huggingface_hub import hf_hub_download
@@ -145,8 +173,8 @@ def _basis_config(basis: HubFolder, branch: str | None) -> tuple[Path, str]:
     inside = PurePosixPath(basis.path) / "basis_config.json"
 
     def get(at: str | None) -> tuple[Path, str]:
-        path = Path(with_retries(lambda: hf_hub_download(basis.repo, str(inside), revision=at)))
-        return path, path.parents[len(inside.parts) - 1].name
+        commit = _commit_of(basis.repo, at)
+        return Path(with_retries(lambda: hf_hub_download(basis.repo, str(inside), revision=commit))), commit
 
     if basis.revision is None and branch is not None:
         with suppress(RevisionNotFoundError):

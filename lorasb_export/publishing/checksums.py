@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ArtifactError, some
 from ..files.storage import absolute, sha256_file, version_of
-from ..hub.fetch import resolve_folder
+from ..hub.fetch import fetch_listed, resolve_folder
 from ..hub.ids import parse_hub_folder
 from .outgoing import SUMS, Files, is_publishable, part_of
 
@@ -66,7 +66,7 @@ def verify(source: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{SUMS} lists no file in {inside}", where=where, fix="Check the name of the folder")
     on_disk = where == str(folder)
     if not on_disk:
-        folder, _ = resolve_folder(where, tuple(listed))
+        folder = resolve_folder(where, tuple(listed))[0] if inside else fetch_listed(where, list(listed))
     missing = [path for path in listed if not (folder / path).is_file()]
     changed = [path for path in listed if path not in missing and digest(folder / path) != listed[path]]
     if missing or changed:

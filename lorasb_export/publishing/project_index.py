@@ -67,7 +67,7 @@ def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[st
             continue
         one = known.get(part)
         if one is None or (weights.large and weights.digest != one["sha256"]):
-            one = _checked(kind, _from_config(kind, repository.text(head, f"{part}/{kind}_config.json")))
+            one = _checked(kind, _from_config(kind, repository, head, f"{part}/{kind}_config.json"))
         if one is not None:
             found[part] = one
     return found
@@ -102,9 +102,9 @@ def refuse_lost(mine: Mapping[str, About], others: Mapping[str, About], where: s
         raise OutputError(what, where=where, fix="Choose another repository, or delete them in that one")
 
 
-def _from_config(kind: str, text: str) -> About | None:
+def _from_config(kind: str, repository: Repository, head: Head, path: str) -> About | None:
     try:
-        return about(kind, parse_json(text))
+        return about(kind, parse_json(repository.text(head, path)))
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 

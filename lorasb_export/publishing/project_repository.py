@@ -10,6 +10,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class _Reader:
             ServerError: the Hub refuses, fails or cannot be reached.
         """
         kind = kind_of_part(part)
-        if problem := name_problem(folder.name, "name a folder on the Hub"):
+        if problem := name_problem(posixpath.basename(part), "name a folder on the Hub"):
             raise ArtifactError(problem, where=folder, fix="Rename it")
         files, skipped = outgoing.collect(folder, kind)
         seen = outgoing.pin(files)
@@ -242,8 +243,9 @@ class _Reader:
         first = next(part for part in parts if kind_of_part(part) == "adapter")
         if parts[first]["task_type"] != SEQ_CLS:
             return dict(parts)
-        path = f"{first}/adapter_config.json"
-        config = outgoing.content_of(files[path]) if path in files else self._repository.text(head, path)
+        path, config = f"{first}/adapter_config.json", ""
+        with suppress(ArtifactError):  # somebody else's, and not UTF-8
+            config = outgoing.content_of(files[path]).decode() if path in files else self._repository.text(head, path)
         return {**parts, first: {**parts[first], "labels": labels_of(config)}}
 
     def _settle(self, part: str, adapter: Adapter, files: Files) -> tuple[str, str, Seen]:

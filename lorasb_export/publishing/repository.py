@@ -16,6 +16,7 @@ from .checksums import digest, parse
 from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, part_of, refuse_replaced, size_of, stale
 
 _TRIES = 4  # of a commit
+_IGNORED = "# nothing"  # else the Hub goes by the repository's own .gitignore, and files are left out without a word
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,14 @@ class Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         added = [CommitOperationAdd(path, files[path]) for path in changes.written]
-        self._api.preupload_lfs_files(self.name, added, revision=self.revision, create_pr=create_pr, free_memory=False)
+        self._api.preupload_lfs_files(
+            self.name,
+            added,
+            revision=self.revision,
+            create_pr=create_pr,
+            free_memory=False,
+            gitignore_content=_IGNORED,
+        )
         refuse_replaced(seen)  # all of them have been read now
         # One commit, not upload_folder: that splits large folders, and a reader could see half of one.
         return self._api.create_commit(

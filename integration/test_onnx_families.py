@@ -240,6 +240,15 @@ def test_a_classifier_gives_torchs_logits(family: str, tmp_path: Path) -> None:
     assert np.abs(expected - expected[0]).max() > 1e-2
     with pytest.raises(DataError, match=r"the batch has no attention_mask, which the graph reads"):
         classify(tmp_path / "onnx", {"input_ids": ids.numpy()})
+    short = {"input_ids": ids.int().numpy(), "attention_mask": mask.int().numpy()}
+    with pytest.raises(
+        DataError, match=r"does not run on input_ids \(\d+, \d+\), .* Give numpy arrays as its tokenizer"
+    ):
+        classify(tmp_path / "onnx", short)
+    if family == "bert":
+        beyond = np.full((1, network.config.max_position_embeddings + 1), 2)
+        with pytest.raises(DataError, match="of texts cut where training did"):
+            classify(tmp_path / "onnx", {"input_ids": beyond, "attention_mask": np.ones_like(beyond)})
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("classes", "int8"), ("numbers", "fp32")])

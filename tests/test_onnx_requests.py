@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import TaskData
-from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
+from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.exporting import onnx
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
 from lorasb_export.exporting.onnx_build import _ask_as_we_do
 from lorasb_export.exporting.onnx_record import write_record
-from lorasb_export.exporting.onnx_run import _batches, run_classifier
+from lorasb_export.exporting.onnx_run import _batches
 from lorasb_export.files.storage import read_json, write_json
 from tests.random_adapter import adapter_on
 
@@ -107,19 +105,3 @@ def test_a_graph_is_asked_without_the_penalties_of_chats(llama: Path, tmp_path: 
 
 def test_a_prompt_that_is_longer_than_what_is_read_at_once_is_read_alone() -> None:
     assert _batches([3000, 5]) == [[0], [1]]
-
-
-def test_texts_beyond_the_positions_are_told_in_our_words() -> None:
-    class Session:
-        def get_inputs(self) -> list[SimpleNamespace]:
-            return [SimpleNamespace(name="input_ids")]
-
-        def run(self, *_: Any) -> None:
-            raise RuntimeError("indices element out of data bounds, idx=600\nand more")
-
-    with pytest.raises(DataError) as caught:
-        run_classifier(Session(), {"input_ids": np.zeros((2, 600), np.int64)})
-    assert str(caught.value) == (
-        "the graph does not run on texts of 600 tokens: indices element out of data bounds, idx=600. "
-        "Cut them where training did: truncation=True, max_length=N"
-    )

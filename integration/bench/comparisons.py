@@ -75,7 +75,9 @@ def rate_steps(best: Mapping[Identity, Best]) -> str:
     lost: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for of in best.values():
         line = of.lines[0]
-        if line["task"] not in LEARNT or not line["steps"] or not of.closed or line["lr"] not in LADDER:
+        if line["task"] not in LEARNT or not line["steps"] or line["method"] == "lora-xs-mirrored":
+            continue
+        if not of.closed or line["lr"] not in LADDER:
             continue
         place = LADDER.index(line["lr"])
         lower, higher = LADDER[place - 1], LADDER[place + 1]

@@ -26,7 +26,7 @@ MAIN = {
     "one random basis for all tasks (draw 0), r = 64": "random basis, r=64",
     "**what `init` sets for text**: r = 128 on `down_proj`, a basis made from five tasks": "down: shared basis, r=128",
     "the same, own basis": "down: own basis, r=128",
-    "the same, one random basis for all tasks (on banking77 the best of three draws)": "down: random basis, r=128",
+    "the same, one random basis for all tasks (draw 0; on banking77 the best of three)": "down: random basis, r=128",
     "a block of r = 256 on `down_proj` (draw 0)": "down: block, r=256",
 }
 # README's has fewer rows, scores alone, and cola in place of mawps, where all scores are low.

@@ -73,7 +73,8 @@ class Handler(BaseHandler):
 
     def preupload(self, id: str, rev: str) -> None:
         there, files, body = self._commit_of(id, rev)[1], [], json.loads(self.body)
-        ignored = (body.get("gitIgnore") or self._gitignore(there)).split()
+        lines = (body.get("gitIgnore") or self._gitignore(there)).splitlines()
+        ignored = [line for line in lines if line and not line.startswith("#")]
         for asked in body["files"]:
             sample = base64.b64decode(asked["sample"], validate=True)
             if len(sample) != min(512, asked["size"]):

@@ -279,7 +279,7 @@ def run_classifier(session: Any, batch: Mapping[str, np.ndarray[Any, Any]]) -> n
     try:
         logits: np.ndarray[Any, Any] = session.run(None, {name: batch[name] for name in names})[0]
     except Exception as error:  # onnxruntime's errors have no base class of their own
-        tokens = max(batch[name].shape[-1] for name in names)
-        what = f"the graph does not run on texts of {tokens} tokens: {first_line(error):.300}"
-        raise DataError(what, fix="Cut them where training did: truncation=True, max_length=N") from None
+        shapes = ", ".join(f"{name} {np.shape(batch[name])}" for name in names)
+        fix = "Give numpy arrays as its tokenizer makes them, of texts cut where training did (max_length)"
+        raise DataError(f"the graph does not run on {shapes}: {first_line(error):.300}", fix=fix) from None
     return logits

@@ -125,7 +125,8 @@ def _check_report(report: Path, *, may_exist: bool) -> None:
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     for path in (report, report.with_suffix(".png")):
         if path.exists() and not (may_exist and path.is_file()):
-            raise OutputError("the report exists", where=path, fix="Choose another path, or pass --overwrite")
+            fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
+            raise OutputError("the report exists", where=path, fix=fix)
 
 
 def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retained], int]:

@@ -30,6 +30,7 @@ class AdapterBases:
         # What was asked of the Hub.
         self._pinned: dict[tuple[HubFolder, str], str | None] = {}
         self._there: dict[HubFolder, bool] = {}
+        self._commits: dict[tuple[str, str | None], str] = {}
 
     def settle(
         self, adapter: Adapter, files: Files, source: str, *, place: str = "", to_come: bool = False
@@ -91,7 +92,7 @@ class AdapterBases:
         if basis not in self._there:
             with hub_errors(str(basis), ServerError, "the adapter's basis: "):
                 try:
-                    self._there[basis] = bool(_commit_of(basis.repo, basis.revision))
+                    self._there[basis] = bool(self._commit_of(basis.repo, basis.revision))
                 except (RepositoryNotFoundError, RevisionNotFoundError):
                     self._there[basis] = False
         return self._there[basis]
@@ -105,7 +106,7 @@ class AdapterBases:
         name = str(basis._replace(revision=None))
         with hub_errors(name, ServerError, "the adapter's basis: "):
             try:
-                path, commit = _basis_config(basis, self._repository.revision)
+                path, commit = self._config_of(basis)
             except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
                 if not self._dry_run or isinstance(error, GatedRepoError):
                     raise
@@ -119,6 +120,34 @@ class AdapterBases:
             what = f"the basis there is {str(found)[:12]}, the adapter was trained in {sha256[:12]}"
             raise ArtifactError(what, where=name, fix="Push the adapter's own basis first")
         return str(basis._replace(revision=commit))
+
+    def _config_of(self, basis: HubFolder) -> tuple[Path, str]:
+        """It, and the commit: at its revision; without one on the branch that is pushed to, if there is such, else on
+        main."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        inside, branch = PurePosixPath(basis.path) / "basis_config.json", self._repository.revision
+
+        def get(at: str | None) -> tuple[Path, str]:
+            commit = self._commit_of(basis.repo, at)
+            return Path(with_retries(lambda: hf_hub_download(basis.repo, str(inside), revision=commit))), commit
+
+        if basis.revision is None and branch is not None:
+            with suppress(RevisionNotFoundError):
+                return get(branch)
+        return get(basis.revision)
+
+    def _commit_of(self, repo: str, revision: str | None) -> str:
+        """The commit that a revision is on the Hub now, main where None. (A download would be answered from the cache
+        where the Hub fails or is not asked.)"""
+        from huggingface_hub import HfApi
+
+        if (repo, revision) not in self._commits:
+            commit = with_retries(lambda: HfApi().model_info(repo, revision=revision, expand=["sha"])).sha
+            assert commit is not None
+            self._commits[repo, revision] = commit
+        return self._commits[repo, revision]
 
 
 def name_in_config(files: Files, source: str) -> None:
@@ -153,30 +182,3 @@ def _published_basis(config: str) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _commit_of(repo: str, revision: str | None) -> str:
-    """The commit that a revision is on the Hub now, main where None. (A download would be answered from the cache
-    where the Hub fails or is not asked.)"""
-    from huggingface_hub import HfApi
-
-    commit = with_retries(lambda: HfApi().model_info(repo, revision=revision)).sha
-    assert commit is not None
-    return commit
-
-
-def _basis_config(basis: HubFolder, branch: str | None) -> tuple[Path, str]:
-    """It, and the commit: at that revision; without one on `branch`, if there is such, else on main."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    inside = PurePosixPath(basis.path) / "basis_config.json"
-
-    def get(at: str | None) -> tuple[Path, str]:
-        commit = _commit_of(basis.repo, at)
-        return Path(with_retries(lambda: hf_hub_download(basis.repo, str(inside), revision=commit))), commit
-
-    if basis.revision is None and branch is not None:
-        with suppress(RevisionNotFoundError):
-            return get(branch)
-    return get(basis.revision)

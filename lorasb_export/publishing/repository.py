@@ -253,6 +253,8 @@ def refuse_other(kind: str | None, head: Head, public: bool, name: str) -> None:
         fix = "Give each artifact a repository of its own"
         if there == PROJECT:
             fix = "Name no folder, to push the project; or choose another repository"
+        if there == PROJECT and kind == "adapter":
+            fix += ". To push an adapter alone, set [hub] repo in lorasb.toml and leave out --repo"
         raise OutputError(f"the repository holds another kind ({there})", where=name, fix=fix)
 
 

@@ -174,7 +174,8 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
     differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
     differing = ["chat template" if key == TEMPLATE_KEY else key for key in differing]
-    differing += [f"settings ({change})" for change in changes(saved["settings"], wanted["settings"])]
+    before = dict.fromkeys(wanted["settings"]) | saved["settings"]  # an update between the two may have brought more
+    differing += [f"settings ({change})" for change in changes(before, wanted["settings"])]
     if differing:
         raise TrainingError(
             f"the interrupted run had other {', '.join(differing)}",

@@ -41,7 +41,7 @@ def test_a_block_is_applied_by_the_lines_of_the_docs(
     model, ours = (BaseModel.resolve(llama).load() for _ in range(2))
     adapter = save_adapter(llama, model, Path("adapters/a"), LLAMA_MODULES, relative_size=0.3, directions=BLOCK)
     adapter.inject(ours)
-    blocks = (ROOT / "docs" / "how-to" / "train.md").read_text().split("```python\n")[1:]
+    blocks = (ROOT / "docs" / "how-to" / "basis.md").read_text().split("```python\n")[1:]
     (lines,) = [block.partition("```")[0] for block in blocks if ".block" in block]
     ids = torch.tensor([[1, 20, 21, 22, 23, 2]])
     before = model(ids).logits

@@ -29,11 +29,11 @@ from lorasb_export.training.muon import Muon, groups_of
 from tests import training
 
 basis = training.basis
-PAGE = Path(__file__).parents[1] / "docs/how-to/train.md"
+PAGE = Path(__file__).parents[1] / "docs/how-to/own-loop.md"
 
 
 def lines_of_docs(heading: str) -> list[str]:
-    """The blocks of Python under `heading` of the page on training."""
+    """The blocks of Python under `heading` of the page on loops of one's own."""
     _, _, below = PAGE.read_text(encoding="utf-8").partition(f"## {heading}\n")
     return [block.partition("```")[0] for block in below.partition("\n## ")[0].split("```python\n")[1:]]
 

@@ -224,7 +224,7 @@ def test_the_lines_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     base = make_llama(tmp_path / "base")
     adapter_on(base, tmp_path / "adapters" / "billing", CAUSAL_LM)
     Path("asked.jsonl").write_text(GOOD * 3)
-    page = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/how-to/evaluate.md").read_text(encoding="utf-8")
     blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
     (lines,) = [block for block in blocks if "asked.jsonl" in block]
     names: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from lorasb_export.project.project import Project
 from tests.conftest import lorasb
 from tests.rows import CHAT, PAIR, in_csv, in_json, rows_of, tool_row
 
-DOCS = (Path(__file__).parents[1] / "docs/how-to/train.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[1] / "docs/how-to/data.md").read_text(encoding="utf-8")
 
 
 def test_the_lines_of_the_docs_on_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def _check_learnt(messages: Sequence[Mapping[str, Any]], where: str) -> None:
 def _refuse_sharegpt(turns: Any, where: object) -> None:
     """Raise DataError for a chat whose turns have other names than `role` and `content`."""
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"from", "value"} <= turns[0].keys():
-        fix = "Make 'role' and 'content' of them (of human: user, of gpt: assistant) as docs/how-to/train.md does"
+        fix = "Make 'role' and 'content' of them (of human: user, of gpt: assistant) as docs/how-to/data.md does"
         raise DataError("a chat of ShareGPT's kind, with 'from' and 'value'", where=where, fix=fix)
 
 

@@ -29,7 +29,6 @@ class AdapterBases:
         self._private = head.stays_private(public)
         # What was asked of the Hub.
         self._pinned: dict[tuple[HubFolder, str], str | None] = {}
-        self._there: dict[HubFolder, bool] = {}
         self._commits: dict[tuple[str, str | None], str] = {}
 
     def settle(
@@ -89,13 +88,12 @@ class AdapterBases:
         or its history squashed."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-        if basis not in self._there:
-            with hub_errors(str(basis), ServerError, "the adapter's basis: "):
-                try:
-                    self._there[basis] = bool(self._commit_of(basis.repo, basis.revision))
-                except (RepositoryNotFoundError, RevisionNotFoundError):
-                    self._there[basis] = False
-        return self._there[basis]
+        with hub_errors(str(basis), ServerError, "the adapter's basis: "):
+            try:
+                self._commit_of(basis.repo, basis.revision)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return False
+        return True
 
     def _pin(self, basis: HubFolder, sha256: str) -> str | None:
         """`owner/name@commit` of a basis on the Hub: the one with this digest, and not private if its adapter is

@@ -27,6 +27,7 @@ from ..settings import FitSettings, changes
 logger = logging.getLogger(__name__)
 
 _OF_A_RUN = re.compile(r"(checkpoint|rate|best|basis|capture)-.+|\..+")  # hidden: what atomic and lock leave
+TOGETHER = "together+*"  # the names of joint runs: no task's name may have a +
 COMPLETE = "complete.json"  # written last into a checkpoint: without it, the checkpoint is not resumed from
 SAME = "Resume with the same settings and data, or start afresh with --overwrite"
 RESUME = "Free or repair that disk, then go on with the same command and --resume"
@@ -100,7 +101,7 @@ def working_folder(out: Path) -> Path:
 def together_folder(folder: Path, tasks: Iterable[TaskData]) -> Path:
     """The working folder of `tasks` that train together: theirs alone, since others may be training beside them."""
     names = json.dumps(sorted(task.name for task in tasks))
-    return folder / f".together+{hashlib.sha256(names.encode()).hexdigest()[:12]}.run"  # no task's name may have a +
+    return folder / f".{TOGETHER.replace('*', hashlib.sha256(names.encode()).hexdigest()[:12])}.run"
 
 
 def runs_begun(folder: Path, name: str = "*") -> dict[Path, dict[str, Any]]:
@@ -120,7 +121,7 @@ def refuse_run_of_others(folder: Path, tasks: Sequence[TaskData]) -> None:
     `--resume` would not go on with that run.
     """
     names, data = {task.name for task in tasks}, {task.sha256 for task in tasks}
-    for other, run in runs_begun(folder, "together+*").items():
+    for other, run in runs_begun(folder, TOGETHER).items():
         if data.isdisjoint(run["data_sha256"]):
             continue
         had = run.get("tasks", [])

@@ -17,7 +17,7 @@ from ..errors import Problems, SettingsError, TrainingError
 from ..files.output import is_free
 from ..files.storage import absolute
 from ..settings import CalibrationSettings, FitSettings
-from .checkpoints import refuse_run_of_others, runs_begun, together_folder, working_folder
+from .checkpoints import TOGETHER, refuse_run_of_others, runs_begun, together_folder, working_folder
 from .job import Job
 
 if TYPE_CHECKING:
@@ -169,5 +169,5 @@ def train_together(
 
 def _finished_before(folder: Path, tasks: Sequence[TaskData]) -> set[str]:
     """The tasks whose adapters are there and whose run is over, so that the others train without them."""
-    interrupted = {sha256 for run in runs_begun(folder, "together+*").values() for sha256 in run["data_sha256"]}
+    interrupted = {sha256 for run in runs_begun(folder, TOGETHER).values() for sha256 in run["data_sha256"]}
     return {task.name for task in tasks if task.sha256 not in interrupted and not is_free(folder / task.name)}

@@ -10,7 +10,7 @@ from lorasb_export.choices import LoadedDtype, Metric, Split
 from lorasb_export.errors import LoraSBError
 
 from .verb import Run
-from .words import score
+from .words import FORMS, low_scores, score, spelled_out
 
 INTERRUPTED = (
     "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
@@ -23,7 +23,7 @@ SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")
 def run(
     run: Run,
     adapter: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER", help="Names, folders or Hub ids; all by default.")
+        list[str] | None, typer.Argument(metavar="ADAPTER", help=f"Names, folders or Hub ids, {FORMS}; all by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Data to score on, if not the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
@@ -59,7 +59,7 @@ def run(
         raise typer.BadParameter("--overwrite is for the file of --predictions")
     from lorasb_export.names import ours_in
 
-    words = adapter or ours_in(run.project.adapters_folder)
+    words = spelled_out(adapter or (), run.project.adapter_names) or ours_in(run.project.adapters_folder)
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     found = {word: run.project.find_adapter(word) for word in words}
@@ -86,7 +86,8 @@ def run(
     value = {"evaluation": results}
 
     def text() -> str:
-        return "\n".join(lines) if results else ""
+        of_metric = {word: {result["metric"]: result} for word, result in results.items()}
+        return "\n".join([*lines, *low_scores(of_metric)]) if results else ""
 
     for word, result in run.done_of(evaluated, value, text, failed):
         results[word] = result

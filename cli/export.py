@@ -11,7 +11,7 @@ from lorasb_export.errors import LoraSBError
 from lorasb_export.files.storage import expanded, folder_bytes
 
 from .verb import Run
-from .words import given, human_bytes
+from .words import FORMS, given, human_bytes, spelled_out
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help="Names, folders or Hub ids. Default: the first task's; for onnx-adapters, all.",
+            help=f"Names, folders or Hub ids, {FORMS}. Default: the first task's; for onnx-adapters, all.",
         ),
     ] = None,
     format: Annotated[
@@ -78,7 +78,8 @@ def run(
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
     everything = not adapter and (into is not None or format == "onnx-adapters")
-    folders = [] if everything else [run.project.find_adapter(word) for word in adapter or (None,)]
+    words = spelled_out(adapter or (), run.project.adapter_names)
+    folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
     from lorasb_export.project.export import adapters_to_export, tasks_to_compare
 

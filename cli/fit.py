@@ -12,7 +12,7 @@ from lorasb_export.choices import Init, Keep, LoadedDtype, Metric, Optimizer, Sc
 from lorasb_export.errors import LoraSBError
 
 from .verb import Run
-from .words import percentages
+from .words import FORMS, percentages, spelled_out
 
 if TYPE_CHECKING:
     from lorasb_export.adapter import Adapter
@@ -51,7 +51,7 @@ _OF_THE_BASIS = typer.Option(hidden=True, expose_value=False, callback=_refuse)
 
 def run(
     run: Run,
-    task: Annotated[list[str] | None, typer.Argument(metavar="TASK", help="Tasks; all by default.")] = None,
+    task: Annotated[list[str] | None, typer.Argument(metavar="TASK", help=f"Tasks, {FORMS}; all by default.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hub id.")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Data of TASK, in place of what lorasb.toml lists.")
@@ -129,7 +129,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be trained, resumed, kept or refused; train nothing.")
     ] = False,
-    out: Annotated[str | None, typer.Option(help="Adapter folder of TASK.  [default: adapters/TASK]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Adapter folder; {name} in it is the task's.  [default: adapters/TASK]")
+    ] = None,
     rank: Annotated[str | None, _OF_THE_BASIS] = None,
     targets: Annotated[str | None, _OF_THE_BASIS] = None,
     directions: Annotated[str | None, _OF_THE_BASIS] = None,
@@ -141,7 +143,7 @@ def run(
     if learning_rate:
         flags["learning_rate"] = _rates(learning_rate)
     settings = FitSettings(**{**run.project.fit, **flags})
-    names = run.project.tasks_to_fit(task, data)
+    names = run.project.tasks_to_fit(spelled_out(task or (), lambda: run.project.tasks), data)
     with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]
     own = {name: run.project.settings_of(name, flags) for name in with_own}
     options: dict[str, Any] = {

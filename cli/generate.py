@@ -12,7 +12,7 @@ from lorasb_export.choices import LoadedDtype
 from lorasb_export.errors import LoraSBError, some
 
 from .verb import Run
-from .words import given, listed
+from .words import given, listed, spelled_out
 
 if TYPE_CHECKING:
     from lorasb_export.data.rows import Prompt, Row
@@ -34,7 +34,8 @@ def run(
         str | None,
         typer.Option(
             metavar="A,B,…|@FILE",
-            help="Names, folders or Hub ids, or a file with one a line; all by default, where there are at most 32.",
+            help="Names, patterns, folders or Hub ids, or a file with one a line; all by default, if there are 32 "
+            "or fewer.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model; without --adapters it is asked alone.")] = None,
@@ -108,7 +109,7 @@ def _ask(
     damaged."""
     failed: dict[str, LoraSBError] = {}
     if adapters is not None:
-        chosen = listed(adapters)
+        chosen = spelled_out(listed(adapters), run.project.adapter_names)
     elif model:
         chosen = []
     else:

@@ -12,7 +12,7 @@ import typer
 from lorasb_export.errors import SettingsError, some
 
 from .verb import Run
-from .words import human_bytes, score
+from .words import human_bytes, low_scores, score
 
 _MAX_LINES = 40  # lines of one part, as there may be of adapters or modules
 _MANY = 50  # adapters: of more those are shown that are odd
@@ -159,6 +159,8 @@ def _project_lines(found: dict[str, Any]) -> list[str]:
             said += "  (of no task)"
         lines.append(said.rstrip())
     lines += _more(len(odd) - len(names))
+    scored = {name: _held_out(adapter.get("evaluation", {}))[1] for name, adapter in adapters.items()}
+    lines += map(_in_line, low_scores(scored))
     more = "interrupted or still going; the same command with --resume goes on"
     return lines + [f"unfinished run: {_in_line(path)} ({more})" for path in found["unfinished"]]
 
@@ -199,10 +201,15 @@ def _basis_line(basis: dict[str, Any]) -> str:
     return f"{basis['path']}, rank {basis['rank']}, {basis['modules']} modules, sha256 {basis['sha256'][:12]}"
 
 
-def _scores(evaluation: dict[str, Any]) -> str:
+def _held_out(evaluation: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The split that counts, the test rows if they were scored, and its figures by metric."""
     split = "test" if "test" in evaluation else next(iter(evaluation), "")
-    said = []
-    for metric, figures in evaluation.get(split, {}).items():
+    return split, evaluation.get(split, {})
+
+
+def _scores(evaluation: dict[str, Any]) -> str:
+    (split, of_metric), said = _held_out(evaluation), []
+    for metric, figures in of_metric.items():
         base, after = (score(metric, figures[which]) for which in ("base", "adapter"))
         said.append(f"{_in_line(metric)} {after} (base {base}, {figures['rows']} {_in_line(split)} rows)")
     return "; ".join(said)

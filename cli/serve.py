@@ -12,7 +12,7 @@ from lorasb_export.choices import ServingMode
 from lorasb_export.errors import SettingsError
 
 from .verb import Run
-from .words import human_bytes, listed
+from .words import human_bytes, listed, spelled_out
 
 SAVES_MEMORY = ("--dtype bfloat16",)
 INTERRUPTED = "No server is left running."
@@ -26,7 +26,7 @@ def run(
         str | None,
         typer.Option(
             metavar="A,B,…|@FILE",
-            help="Names, folders, Hub ids or name=path, or a file with one a line; all by default.",
+            help="Names, patterns of them, folders, Hub ids or name=path, or a file with one a line; all by default.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A merged folder to serve alone, or the adapters' base.")] = None,
@@ -57,11 +57,11 @@ def run(
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
     from lorasb_export.hub.fetch import adapters_folder
-    from lorasb_export.names import ours_in, resolve_adapters
+    from lorasb_export.names import adapters_in, ours_in, resolve_adapters
 
     project = run.project
     folder = project.adapters_folder if adapters_dir is None else adapters_folder(adapters_dir)
-    words = ours_in(folder) if adapters is None else listed(adapters)
+    words = ours_in(folder) if adapters is None else spelled_out(listed(adapters), lambda: adapters_in(folder))
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:
         if adapters_dir is None:

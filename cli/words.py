@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import filter as matching
 from typing import Any
 
 import typer
 
-from lorasb_export.errors import SettingsError
+from lorasb_export.errors import SettingsError, some
+from lorasb_export.evaluation.metrics import better, lower_is_better
+
+FORMS = "patterns of them such as 'eu-*', or @FILE with one a line"
+_WORST = 5  # adapters that are named by each metric,
+_SEVERAL = 10  # of more than so many
 
 
 def listed(words: str) -> list[str]:
@@ -18,6 +24,23 @@ def listed(words: str) -> list[str]:
     """
     parts = _lines(words[1:]) if words.startswith("@") else words.split(",")
     return [word for part in parts if (word := part.strip())]
+
+
+def spelled_out(words: Iterable[str], known: Callable[[], Iterable[str]]) -> list[str]:
+    """Names, each once: of `@FILE` those on its lines, of a pattern such as `eu-*` those in `known` that it matches.
+
+    A word with a `/` is a path or a Hub id, and no pattern.
+
+    Raises:
+        SettingsError: a file cannot be read, or has nothing in it; a pattern matches none.
+    """
+    found: list[str] = []
+    for word in (one for given in words for one in (listed(given) if given.startswith("@") else [given])):
+        is_pattern = "/" not in word and any(sign in word for sign in "*?[")
+        if is_pattern and not (matched := matching(known(), word)):
+            raise SettingsError("no name matches the pattern", where=word, fix="lorasb inspect --json lists all names")
+        found += matched if is_pattern else [word]
+    return list(dict.fromkeys(found))
 
 
 def _lines(name: str) -> list[str]:
@@ -67,6 +90,35 @@ def score(metric: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-"
     return f"{value:.1%}" if metric in ("exact_match", "accuracy") else f"{value:.4f}"
+
+
+def low_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Which of the adapters are no better than their base by any metric, and, of many, which score worst by each.
+
+    Args:
+        scores: adapter → metric → its figures `adapter` and `base`. What is no number is passed over.
+    """
+    lines, found = [], {name: _numbers(of_metric) for name, of_metric in scores.items()}
+    compared = {name: [one for one in of if one[2] is not None] for name, of in found.items()}
+    if beaten := [name for name, of in compared.items() if of and not any(better(*one) for one in of)]:
+        lines.append(f"no better than the base: {some(beaten)}")
+    for metric in sorted({metric for of in found.values() for metric, _, _ in of}):
+        values = {name: value for name, of in found.items() for one, value, _ in of if one == metric}
+        if len(values) > _SEVERAL:
+            order = sorted(values, key=values.__getitem__, reverse=lower_is_better(metric))
+            worst = [f"{name} {score(metric, values[name])}" for name in order[:_WORST]]
+            lines.append(f"{'highest' if lower_is_better(metric) else 'lowest'} {metric}: {', '.join(worst)}")
+    return lines
+
+
+def _numbers(of_metric: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, float | None]]:
+    """Of each metric the adapter's value and the base's, where it has one."""
+    found = []
+    for metric, figures in of_metric.items():
+        base, after = (figures.get(which) for which in ("base", "adapter"))
+        if score(metric, after) != "-":
+            found.append((metric, after, base if score(metric, base) != "-" else None))
+    return found
 
 
 def percentages(spread: Mapping[str, float]) -> str:

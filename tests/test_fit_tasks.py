@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -258,6 +259,35 @@ def test_layers_are_counted_in_the_network_that_the_tasks_share(
     alone = fit(str(llama), tmp_path / "p" / "basis", sums, tmp_path / "alone", SETTINGS)
     rates = [adapter.training["settings"]["learning_rate"] for adapter in (alone, *fitted.values())]
     assert len(set(rates)) == 1
+
+
+def test_candidates_lie_where_the_pattern_says(llama: Path, sums: Path, tmp_path: Path) -> None:
+    """Beside the adapters in use, one after another or together; an adapter finds its basis from there."""
+    found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
+    out = str(tmp_path / "p" / "{name}" / "new")
+    with pytest.raises(SettingsError, match=r"lie in one folder.*Write --out FOLDER/\{name\}"):
+        fit_all(found, ["a", "b"], SETTINGS, together=True, out=out)
+    fitted = fit_all(found, ["a", "b"], SETTINGS, out=out)
+    assert [adapter.folder for adapter in fitted.values()] == [tmp_path / "p" / name / "new" for name in "ab"]
+    together = fit_all(found, ["a", "b"], SETTINGS, together=True, out=str(tmp_path / "p" / "c" / "{name}"))
+    assert [adapter.folder for adapter in together.values()] == [tmp_path / "p" / "c" / name for name in "ab"]
+    assert Adapter.load(tmp_path / "p" / "c" / "a").load_basis().sha256 == fitted["a"].basis_sha256
+    assert not found.adapter_names()
+
+
+def test_of_several_tasks_it_is_told_whose_turn_it_is(
+    llama: Path, sums: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """And how long those take that are to be trained for sure; of one task, or of one that is kept, nothing."""
+    more = "".join(f'[tasks.{name}]\ndata = "data"\n' for name in "bc")
+    found = project(tmp_path / "p", llama, sums, f'[basis]\nrank = 4\ndirections = "random"\n{more}')
+    log.set_level("INFO", logger="lorasb_export")
+    fit_all(found, ["a"], SETTINGS)
+    assert not [message for message in log.messages if " of 1: " in message]
+    fit_all(found, ["a", "b", "c"], SETTINGS, resume=True)
+    first, second = (message for message in log.messages if " of 3: " in message)
+    assert first == "2 of 3: b"
+    assert re.fullmatch(r"3 of 3: c, about \d+ s left", second)
 
 
 def test_a_task_outside_of_a_project_has_the_basis_made_for_it(

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
-from lorasb_cli.words import listed
+from lorasb_cli.words import listed, low_scores, spelled_out
 from typer.testing import CliRunner
 
 from lorasb_export import names
@@ -64,6 +64,40 @@ def test_names_may_be_read_from_a_file(project: Path) -> None:
             done = CliRunner().invoke(app, [*verb.split(), "--adapters", f"@{file}"])
             assert (done.exit_code, done.stderr.startswith(f"Error: {reason}")) == (1, True), done.stderr
             assert done.stderr.endswith(f"({file}). After @ give a file with one name a line\n")
+
+
+def test_a_pattern_stands_for_the_names_that_it_matches(project: Path) -> None:
+    """Each once and in the order given; what has a / is a path, as a shell has written it out."""
+    Path("some.txt").write_text("eu-2\nus-*\n")
+    known = ["eu-1", "eu-2", "us-1"]
+    assert spelled_out(["eu-?", "@some.txt", "runs/[7]", "owner/name"], lambda: known) == [
+        *known,
+        "runs/[7]",
+        "owner/name",
+    ]
+    with pytest.raises(SettingsError, match=r"no name matches the pattern \(asia-\*\)"):
+        spelled_out(["eu-1", "asia-*"], lambda: known)
+    for words in (["fit", "x*"], ["evaluate", "x*"], ["export", "x*"], ["serve", "--adapters", "x*"]):
+        done = CliRunner().invoke(app, words)
+        assert (done.exit_code, "no name matches the pattern (x*)" in done.stderr) == (1, True), done.stderr
+    done = CliRunner().invoke(app, ["generate", "hi", "--adapters", "billing,sh*", "--model", "./none"])
+    assert "no name matches" not in done.stderr
+
+
+def test_the_worst_of_many_scores_are_told() -> None:
+    """A lower loss is better; a classifier's base has no score, and a number may be missing."""
+    exact = {f"t{k}": {"exact_match": {"base": 0.5, "adapter": k / 20}} for k in range(20)}
+    assert low_scores(exact) == [
+        "no better than the base: t0, t1, t2, t3, t4, t5, t6, t7, t8, t9 and 1 more",
+        "lowest exact_match: t0 0.0%, t1 5.0%, t2 10.0%, t3 15.0%, t4 20.0%",
+    ]
+    losses = {f"t{k}": {"loss": {"base": None, "adapter": float(k)}} for k in range(11)}
+    assert low_scores(losses) == ["highest loss: t10 10.0000, t9 9.0000, t8 8.0000, t7 7.0000, t6 6.0000"]
+    two = {"a": {"loss": {"base": 1.0, "adapter": 2.0}, "exact_match": {"base": 0.1, "adapter": 0.2}}, "b": {}}
+    assert low_scores(two) == []
+    assert low_scores({"a": {"loss": {"base": 1.0, "adapter": 1.0}}, "b": {"loss": {"adapter": None}}}) == [
+        "no better than the base: a"
+    ]
 
 
 def test_an_existing_folder_goes_before_a_hub_id(project: Path) -> None:

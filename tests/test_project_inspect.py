@@ -21,6 +21,7 @@ from tests.conftest import lorasb
 
 project = project_of_a.project
 FIGURES = {"exact_match": {"base": 0.25, "adapter": 1.0, "rows": 24}}
+NO_BETTER = {"exact_match": {"base": 0.25, "adapter": 0.25, "rows": 24}}
 
 
 def inspected() -> dict[str, Any]:
@@ -67,6 +68,8 @@ def test_every_task_and_adapter_has_a_line(project: Path, llama: Path, sums: Pat
     lines = [" ".join(line.split()) for line in lorasb("inspect").stdout.splitlines()]
     assert lines[3] == "a fitted shared 0.1250 exact_match 100.0% (base 25.0%, 24 test rows)"
     assert (lines[4], lines[6]) == ("b not fitted", "other fitted other - (of no task)")
+    rewrite(Path("adapters/a/adapter_config.json"), training=of_training | {"evaluation": {"test": NO_BETTER}})
+    assert "no better than the base: a" in lorasb("inspect").stdout.splitlines()
     assert lines[-1].startswith(f"unfinished run: {project}/adapters/.b.run (")
 
 

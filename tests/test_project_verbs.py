@@ -28,8 +28,9 @@ project = project_of_a.project
 
 
 def test_adapters_are_scored_on_one_base_and_share_their_basis(
-    project: Path, llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="lorasb_export")
     Adapter.load("adapters/a").load_basis().save("basis")
     other = calibrate(str(llama), {}, CalibrationSettings(rank=4, directions="random", targets="q_proj"))
     for name, basis in (("a", Basis.load("basis")), ("b", Basis.load("basis")), ("c", other)):
@@ -42,6 +43,8 @@ def test_adapters_are_scored_on_one_base_and_share_their_basis(
     done = lorasb("evaluate", "--metric", "loss", "--limit", "1", "--data", str(sums), "--json")
     assert list(json.loads(done.stdout)["evaluation"]) == ["a", "b", "c"]
     assert (base.call_count, read.call_count) == (1, 2)
+    turns = [message.partition(",")[0] for message in caplog.messages if " of 3: " in message]
+    assert turns == ["1 of 3: a", "2 of 3: b", "3 of 3: c"]
 
 
 def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> None:

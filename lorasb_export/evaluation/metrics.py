@@ -65,4 +65,9 @@ def better(metric: str, value: float, than: float) -> bool:
     """Whether `value` beats `than`: lower for loss and error, else higher. NaN beats nothing, all beat NaN."""
     if math.isnan(than):
         return not math.isnan(value)
-    return value < than if metric in ("loss", "rmse") else value > than
+    return value < than if lower_is_better(metric) else value > than
+
+
+def lower_is_better(metric: str) -> bool:
+    """Of losses and errors."""
+    return metric in ("loss", "rmse")

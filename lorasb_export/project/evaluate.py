@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, load_basis_once
-from ..bars import progress_bar
+from ..bars import progress_bar, time_left
 from ..base.loaded import LastLoaded
 from ..base.model import BaseModel, BaseRef
 from ..choices import NF4
@@ -245,7 +246,11 @@ def _scored(
     options |= {"dtype": dtype, "said_by_base": {}}
     if file is not None:
         file.require_writable()
-    for one in sorted(ready, key=lambda one: one.order):
+    turns, began = sorted(ready, key=lambda one: one.order), time.monotonic()
+    for done, one in enumerate(progress_bar(turns, desc="evaluate", leave=False) if len(turns) > 1 else turns):
+        if len(turns) > 1:
+            left = f", {time_left((time.monotonic() - began) / done * (len(turns) - done))}" if done else ""
+            logger.info("%d of %d: %s%s", done + 1, len(turns), one.word, left)
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(one.folder), one.load_task()

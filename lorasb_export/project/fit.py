@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..adapter import Adapter
-from ..bars import progress_bar
+from ..bars import progress_bar, time_left
 from ..base.given import require_positions
 from ..base.loaded import LastLoaded
 from ..basis import Basis
@@ -108,6 +109,10 @@ def _kinds(request: FitRequest) -> dict[str, Kind]:
 class _Fitting:
     """The training of tasks that have been checked, of `kinds`: the networks and bases that they share."""
 
+    _trained = 0
+    _left: set[str]  # tasks that are still to be trained for sure; what is there may be kept
+    _began: float
+
     def __init__(self, request: FitRequest, kinds: Mapping[str, Kind]) -> None:
         self._request, self._base, settings = request, request.base, request.settings
         self._calibration = request.project.calibration_settings(settings)
@@ -129,27 +134,32 @@ class _Fitting:
         if len(request.places) < 2 or len(sources) > 1 or OWN_BASIS in sources:
             fix = "Name such tasks, or leave --together out"
             raise SettingsError("together takes two or more tasks of one shared basis", fix=fix)
+        folder = next(iter(request.targets.values())).parent
+        if any(target != folder / name for name, target in request.targets.items()):
+            what = "adapters that are trained together lie in one folder, each under its task's name"
+            raise SettingsError(what, fix=f"Write --out FOLDER/{PLACE}, or leave --together out")
         (basis,) = self._bases().values()
         tasks = {name: request.task(name) for name in request.places}
         if not self._trains:
             self._loaded.drop()  # what a basis was made with: the job loads its own, if it has to train
         network = self._loaded.get(self._base, CAUSAL_LM) if self._generates and self._trains else None
-        inputs = self._base, basis, tasks, request.project.adapters_folder, request.settings
+        inputs = self._base, basis, tasks, folder, request.settings
         options = {**self._options, "start": request.starts.one}
         yield from zip(tasks, train_together(*inputs, network=network, **options), strict=True)
 
     def in_turn(self) -> Iterator[tuple[str, Outcome]]:
-        request, shared, one_is_done = self._request, self._bases(), False
+        request, shared = self._request, self._bases()
         # One order for all processes, which compute together: rows may change while each reads them for itself.
-        for name in distributed.on_main(lambda: one_network_at_a_time(self._kinds)):
+        names = distributed.on_main(lambda: one_network_at_a_time(self._kinds))
+        self._left = {name for name in names if is_free(request.targets[name]) or not request.resume}
+        self._began = time.monotonic()
+        for number, name in enumerate(progress_bar(names, desc="fit", leave=False) if len(names) > 1 else names, 1):
             outcome: Outcome
-            was_there = request.resume and not is_free(request.targets[name])
             try:
-                outcome = self._fit(name, shared)
-                one_is_done = one_is_done or not was_there
+                outcome = self._fit(name, shared, f"{number} of {len(names)}")
             except Exception as error:
                 alone = distributed.world_size() == 1
-                full = alone and one_is_done and is_out_of_memory(error)  # of the first it may be the base's fault
+                full = alone and self._trained and is_out_of_memory(error)  # of the first it may be the base's fault
                 if len(request.targets) == 1 or not (full or leaves_others(error)):
                     raise
                 logger.warning("%s is left out: %s", name, error)
@@ -158,21 +168,28 @@ class _Fitting:
                     outcome = error.alone()
             if isinstance(outcome, LoraSBError):
                 gc.collect()  # what the error's frames hold, if it lies in a cycle with them
+            self._left.discard(name)
             yield name, outcome
 
-    def _fit(self, name: str, shared: Mapping[str, Basis]) -> Adapter:
+    def _fit(self, name: str, shared: Mapping[str, Basis], turn: str) -> Adapter:
         request, target = self._request, self._request.targets[name]
         task, basis = request.task(name), request.basis_for(name, shared)
         is_there = request.resume and distributed.on_main(lambda: not is_free(target))
         if is_there and (finished := request.job(task, basis).finished(overwrite=request.overwrite)):
             return finished[name]
+        if len(request.targets) > 1:
+            each = (time.monotonic() - self._began) / max(self._trained, 1)
+            left = f", {time_left(each * len(self._left))}" if self._trained and self._left else ""
+            logger.info("%s: %s%s", turn, name, left)
         network = None
         if isinstance(basis, CalibrationSettings) and not self._same_dtype:
             self._loaded.drop()  # its basis takes a base of its own, in another dtype
         else:
             network = self._loaded.get(self._base, task.task_type, task.num_labels)
         options = {**self._options, "start": request.starts.of(name)}
-        return fit(self._base, basis, task, target, request.settings_of[name], network=network, **options)
+        adapter = fit(self._base, basis, task, target, request.settings_of[name], network=network, **options)
+        self._trained += 1
+        return adapter
 
     def _bases(self) -> dict[str, Basis]:
         """By their places, those that are no task's own; the project's is made where there is none."""

@@ -14,6 +14,7 @@ from ..data.task import TaskData, load_task
 from ..errors import ArtifactError, SettingsError, some
 from ..files.output import is_free, refuse_existing
 from ..files.storage import absolute, expanded
+from ..names import PLACE
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
 from ..training.job import Job
@@ -62,14 +63,15 @@ class FitRequest:
 
     Args:
         own: of tasks that are trained otherwise, but in the same dtype and with the same seed.
-        data, out: for a single task: its data, where the project does not name it, and its adapter folder.
+        data: of a single task, where the project does not name it.
+        out: the adapter folder of a single task, or with `{name}` in it of each.
         basis: a folder or Hub id for all tasks, or `own`: each task's own, which then lies in its adapter.
         start: an adapter to go on from (`fit`), or with `{name}` one for each task: the word of `Starts`. A task is
             trained in the basis of that, unless `basis` names one.
         resume: go on with interrupted tasks, keep finished ones.
 
     Raises:
-        SettingsError: `data` or `out` with several tasks; or see `Starts`.
+        SettingsError: `data`, or an `out` without `{name}`, with several tasks; or see `Starts`.
         ArtifactError: see `Starts`.
     """
 
@@ -88,12 +90,14 @@ class FitRequest:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        if len(names) > 1 and (data or out):
-            raise SettingsError("--data and --out take one task", fix="Name the task they are for")
+        if len(names) > 1 and (data or (out and PLACE not in out)):
+            fix = f"Name the task they are for, or write {PLACE} in --out"
+            raise SettingsError("--data and --out take one task", fix=fix)
         self.project, self.settings, self.own, self._model = project, settings, own or {}, model
         self.resume, self.overwrite = resume, overwrite
         self.settings_of = {name: self.own.get(name, settings) for name in names}
-        self.targets = {name: expanded(out) if out else project.adapter_folder(name) for name in names}
+        folders = {name: expanded(out.replace(PLACE, name)) for name in names} if out else {}
+        self.targets = folders or {name: project.adapter_folder(name) for name in names}
         self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
         if start and basis == OWN_BASIS:
             raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from .. import distributed
-from ..bars import progress_bar
+from ..bars import progress_bar, time_left
 from ..errors import SettingsError, Terminated, first_line
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Progress(TrainerCallback):
         if step == first:  # what it starts from was evaluated
             self.began, left = (self.spoke, step), ""
         else:
-            left = f", about {(self.spoke - since) / (step - first) * (steps - step):.0f} s left"
+            left = f", {time_left((self.spoke - since) / (step - first) * (steps - step))}"
         logger.info("%s: step %d of %d, %s%s", self.title, step, steps, losses, left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from lorasb_export import fit
 from lorasb_export.data.task import TaskData
 from lorasb_export.errors import MissingPackageError, SettingsError
 from lorasb_export.settings import FitSettings
+from lorasb_export.training.trackers import run_name
 
 
 def test_a_reporter_that_is_not_installed_is_named(llama: Path, basis: Path, sums: Path, tmp_path: Path) -> None:
@@ -32,7 +34,7 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (lib.parents[1] / "__init__.py").write_text(
         "from unittest.mock import MagicMock\n"
         "run, config, log, names = None, MagicMock(), MagicMock(), []\n"
-        "def init(name, **_):\n    global run\n    run = MagicMock()\n    names.append(name)\n"
+        "def init(name, **_):\n    global run\n    run = MagicMock()\n    names.append(name)\n    print('syncing')\n"
         "def finish():\n    global run\n    run = None\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -42,17 +44,50 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_every_run_is_a_run_of_its_own_in_wandb(
-    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path, wandb: Any
+    llama: Path,
+    basis: Path,
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    wandb: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rates = FitSettings(max_steps=1, dtype="float64", report_to="wandb", learning_rate=(1e-3, 1e-2))
     for name, task in tasks.items():
         fit(str(llama), basis, task, tmp_path / name, rates)
     assert wandb.names == ["plus", "plus", "minus", "minus"]
+    told = [call.args[0]["lorasb"] for call in wandb.config.update.call_args_list if "lorasb" in call.args[0]]
+    assert [(about["tasks"], about["learning_rate"]) for about in told] == [
+        ([name], rate) for name in ("plus", "minus") for rate in (1e-3, 1e-2)
+    ]
+    assert (told[0]["rank"], told[0]["batch_size"], told[0]["optimizer"]) == (8, 8, "muon")
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("syncing")) == ("", 4)  # stdout is for results
     assert wandb.run is None
     wandb.init("the caller's")
     fit(str(llama), basis, tasks["plus"], tmp_path / "again", rates)
     assert wandb.names[4:] == ["the caller's"]
     assert wandb.run is not None
+
+
+def test_a_model_is_not_uploaded_by_the_way(
+    llama: Path, basis: Path, sums: Path, tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")
+    settings = FitSettings(max_steps=1, dtype="float64", report_to="wandb")
+    with pytest.raises(SettingsError, match=r"WANDB_LOG_MODEL=end would upload the whole base.*lorasb push"):
+        fit(str(llama), basis, sums, tmp_path / "a", settings)
+    assert not wandb.names
+
+
+def test_what_a_run_is_called() -> None:
+    """Trackio takes a run of the same name for the same run; W&B takes 128 letters."""
+    this, other = {"settings": {"learning_rate": 1e-3}}, {"settings": {"learning_rate": 1e-2}}
+    assert run_name("wandb", ["a"], this) == run_name("wandb", ["a"], other) == "a"
+    names = [run_name("trackio", ["a"], identity) for identity in (this, dict(this), other)]
+    assert names[0] == names[1] != names[2]
+    assert all(re.fullmatch("a-[0-9a-f]{6}", name) for name in names)
+    assert run_name("tensorboard", ["a", "b"], this) == "a+b"
+    assert run_name("wandb", [f"task-{k}" for k in range(50)], this) == "50 tasks"
 
 
 def test_a_tracker_that_does_not_start_says_so_itself(

@@ -1,4 +1,4 @@
-"""What happens around the training loop: evaluations, a bar, a checkpoint at SIGTERM, the end of a reporter's run."""
+"""What happens around the training loop: evaluations, a bar, a checkpoint at SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from .. import distributed
 from ..bars import progress_bar, time_left
-from ..errors import SettingsError, Terminated, first_line
+from ..errors import Terminated
 
 if TYPE_CHECKING:
     from .trainer import RTrainer
@@ -41,35 +41,6 @@ def checkpoint_at_sigterm(trainer: RTrainer) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
     if trainer.told_to_stop or trainer.stopping:
         raise Terminated
-
-
-@contextmanager
-def run_of_its_own(report_to: str) -> Iterator[None]:
-    """What is trained in it is one run of Weights & Biases, unless the caller has one under way already.
-
-    transformers begins a run where there is none and never ends it: all that is trained later would go there too.
-    """
-    if report_to != "wandb":
-        yield
-        return
-    import wandb
-
-    ours = wandb.run is None
-    try:
-        yield
-    finally:
-        if ours:
-            wandb.finish()
-
-
-@contextmanager
-def starting(tracker: str) -> Iterator[None]:
-    """Raise SettingsError for whatever a tracker raises within: it has no key, say, or its server is not reached."""
-    try:
-        yield
-    except Exception as error:
-        fix = "Set it up as its own pages say, or leave report_to out; then go on with --resume"
-        raise SettingsError(f"{tracker} does not start: {first_line(error)}", where="report_to", fix=fix) from error
 
 
 class NothingToTrain(Exception):

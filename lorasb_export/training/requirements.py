@@ -13,6 +13,7 @@ from ..environment import accelerate_uses, require_packages
 from ..errors import DataError, SettingsError, some
 from ..evaluation.evaluate import metric_for, require_same_kind
 from ..settings import FitSettings
+from .trackers import refuse_upload_of_base
 
 
 def _check_launcher() -> None:
@@ -30,11 +31,13 @@ def check_requirements(tasks: Sequence[TaskData], settings: FitSettings) -> None
     Raises:
         DataError: every row of a classifier has one label; a task has no valid rows, and they are needed.
         MissingPackageError: the reporter is not installed.
-        SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes.
+        SettingsError: the metric does not fit the rows; a batch has fewer rows than there are processes; the reporter
+            would upload the base.
     """
     _check_launcher()
     if settings.report_to != "none":
         require_packages(settings.report_to, fix=f"pip install {settings.report_to}, or leave report_to out")
+        refuse_upload_of_base(settings.report_to)
     if distributed.world_size() > settings.batch_size:
         raise SettingsError(
             f"batch_size is {settings.batch_size}, fewer rows than the {distributed.world_size()} processes",

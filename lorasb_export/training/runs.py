@@ -12,9 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
-
 from .. import distributed
 from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
@@ -29,12 +26,13 @@ from ..files.storage import read_json
 from ..layers.head import load_head
 from ..settings import FitSettings
 from ..stack import Stack
-from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm, run_of_its_own, starting
+from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm
 from .chats import warn_of_rows
 from .checkpoints import COMPLETE, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
 from .task_run import TaskRun
+from .trackers import run_of_its_own, tracker_callbacks
 from .trainer import RTrainer
 from .validation import Validation
 
@@ -190,28 +188,18 @@ class TrainingRuns:
         ]
         title = self.tasks[0].name if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         title = f"{title} at {settings.learning_rate}" if len(self.settings.rates) > 1 else title
-        callbacks = [Progress(title), *self._reporters(folder)]
+        events = self.events / folder.relative_to(self.folder)
+        callbacks = [Progress(title), *tracker_callbacks(settings.report_to, events, self._about(settings))]
         trainer = RTrainer(self.network, self.base.tokenizer, runs, stack, settings, folder, identity, callbacks)
         trainer.add_callback(Evaluations(trainer))
         return trainer
 
-    def _reporters(self, folder: Path) -> list[TrainerCallback]:
-        """The tracker's, not left to the Trainer: what it raises when it begins is told in our words, and TensorBoard's
-        files would lie where everything is removed at the end."""
-        tracker = self.settings.report_to
-        if tracker == "none" or (tracker == "tensorboard" and not distributed.is_main()):
-            return []
-        callback: TrainerCallback
-        with starting(tracker):
-            if tracker == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                callback = TensorBoardCallback(SummaryWriter(str(self.events / folder.relative_to(self.folder))))
-            else:
-                (kind,) = get_reporting_integration_callbacks([tracker])
-                callback = kind()
-        callback.on_train_begin = starting(tracker)(callback.on_train_begin)  # type: ignore[method-assign]
-        return [callback]
+    def _about(self, settings: FitSettings) -> dict[str, Any]:
+        """What a tracker's table of runs can be sorted and filtered by."""
+        basis, tasks = self.basis, [task.name for task in self.tasks]
+        of_basis = {"rank": basis.rank, "modules": len(basis.modules), "basis_sha256": basis.sha256}
+        of_base = {"base": self.base.name_or_path, "directions": basis.directions}
+        return {"tasks": tasks, **of_base, **of_basis, **asdict(settings)}
 
     @cached_property
     def _encoded(self) -> list[tuple[Sequence[Encoded], Validation | None]]:

@@ -35,6 +35,7 @@ from .history import History
 from .mixed import MixedSteps
 from .optimizer import make_optimizer, make_scheduler
 from .task_run import TaskRun
+from .trackers import run_name
 from .window import LossWindow
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ class RTrainer(Trainer):
             self._parameters = [[p for p in runs[0].adapter.tensors().values() if isinstance(p, torch.nn.Parameter)]]
         distributed.send_only_trained(network)
         steps = max(run.order.steps for run in runs)
+        name = run_name(settings.report_to, [run.task.name for run in runs], identity)
         with as_if_with_peft(network):
             super().__init__(
                 model=network,
-                args=trainer_arguments(settings, folder, steps, name="+".join(run.task.name for run in runs)),
+                args=trainer_arguments(settings, folder, steps, name),
                 train_dataset=range(steps),
                 callbacks=list(callbacks),
             )

@@ -159,7 +159,7 @@ def run(
     if dry_run:
         if together:
             raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
-        _foresee(run, names, settings, options)
+        _dry_run(run, names, settings, options)
         return
     from lorasb_export.project.fit import fit_tasks  # only now: it brings torch and transformers
 
@@ -178,11 +178,11 @@ def run(
     _tell(run, {"adapters": {name: adapters[name] for name in names if name in adapters}}, in_order(), failed)
 
 
-def _foresee(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
+def _dry_run(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
     """Print what a fit would do; the exit code is 1 where it would refuse a task or the whole."""
-    from lorasb_export.project.foresee import foresee_tasks  # only now: it brings torch and transformers
+    from lorasb_export.project.fit_plan import plan_fit  # only now: it brings torch and transformers
 
-    tasks = foresee_tasks(run.project, names, settings, **options)
+    tasks = plan_fit(run.project, names, settings, **options)
     width = max(map(len, tasks))
     lines = []
     for name, found in tasks.items():

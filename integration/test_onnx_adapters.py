@@ -23,7 +23,7 @@ from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx
 from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.exporting.onnx_record import read_record
 from lorasb_export.exporting.onnx_run import OnnxDecoder, open_session
-from lorasb_export.exporting.onnx_swap import Arrays, read_adapter, values, write_adapter
+from lorasb_export.exporting.onnx_swap import Arrays, read_adapter, scaled_R, write_adapter
 from tests.tiny import make_llama
 
 from .onnx_world import EOS, PROMPTS, TOKENS, answers, save_adapter
@@ -142,7 +142,7 @@ def test_of_many_adapters_each_is_written_in_turn_and_the_first_are_compared(
 
     def values_of(adapter: Adapter, dtype: np.dtype[Any]) -> Arrays:
         held.append(f"values of {adapter.name}")
-        return values(adapter, dtype)
+        return scaled_R(adapter, dtype)
 
     def write(path: Path, arrays: Arrays) -> None:
         held.append(f"file of {path.stem}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .exporting.export import export as export
     from .exporting.onnx_run import OnnxDecoder as OnnxDecoder
     from .merging.merge import merge as merge
-    from .publishing.hub import push as push
+    from .publishing.push import push as push
     from .serving.launcher import running_server as running_server
     from .serving.launcher import serve as serve
     from .settings import CalibrationSettings as CalibrationSettings
@@ -53,7 +53,7 @@ _HOMES = {
     "fit_together": "training.fit",
     "load_task": "data.task",
     "merge": "merging.merge",
-    "push": "publishing.hub",
+    "push": "publishing.push",
     "running_server": "serving.launcher",
     "serve": "serving.launcher",
     "task_of": "data.task",

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save as serialize
 
 from . import basis_source, distributed
-from .base.given import classifies
 from .base.model import BaseRef
+from .base.structure import classifies
 from .basis import Basis
+from .belonging import basis_for_next, check_same_basis
 from .cards import card
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
@@ -313,8 +314,8 @@ class Adapter:
         check_same_basis(self, self.basis)
         return self.basis
 
-    def delta(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors (s·B·R, A) of module `name`'s update in fp32: shapes (out, r) and (r, in)."""
+    def as_lora(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The update of module `name` as LoRA's B and A, in fp32: s·B·R and A, of the shapes (out, r) and (r, in)."""
         module = self.load_basis().modules[name]
         R = self.R[name].to(module.B.device, torch.float32)  # of a model on a GPU, maybe
         return self.scaling * (module.B.float() @ R), module.A.float()
@@ -350,36 +351,7 @@ def describe(source: str | Path) -> tuple[Adapter, Path, dict[str, Any]]:
     return adapter, folder, config
 
 
-def load_basis_once(adapter: Adapter, loaded: dict[str, Basis]) -> None:
-    """`adapter.load_basis()`; adapters of one basis share what the first has put into `loaded`, by its sha256."""
-    adapter.basis = adapter.basis or loaded.get(adapter.basis_sha256)
-    loaded[adapter.basis_sha256] = adapter.load_basis()
-
-
 def copy_tensors(tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
     """Put R, and a head, into those that an adapter has on its model."""
     for name, live in adapter.tensors().items():
         live.data.copy_(tensors[name])
-
-
-def basis_for_next(start: Adapter, basis: Basis) -> Basis:
-    """The basis of `start` for one that goes on from it: where it lies in that adapter, so in the next one."""
-    return replace(basis, source=None) if basis.source in (str(start.folder), start.hub_source) else basis
-
-
-def check_same_basis(adapter: Adapter, basis: Basis) -> None:
-    """Raise ArtifactError unless `adapter` was trained in `basis`."""
-    problems = []
-    if adapter.basis_sha256 != basis.sha256:
-        problems.append(f"trained in basis {adapter.basis_sha256[:12]}, this one is {basis.sha256[:12]}")
-    if adapter.rank != basis.rank:
-        problems.append(f"rank {adapter.rank}, the basis has {basis.rank}")
-    if set(adapter.R) != set(basis.modules):
-        odd = sorted(set(adapter.R) ^ set(basis.modules))[0]
-        problems.append(f"the target modules differ (first: {odd})")
-    if problems:
-        raise ArtifactError(
-            f"adapter and basis do not belong together: {'; '.join(problems)}",
-            where=adapter.folder or basis.source,
-            fix="Give the basis named in adapter_config.json",
-        )

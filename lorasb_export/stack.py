@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from .adapter import Adapter, check_same_basis
+from .adapter import Adapter
+from .belonging import check_same_basis
 from .errors import ArtifactError, SettingsError, some
 from .layers.inject import inject, remove
 from .layers.layer import Route
@@ -81,6 +82,11 @@ class Stack:
     def layers(self) -> list[torch.nn.Parameter]:
         """The (k, r, r) of every module that are on the model now."""
         return list(self._live.values())
+
+    def gradients(self) -> torch.Tensor:
+        """Of each adapter's R, in the order of `values`: (k, modules, r, r); zero of a layer that the loss missed."""
+        found = (torch.zeros_like(layer) if layer.grad is None else layer.grad for layer in self.layers)
+        return torch.stack(list(found), dim=1)
 
     def _attached(self) -> bool:
         """Whether these layers still lie on the model, where another adapter may have been put in their place."""

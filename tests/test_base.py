@@ -17,8 +17,9 @@ from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 from lorasb_export import calibrate, fit
 from lorasb_export.base import model
 from lorasb_export.base.device import default_device
-from lorasb_export.base.given import positions, require_positions, trained_positions
+from lorasb_export.base.given import require_positions
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.structure import positions, trained_positions
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData

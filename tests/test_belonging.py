@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lorasb_export import Adapter, Basis, calibrate
-from lorasb_export.adapter import check_same_basis
 from lorasb_export.base.model import BaseModel
+from lorasb_export.belonging import check_same_basis
 from lorasb_export.errors import ArtifactError, BaseModelError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings

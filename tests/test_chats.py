@@ -18,8 +18,8 @@ from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
 from lorasb_export.settings import CalibrationSettings, FitSettings
-from lorasb_export.training.chats import warn_of_chats, warn_of_thoughts
 from lorasb_export.training.inspect import inspect_data
+from lorasb_export.training.row_warnings import warn_of_chats, warn_of_thoughts
 from tests.rows import CHAT_LINE, MARKED
 from tests.tiny import TEMPLATE
 

@@ -24,7 +24,7 @@ from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import BaseModelError, BusyError, DataError, OutputError, SettingsError, TrainingError
 from lorasb_export.files.lock import only_writer
 from lorasb_export.project.fit import fit_tasks
-from lorasb_export.project.foresee import foresee_tasks
+from lorasb_export.project.fit_plan import plan_fit
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
@@ -197,7 +197,7 @@ def test_a_dry_run_keeps_no_rows_of_refused_tasks(
         return task
 
     monkeypatch.setattr("lorasb_export.project.request.load_task", reading)
-    foreseen = foresee_tasks(found, list("bcd"), FitSettings(patience=1))  # there are no valid rows
+    foreseen = plan_fit(found, list("bcd"), FitSettings(patience=1))  # there are no valid rows
     assert {task["action"] for task in foreseen.values()} == {"refuse"}
     assert alive == [0, 0, 0]
 
@@ -374,7 +374,7 @@ def test_texts_longer_than_the_base_reaches_are_told_by_the_names_of_their_class
     where = ", ".join(names)
     assert str(error.value) == f"max_length is 5000, the base's positions end at 512 ({where}). Lower max_length to 512"
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]
-    foreseen = foresee_tasks(found, ["a", "b"], SETTINGS, own=own)
+    foreseen = plan_fit(found, ["a", "b"], SETTINGS, own=own)
     assert [foreseen[name]["action"] for name in "ab"] == ["refuse" if name in names else "wait" for name in "ab"]
 
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from lorasb_export import calibrate, distributed, evaluate, fit
-from lorasb_export.base.given import is_checkpointing
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.structure import is_checkpointing
 from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_export.base.given import is_checkpointing
 from lorasb_export.base.model import BaseModel
+from lorasb_export.base.structure import is_checkpointing
 from lorasb_export.calibration import gradients
 from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows

@@ -22,8 +22,8 @@ from lorasb_export import Adapter, Basis, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.cards import card
 from lorasb_export.cards.readme import BEGIN, END, update
+from lorasb_export.data.chat import Chat
 from lorasb_export.data.chat_template import chat_ids
-from lorasb_export.data.tools import Chat
 from lorasb_export.environment import child_environment
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, ServerError, SettingsError
 from lorasb_export.files.storage import read_header, read_json, write_json

@@ -38,7 +38,7 @@ def together(rounds: int, tokens: int) -> dict[str, list[float]]:
 
         def run() -> None:
             model(input_ids=ids, labels=ids).loss.backward()
-            gradients = torch.stack([layer.grad for layer in stack.layers], dim=1)  # type: ignore[misc]
+            gradients = stack.gradients()
             for k, optimizer in enumerate(optimizers):
                 values[k].grad = gradients[k]
                 optimizer.step()

@@ -1,42 +1,20 @@
-"""A network that somebody gives us: asked what it is, and refused where it does not do."""
+"""A network that somebody gives us, or that we have loaded: refused where it does not do."""
 
 from __future__ import annotations
 
 import logging
-import math
 from functools import cache
 from typing import TYPE_CHECKING
 
 from ..choices import NF4
 from ..errors import BaseModelError, SettingsError
+from .structure import classifies, positions, trained_positions
 
 if TYPE_CHECKING:
     import torch
-    from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
-
-
-def positions(network: PreTrainedModel) -> float:
-    """How many tokens a network's learned positions reach; infinity where it has none."""
-    import torch
-
-    reach = math.inf
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.endswith(_POSITIONS):
-            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            reach = min(reach, module.num_embeddings - first)
-    return reach
-
-
-def trained_positions(network: PreTrainedModel) -> float:
-    """How many tokens a network is made for, as its config says; infinity where it does not.
-
-    Positions that are computed (RoPE) go on beyond: the answers get worse, and nothing fails.
-    """
-    return getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def require_positions(network: PreTrainedModel, max_length: int, *, where: str | None = None) -> None:
@@ -114,13 +92,6 @@ def require_dtype(network: PreTrainedModel, dtype: str) -> None:
         raise SettingsError(f"dtype is {dtype}, the network that was given is {loaded}", fix=fix)
 
 
-def body_of(model: Module) -> str:
-    """The name of what lies under the head: `base_model_prefix`, or where that is none (Llama 4) its only network."""
-    named: str = model.base_model_prefix  # type: ignore[assignment]
-    inside = [name for name, child in model.named_children() if hasattr(child, "base_model_prefix")]
-    return inside[0] if len(inside) == 1 and not hasattr(model, named) else named
-
-
 def require_loaded(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str, num_labels: int | None
 ) -> None:
@@ -129,16 +100,6 @@ def require_loaded(
     require_padding(network, tokenizer)
     require_dtype(network, dtype)
     require_outputs(network, num_labels)
-
-
-def is_checkpointing(network: Module) -> bool:
-    """Whether gradient checkpointing is switched on; transformers renames its own word for it."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
-
-
-def classifies(network: Module) -> bool:
-    """Whether it is a sequence classifier of transformers, which has a head to train."""
-    return type(network).__name__.endswith("ForSequenceClassification")
 
 
 def require_outputs(network: PreTrainedModel, num_labels: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import NF4
 from ..errors import BaseModelError, LoraSBError, first_line, is_out_of_memory
-from .given import body_of, classifies
+from .structure import body_of, classifies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

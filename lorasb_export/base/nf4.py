@@ -16,7 +16,7 @@ from torch import nn
 from ..choices import NF4
 from ..environment import require_packages
 from ..errors import BaseModelError, SettingsError, some
-from .given import body_of
+from .structure import body_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

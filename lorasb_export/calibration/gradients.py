@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
 from ..base.borrowed import evaluating, flags_kept, without_cache
-from ..base.given import is_checkpointing
 from ..base.nf4 import state_of
 from ..base.products import apply_linear, shape_of, weight_of
+from ..base.structure import is_checkpointing
 from ..data.batches import collate, label_counts, row_losses
 from ..data.encoding import Encoded, encode_all, without_left_out
 from ..data.task import TaskData

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import DataError, some
-from .tools import REASONING, Chat, Turn, calls_tools
+from .chat import REASONING, Chat, Turn, calls_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, DataError
+from .chat import chat_of
 from .chat_template import OPENED_THOUGHTS, chat_ids, chat_tokens
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
-from .tools import chat_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, some
+from .chat import Turn, chat_of
 from .rows import CHAT, FIELDS_OF, LABELLED, Placed, Row, as_json
-from .tools import Turn, chat_of
 
 if TYPE_CHECKING:
     from .task import TaskData

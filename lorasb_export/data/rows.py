@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import DataError, some
-from .tools import Turn, calls_tools, chat_of, says_something
+from .chat import Turn, calls_tools, chat_of, says_something
 
 logger = logging.getLogger(__name__)
 

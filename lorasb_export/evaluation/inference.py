@@ -12,11 +12,11 @@ import torch
 
 from ..bars import progress_bar
 from ..base.borrowed import evaluating
-from ..base.given import positions, trained_positions
+from ..base.structure import positions, trained_positions
+from ..data.chat import calls_tools
 from ..data.chat_template import require_template
 from ..data.encoding import answer_ids, prompt_ids
 from ..data.rows import CHAT, Prompt, Row, kind_of, question_and_answer
-from ..data.tools import calls_tools
 from ..errors import DataError, Problems, SettingsError
 from ..layers.inject import refuse_rows
 from .answer_end import before_end, end_ids

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..adapter import Adapter, load_basis_once
+from ..adapter import Adapter
 from ..bars import progress_bar
-from ..base.given import positions, trained_positions
 from ..base.model import BaseModel
+from ..base.structure import positions, trained_positions
 from ..basis import Basis
+from ..belonging import load_basis_once
 from ..choices import CAUSAL_LM
 from ..data.rows import Prompt
 from ..data.trained_template import warn_of_another_template

@@ -21,7 +21,7 @@ from ..files.output import refuse_own_input, require_room
 from ..files.storage import expanded
 from ..merging.merge import merge
 from .onnx_build import build
-from .onnx_exporter import PRECISIONS, check_request, exporter_for, parameters
+from .onnx_exporter import PRECISIONS, check_request, exporter_for, parameter_count
 from .onnx_quantize import quantize
 from .onnx_record import finish, onnx_provenance, write_record
 from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder
@@ -68,7 +68,7 @@ def export_onnx(
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()
         merged_bytes = 4 if wanted.dtype == "float32" else 2
-        require_room(folder, int(parameters(base_model) * (merged_bytes + wanted.room)))
+        require_room(folder, int(parameter_count(base_model) * (merged_bytes + wanted.room)))
         merge(source, scratch / "merged", base=base_model, dtype=wanted.dtype)
         build(exporter, scratch / "merged", folder, precision, scratch, source.task_type)
         if wanted.bits:

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter, check_same_basis
+from ..adapter import Adapter
 from ..base.model import BaseModel, BaseRef
 from ..base.nf4 import warn_of_other_weights
+from ..belonging import check_same_basis
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data.source import AnySource
@@ -33,7 +34,7 @@ from ..files.output import cannot_write, refuse_own_input, require_room
 from ..files.storage import expanded
 from ..names import name_problem
 from .onnx_build import DATA, GRAPH, build
-from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameters
+from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameter_count
 from .onnx_graph import read_graph
 from .onnx_quantize import quantize
 from .onnx_record import RECORD, finish, onnx_provenance, read_record, write_record
@@ -44,8 +45,8 @@ from .onnx_swap import (
     add_basis,
     add_to_stack,
     make_swappable,
-    parameter,
-    values,
+    name_of_R,
+    scaled_R,
     write_adapter,
 )
 from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
@@ -93,7 +94,7 @@ def export_onnx_adapters(
     with atomic_folder(out, overwrite=overwrite, kind="onnx-adapters") as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        require_room(folder, int(parameters(base_model) * wanted.room))
+        require_room(folder, int(parameter_count(base_model) * wanted.room))
         build(exporter, base_model.folder, folder, precision, scratch, CAUSAL_LM, basis)
         shutil.rmtree(scratch)
         if wanted.bits:
@@ -213,11 +214,11 @@ def _add(folder: Path, record: dict[str, Any], adapters: Mapping[str, Adapter]) 
     """Put adapters into a folder, and into what its `lorasb.json` will say."""
     dtype = np.dtype(PRECISIONS[record["precision"]].dtype)
     expected = {tensor.name: list(tensor.dims)[-2:] for tensor in read_graph(folder / GRAPH).graph.initializer}
-    ending = parameter("", record["basis"]["sha256"])
+    ending = name_of_R("", record["basis"]["sha256"])
     replaceable = {name: dims for name, dims in expected.items() if name.endswith(ending)}
 
     def arrays(adapter: Adapter) -> Arrays:
-        own = values(adapter, dtype)
+        own = scaled_R(adapter, dtype)
         if {name: list(array.shape) for name, array in own.items()} != replaceable:
             raise ArtifactError("the graph is not the one lorasb.json describes", where=folder, fix="Export it again")
         return own

@@ -73,7 +73,7 @@ def check_request(precision: str, allowed: Collection[str]) -> None:
     require_packages("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai")
 
 
-def parameters(base: BaseModel) -> int:
+def parameter_count(base: BaseModel) -> int:
     """How many numbers the base's files hold."""
     return sum(info.nbytes // DTYPE_BYTES[info.dtype] for _, info in base.tensors.values())
 

@@ -54,7 +54,7 @@ def add_basis(path: Path, basis: Basis, outputs: Mapping[str, str], dtype: np.dt
             if y not in targets:
                 continue
             module, factors = targets[y], basis.modules[targets[y]]
-            R = parameter(module, basis.sha256)
+            R = name_of_R(module, basis.sha256)
             if factors.block is None:
                 onto, back, (before, after) = "MatMul", "MatMul", _factors(module, factors, dtype, data)
             else:
@@ -102,7 +102,7 @@ def make_swappable(path: Path, basis: Basis) -> None:
     from onnx.numpy_helper import from_array
 
     model = read_graph(path)
-    names = {f"{module}.R": parameter(module, basis.sha256) for module in basis.modules}
+    names = {f"{module}.R": name_of_R(module, basis.sha256) for module in basis.modules}
     for tensor in model.graph.initializer:
         if tensor.name in names:
             dtype = tensor.data_type
@@ -175,15 +175,15 @@ def _external(name: str, array: np.ndarray[Any, Any], data: BinaryIO) -> TensorP
     return tensor
 
 
-def parameter(module: str, basis_sha256: str) -> str:
+def name_of_R(module: str, basis_sha256: str) -> str:
     """The name of a module's R in graph and file. It names the basis, so that a file of another one is refused."""
     return f"{module}.R.{basis_sha256[:12]}"
 
 
-def values(adapter: Adapter, dtype: np.dtype[Any]) -> Arrays:
+def scaled_R(adapter: Adapter, dtype: np.dtype[Any]) -> Arrays:
     """Parameter name → s·Rᵀ, (r, r): the graph multiplies from the right, and adapters may differ in s."""
     return {
-        parameter(module, adapter.basis_sha256): np.ascontiguousarray((adapter.scaling * R.T).numpy().astype(dtype))
+        name_of_R(module, adapter.basis_sha256): np.ascontiguousarray((adapter.scaling * R.T).numpy().astype(dtype))
         for module, R in adapter.R.items()
     }
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import Adapter, load_basis_once
+from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..base.streamed import streamed_model
 from ..basis import Basis
+from ..belonging import load_basis_once
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.batches import collate
 from ..data.encoding import encode, prompt_ids

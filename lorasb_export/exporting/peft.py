@@ -89,7 +89,7 @@ def folded_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """PEFT's tensor name → fp32 tensor: per module lora_A (r, in) = A, lora_B (out, r) = s·B·R; and the head."""
     tensors = {}
     for name in sorted(adapter.R):
-        sBR, A = adapter.delta(name)
+        sBR, A = adapter.as_lora(name)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = sBR.contiguous()
     return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in adapter.head.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.given import body_of
+from ..base.structure import body_of
 from ..errors import ArtifactError
 from .inject import Live
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..base.given import body_of
 from ..base.products import is_linear, shape_of
+from ..base.structure import body_of
 from ..errors import BaseModelError, SettingsError
 from ..settings import ALL_LINEAR, MLP_OUTPUT
 from .inject import refuse_peft

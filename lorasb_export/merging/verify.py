@@ -97,7 +97,7 @@ def add_updates(network: torch.nn.Module, adapters: Sequence[Adapter]) -> None:
 
 def _adding(adapter: Adapter, name: str) -> Any:
     def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        sBR, A = (factor.to(output.device) for factor in adapter.delta(name))
+        sBR, A = (factor.to(output.device) for factor in adapter.as_lora(name))
         return output + (args[0] @ A.T) @ sBR.T
 
     return add
@@ -118,7 +118,7 @@ def _whole(
             parameter.data.copy_(rounding.read(*source))
     for adapter in adapters:
         for name in adapter.R:
-            weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.delta(name)
+            weight, (sBR, A) = weight_of(network.get_submodule(name)), adapter.as_lora(name)
             weight.data.addmm_(sBR.to(weight), A.to(weight))
     expected = logits_of(network, inputs)
     del network

@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, load_basis_once
+from ..adapter import Adapter
 from ..bars import progress_bar, time_left
 from ..base.loaded import LastLoaded
 from ..base.model import BaseModel, BaseRef
+from ..belonging import load_basis_once
 from ..choices import NF4
 from ..data.hold_out import warn_of_twins
 from ..data.source import TaskSource

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter, describe
+from ..adapter import Adapter
+from ..belonging import of_one_basis
 from ..choices import MAX_COMPARED
 from ..data.task import TaskData, load_held_out, load_task
 from ..errors import DataError, LoraSBError, Problems, SettingsError, some_problems
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
+from ..format import read_adapter_config
 from ..names import ours_in
-from ..one_basis import of_one_basis
 from .project import Project
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def adapters_to_export(project: Project, into: Path | None = None) -> tuple[list
 
 def _is_exported(folder: Path, entry: Mapping[str, Any]) -> bool:
     """Whether an export's record says of this adapter what its config does."""
-    adapter, _, config = describe(folder)
-    return (entry.get("sha256"), entry.get("scaling")) == (config["sha256"], adapter.scaling)
+    config = read_adapter_config(folder)
+    return (entry.get("sha256"), entry.get("scaling")) == (config["sha256"], config["scaling"])
 
 
 def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None) -> dict[str, TaskData]:

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _HOLD_OUT = "To hold some out, set hold_out = 0.1 in [data] of lorasb.toml, or in a task's table, before you train"
 _BY_ITSELF = "Fit it by itself, with a smaller --batch-size or --max-length"
-Outcome = Adapter | LoraSBError
+Fitted = Adapter | LoraSBError
 
 
 def leaves_others(error: Exception) -> bool:
@@ -54,7 +54,7 @@ def leaves_others(error: Exception) -> bool:
 
 def fit_tasks(
     project: Project, names: Sequence[str], settings: FitSettings, *, together: bool = False, **options: Any
-) -> Iterator[tuple[str, Outcome]]:
+) -> Iterator[tuple[str, Fitted]]:
     """Train the named tasks. The project's shared basis is calibrated first if there is none.
 
     The rows of all tasks are checked before anything is made, and read again for the training of each: all of them, or
@@ -123,7 +123,7 @@ class _Fitting:
         self._options: dict[str, Any] = {"resume": request.resume, "overwrite": request.overwrite}
         self._options["measure"] = len(request.places) <= MAX_MEASURED
 
-    def together(self) -> Iterator[tuple[str, Outcome]]:
+    def together(self) -> Iterator[tuple[str, Fitted]]:
         request, sources = self._request, set(self._request.bases.values())
         if request.starts.differ:
             what = f"together all start from one adapter, not from {PLACE}"
@@ -147,14 +147,14 @@ class _Fitting:
         options = {**self._options, "start": request.starts.one}
         yield from zip(tasks, train_together(*inputs, network=network, **options), strict=True)
 
-    def in_turn(self) -> Iterator[tuple[str, Outcome]]:
+    def in_turn(self) -> Iterator[tuple[str, Fitted]]:
         request, shared = self._request, self._bases()
         # One order for all processes, which compute together: rows may change while each reads them for itself.
         names = distributed.on_main(lambda: one_network_at_a_time(self._kinds))
         self._left = {name for name in names if is_free(request.targets[name]) or not request.resume}
         self._began = time.monotonic()
         for number, name in enumerate(progress_bar(names, desc="fit", leave=False) if len(names) > 1 else names, 1):
-            outcome: Outcome
+            outcome: Fitted
             try:
                 outcome = self._fit(name, shared, f"{number} of {len(names)}")
             except Exception as error:

@@ -19,8 +19,8 @@ from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE, ours_in
 from ..publishing.folder_card import Licences
-from ..publishing.hub import push
 from ..publishing.project_repository import push_parts
+from ..publishing.push import push
 from ..publishing.repository import is_of_one
 from .project import Project
 

@@ -59,7 +59,7 @@ class _SeenOnce(BaseModel):
 
 
 class FitRequest:
-    """What `fit_tasks` is asked to do, or `foresee_tasks` to foresee. To make one reads only the project and `start`.
+    """What `fit_tasks` is asked to do, or `plan_fit` to say beforehand. To make one reads only the project and `start`.
 
     Args:
         own: of tasks that are trained otherwise, but in the same dtype and with the same seed.

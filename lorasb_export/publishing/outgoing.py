@@ -222,7 +222,7 @@ def part_of(path: str) -> str:
     return found[0] if found else ""
 
 
-def mark(paths: Iterable[str]) -> str | None:
+def kind_of_files(paths: Iterable[str]) -> str | None:
     """The kind of artifact that a listing holds, as far as weights from two kinds must not mix."""
     names = list(paths)
     return next((kind for pattern, kind in _MARKS.items() if any(_matches(p, [pattern]) for p in names)), None)

@@ -33,9 +33,9 @@ from . import outgoing
 from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums
 from .folder_card import Licences, folder_card
-from .hub import check_target, planned
 from .outgoing import PROJECT, SUMS, Files, Seen
 from .project_index import INDEX, About, about, labels_of, make_index, others, refuse_lost
+from .push import check_target, planned
 from .repository import Head, Repository, Stored, compare, is_of_one, is_stored, refuse_other
 
 logger = logging.getLogger(__name__)

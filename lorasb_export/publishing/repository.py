@@ -13,7 +13,7 @@ from ..hub.cache import git_hash
 from ..hub.calls import hub_errors, retry_after, status_of, wait_for, with_retries
 from ..hub.newest import ask_again
 from .checksums import digest, parse
-from .outgoing import PROJECT, SUMS, Files, Seen, content_of, mark, part_of, refuse_replaced, size_of, stale
+from .outgoing import PROJECT, SUMS, Files, Seen, content_of, kind_of_files, part_of, refuse_replaced, size_of, stale
 
 _TRIES = 4  # of a commit
 _IGNORED = "# nothing"  # else the Hub goes by the repository's own .gitignore, and files are left out without a word
@@ -195,7 +195,7 @@ class Repository:
             head = self.read()
             if set(head.files) - {".gitattributes"} and compare(files, head):
                 raise self._changed()  # made by somebody else since we looked; what we send was made for an empty one
-        refuse_other(mark(files), head, public, self.name)
+        refuse_other(kind_of_files(files), head, public, self.name)
         if self.revision and not head.has_branch:
             branch = self.revision
             with_retries(lambda: self._api.create_branch(self.name, branch=branch, exist_ok=True))
@@ -248,7 +248,7 @@ def refuse_other(kind: str | None, head: Head, public: bool, name: str) -> None:
     """Raise OutputError before anything is written to a repository that is public unasked, or of another `mark`."""
     if head.commit is not None and not head.private and not public:
         raise OutputError("the repository is public", where=name, fix="Pass --public, or choose another one")
-    there = PROJECT if any(map(part_of, head.published)) else mark(head.files)
+    there = PROJECT if any(map(part_of, head.published)) else kind_of_files(head.files)
     if there not in (None, kind):
         fix = "Give each artifact a repository of its own"
         if there == PROJECT:

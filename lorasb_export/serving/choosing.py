@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..base.model import BaseModel
+from ..belonging import by_basis
 from ..errors import SettingsError, some
-from ..one_basis import by_basis
 from . import flags
 from .modes import Folded, Mode, Shared
 from .shared import runs_on_cpu, why_unavailable

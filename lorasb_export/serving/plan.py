@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter, load_basis_once
+from ..adapter import Adapter
 from ..base.device import cpu_multiplies
 from ..base.model import BaseModel, BaseRef
 from ..base.nf4 import warn_of_other_weights
 from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
+from ..belonging import load_basis_once, of_one_basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
 from ..data.trained_template import warn_of_another_template
 from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some_problems
 from ..files.storage import read_json
 from ..names import served_name_problem
-from ..one_basis import of_one_basis
 from . import flags
 from .choosing import choose_mode
 from .listening import is_loopback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,19 @@ class History:
         """Optimizer steps that the task has taken when the run is at `step`."""
         return self._evaluated()[-1] if self.has_stopped() else min(step, self.order.steps)
 
-    def is_evaluated_at(self, step: int) -> bool:
-        """Whether the task's last evaluation was made at `step`."""
-        return self._evaluated()[-1:] == [step]
+    def is_due(self, step: int, *, from_another: bool) -> bool:
+        """Whether the task is to be evaluated at `step`, and has not been.
+
+        Args:
+            from_another: R starts as another adapter's, which may be the best.
+        """
+        # Four times; with patience so often that it can run out before the last quarter does.
+        every = self.settings.evaluate_every or math.ceil(self.order.steps / (4 * (self.settings.patience or 1)))
+        if step == 0:
+            due = from_another and self.settings.keep == "best"
+        else:
+            due = step % every == 0 or step == self.order.steps
+        return due and self._evaluated()[-1:] != [step]  # asked last: all of the log is read for it
 
     def _evaluated(self) -> list[int]:
         return [entry["step"] for entry in self.entries() if "eval_loss" in entry]

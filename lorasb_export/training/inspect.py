@@ -21,8 +21,8 @@ from ..data.task import TaskData, load_task
 from ..errors import Problems
 from ..evaluation.inference import asked_of
 from ..settings import FitSettings
-from .chats import warn_of_rows
 from .requirements import check_rows
+from .row_warnings import warn_of_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

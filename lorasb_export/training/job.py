@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import distributed
-from ..adapter import Adapter, basis_for_next
+from ..adapter import Adapter
 from ..base.device import default_device
 from ..base.given import refuse_several_devices, require_first_device, require_loaded, require_positions
 from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..basis import Basis
+from ..belonging import basis_for_next
 from ..calibration.capture import overview
 from ..cards import card
 from ..choices import NF4
@@ -115,7 +116,7 @@ class Job:
             of_task = zip(self.tasks, self.outs, strict=True)
             return {task.name: Adapter.load(out) for task, out in of_task if task.name in found}
 
-    def foreseen(self, empty: PreTrainedModel, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
+    def plan(self, empty: PreTrainedModel, *, resume: bool, overwrite: bool) -> tuple[str, int | None, str | None]:
         """What `train` would do with the only task: `train` it, `resume` it, from a step, or `keep` it; and why.
 
         Nothing is loaded or written.

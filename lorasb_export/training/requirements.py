@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import distributed
-from ..adapter import Adapter, check_same_basis
+from ..adapter import Adapter
 from ..basis import Basis
+from ..belonging import check_same_basis
 from ..choices import SEQ_CLS
 from ..data.task import TaskData, refuse_single_class
 from ..environment import accelerate_uses, require_packages

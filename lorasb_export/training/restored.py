@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from .. import distributed
 from ..base.borrowed import flags_kept
-from ..base.given import is_checkpointing
+from ..base.structure import is_checkpointing
 from ..layers.inject import remove
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from ..layers.head import load_head
 from ..settings import FitSettings
 from ..stack import Stack
 from .callbacks import Evaluations, NothingToTrain, Progress, checkpoint_at_sigterm
-from .chats import warn_of_rows
 from .checkpoints import COMPLETE, drop_run, identity_of, rate_folder, to_resume
 from .order import RowOrder
 from .record import Entries, summary
+from .row_warnings import warn_of_rows
 from .task_run import TaskRun
 from .trackers import run_of_its_own, tracker_callbacks
 from .trainer import RTrainer

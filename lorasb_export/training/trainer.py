@@ -93,7 +93,6 @@ class RTrainer(Trainer):
             )
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         self._window = LossWindow(len(runs), self.args.device)
-        self._starts_from_another = identity["start_sha256"] is not None
         self._stopped: set[int] = set()
         self.diverged: dict[int, TrainingError] = {}
 
@@ -140,9 +139,7 @@ class RTrainer(Trainer):
                 self.accelerator.backward(weighted.sum())
             losses.index_add_(0, tasks, weighted.detach().to(losses.dtype))
         if self.stack:
-            # A layer that the loss does not reach has none.
-            grads = (torch.zeros_like(layer) if layer.grad is None else layer.grad for layer in self.stack.layers)
-            gradients = torch.stack(list(grads), dim=1)
+            gradients = self.stack.gradients()
             for k, (parameter,) in enumerate(self._parameters):  # without a gradient a task is left alone
                 parameter.grad = gradients[k] if k in inputs["to_means"] else None
         for k, factor in inputs["to_means"].items():
@@ -237,16 +234,9 @@ class RTrainer(Trainer):
 
     def evaluations_left(self) -> list[int]:
         """Tasks whose evaluation is due at the step at hand."""
-        step, left = self.state.global_step, []
-        for k in self.active(step - 1):
-            run = self.runs[k]
-            # Four times; with patience so often that it can run out before the last quarter does.
-            every = self.settings.evaluate_every or math.ceil(run.order.steps / (4 * (self.settings.patience or 1)))
-            due = step > 0 and (step % every == 0 or step == run.order.steps)
-            due |= step == 0 and self._starts_from_another and self.settings.keep == "best"  # which may be the best
-            if run.validation and due and not self.history(k).is_evaluated_at(step):
-                left.append(k)
-        return left
+        step, from_another = self.state.global_step, self.identity["start_sha256"] is not None
+        validated = [k for k in self.active(step - 1) if self.runs[k].validation]
+        return [k for k in validated if self.history(k).is_due(step, from_another=from_another)]
 
     def restore_best(self, k: int) -> int | None:
         """Put the best evaluated R back into task `k`'s adapter; returns its step, None without evaluations."""

@@ -17,7 +17,7 @@ from .project import OWN_BASIS, Project
 from .request import FitRequest, Kind, one_network_at_a_time
 
 
-def foresee_tasks(
+def plan_fit(
     project: Project, names: Sequence[str], settings: FitSettings, **options: Any
 ) -> dict[str, dict[str, Any]]:
     """What `fit_tasks` would do with each task, by its adapter and checkpoints.
@@ -87,4 +87,4 @@ def _look(request: FitRequest, name: str, shared: dict[str, Basis | None]) -> tu
     request.base.require_task(task.task_type)
     empty = request.load_empty(task.task_type, num_labels=task.num_labels)
     job = request.job(task, request.basis_for(name, shared))
-    return job.foreseen(empty, resume=request.resume, overwrite=request.overwrite)
+    return job.plan(empty, resume=request.resume, overwrite=request.overwrite)

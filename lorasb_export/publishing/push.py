@@ -78,7 +78,7 @@ def push(
     seen = outgoing.pin(files)
     repository = Repository(repo, revision)
     head, theirs = repository.look(dry_run)
-    refuse_other(outgoing.mark(files), head, public, repo)
+    refuse_other(outgoing.kind_of_files(files), head, public, repo)
     basis = None
     if kind == "basis":
         Basis.load(folder)

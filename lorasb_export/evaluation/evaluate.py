@@ -116,8 +116,8 @@ def evaluate(
         def score() -> tuple[float, Sequence[Any]]:
             """The metric, and what is predicted of each row: nothing where the metric is the loss."""
             if metric == "exact_match":
-                ids, rooms = [one.ids for one in asked], [one.room for one in asked]
-                said = answers_of_ids(network, tokenizer, ids, rooms, batch_size=batch_size)
+                ids, max_tokens = [one.ids for one in asked], [one.max_tokens for one in asked]
+                said = answers_of_ids(network, tokenizer, ids, max_tokens, batch_size=batch_size)
                 return exact_match(said, expected), said
             scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
             if metric == "loss":

@@ -31,20 +31,20 @@ def generate_ids(
     network: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    rooms: Sequence[int],
+    max_tokens: Sequence[int],
     ends: Collection[int],
     pad_id: int,
     batch_size: int,
 ) -> list[list[int]]:
     """Greedy continuations of token-id prompts, up to and without the first of `ends`, in the order given.
 
-    Each has as many tokens at most as its room says. The likeliest token and nothing else: penalties in the base's
+    Each has as many tokens at most as `max_tokens` says. The likeliest token and nothing else: penalties in the base's
     generation_config.json, made for chats, are left out.
     """
     from transformers import GenerationConfig
 
     eos = sorted(ends) or None
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - rooms[i])  # the most memory first
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - max_tokens[i])  # the most memory first
     answers: dict[int, list[int]] = {}
     with torch.inference_mode(), evaluating(network):
         for start in progress_bar(range(0, len(order), batch_size), desc="generate", leave=False):
@@ -52,12 +52,12 @@ def generate_ids(
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            room = max(rooms[i] for i in rows)
-            greedy = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
+            most = max(max_tokens[i] for i in rows)
+            greedy = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad_id)
             with _generation_config(network, greedy):
                 output = network.generate(ids.to(network.device), attention_mask=mask.to(network.device))  # type: ignore[operator]
             for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-                answers[i] = before_end(row[: rooms[i]], ends)
+                answers[i] = before_end(row[: max_tokens[i]], ends)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -74,9 +74,9 @@ def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> It
 def checked_prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
+    max_tokens: Sequence[int],
     *,
     reach: float,
-    rooms: Sequence[int],
     unit: str,
     made_for: float = math.inf,
 ) -> list[list[int]]:
@@ -85,10 +85,10 @@ def checked_prompt_ids(
     One warning counts those that are longer, with their answers, than it is made for.
 
     Args:
-        reach: where its positions end (`given.positions`).
-        rooms: the most tokens of each answer.
+        max_tokens: of each answer, at most.
+        reach: where its positions end (`structure.positions`).
         unit: what errors call one of them; its number, from 1, follows.
-        made_for: how many tokens it is made for (`given.trained_positions`).
+        made_for: how many tokens it is made for (`structure.trained_positions`).
 
     Raises:
         DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or positions end
@@ -101,13 +101,13 @@ def checked_prompt_ids(
         require_template(tokenizer)  # here, or it would be said of every chat
     questions = []
     problems = Problems()
-    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), 1):
+    for number, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True), 1):
         with problems:
-            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, room=room))
+            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, max_tokens=most))
         if problems.is_full:
             break
     problems.raise_all("nothing was answered")
-    if beyond := sum(len(ids) + room > made_for for ids, room in zip(questions, rooms, strict=True)):
+    if beyond := sum(len(ids) + most > made_for for ids, most in zip(questions, max_tokens, strict=True)):
         logger.warning(
             "%s: %d of %d may reach, with their answers, beyond the %d tokens of max_position_embeddings in the base's "
             "config, where answers get worse, unless rope scaling in its config is meant to reach there",
@@ -116,12 +116,14 @@ def checked_prompt_ids(
     return questions
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, room: int) -> list[int]:
+def _asked(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, max_tokens: int
+) -> list[int]:
     ids = prompt_ids(tokenizer, prompt, where)
     if not ids:
         raise DataError("the prompt has no tokens, so there is nothing to answer", where=where, fix="Fill it in")
-    if len(ids) + room > reach:
-        what = f"a prompt of {len(ids)} tokens and an answer of {room}; the base's positions end at {reach}"
+    if len(ids) + max_tokens > reach:
+        what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
         raise DataError(what, where=where, fix="Shorten one of them")
     return ids
 
@@ -150,28 +152,26 @@ def answers(
             is one text.
     """
     refuse_rows(network)
-    rooms = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(
-        tokenizer, prompts, reach=positions(network), made_for=trained_positions(network), rooms=rooms, unit=unit
-    )
-    return answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
+    of_each, reach, made_for = [max_tokens] * len(prompts), positions(network), trained_positions(network)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, reach=reach, made_for=made_for, unit=unit)
+    return answers_of_ids(network, tokenizer, questions, of_each, batch_size=batch_size)
 
 
 def answers_of_ids(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Sequence[int]],
-    rooms: Sequence[int],
+    max_tokens: Sequence[int],
     *,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to what `checked_prompt_ids` gave, of as many tokens at most as `rooms` says of each."""
+    """Greedy answers to what `checked_prompt_ids` gave, of as many tokens at most as `max_tokens` says of each."""
     if not questions:  # of which batch_decode makes one empty answer
         return []
     ids = generate_ids(
         network,
         questions,
-        rooms=rooms,
+        max_tokens=max_tokens,
         ends=end_ids(tokenizer, network.generation_config.eos_token_id),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         batch_size=batch_size,
@@ -184,7 +184,7 @@ class Asked(NamedTuple):
 
     ids: list[int]
     expected: str
-    room: int
+    max_tokens: int
 
 
 def asked_of(
@@ -200,11 +200,16 @@ def asked_of(
     """
     ends = end_ids(tokenizer, network.generation_config.eos_token_id)
     found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
-    prompts, expected, rooms = zip(*found, strict=True)
-    ids = checked_prompt_ids(
-        tokenizer, prompts, reach=positions(network), made_for=trained_positions(network), rooms=rooms, unit=unit
-    )
-    return list(map(Asked, ids, expected, rooms))
+    prompts, expected, max_tokens = zip(*found, strict=True)
+    reach, made_for = positions(network), trained_positions(network)
+    ids = checked_prompt_ids(tokenizer, prompts, max_tokens, reach=reach, made_for=made_for, unit=unit)
+    return list(map(Asked, ids, expected, max_tokens))
+
+
+def asked_row(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int]) -> Asked:
+    """As `asked_of`, of one row, whatever its length."""
+    prompt, expected, max_tokens = question_of(tokenizer, row, where, ends)
+    return Asked(_asked(tokenizer, prompt, where, reach=math.inf, max_tokens=max_tokens), expected, max_tokens)
 
 
 class Question(NamedTuple):
@@ -225,11 +230,11 @@ def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: 
         ends: the tokens that end an answer (`end_ids`).
     """
     prompt, answer = question_and_answer(row, where)
-    room = len(tokenizer(answer, add_special_tokens=False).input_ids) + 8
+    longest = len(tokenizer(answer, add_special_tokens=False).input_ids) + 8
     ids = answer_ids(tokenizer, row, where)
     if ids is None and kind_of(row) == CHAT and calls_tools(row["messages"][-1]):
         what = "the chat template writes the call of a tool after something else than the question"
         raise DataError(what, where=where, fix="Use the metric loss, or let the template write the same in both")
     if ids is not None:
         (answer,) = tokenizer.batch_decode([before_end(ids, ends)], skip_special_tokens=True)
-    return Question(prompt, answer, max(room, len(ids or ())))
+    return Question(prompt, answer, max(longest, len(ids or ())))

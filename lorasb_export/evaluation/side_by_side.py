@@ -73,15 +73,13 @@ def ask_adapters(
     warn_of_another_template(loaded.values(), base_model.folder)
     tokenizer = base_model.tokenizer
     empty = base_model.load_empty(CAUSAL_LM)
-    rooms = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(
-        tokenizer, prompts, reach=positions(empty), made_for=trained_positions(empty), rooms=rooms, unit=unit
-    )
+    of_each, reach, made_for = [max_tokens] * len(prompts), positions(empty), trained_positions(empty)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, reach=reach, made_for=made_for, unit=unit)
     network = base_model.load(dtype=dtype)
     asked: dict[str, Adapter | None] = {"base": None, **loaded}
     found = {}
     for name, on_it in progress_bar(asked.items(), desc="ask", leave=False):
         if on_it is not None:
             on_it.inject(network)
-        found[name] = answers_of_ids(network, tokenizer, questions, rooms, batch_size=batch_size)
+        found[name] = answers_of_ids(network, tokenizer, questions, of_each, batch_size=batch_size)
     return found

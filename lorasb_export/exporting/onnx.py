@@ -24,7 +24,7 @@ from .onnx_build import build
 from .onnx_exporter import PRECISIONS, check_request, exporter_for, parameter_count
 from .onnx_quantize import quantize
 from .onnx_record import finish, onnx_provenance, write_record
-from .onnx_verify import held_out, require_equal, verify_classifier, verify_folder
+from .onnx_verify import held_out_rows, require_equal, verify_classifier, verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def export_onnx(
     compared = verify and precision != "bf16"
     if verify and not compared:
         logger.warning("a bf16 graph runs on CUDA alone: it is not compared with torch")
-    asked = held_out({"": task}, base_model) if task and compared and source.task_type == CAUSAL_LM else {}
+    asked = held_out_rows({"": task}, base_model) if task and compared and source.task_type == CAUSAL_LM else {}
     with atomic_folder(out, overwrite=overwrite, kind="onnx") as folder:
         scratch = folder / "scratch"  # inside, so that a killed run leaves one folder and the next call removes it
         scratch.mkdir()

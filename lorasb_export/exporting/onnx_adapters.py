@@ -49,7 +49,7 @@ from .onnx_swap import (
     scaled_R,
     write_adapter,
 )
-from .onnx_verify import HeldOut, held_out, require_equal, verify_folder
+from .onnx_verify import HeldOut, held_out_rows, require_equal, verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def export_onnx_adapters(
     warn_of_another_template(loaded.values(), base_model.folder)
     warn_of_other_weights(loaded.values())
     exporter = exporter_for(base_model, CAUSAL_LM, basis.modules)
-    asked = held_out(tasks, base_model) if verify else {}
+    asked = held_out_rows(tasks, base_model) if verify else {}
     card.check(out)
     with atomic_folder(out, overwrite=overwrite, kind="onnx-adapters") as folder:
         scratch = folder / "scratch"
@@ -162,7 +162,7 @@ def add_onnx_adapters(
                 ref = BaseRef(**record["base"])
                 base_model = ref.resolve(base)
                 base_model.verify(ref, next(iter(loaded.values())).R)
-                _verify(new, record, base_model, _first(loaded), held_out(data, base_model), max_drop, into)
+                _verify(new, record, base_model, _first(loaded), held_out_rows(data, base_model), max_drop, into)
             if read_record(folder) != before:  # by an export with --overwrite, which waits for nobody
                 raise ArtifactError("somebody else replaced the folder meanwhile", where=folder, fix="Try again")
             return finish(new, into, record)

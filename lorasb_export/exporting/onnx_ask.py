@@ -48,8 +48,7 @@ def ask_onnx(
         refuse_many(record.get("adapters", ()), folder)
 
     tokenizer, reach = tokenizer_in(folder), context_of(folder)
-    rooms = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(tokenizer, prompts, reach=reach, rooms=rooms, unit=unit)
+    questions = checked_prompt_ids(tokenizer, prompts, [max_tokens] * len(prompts), reach=reach, unit=unit)
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":
         names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}

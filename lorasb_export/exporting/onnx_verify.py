@@ -19,10 +19,10 @@ from ..data.batches import collate
 from ..data.encoding import encode, prompt_ids
 from ..data.rows import TEXT, has_answer
 from ..data.task import TaskData
-from ..errors import ArtifactError, DataError
+from ..errors import ArtifactError
 from ..evaluation.answer_end import before_end, ends_of
 from ..evaluation.evaluate import metric_for, trained_length
-from ..evaluation.inference import Asked, answers_of_ids, question_of
+from ..evaluation.inference import answers_of_ids, asked_row
 from ..evaluation.logits import where_there_is_room
 from ..evaluation.metrics import exact_match, prediction_metrics
 from ..layers.exact import exact_products
@@ -59,7 +59,7 @@ def verify_folder(
         out: what an ONNX export wrote.
         base: what torch loads: the merged folder; or the adapters' own base, to which torch adds each of them.
         adapters: name of an adapter of `out` → what torch adds; "" → None for the graph's own weights.
-        asked: of those of `adapters` whose metric on held-out rows is wanted too (`held_out`).
+        asked: of those of `adapters` whose metric on held-out rows is wanted too (`held_out_rows`).
 
     Returns:
         for each of `adapters` the `prompts`, `equal_prompts` (whole answers equal), `tokens` (of the answers),
@@ -117,9 +117,9 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     tokenizer = base.tokenizer
     rows = []
     if data is not None:
-        held_out = data.rows(data.held_out())[:_METRIC_ROWS]
+        scored = data.rows(data.held_out())[:_METRIC_ROWS]
         unit = data.unit(data.held_out())
-        rows = encode(held_out, tokenizer, SEQ_CLS, adapter.labels, trained_length(adapter), unit)
+        rows = encode(scored, tokenizer, SEQ_CLS, adapter.labels, trained_length(adapter), unit)
     batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = collate(rows[start : start + _BATCH_ROWS], tokenizer.pad_token_id)
@@ -154,7 +154,7 @@ def _both(metric: str, rows: int, in_torch: float, in_onnx: float) -> dict[str, 
     return {"metric": metric, "rows": rows, "torch": in_torch, "onnx": in_onnx, "drop": drop}
 
 
-def held_out(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
+def held_out_rows(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
     """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
     tokenizer = base.tokenizer
     ends = ends_of(base.folder, tokenizer)
@@ -165,27 +165,18 @@ class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
     def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
-        self._tokenizer, unit = tokenizer, task.unit(task.held_out())
-        rows = task.rows(task.held_out())[:_METRIC_ROWS]
-        self._asked: list[Asked] = []
-        self._rows = len(rows)
-        for number, row in enumerate(rows, 1):
-            if not has_answer(row):
-                continue
-            where = f"{unit} {number}"
-            question = question_of(tokenizer, row, where, ends)
-            ids = prompt_ids(tokenizer, question.prompt, where)
-            if not ids:
-                raise DataError("the prompt has no tokens", where=where, fix="Fill it in")
-            self._asked.append(Asked(ids, question.expected, question.max_tokens))
+        rows, unit = task.rows(task.held_out())[:_METRIC_ROWS], task.unit(task.held_out())
+        answered = {number: row for number, row in enumerate(rows, 1) if has_answer(row)}
+        self._tokenizer, self._rows = tokenizer, len(rows)
+        self._asked = [asked_row(tokenizer, row, f"{unit} {number}", ends) for number, row in answered.items()]
 
     def ask(self, decoder: OnnxDecoder) -> None:
         """The graph, of the rows that fit with their answers; torch is asked the same."""
-        self._asked = [one for one in self._asked if len(one.ids) + one.room <= decoder.context]
+        self._asked = [one for one in self._asked if len(one.ids) + one.max_tokens <= decoder.context]
         if not self._asked:
             return
         self._prompts, self._expected = [one.ids for one in self._asked], [one.expected for one in self._asked]
-        self._limit = min(max(one.room for one in self._asked), decoder.context - max(map(len, self._prompts)))
+        self._limit = min(max(one.max_tokens for one in self._asked), decoder.context - max(map(len, self._prompts)))
         found = [before_end(ids, decoder.eos_ids) for ids in decoder.generate(self._prompts, self._limit)]
         self._in_onnx = exact_match(self._tokenizer.batch_decode(found, skip_special_tokens=True), self._expected)
 

@@ -40,8 +40,8 @@ class Validation:
         mine, asked, pad_id = distributed.share(self.rows), distributed.share(self.asked), self.tokenizer.pad_token_id
         with _left_when(told_to_stop, network):
             scored = row_scores(network, mine, pad_id, batch_size=batch_size) if mine else []
-            ids, rooms = [one.ids for one in asked], [one.room for one in asked]
-            given = answers_of_ids(network, self.tokenizer, ids, rooms, batch_size=batch_size)
+            ids, max_tokens = [one.ids for one in asked], [one.max_tokens for one in asked]
+            given = answers_of_ids(network, self.tokenizer, ids, max_tokens, batch_size=batch_size)
         if distributed.any_process(told_to_stop()):
             return None
         expected: list[Any] = distributed.all_gather([row["labels"] for row in mine])

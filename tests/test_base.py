@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from lorasb_export import calibrate, fit
-from lorasb_export.base import model
+from lorasb_export.base import device
 from lorasb_export.base.device import default_device
 from lorasb_export.base.given import require_positions
 from lorasb_export.base.model import BaseModel
@@ -232,7 +232,7 @@ def test_a_base_in_float32_on_a_gpu_is_told_of_bfloat16(llama: Path, caplog: pyt
 def test_a_gpu_that_imitates_bfloat16_is_not_told_of_it(
     llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "imitates_bfloat16", lambda device: device.type == "meta")
+    monkeypatch.setattr(device, "imitates_bfloat16", lambda device: device.type == "meta")
     base, said = BaseModel.resolve(llama), "this GPU imitates bfloat16"
     base.load(dtype="bfloat16", device="cpu").save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import accelerate_uses
+from ..errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+
+_IN_FLOAT32 = (
+    "the base is in float32: with --dtype %s it takes half the memory, and the tensor cores of a GPU compute it "
+    "(--dtype float32 leaves it as it is, and this warning out)"
+)
+_IN_BFLOAT16 = (
+    "this GPU imitates bfloat16, the base's dtype: --dtype float16 is faster, and where that overflows float32 "
+    "(--dtype bfloat16 leaves it as it is, and this warning out)"
+)
 
 
 def default_device() -> torch.device:
@@ -40,3 +54,22 @@ def imitates_bfloat16(device: torch.device) -> bool:
     import torch
 
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_dtype(loaded: torch.dtype, device: torch.device, folder: Path, *, was_chosen: bool) -> None:
+    """Raise SettingsError where `device` has no numbers as the base in `folder` was `loaded` in.
+
+    Warns of those that it is slow with, unless they were chosen.
+    """
+    import torch
+
+    if device.type == "mps" and loaded == torch.float64:
+        fix = "Use --dtype float32, or set ACCELERATE_USE_CPU=1 in the environment"
+        raise SettingsError("Apple's GPUs have no float64", where=folder, fix=fix)
+    if was_chosen or device.type == "cpu":
+        return
+    imitates = imitates_bfloat16(device)
+    if loaded == torch.float32:
+        logger.warning(_IN_FLOAT32, "float16" if imitates else "bfloat16")
+    if loaded == torch.bfloat16 and imitates:
+        logger.warning(_IN_BFLOAT16)

@@ -8,19 +8,18 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS, LoadedDtype, require_choice
-from ..errors import BaseModelError, SettingsError, require_path
+from ..errors import BaseModelError, require_path
 from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import snapshot
 from ..hub.ids import parse_hub_id
-from .device import default_device, imitates_bfloat16
-from .network import as_base_model_error, mend_defaults, read_network, tokenizer_of
+from .device import check_dtype, default_device
+from .network import as_base_model_error, auto_class, empty_network, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .supported import architecture, check_supported, refuse_merged
 from .tensors import checkpoint_tensors
@@ -31,14 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_IN_FLOAT32 = (
-    "the base is in float32: with --dtype %s it takes half the memory, and the tensor cores of a GPU compute it "
-    "(--dtype float32 leaves it as it is, and this warning out)"
-)
-_IN_BFLOAT16 = (
-    "this GPU imitates bfloat16, the base's dtype: --dtype float16 is faster, and where that overflows float32 "
-    "(--dtype bfloat16 leaves it as it is, and this warning out)"
-)
 _SAMPLE_BYTES = 4096
 # Of what a repository publishes some JSON is read that no copy takes along: the index, and what a merge notes.
 _TEXTS = ["*.json", "*.txt", *TEXTS]
@@ -252,17 +243,9 @@ class BaseModel:
         self.tensors  # noqa: B018  # the headers are read and checked before transformers maps the files
         if device.type != "cpu":
             gc.collect()  # the base of an earlier training, if something holds it in a cycle: both might not fit
-        network = read_network(self.folder, _auto_class(task_type), options, seed, empty)
+        network = read_network(self.folder, auto_class(task_type), options, seed, empty)
         self._prepare(network, task_type)
-        if dtype == "auto" and device.type != "cpu":
-            imitates = imitates_bfloat16(device)
-            if network.dtype == torch.float32:
-                logger.warning(_IN_FLOAT32, "float16" if imitates else "bfloat16")
-            if network.dtype == torch.bfloat16 and imitates:
-                logger.warning(_IN_BFLOAT16)
-        if device.type == "mps" and network.dtype == torch.float64:
-            fix = "Use --dtype float32, or set ACCELERATE_USE_CPU=1 in the environment"
-            raise SettingsError("Apple's GPUs have no float64", where=self.folder, fix=fix)
+        check_dtype(network.dtype, device, self.folder, was_chosen=dtype != "auto")
         network.to(device)  # type: ignore[arg-type]
         compute_in_float32(network)
         return network
@@ -273,28 +256,19 @@ class BaseModel:
         Raises:
             BaseModelError: whatever transformers raises on a config.json that contradicts itself.
         """
+        wanted = None if dtype in ("auto", NF4) else dtype
+        network = empty_network(self.folder, task_type, wanted, num_labels, self._stored_dtype)
+        self._prepare(network, task_type)
+        return network
+
+    def _stored_dtype(self) -> torch.dtype:
+        """That of the first weight in the files, for a config.json that names none."""
         import torch
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, GenerationConfig
 
         from ..tensors import TORCH_DTYPES
 
-        with as_base_model_error(self.folder), init_empty_weights():
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            if num_labels is not None:
-                config.num_labels = num_labels
-            if dtype not in ("auto", NF4):
-                wanted = getattr(torch, dtype)
-            elif (wanted := config.dtype) is None:
-                stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
-                wanted = next(stored, torch.float32)
-            network: PreTrainedModel = _auto_class(task_type).from_config(config, dtype=wanted)
-            if network.can_generate() and (self.folder / "generation_config.json").is_file():
-                with suppress(OSError):  # transformers passes over one that it cannot read
-                    network.generation_config = GenerationConfig.from_pretrained(self.folder)
-        network.tie_weights()  # a parameter that is assigned within is another one
-        self._prepare(network, task_type)
-        return network
+        stored = (TORCH_DTYPES[info.dtype] for _, info in self.tensors.values() if info.dtype in FLOATS)
+        return next(stored, torch.float32)
 
     def _prepare(self, network: PreTrainedModel, task_type: str) -> None:
         mend_defaults(network)
@@ -327,9 +301,3 @@ class BaseModel:
 
 
 AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one
-
-
-def _auto_class(task_type: str) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import NF4
+from ..choices import CAUSAL_LM, NF4
 from ..errors import BaseModelError, LoraSBError, first_line, is_out_of_memory
 from .structure import body_of, classifies
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FETCH = "Fetch the base again"
@@ -49,6 +50,42 @@ def as_base_model_error(folder: Path, fix: str = _FETCH) -> Iterator[None]:
             raise
         what = f"transformers cannot load the base: {first_line(error):.300}"
         raise BaseModelError(what, where=folder, fix=fix) from error
+
+
+def auto_class(task_type: str) -> Any:
+    """transformers' class of networks for a task type."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task_type == CAUSAL_LM else AutoModelForSequenceClassification
+
+
+def empty_network(
+    folder: Path, task_type: str, dtype: str | None, num_labels: int | None, stored_dtype: Callable[[], torch.dtype]
+) -> PreTrainedModel:
+    """A network whose parameters take no memory, as the config in `folder` has it.
+
+    Args:
+        dtype: None is the config's own, or where that names none `stored_dtype()`.
+
+    Raises:
+        BaseModelError: whatever transformers raises on a config.json that contradicts itself.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, GenerationConfig
+
+    with as_base_model_error(folder), init_empty_weights():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        wanted = getattr(torch, dtype) if dtype else config.dtype
+        wanted = stored_dtype() if wanted is None else wanted
+        network: PreTrainedModel = auto_class(task_type).from_config(config, dtype=wanted)
+        if network.can_generate() and (folder / "generation_config.json").is_file():
+            with suppress(OSError):  # transformers passes over one that it cannot read
+                network.generation_config = GenerationConfig.from_pretrained(folder)
+    network.tie_weights()  # a parameter that is assigned within is another one
+    return network
 
 
 def read_network(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +14,24 @@ from ..base.borrowed import flags_kept
 from ..base.given import refuse_several_devices, require_loaded
 from ..base.model import AnyBase
 from ..choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
-from ..data.encoding import encode
+from ..data.encoding import Encoded, encode
 from ..data.rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
 from ..data.trained_template import warn_of_another_template
 from ..errors import DataError, SettingsError
-from ..layers.head import head_parameters
+from ..layers.head import head_kept
 from ..layers.inject import taken_off
 from ..names import name_of
 from ..settings import FitSettings
-from .inference import answers_of_ids, asked_of
+from .inference import Asked, answers_of_ids, asked_of
 from .metrics import exact_match, prediction_metrics
 from .scores import mean_loss, row_scores
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of each kind of row, the metrics that fit; the first is the default.
 _METRICS = {
@@ -99,7 +99,6 @@ def evaluate(
     warn_of_another_template([adapter], base.folder)
     tokenizer = base.tokenizer
     encoded, unit = [], task.unit(split)
-    expected: list[Any] = [row.get("label") for row in rows]
     if metric != "exact_match":
         encoded = encode(rows, tokenizer, task.task_type, adapter.labels, trained_length(adapter), unit)
     if network is None:
@@ -109,41 +108,24 @@ def evaluate(
         if metric != "exact_match":
             refuse_several_devices(network)
     with taken_off(network), flags_kept(network):  # what is on it must not count as the base
+        scorer: _Answers | _Predictions
         if metric == "exact_match":
-            asked = asked_of(network, tokenizer, rows, unit)
-            expected = [one.expected for one in asked]
-
-        def score() -> tuple[float, Sequence[Any]]:
-            """The metric, and what is predicted of each row: nothing where the metric is the loss."""
-            if metric == "exact_match":
-                ids, max_tokens = [one.ids for one in asked], [one.max_tokens for one in asked]
-                said = answers_of_ids(network, tokenizer, ids, max_tokens, batch_size=batch_size)
-                return exact_match(said, expected), said
-            scores = row_scores(network, encoded, tokenizer.pad_token_id, batch_size=batch_size)
-            if metric == "loss":
-                return mean_loss(scores), []
-            predicted, labels = [prediction for _, _, prediction in scores], [row["labels"] for row in encoded]
-            value = prediction_metrics(predicted, labels, regression=task.regression)[metric]
-            return value, predicted if task.regression else [adapter.labels[int(index)] for index in predicted]
-
-        result: dict[str, Any] = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
+            scorer = _Answers(asked_of(network, tokenizer, rows, unit), tokenizer, batch_size)
+        else:
+            scorer = _Predictions(encoded, tokenizer.pad_token_id, batch_size, metric, task.regression, adapter.labels)
         before: float | None = None
         said_before: Sequence[Any] = [None] * len(rows)
         if task.task_type == CAUSAL_LM:
-            kept = {} if said_by_base is None else said_by_base
             length = trained_length(adapter) if metric == "loss" else 0
             asked_for = base.folder, network.dtype, dtype, task.sha256, split, limit, metric, length
+            kept = {} if said_by_base is None else said_by_base
             if asked_for not in kept:
                 kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
-                kept[asked_for] = score()
+                kept[asked_for] = scorer.score(network)
             before, said_before = kept[asked_for]
-        heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
-        try:
+        with head_kept(network, adapter.head):
             adapter.inject(network)
-            after, said_after = score()
-        finally:
-            for parameter, data in heads.items():
-                parameter.data = data
+            after, said_after = scorer.score(network)
     if not all(value is None or math.isfinite(value) for value in (before, after)):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
@@ -152,14 +134,60 @@ def evaluate(
         logger.warning(
             "%s: %s. Of free text compare the metric loss, or score predictions your own way", task.name, what
         )
-    result |= {"base": before, "adapter": after}
+    of_rows = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
+    result: dict[str, Any] = {**of_rows, "base": before, "adapter": after}
     if predictions:
+        expected = [row["label"] for row in rows] if task.task_type == SEQ_CLS else scorer.expected
         numbered = enumerate(zip(rows, expected, said_before, said_after, strict=True), 1)
         result["predictions"] = [
             {"number": number, "row": row, "expected": wanted, "base": base_said, "adapter": adapter_said}
             for number, (row, wanted, base_said, adapter_said) in numbered
         ]
     return result
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Exact match of greedy answers to rows."""
+
+    asked: Sequence[Asked]
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    @property
+    def expected(self) -> list[str]:
+        return [one.expected for one in self.asked]
+
+    def score(self, network: PreTrainedModel) -> tuple[float, Sequence[Any]]:
+        """The metric, and the answer to each row."""
+        ids, max_tokens = [one.ids for one in self.asked], [one.max_tokens for one in self.asked]
+        said = answers_of_ids(network, self.tokenizer, ids, max_tokens, batch_size=self.batch_size)
+        return exact_match(said, self.expected), said
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """The loss of rows, or a metric of the classes or numbers that are predicted of them."""
+
+    encoded: Sequence[Encoded]
+    pad_id: int
+    batch_size: int
+    metric: str
+    regression: bool
+    labels: Sequence[Any]
+
+    @property
+    def expected(self) -> list[Any]:
+        return [row["labels"] for row in self.encoded]
+
+    def score(self, network: PreTrainedModel) -> tuple[float, Sequence[Any]]:
+        """The metric, and what is predicted of each row: nothing where the metric is the loss."""
+        scores = row_scores(network, self.encoded, self.pad_id, batch_size=self.batch_size)
+        if self.metric == "loss":
+            return mean_loss(scores), []
+        predicted = [prediction for _, _, prediction in scores]
+        value = prediction_metrics(predicted, self.expected, regression=self.regression)[self.metric]
+        return value, predicted if self.regression else [self.labels[int(index)] for index in predicted]
 
 
 def with_labels_of(adapter: Adapter, task: TaskData) -> TaskData:

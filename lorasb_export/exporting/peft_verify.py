@@ -9,7 +9,7 @@ from ..adapter import Adapter
 from ..base.model import BaseModel
 from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of, where_there_is_room
 from ..layers.exact import exact_products
-from ..layers.head import head_parameters
+from ..layers.head import head_kept
 from ..layers.inject import remove
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ def _logits(
 
     network = base.load(adapter.task_type, dtype="float32", num_labels=adapter.num_labels, device=device)
     inputs = {name: tensor.to(network.device) for name, tensor in batch.items()}
-    heads = {p: p.data for name, p in head_parameters(network).items() if name in adapter.head}
-    adapter.inject(network)
-    expected = logits_of(network, inputs)
-    remove(network)
-    for parameter, data in heads.items():  # PEFT has to bring the trained one
-        parameter.data = data
+    with head_kept(network, adapter.head):  # PEFT has to bring the trained one
+        adapter.inject(network)
+        expected = logits_of(network, inputs)
+        remove(network)
     with_peft: Any = PeftModel.from_pretrained(network, str(folder), torch_device=str(device)).eval()
     return expected, logits_of(with_peft, inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a sequence classifier's head: all that lie outside its body."""
     body = f"{body_of(model)}."
     return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+
+
+@contextmanager
+def head_kept(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Afterwards the head's parameters of these names have what they had before, whatever head was put on the model."""
+    kept = {parameter: parameter.data for name, parameter in head_parameters(model).items() if name in names}
+    try:
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 def train_head(model: nn.Module) -> Live:

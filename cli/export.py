@@ -81,6 +81,7 @@ def run(
     words = spelled_out(adapter or (), run.project.adapter_names)
     folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
+    from lorasb_export.project.base import find_base
     from lorasb_export.project.export import adapters_to_export, tasks_to_compare
 
     failed: dict[str, LoraSBError] = {}
@@ -91,7 +92,7 @@ def run(
         run.result(result, "" if failed else f"Nothing to add to {into}", failed)
         return
     unread = to_peft and not verify  # a LoRA is written without the base's weights
-    base = model if unread else run.project.base_elsewhere(model, folders[0])
+    base = model if unread else find_base(run.project, model, folders[0])
     options: dict[str, Any] = {"verify": verify} | given(max_drop=max_drop)
     precision = precision or ("fp32" if into is None else exported_record(expanded(into))["precision"])
     if verify and not to_peft and precision != "bf16" and (precision != "fp32" or compared):

@@ -120,8 +120,10 @@ def _ask(
             run.say(f"{name} is passed over: it is a classifier, which answers nothing")
         options["failed"] = failed
     folders = {name: run.project.find_adapter(name) for name in chosen}
-    base = run.project.base_elsewhere(model, *folders.values()) if folders else model or run.project.require_model()
     from lorasb_export.evaluation.side_by_side import ask_adapters  # only now: it brings torch
+    from lorasb_export.project.base import find_base
+
+    base = find_base(run.project, model, *folders.values()) if folders else model or run.project.require_model()
 
     return ask_adapters(asked, folders, base=base, **options), failed
 

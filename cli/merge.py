@@ -63,11 +63,12 @@ def run(
     chosen = _adapters(run, adapters or [])
     first = chosen if isinstance(chosen, str) else next(iter(chosen))
     from lorasb_export.merging.merge import merge  # only now: it brings torch
+    from lorasb_export.project.base import find_base
 
     result = merge(
         chosen,
         out,
-        base=run.project.base_elsewhere(model, first),
+        base=find_base(run.project, model, first),
         base_dtype=base_dtype,
         dtype=dtype,
         max_shard_size=max_shard_size,

@@ -70,10 +70,11 @@ def run(
     everything = adapters is None  # then one that is damaged does not keep the others from being served
     tasks = project.tasks if adapters_dir is None else ()
     named = {} if alone else resolve_adapters(words, folder, tasks, pass_over=everything)
-    from lorasb_export.serving.launcher import api_key, serve  # only now: it brings torch
+    from lorasb_export.project.base import find_base  # only now: it brings torch
+    from lorasb_export.serving.launcher import api_key, serve
     from lorasb_export.serving.plan import make_plan
 
-    base = project.base_elsewhere(model, *named.values())
+    base = find_base(project, model, *named.values())
     options: dict[str, Any] = {"model": base, "mode": mode, "host": host, "port": port, "dtype": dtype}
     options |= {"extra": flags or [], "updates_from": folder if allow_updates else None}
     options |= {"pass_over": everything}

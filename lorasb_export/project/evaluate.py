@@ -25,6 +25,7 @@ from ..evaluation.evaluate import evaluate, metric_for, to_score, trained_length
 from ..evaluation.predictions import PredictionsFile
 from ..evaluation.record import record_evaluation
 from ..hub.cache import is_blob
+from .base import find_base
 from .project import Project
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class _Look:
         """The base of an adapter, verified once for all with the same modules: a thousand times would take minutes."""
         of_base = adapter.base, frozenset(adapter.R)
         if of_base not in self._bases:
-            self._bases[of_base] = adapter.base.resolve(self.project.base_elsewhere(self.model, folder))
+            self._bases[of_base] = adapter.base.resolve(find_base(self.project, self.model, folder))
             self._bases[of_base].verify(*of_base)
         return self._bases[of_base]
 

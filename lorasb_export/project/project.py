@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.source import TaskSource
-from ..errors import ArtifactError, BaseModelError, SettingsError, some
+from ..errors import ArtifactError, SettingsError, some
 from ..files.storage import absolute, expanded
 from ..hub.ids import is_mistyped_path, may_be_dataset, parse_hub_id
 from ..names import adapters_in, find_adapter, name_problem, task_name_problem
@@ -216,42 +215,6 @@ class Project:
         except SettingsError as error:
             what = f"training says data_read otherwise than fit does: {error.what}"
             raise ArtifactError(what, where=adapter.folder, fix="Pass --data") from None
-
-    def base_elsewhere(self, model: str | None, *adapters: str | Path) -> str | None:
-        """Where to look for the base of `adapters`, folders or Hub ids: `model` if given; the project's, if it has the
-        weights that they were trained on; else None: where they say.
-
-        An adapter names the base of its basis, `fit` took the project's: with those weights, and another chat template,
-        maybe. The first adapter that can be read is asked. If there is no base where it says, the project's is returned
-        all the same; its fingerprint is compared with the adapters' later. If that is not there either, None, so that
-        the error names the base that the adapter asks for.
-        """
-        if model is not None or self.model is None:
-            return model
-        from ..adapter import Adapter  # only now: it brings torch
-        from ..base.model import BaseModel
-
-        for adapter in adapters:
-            with suppress(ArtifactError):  # who loads the adapter says so, and whatever else is wrong
-                first = Adapter.load(adapter)
-                break
-        else:
-            return None
-        own, is_there = self.require_model(), False
-        on_the_hub = None if Path(own).is_dir() else parse_hub_id(own)
-        if on_the_hub and on_the_hub.repo != first.base.name_or_path:  # not fetched, to be told that it is another
-            with suppress(BaseModelError):
-                first.base.resolve()
-                return None
-        with suppress(ArtifactError, BaseModelError):
-            base = BaseModel.resolve(own)
-            is_there = True
-            if base.fingerprint(first.R) == first.base.fingerprint:
-                return own
-        with suppress(BaseModelError):
-            first.base.resolve()
-            return None
-        return own if is_there else None
 
     def require_model(self) -> str:
         """The base: an absolute folder, or a Hub id with the project's revision.

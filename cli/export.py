@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
 from lorasb_export.errors import LoraSBError
 from lorasb_export.files.storage import expanded, folder_bytes
+from lorasb_export.names import PLACE, ours_in
 
 from .verb import Run
 from .words import FORMS, given, human_bytes, spelled_out
@@ -26,7 +28,10 @@ def run(
     format: Annotated[
         ExportFormat | None, typer.Option("--format", help="What to write.  [default: peft]", show_default=False)
     ] = None,
-    out: Annotated[str | None, typer.Option(help="The folder to write; FORMAT/ by default.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="The folder to write; FORMAT/ by default. With {name} in it one for each adapter."),
+    ] = None,
     into: Annotated[
         str | None,
         typer.Option(
@@ -77,14 +82,26 @@ def run(
         raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
-    everything = not adapter and (into is not None or format == "onnx-adapters")
+    each = out is not None and PLACE in out
+    if each and format == "onnx-adapters":
+        raise typer.BadParameter(f"{PLACE} in --out is for peft and onnx: a folder of onnx-adapters holds all of them")
+    everything = not adapter and (each or into is not None or format == "onnx-adapters")
     words = spelled_out(adapter or (), run.project.adapter_names)
     folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
     from lorasb_export.project.base import find_base
-    from lorasb_export.project.export import adapters_to_export, tasks_to_compare
+    from lorasb_export.project.export import adapters_to_export, export_each, needs_rows, tasks_to_compare
 
+    options: dict[str, Any]
     failed: dict[str, LoraSBError] = {}
+    if out is not None and each:
+        folders = folders or [str(run.project.adapter_folder(name)) for name in ours_in(run.project.adapters_folder)]
+        if not folders:
+            raise run.project.lacks("no adapter in this project", "Run lorasb fit, or name one")
+        options = {"model": model, "precision": precision or "fp32", "verify": verify, "data": data}
+        options |= {"compared": compared, "overwrite": overwrite, **given(max_drop=max_drop)}
+        _each(run, export_each(run.project, folders, out, format=format, **options), failed)
+        return
     if everything:
         folders, failed = adapters_to_export(run.project, None if into is None else expanded(into))
     if into is not None and not folders:
@@ -93,9 +110,9 @@ def run(
         return
     unread = to_peft and not verify  # a LoRA is written without the base's weights
     base = model if unread else find_base(run.project, model, folders[0])
-    options: dict[str, Any] = {"verify": verify} | given(max_drop=max_drop)
+    options = {"verify": verify} | given(max_drop=max_drop)
     precision = precision or ("fp32" if into is None else exported_record(expanded(into))["precision"])
-    if verify and not to_peft and precision != "bf16" and (precision != "fp32" or compared):
+    if needs_rows("peft" if to_peft else "onnx", precision, verify=verify, compared=compared):
         options["data"] = tasks_to_compare(run.project, folders, data)
     if into is None:
         from lorasb_export.exporting.export import export
@@ -107,8 +124,22 @@ def run(
         target, verb = into, "Added to"
         options["overwrite"] = overwrite or everything  # all that is asked for: what has changed too
         result = add_onnx_adapters(folders, into, base=base, **options)
-    lines = [f"{verb} {target} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
-    run.result(result, "\n".join(lines), failed)
+    run.result(result, "\n".join(_lines(f"{verb} {target}", result)), failed)
+
+
+def _each(
+    run: Run, exported: Iterator[tuple[str, dict[str, Any] | LoraSBError]], failed: dict[str, LoraSBError]
+) -> None:
+    results: dict[str, Any] = {}
+    lines: list[str] = []
+    for name, result in run.done_of(exported, {"exported": results}, lambda: "\n".join(lines), failed):
+        results[name] = result
+        lines.extend(_lines(f"{name}: exported to {result['out']}", result))
+    run.result({"exported": results}, "\n".join(lines), failed)
+
+
+def _lines(done: str, result: dict[str, Any]) -> list[str]:
+    return [f"{done} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
 
 
 def _comparisons(verify: dict[str, Any]) -> list[str]:

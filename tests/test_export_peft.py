@@ -304,3 +304,30 @@ def test_the_base_is_named_at_its_commit(tmp_path: Path) -> None:
     export_peft(tmp_path / "pinned", tmp_path / "lora", base=base)
     config = read_json(tmp_path / "lora" / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "1" * 40)
+
+
+def test_each_adapter_goes_into_a_folder_of_its_own(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a project all; one that is damaged is left out, and named."""
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").write_text(f'model = "{llama}"\n')
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        adapter_for(llama, tmp_path / "adapters" / name, ["model.layers.0.mlp.up_proj"])
+    Path("adapters/b/adapter.safetensors").write_bytes(b"damaged")
+    done = lorasb("export", "--out", "peft/{name}", "--json")
+    printed = json.loads(done.stdout)
+    assert (done.exit_code, list(printed["exported"]), list(printed["failed"])) == (1, ["a", "c"], ["b"])
+    assert printed["exported"]["a"]["out"] == "peft/a"
+    for name in "ac":
+        export_peft(f"adapters/{name}", "alone", overwrite=True)
+        alone, of_many = (Path(folder, "adapter_model.safetensors") for folder in ("alone", f"peft/{name}"))
+        assert alone.read_bytes() == of_many.read_bytes()
+    assert sorted(path.name for path in Path("peft").iterdir()) == ["a", "c"]
+    lines = lorasb("export", "a", "c", "--out", "again/{name}").stdout.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == ["a: exported to again/a", "c: exported to again/c"]
+    shutil.copytree("adapters/a", "elsewhere/a")
+    done = lorasb("export", "a", "elsewhere/a", "--out", "more/{name}")
+    assert (done.exit_code, "two of the adapters would go to one folder" in done.stderr) == (1, True)
+    assert lorasb("export", "--format", "onnx-adapters", "--out", "x/{name}").exit_code == 2

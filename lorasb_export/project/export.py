@@ -1,20 +1,24 @@
-"""Which adapters of a project are exported where none is named, and which rows they are compared on with torch."""
+"""The adapters of a project exported: which, where none is named, on which rows compared with torch, one by one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
+from ..bars import progress_bar, time_left
 from ..belonging import of_one_basis
 from ..choices import MAX_COMPARED
 from ..data.task import TaskData, load_held_out, load_task
-from ..errors import DataError, LoraSBError, Problems, SettingsError, some_problems
+from ..errors import PER_ITEM_ERRORS, DataError, LoraSBError, Problems, SettingsError, some_problems
+from ..exporting.export import export
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
 from ..format import read_adapter_config
-from ..names import ours_in
+from ..names import PLACE, name_of, ours_in
+from .base import find_base
 from .project import Project
 
 logger = logging.getLogger(__name__)
@@ -110,3 +114,58 @@ def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None)
             compared = "the graph is compared on built-in prompts only (--data names them)"
             logger.warning("No held-out rows for %s: %s", name, compared)
     return found
+
+
+def export_each(
+    project: Project,
+    folders: Sequence[str],
+    out: str,
+    *,
+    format: str,
+    model: str | None,
+    precision: str,
+    verify: bool,
+    data: str | None,
+    compared: bool,
+    **options: Any,
+) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+    """Write each adapter in another format, into a folder of its own.
+
+    Args:
+        folders: folders or Hub ids of adapters.
+        out: where to, with `{name}` for the adapter's.
+        format, precision, verify, options: as for `export`.
+        model: the base, if it has moved since training.
+        data, compared: as for `tasks_to_compare`, and `needs_rows`.
+
+    Yields:
+        each name and what `export` gives; or its error, where that adapter alone is at fault: the next one is exported
+        all the same. The error of a single one is raised.
+
+    Raises:
+        SettingsError: two are of one name.
+    """
+    named = {name_of(Path(folder) if Path(folder).is_dir() else folder): folder for folder in folders}
+    if len(named) < len(folders):
+        fix = "Rename a folder, or export them one after another"
+        raise SettingsError("two of the adapters would go to one folder", where=out, fix=fix)
+    began = time.monotonic()
+    for done, (name, folder) in enumerate(progress_bar(named.items(), desc="export", leave=False)):
+        left = f", {time_left((time.monotonic() - began) / done * (len(named) - done))}" if done else ""
+        logger.info("%d of %d: %s%s", done + 1, len(named), name, left)
+        try:
+            base = model if format == "peft" and not verify else find_base(project, model, folder)
+            of_one = {**options, "base": base, "format": format, "precision": precision, "verify": verify}
+            if needs_rows(format, precision, verify=verify, compared=compared):
+                of_one["data"] = tasks_to_compare(project, [folder], data)
+            yield name, export(folder, out.replace(PLACE, name), **of_one)
+        except PER_ITEM_ERRORS as error:
+            if len(named) == 1:
+                raise
+            logger.warning("%s is left out: %s", name, error)
+            yield name, error.alone()
+
+
+def needs_rows(format: str, precision: str, *, verify: bool, compared: bool) -> bool:
+    """Whether an export is compared with torch on held-out rows too: where it is rounded, or that is asked for."""
+    return format != "peft" and verify and precision != "bf16" and (precision != "fp32" or compared)

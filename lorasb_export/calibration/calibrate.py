@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..base.model import AnyBase, BaseModel
 from ..base.supported import refuse_merged
 from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
+from ..data.encoding import Encoded
 from ..data.source import AnySource
 from ..data.task import TaskData, in_order, load_tasks
 from ..errors import BaseModelError, DataError, OutputError, Problems, some
@@ -55,7 +56,7 @@ from .subspace import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
 # as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
@@ -124,22 +125,7 @@ def calibrate(
 
     tokenizer = base.tokenizer
     require_padding(network, tokenizer)
-    least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
-    rows, tasks, unlearnable = {}, [], Problems()
-    for task in load_tasks(data):  # again
-        try:
-            rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
-        except DataError as error:
-            if not pass_over:
-                raise
-            unlearnable.found.append(error.alone())
-        else:
-            tasks.append(replace(task, splits={}))
-    if not rows:
-        unlearnable.raise_all("no basis was made")
-    if without := unlearnable.found:
-        told = "".join(f"\n  {error}" for error in without[:10])
-        logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+    tasks, rows = _rows_by_task(data, tokenizer, labels, settings, pass_over=pass_over)
 
     def inputs() -> dict[str, Any]:
         of_base = [base.revision, base.fingerprint(targets)]
@@ -153,10 +139,10 @@ def calibrate(
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
 
-    overall, by_name = ratios.overall(), ratios.modules
-    captured = {}
+    captured: dict[str, Any] = {}
     if len(tasks) == 1:  # the basis is the task's own
-        own = {name: of_module | {"own": of_module["basis"]} for name, of_module in by_name.items()}
+        own = {name: of_module | {"own": of_module["basis"]} for name, of_module in ratios.modules.items()}
+        overall = ratios.overall()
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture and len(tasks) <= MAX_MEASURED:
         logger.info("Measuring how much of each task's gradient it holds")
@@ -164,30 +150,56 @@ def calibrate(
             name: capture_of_rows(network, modules, of_task, tokenizer.pad_token_id, settings)
             for name, of_task in rows.items()
         }
+    read = {t.name: {"rows": len(rows[t.name]), "weight": weights.get(t.name, 1.0)} for t in tasks}
+    sources = [{"name": t.name, "source": t.source, "sha256": t.sha256, **read[t.name]} for t in tasks]
     calibration = {
         **{k: v for k, v in asdict(settings).items() if k not in ("rank", "samples", "capture")},
         "task_type": task_type,
         "command": command(),
-        "data": [
-            {
-                "name": t.name,
-                "source": t.source,
-                "sha256": t.sha256,
-                "rows": len(rows[t.name]),
-                "weight": weights.get(t.name, 1.0),
-            }
-            for t in tasks
-        ],
+        "data": sources,
         "samples": len(every_row),
         "svd": {"exact_up_to": EXACT_UP_TO, "oversample": OVERSAMPLE, "power_iterations": POWER_ITERATIONS},
         "energy": energy,
         "capture": {
-            **to_four_digits(overall),
+            **to_four_digits(ratios.overall()),
             "tasks": {t.name: record(t, captured[t.name]) for t in tasks if captured},
-            "modules": {name: to_four_digits(of_module) for name, of_module in by_name.items()},
+            "modules": {name: to_four_digits(of_module) for name, of_module in ratios.modules.items()},
         },
     }
     return Basis(base.ref(targets), settings.rank, modules, calibration)
+
+
+def _rows_by_task(
+    data: Mapping[str, AnySource | TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[Any],
+    settings: CalibrationSettings,
+    *,
+    pass_over: bool,
+) -> tuple[list[TaskData], dict[str, list[Encoded]]]:
+    """The tasks, without their rows, and the encoded ones that are drawn of each. Read one task after another: the rows
+    of all may be more than memory holds.
+
+    Args:
+        pass_over: as for `calibrate`.
+    """
+    least = min(MIN_ROWS, math.ceil(_ROWS_OF_MANY / len(data)))
+    rows, tasks, unlearnable = {}, [], Problems()
+    for task in load_tasks(data):
+        try:
+            rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
+        except DataError as error:
+            if not pass_over:
+                raise
+            unlearnable.found.append(error.alone())
+        else:
+            tasks.append(replace(task, splits={}))
+    if not rows:
+        unlearnable.raise_all("no basis was made")
+    if without := unlearnable.found:
+        told = "".join(f"\n  {error}" for error in without[:10])
+        logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+    return tasks, rows
 
 
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:

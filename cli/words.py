@@ -98,12 +98,15 @@ def low_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[st
     Args:
         scores: adapter → metric → its figures `adapter` and `base`. What is no number is passed over.
     """
-    lines, found = [], {name: _numbers(of_metric) for name, of_metric in scores.items()}
-    compared = {name: [one for one in of if one[2] is not None] for name, of in found.items()}
-    if beaten := [name for name, of in compared.items() if of and not any(better(*one) for one in of)]:
+    after = {name: _numbers(of_metric, "adapter") for name, of_metric in scores.items()}
+    base = {name: _numbers(of_metric, "base") for name, of_metric in scores.items()}
+    both = {name: after[name].keys() & base[name].keys() for name in scores}
+    beats = {name: any(better(one, after[name][one], base[name][one]) for one in both[name]) for name in scores}
+    lines = []
+    if beaten := [name for name in scores if both[name] and not beats[name]]:
         lines.append(f"no better than the base: {some(beaten)}")
-    for metric in sorted({metric for of in found.values() for metric, _, _ in of}):
-        values = {name: value for name, of in found.items() for one, value, _ in of if one == metric}
+    for metric in sorted({metric for of_one in after.values() for metric in of_one}):
+        values = {name: of_one[metric] for name, of_one in after.items() if metric in of_one}
         if len(values) > _SEVERAL:
             order = sorted(values, key=values.__getitem__, reverse=lower_is_better(metric))
             worst = [f"{name} {score(metric, values[name])}" for name in order[:_WORST]]
@@ -111,14 +114,8 @@ def low_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[st
     return lines
 
 
-def _numbers(of_metric: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, float | None]]:
-    """Of each metric the adapter's value and the base's, where it has one."""
-    found = []
-    for metric, figures in of_metric.items():
-        base, after = (figures.get(which) for which in ("base", "adapter"))
-        if score(metric, after) != "-":
-            found.append((metric, after, base if score(metric, base) != "-" else None))
-    return found
+def _numbers(of_metric: Mapping[str, Mapping[str, Any]], which: str) -> dict[str, float]:
+    return {metric: figures[which] for metric, figures in of_metric.items() if score(metric, figures.get(which)) != "-"}
 
 
 def percentages(spread: Mapping[str, float]) -> str:

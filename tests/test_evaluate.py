@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, fit
 from lorasb_export.base.model import BaseModel
@@ -18,7 +19,7 @@ from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate, row_losses
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
-from lorasb_export.errors import DataError, SettingsError
+from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation import inference, scores
 from lorasb_export.evaluation.evaluate import evaluate
 from lorasb_export.evaluation.inference import answers
@@ -155,6 +156,14 @@ def test_an_adapter_on_a_given_network_is_not_taken_for_the_base_and_stays_on_it
     for _ in range(2):
         assert evaluate(generates, task, split="train", metric="loss", network=network) == expected
         assert [module for module in network.modules() if isinstance(module, LoRASBLinear)] == layers
+
+
+def test_another_base_of_the_same_shape_is_not_scored(chatty: Path, generates: Adapter, tmp_path: Path) -> None:
+    other = shutil.copytree(chatty, tmp_path / "other")
+    weights = {name: 1.1 * weight for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseModelError, match="not those the artifact was made for"):
+        evaluate(generates, task_of(GOOD, tmp_path / "data"), base=other, split="train", metric="loss")
 
 
 def test_a_network_that_a_loop_has_left_at_training_is_scored_without_dropout(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from lorasb_cli.main import app
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasb_export.base.model import BaseModel
@@ -64,6 +66,17 @@ def test_a_named_classifier_is_refused_before_the_base_is_loaded(
     done = CliRunner().invoke(app, ["generate", "hi", "--adapters", "a,c"])
     message = f"adapter c is a classifier, which answers nothing ({project}/adapters/c). Leave it out"
     assert (done.exit_code, message in done.stderr) == (1, True)
+
+
+def test_another_base_of_the_same_shape_is_not_asked(
+    project: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(llama, project / "other")
+    weights = {name: 1.1 * weight for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.delattr(BaseModel, "load")
+    done = CliRunner().invoke(app, ["generate", "hi", "--adapters", "a", "--model", str(other)])
+    assert (done.exit_code, "not those the artifact was made for" in done.stderr) == (1, True)
 
 
 def test_an_adapter_called_base_is_asked_by_its_path(project: Path) -> None:

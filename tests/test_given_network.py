@@ -22,6 +22,7 @@ from lorasb_export.data.task import TaskData
 from lorasb_export.errors import SettingsError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
+from lorasb_export.training.requirements import check_requirements
 
 SETTINGS = FitSettings(max_steps=1, batch_size=3, learning_rate=1e-2, dtype="float64")
 
@@ -126,6 +127,13 @@ def test_a_launcher_that_shards_and_a_group_of_ones_own_are_refused(
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(SettingsError, match=r"torch\.distributed has 2 processes.*as torchrun does"):
         calibrate(str(llama), tasks, CalibrationSettings(rank=4, dtype="float64"))
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_no_way_to_shard_that_a_launcher_has_is_trained_under(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(SettingsError, match=rf"fit does not train under {way} \(ACCELERATE_USE_{way}\)"):
+        check_requirements([], FitSettings())
 
 
 @pytest.mark.parametrize(

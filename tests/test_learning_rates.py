@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export.data.task import TaskData, load_task
-from lorasb_export.errors import DataError, SettingsError, TrainingError
+from lorasb_export.errors import DataError, OutputError, SettingsError, TrainingError
 from lorasb_export.evaluation.metrics import better
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.fit import fit_together
@@ -78,6 +78,25 @@ def test_an_interrupted_search_goes_on_with_the_rate_it_was_at(
     taken[RATES[1]] += 1  # not to be interrupted again
     assert fit(str(llama), basis, sums, out, at(*RATES), resume=True).sha256 == undisturbed.sha256
     assert taken == {RATES[0]: 6, RATES[1]: 4 + 2 + 3}  # from the checkpoint of step 3
+
+
+def test_an_interrupted_search_is_not_lost_without_a_word(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, step = (str(llama), basis, sums, tmp_path / "a", at(*RATES)), RTrainer.training_step
+
+    def stopping(self: RTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fit(*inputs)
+    with pytest.raises(OutputError, match="an interrupted run is there"):
+        fit(*inputs)
+    assert list(tmp_path.glob(".a.run/rate-*/checkpoint-3/complete.json"))
 
 
 @pytest.mark.parametrize("rates", [(1e-3, 2e-2), (2e-2, 1e-3)])

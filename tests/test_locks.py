@@ -88,6 +88,21 @@ def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_file_is_removed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process would else lock it before it is gone, and a third one make it anew."""
+    unlink = Path.unlink
+
+    def watched(path: Path, *words: Any, **options: Any) -> None:
+        with path.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlink(path, *words, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with only_writer(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("call", ["flock", "fstat"])
 def test_over_nfs_a_lock_file_that_is_gone_is_stale(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = fcntl if call == "flock" else os

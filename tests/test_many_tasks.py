@@ -15,6 +15,7 @@ import pytest
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export.base.model import BaseModel, BaseRef
 from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError, some
+from lorasb_export.one_basis import of_one_basis
 from lorasb_export.project import fit as module
 from lorasb_export.project.evaluate import evaluate_adapters
 from lorasb_export.project.fit import fit_tasks
@@ -296,3 +297,10 @@ def test_where_all_is_done_no_weights_are_loaded(
     last = dict(fit_tasks(found, list("abc"), replace(SETTINGS, max_steps=1), **asked, overwrite=True))
     assert all(isinstance(one, Adapter) and one.training["steps"] == 1 for one in last.values())
     assert loads == ["CAUSAL_LM"]
+
+
+@pytest.mark.parametrize(("strangers", "taken"), [(2, 18), (3, 20)])
+def test_no_more_than_a_tenth_is_passed_over_for_its_basis(strangers: int, taken: int) -> None:
+    ref = BaseRef("base", None, "")
+    adapters = {f"a{k}": Adapter(ref, "new" if k < strangers else "old", None, {}) for k in range(20)}
+    assert len(of_one_basis(adapters)) == taken

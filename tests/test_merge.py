@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_export import Adapter, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.merging import sums
 from lorasb_export.merging.layout import parse_size
 from tests.merging import MODULES, adapter_for, logits, unmerged_logits
 from tests.tiny import make_gpt2, make_llama, write_index
@@ -136,6 +137,20 @@ def test_a_buffer_that_float16_cannot_hold_is_bounded_and_a_weight_refused(llama
         merge(adapter, tmp_path / "other", dtype="float16")
 
 
+def test_a_sum_that_float16_cannot_hold_is_refused_whichever_block_it_is_in(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "BLOCK", 2 * 32)  # of bf16 one in eight would be measured, and not the last
+    base, module = shutil.copytree(llama, tmp_path / "base"), "model.layers.0.self_attn.q_proj"
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{module}.weight"][-1, -1] = 1e5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    adapter = adapter_for(base, tmp_path / "a", [module])
+    with pytest.raises(ArtifactError, match=rf"module {module} does not fit the stored dtype"):
+        merge(adapter, tmp_path / "model", dtype="float16")
+    assert not (tmp_path / "model").exists()
+
+
 def test_gpt2_stores_its_weights_transposed(tmp_path: Path) -> None:
     """attn.c_proj is square: its orientation cannot be told from its shape."""
     base = make_gpt2(tmp_path / "base")
@@ -166,3 +181,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         )
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 100
+
+
+def test_torch_has_its_threads_again_after_a_merge(llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(llama, tmp_path / "a")
+    torch.set_num_threads(2)
+    try:
+        merge(adapter, tmp_path / "model")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

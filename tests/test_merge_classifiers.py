@@ -108,6 +108,7 @@ def test_classifier_with_its_head(tmp_path: Path) -> None:
     assert not info["missing_keys"]
     assert info["unexpected_keys"] <= {"bert.embeddings.position_ids"}
     assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+    assert model.config.label2id == {"red": 0, "green": 1, "blue": 2}
     assert all(torch.equal(p, adapter.head[name]) for name, p in head_parameters(model).items())
     assert (logits(model.eval()) - unmerged_logits(base, tmp_path / "a", SEQ_CLS)).abs().max() < 1e-5
 

@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from lorasb_export.choices import SEQ_CLS
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
 from lorasb_export.files.lock import only_writer
 from lorasb_export.files.storage import read_json
+from lorasb_export.merging import plan
 from lorasb_export.merging.folder import bytes_of_an_earlier_try, resumable_folder
 from tests.merging import MODULES, adapter_for
 from tests.random_adapter import save_adapter
@@ -109,6 +111,24 @@ def test_killed_while_it_is_put_in_place_the_shards_are_still_there(
     result = merge(adapter, tmp_path / "model", base=base)
     assert result["shards_reused"] == result["shards"]
     assert not [path.name for path in (tmp_path / "model").iterdir() if path.name.startswith((".", "chat_template"))]
+
+
+def test_the_room_that_an_earlier_try_takes_is_not_asked_for_again(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = merge(adapter, tmp_path / "model", dry_run=True)["bytes"] + plan._MARGIN_BYTES
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasb_export.merging.folder.put_in_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(adapter, tmp_path / "model")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(OutputError, match="not enough disk"):
+        merge(adapter, tmp_path / "other")
+    assert merge(adapter, tmp_path / "model")["shards_reused"] == 1
 
 
 @pytest.mark.parametrize(("name", "base_dtype"), [("b", "auto"), ("a", "nf4")])

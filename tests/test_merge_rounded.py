@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_export import Adapter, merge
@@ -16,6 +17,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.base.nf4 import dequantize
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.errors import BaseModelError, SettingsError
+from lorasb_export.merging import sums, write
 from lorasb_export.merging.rounding import NOT_ROUNDED
 from lorasb_export.merging.verify import compare_logits
 from tests import families, test_weight_readers
@@ -100,6 +102,20 @@ def test_a_base_in_sixteen_bits_is_rounded_in_them(dtype: str, tmp_path: Path) -
     untouched = "model.layers.0.self_attn.k_proj"
     expected = dequantize(packed.get_submodule(untouched).weight).to(stored)
     assert torch.equal(merged.get_submodule(untouched).weight, expected)
+
+
+def test_a_weight_of_many_pieces_is_rounded_as_one_of_a_single_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseModel.resolve(make_llama(tmp_path / "base", width=64))
+    adapter = save_adapter(base.folder, base.load(), tmp_path / "a", LLAMA_MODULES, relative_size=0.3)
+    merge(adapter, tmp_path / "whole", base_dtype="nf4")
+    monkeypatch.setattr(sums, "BLOCK", 4 * 64)
+    monkeypatch.setattr(write, "PIECE", 8 * 64)
+    merge(adapter, tmp_path / "in-pieces", base_dtype="nf4")
+    whole, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "in-pieces"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_exact_weights_are_told_from_rounded_ones(llama: Path, tmp_path: Path) -> None:

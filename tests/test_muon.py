@@ -56,6 +56,21 @@ def test_a_step_is_as_long_as_its_rate_says() -> None:
     assert float(step.square().mean().sqrt()) == pytest.approx(0.1, rel=0.25)
 
 
+def test_its_momentum_looks_ahead_as_nesterovs() -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(4, r, r, dtype=torch.float64)
+    R = torch.nn.Parameter(torch.zeros(r, r, dtype=torch.float64))
+    optimizer = Muon([{"params": [R], "orthogonal": True}], lr=0.1)
+    momentum, expected = torch.zeros(2, r, r, dtype=torch.float64)
+    for gradient in gradients:
+        R.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        ahead = 0.95 * momentum + 0.05 * gradient
+        expected = expected - 0.1 * r**0.5 * orthogonalized(ahead[None])[0]
+    assert torch.allclose(R.detach(), expected, rtol=0, atol=1e-9)
+
+
 def test_R_of_a_base_on_several_devices_is_trained_on_each() -> None:
     with FakeTensorMode():  # tensors without values, of any device
         parameters = [torch.nn.Parameter(torch.empty(r, r, device=f"cuda:{k}")) for k in (0, 1, 0)]

@@ -257,6 +257,20 @@ def test_oracle_20_same_seed_same_hash_and_the_global_rng_is_left_alone(llama: P
     assert calibrate(str(llama), {"t": task}, CalibrationSettings(rank=4, seed=4)).sha256 != first.sha256
 
 
+def test_oracle_20_of_a_large_matrix_too_the_seed_alone_decides() -> None:
+    matrix = torch.randn(1040, 1100, generator=torch.Generator().manual_seed(1)).sign()
+    found = []
+    with torch.random.fork_rng():
+        for drawn_before, seed in ((7, 0), (8, 0), (7, 1)):
+            torch.manual_seed(drawn_before)
+            state = torch.get_rng_state()
+            found.append(truncated_svd(matrix, RANK, seed))
+            assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = found
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
 def test_oracle_21_only_R_moves(llama: Path, basis: Basis, task: TaskData, tmp_path: Path) -> None:
     network = BaseModel.resolve(llama).load()
 

@@ -162,6 +162,25 @@ def test_a_disk_that_syncs_files_but_no_folders_keeps_what_is_written(
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut an empty one might else have it."""
+    fsync, put, synced = os.fsync, Path.replace, list[tuple[int, int]]()
+
+    def watched(handle: int) -> None:
+        fsync(handle)
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def named(path: Path, target: Path) -> Path:
+        assert (path.stat().st_ino, 3) in synced
+        return put(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(Path, "replace", named)
+    with atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+
+
 def test_a_folder_whose_name_the_disk_does_not_confirm_is_there_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,19 @@ def test_a_base_that_has_changed_meanwhile_is_not_trained_on_in_the_basis_of_the
     assert fit(*inputs, resume=True, overwrite=True).base == BaseModel.resolve(base).ref(Adapter.load(tmp_path / "a").R)
 
 
+def test_an_adapter_of_a_base_that_has_changed_since_is_not_taken_for_finished(
+    llama: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    inputs = base, CalibrationSettings(rank=4), tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1)
+    made = fit(*inputs)
+    assert fit(*inputs, resume=True).sha256 == made.sha256
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="trained otherwise: another base model"):
+        fit(*inputs, resume=True)
+
+
 def test_the_head_that_a_basis_is_made_with_is_drawn_by_its_own_seed(bert: Path, parity: Path, tmp_path: Path) -> None:
     """Whatever seed the training has."""
     made = [

@@ -115,6 +115,12 @@ def test_a_classifier_in_a_loop_of_ones_own_keeps_its_head(bert: Path, parity: P
     assert not torch.equal(loaded.head["classifier.weight"], before)
 
 
+def test_a_head_of_one_output_predicts_a_number(bert: Path) -> None:
+    basis = calibrate(str(bert), {}, CalibrationSettings(rank=4, directions="random"))
+    adapter = Adapter.attach(BaseModel.resolve(bert).load(SEQ_CLS, num_labels=1), basis)
+    assert (adapter.regression, adapter.num_labels, adapter.labels) == (True, 1, [])
+
+
 def test_scoring_in_a_loop_of_ones_own_does_not_end_the_training(bert: Path, parity: Path, tmp_path: Path) -> None:
     rows = [{"text": f"{a}+{b}", "label": (a + b) % 2} for a in range(3) for b in range(3)]  # as `attach` names them
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -207,6 +207,17 @@ def test_what_the_base_has_said_is_taken_for_the_same_question_alone(adapter: Ad
         assert evaluate(adapter, sums, **asked, said_by_base=said) == evaluate(adapter, sums, **asked), asked
 
 
+def test_what_the_base_has_said_of_other_rows_or_of_longer_ones_is_not_taken(
+    adapter: Adapter, sums: Path, products: Path
+) -> None:
+    said: dict[Any, Any] = {}
+    for data, max_length in ((sums, 512), (products, 512), (products, 8)):
+        adapter.training = {"settings": {"max_length": max_length}}
+        asked: dict[str, Any] = {"split": "train", "limit": 4, "metric": "loss"}
+        expected = evaluate(adapter, data, **asked)
+        assert evaluate(adapter, data, **asked, said_by_base=said) == expected, (data, max_length)
+
+
 def test_the_rows_that_are_scored_are_not_written_over_by_whatever_name(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,24 @@ def test_a_changed_basis_section_is_not_passed_over(project: Path) -> None:
     assert lorasb("fit", "--max-steps", "1", "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "differing"),
+    [
+        ('reduction = "raw"', "reduction sign, not raw"),
+        ('loss = "token"', "loss sample, not token"),
+        ("eta = 1e-5", "eta 3e-06, not 1e-05"),
+        ("max_length = 64", "max_length 512, not 64"),
+        ('dtype = "bfloat16"', "dtype auto, not bfloat16"),
+    ],
+)
+def test_whatever_a_basis_depends_on_is_compared(line: str, differing: str, project: Path) -> None:
+    file = project / "lorasb.toml"
+    file.write_text(file.read_text().replace("rank = 4", f"rank = 4\n{line}"))
+    done = lorasb("fit", "--max-steps", "1", "--overwrite")
+    told = f"does not match [basis] in lorasb.toml: {differing} ("
+    assert (done.exit_code, told in done.stderr) == (1, True), done.stderr
+
+
 def test_the_weight_of_a_task_reaches_the_calibration(project: Path, sums: Path, products: Path) -> None:
     file, made = project / "lorasb.toml", {}
     of_a = file.read_text()

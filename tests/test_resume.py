@@ -278,6 +278,30 @@ def test_an_incomplete_checkpoint_is_passed_over(llama: Path, sums: Path, basis:
     assert Adapter.load(out).training["steps"] == 12
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_counts_as_complete(
+    llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run would else go on from half of one."""
+    fsync, put, synced, lacking = os.fsync, Path.replace, set[tuple[int, int]](), list[list[str]]()
+
+    def watched(handle: int) -> None:
+        fsync(handle)
+        found = os.fstat(handle)
+        synced.add((found.st_ino, found.st_mtime_ns))
+
+    def completed(path: Path, target: Path) -> Path:
+        if Path(target).name == "complete.json":
+            found = {file.name: file.stat() for file in path.parent.iterdir()}
+            lacking.append([name for name, of in found.items() if (of.st_ino, of.st_mtime_ns) not in synced])
+        return put(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(Path, "replace", completed)
+    fit(str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, max_steps=2))
+    assert lacking
+    assert not any(lacking), lacking
+
+
 def test_the_newest_checkpoints_are_kept_whatever_the_clock_said(
     llama: Path, sums: Path, basis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,13 @@ def test_adapters_of_two_bases_are_refused(llama: Path, sums: Path, adapters: di
         Stack(model, {**adapters, "other": random_adapter(other, 9)})
 
 
+def test_adapters_of_two_scalings_are_refused(llama: Path, adapters: dict[str, Adapter]) -> None:
+    model = BaseModel.resolve(llama).load(dtype="float64")
+    adapters["b"].scaling = 0.5
+    with pytest.raises(ArtifactError, match=r"adapter b has scaling 0\.5, another 2\.0\. Attach those of one scaling"):
+        Stack(model, adapters)
+
+
 def test_autocast_and_gradient_checkpointing_keep_the_gradient(llama: Path, basis: Basis) -> None:
     """Under autocast the layer computes in bf16 and R gets an fp32 gradient; recomputed activations give the same."""
     model = BaseModel.resolve(llama).load(dtype="float32")

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from lorasb_export import Adapter, calibrate, fit, merge
 from lorasb_export.base.model import BaseModel
+from lorasb_export.calibration.capture import capture
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.evaluation.evaluate import evaluate
@@ -91,6 +92,18 @@ def test_a_head_is_scored_as_it_was_validated(dtype: str, bert: Path, parity: Pa
     assert all(parameter.dtype == torch.float32 for parameter in head.values())
 
 
+def test_numbers_are_learnt_and_scored_as_they_were_validated(bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "a" * n, "label": n / 4} for n in range(1, 13)]
+    task = task_of("lengths", {"train": rows, "valid": rows})
+    settings = FitSettings(max_steps=6, learning_rate=2e-2, evaluate_every=3, metric="rmse")
+    made = fit(str(bert), CalibrationSettings(rank=4), task, tmp_path / "a", settings)
+    assert set(made.training["valid_metrics"]) == {"pearson", "rmse"}
+    loaded = Adapter.load(tmp_path / "a")
+    assert (loaded.regression, loaded.num_labels, loaded.labels) == (True, 1, [])
+    found = evaluate(loaded, task, split="valid", metric="rmse")
+    assert found["adapter"] == pytest.approx(made.training["valid_metrics"]["rmse"], rel=1e-4)
+
+
 def test_a_base_that_classifies_otherwise_gets_another_head(bert: Path, parity: Path, tmp_path: Path) -> None:
     """As one does that was trained for another task; and whatever is made of the adapter has the new head."""
     base = tmp_path / "base"
@@ -138,3 +151,24 @@ def test_a_head_that_has_learnt_these_classes_keeps_their_order(tmp_path: Path) 
     others = [{**row, "label": f"{row['label']}!"} for row in rows]
     other = fit(base, CalibrationSettings(rank=4), task_of("o", {"train": others}), tmp_path / "c", frozen)
     assert other.labels == ["maybe!", "no!", "yes!"]
+
+
+def test_a_basis_is_of_the_loss_of_the_classes_that_a_head_has_learnt(tmp_path: Path) -> None:
+    """Whatever their order in it, and so is what it is said to capture."""
+    rows = [{"text": "ab"[i % 2] * (1 + i % 5), "label": ("no", "maybe", "yes")[i % 3]} for i in range(12)]
+    network = BertForSequenceClassification.from_pretrained(make_bert(tmp_path / "body"), num_labels=3)
+    task, made = task_of("t", {"train": rows}), []
+    for names, order in ((["no", "maybe", "yes"], [0, 1, 2]), (["maybe", "no", "yes"], [1, 0, 2])):
+        network.config.id2label = dict(enumerate(names))
+        for parameter in network.classifier.parameters():
+            parameter.data = parameter.data[order]
+        network.save_pretrained(tmp_path / names[0])
+        save_tokenizer(tmp_path / names[0])
+        settings = CalibrationSettings(rank=4, reduction="raw", dtype="float64")
+        made.append(calibrate(tmp_path / names[0], {"t": task}, settings))
+    for name, module in made[0].modules.items():
+        step, sorted_step = (one.B * one.S @ one.A for one in (module, made[1].modules[name]))
+        assert (step - sorted_step).norm() < 1e-5 * step.norm(), name
+    base = BaseModel.resolve(tmp_path / "no")
+    found = capture(base, base.load(SEQ_CLS, dtype="float64", num_labels=3), made[0], task)
+    assert found["basis"] == pytest.approx(found["own"], abs=1e-6)

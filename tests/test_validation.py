@@ -232,3 +232,16 @@ def test_metrics_of_the_valid_split(
     classified = fit(str(bert), own, folder, tmp_path / "c", FitSettings(epochs=15, learning_rate=2e-2, metric="mcc"))
     assert set(classified.training["valid_metrics"]) == {"accuracy", "mcc", "f1"}
     assert classified.training["valid_metrics"]["accuracy"] > 0.9
+
+
+def test_after_a_run_sigterm_is_the_callers_again(
+    llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
+) -> None:
+    def mine(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        fit(str(llama), basis, tasks["plus"], tmp_path / "a", replace(SETTINGS, max_steps=1))
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

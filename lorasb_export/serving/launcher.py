@@ -17,9 +17,11 @@ from ..names import resolve_adapters
 from .listening import is_loopback
 from .plan import make_plan
 from .server import RunningServer
+from .stopping import FILE, STOPPING_VARIABLE
 from .temporary import temporary_folder
 
 _ASKS_FOR_LOOPBACK = f"{__package__}.key.AsksForLoopback"
+_STOPPING = f"{__package__}.stopping.Stopping"
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
 
@@ -119,9 +121,11 @@ def running_server(
     with temporary_folder() as folder:
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
+        changes |= {STOPPING_VARIABLE: os.path.join(folder, FILE)}
         command, variables = plan.command(folder), environment.child_environment(**changes)
         if not key and is_loopback(host):
             command += ["--middleware", _ASKS_FOR_LOOPBACK]
+        command += ["--middleware", _STOPPING]  # the last one, and so asked before the user's too
         options = {"echo": echo, "advice": plan.mode.advice, "drain": plan.drain}
         server = RunningServer(command, variables, _url(host, port), **options)
         del plan  # its tensors are on disk now

@@ -314,6 +314,25 @@ def test_every_change_is_logged_with_its_version(
     assert said[5].startswith("did not load '', status 400: the request is not a JSON object")
 
 
+def test_a_version_that_is_sent_again_stays_what_it_is_to_the_engine(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under a new id it would take another slot, and another adapter would leave its own."""
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
+    caplog.set_level(logging.INFO)
+    first = answer_of(app, scope_of(models), b'{"lora_name": "a"}')
+    request = models.lora_requests["a"]
+    assert answer_of(app, scope_of(models), b'{"lora_name": "a"}') == first
+    assert models.lora_requests == {"a": request}
+    assert models.engine_client.add_lora.await_count == 1
+    assert len(caplog.messages) == 1
+    assert answered(app, scope_of(models), b'{"lora_name": "b", "lora_path": "a"}') == 200  # another name
+    write_json(config, sealed(read_json(config) | {"scaling": 0.125}))
+    assert answered(app, scope_of(models), b'{"lora_name": "a"}') == 200
+    assert models.engine_client.add_lora.await_count == 3
+    assert models.lora_requests["a"].lora_path != request.lora_path
+
+
 def test_an_adapter_of_a_base_in_four_bits_is_warned_of_once(
     adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
+_PAUSE = 0.1  # seconds before an adapter that is being replaced is copied again
 _VERSIONS = "updates"  # in the temporary folder: what was loaded since the start
 # What vLLM computes as one layer, with room for an adapter of each.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -172,14 +175,13 @@ class Shared:
             for name, path in self._paths(folder).items():
                 source = self.adapters[name].folder
                 assert source is not None
-                if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
-                    copy_adapter(source, path)
-                    if version_name(name, path) != path.name:
-                        raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
+                if self.reads_again:  # what is trained anew or removed later is served as it was
+                    self._versions[name] = _copied(self.adapters[name], source, name, path)
                 else:
                     path.symlink_to(source, target_is_directory=True)
 
     def flags(self, folder: str | Path) -> list[str]:
+        """Asked after `write`, which may have found another version of an adapter."""
         flags = _lora_flags(self.adapters, self.slots, self._paths(Path(folder)))
         return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
 
@@ -221,6 +223,43 @@ class Shared:
     @cached_property  # asked once: the folders may be replaced
     def _versions(self) -> dict[str, str]:
         return {name: version_name(name, a.folder) for name, a in self.adapters.items() if a.folder is not None}
+
+
+def _copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
+    """Copy the adapter in `source` to `path`, or beside it, and return the name of its version.
+
+    One that was replaced since it was checked, as by a fit of every night, is taken as it is now.
+
+    Raises:
+        ArtifactError: it cannot be read, or was replaced by one that is no adapter, or of another base or basis.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            copy_adapter(source, path)
+            version = version_name(name, path)
+            if version != path.name:
+                if not _may_replace(adapter, path):
+                    raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
+                path.rename(path.with_name(version))
+            break
+        except ArtifactError:  # begun between two renames, say: a folder is replaced by moving the old one away first
+            if not tries_left:
+                raise
+            shutil.rmtree(path)
+            time.sleep(_PAUSE)
+    return version
+
+
+def _may_replace(adapter: Adapter, copy: Path) -> bool:
+    """Whether `copy` is a whole adapter, and all that was checked of `adapter` holds for it."""
+    try:
+        new = Adapter.load(copy)
+    except ArtifactError:  # the tensors of one, and the config of the next
+        return False
+    old_one, new_one = (
+        (one.task_type, one.basis_sha256, one.base.fingerprint, one.rank, one.R.keys()) for one in (adapter, new)
+    )
+    return old_one == new_one
 
 
 Mode = Folded | Shared  # how a server holds its adapters

@@ -83,10 +83,12 @@ class Updates:
         if models.is_base_model(name):
             raise SettingsError(f"{name!r} is the name of the base", fix="Give another lora_name")
         path, told = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
+        before = models.lora_requests.get(name)
+        if before is not None and before.lora_path == str(path):  # sent again, as to replicas of which some have it
+            return 200, {"message": f"loaded {name}", "version": path.name}
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
         await _add(models.engine_client, request)
-        before = models.lora_requests.get(name)
         models.lora_requests[name] = request
         if before is None:
             logger.info("loaded %s: version %s", name, path.name)

@@ -18,7 +18,7 @@ from ..errors import ArtifactError
 from ..exporting.peft import write_folded
 from ..files.output import cannot_write, require_room
 from ..hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
-from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
+from .shared import BASE_VARIABLE, BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
@@ -128,7 +128,7 @@ class Shared:
 
     `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`, and
     `max_cpu_loras` likewise. `engines`: vLLM's --data-parallel-size; of several, an idle one drops its adapters and
-    reloads them.
+    reloads them. `base`: the folder of the base they are served on.
     """
 
     adapters: Mapping[str, Adapter]
@@ -136,6 +136,7 @@ class Shared:
     max_loras: int | None = None
     max_cpu_loras: int | None = None
     engines: str = "1"
+    base: Path | None = None
     name: ClassVar[str] = "shared"
 
     @property
@@ -195,7 +196,7 @@ class Shared:
         variables = {BASIS_VARIABLE: str(basis)}
         if self.updates_from is not None:
             variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute())}
-            variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS))}
+            variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS)), BASE_VARIABLE: str(self.base)}
         return variables
 
     def memory(self, number_bytes: int, base: BaseModel) -> dict[str, int]:

@@ -23,6 +23,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from ..errors import OutputError, ServerError
 from . import guard
+from .api_keys import keys_in
 from .listening import listens
 from .shared import VERSIONS_VARIABLE
 from .stopping import STOPPING_VARIABLE
@@ -136,7 +137,7 @@ class RunningServer:
         if is_child is False:
             raise self._failed() if self._ends() else another
         words, versions = set(self._command), self._variables.get(VERSIONS_VARIABLE)
-        key = self._variables.get("VLLM_API_KEY", "")
+        key = next(iter(keys_in(self._variables)), "")
         try:
             if key and is_child is None and not self._asks_for_key():
                 raise another

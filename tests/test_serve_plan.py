@@ -386,3 +386,8 @@ def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkey
     monkeypatch.setattr(os, "sysconf", lambda _: 8000)
     with pytest.raises(SettingsError, match=r"for 20 adapters is .* longer than .*Serve fewer.*shorter"):
         dry_run(names, mode="folded")
+    monkeypatch.setattr(os, "sysconf", lambda _: 1 << 40)  # as with `ulimit -s unlimited`
+    assert len(dry_run(names, mode="folded")["models"]) == 21
+    monkeypatch.setattr(os, "environ", {f"V{number}": "x" * 100_000 for number in range(63)})
+    with pytest.raises(SettingsError, match=r"longer than this system's 6,287,360\. Serve fewer"):
+        dry_run(names, mode="folded")

@@ -428,6 +428,20 @@ def test_who_refuses_new_requests_is_asked_first(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [None, "75"])
+def test_an_idle_connection_is_kept_for_longer_than_a_balancer_does(
+    folder: Path, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    started = Mock()
+    monkeypatch.setattr(launcher, "RunningServer", started)
+    monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", given)
+    with running_server({"a": folder / "a"}, mode="folded"):
+        assert started.call_args.args[1]["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == (given or "620")
+
+
 @pytest.mark.parametrize(
     ("kind", "path", "status"),
     [

@@ -23,6 +23,9 @@ from .temporary import temporary_folder
 
 _ASKS_FOR_LOOPBACK = f"{__package__}.key.AsksForLoopback"
 _STOPPING = f"{__package__}.stopping.Stopping"
+# For how many seconds an idle connection is kept. vLLM's own 5 are less than a balancer's 60 to 600, which then sends a
+# request over one that is just being closed, and answers 502.
+_KEEP_ALIVE, _KEPT_OPEN = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "620"
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
 
@@ -123,6 +126,7 @@ def running_server(
     with temporary_folder() as folder:
         plan.mode.write(Path(folder))
         changes = plan.environment(folder) | _keep_inside(folder) | as_variables(key)
+        changes |= {_KEEP_ALIVE: os.environ.get(_KEEP_ALIVE, _KEPT_OPEN)}
         changes |= {STOPPING_VARIABLE: os.path.join(folder, FILE)}
         command, variables = plan.command(folder), environment.child_environment(**changes)
         if not key and is_loopback(host):

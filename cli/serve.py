@@ -51,7 +51,9 @@ def run(
     ] = False,
     api_key_file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="File with the key clients have to give; else VLLM_API_KEY."),
+        typer.Option(
+            metavar="FILE", help="File with the key clients have to give (or several, one a line); else VLLM_API_KEY."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the vLLM command, start nothing.")] = False,
 ) -> None:
@@ -71,7 +73,8 @@ def run(
     tasks = project.tasks if adapters_dir is None else ()
     named = {} if alone else resolve_adapters(words, folder, tasks, pass_over=everything)
     from lorasb_export.project.base import find_base  # only now: it brings torch
-    from lorasb_export.serving.launcher import api_key, serve
+    from lorasb_export.serving.api_keys import api_key
+    from lorasb_export.serving.launcher import serve
     from lorasb_export.serving.plan import make_plan
 
     base = find_base(project, model, *named.values())

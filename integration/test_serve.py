@@ -237,6 +237,12 @@ def test_sigterm_lets_a_stream_finish_ends_it_with_143_and_leaves_nothing(child:
     assert child.ready["pid"] in {process.pid for process in processes}
     assert left_in(child.temporary) != {"log"}
     child.process.terminate()
+    time.sleep(0.5)
+    for path in ("/health", "/v1/models"):  # a balancer's question, and one that vLLM would answer
+        with contextlib.closing(_answer(Request(child.ready["url"] + path))) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    with contextlib.closing(_answer(Request(child.ready["url"] + "/metrics"))) as answer:
+        assert answer.status == 200
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
     assert child.process.wait(60) == 143
     assert not psutil.wait_procs(processes, timeout=5)[1]

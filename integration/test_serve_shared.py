@@ -109,7 +109,9 @@ def updates(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def server(adapters: dict[str, Path], updates: Path) -> Iterator[RunningServer]:
+def server(
+    adapters: dict[str, Path], updates: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     extra = ["--max-model-len", "512", "--block-size", "32", "--enable-prompt-tokens-details", "--max-loras", "3"]
     extra += [
         "--enable-auto-tool-choice",
@@ -122,8 +124,12 @@ def server(adapters: dict[str, Path], updates: Path) -> Iterator[RunningServer]:
         str(CHUNK),
     ]  # long prompts are read in pieces
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", KEY)
-        with running_server(adapters, mode="shared", dtype="float32", extra=extra, updates_from=updates) as running:
+        patch.delenv("VLLM_API_KEY", raising=False)
+        # Of two keys: `running_server` asks with the first, and the tests with the second.
+        keys = tmp_path_factory.mktemp("keys") / "keys"
+        keys.write_text(f"another-for-this-test\n{KEY}\n")
+        options: Any = {"mode": "shared", "dtype": "float32", "extra": extra, "updates_from": updates}
+        with running_server(adapters, **options, api_key_file=keys) as running:
             yield running
 
 

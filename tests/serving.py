@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from lorasb_export.adapter import Adapter
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.serving import choosing, launcher, plan, shared
-from lorasb_export.serving.launcher import api_key
+from lorasb_export.serving.api_keys import api_key
 from tests.random_adapter import save_adapter, save_base
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]

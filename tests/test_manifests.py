@@ -120,6 +120,11 @@ def test_ray_takes_it() -> None:
             validate(wrong, "ray-2.60.0-llm")
 
 
+def test_an_engine_of_the_production_stack_lets_requests_finish_before_kubernetes_kills_it() -> None:
+    (spec,) = read("production-stack.yaml")["servingEngineSpec"]["modelSpec"]
+    assert 0 < (flags.number(spec["vllmConfig"]["extraArgs"], "--shutdown-timeout") or 0) < 30
+
+
 def test_the_production_stack_takes_it() -> None:
     found = read("production-stack.yaml")
     validate(found, "vllm-stack-0.1.12")

@@ -21,7 +21,7 @@ from lorasb_export.files.atomic import atomic_file, atomic_folder
 from lorasb_export.files.output import cannot_write, refuse_existing, require_room
 from lorasb_export.project.init import write_project
 from lorasb_export.project.project import Project
-from lorasb_export.serving.launcher import api_key
+from lorasb_export.serving.api_keys import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.tensors import save_tensors
 from lorasb_export.training.fit import fit_together

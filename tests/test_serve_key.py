@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,6 +13,7 @@ import pytest
 
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.serving import launcher
+from lorasb_export.serving.api_keys import api_key, as_variables, keys_in
 from lorasb_export.serving.launcher import running_server, serve
 from tests import serving
 from tests.serving import answered, dry_run, middlewares_of
@@ -47,6 +50,56 @@ def test_a_key_is_handed_on_without_the_end_of_its_line(folder: Path, monkeypatc
     monkeypatch.setenv("VLLM_API_KEY", "s3cret\n")
     with running_server({"a": folder / "a"}, mode="folded"):
         assert handed["VLLM_API_KEY"] == "s3cret"
+
+
+NEW, OLD = "n" * 32, "o" * 32
+
+
+@pytest.mark.parametrize("content", [f"{NEW}\n{OLD}\n", f"\r\n{NEW}\r\n\r\n  {OLD}"])
+def test_a_file_may_hold_several_keys(
+    folder: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While clients change from one to the next. vLLM's own check, which knows one and no more, is left out then."""
+    pytest.importorskip("vllm")
+    from starlette.responses import Response
+
+    from lorasb_export.serving.key import AsksForKey
+
+    started = Mock()
+    monkeypatch.setattr(launcher, "RunningServer", started)
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-environment")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "keys").write_bytes(content.encode())
+    with running_server({"a": folder / "a"}, mode="folded", api_key_file=tmp_path / "keys"):
+        command, variables, *_ = started.call_args.args
+    assert not any(key in word for key in (NEW, OLD) for word in command)
+    assert "lorasb_export.serving.key.AsksForKey" in middlewares_of(command)
+    assert variables["VLLM_API_KEY"] == ""
+    assert keys_in(variables) == [NEW, OLD]
+    monkeypatch.setattr(os, "environ", variables)
+    app = AsksForKey(Response())
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    for given in (NEW, OLD, f"{NEW}\n{OLD}", "of-the-environment", "", NEW[:-1]):
+        scope["headers"] = [(b"authorization", f"Bearer {given}".encode())]
+        assert answered(app, scope) == (200 if given in (NEW, OLD) else 401)
+
+
+def test_one_key_is_vllms_whatever_was_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASB_API_KEYS", f"{NEW}\n{OLD}")
+    (tmp_path / "key").write_text("s3cret\n")
+    assert keys_in(os.environ | as_variables(api_key(tmp_path / "key"))) == ["s3cret"]
+
+
+@pytest.mark.parametrize(
+    "other", ["# of production", "n" * 15, "ключ" * 4, "n" * 16 + "\t" + "n" * 16, "n" * 16 + " n"]
+)
+def test_what_is_no_key_among_several_is_refused_and_not_told(tmp_path: Path, other: str) -> None:
+    """A comment, and a key that an editor has wrapped."""
+    (tmp_path / "keys").write_text(f"{NEW}\n{other}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="API key") as caught:
+        api_key(tmp_path / "keys")
+    assert NEW not in str(caught.value)
+    assert other not in str(caught.value)
 
 
 def test_an_open_address_without_a_key_is_warned_about(

@@ -238,6 +238,36 @@ def test_a_flag_that_is_read_is_written_out_in_full(flag: str) -> None:
         flags.refuse_bad([flag[:-1], "x"])
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--kv-offloading-size", "8", "--kv-offloading-backend", "lmcache"],
+        ["--kv-offloading-size=8", "--kv_offloading_backend=lmcache"],
+        ["--kv-transfer-config", '{"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}'],
+        ["--kv-transfer-config.kv_connector", "LMCacheConnectorV1"],
+        ["--kv-tr.kv_connector=HF3FSKVConnector"],
+        ["--kv-transfer-config.kv_connector", "FlexKVConnectorV1"],
+        [
+            *("--kv-transfer-config.kv_connector", "MultiConnector"),
+            *("--kv-transfer-config.kv_connector_extra_config.connectors", '[{"kv_connector": "ExampleConnector"}]'),
+        ],
+    ],
+)
+def test_a_kv_cache_that_does_not_know_adapters_is_refused_beside_them(folder: Path, extra: list[str]) -> None:
+    """By vLLM 0.32 its key is the base's name and the tokens (vllm-project/vllm#44250)."""
+    with pytest.raises(SettingsError, match=r"by tokens, not by adapter.*\(--kv-transfer-config\)\. Leave it out"):
+        dry_run({"a": folder / "a"}, extra=extra)
+    assert dry_run((), model=str(folder / "base"), extra=extra)["command"][-len(extra) :] == extra
+
+
+def test_a_kv_cache_by_the_hashes_of_vllms_blocks_is_handed_on(folder: Path) -> None:
+    for extra in (
+        ["--kv-offloading-size", "8"],
+        ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
+    ):
+        assert dry_run({"a": folder / "a"}, extra=extra)["command"][-2:] == extra
+
+
 def test_a_folded_server_has_no_plugin_whatever_is_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASB_SHARED_BASIS", str(folder / "a"))
     assert dry_run({"b": folder / "b"}, mode="folded")["environment"]["LORASB_SHARED_BASIS"] == ""
@@ -355,4 +385,9 @@ def test_a_command_that_the_system_does_not_take_is_refused(folder: Path, monkey
     assert len(dry_run(names, mode="folded")["models"]) == 21
     monkeypatch.setattr(os, "sysconf", lambda _: 8000)
     with pytest.raises(SettingsError, match=r"for 20 adapters is .* longer than .*Serve fewer.*shorter"):
+        dry_run(names, mode="folded")
+    monkeypatch.setattr(os, "sysconf", lambda _: 1 << 40)  # as with `ulimit -s unlimited`
+    assert len(dry_run(names, mode="folded")["models"]) == 21
+    monkeypatch.setattr(os, "environ", {f"V{number}": "x" * 100_000 for number in range(63)})
+    with pytest.raises(SettingsError, match=r"longer than this system's 6,287,360\. Serve fewer"):
         dry_run(names, mode="folded")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
-from lorasb_export.errors import OutputError, SettingsError
-from lorasb_export.serving import choosing, plan
+from lorasb_export.errors import ArtifactError, OutputError, SettingsError
+from lorasb_export.serving import choosing, modes, plan
 from lorasb_export.serving.modes import Shared
-from lorasb_export.serving.shared.loading import load_R, version_name
+from lorasb_export.serving.shared.loading import copy_adapter, load_R, version_name
 from tests import serving
 from tests.random_adapter import save_adapter, save_base
-from tests.serving import MODULES, SIZES, dry_run, install, value_of
+from tests.serving import DEFAULTS, MODULES, SIZES, dry_run, install, value_of
 
 folder, plugin, siblings, vllm_for_cpus = serving.folder, serving.plugin, serving.siblings, serving.vllm_for_cpus
 
@@ -211,3 +212,79 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
         shutil.rmtree(siblings["second"])
         assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
         assert torch.equal(load_R(second, basis).R, before.R)
+
+
+def planned_copies(siblings: dict[str, Path]) -> plan.ServePlan:
+    """Of a server that reads its adapters again, and so copies them."""
+    options: dict[str, Any] = {**DEFAULTS, "mode": "shared", "extra": ["--max-loras", "1"], "has_key": False}
+    return plan.make_plan(siblings, **options)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_an_adapter_that_is_trained_anew_while_a_server_starts_is_served_as_it_is_now(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away for a moment, then one file of it is copied with the other of the next version, then it is whole."""
+    made, source, served = planned_copies(siblings), siblings["second"], tmp_path / "served"
+    served.mkdir()
+    old = version_name("second", source)
+    second = Adapter.load(source)
+    new = replace(second, R={name: R + 1 for name, R in second.R.items()}, scaling=0.25)
+    begun = []
+
+    def copy(found: Path, target: Path) -> None:
+        begun.extend([target] * (found == source))
+        if found != source or len(begun) == 3:
+            copy_adapter(found, target)
+        elif len(begun) == 1:
+            found.rename(tmp_path / "away")
+            try:
+                copy_adapter(found, target)
+            finally:
+                (tmp_path / "away").rename(found)
+        else:
+            copy_adapter(found, target)
+            new.save(found, overwrite=True)
+            shutil.copy(found / "adapter_config.json", target)
+
+    monkeypatch.setattr(modes, "copy_adapter", copy)
+    made.mode.write(served)
+    version = version_name("second", source)
+    assert version != old
+    assert len(begun) == 3
+    assert {path.name for path in served.iterdir()} == {version_name("a", folder / "a"), version}
+    command = made.command(served)
+    assert f"second={served / version}" in command
+    assert not any(old in word for word in command)
+    loaded = load_R(served / version, Basis.load(folder / "a"))
+    assert torch.equal(loaded.R, torch.stack([new.R[name] for name in loaded.names]) * 0.25)
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("now", ["of another basis", "of another base", "damaged", "gone"])
+def test_what_an_adapter_was_replaced_by_has_to_be_one_that_was_checked(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modes, "_PAUSE", 0)
+    made, source, served = planned_copies(siblings), siblings["second"], tmp_path / "served"
+    served.mkdir()
+    second = Adapter.load(source)
+    if now == "of another basis":
+        replace(second, basis_sha256="0" * 64).save(source, overwrite=True)
+    elif now == "of another base":
+        replace(second, base=replace(second.base, fingerprint="0" * 64)).save(source, overwrite=True)
+    elif now == "damaged":
+        replace(second, R={name: R + 1 for name, R in second.R.items()}).save(source, overwrite=True)
+        shutil.copy(folder / "a" / "adapter.safetensors", source)
+
+    def copy(found: Path, target: Path) -> None:
+        if now == "gone":  # since its size was asked for
+            shutil.rmtree(source, ignore_errors=True)
+        copy_adapter(found, target)
+
+    copies = Mock(side_effect=copy)
+    monkeypatch.setattr(modes, "copy_adapter", copies)
+    what = "cannot read the adapter" if now == "gone" else "the adapter was replaced meanwhile"
+    with pytest.raises(ArtifactError, match=what):
+        made.mode.write(served)
+    assert copies.call_count == 1 + 3

@@ -17,6 +17,7 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 
 from lorasb_export.adapter import Adapter
+from lorasb_export.data.trained_template import TEMPLATE_KEY, template_sha256
 from lorasb_export.errors import SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.format import read_adapter_config, sealed
@@ -66,6 +67,7 @@ def test_updates_need_a_key_and_a_shared_basis(
     ]  # asked first
     assert middlewares_of(described["command"]) == middlewares
     assert described["environment"]["LORASB_UPDATES_FROM"] == str(folder)
+    assert described["environment"]["LORASB_BASE"] == str(folder / "base")
     monkeypatch.delenv("VLLM_API_KEY")
     (folder / "key").write_text("s3cret\n")
     described = dry_run(siblings, updates_from=folder, api_key_file=folder / "key")
@@ -170,7 +172,12 @@ def test_a_bad_request_for_an_update_is_answered(
     from lorasb_export.serving.key import AsksForKey
     from lorasb_export.serving.shared.updates import LOAD, Updates
 
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
@@ -202,7 +209,12 @@ def test_a_full_disk_is_the_servers_fault_and_a_link_to_itself_or_out_the_client
         for file in files.iterdir():
             (tmp_path / name / file.name).symlink_to(file)
     (tmp_path / "versions").mkdir()
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
@@ -231,7 +243,12 @@ def test_a_load_is_answered_when_the_engine_dies_meanwhile(
             self.errored = True
             await asyncio.get_running_loop().create_future()
 
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setattr(updates, "_SECONDS", 0.1)
@@ -259,7 +276,12 @@ def test_a_link_to_the_adapters_is_followed_at_each_load(
         copy = shutil.copytree(tmp_path / "a", tmp_path / release / "billing")
         write_json(copy / "adapter_config.json", sealed(read_json(copy / "adapter_config.json") | {"scaling": scaling}))
         sources.append(copy)
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "current", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "current",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     (tmp_path / "current").symlink_to("1")
@@ -279,7 +301,12 @@ def logged_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from lorasb_export.serving.shared import updates
 
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     assert updates.logger.name.startswith("vllm.")  # the one that its server has handlers for
@@ -314,6 +341,25 @@ def test_every_change_is_logged_with_its_version(
     assert said[5].startswith("did not load '', status 400: the request is not a JSON object")
 
 
+def test_a_version_that_is_sent_again_stays_what_it_is_to_the_engine(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under a new id it would take another slot, and another adapter would leave its own."""
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
+    caplog.set_level(logging.INFO)
+    first = answer_of(app, scope_of(models), b'{"lora_name": "a"}')
+    request = models.lora_requests["a"]
+    assert answer_of(app, scope_of(models), b'{"lora_name": "a"}') == first
+    assert models.lora_requests == {"a": request}
+    assert models.engine_client.add_lora.await_count == 1
+    assert len(caplog.messages) == 1
+    assert answered(app, scope_of(models), b'{"lora_name": "b", "lora_path": "a"}') == 200  # another name
+    write_json(config, sealed(read_json(config) | {"scaling": 0.125}))
+    assert answered(app, scope_of(models), b'{"lora_name": "a"}') == 200
+    assert models.engine_client.add_lora.await_count == 3
+    assert models.lora_requests["a"].lora_path != request.lora_path
+
+
 def test_an_adapter_of_a_base_in_four_bits_is_warned_of_once(
     adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -335,13 +381,41 @@ def test_an_adapter_of_a_base_in_four_bits_is_warned_of_once(
     ]
 
 
+def test_an_adapter_that_learnt_another_chat_template_is_warned_of_once(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at the server's start, by the name that it is served under; also where it is warned of four bits too."""
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
+
+    def load(training: dict[str, Any], scaling: float = 1.0) -> list[str]:
+        caplog.clear()
+        write_json(config, sealed(read_json(config) | {"training": training, "scaling": scaling}))
+        assert answered(app, scope_of(models), b'{"lora_name": "x", "lora_path": "a"}') == 200
+        return caplog.messages
+
+    assert not load({})
+    assert not load({TEMPLATE_KEY: template_sha256(tmp_path / "base")})
+    (warning,) = load({TEMPLATE_KEY: "0" * 64})
+    assert warning.startswith("x: trained with another chat template than this base has, and may answer worse")
+    assert str(tmp_path / "base") in warning
+    assert not load({TEMPLATE_KEY: "0" * 64}, scaling=2.0)
+    (warning,) = load({TEMPLATE_KEY: "0" * 64, "settings": {"dtype": "nf4"}})
+    assert "trained beside a base in four bits" in warning
+
+
 def test_a_request_without_end_is_answered(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("starlette")
     from starlette.responses import Response
 
     from lorasb_export.serving.shared.updates import LOAD, Updates
 
-    variables = {shared.BASIS_VARIABLE: "a", shared.UPDATES_VARIABLE: "", shared.VERSIONS_VARIABLE: "versions"}
+    variables = {
+        shared.BASIS_VARIABLE: "a",
+        shared.UPDATES_VARIABLE: "",
+        shared.VERSIONS_VARIABLE: "versions",
+        shared.BASE_VARIABLE: "base",
+    }
     for name, folder in variables.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": LOAD, "headers": []}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, some
 from ..files.storage import read_json, utf8
@@ -60,11 +60,21 @@ def recorded_template(folder: Path, *tasks: TaskData) -> dict[str, str | None]:
 
 def warn_of_another_template(adapters: Iterable[Adapter], folder: Path) -> None:
     """Warn of adapters that the base, or graph, in `folder` asks in another form than they learnt. Once for all."""
+    if told := told_of_another_template([(one.name or "the adapter", one.training) for one in adapters], folder):
+        logger.warning(told)
+
+
+def told_of_another_template(said: Iterable[tuple[str, Mapping[str, Any]]], folder: Path) -> str | None:
+    """The words of `warn_of_another_template`, None where there is nothing to warn of.
+
+    Args:
+        said: of each adapter its name, and what it says of its training.
+    """
     here = template_sha256(folder)
-    names = [one.name or "the adapter" for one in adapters if one.training.get(TEMPLATE_KEY, here) != here]
-    if names:
-        logger.warning(
-            "%s: trained with another chat template than this base has, and may answer worse when asked with it (%s). "
-            "Give the base with that template (--model), or put the template into this one",
-            *(some(names), folder),
-        )
+    names = [name for name, training in said if training.get(TEMPLATE_KEY, here) != here]
+    if not names:
+        return None
+    return (
+        f"{some(names)}: trained with another chat template than this base has, and may answer worse when asked with "
+        f"it ({folder}). Give the base with that template (--model), or put the template into this one"
+    )

@@ -41,7 +41,7 @@ def choose_mode(
         logger.warning("%s: compare some answers with those of the merged model", _NOT_RUN)
     if reason is None:
         loras, in_memory = (flags.number(extra, flag) for flag in ("--max-loras", "--max-cpu-loras"))
-        return Shared(adapters, updates_from, loras, in_memory, engines)
+        return Shared(adapters, updates_from, loras, in_memory, engines, base.folder)
     if mode == "shared":
         fix = "Use --mode folded: the same answers from stock vLLM, with a full LoRA in memory for each adapter"
         if updates_from is not None:

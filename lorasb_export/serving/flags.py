@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -30,6 +31,9 @@ _REFUSED_FLAGS = {
         ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
     ),
 }
+# External KV caches that know a block by its tokens alone. vLLM takes their names in JSON, by flags of one key each,
+# and several at once (MultiConnector).
+_BY_TOKENS = re.compile("lmcache|hf3fs|flexkv|exampleconnector", re.IGNORECASE)
 _READ_FLAGS = {
     *_REFUSED_FLAGS,
     *_SHORT_FLAGS,
@@ -75,6 +79,17 @@ def refuse_bad(extra: Sequence[str]) -> None:
     for flag, (problem, fix) in _REFUSED_FLAGS.items():
         if flag in given:
             raise SettingsError(problem, where=flag, fix=fix)
+
+
+def refuse_caches_by_tokens(extra: Sequence[str]) -> None:
+    """Raise SettingsError for an external KV cache that does not tell one adapter's blocks from another's.
+
+    vLLM's own (--kv-offloading-size) goes by the hashes of its prefix cache, which hold an adapter's name and path.
+    """
+    if any(_BY_TOKENS.search(word) for word in extra):
+        what = "that KV cache goes by tokens, not by adapter: one would be answered from another's"
+        fix = "Leave it out; --kv-offloading-size alone is safe"
+        raise SettingsError(what, where="--kv-transfer-config", fix=fix)
 
 
 def values(extra: Sequence[str]) -> dict[str, str]:

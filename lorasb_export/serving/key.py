@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
+from .api_keys import keys_in
 from .listening import is_loopback
 
 _OPEN = ("/health", "/metrics")  # to be read by what watches the server
@@ -24,11 +25,11 @@ _NOT_LOOPBACK = (
 
 
 class AsksForKey:
-    """Answers 401 to whoever does not give the key of `VLLM_API_KEY`. vLLM asks the last middleware first."""
+    """Answers 401 to whoever gives none of the server's keys. vLLM asks the last middleware first."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.key = os.environ["VLLM_API_KEY"].encode()
+        self.keys = [key.encode() for key in keys_in(os.environ)]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if _is_head_of_open(scope):  # a load balancer's; vLLM knows only GET there, and uvicorn leaves out the body
@@ -39,7 +40,8 @@ class AsksForKey:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key)
+        are_given = [hmac.compare_digest(given.encode(), key) for key in self.keys]  # all: the time tells nothing
+        return scheme.lower() == "bearer" and any(are_given)
 
 
 class AsksForLoopback:

@@ -14,12 +14,18 @@ from .. import environment
 from ..errors import OutputError, SettingsError, Terminated
 from ..files.storage import cache_folder, expanded
 from ..names import resolve_adapters
+from .api_keys import api_key, as_variables
 from .listening import is_loopback
 from .plan import make_plan
 from .server import RunningServer
+from .stopping import FILE, STOPPING_VARIABLE
 from .temporary import temporary_folder
 
 _ASKS_FOR_LOOPBACK = f"{__package__}.key.AsksForLoopback"
+_STOPPING = f"{__package__}.stopping.Stopping"
+# For how many seconds an idle connection is kept. vLLM's own 5 are less than a balancer's 60 to 600, which then sends a
+# request over one that is just being closed, and answers 502.
+_KEEP_ALIVE, _KEPT_OPEN = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "620"
 Adapters = Mapping[str, str | Path] | Sequence[str | Path]  # served name → folder or Hub id; or words
 
 
@@ -54,7 +60,8 @@ def serve(
         dtype: as vLLM's `--dtype`.
         extra: further vLLM flags, as `["--max-model-len", "4096"]`; they win over the ones chosen here.
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
-        api_key_file: holds the key clients have to give; without it, VLLM_API_KEY does, if set.
+        api_key_file: holds the key clients have to give, or several, one a line; without it, VLLM_API_KEY holds one,
+            if set.
         pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left; of those
             whose basis cannot be read, or that are of another base than most, a tenth of all at most; in shared mode,
             or with updates, also the few that are of another basis than the others.
@@ -118,10 +125,13 @@ def running_server(
     plan = make_plan(_named(adapters), **options)
     with temporary_folder() as folder:
         plan.mode.write(Path(folder))
-        changes = plan.environment(folder) | _keep_inside(folder) | ({"VLLM_API_KEY": key} if key else {})
+        changes = plan.environment(folder) | _keep_inside(folder) | as_variables(key)
+        changes |= {_KEEP_ALIVE: os.environ.get(_KEEP_ALIVE, _KEPT_OPEN)}
+        changes |= {STOPPING_VARIABLE: os.path.join(folder, FILE)}
         command, variables = plan.command(folder), environment.child_environment(**changes)
         if not key and is_loopback(host):
             command += ["--middleware", _ASKS_FOR_LOOPBACK]
+        command += ["--middleware", _STOPPING]  # the last one, and so asked before the user's too
         options = {"echo": echo, "advice": plan.mode.advice, "drain": plan.drain}
         server = RunningServer(command, variables, _url(host, port), **options)
         del plan  # its tensors are on disk now
@@ -141,25 +151,6 @@ def _named(adapters: Adapters) -> Mapping[str, str | Path]:
         raise SettingsError(f"adapters is {str(adapters)!r}", fix="Give a list of them, or name → folder")
     words = [os.path.join(".", expanded(word)) if isinstance(word, Path) else word for word in adapters]
     return resolve_adapters(words, Path("adapters"))
-
-
-def api_key(file: str | Path | None) -> str:
-    """The key clients have to give, or "". Raises SettingsError when `file` has none, or it fits into no header."""
-    if file is None:
-        where, found = "VLLM_API_KEY", os.environ.get("VLLM_API_KEY", "")
-        if not found:
-            return ""
-    else:
-        where = str(file)
-        try:
-            found = expanded(file).read_text(encoding="ascii")
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"cannot read the API key: {error}", where=where, fix="Check the path") from None
-    key = found.strip()
-    if not (key and key.isascii() and key.isprintable()):
-        fix = "Make one, for instance with openssl rand -hex 32"
-        raise SettingsError("the API key is not one line of ASCII text", where=where, fix=fix)
-    return key
 
 
 def _keep_inside(folder: str) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ from ..errors import ArtifactError
 from ..exporting.peft import write_folded
 from ..files.output import cannot_write, require_room
 from ..hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
-from .shared import BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
+from .shared import BASE_VARIABLE, BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import copy_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
+_PAUSE = 0.1  # seconds before an adapter that is being replaced is copied again
 _VERSIONS = "updates"  # in the temporary folder: what was loaded since the start
 # What vLLM computes as one layer, with room for an adapter of each.
 _PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -125,7 +128,7 @@ class Shared:
 
     `updates_from` is the folder clients may load further adapters from, or None; `max_loras` as in `Folded`, and
     `max_cpu_loras` likewise. `engines`: vLLM's --data-parallel-size; of several, an idle one drops its adapters and
-    reloads them.
+    reloads them. `base`: the folder of the base they are served on.
     """
 
     adapters: Mapping[str, Adapter]
@@ -133,6 +136,7 @@ class Shared:
     max_loras: int | None = None
     max_cpu_loras: int | None = None
     engines: str = "1"
+    base: Path | None = None
     name: ClassVar[str] = "shared"
 
     @property
@@ -172,14 +176,13 @@ class Shared:
             for name, path in self._paths(folder).items():
                 source = self.adapters[name].folder
                 assert source is not None
-                if self.reads_again:  # what was trained anew or removed meanwhile has to be what it was
-                    copy_adapter(source, path)
-                    if version_name(name, path) != path.name:
-                        raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
+                if self.reads_again:  # what is trained anew or removed later is served as it was
+                    self._versions[name] = _copied(self.adapters[name], source, name, path)
                 else:
                     path.symlink_to(source, target_is_directory=True)
 
     def flags(self, folder: str | Path) -> list[str]:
+        """Asked after `write`, which may have found another version of an adapter."""
         flags = _lora_flags(self.adapters, self.slots, self._paths(Path(folder)))
         return flags if self.updates_from is None else [*flags, "--middleware", _UPDATES]
 
@@ -193,7 +196,7 @@ class Shared:
         variables = {BASIS_VARIABLE: str(basis)}
         if self.updates_from is not None:
             variables |= {UPDATES_VARIABLE: str(self.updates_from.absolute())}
-            variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS))}
+            variables |= {VERSIONS_VARIABLE: str(Path(folder, _VERSIONS)), BASE_VARIABLE: str(self.base)}
         return variables
 
     def memory(self, number_bytes: int, base: BaseModel) -> dict[str, int]:
@@ -221,6 +224,43 @@ class Shared:
     @cached_property  # asked once: the folders may be replaced
     def _versions(self) -> dict[str, str]:
         return {name: version_name(name, a.folder) for name, a in self.adapters.items() if a.folder is not None}
+
+
+def _copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
+    """Copy the adapter in `source` to `path`, or beside it, and return the name of its version.
+
+    One that was replaced since it was checked, as by a fit of every night, is taken as it is now.
+
+    Raises:
+        ArtifactError: it cannot be read, or was replaced by one that is no adapter, or of another base or basis.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            copy_adapter(source, path)
+            version = version_name(name, path)
+            if version != path.name:
+                if not _may_replace(adapter, path):
+                    raise ArtifactError("the adapter was replaced meanwhile", where=source, fix="Start again")
+                path.rename(path.with_name(version))
+            break
+        except ArtifactError:  # begun between two renames, say: a folder is replaced by moving the old one away first
+            if not tries_left:
+                raise
+            shutil.rmtree(path)
+            time.sleep(_PAUSE)
+    return version
+
+
+def _may_replace(adapter: Adapter, copy: Path) -> bool:
+    """Whether `copy` is a whole adapter, and all that was checked of `adapter` holds for it."""
+    try:
+        new = Adapter.load(copy)
+    except ArtifactError:  # the tensors of one, and the config of the next
+        return False
+    old_one, new_one = (
+        (one.task_type, one.basis_sha256, one.base.fingerprint, one.rank, one.R.keys()) for one in (adapter, new)
+    )
+    return old_one == new_one
 
 
 Mode = Folded | Shared  # how a server holds its adapters

@@ -155,6 +155,8 @@ def make_plan(
         raise SettingsError("nothing to serve", fix="Name adapters with --adapters, or a merged folder with --model")
     require_choice("mode", mode, ServingMode)
     flags.refuse_bad(extra)
+    if adapters:
+        flags.refuse_caches_by_tokens(extra)
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)
@@ -247,7 +249,8 @@ def _check_length(plan: ServePlan) -> None:
     variables = os.environ | plan.environment(folder)
     words = [*plan.command(folder), *(f"{name}={value}" for name, value in variables.items())]
     size = sum(len(os.fsencode(word)) + 9 for word in words)  # each with the zero at its end and a pointer to it
-    limit = os.sysconf("SC_ARG_MAX") - 4096  # for the few variables that are set besides
+    # Linux takes 6 MiB at most, whatever it says it does; and some room for the few variables that are set besides.
+    limit = min(os.sysconf("SC_ARG_MAX"), 6 << 20) - 4096
     if size > limit:
         what = f"vLLM's command for {len(plan.names)} adapters is {size:,} bytes, longer than this system's {limit:,}"
         raise SettingsError(what, fix="Serve fewer, under shorter names, with a shorter TMPDIR, or raise `ulimit -s`")

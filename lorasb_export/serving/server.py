@@ -23,10 +23,13 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from ..errors import OutputError, ServerError
 from . import guard
+from .api_keys import keys_in
 from .listening import listens
 from .shared import VERSIONS_VARIABLE
+from .stopping import STOPPING_VARIABLE
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
+_ARRIVING = 1  # seconds for what came before new requests are refused to reach the engine, which drops what comes late
 _LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
 # What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
 _ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
@@ -134,7 +137,7 @@ class RunningServer:
         if is_child is False:
             raise self._failed() if self._ends() else another
         words, versions = set(self._command), self._variables.get(VERSIONS_VARIABLE)
-        key = self._variables.get("VLLM_API_KEY", "")
+        key = next(iter(keys_in(self._variables)), "")
         try:
             if key and is_child is None and not self._asks_for_key():
                 raise another
@@ -179,6 +182,7 @@ class RunningServer:
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         try:
             if self._is_up:
+                self._refuse_new_requests(process)
                 process.terminate()  # the front end alone: workers would drop what runs
                 self._wait_for_requests(process)
             with contextlib.suppress(ProcessLookupError):
@@ -190,6 +194,13 @@ class RunningServer:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
+
+    def _refuse_new_requests(self, process: subprocess.Popen[bytes]) -> None:
+        """Have them answered with 503, where the server was started with what does that, and let those before it in."""
+        if STOPPING_VARIABLE in self._variables:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # its folder is gone, or the disk full
+                Path(self._variables[STOPPING_VARIABLE]).touch()
+                process.wait(_ARRIVING)
 
     def _wait_for_requests(self, process: subprocess.Popen[bytes]) -> None:
         end, idle = time.monotonic() + self._drain, 0

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 BASIS_VARIABLE = "LORASB_SHARED_BASIS"
 FOLDED_VARIABLE = "LORASB_FOLDED"  # set: of the plugin only the metrics are wanted
+BASE_VARIABLE = "LORASB_BASE"  # the folder of the base, for what is said of adapters that clients load
 UPDATES_VARIABLE = "LORASB_UPDATES_FROM"  # the folder clients may load adapters from
 VERSIONS_VARIABLE = "LORASB_VERSIONS"  # where copies of what they load are kept
 TESTED_VERSIONS = ("0.32.0", "0.33.0")

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 
 from ...base.nf4 import told_of_other_weights
 from ...basis import Basis
+from ...data.trained_template import told_of_another_template
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
@@ -25,7 +26,7 @@ from ...format import read_adapter_config
 from ...hub.cache import leads_out
 from ...hub.fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
-from . import BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
+from . import BASE_VARIABLE, BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R
 from .versions import Versions
 
@@ -49,7 +50,8 @@ class Updates:
         self.basis = Basis.open(os.environ[BASIS_VARIABLE])
         self.largest = len(self.basis.modules) * (4 * self.basis.rank**2 + _HEADER_BYTES) + _CONFIG_BYTES
         self.one_at_a_time = asyncio.Lock()
-        self._warned_of: set[str] = set()
+        self.base = Path(os.environ[BASE_VARIABLE])
+        self._warned: set[str] = set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         ours = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (LOAD, UNLOAD)
@@ -83,18 +85,20 @@ class Updates:
         if models.is_base_model(name):
             raise SettingsError(f"{name!r} is the name of the base", fix="Give another lora_name")
         path, told = await asyncio.to_thread(self._keep, name, self._find(body.get("lora_path", name)))
+        before = models.lora_requests.get(name)
+        if before is not None and before.lora_path == str(path):  # sent again, as to replicas of which some have it
+            return 200, {"message": f"loaded {name}", "version": path.name}
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
         await _add(models.engine_client, request)
-        before = models.lora_requests.get(name)
         models.lora_requests[name] = request
         if before is None:
             logger.info("loaded %s: version %s", name, path.name)
         else:
             logger.info("replaced %s: version %s, before %s", name, path.name, _version(before))
-        if told and name not in self._warned_of:  # once, not every night that brings a new version
-            self._warned_of.add(name)
-            logger.warning(told)
+        for words in told - self._warned:  # once for a name, not every night that brings a new version
+            logger.warning(words)
+        self._warned |= told
         await self._sweep(models)
         return 200, {"message": f"loaded {name}", "version": path.name}
 
@@ -132,8 +136,8 @@ class Updates:
             if item != folder and item.stat().st_size > self.largest:  # before a byte of it is copied
                 raise ArtifactError(f"{item.name} of {path!r} is larger than any adapter of this basis", fix=_FOLDER)
 
-    def _keep(self, name: str, folder: Path) -> tuple[Path, str | None]:
-        """A checked copy of `folder`, at a path that names its content; and the warning that the start would give."""
+    def _keep(self, name: str, folder: Path) -> tuple[Path, set[str]]:
+        """A checked copy of `folder`, at a path that names its content; and the warnings that the start would give."""
         with (
             cannot_write(self.versions.folder.parent, "Set TMPDIR to a larger disk"),
             tempfile.TemporaryDirectory(dir=self.versions.folder.parent) as temporary,
@@ -141,8 +145,9 @@ class Updates:
             copy = Path(temporary, name)
             copy_adapter(folder, copy)
             load_R(copy, self.basis)
-            told = told_of_other_weights([(name, read_adapter_config(copy)["training"])])
-            return self.versions.keep(name, copy), told
+            said = [(name, read_adapter_config(copy)["training"])]
+            told = {told_of_other_weights(said), told_of_another_template(said, self.base)}
+            return self.versions.keep(name, copy), {words for words in told if words}
 
 
 def _version(request: Any) -> str:

@@ -14,8 +14,8 @@ import pytest
 
 from lorasb_export import Adapter, calibrate, fit
 from lorasb_export.base.model import BaseModel, BaseRef
+from lorasb_export.belonging import of_one_basis
 from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError, some
-from lorasb_export.one_basis import of_one_basis
 from lorasb_export.project import fit as module
 from lorasb_export.project.evaluate import evaluate_adapters
 from lorasb_export.project.fit import fit_tasks

@@ -5,8 +5,7 @@ Its weights are packed: uint8, in a shape of their own, beside a state that says
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,12 @@ from torch import nn
 
 from ..choices import NF4
 from ..environment import require_packages
-from ..errors import BaseModelError, SettingsError, some
+from ..errors import BaseModelError, SettingsError
 from .structure import body_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..adapter import Adapter
-
-logger = logging.getLogger(__name__)
 
 # Layers of Mamba's kind read these weights, and do not call the layers that they belong to.
 _READ_BY_OTHERS = ["dt_proj", "mixer.x_proj", "mixer.out_proj", "mamba.x_proj", "mamba.out_proj"]
@@ -141,37 +137,6 @@ def dequantize(weight: torch.Tensor, state: Any = None) -> torch.Tensor:
 
     found: torch.Tensor = dequantize_4bit(weight, state)
     return found
-
-
-def warn_of_other_weights(adapters: Collection[Adapter], base_dtype: str = "auto", *, combined: bool = False) -> None:
-    """Warn of adapters that say that they were trained beside weights in four bits, or not, and go onto the others.
-
-    Args:
-        base_dtype: `nf4` where they go onto weights in four bits, or rounded to them.
-        combined: they go onto them as one.
-    """
-    said = [(one.name or "the adapter", one.training) for one in adapters]
-    if told := told_of_other_weights(said, base_dtype, combined=combined):
-        logger.warning(told)
-
-
-def told_of_other_weights(
-    said: Collection[tuple[str, Mapping[str, Any]]], base_dtype: str = "auto", *, combined: bool = False
-) -> str | None:
-    """The words of `warn_of_other_weights`, None where there is nothing to warn of.
-
-    Args:
-        said: of each adapter its name, and what it says of its training.
-    """
-    onto = base_dtype == NF4
-    dtypes = [(name, training.get("settings", {}).get("dtype")) for name, training in said]
-    names = [name for name, dtype in dtypes if dtype is not None and (dtype == NF4) != onto]
-    if not names:
-        return None
-    beside = "the weights as they are" if onto else "a base in four bits"
-    fix = "without --base-dtype" if onto else "by `lorasb merge --base-dtype nf4`"
-    who = "Some of the adapters were" if combined or len(said) > 1 else "The adapter was"
-    return f"{who} trained beside {beside}, and may score more merged {fix} ({some(names)})"
 
 
 def keep_layout(network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Which chat template the rows of a training were written with, and whether a base has another.
+"""Which chat template the rows of a training were written with.
 
 The fingerprint of a base is of its weights alone: a folder of the user's with a template of its own has the same, and a
 newer revision may have.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import ArtifactError, some
+from ..errors import ArtifactError
 from ..files.storage import read_json, utf8
 from .rows import CHAT, COMPLETION
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
     from .task import TaskData
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE_KEY = "chat_template_sha256"  # of what an adapter says of its training
 
@@ -56,25 +51,3 @@ def recorded_template(folder: Path, *tasks: TaskData) -> dict[str, str | None]:
     """What a training on the base in `folder` records of the template; nothing where no row is written with one."""
     asked = any(task.kind in (COMPLETION, CHAT) for task in tasks)
     return {TEMPLATE_KEY: template_sha256(folder)} if asked else {}
-
-
-def warn_of_another_template(adapters: Iterable[Adapter], folder: Path) -> None:
-    """Warn of adapters that the base, or graph, in `folder` asks in another form than they learnt. Once for all."""
-    if told := told_of_another_template([(one.name or "the adapter", one.training) for one in adapters], folder):
-        logger.warning(told)
-
-
-def told_of_another_template(said: Iterable[tuple[str, Mapping[str, Any]]], folder: Path) -> str | None:
-    """The words of `warn_of_another_template`, None where there is nothing to warn of.
-
-    Args:
-        said: of each adapter its name, and what it says of its training.
-    """
-    here = template_sha256(folder)
-    names = [name for name, training in said if training.get(TEMPLATE_KEY, here) != here]
-    if not names:
-        return None
-    return (
-        f"{some(names)}: trained with another chat template than this base has, and may answer worse when asked with "
-        f"it ({folder}). Give the base with that template (--model), or put the template into this one"
-    )

@@ -18,11 +18,11 @@ from ..data.encoding import Encoded, encode
 from ..data.rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
-from ..data.trained_template import warn_of_another_template
 from ..errors import DataError, SettingsError
 from ..layers.head import head_kept
 from ..layers.inject import taken_off
 from ..names import name_of
+from ..other_base import warn_of_another_template
 from ..settings import FitSettings
 from .inference import Asked, answers_of_ids, asked_of
 from .metrics import exact_match, prediction_metrics

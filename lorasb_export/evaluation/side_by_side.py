@@ -12,8 +12,8 @@ from ..basis import Basis
 from ..belonging import load_basis_once
 from ..choices import CAUSAL_LM
 from ..data.rows import Prompt
-from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, LoraSBError, Problems, SettingsError
+from ..other_base import warn_of_another_template
 from .inference import answers_of_ids, checked_prompt_ids
 
 

@@ -18,13 +18,11 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..base.model import BaseModel, BaseRef
-from ..base.nf4 import warn_of_other_weights
 from ..belonging import check_same_basis
 from ..cards import card
 from ..choices import CAUSAL_LM, MAX_COMPARED, MAX_DROP
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
-from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, BaseModelError, SettingsError, some
 from ..evaluation.evaluate import require_same_kind
 from ..files.atomic import atomic_folder, link_or_copy, put_back
@@ -33,6 +31,7 @@ from ..files.lock import only_writer
 from ..files.output import cannot_write, refuse_own_input, require_room
 from ..files.storage import expanded
 from ..names import name_problem
+from ..other_base import warn_of_another_template, warn_of_other_weights
 from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameter_count
 from .onnx_graph import read_graph

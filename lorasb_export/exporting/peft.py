@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..base.nf4 import warn_of_other_weights
 from ..cards import card
 from ..cards.sections import Facts
-from ..data.trained_template import warn_of_another_template
 from ..environment import require_packages
 from ..errors import BaseModelError, LoraSBError
 from ..files.atomic import atomic_folder
@@ -20,6 +18,7 @@ from ..files.output import refuse_existing, refuse_own_input
 from ..files.storage import expanded, read_json, write_json
 from ..hub.fetch import resolve_folder
 from ..made_from import adapter_provenance, published_training
+from ..other_base import warn_of_another_template, warn_of_other_weights
 from ..provenance import command
 from ..tensors import save_tensors
 

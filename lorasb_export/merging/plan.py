@@ -16,16 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from ..adapter import Adapter
 from ..base.model import AnyBase, BaseModel
 from ..base.network import as_base_model_error, tokenizer_of
-from ..base.nf4 import warn_of_other_weights
 from ..base.side_files import side_files
 from ..basis import Basis
 from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
-from ..data.trained_template import warn_of_another_template
 from ..errors import ArtifactError, Problems
 from ..files.output import refuse_existing, refuse_own_input, require_room
 from ..files.storage import DTYPE_BYTES, TensorInfo
 from ..made_from import adapter_provenance
+from ..other_base import warn_of_another_template, warn_of_other_weights
 from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted

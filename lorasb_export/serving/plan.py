@@ -17,15 +17,14 @@ import torch
 from ..adapter import Adapter
 from ..base.device import cpu_multiplies
 from ..base.model import BaseModel, BaseRef
-from ..base.nf4 import warn_of_other_weights
 from ..base.tensors import INDEX, weight_map
 from ..basis import Basis
 from ..belonging import load_basis_once, of_one_basis
 from ..choices import SEQ_CLS, ServingMode, require_choice
-from ..data.trained_template import warn_of_another_template
 from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some_problems
 from ..files.storage import read_json
 from ..names import served_name_problem
+from ..other_base import warn_of_another_template, warn_of_other_weights
 from . import flags
 from .choosing import choose_mode
 from .listening import is_loopback
@@ -163,25 +162,7 @@ def make_plan(
     if not has_key and not is_loopback(host):
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
-    loaded: dict[str, Adapter] = {}
-    problems: dict[str, LoraSBError] = {}
-    for name, source in adapters.items():
-        try:
-            loaded[name] = _servable(name, source)
-        except LoraSBError as error:
-            problems[name] = error
-    base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
-    loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
-    if problems or apart:
-        problems |= apart
-        problems = {name: problems[name] for name in adapters if name in problems}
-        what, which = f"{len(problems)} of {len(adapters)} adapters cannot be served", some_problems(problems)
-        may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
-        if not may_pass or too_many:
-            why = " (more than a tenth are without their basis, or of another base: name those to serve)"
-            raise type(next(iter(problems.values())))(f"{what}{why if may_pass else ''}:\n{which}", fix="")
-        logger.warning("%s:\n%s\nThe others are served", what, which)
-    assert base is not None  # given, or that of what is loaded
+    base, loaded = _load_all(adapters, model, pass_over=pass_over)
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
         if not pass_over or len(loaded) == 1:
@@ -206,6 +187,32 @@ def make_plan(
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)
     return plan
+
+
+def _load_all(
+    adapters: Mapping[str, str | Path], model: str | None, *, pass_over: bool
+) -> tuple[BaseModel, dict[str, Adapter]]:
+    """The base that is served, and the adapters that can be; of the others an error, or with `pass_over` a warning."""
+    loaded: dict[str, Adapter] = {}
+    problems: dict[str, LoraSBError] = {}
+    for name, source in adapters.items():
+        try:
+            loaded[name] = _servable(name, source)
+        except LoraSBError as error:
+            problems[name] = error
+    base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
+    loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
+    if problems or apart:
+        problems |= apart
+        problems = {name: problems[name] for name in adapters if name in problems}
+        what, which = f"{len(problems)} of {len(adapters)} adapters cannot be served", some_problems(problems)
+        may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
+        if not may_pass or too_many:
+            why = " (more than a tenth are without their basis, or of another base: name those to serve)"
+            raise type(next(iter(problems.values())))(f"{what}{why if may_pass else ''}:\n{which}", fix="")
+        logger.warning("%s:\n%s\nThe others are served", what, which)
+    assert base is not None  # given, or that of what is loaded
+    return base, loaded
 
 
 def _on_one_base(

@@ -16,9 +16,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ...base.nf4 import told_of_other_weights
 from ...basis import Basis
-from ...data.trained_template import told_of_another_template
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
@@ -26,6 +24,7 @@ from ...format import read_adapter_config
 from ...hub.cache import leads_out
 from ...hub.fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
+from ...other_base import told_of_another_template, told_of_other_weights
 from . import BASE_VARIABLE, BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE
 from .loading import copy_adapter, load_R
 from .versions import Versions

@@ -82,7 +82,8 @@ def run(
     )
     results: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
-    lines = [f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"]
+    head = f"{'adapter':20} {'split':6} {'rows':>5} {'metric':12} {'base':>6} {'adapter':>8}"
+    lines = [f"{head} {'gained':>7} {'lost':>5}"]
     value = {"evaluation": results}
 
     def text() -> str:
@@ -92,5 +93,7 @@ def run(
     for word, result in run.done_of(evaluated, value, text, failed):
         results[word] = result
         base, after = (score(result["metric"], result[which]) for which in ("base", "adapter"))
-        lines.append(f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}")
+        gained, lost = (result.get(which, "-") for which in ("gained", "lost"))
+        row = f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}"
+        lines.append(f"{row} {gained:>7} {lost:>5}")
     run.result(value, text(), failed)

@@ -61,6 +61,11 @@ BAD = {
     "half a surrogate": ('{"prompt": "cut \\ud83d", "completion": "2"}\n', "surrogates not allowed", "train.jsonl:1"),
     "no rows": ("\n\n", "no training rows", ""),
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
+    "preferences": (
+        '{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n',
+        "preferences, 'chosen' and 'rejected'",
+        "train.jsonl:1",
+    ),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
     "pair not a string": (
         '{"text": "a", "text_pair": 3, "label": "b"}\n',

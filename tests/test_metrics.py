@@ -7,12 +7,19 @@ import math
 import pytest
 import torch
 
-from lorasb_export.evaluation.metrics import accuracy, better, exact_match, f1, mcc, pearson, rmse
+from lorasb_export.evaluation.metrics import accuracy, better, exact_match, f1, gained_and_lost, mcc, pearson, rmse
 
 
 def test_exact_match_and_accuracy() -> None:
     assert exact_match(["2", " 3\n", "x"], ["2", "3", "4"]) == pytest.approx(2 / 3)
     assert accuracy([0, 1, 1, 2], [0, 1, 2, 2]) == 0.75
+
+
+def test_gained_and_lost_are_rows_that_one_alone_has_right() -> None:
+    expected = ["a", "b", "c", "d", "e"]
+    before, after = ["a", "x", "c ", "x", "x"], ["a", " b", "x", "d", "y"]
+    assert gained_and_lost(before, after, expected) == (2, 1)
+    assert gained_and_lost([], [], []) == (0, 0)
 
 
 def test_mcc() -> None:

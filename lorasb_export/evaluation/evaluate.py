@@ -25,7 +25,7 @@ from ..names import name_of
 from ..other_base import warn_of_another_template
 from ..settings import FitSettings
 from .inference import Asked, answers_of_ids, asked_of
-from .metrics import exact_match, prediction_metrics
+from .metrics import exact_match, gained_and_lost, prediction_metrics
 from .scores import mean_loss, row_scores
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def evaluate(
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
-        `base`: None where the adapter brings the head, which the base lacks. With `predictions` also these, a dict for
+        `base`: None where the adapter brings the head, which the base lacks. Of `exact_match` also `gained` and `lost`:
+        the rows that the adapter alone, or the base alone, has right. With `predictions` also these, a dict for
         each row in order: its `number` from 1, the `row`, and the answer, class or number that is `expected` and that
         `base` (or None) and `adapter` give.
 
@@ -136,6 +137,8 @@ def evaluate(
         )
     of_rows = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
     result: dict[str, Any] = {**of_rows, "base": before, "adapter": after}
+    if metric == "exact_match":
+        result["gained"], result["lost"] = gained_and_lost(said_before, said_after, scorer.expected)
     if predictions:
         expected = [row["label"] for row in rows] if task.task_type == SEQ_CLS else scorer.expected
         numbered = enumerate(zip(rows, expected, said_before, said_after, strict=True), 1)

@@ -12,6 +12,15 @@ def exact_match(found: Sequence[str], expected: Sequence[str]) -> float:
     return accuracy([text.strip() for text in found], [text.strip() for text in expected])
 
 
+def gained_and_lost(before: Sequence[str], after: Sequence[str], expected: Sequence[str]) -> tuple[int, int]:
+    """How many answers are right, as for `exact_match`, of those after alone, and of those before alone."""
+    right = [
+        [exact_match([one], [wanted]) for one, wanted in zip(said, expected, strict=True)] for said in (before, after)
+    ]
+    pairs = list(zip(*right, strict=True))
+    return pairs.count((0, 1)), pairs.count((1, 0))
+
+
 def accuracy(found: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
     """Share of predictions that are right."""
     return sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)

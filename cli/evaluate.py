@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -59,7 +61,9 @@ def run(
         raise typer.BadParameter("--overwrite is for the file of --predictions")
     from lorasb_export.names import ours_in
 
-    words = spelled_out(adapter or (), run.project.adapter_names) or ours_in(run.project.adapters_folder)
+    all_there_are = partial(ours_in, run.project.adapters_folder)
+    words = [word for word in spelled_out(adapter or (), all_there_are) if not _is_of_tensorboard(word)]
+    words = words if adapter else all_there_are()
     if not words:
         raise run.project.lacks("no adapter to evaluate", "Run `lorasb fit`, or name one")
     found = {word: run.project.find_adapter(word) for word in words}
@@ -97,3 +101,9 @@ def run(
         row = f"{word:20} {result['split']:6} {result['rows']:5} {result['metric']:12} {base:>6} {after:>8}"
         lines.append(f"{row} {gained:>7} {lost:>5}")
     run.result(value, text(), failed)
+
+
+def _is_of_tensorboard(word: str) -> bool:
+    """Whether a word is the folder of its files, which lies beside adapters and so comes with `candidates/*`."""
+    path = Path(word)
+    return "/" in word and path.name == "runs" and path.is_dir() and not (path / "adapter_config.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +11,14 @@ import typer
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
 from lorasb_export.errors import LoraSBError
 from lorasb_export.files.storage import expanded, folder_bytes
-from lorasb_export.names import PLACE, ours_in
 
 from .verb import Run
 from .words import FORMS, given, human_bytes, spelled_out
+
+INTERRUPTED = (
+    "What was being written is not there; with {name} in --out the folders before it are: name the adapters that are "
+    "left."
+)
 
 
 def run(
@@ -22,7 +27,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help=f"Names, folders or Hub ids, {FORMS}. Default: the first task's; for onnx-adapters, all.",
+            help=f"Names, folders or Hub ids, {FORMS}. Default: the first task's; for onnx-adapters, "
+            "and with {name} in --out, all.",
         ),
     ] = None,
     format: Annotated[
@@ -69,6 +75,8 @@ def run(
     ] = False,
 ) -> None:
     """Write adapters in another format."""
+    from lorasb_export.names import PLACE, ours_in
+
     if into is not None and (routed or out is not None or precision is not None):
         raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
     if into is not None and format not in (None, "onnx-adapters"):
@@ -86,7 +94,7 @@ def run(
     if each and format == "onnx-adapters":
         raise typer.BadParameter(f"{PLACE} in --out is for peft and onnx: a folder of onnx-adapters holds all of them")
     everything = not adapter and (each or into is not None or format == "onnx-adapters")
-    words = spelled_out(adapter or (), run.project.adapter_names)
+    words = spelled_out(adapter or (), partial(ours_in, run.project.adapters_folder))
     folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
     from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
     from lorasb_export.project.base import find_base
@@ -99,7 +107,7 @@ def run(
         if not folders:
             raise run.project.lacks("no adapter in this project", "Run lorasb fit, or name one")
         options = {"model": model, "precision": precision or "fp32", "verify": verify, "data": data}
-        options |= {"compared": compared, "overwrite": overwrite, **given(max_drop=max_drop)}
+        options |= {"compared": compared, "overwrite": overwrite, "routed": routed, **given(max_drop=max_drop)}
         _each(run, export_each(run.project, folders, out, format=format, **options), failed)
         return
     if everything:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,9 +108,11 @@ def _ask(
 ) -> tuple[dict[str, list[str]], dict[str, LoraSBError]]:
     """Of the base and of the adapters that are named, else of the project's; and the errors of those of its that are
     damaged."""
+    from lorasb_export.names import ours_in
+
     failed: dict[str, LoraSBError] = {}
     if adapters is not None:
-        chosen = spelled_out(listed(adapters), run.project.adapter_names)
+        chosen = spelled_out(listed(adapters), partial(ours_in, run.project.adapters_folder))
     elif model:
         chosen = []
     else:

@@ -59,11 +59,11 @@ def run(
 ) -> None:
     """Serve the base and its adapters by name, until Ctrl-C."""
     from lorasb_export.hub.fetch import adapters_folder
-    from lorasb_export.names import adapters_in, ours_in, resolve_adapters
+    from lorasb_export.names import ours_in, resolve_adapters
 
     project = run.project
     folder = project.adapters_folder if adapters_dir is None else adapters_folder(adapters_dir)
-    words = ours_in(folder) if adapters is None else spelled_out(listed(adapters), lambda: adapters_in(folder))
+    words = ours_in(folder) if adapters is None else spelled_out(listed(adapters), partial(ours_in, folder))
     alone = adapters is None and adapters_dir is None and model is not None
     if not words and not alone:
         if adapters_dir is None:

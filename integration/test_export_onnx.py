@@ -33,7 +33,7 @@ from lorasb_export.exporting.onnx_exporter import PRECISIONS
 from lorasb_export.exporting.onnx_graph import read_graph
 from lorasb_export.exporting.onnx_quantize import quantize
 from lorasb_export.exporting.onnx_run import OnnxDecoder
-from lorasb_export.exporting.onnx_verify import held_out, require_equal, verify_folder
+from lorasb_export.exporting.onnx_verify import held_out_rows, require_equal, verify_folder
 from lorasb_export.files.kind import artifact_kind
 from lorasb_export.files.storage import read_json, write_json
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
@@ -195,7 +195,9 @@ def test_prompts_that_do_not_fit_into_the_context_of_128(
     monkeypatch.setattr(onnx_verify, "PROMPTS", ("x" * 120,))
     rows = [{"prompt": "x" * length, "completion": "4"} for length in (2, 117, 130, 116)]
     for held, kept in ((rows, 2), (rows[1:3], 0)):
-        asked = held_out({"red": TaskData("sums", "memory", "CAUSAL_LM", {"train": rows, "test": held}, "0")}, base)
+        asked = held_out_rows(
+            {"red": TaskData("sums", "memory", "CAUSAL_LM", {"train": rows, "test": held}, "0")}, base
+        )
         found = verify_folder(tasks_onnx, base, tasks, asked)["red"]
         assert found["equal_tokens"] == found["tokens"] > 0
         assert (found["rows_left_out"], found.get("rows", 0)) == (2, kept)

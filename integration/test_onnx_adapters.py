@@ -148,7 +148,7 @@ def test_of_many_adapters_each_is_written_in_turn_and_the_first_are_compared(
         held.append(f"file of {path.stem}")
         write_adapter(path, arrays)
 
-    monkeypatch.setattr(onnx_adapters, "values", values_of)
+    monkeypatch.setattr(onnx_adapters, "scaled_R", values_of)
     monkeypatch.setattr(onnx_adapters, "write_adapter", write)
     monkeypatch.setattr(onnx_adapters, "MAX_COMPARED", 1)
     result = export_onnx_adapters([world / "red", world / "blue"], tmp_path / "tasks")

@@ -227,7 +227,7 @@ def test_a_folder_that_is_replaced_meanwhile_is_not_published(
     replace = """
 import shutil, sys
 from pathlib import Path
-from lorasb_export.publishing import hub
+from lorasb_export.publishing import push as hub
 from lorasb_export import push
 from lorasb_export.errors import ArtifactError
 adapter, folder, other, name = sys.argv[1:]

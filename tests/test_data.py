@@ -63,8 +63,18 @@ BAD = {
     "no kind": ('{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:1"),
     "preferences": (
         '{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n',
-        "preferences, 'chosen' and 'rejected'",
+        'learn what is chosen: columns = { prompt = "prompt", completion = "chosen" }',
         "train.jsonl:1",
+    ),
+    "preferences of chats": (
+        '{"prompt": "1+1=", "chosen": [], "rejected": []}\n',
+        "preferences, 'chosen' and 'rejected'",
+        "columns = { messages = ",
+    ),
+    "preferences of texts": (
+        '{"chosen": "1+1=2", "rejected": "1+1=3"}\n',
+        "DPOTrainer",
+        'columns = { text = "chosen" }',
     ),
     "no kind, later": (GOOD + '{"question": "?"}\n', "neither 'prompt' nor 'text' nor 'messages'", "train.jsonl:2"),
     "pair not a string": (

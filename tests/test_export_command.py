@@ -58,7 +58,7 @@ def test_a_graph_is_compared_on_the_task_of_its_adapter(
         compared.append(data)
         raise InterruptedError  # before anything is exported
 
-    monkeypatch.setattr(onnx, "held_out", held_out)
+    monkeypatch.setattr(onnx, "held_out_rows", held_out)
     options: dict[str, Any] = {"format": "onnx", "data": tasks}
     with pytest.raises(InterruptedError):
         export(tmp_path / "minus", tmp_path / "out", **options)

@@ -327,6 +327,12 @@ def test_each_adapter_goes_into_a_folder_of_its_own(
     assert sorted(path.name for path in Path("peft").iterdir()) == ["a", "c"]
     lines = lorasb("export", "a", "c", "--out", "again/{name}").stdout.splitlines()
     assert [line.partition(" (")[0] for line in lines] == ["a: exported to again/a", "c: exported to again/c"]
+    done = lorasb("export", "--out", "peft/{name}")  # some are there: nothing is written
+    assert (done.exit_code, "(peft/a). Name the adapters that are left, or pass --overwrite" in done.stderr) == (
+        1,
+        True,
+    )
+    assert "routed is for" in lorasb("export", "a", "--format", "onnx", "--routed", "--out", "x/{name}").stderr
     shutil.copytree("adapters/a", "elsewhere/a")
     done = lorasb("export", "a", "elsewhere/a", "--out", "more/{name}")
     assert (done.exit_code, "two of the adapters would go to one folder" in done.stderr) == (1, True)

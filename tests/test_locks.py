@@ -90,9 +90,10 @@ def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(
 
 def test_a_lock_file_is_removed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second process would else lock it before it is gone, and a third one make it anew."""
-    unlink = Path.unlink
+    unlink, removed = Path.unlink, list[Path]()
 
     def watched(path: Path, *words: Any, **options: Any) -> None:
+        removed.append(path)
         with path.open("rb") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unlink(path, *words, **options)
@@ -100,6 +101,7 @@ def test_a_lock_file_is_removed_while_it_is_held(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "unlink", watched)
     with only_writer(tmp_path / "x"):
         pass
+    assert removed == [tmp_path / ".x.lock"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -80,8 +80,14 @@ def test_a_pattern_stands_for_the_names_that_it_matches(project: Path) -> None:
     for words in (["fit", "x*"], ["evaluate", "x*"], ["export", "x*"], ["serve", "--adapters", "x*"]):
         done = CliRunner().invoke(app, words)
         assert (done.exit_code, "no name matches the pattern (x*)" in done.stderr) == (1, True), done.stderr
+    for name in ("billing", "shipping"):
+        (project / "adapters" / name / "adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
     done = CliRunner().invoke(app, ["generate", "hi", "--adapters", "billing,sh*", "--model", "./none"])
     assert "no name matches" not in done.stderr
+    (project / "adapters/peft").mkdir()
+    (project / "adapters/peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = CliRunner().invoke(app, ["evaluate", "pe*"])  # another tool's is no name of ours
+    assert "no name matches the pattern (pe*)" in done.stderr
 
 
 def test_the_worst_of_many_scores_are_told() -> None:

@@ -64,6 +64,14 @@ def test_a_renamed_task_has_the_rows_of_its_table(project: Path, sums: Path) -> 
     assert json.loads(done.stdout)["evaluation"]["elsewhere/b"]["rows"] == 24
 
 
+def test_files_of_tensorboard_beside_candidates_are_none_of_them(project: Path, sums: Path) -> None:
+    """A shell writes out `candidates/*`, all of it."""
+    shutil.copytree("adapters/a", "candidates/a")
+    Path("candidates/runs/a").mkdir(parents=True)
+    done = lorasb("evaluate", "candidates/a", "candidates/runs", "--metric", "loss", "--json")
+    assert list(json.loads(done.stdout)["evaluation"]) == ["candidates/a"]
+
+
 def test_a_task_without_a_name_is_called_as_its_adapter(project: Path, sums: Path) -> None:
     adapter = Adapter.load("adapters/a")
     adapter.training = {"task": None, "data": str(sums)}

@@ -468,11 +468,16 @@ def test_who_is_refused_is_told_when_to_ask_again_over_another_connection(
 ) -> None:
     monkeypatch.setenv(STOPPING_VARIABLE, str(tmp_path))
     sent: list[dict[str, Any]] = []
+    still_sent = [{"type": "http.request", "more_body": more} for more in (False, True, True)]
+
+    async def receive() -> dict[str, Any]:
+        return still_sent.pop()
 
     async def send(message: dict[str, Any]) -> None:
+        assert not still_sent  # or the connection would be reset under a client that is still sending
         sent.append(message)
 
-    asyncio.run(Stopping(None)({"type": "http", "path": "/v1/completions"}, None, send))
+    asyncio.run(Stopping(None)({"type": "http", "path": "/v1/completions"}, receive, send))
     headers, body = dict(sent[0]["headers"]), sent[1]["body"]
     assert (headers[b"retry-after"], headers[b"connection"]) == (b"1", b"close")
     assert int(headers[b"content-length"]) == len(body)

@@ -29,8 +29,6 @@ FIELDS = ("prompt", "completion", "messages", "tools", "text", "text_pair", "lab
 
 _UNREAD = ("system", "system_prompt", "functions", "chat_template_kwargs", "documents")  # they change what is asked
 
-_CHOSEN = 'columns = { prompt = "prompt", completion = "chosen" }'
-
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # a row with its place, which errors name
 Prompt = str | Sequence[Turn] | Row  # a text, the turns of a chat, or a chat with tools: its `messages` and `tools`
@@ -46,8 +44,10 @@ def kind_of(row: Row, where: object = None) -> str:
     """COMPLETION, CHAT, TEXT or LABELLED, by the fields `row` has. Raises DataError when it is none of them."""
     if "messages" in row:
         return CHAT
-    if {"chosen", "rejected"} <= row.keys() and "completion" not in row:
-        fix = f"Train on such rows by TRL's DPOTrainer (docs/how-to/own-loop.md), or learn what is chosen: {_CHOSEN}"
+    if {"chosen", "rejected"} <= row.keys() and not {"completion", "text"} & row.keys():
+        chat, asked = isinstance(row["chosen"], list), 'prompt = "prompt", completion' if "prompt" in row else "text"
+        learn = f'columns = {{ {"messages" if chat else asked} = "chosen" }}'
+        fix = f"Train on such rows by TRL's DPOTrainer (docs/how-to/own-loop.md), or learn what is chosen: {learn}"
         raise DataError("the row has preferences, 'chosen' and 'rejected'", where=where, fix=fix)
     if "prompt" in row:
         return COMPLETION

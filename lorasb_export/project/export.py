@@ -13,9 +13,11 @@ from ..bars import progress_bar, time_left
 from ..belonging import of_one_basis
 from ..choices import MAX_COMPARED
 from ..data.task import TaskData, load_held_out, load_task
-from ..errors import PER_ITEM_ERRORS, DataError, LoraSBError, Problems, SettingsError, some_problems
+from ..errors import PER_ITEM_ERRORS, BaseModelError, DataError, LoraSBError, Problems, SettingsError, some_problems
 from ..exporting.export import export
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
+from ..files.output import refuse_existing
+from ..files.storage import expanded
 from ..format import read_adapter_config
 from ..names import PLACE, name_of, ours_in
 from .base import find_base
@@ -144,11 +146,15 @@ def export_each(
 
     Raises:
         SettingsError: two are of one name.
+        OutputError: one is there already; nothing was exported.
     """
     named = {name_of(Path(folder) if Path(folder).is_dir() else folder): folder for folder in folders}
     if len(named) < len(folders):
         fix = "Rename a folder, or export them one after another"
         raise SettingsError("two of the adapters would go to one folder", where=out, fix=fix)
+    for name in named:
+        target, there = expanded(out.replace(PLACE, name)), "Name the adapters that are left, or pass --overwrite"
+        refuse_existing(target, options.get("overwrite", False), there, kind=format)
     began = time.monotonic()
     for done, (name, folder) in enumerate(progress_bar(named.items(), desc="export", leave=False)):
         left = f", {time_left((time.monotonic() - began) / done * (len(named) - done))}" if done else ""
@@ -159,7 +165,7 @@ def export_each(
             if needs_rows(format, precision, verify=verify, compared=compared):
                 of_one["data"] = tasks_to_compare(project, [folder], data)
             yield name, export(folder, out.replace(PLACE, name), **of_one)
-        except PER_ITEM_ERRORS as error:
+        except (*PER_ITEM_ERRORS, BaseModelError) as error:  # PEFT does not take every layer of every base
             if len(named) == 1:
                 raise
             logger.warning("%s is left out: %s", name, error)

@@ -34,6 +34,8 @@ class Stopping:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] != _OPEN and os.path.exists(self.file):
+            while (await receive()).get("more_body"):  # or who is still sending it meets a reset, and no answer
+                pass
             await send(_START)
             await send({"type": "http.response.body", "body": _BODY})
         else:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
+from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..errors import SettingsError, first_line
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 _LONGEST = 96  # letters of a name; W&B takes 128
 
@@ -34,6 +34,8 @@ def tracker_callbacks(tracker: str, events: Path, about: Mapping[str, Any]) -> l
     """
     if tracker == "none" or (tracker == "tensorboard" and not distributed.is_main()):
         return []
+    from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
+
     callback: Any
     with starting(tracker):
         if tracker == "tensorboard":

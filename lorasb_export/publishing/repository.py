@@ -245,7 +245,7 @@ def compare(files: Files, head: Head) -> Changes:
 
 
 def refuse_other(kind: str | None, head: Head, public: bool, name: str) -> None:
-    """Raise OutputError before anything is written to a repository that is public unasked, or of another kind (`outgoing.kind_of_files`)."""
+    """Raise OutputError before anything is written to a repository that is public unasked, or of another kind."""
     if head.commit is not None and not head.private and not public:
         raise OutputError("the repository is public", where=name, fix="Pass --public, or choose another one")
     there = PROJECT if any(map(part_of, head.published)) else kind_of_files(head.files)

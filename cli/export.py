@@ -96,42 +96,41 @@ def run(
     everything = not adapter and (each or into is not None or format == "onnx-adapters")
     words = spelled_out(adapter or (), partial(ours_in, run.project.adapters_folder))
     folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
-    from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, exported_record  # only now: it brings torch
-    from lorasb_export.project.base import find_base
-    from lorasb_export.project.export import adapters_to_export, export_each, needs_rows, tasks_to_compare
+    from lorasb_export.exporting.onnx_adapters import exported_record  # only now: it brings torch
+    from lorasb_export.project.export import Export, adapters_to_export
 
-    options: dict[str, Any]
+    record = None if into is None else exported_record(expanded(into))
+    asked = Export(
+        run.project,
+        format="peft" if to_peft else "onnx-adapters" if into is not None else format,
+        precision=precision or (record["precision"] if record else "fp32"),
+        model=model,
+        verify=verify,
+        data=data,
+        compared=compared,
+        overwrite=overwrite or (into is not None and everything),  # all that is asked for: what has changed too
+        routed=routed,
+        **given(max_drop=max_drop),
+    )
     failed: dict[str, LoraSBError] = {}
     if out is not None and each:
         folders = folders or [str(run.project.adapter_folder(name)) for name in ours_in(run.project.adapters_folder)]
         if not folders:
             raise run.project.lacks("no adapter in this project", "Run lorasb fit, or name one")
-        options = {"model": model, "precision": precision or "fp32", "verify": verify, "data": data}
-        options |= {"compared": compared, "overwrite": overwrite, "routed": routed, **given(max_drop=max_drop)}
-        _each(run, export_each(run.project, folders, out, format=format, **options), failed)
+        _each(run, asked.write_each(folders, out), failed)
         return
     if everything:
         folders, failed = adapters_to_export(run.project, None if into is None else expanded(into))
-    if into is not None and not folders:
-        result = exported_record(expanded(into)) | {"out": into, "bytes": folder_bytes(expanded(into))}
+    if into is None:
+        target, verb = out or format, f"Exported {format} to"
+        result = asked.write(folders, target)
+    elif folders:
+        target, verb = into, "Added to"
+        result = asked.add(folders, into)
+    else:
+        result = {**(record or {}), "out": into, "bytes": folder_bytes(expanded(into))}
         run.result(result, "" if failed else f"Nothing to add to {into}", failed)
         return
-    unread = to_peft and not verify  # a LoRA is written without the base's weights
-    base = model if unread else find_base(run.project, model, folders[0])
-    options = {"verify": verify} | given(max_drop=max_drop)
-    precision = precision or ("fp32" if into is None else exported_record(expanded(into))["precision"])
-    if needs_rows("peft" if to_peft else "onnx", precision, verify=verify, compared=compared):
-        options["data"] = tasks_to_compare(run.project, folders, data)
-    if into is None:
-        from lorasb_export.exporting.export import export
-
-        target, verb = out or format, f"Exported {format} to"
-        options |= {"precision": precision, "routed": routed, "overwrite": overwrite}
-        result = export(folders, target, format=format, base=base, **options)
-    else:
-        target, verb = into, "Added to"
-        options["overwrite"] = overwrite or everything  # all that is asked for: what has changed too
-        result = add_onnx_adapters(folders, into, base=base, **options)
     run.result(result, "\n".join(_lines(f"{verb} {target}", result)), failed)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
 from ..bars import progress_bar, time_left
 from ..belonging import of_one_basis
-from ..choices import MAX_COMPARED
+from ..choices import MAX_COMPARED, MAX_DROP
 from ..data.task import TaskData, load_held_out, load_task
 from ..errors import PER_ITEM_ERRORS, BaseModelError, DataError, LoraSBError, Problems, SettingsError, some_problems
+from ..exporting import onnx_adapters
 from ..exporting.export import export
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
 from ..files.output import refuse_existing
@@ -118,60 +120,72 @@ def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None)
     return found
 
 
-def export_each(
-    project: Project,
-    folders: Sequence[str],
-    out: str,
-    *,
-    format: str,
-    model: str | None,
-    precision: str,
-    verify: bool,
-    data: str | None,
-    compared: bool,
-    **options: Any,
-) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
-    """Write each adapter in another format, into a folder of its own.
+@dataclass(frozen=True)
+class Export:
+    """How adapters of a project are exported, one or many.
 
     Args:
-        folders: folders or Hub ids of adapters.
-        out: where to, with `{name}` for the adapter's.
-        format, precision, verify, options: as for `export`.
+        format, precision, routed, verify, max_drop, overwrite: as for `export`.
         model: the base, if it has moved since training.
-        data, compared: as for `tasks_to_compare`, and `needs_rows`.
-
-    Yields:
-        each name and what `export` gives; or its error, where that adapter alone is at fault: the next one is exported
-        all the same. The error of a single one is raised.
-
-    Raises:
-        SettingsError: two are of one name.
-        OutputError: one is there already; nothing was exported.
+        data: held-out rows to compare on, as for `tasks_to_compare`.
+        compared: whether an ONNX graph in fp32 is compared on such rows too; others are.
     """
-    named = {name_of(Path(folder) if Path(folder).is_dir() else folder): folder for folder in folders}
-    if len(named) < len(folders):
-        fix = "Rename a folder, or export them one after another"
-        raise SettingsError("two of the adapters would go to one folder", where=out, fix=fix)
-    for name in named:
-        target, there = expanded(out.replace(PLACE, name)), "Name the adapters that are left, or pass --overwrite"
-        refuse_existing(target, options.get("overwrite", False), there, kind=format)
-    began = time.monotonic()
-    for done, (name, folder) in enumerate(progress_bar(named.items(), desc="export", leave=False)):
-        left = f", {time_left((time.monotonic() - began) / done * (len(named) - done))}" if done else ""
-        logger.info("%d of %d: %s%s", done + 1, len(named), name, left)
-        try:
-            base = model if format == "peft" and not verify else find_base(project, model, folder)
-            of_one = {**options, "base": base, "format": format, "precision": precision, "verify": verify}
-            if needs_rows(format, precision, verify=verify, compared=compared):
-                of_one["data"] = tasks_to_compare(project, [folder], data)
-            yield name, export(folder, out.replace(PLACE, name), **of_one)
-        except (*PER_ITEM_ERRORS, BaseModelError) as error:  # PEFT does not take every layer of every base
-            if len(named) == 1:
-                raise
-            logger.warning("%s is left out: %s", name, error)
-            yield name, error.alone()
 
+    project: Project
+    format: str
+    precision: str
+    model: str | None
+    verify: bool
+    data: str | None
+    compared: bool
+    overwrite: bool
+    routed: bool = False
+    max_drop: float = MAX_DROP
 
-def needs_rows(format: str, precision: str, *, verify: bool, compared: bool) -> bool:
-    """Whether an export is compared with torch on held-out rows too: where it is rounded, or that is asked for."""
-    return format != "peft" and verify and precision != "bf16" and (precision != "fp32" or compared)
+    def write(self, folders: Sequence[str], out: str) -> dict[str, Any]:
+        """`export` of the adapters in `folders`, or of those Hub ids, as one."""
+        kind = {"format": self.format, "precision": self.precision, "routed": self.routed}
+        return export(folders, out, overwrite=self.overwrite, **kind, **self._options(folders))
+
+    def add(self, folders: Sequence[str], into: str) -> dict[str, Any]:
+        """`add_onnx_adapters` of them."""
+        return onnx_adapters.add_onnx_adapters(folders, into, overwrite=self.overwrite, **self._options(folders))
+
+    def write_each(self, folders: Sequence[str], out: str) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+        """`export` of each into a folder of its own: `out` with the adapter's name in place of `{name}`.
+
+        Yields:
+            each name and what `export` gives; or its error, where that adapter alone is at fault: the next one is
+            exported all the same. The error of a single one is raised.
+
+        Raises:
+            SettingsError: two are of one name.
+            OutputError: one is there already; nothing was exported.
+        """
+        named = {name_of(Path(folder) if Path(folder).is_dir() else folder): folder for folder in folders}
+        if len(named) < len(folders):
+            fix = "Rename a folder, or export them one after another"
+            raise SettingsError("two of the adapters would go to one folder", where=out, fix=fix)
+        for name in named:
+            there = "Name the adapters that are left, or pass --overwrite"
+            refuse_existing(expanded(out.replace(PLACE, name)), self.overwrite, there, kind=self.format)
+        began = time.monotonic()
+        for done, (name, folder) in enumerate(progress_bar(named.items(), desc="export", leave=False)):
+            left = f", {time_left((time.monotonic() - began) / done * (len(named) - done))}" if done else ""
+            logger.info("%d of %d: %s%s", done + 1, len(named), name, left)
+            try:
+                yield name, self.write([folder], out.replace(PLACE, name))
+            except (*PER_ITEM_ERRORS, BaseModelError) as error:  # PEFT does not take every layer of every base
+                if len(named) == 1:
+                    raise
+                logger.warning("%s is left out: %s", name, error)
+                yield name, error.alone()
+
+    def _options(self, folders: Sequence[str]) -> dict[str, Any]:
+        unread = self.format == "peft" and not self.verify  # a LoRA is written without the base's weights
+        base = self.model if unread else find_base(self.project, self.model, folders[0])
+        options: dict[str, Any] = {"base": base, "verify": self.verify, "max_drop": self.max_drop}
+        is_compared = self.verify and self.format != "peft" and self.precision != "bf16"
+        if is_compared and (self.precision != "fp32" or self.compared):
+            options["data"] = tasks_to_compare(self.project, folders, self.data)
+        return options

@@ -246,7 +246,7 @@ def _copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
         except ArtifactError:  # begun between two renames, say: a folder is replaced by moving the old one away first
             if not tries_left:
                 raise
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
             time.sleep(_PAUSE)
     return version
 

@@ -15,8 +15,7 @@ from ..belonging import of_one_basis
 from ..choices import MAX_COMPARED, MAX_DROP
 from ..data.task import TaskData, load_held_out, load_task
 from ..errors import PER_ITEM_ERRORS, BaseModelError, DataError, LoraSBError, Problems, SettingsError, some_problems
-from ..exporting import onnx_adapters
-from ..exporting.export import export
+from ..exporting import export, onnx_adapters
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
 from ..files.output import refuse_existing
 from ..files.storage import expanded
@@ -144,8 +143,8 @@ class Export:
 
     def write(self, folders: Sequence[str], out: str) -> dict[str, Any]:
         """`export` of the adapters in `folders`, or of those Hub ids, as one."""
-        kind = {"format": self.format, "precision": self.precision, "routed": self.routed}
-        return export(folders, out, overwrite=self.overwrite, **kind, **self._options(folders))
+        kind: dict[str, Any] = {"format": self.format, "precision": self.precision, "routed": self.routed}
+        return export.export(folders, out, overwrite=self.overwrite, **kind, **self._options(folders))
 
     def add(self, folders: Sequence[str], into: str) -> dict[str, Any]:
         """`add_onnx_adapters` of them."""

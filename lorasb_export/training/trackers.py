@@ -60,7 +60,11 @@ def _then_told(tracker: str, begin: Callable[..., None], about: Mapping[str, Any
     def on_train_begin(*inputs: Any, **options: Any) -> None:
         begin(*inputs, **options)
         if distributed.is_main():
-            __import__(tracker).config.update({"lorasb": dict(about)}, allow_val_change=True)
+            if tracker == "wandb":
+                import wandb as module
+            else:
+                import trackio as module
+            module.config.update({"lorasb": dict(about)}, allow_val_change=True)
 
     return on_train_begin
 

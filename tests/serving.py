@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,6 +100,15 @@ def value_of(command: list[str], flag: str) -> str:
 
 def middlewares_of(command: list[str]) -> list[str]:
     return [word for flag, word in pairwise(command) if flag == "--middleware"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """In the place of `RunningServer`: what a server would be started with, and none is."""
+    pytest.importorskip("vllm")
+    server = Mock()
+    monkeypatch.setattr(launcher, "RunningServer", server)
+    return server
 
 
 def answered(app: Any, scope: dict[str, Any], body: bytes = b"") -> int:

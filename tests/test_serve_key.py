@@ -18,7 +18,7 @@ from lorasb_export.serving.launcher import running_server, serve
 from tests import serving
 from tests.serving import answered, dry_run, middlewares_of
 
-folder, vllm_for_cpus = serving.folder, serving.vllm_for_cpus
+folder, started, vllm_for_cpus = serving.folder, serving.started, serving.vllm_for_cpus
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n", b"two\nlines", b"\xff"])
@@ -57,16 +57,13 @@ NEW, OLD = "n" * 32, "o" * 32
 
 @pytest.mark.parametrize("content", [f"{NEW}\n{OLD}\n", f"\r\n{NEW}\r\n\r\n  {OLD}"])
 def test_a_file_may_hold_several_keys(
-    folder: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, started: Mock, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While clients change from one to the next. vLLM's own check, which knows one and no more, is left out then."""
-    pytest.importorskip("vllm")
     from starlette.responses import Response
 
     from lorasb_export.serving.key import AsksForKey
 
-    started = Mock()
-    monkeypatch.setattr(launcher, "RunningServer", started)
     monkeypatch.setenv("VLLM_API_KEY", "of-the-environment")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "keys").write_bytes(content.encode())

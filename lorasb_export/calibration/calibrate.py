@@ -139,10 +139,9 @@ def calibrate(
     sums = gradients_of_rows(network, targets, every_row, tokenizer.pad_token_id, settings, every_weight)
     modules, energy, ratios = _decompose(sums, settings, network.dtype, svd_device(network.device))
 
-    captured: dict[str, Any] = {}
+    captured, overall = dict[str, Any](), ratios.overall()
     if len(tasks) == 1:  # the basis is the task's own
         own = {name: of_module | {"own": of_module["basis"]} for name, of_module in ratios.modules.items()}
-        overall = ratios.overall()
         captured = {name: {"rows": len(every_row), **overall, "own": overall["basis"], "modules": own} for name in rows}
     elif settings.capture and len(tasks) <= MAX_MEASURED:
         logger.info("Measuring how much of each task's gradient it holds")
@@ -161,7 +160,7 @@ def calibrate(
         "svd": {"exact_up_to": EXACT_UP_TO, "oversample": OVERSAMPLE, "power_iterations": POWER_ITERATIONS},
         "energy": energy,
         "capture": {
-            **to_four_digits(ratios.overall()),
+            **to_four_digits(overall),
             "tasks": {t.name: record(t, captured[t.name]) for t in tasks if captured},
             "modules": {name: to_four_digits(of_module) for name, of_module in ratios.modules.items()},
         },

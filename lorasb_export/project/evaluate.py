@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
-from ..bars import progress_bar, time_left
+from ..bars import in_turn, progress_bar
 from ..base.loaded import LastLoaded
 from ..base.model import BaseModel, BaseRef
 from ..belonging import load_basis_once
@@ -248,11 +247,7 @@ def _scored(
     options |= {"dtype": dtype, "said_by_base": {}}
     if file is not None:
         file.require_writable()
-    turns, began = sorted(ready, key=lambda one: one.order), time.monotonic()
-    for done, one in enumerate(progress_bar(turns, desc="evaluate", leave=False) if len(turns) > 1 else turns):
-        if len(turns) > 1:
-            left = f", {time_left((time.monotonic() - began) / done * (len(turns) - done))}" if done else ""
-            logger.info("%d of %d: %s%s", done + 1, len(turns), one.word, left)
+    for one in in_turn(sorted(ready, key=lambda one: one.order), "evaluate", lambda one: one.word):
         outcome: dict[str, Any] | LoraSBError
         try:
             adapter, task = Adapter.load(one.folder), one.load_task()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..bars import progress_bar, time_left
+from ..bars import in_turn
 from ..belonging import of_one_basis
 from ..choices import MAX_COMPARED, MAX_DROP
 from ..data.task import TaskData, load_held_out, load_task
@@ -168,12 +167,9 @@ class Export:
         for name in named:
             there = "Name the adapters that are left, or pass --overwrite"
             refuse_existing(expanded(out.replace(PLACE, name)), self.overwrite, there, kind=self.format)
-        began = time.monotonic()
-        for done, (name, folder) in enumerate(progress_bar(named.items(), desc="export", leave=False)):
-            left = f", {time_left((time.monotonic() - began) / done * (len(named) - done))}" if done else ""
-            logger.info("%d of %d: %s%s", done + 1, len(named), name, left)
+        for name in in_turn(named, "export", str):
             try:
-                yield name, self.write([folder], out.replace(PLACE, name))
+                yield name, self.write([named[name]], out.replace(PLACE, name))
             except (*PER_ITEM_ERRORS, BaseModelError) as error:  # PEFT does not take every layer of every base
                 if len(named) == 1:
                     raise

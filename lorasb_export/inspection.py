@@ -123,8 +123,8 @@ def _capture(basis: Basis, data: AnySource | TaskData, elsewhere: AnyBase | None
     task = data if isinstance(data, TaskData) else load_task("data", data)
     base = basis.base.resolve(elsewhere)
     base.verify(basis.base, basis.modules)
-    dtype = basis.calibration.get("dtype", "auto")
-    network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels)
+    dtype, seed = basis.calibration.get("dtype", "auto"), basis.calibration.get("seed", 0)  # of a classifier's head
+    network = base.load(task.task_type, dtype=dtype, num_labels=task.num_labels, seed=seed)
     found = capture(base, network, basis, task)
     return found | overview(found)
 

@@ -70,6 +70,16 @@ def test_an_answer_takes_its_own_room_and_no_longer_one_s(chatty: Path, monkeypa
     assert [len(answer.split()) for answer in alone] == rooms
 
 
+def test_rows_whose_longest_prompt_and_largest_room_reach_too_far_are_asked_apart(tmp_path: Path) -> None:
+    base = BaseModel.resolve(make_gpt2(tmp_path / "gpt2"))  # positions end at 1024
+    network, tokenizer = base.load(), base.tokenizer
+    network.generation_config.eos_token_id = tokenizer.eos_token = None
+    ids, rooms = [[5] * 1000, [6] * 30, [7] * 990], [20, 60, 34]
+    alone = [answers_of_ids(network, tokenizer, [one], [room])[0] for one, room in zip(ids, rooms, strict=True)]
+    assert answers_of_ids(network, tokenizer, ids, rooms, batch_size=3) == alone
+    assert [len(answer.split()) for answer in alone] == rooms
+
+
 OPENED = MARKED.replace(
     "add_generation_prompt %}<s>", "add_generation_prompt %}<s>["
 )  # when it is asked, and only then

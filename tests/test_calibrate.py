@@ -216,6 +216,14 @@ def test_capture_of_a_mixture_of_classes(bert: Path, parity: Path, tmp_path: Pat
     assert basis.calibration["task_type"] == SEQ_CLS
 
 
+def test_inspect_draws_the_head_that_calibration_drew(bert: Path, parity: Path, tmp_path: Path) -> None:
+    basis = calibrate(str(bert), {"parity": parity}, CalibrationSettings(rank=4, seed=7))
+    basis.save(tmp_path / "basis")
+    recorded = basis.calibration["capture"]["tasks"]["parity"]
+    measured = inspect_folder(tmp_path / "basis", data=parity)["capture"]
+    assert measured["basis"] == recorded["basis"]  # of the task's own directions rounding decides some signs
+
+
 def test_a_module_that_a_task_does_not_use_has_no_ratio() -> None:
     ratios, eye = CaptureRatios(), torch.eye(4)
     ratios.add("used", torch.ones(4, 4), basis=(eye[:, :2], eye[:2]))

@@ -36,6 +36,10 @@ def test_classification_trains_and_keeps_its_head(
     assert {parameter.dtype for parameter in adapter.head.values()} == {torch.float32}
     loaded = Adapter.load(tmp_path / "a")
     assert set(loaded.head) == {"classifier.weight", "classifier.bias"}
+    of_R = sum(R.numel() for R in loaded.R.values())
+    of_lora = sum(8 * sum(shape) for shape in loaded.load_basis().shapes.values())
+    counts = [loaded.training[of] for of in ("trainable_parameters", "lora_parameters")]
+    assert [count - (2 * 32 + 2) for count in counts] == [of_R, of_lora]  # the head is trained in either
     assert evaluate(loaded, load_task("parity", parity), split="train")["adapter"] > 0.9
 
 

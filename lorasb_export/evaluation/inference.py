@@ -44,11 +44,10 @@ def generate_ids(
     from transformers import GenerationConfig
 
     eos = sorted(ends) or None
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - max_tokens[i])  # the most memory first
+    batches = _batches([(len(ids), most) for ids, most in zip(prompts, max_tokens, strict=True)], batch_size, network)
     answers: dict[int, list[int]] = {}
     with torch.inference_mode(), evaluating(network):
-        for start in progress_bar(range(0, len(order), batch_size), desc="generate", leave=False):
-            rows = order[start : start + batch_size]
+        for rows in progress_bar(batches, desc="generate", leave=False):
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in rows])
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
@@ -59,6 +58,25 @@ def generate_ids(
             for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
                 answers[i] = before_end(row[: max_tokens[i]], ends)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _batches(sizes: Sequence[tuple[int, int]], batch_size: int, network: PreTrainedModel) -> list[list[int]]:
+    """Which rows to answer at once, of each one's tokens and room: those that need the most memory first.
+
+    A batch is as long as its longest prompt and its largest room, which may be of two rows and together more than the
+    network's positions: rows that have ended go on counting with the others.
+    """
+    reach = positions(network)
+    batches: list[list[int]] = []
+    longest = most = 0
+    for row in sorted(range(len(sizes)), key=lambda row: -sum(sizes[row])):
+        tokens, room = sizes[row]
+        longest, most = max(longest, tokens), max(most, room)
+        if not batches or len(batches[-1]) == batch_size or longest + most > reach:
+            batches.append([])
+            longest, most = tokens, room
+        batches[-1].append(row)
+    return batches
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from matplotlib.figure import Figure
 
 from ..calibration.subspace import spread
@@ -47,11 +48,16 @@ def summary(run: TaskRun, entries: Entries, steps: int, best: int | None) -> dic
         "train_loss": None if last is None else round(last, 6),
         "valid_loss": round(metrics["loss"], 6) if metrics else None,
         "valid_metrics": {name: round(value, 6) for name, value in metrics.items() if name != "loss"},
-        "trainable_parameters": sum(tensor.numel() for tensor in run.adapter.tensors().values()),
-        "lora_parameters": sum(basis.rank * sum(shape) for shape in basis.shapes.values()),
+        "trainable_parameters": _count(run.adapter.tensors()),
+        "lora_parameters": sum(basis.rank * sum(shape) for shape in basis.shapes.values()) + _count(run.adapter.head),
         "energy": spread(basis.calibration.get("energy", {}).values()),
         "plot": CURVE,
     }
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Of parameters. A classifier's head is trained whatever it is beside."""
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def write_training_record(folder: Path, run: TaskRun, entries: Entries, made: Mapping[str, Any]) -> None:

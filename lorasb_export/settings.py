@@ -183,8 +183,8 @@ class FitSettings:
         return {name: value for name, value in asdict(self).items() if name not in _NOT_LEARNT}
 
     def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
-        """These settings with a learning rate, where they name none: the best of the tuned runs of docs/benchmarks.md,
-        or a step of their grid below it.
+        """These settings with a learning rate, where they name none: of most tuned runs of docs/benchmarks.md the best,
+        or within a step of their grid from it.
 
         Args:
             share: of the linear layers, those in the basis. A step of Muon is equally long in each of them, so that

@@ -87,9 +87,10 @@ def origins(best: Mapping[Identity, Best], rank: int) -> str:
             for i, b in best.items()
             if changed(i, basis="own") == own and (found := comparable(best, i))
         }
+        its_own = kin.get("own")
         for name, column in ORIGINS.items():
             of = kin.get(column)
-            less = differences(of.summary["losses"], kin["own"].summary["losses"]) if of else []
+            less = differences(of.summary["losses"], its_own.summary["losses"]) if of and its_own else []
             shown = "" if not (of and less) else marked(less) if of.closed else f"{mean_error(less, 3)} *"
             lines[name].append(shown)
     return table(["made from", *LEARNT], [[name, *cells] for name, cells in lines.items()])

@@ -10,6 +10,7 @@ from typing import Any
 
 from integration.evidence.best import Best, Identity, identity
 from integration.evidence.cells import CLASSIFYING, GENERATING, LEARNT, cell
+from lorasb_export.evaluation.metrics import pearson
 
 from .quality import METHODS
 
@@ -171,6 +172,21 @@ def unfinished(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
         f"Of the {len(trained)} cells of the tables of scores, here and beside the results, {counts[0][0]} have a "
         f"search that has not ended, and {counts[0][1]} fewer than three seeds; of the {len(learnt)} of tasks that are "
         f"learnt, {counts[1][0]} and {counts[1][1]}."
+    )
+
+
+def score_and_loss(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """Whether scores say of methods what losses say: the correlation of the two over the cells of the table."""
+    said = []
+    for task in LEARNT:
+        cells = [of for name in USUAL if (of := found.get((name, task))) and of["steps"]]
+        cells = [of for of in cells if of["closed"] and of["seeds"] >= 3]
+        if len(cells) > 2:
+            value = pearson([of["mean"] for of in cells], [of["loss"] for of in cells])
+            said.append(f"{value:.2f} on {task} ({len(cells)})")
+    return (
+        "* **Score against loss:** their correlation over the cells of this table with three seeds or more, whose "
+        f"search has ended (and how many these are): {', '.join(said)}."
     )
 
 

@@ -24,6 +24,7 @@ from .method_tables import (
     loss,
     methods_table,
     metric,
+    score_and_loss,
     settled,
     sharing,
     unfinished,
@@ -80,6 +81,7 @@ def pages(best: Mapping[Identity, Best], captures: Mapping[Identity, Line]) -> d
     of_quality = {
         "main": methods_table(found, beside_lora, MAIN, LEARNT),
         "metrics": f"{methods_table(found, metric, USUAL, LEARNT)}\n\n{unfinished(found)}",
+        "score-and-loss": score_and_loss(found),
         "between": between(found),
         "small-lora": small_lora(found),
         "rates": rate_steps(best),

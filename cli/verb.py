@@ -154,7 +154,13 @@ def _print(text: str) -> None:
 
 
 def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    """RANK alone says nothing: a cluster may set it for processes that know nothing of each other."""
+    return _processes() == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> str:
+    """How many torchrun has started."""
+    return os.environ.get("WORLD_SIZE") or "1"
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -203,7 +209,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _refuse_processes(verb: ModuleType) -> None:
     """Raise SettingsError where torchrun has started several processes of a verb in which each would do all of it."""
-    processes = os.environ.get("WORLD_SIZE") or "1"
+    processes = _processes()
     if processes != "1" and not getattr(verb, "SHARES_WORK", False):
         name = verb.__name__.rpartition(".")[2]
         what = f"{processes} processes (WORLD_SIZE): only fit and calibrate share their work among several"

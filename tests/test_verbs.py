@@ -71,10 +71,25 @@ def test_one_process_of_several_prints_the_error_as_json(
     rank: str, objects: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     done = CliRunner().invoke(app, ["fit", "--json"])
     assert (done.exit_code, len(done.stdout.splitlines())) == (1, objects)
     assert done.stderr.startswith("Error: no task to fit")
+
+
+@pytest.mark.parametrize("processes", [None, "", "1"])
+def test_a_rank_without_several_processes_silences_none(
+    processes: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster sets it for elements that work each by itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").touch()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert json.loads(lorasb("inspect", "--json").stdout)["kind"] == "project"
 
 
 @pytest.mark.parametrize(
@@ -379,6 +394,8 @@ def test_json_tells_what_was_done_before_a_signal(
     told = lorasb(*verb.split())
     assert (told.exit_code, told.stdout) == (code, "")
     assert told.stderr.rstrip().splitlines()[-1].startswith("Interrupted. ")
+    monkeypatch.setattr(f"lorasb_cli.{verb.split()[0]}.SHARES_WORK", True, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     another = lorasb(*verb.split(), "--json")
     assert (another.exit_code, another.stdout) == (code, "")

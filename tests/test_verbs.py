@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from inspect import signature
@@ -90,6 +93,30 @@ def test_a_rank_without_several_processes_silences_none(
     if processes is not None:
         monkeypatch.setenv("WORLD_SIZE", processes)
     assert json.loads(lorasb("inspect", "--json").stdout)["kind"] == "project"
+
+
+def test_what_stdout_has_no_letters_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written := io.BytesIO(), "latin-1", errors="strict"))
+    value = {"name": "é日😀"}
+    for as_json in (True, False):
+        Run(json=as_json, quiet=False, verbose=False, config=None, options={}).result(value, value["name"])
+    printed, told = written.getvalue().decode("ascii").splitlines()
+    assert json.loads(printed) == value
+    assert told == r"\u00e9\u65e5\ud83d\ude00"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has such a device")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(("words", "said"), [([], "No space left on device"), (["nowhere"], "no adapter 'nowhere'")])
+def test_a_full_disk_behind_stdout_is_told_in_a_line(
+    words: list[str], said: str, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "lorasb.toml").touch()
+    command = [sys.executable, "-m", "lorasb_cli", "inspect", *words, *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"Error: {said}")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +323,13 @@ def test_a_folder_with_an_equals_sign_is_merged_as_it_is_called(
         Path(name, "adapter_config.json").touch()
         assert lorasb("merge", name).exit_code == 1
         assert merged.call_args.args[0] == name
+
+
+def test_a_link_in_a_circle_is_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    done = lorasb("merge", "./loop=0.5", "./a=0.5")
+    assert (done.exit_code, done.stderr.startswith("Error: ")) == (1, True), done.exception
 
 
 def test_numbers_for_people() -> None:

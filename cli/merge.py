@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.choices import NF4, Dtype, MergedOnto
+from lorasb_export.files.storage import real
 
 from .verb import Run
 from .words import human_bytes
@@ -98,9 +99,9 @@ def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:
     seen: set[Path] = set()  # one folder has many names
     for name, weight in map(_parse, words):
         found = run.project.find_adapter(name)
-        if Path(found).resolve() in seen:
+        if real(found) in seen:
             raise typer.BadParameter(f"{name!r} is given twice")
-        seen.add(Path(found).resolve())
+        seen.add(real(found))
         weights[found] = weight
     return weights
 

@@ -147,14 +147,30 @@ class _Harmless(logging.Formatter):
 def _print(text: str) -> None:
     """Write to stdout; where its reader has gone, as `head` goes, end as other tools do, without a word."""
     try:
-        typer.echo(_harmless(text))
-    except BrokenPipeError:
+        try:
+            typer.echo(_harmless(text))
+        except UnicodeEncodeError:  # stdout is Latin-1, say
+            typer.echo(_in_ascii(_harmless(text)))
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise
+
+
+def _in_ascii(text: str) -> str:
+    """With all else escaped as JSON has it: JSON still says the same."""
+    return re.sub("[^\0-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    """RANK alone says nothing: a cluster may set it for processes that know nothing of each other."""
+    return _processes() == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> str:
+    """How many torchrun has started."""
+    return os.environ.get("WORLD_SIZE") or "1"
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -203,7 +219,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _refuse_processes(verb: ModuleType) -> None:
     """Raise SettingsError where torchrun has started several processes of a verb in which each would do all of it."""
-    processes = os.environ.get("WORLD_SIZE") or "1"
+    processes = _processes()
     if processes != "1" and not getattr(verb, "SHARES_WORK", False):
         name = verb.__name__.rpartition(".")[2]
         what = f"{processes} processes (WORLD_SIZE): only fit and calibrate share their work among several"
@@ -224,7 +240,7 @@ def _interrupted(run: Run, verb: ModuleType, stop: BaseException) -> typer.Exit:
     is_terminated = isinstance(stop, Terminated) or signal.SIGTERM in _received
     run.say(said)
     if run.json and run.done:
-        with suppress(SystemExit):  # Ctrl-C in a terminal ends the reader of a pipe too
+        with suppress(SystemExit, OSError):  # Ctrl-C in a terminal ends the reader of a pipe too
             print_error(Terminated() if is_terminated else KeyboardInterrupt(), said, run.done)
     return typer.Exit(143 if is_terminated else 130)
 
@@ -241,7 +257,8 @@ def _fail(run: Run, error: Exception) -> None:
         error = _in_our_words(error)
     typer.echo(_harmless(f"Error: {error}"), err=True)
     if run.json:
-        print_error(error, str(error), run.done)
+        with suppress(OSError):  # that stdout cannot be written may be what is told
+            print_error(error, str(error), run.done)
     raise typer.Exit(1)
 
 

@@ -35,7 +35,7 @@ def start() -> None:
     describe: rows would be shared, and gradients not.
     """
     global _hosts
-    described = int(os.environ.get("WORLD_SIZE") or 1)
+    described = _of_environment("WORLD_SIZE", 1)
     if _hosts is None and max(described, world_size()) > 1:
         from accelerate import PartialState
 
@@ -52,9 +52,19 @@ def start() -> None:
         _hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
+def _of_environment(name: str, default: int) -> int:
+    """What it says in that variable. Raises SettingsError where that is no whole number."""
+    said = os.environ.get(name) or str(default)
+    try:
+        return int(said)
+    except ValueError:
+        fix = f"Set it as torchrun does, or unset {name}"
+        raise SettingsError(f"{name} is {said!r}, no whole number", fix=fix) from None
+
+
 def _require_gpu_of_its_own() -> None:
     """Raise SettingsError where accelerate would put two processes on one GPU, which NCCL refuses in its own words."""
-    count, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+    count, place = torch.cuda.device_count(), _of_environment("LOCAL_RANK", 0)
     sees_its_own = count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as SLURM may have it
     if place < count or count == 0 or sees_its_own or dist.is_initialized() or accelerate_uses("CPU"):
         return

@@ -26,6 +26,7 @@ from .errors import SettingsError
 
 ALL_LINEAR, MLP_OUTPUT = "all-linear", "mlp-output"
 _FLOAT32_MAX = 3.4e38
+_INT64 = 2**63  # what tokenizers and torch count to
 _NOT_LEARNT = ("gradient_checkpointing", "checkpoint_every", "report_to")
 GRADIENT: Final = "gradient"
 RANDOM: Final = "random"
@@ -239,7 +240,7 @@ def _check(settings: CalibrationSettings | FitSettings, *, positive: Sequence[st
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{name} is {value}", fix="Give a finite number")
     for name in positive:
-        if getattr(settings, name) <= 0:
-            raise SettingsError(f"{name} is {getattr(settings, name)}", fix="Give a positive number")
+        if not 0 < getattr(settings, name) < _INT64:
+            raise SettingsError(f"{name} is {getattr(settings, name)}", fix="Give a positive number below 2**63")
     if not 0 <= settings.seed < 2**32:  # what numpy takes
         raise SettingsError(f"seed is {settings.seed}", fix=f"Give 0 or more, below {2**32}")

@@ -28,6 +28,7 @@ from tests.rows import CHAT_LINE, CLASS, GOOD, tool_row
 
 BAD = {
     "broken line": (GOOD + '{"prompt": "1+', "broken JSON", "train.jsonl:2"),
+    "lists without end": ("[" * 100_000 + "\n", "the file is one JSON array", "train.jsonl"),
     "not an object": (GOOD + "[1, 2]\n", "expected a JSON object", "train.jsonl:2"),
     "lacks a field": (GOOD + '\n{"prompt": "1+1="}\n', "lacks field 'completion'", "train.jsonl:3"),
     "empty completion": (GOOD + '{"prompt": "1+1=", "completion": " "}\n', "completion is empty", "train.jsonl:2"),

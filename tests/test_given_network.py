@@ -154,6 +154,14 @@ def test_an_environment_that_describes_processes_by_half_is_refused(
         distributed.start()
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_what_is_no_number_in_the_environment_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: "two"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=rf"{name} is 'two', no whole number\. .*unset {name}"):
+        distributed.start()
+
+
 def test_what_is_drawn_after_a_fit_is_as_without_it(
     llama: Path, basis: Path, tasks: dict[str, TaskData], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import re
 
 import httpx2
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import DisabledRepoError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lorasb_export.errors import LoraSBError, ServerError
@@ -32,6 +33,18 @@ def test_a_name_that_the_hub_does_not_know_is_not_taken_for_a_bad_token() -> Non
     answer = httpx2.Response(401, request=httpx2.Request("GET", "http://hub"))
     with pytest.raises(LoraSBError, match=r"no such repository .* Check the name"), hub_errors("a/b", LoraSBError):
         raise RepositoryNotFoundError("not found", response=answer)
+
+
+def test_a_name_that_no_repository_can_have_is_told_as_one() -> None:
+    expected = "no such name: Cannot have -- or .. in repo_id: 'me/llama--3' (me/llama--3). Check the name"
+    with pytest.raises(LoraSBError, match=re.escape(expected)), hub_errors("me/llama--3", LoraSBError):
+        HfApi().model_info("me/llama--3")
+
+
+def test_a_push_through_a_proxy_that_the_client_refuses_is_tried_for_no_other_repository() -> None:
+    with pytest.raises(ServerError, match="HF_ENDPOINT cannot be used") as caught, hub_errors("me/a", ServerError):
+        raise httpx2.InvalidURL("Invalid port: 'port'")
+    assert (caught.value.silent, caught.value.of_every_repository) == (True, True)
 
 
 @pytest.mark.parametrize(

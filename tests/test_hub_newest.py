@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import close_session
 
 from lorasb_export.errors import BaseModelError
 from lorasb_export.hub.fetch import snapshot
@@ -134,3 +136,39 @@ def test_a_hub_that_answers_again_is_waited_for_again(tmp_path: Path, monkeypatc
     cache = Cache(tmp_path)
     found = [Path(at_newest("me/recovers", None, cache.fetch)).name for _ in range(3)]
     assert found == ["a" * 40, "b" * 40, "c" * 40]
+
+
+@pytest.mark.parametrize(
+    ("variable", "proxy", "said"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "the proxy cannot be used: socksio is not installed"),
+        ("ALL_PROXY", "socks://127.0.0.1:9", "the proxy or HF_ENDPOINT cannot be used: Unknown scheme"),
+        ("HTTPS_PROXY", "127.0.0.1:port", "the proxy or HF_ENDPOINT cannot be used: Invalid port"),
+    ],
+)
+def test_with_a_proxy_that_the_client_refuses_the_cache_serves(
+    variable: str,
+    proxy: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    for name in ("all_proxy", "http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv(variable, proxy)
+    close_session()  # which has read the variables of before
+    cache = Cache(tmp_path)
+    assert Path(at_newest("me/behind-a-proxy", None, cache.fetch)).name == "a" * 40
+    assert said in caplog.text
+
+    def nothing(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    with pytest.raises(BaseModelError, match=f"no such folder, and {said}.*ALL_PROXY"):
+        snapshot("me/elsewhere", ["*"], BaseModelError)
+    close_session()

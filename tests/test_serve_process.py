@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
@@ -124,6 +126,21 @@ def test_a_port_in_use_is_refused_before_anything_is_read(busy_port: int) -> Non
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(OutputError, match="cannot listen"):
         serve({"a": "no/such/folder"}, host="192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError(errno.EADDRINUSE, "taken"), "give another --port"),
+        (OSError(errno.EACCES, "forbidden"), "Give a --port above 1023"),
+        (OSError(errno.EADDRNOTAVAIL, "of another machine"), "Give --host an address of this machine"),
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), "Give --host an address of this machine"),
+    ],
+)
+def test_what_is_advised_fits_why_nothing_can_listen(error: OSError, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.bind", Mock(side_effect=error))
+    with pytest.raises(OutputError, match=rf"^cannot listen: {error.strerror} \(here:80\)\. .*{fix}"):
+        launcher._claim_port("here", 80)
 
 
 @pytest.mark.parametrize("port", ["70000", "-1"])

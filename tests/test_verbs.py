@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from inspect import signature
@@ -71,10 +74,49 @@ def test_one_process_of_several_prints_the_error_as_json(
     rank: str, objects: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     done = CliRunner().invoke(app, ["fit", "--json"])
     assert (done.exit_code, len(done.stdout.splitlines())) == (1, objects)
     assert done.stderr.startswith("Error: no task to fit")
+
+
+@pytest.mark.parametrize("processes", [None, "", "1"])
+def test_a_rank_without_several_processes_silences_none(
+    processes: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster sets it for elements that work each by itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("lorasb.toml").touch()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    assert json.loads(lorasb("inspect", "--json").stdout)["kind"] == "project"
+
+
+def test_what_stdout_has_no_letters_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written := io.BytesIO(), "latin-1", errors="strict"))
+    value = {"name": "é日😀"}
+    for as_json in (True, False):
+        Run(json=as_json, quiet=False, verbose=False, config=None, options={}).result(value, value["name"])
+    printed, told = written.getvalue().decode("ascii").splitlines()
+    assert json.loads(printed) == value
+    assert told == r"\u00e9\u65e5\ud83d\ude00"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has such a device")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(("words", "said"), [([], "No space left on device"), (["nowhere"], "no adapter 'nowhere'")])
+def test_a_full_disk_behind_stdout_is_told_in_a_line(
+    words: list[str], said: str, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "lorasb.toml").touch()
+    command = [sys.executable, "-m", "lorasb_cli", "inspect", *words, *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"Error: {said}")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +325,13 @@ def test_a_folder_with_an_equals_sign_is_merged_as_it_is_called(
         assert merged.call_args.args[0] == name
 
 
+def test_a_link_in_a_circle_is_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    done = lorasb("merge", "./loop=0.5", "./a=0.5")
+    assert (done.exit_code, done.stderr.startswith("Error: ")) == (1, True), done.exception
+
+
 def test_numbers_for_people() -> None:
     assert [human_bytes(count) for count in (999, 1000, 1_234_567, 5e15)] == ["999 B", "1.0 KB", "1.2 MB", "5000.0 TB"]
     assert [score(metric, 0.5) for metric in ("exact_match", "accuracy", "mcc")] == ["50.0%", "50.0%", "0.5000"]
@@ -379,6 +428,8 @@ def test_json_tells_what_was_done_before_a_signal(
     told = lorasb(*verb.split())
     assert (told.exit_code, told.stdout) == (code, "")
     assert told.stderr.rstrip().splitlines()[-1].startswith("Interrupted. ")
+    monkeypatch.setattr(f"lorasb_cli.{verb.split()[0]}.SHARES_WORK", True, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     another = lorasb(*verb.split(), "--json")
     assert (another.exit_code, another.stdout) == (code, "")

@@ -98,7 +98,7 @@ def _refuse_other_formats(start: bytes, path: Path) -> None:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

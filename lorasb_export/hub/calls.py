@@ -28,6 +28,8 @@ _ANSWERS = {
     413: ("that is more than the Hub takes at once", "Push fewer adapters at a time"),
     429: ("the Hub's rate limit is reached", "Wait a few minutes, then try again"),
 }
+_NO_SOCKS = "Using SOCKS proxy"  # an ImportError of httpx2
+_MISDIRECTED = (_NO_SOCKS, "Unknown scheme for proxy URL")
 _OF_THE_TOKEN = (401, 402, 403, 429)  # what it may, how much and how often
 
 T = TypeVar("T")
@@ -98,6 +100,13 @@ def _status(error: BaseException) -> int:
     return int(said.group(1)) if said else 0
 
 
+def is_misdirected(error: BaseException) -> bool:
+    """Whether nothing could be asked at all: the environment names a proxy, or an endpoint, that the client refuses."""
+    import httpx2
+
+    return isinstance(error, httpx2.InvalidURL) or any(words in str(error) for words in _MISDIRECTED)
+
+
 def _chain(error: BaseException) -> list[BaseException]:
     chain = [error]
     while cause := chain[-1].__cause__:
@@ -109,14 +118,23 @@ def _chain(error: BaseException) -> list[BaseException]:
 def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iterator[None]:
     """Raise what huggingface_hub raises as `kind`: one line, what to do, and never a token."""
     import httpx2
-    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     unreached = httpx2.TransportError, ConnectionError
     try:
         yield
     except LoraSBError:
         raise
-    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+        misdirected = is_misdirected(error)
+        if isinstance(error, ImportError) and not misdirected:
+            raise
         chain, status = _chain(error), status_of(error)
 
         def is_from(*kinds: type[BaseException]) -> bool:
@@ -142,9 +160,17 @@ def hub_errors(where: object, kind: type[LoraSBError], before: str = "") -> Iter
             what, fix = "HF_HUB_OFFLINE is set and the cache does not have it", "Fetch it once with a connection"
         elif is_from(*unreached):
             what, fix = "the Hub cannot be reached", "Check the network and HF_ENDPOINT"
+        elif _NO_SOCKS in what:
+            what, fix = "the proxy cannot be used: socksio is not installed", "pip install socksio, or unset ALL_PROXY"
+        elif misdirected:
+            what = f"the proxy or HF_ENDPOINT cannot be used: {what}"
+            fix = "Correct ALL_PROXY, HTTPS_PROXY or HF_ENDPOINT"
+        elif is_from(HFValidationError):
+            what, fix = f"the Hub can have no such name: {what.rstrip('.')}", "Check the name"
         failure = kind(before + what, where=where, fix=fix)
         if isinstance(failure, ServerError):
-            failure.silent = status >= 500 or (not status and is_from(OfflineModeIsEnabled, *unreached))
+            not_asked = misdirected or is_from(OfflineModeIsEnabled, *unreached)
+            failure.silent = status >= 500 or (not status and not_asked)
             own = is_from(RepositoryNotFoundError, DisabledRepoError)
             failure.of_every_repository = failure.silent or (status in _OF_THE_TOKEN and not own)
         raise failure from None

@@ -18,7 +18,7 @@ from typing import TypeGuard
 
 from ..errors import LoraSBError
 from ..files.atomic import atomic_file
-from .calls import hub_errors, retry_after, with_retries
+from .calls import hub_errors, is_misdirected, retry_after, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,16 @@ def ask_again(name: str) -> None:
 def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str:
     """The folder of the repository `name` at the commit that `revision` (main where None) is now.
 
-    Where the Hub cannot be reached, fails, or refuses the token, or the cache is only read, it is the one that
-    `revision` was when it was last fetched, with a warning. An error would end work on a laptop whose token has
-    expired, and keep a server down whose files are all there; a branch that is gone is one all the same. With
-    HF_HUB_OFFLINE nothing is asked.
+    Where the Hub cannot be reached, fails, or refuses the token, where its client refuses a proxy, or the cache is only
+    read, it is the one that `revision` was when it was last fetched, with a warning. An error would end work on a
+    laptop whose token has expired, and keep a server down whose files are all there; a branch that is gone is one all
+    the same. With HF_HUB_OFFLINE nothing is asked.
 
     Args:
         fetch: `snapshot_download` of what is wanted; it is given `revision`, and `local_files_only`.
 
     Raises:
-        OSError, httpx2.HTTPError: of huggingface_hub: not there, or neither reached nor in the cache.
+        Exception: of huggingface_hub or its client: not there, or neither reached nor in the cache.
     """
     import httpx2
     from huggingface_hub import HfApi, constants
@@ -79,9 +79,9 @@ def at_newest(name: str, revision: str | None, fetch: Callable[..., str]) -> str
         folder = with_retries(lambda: fetch(revision=commit or revision))  # a mirror may not say
     except RevisionNotFoundError:
         raise
-    except (OSError, httpx2.TransportError) as error:
+    except Exception as error:
         of_the_hub = isinstance(error, (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError))
-        if not of_the_hub and not is_only_read(error):
+        if not of_the_hub and not is_misdirected(error) and not is_only_read(error):
             raise
         if retry_after(error) is not None:
             _failing.add(name)

@@ -20,6 +20,7 @@ from ..base.model import BaseModel
 from ..calibration.calibrate import calibrate
 from ..data.task import TaskData, load_task
 from ..environment import require_packages
+from ..errors import ServerError, first_line
 from ..evaluation.evaluate import evaluate
 from ..evaluation.inference import answers, question_of
 from ..evaluation.metrics import exact_match
@@ -119,7 +120,7 @@ def quickstart(
     Raises:
         OutputError: `out` exists.
         MissingPackageError: PEFT, which the comparison needs, or a package for ONNX is not installed.
-        SettingsError, ServerError: the small model cannot be had, see `small_model`.
+        SettingsError, ServerError: the small model cannot be had, see `small_model`; or the server does not answer.
     """
     require_packages("peft")
     check_request("fp32", PRECISIONS)
@@ -206,12 +207,14 @@ def _serving() -> dict[str, Any]:
 
 
 def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> None:
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
     gc.collect()  # the networks of the steps before, in cycles
     torch.cuda.empty_cache()  # nothing where there is no GPU
     with running_server(folders, **_serving()) as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key=os.environ.get("VLLM_API_KEY", "none"), timeout=120)
+        key = os.environ.get("VLLM_API_KEY", "none")
+        past_proxies = DefaultHttpxClient(trust_env=False)  # the server is on this machine
+        client = OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=120, http_client=past_proxies)
 
         def ask(name: str, prompt: str, limit: int) -> str:
             reply = client.chat.completions.create(
@@ -225,7 +228,11 @@ def _ask_server(line: _Line, folders: Mapping[str, Path], tokenizer: PreTrainedT
                 limit = line.limit(name, tokenizer)
                 waiting[name] = [pool.submit(ask, name, prompt, limit) for prompt in line.prompts(name)]
             for name, futures in waiting.items():
-                line.answers[name]["served"] = [future.result() for future in futures]
+                try:
+                    line.answers[name]["served"] = [future.result() for future in futures]
+                except OpenAIError as error:
+                    fix = "Start again with --overwrite; --no-serve leaves this step out"
+                    raise ServerError(f"vLLM did not answer: {first_line(error)}", where=name, fix=fix) from None
 
 
 def _report(result: Mapping[str, Any], out: Path, *, push_bytes: int) -> str:

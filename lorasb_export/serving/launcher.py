@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -178,7 +179,11 @@ def _claim_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            fix = "Stop what listens there, or give another --port"
+            fix = "Give --host an address of this machine: 127.0.0.1, or 0.0.0.0 for all"
+            if error.errno == errno.EADDRINUSE:
+                fix = "Stop what listens there, or give another --port"
+            elif error.errno == errno.EACCES:
+                fix = "Give a --port above 1023"
             raise OutputError(f"cannot listen: {error.strerror}", where=f"{host}:{port}", fix=fix) from None
         return int(probe.getsockname()[1])
 

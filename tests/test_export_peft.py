@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_export import environment
 from lorasb_export.adapter import Adapter
+from lorasb_export.base import device as base_device
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError
-from lorasb_export.evaluation import logits
 from lorasb_export.exporting import peft
 from lorasb_export.exporting.peft import export_peft
 from lorasb_export.files.storage import read_json, write_json
@@ -274,7 +274,7 @@ def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
     monkeypatch.setattr(PeftModel, "from_pretrained", with_peft)
     adapter_for(llama, tmp_path / "a")
     monkeypatch.setattr(BaseModel, "load", full)
-    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(base_device, "default_device", lambda: torch.device("cuda"))
     export_peft(tmp_path / "a", tmp_path / "peft", verify=True)
     assert devices == ["cuda", "cpu", "cpu"]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_export import Adapter, merge
+from lorasb_export.base import device as base_device
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.nf4 import dequantize
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
@@ -53,6 +54,27 @@ def logits(network: Any) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = network(IDS).logits
     return found
+
+
+def test_what_an_accelerator_has_no_room_to_round_the_cpu_rounds(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make("llama", tmp_path / "base", bert)
+    save_adapter(base.folder, load(base, "float32"), tmp_path / "a", LLAMA_MODULES)
+    merge(tmp_path / "a", tmp_path / "on-the-cpu", base_dtype="nf4")
+    to = torch.Tensor.to
+
+    def full(tensor: torch.Tensor, *words: Any, **options: Any) -> torch.Tensor:
+        if torch.device("cuda") in words:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *words, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    monkeypatch.setattr(base_device, "default_device", lambda: torch.device("cuda"))
+    merge(tmp_path / "a", tmp_path / "model", base_dtype="nf4")
+    assert "cuda has no room to round a weight to four bits: the CPU does it" in caplog.text
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("on-the-cpu", "model")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("name", TARGETS)

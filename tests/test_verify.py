@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_export import Adapter, merge
+from lorasb_export.base import device as base_device
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.streamed import streamed_model
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import ArtifactError
-from lorasb_export.evaluation import logits
 from lorasb_export.evaluation.logits import TOLERANCE
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.merging import verify
@@ -115,14 +115,14 @@ def test_a_device_without_room_leaves_the_comparison_to_the_cpu(
         return on(device, *args)
 
     monkeypatch.setattr(verify, "_on", full)
-    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(base_device, "default_device", lambda: torch.device("cuda"))
     assert merge(adapter, tmp_path / "model", verify=True)["verify"]["streamed"]
     assert devices == ["cuda", "cpu"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_what_the_host_has_no_room_for_is_not_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(base_device, "default_device", lambda: torch.device("cuda"))
     devices = []
 
     def full(device: torch.device) -> None:
@@ -130,7 +130,7 @@ def test_what_the_host_has_no_room_for_is_not_tried_again(error: Exception, monk
         raise error
 
     with pytest.raises(type(error)):
-        logits.where_there_is_room(full)
+        base_device.where_there_is_room(full, "compare logits")
     assert devices == ["cuda"]
 
 

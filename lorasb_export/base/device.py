@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..environment import accelerate_uses
-from ..errors import SettingsError
+from ..errors import SettingsError, is_out_of_host_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _IN_FLOAT32 = (
     "the base is in float32: with --dtype %s it takes half the memory, and the tensor cores of a GPU compute it "
@@ -32,6 +35,25 @@ def default_device() -> torch.device:
     if accelerate_uses("CPU"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def where_there_is_room(compute: Callable[[torch.device], T], what: str) -> T:
+    """`compute` on the default device; where its memory is full, as beside a server, on the CPU.
+
+    Args:
+        what: is computed, for a warning.
+    """
+    import torch
+
+    device = default_device()
+    try:
+        return compute(device)
+    except Exception as error:
+        if device.type == "cpu" or is_out_of_host_memory(error) or not is_out_of_memory(error):
+            raise
+    # Only now: the error held what was in memory.
+    logger.warning("%s has no room to %s: the CPU does it, which takes longer", device, what)
+    return compute(torch.device("cpu"))
 
 
 @cache

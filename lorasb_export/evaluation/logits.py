@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..adapter import Adapter
-from ..base.device import default_device
 from ..base.model import BaseModel
 from ..data.encoding import encode
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_task
-from ..errors import ArtifactError, DataError, SettingsError, is_out_of_host_memory, is_out_of_memory
+from ..errors import ArtifactError, DataError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Inputs = Mapping[str, torch.Tensor]  # of a model: (rows, tokens) each
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -35,19 +33,6 @@ _WHOLE = 1 << 20  # tokens: no row is left out for its length
 # Relative to the largest logit. bf16 keeps 8 bits of every weight, fp16 keeps 11; fp32 is limited by the
 # order of summation.
 TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
-
-
-def where_there_is_room(compute: Callable[[torch.device], T]) -> T:
-    """`compute` on the device of `BaseModel.load`; where its memory is full, as beside a server, on the CPU."""
-    device = default_device()
-    try:
-        return compute(device)
-    except Exception as error:
-        if device.type == "cpu" or is_out_of_host_memory(error) or not is_out_of_memory(error):
-            raise
-    # Only now: the error held what was in memory.
-    logger.warning("%s has no room to compare logits: the CPU does it, which takes longer", device)
-    return compute(torch.device("cpu"))
 
 
 def rows_of(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:

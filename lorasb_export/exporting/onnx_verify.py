@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapter import Adapter
+from ..base.device import where_there_is_room
 from ..base.model import BaseModel
 from ..base.streamed import streamed_model
 from ..basis import Basis
@@ -23,7 +24,6 @@ from ..errors import ArtifactError
 from ..evaluation.answer_end import before_end, ends_of
 from ..evaluation.evaluate import metric_for, trained_length
 from ..evaluation.inference import answers_of_ids, asked_row
-from ..evaluation.logits import where_there_is_room
 from ..evaluation.metrics import exact_match, prediction_metrics
 from ..layers.exact import exact_products
 from ..layers.inject import remove
@@ -96,7 +96,7 @@ def verify_folder(
                 remove(network)
         return results
 
-    return where_there_is_room(compared) if is_base_alone else compared(torch.device("cpu"))
+    return where_there_is_room(compared, "answer the prompts") if is_base_alone else compared(torch.device("cpu"))
 
 
 @exact_products()

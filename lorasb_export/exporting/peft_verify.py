@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
+from ..base.device import where_there_is_room
 from ..base.model import BaseModel
-from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of, where_there_is_room
+from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of
 from ..layers.exact import exact_products
 from ..layers.head import head_kept
 from ..layers.inject import remove
@@ -27,7 +28,9 @@ def verify_peft(folder: Path, adapter: Adapter, base: BaseModel) -> dict[str, An
         ArtifactError: the relative difference exceeds the tolerance.
     """
     batch, rows = rows_of(base, adapter)
-    expected, found = where_there_is_room(lambda device: _logits(device, folder, adapter, base, batch))
+    expected, found = where_there_is_room(
+        lambda device: _logits(device, folder, adapter, base, batch), "compare logits"
+    )
     fix = "Nothing was written; use `lorasb merge`"
     return {**require_close(expected, found, TOLERANCE["F32"], "PEFT's logits", folder, fix), "rows": rows}
 

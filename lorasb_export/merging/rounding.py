@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..base.device import default_device
+from ..base.device import where_there_is_room
 from ..base.model import BaseModel
 from ..base.nf4 import packed_modules, rounded
 from ..choices import NF4
@@ -58,8 +58,12 @@ class Rounding:
         value, dtype = read_tensor(file, info), self.sources.get((file, info))
         if dtype is None:
             return value
-        value = value.to(default_device(), dtype)
-        return (rounded(value.T).T if self.transposed else rounded(value)).cpu().contiguous()
+
+        def on(device: torch.device) -> torch.Tensor:
+            there = value.to(device, dtype)
+            return (rounded(there.T).T if self.transposed else rounded(there)).cpu().contiguous()
+
+        return where_there_is_room(on, "round a weight to four bits")
 
 
 NOT_ROUNDED = Rounding()

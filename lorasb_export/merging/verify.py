@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
+from ..base.device import where_there_is_room
 from ..base.model import BaseModel
 from ..base.streamed import streamed_model, was_read
 from ..errors import is_out_of_memory
-from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of, where_there_is_room
+from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of
 from ..layers.exact import exact_products
 from .rounding import NOT_ROUNDED, Rounding
 
@@ -45,7 +46,7 @@ def compare_logits(
     batch, rows = rows_of(base, adapter)
     merged_base = BaseModel.resolve(merged)
     inputs = base, merged_base, adapters, batch, rounding
-    (expected, found), streamed = where_there_is_room(lambda device: _on(device, *inputs))
+    (expected, found), streamed = where_there_is_room(lambda device: _on(device, *inputs), "compare logits")
     modules = {name for one in adapters for name in one.R}
     tolerance = max(TOLERANCE[merged_base.tensors[merged_base.weight_key(name)][1].dtype] for name in modules)
     fix = "Nothing was written; merge with --dtype float32, or serve the adapter unmerged"

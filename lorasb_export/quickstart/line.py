@@ -167,8 +167,8 @@ def quickstart(
         export_peft(adapter, out / "peft")
         from peft import PeftModel  # only now: it takes seconds
 
-        with_peft: Any = PeftModel.from_pretrained(network, str(out / "peft")).eval()
-        line.ask("peft", _MERGED, with_peft, tokenizer)
+        with_peft: Any = PeftModel.from_pretrained(network, str(out / "peft"), torch_device=str(network.device))
+        line.ask("peft", _MERGED, with_peft.eval(), tokenizer)
     del network, with_peft, options  # all that holds the base, for a GPU's memory
     with line.step("onnx", f"Exporting {_MERGED} to ONNX"):
         export_onnx(adapter, out / "onnx", verify=False)  # its answers are compared below

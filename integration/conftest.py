@@ -46,8 +46,9 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}": place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
+    """The long ones, the others of this folder, and then the fast ones, whose files have some of the same names."""
+    here, order = Path(__file__).parent, {f"test_{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: (item.path.parent != here, order.get(item.path.name, len(_LONG))))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The loopback Hub and the processes that talk to it, with folders to push.
 
 HF_ENDPOINT and HF_HUB_DISABLE_XET are read when huggingface_hub is imported. So there is one long-lived client process
-for each environment that a step needs.
+for each environment that a step needs; HF_TOKEN is read at each call, and comes with what is asked.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ except LoraSBError as error:
     print(json.dumps({"error": type(error).__name__, "text": str(error)}))
 """
 CLI = "import runpy, sys; sys.argv[0] = 'lorasb'; runpy.run_module('lorasb_cli', run_name='__main__')"
+# A wait before another try is cut short: how long it is, tests/test_hub_errors.py looks at.
 CLIENT = """
-import contextlib, io, json, sys, traceback
+import contextlib, io, json, os, sys, time, traceback
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.05))
 for line in sys.stdin:
     asked, said, code = json.loads(line), io.StringIO(), 0
     sys.argv = ["-c", *asked["words"]]
+    os.environ["HF_TOKEN"] = asked["token"]
     try:
         with contextlib.redirect_stdout(said):
             exec(asked["code"], {"__name__": "__main__"})
@@ -88,7 +92,8 @@ class Hub(HubServer):
 
     def start(self, code: str, *words: object, **changes: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of `code`."""
-        found = self._ask(self._client(changes), code, [str(word) for word in words])
+        token = changes.pop("HF_TOKEN", TOKEN)
+        found = self._ask(self._client(changes), token=token, code=code, words=[str(word) for word in words])
         assert TOKEN not in found[1] + found[2]
         return found
 
@@ -111,12 +116,12 @@ class Hub(HubServer):
             )
         return self._clients[key]
 
-    def _ask(self, client: subprocess.Popen[str], code: str, words: list[str]) -> tuple[int, str, str]:
+    def _ask(self, client: subprocess.Popen[str], **asked: str | list[str]) -> tuple[int, str, str]:
         assert client.stdin is not None
         assert client.stdout is not None
         before = self._errors.seek(0, 2)
         try:
-            client.stdin.write(json.dumps({"code": code, "words": words}) + "\n")
+            client.stdin.write(json.dumps(asked) + "\n")
             client.stdin.flush()
             answer = json.loads(client.stdout.readline())
         except BaseException:  # its answer would be taken for that of the next

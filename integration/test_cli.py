@@ -69,8 +69,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_the_shared_options(verb: str) -> None:
-    text = started(verb, "--help").stdout
+def test_every_verb_has_the_shared_options(verb: str, tmp_path: Path) -> None:
+    text = lorasb(verb, "--help", cwd=tmp_path).stdout
     for option in ("--json", "--quiet", "--verbose", "--config"):
         assert option in text
 

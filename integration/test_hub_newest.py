@@ -13,12 +13,12 @@ from lorasb_export.files.storage import write_json
 
 FETCH = """
 import json, sys
-from lorasb_export.hub import calls
+from unittest.mock import patch
 from lorasb_export.errors import LoraSBError
 from lorasb_export.hub.fetch import BASIS_FILES, resolve_folder
-calls._WAITS = (0, 0, 0, 0)
 try:
-    print(resolve_folder(sys.argv[1], BASIS_FILES)[1])
+    with patch("lorasb_export.hub.calls._WAITS", (0, 0, 0, 0)):  # else the last, of 8 s, is told
+        print(resolve_folder(sys.argv[1], BASIS_FILES)[1])
 except LoraSBError as error:
     print(error)
 """

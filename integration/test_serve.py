@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 
-from tests.random_adapter import save_adapter, write_in  # first: it hides broken optional packages
+from tests.random_adapter import LLAMA_MODULES, save_adapter, write_in  # first: it hides broken optional packages
 
 import torch  # isort: skip
 from openai import AuthenticationError, NotFoundError, OpenAI
@@ -266,8 +266,18 @@ def wait_for_child(process: subprocess.Popen[str], word: str, log: Path) -> list
     pytest.fail(f"no child with {word} in ten minutes: {log.read_text()[-5000:]}")
 
 
-def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -> None:
-    process = start(adapters, tmp_path)
+@pytest.fixture(scope="module")
+def few(short_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters that are checked and written for a server in no time, where its answers are not waited for."""
+    folder = tmp_path_factory.mktemp("few")
+    model = AutoModelForCausalLM.from_pretrained(short_smollm2)
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(short_smollm2, model, folder / name, LLAMA_MODULES, seed=seed)
+    return {name: folder / name for name in ("one", "two")}
+
+
+def test_a_kill_ends_the_server_too(few: dict[str, Path], tmp_path: Path) -> None:
+    process = start(few, tmp_path)
     processes = wait_for_child(process, "vllm.entrypoints", tmp_path / "log")
     process.kill()
     process.wait()
@@ -276,9 +286,9 @@ def test_a_kill_ends_the_server_too(adapters: dict[str, Path], tmp_path: Path) -
 
 @pytest.mark.parametrize(("word", "number"), [("guard.py", signal.SIGTERM), ("vllm.entrypoints", signal.SIGINT)])
 def test_a_signal_while_it_starts_ends_it_and_leaves_nothing(
-    adapters: dict[str, Path], tmp_path: Path, word: str, number: signal.Signals
+    few: dict[str, Path], tmp_path: Path, word: str, number: signal.Signals
 ) -> None:
-    process = start(adapters, tmp_path)
+    process = start(few, tmp_path)
     processes = wait_for_child(process, word, tmp_path / "log")
     process.send_signal(number)
     assert process.wait(60) == 128 + number, (tmp_path / "log").read_text()[-5000:]

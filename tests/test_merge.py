@@ -20,6 +20,18 @@ from lorasb_export.merging.layout import parse_size
 from tests.merging import MODULES, adapter_for, logits, unmerged_logits
 from tests.tiny import make_gpt2, make_llama, write_index
 
+# The peak memory of a merge of each adapter into the folder after it, in a process that has imported and no more.
+PEAKS = """
+import os, resource, sys
+from lorasb_export import merge
+for adapter, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    if not os.fork():
+        merge(adapter, out)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
 
 def test_oracle_14_merged_equals_unmerged(llama: Path, tmp_path: Path) -> None:
     adapter = adapter_for(llama, tmp_path / "a")
@@ -166,20 +178,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     shutil.copytree(small, large)
     save_file({f"extra.{i}": torch.zeros(5_000_000) for i in range(20)}, large / "extra.safetensors")
     write_index(large)
-    script = (
-        "import resource, sys; from lorasb_export import merge; merge(*sys.argv[1:])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    peaks = []
+    folders = []
     for base in (small, large):
-        adapter = adapter_for(base, tmp_path / f"a-{base.name}")
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(adapter), str(tmp_path / f"m-{base.name}")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks.append(int(done.stdout) / 1024)
+        folders += [str(adapter_for(base, tmp_path / f"a-{base.name}")), str(tmp_path / f"m-{base.name}")]
+    done = subprocess.run([sys.executable, "-c", PEAKS, *folders], capture_output=True, text=True, check=True)
+    peaks = [int(line) / 1024 for line in done.stdout.splitlines()]
     assert peaks[1] - peaks[0] < 100
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,20 +25,7 @@ from lorasb_export.serving.api_keys import api_key
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.tensors import save_tensors
 from lorasb_export.training.fit import fit_together
-
-FULL = """
-import resource, sys, torch
-from pathlib import Path
-from lorasb_export.tensors import save_tensors
-from lorasb_export.files.atomic import atomic_folder
-tensors = {"R": torch.zeros(1 << 16)}
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-with atomic_folder(Path(sys.argv[1])) as folder:
-    if sys.argv[2] == "tensors":
-        save_tensors(tensors, folder / "x.safetensors")
-    else:
-        (folder / "x.txt").write_text("x" * (1 << 16))
-"""
+from tests.forks import exit_code_of_a_fork
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -132,8 +119,21 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["tensors", "text"])
 def test_a_file_that_the_system_does_not_take_is_our_error(what: str, tmp_path: Path) -> None:
-    child = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "x"), what], capture_output=True, text=True)
-    assert f"OutputError: cannot write: File too large ({tmp_path / 'x'})" in child.stderr
+    said = re.escape(f"cannot write: File too large ({tmp_path / 'x'})")
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with atomic_folder(tmp_path / "x") as folder:
+            if what == "tensors":
+                save_tensors({"R": torch.zeros(1 << 16)}, folder / "x.safetensors")
+            else:
+                (folder / "x.txt").write_text("x" * (1 << 16))
+
+    def is_refused() -> None:
+        with pytest.raises(OutputError, match=said):
+            write()
+
+    assert exit_code_of_a_fork(is_refused) == 0
     assert list(tmp_path.iterdir()) == []
 
 

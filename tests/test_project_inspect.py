@@ -18,6 +18,7 @@ from lorasb_export.format import sealed
 from lorasb_export.settings import CalibrationSettings
 from tests import project_of_a
 from tests.conftest import lorasb
+from tests.forks import exit_code_of_a_fork, give_up_roots_rights
 
 project = project_of_a.project
 FIGURES = {"exact_match": {"base": 0.25, "adapter": 1.0, "rows": 24}}
@@ -147,15 +148,18 @@ def test_a_name_that_is_no_text_is_shown_escaped(project: Path) -> None:
         assert (done.returncode, b"x\\udcff" in done.stdout) == (0, True), done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
 def test_a_folder_that_may_not_be_entered_hides_no_other(project: Path) -> None:
+    def inspect() -> None:
+        give_up_roots_rights()
+        states = {name: adapter["state"] for name, adapter in inspected()["adapters"].items()}
+        assert states == {"a": "damaged", "b": "fitted"}
+
     shutil.copytree("adapters/a", "adapters/b")
     Path("adapters/a").chmod(0)
     try:
-        states = {name: adapter["state"] for name, adapter in inspected()["adapters"].items()}
+        assert exit_code_of_a_fork(inspect) == 0
     finally:
         Path("adapters/a").chmod(0o700)
-    assert states == {"a": "damaged", "b": "fitted"}
 
 
 def test_a_folder_that_is_no_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

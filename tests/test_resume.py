@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -27,20 +25,11 @@ from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
 from tests import training
+from tests.forks import FORK, exit_code_of_a_fork
 from tests.rows import GOOD
 
 basis = training.basis
-FORK = multiprocessing.get_context("fork")
 SETTINGS = FitSettings(max_steps=12, checkpoint_every=4, learning_rate=1e-2)
-
-
-def exit_code_of_a_fork(run: Callable[[], object]) -> int | None:
-    """A process of its own, which need not import everything again."""
-    child = FORK.Process(target=run)
-    child.start()
-    child.join(600)
-    child.kill()
-    return child.exitcode
 
 
 def begun(words: list[str], folder: Path, log: Path) -> ForkProcess:

@@ -15,13 +15,12 @@ import torch
 from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, reduced, to_four_digits, truncated_svd
 from lorasb_export.data.encoding import encode
-from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.settings import DRAWN, CalibrationSettings
 
-from .cells import DATA, Cell, calibrated_on
+from .cells import Cell, calibrated_on
 from .models import base_of
 from .scores import some
-from .training import balancing, basis_of, calibration_settings, gradient
+from .training import balancing, basis_of, calibration_settings, gradient, task_named
 
 VALID_ROWS = 64  # of the task, whose gradient is looked for in every basis
 Sums = dict[str, torch.Tensor]  # module name → (out, in)
@@ -54,13 +53,13 @@ def _origin(cell: Cell) -> tuple[object, ...]:
 def _factors(cell: Cell) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Module name, B (out, r) and A (r, in)."""
     if cell.basis == "wsvd" or cell.basis in DRAWN:
-        task = _task(cell.task)
+        task = task_named(cell.task)
         base = base_of(task.task_type)
         network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=cell.seed)
         for name, factors in basis_of(network, base, task, cell).modules.items():
             yield name, factors.B, factors.A
         return
-    tasks = [_task(name) for name in calibrated_on(cell)]
+    tasks = [task_named(name) for name in calibrated_on(cell)]
     labels = tuple(sorted({label for task in tasks for label in task.labels}))
     of_tasks = [_sums(task.name, labels, cell.samples, cell.targets, cell.seed) for task in tasks]
     weights = [1.0] * len(tasks)
@@ -77,7 +76,7 @@ def _factors(cell: Cell) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
 @lru_cache(maxsize=16)  # five generating tasks with three numbers of samples, of 425 MB each for SmolLM2-135M
 def _sums(name: str, labels: tuple[str, ...], samples: int, targets: str, seed: int) -> Sums:
     """Over the rows that a calibration draws of one task, with a head of all `labels` of its mixture."""
-    task = _task(name)
+    task = task_named(name)
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", samples=samples, targets=targets, seed=seed))
     rows = draw(task, base.tokenizer, labels, settings)
@@ -87,7 +86,7 @@ def _sums(name: str, labels: tuple[str, ...], samples: int, targets: str, seed: 
 @lru_cache(maxsize=8)
 def _valid_sums(name: str, targets: str, seed: int) -> Sums:
     """Over rows that no basis is made from."""
-    task = _task(name)
+    task = task_named(name)
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", targets=targets, seed=seed))
     rows = some(task.rows("valid"), VALID_ROWS)
@@ -98,8 +97,3 @@ def _valid_sums(name: str, targets: str, seed: int) -> Sums:
 def _settings(cell: Cell) -> CalibrationSettings:
     """In three quarters of the time: the sums are the same, and these models are small."""
     return replace(calibration_settings(cell), gradient_checkpointing=False)
-
-
-@lru_cache(maxsize=8)
-def _task(name: str) -> TaskData:
-    return load_task(name, DATA / name)

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +63,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         `loss`, `metric`, `value`, `trainable` (parameters, a classifier's head included), `adapter_bytes`, `seconds` of
         training, `device` (the GPU's name, or the CPU's model).
     """
-    task = load_task(cell.task, DATA / cell.task)
+    task = task_named(cell.task)
     base = base_of(task.task_type)
     tokenizer = base.tokenizer
     network = base.load(task.task_type, dtype=cell.dtype, num_labels=task.num_labels, seed=cell.seed)
@@ -74,7 +75,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     model = network if cell.method == "base" else _with_method(network, base, task, cell)
     trained = [p for p in model.parameters() if p.requires_grad] if cell.method != "base" else []
-    rows = encode(task.rows("train"), tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    rows = _train_rows(cell.task) if trained else []
     # Seconds of all cores on a CPU: sittings may share the machine with other work.
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
@@ -93,6 +94,18 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_model(),
     }
+
+
+@lru_cache(maxsize=8)
+def task_named(name: str) -> TaskData:
+    return load_task(name, DATA / name)
+
+
+@lru_cache(maxsize=1)
+def _train_rows(name: str) -> list[Encoded]:
+    """Encoded once for all runs of a search."""
+    task = task_named(name)
+    return encode(task.rows("train"), base_of(task.task_type).tokenizer, task.task_type, task.labels, MAX_LENGTH)
 
 
 def _cpu_model() -> str:
@@ -171,7 +184,7 @@ def basis_of(network: PreTrainedModel, base: BaseModel, task: TaskData, cell: Ce
     made_from = [of, cell.balanced, repr(settings), base.folder.name]
 
     def make() -> Basis:
-        data = {name: load_task(name, DATA / name) for name in of}
+        data = {name: task_named(name) for name in of}
         weights = _balancing(base, data, settings) if cell.balanced else None
         return calibrate(base, data, settings, weights=weights)
 

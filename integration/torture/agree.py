@@ -25,7 +25,7 @@ import torch  # isort: skip
 import transformers
 
 from .agree_world import World, draw
-from .forks import fork_exporters
+from .forks import fork_exporters, import_exporters
 from .tally import Tally
 
 # In units of the dtype's eps; ONNX graphs are fp32 whatever the base is stored in. Rounding errors add up over sums,
@@ -47,6 +47,8 @@ def run(n: int, seed: int, every: int = 20) -> Tally:
     """`n` cases, one in `every` served by vLLM; 0: none."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns of every fork
     tally = Tally("agree", seed)
+    if any(way.startswith("onnx") for way in WAYS):
+        import_exporters()  # here, once for all workers
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(_WORKERS, get_context("fork"), _prepare) as pool,

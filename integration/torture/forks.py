@@ -25,11 +25,15 @@ _run_program = subprocess.run
 Run = Callable[..., subprocess.CompletedProcess[Any]]
 
 
-def fork_exporters() -> None:
-    """From now on `subprocess.run` of `python -m` and an exporter is a fork of this process."""
+def import_exporters() -> None:
+    """For the forks to come."""
     for module in ("onnxruntime_genai.models.builder", "torch.onnx"):
         with suppress(ModuleNotFoundError):  # of genai: without it torch's exporter is taken
             importlib.import_module(module)
+
+
+def fork_exporters() -> None:
+    """From now on `subprocess.run` of `python -m` and an exporter is a fork of this process."""
     subprocess.run = exporters_by(_forked)  # type: ignore[assignment]
 
 

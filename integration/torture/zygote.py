@@ -30,7 +30,14 @@ from typing import Any, NoReturn
 import psutil
 
 from integration import child_environment
-from integration.torture.forks import TORCHS_EXPORTER, end_with, fork_exporters, load_torchs_exporter, uninterrupted
+from integration.torture.forks import (
+    TORCHS_EXPORTER,
+    end_with,
+    fork_exporters,
+    import_exporters,
+    load_torchs_exporter,
+    uninterrupted,
+)
 
 _GRACE = 120
 
@@ -130,6 +137,7 @@ def _serve() -> None:
     from lorasb_export.exporting import onnx, peft  # noqa: F401
 
     assert transformers.LlamaForCausalLM  # loaded
+    import_exporters()
     fork_exporters()
     # tqdm's own is one for all processes: a child that is killed while it holds it would keep it from all others.
     tqdm.set_lock(threading.RLock())

@@ -51,7 +51,7 @@ def with_retries(call: Callable[[], T]) -> T:
 def wait_for(seconds: float) -> None:
     """Wait, and say so where it takes long enough to wonder."""
     if seconds >= _SAID:
-        logger.warning("the Hub asks to wait %.0f s", seconds)
+        logger.warning("the Hub is failing or asks to wait: the next try is in %.0f s", seconds)
     time.sleep(seconds)
 
 

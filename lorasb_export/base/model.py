@@ -151,6 +151,12 @@ class BaseModel:
         return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     @property
+    def embeddings(self) -> float:
+        """How many tokens have one; infinite where the config does not say."""
+        count: float = self.config.get("vocab_size", math.inf)
+        return count
+
+    @property
     def stores_transposed(self) -> bool:
         """Whether target weights lie as (in, out): the families whose projections are transformers' Conv1D."""
         return self.config["model_type"] in ("gpt2", "openai-gpt")
@@ -283,17 +289,17 @@ class BaseModel:
         It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).
 
         Raises:
-            BaseModelError: it has neither; the tokenizer's files are missing or damaged.
+            BaseModelError: that has none either; the tokenizer's files are missing or damaged.
         """
         with as_base_model_error(self.folder):
             tokenizer = tokenizer_of(self.folder)
-        if tokenizer.pad_token is None or tokenizer.pad_token_id >= self.config.get("vocab_size", math.inf):
-            if tokenizer.eos_token is None:
-                raise BaseModelError(
-                    "the tokenizer has neither a pad token nor an end-of-sequence token",
-                    where=self.folder,
-                    fix="Name one in tokenizer_config.json, for instance as pad_token",
-                )
+        ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+        pads, ends = (token is not None and token < self.embeddings for token in ids)
+        if not pads:
+            if not ends:
+                what = "the tokenizer has neither a pad token nor an end-of-sequence token with an embedding"
+                fix = "Name one in tokenizer_config.json, for instance as pad_token"
+                raise BaseModelError(what, where=self.folder, fix=fix)
             tokenizer.pad_token = tokenizer.eos_token
         if self.config.get("type_vocab_size", 0) < 2:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -56,7 +56,7 @@ from .subspace import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
 # as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
@@ -125,7 +125,7 @@ def calibrate(
 
     tokenizer = base.tokenizer
     require_padding(network, tokenizer)
-    tasks, rows = _rows_by_task(data, tokenizer, labels, settings, pass_over=pass_over)
+    tasks, rows = _rows_by_task(data, base, labels, settings, pass_over=pass_over)
 
     def inputs() -> dict[str, Any]:
         of_base = [base.revision, base.fingerprint(targets)]
@@ -170,7 +170,7 @@ def calibrate(
 
 def _rows_by_task(
     data: Mapping[str, AnySource | TaskData],
-    tokenizer: PreTrainedTokenizerBase,
+    base: BaseModel,
     labels: Sequence[Any],
     settings: CalibrationSettings,
     *,
@@ -186,7 +186,7 @@ def _rows_by_task(
     rows, tasks, unlearnable = {}, [], Problems()
     for task in load_tasks(data):
         try:
-            rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
+            rows[task.name] = draw(task, base.tokenizer, labels, settings, least=least, embeddings=base.embeddings)
         except DataError as error:
             if not pass_over:
                 raise

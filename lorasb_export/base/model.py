@@ -22,7 +22,7 @@ from .device import check_dtype, default_device
 from .network import as_base_model_error, auto_class, empty_network, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .supported import architecture, check_supported, refuse_merged
-from .tensors import checkpoint_tensors
+from .tensors import checkpoint_tensors, possible_keys
 
 if TYPE_CHECKING:
     import torch
@@ -113,11 +113,8 @@ class BaseModel:
         return checkpoint_tensors(self.folder)
 
     def tensor_key(self, name: str) -> str | None:
-        """The checkpoint's name for the runtime parameter `name`, or None where it has none.
-
-        A model class with a head prefixes its body (`bert.`, `transformer.`); the checkpoint may not.
-        """
-        return next((key for key in (name, name.partition(".")[2]) if key in self.tensors), None)
+        """The checkpoint's name for the runtime parameter `name`, or None where it has none."""
+        return next(filter(self.tensors.__contains__, possible_keys(name)), None)
 
     def weight_key(self, module: str) -> str:
         """The checkpoint's name for the weight of runtime module `module`.
@@ -260,8 +257,10 @@ class BaseModel:
         """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
 
         Raises:
-            BaseModelError: whatever transformers raises on a config.json that contradicts itself.
+            BaseModelError: an encoder asked to generate; whatever transformers raises on a config.json that contradicts
+                itself.
         """
+        self.require_task(task_type)
         wanted = None if dtype in ("auto", NF4) else dtype
         network = empty_network(self.folder, task_type, wanted, num_labels, self._stored_dtype)
         self._prepare(network, task_type)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as t
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import VOCABULARY, save_tokenizer
 
@@ -37,13 +39,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mixtral": ("Mixtral", MOE, ATTENTION),
     "qwen3_moe": ("Qwen3Moe", MOE, ATTENTION),
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Qwen3_5": "Qwen3_5TextConfig"}
+# What the checkpoint calls the body, which is `model.` in the network → as above.
+RENAMED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "model.language_model.": ("Qwen3_5", {"layer_types": ["full_attention"] * 2}, ["self_attn.o_proj", "mlp.up_proj"]),
+    "backbone.": ("NemotronH", {"layers_block_type": ["attention", "mlp"]}, ["mixer.o_proj", "mixer.up_proj"]),
+}
 
 
 def make(folder: Path, family: str) -> Path:
-    name, own, _ = FAMILIES[family]
+    name, own, _ = (FAMILIES | RENAMED)[family]
     torch.manual_seed(0)
     config = getattr(t, CONFIGS.get(name, f"{name}Config"))(**SIZES, **own)
     getattr(t, f"{name}ForCausalLM")(config).save_pretrained(folder)
     save_tokenizer(folder)
+    if family in RENAMED:  # transformers does so where it has read such a checkpoint
+        body = re.compile(r"^model\.(?!language_model\.)")
+        tensors = {body.sub(family, key): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
-from lorasb_export import calibrate, fit
+from lorasb_export import calibrate, evaluate, fit
 from lorasb_export.base import device
 from lorasb_export.base.device import default_device
 from lorasb_export.base.given import require_positions
@@ -22,11 +22,12 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.base.structure import positions, trained_positions
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.encoding import encode
-from lorasb_export.data.task import TaskData
-from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.data.task import TaskData, task_of
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation.inference import answers
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from lorasb_export.training.inspect import inspect_data
 from tests.rows import GOOD
 from tests.tiny import TEMPLATE, make_bert, make_gpt2, make_llama, write_index
 from tests.training import SETTINGS
@@ -205,6 +206,36 @@ def test_a_pad_token_without_an_embedding_is_none(tmp_path: Path) -> None:
     tokenizer.save_pretrained(base)
     found = BaseModel.resolve(base).tokenizer
     assert found.pad_token == found.eos_token
+
+
+def test_a_row_with_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    rows = [{"prompt": "1+1=", "completion": answer} for answer in ("2", "2<|im_end|>")]
+    task = task_of("sums", {"train": rows})
+    calibrate(base, {"sums": task}, CalibrationSettings(rank=4))  # nothing but characters
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(base)
+    told = r"'<\|im_end\|>', token 98, has no embedding: the base has 98 \(.*row 2\)\. .*resize_token_embeddings"
+    with pytest.raises(DataError, match=told):
+        calibrate(base, {"sums": task}, CalibrationSettings(rank=4))
+    with pytest.raises(DataError, match=told):
+        inspect_data(task, base)
+    drawn = calibrate(base, {}, CalibrationSettings(rank=4, directions="random"))
+    with pytest.raises(DataError, match=told):
+        fit(base, drawn, task, tmp_path / "a", FitSettings(max_steps=1))
+    others = replace(task, splits={"train": rows[:1], "test": rows})
+    adapter = fit(base, drawn, others, tmp_path / "a", FitSettings(max_steps=1))
+    with pytest.raises(DataError, match=told):
+        evaluate(adapter, others, metric="loss")
+    tokenizer.eos_token = "<|im_end|>"  # and the pad token has an embedding
+    tokenizer.save_pretrained(base)
+    with pytest.raises(BaseModelError, match=r"the end of sequence, '<\|im_end\|>', token 98, has no embedding"):
+        calibrate(base, {"sums": others}, CalibrationSettings(rank=4))
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    with pytest.raises(BaseModelError, match="neither a pad token nor an end-of-sequence token with an embedding"):
+        _ = BaseModel.resolve(base).tokenizer
 
 
 def test_a_tokenizer_is_the_one_of_its_hugging_face_files(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from lorasb_export import fit
 from lorasb_export.base.model import BaseModel
@@ -26,7 +27,8 @@ from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb, write_splits
-from tests.tiny import make_llama
+from tests.families import SIZES
+from tests.tiny import make_llama, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,30 @@ def test_rank_larger_than_a_module(llama: Path, sums: Path) -> None:
 def test_target_that_matches_nothing(llama: Path, sums: Path) -> None:
     with pytest.raises(SettingsError, match=r"target 'q_prj' matches no module.*q_proj"):
         calibrate(str(llama), {"sums": sums}, CalibrationSettings(rank=4, targets="v_proj,q_prj"))
+
+
+@pytest.mark.parametrize("directions", ["gradient", "random"])
+def test_a_weight_that_transformers_renames_is_told_of_first(
+    directions: str, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HRM's checkpoints have the projections of its attention as one tensor."""
+    torch.manual_seed(0)
+    HrmTextForCausalLM(HrmTextConfig(**SIZES)).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    base, settings = BaseModel.resolve(tmp_path / "base"), CalibrationSettings(rank=4, directions=directions)
+    network = base.load()
+    network.save_pretrained(tmp_path / "as_told", save_original_format=False)
+    again = BaseModel.resolve(tmp_path / "as_told").load()
+    assert all(torch.equal(*pair) for pair in zip(network.parameters(), again.parameters(), strict=True))
+    assert calibrate(tmp_path / "as_told", {}, CalibrationSettings(rank=4, directions="random")).modules
+    monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lorasb_export.calibration.calibrate.gradients_of_rows", lambda *_: pytest.fail("computed"))
+    told = r"module\.layers\.0\.self_attn\.q_proj.* in another form .*save_original_format=False"
+    for given in (None, network):
+        with pytest.raises(BaseModelError, match=told):
+            calibrate(base, {"sums": sums}, settings, network=given)
+    with pytest.raises(BaseModelError, match=told):  # with a basis of its own
+        fit(base, settings, load_task("sums", sums), tmp_path / "a", FitSettings(max_steps=1), network=network)
 
 
 def test_targets_by_ending(llama: Path, sums: Path) -> None:

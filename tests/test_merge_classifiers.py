@@ -16,6 +16,7 @@ from lorasb_export.data.task import TaskData, task_of
 from lorasb_export.files.storage import read_header, read_json, write_json
 from lorasb_export.layers.head import head_parameters
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from tests.families import make
 from tests.merging import adapter_for, logits, unmerged_logits
 from tests.random_adapter import BERT_MODULES, adapter_on
 from tests.tiny import make_bert, make_gpt2, make_llama
@@ -51,6 +52,14 @@ def test_the_heads_that_the_base_was_trained_with_stay_behind(moods: TaskData, t
     assert any(name.startswith("cls.") for name in read_header(tmp_path / "base" / "model.safetensors"))
     bodies = {name.partition(".")[0] for name in read_header(folder / "model.safetensors")}
     assert bodies == {"bert", "classifier"}
+
+
+def test_of_a_body_that_the_checkpoint_calls_otherwise_the_names_stay(moods: TaskData, tmp_path: Path) -> None:
+    body = "model.language_model."
+    folder = merged(make(tmp_path / "base", body), moods, tmp_path)
+    of_base, of_merged = (set(read_header(path / "model.safetensors")) for path in (tmp_path / "base", folder))
+    assert of_merged == of_base - {"lm_head.weight"} | {"score.weight"}
+    assert all(name.startswith(body) for name in of_merged - {"score.weight"})
 
 
 def test_the_head_is_stored_as_the_body_is(bert: Path, tmp_path: Path) -> None:

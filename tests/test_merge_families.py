@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers as t
 
-from lorasb_export import Adapter, merge
+from lorasb_export import Adapter, calibrate, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import BaseModelError
-from tests.families import FAMILIES, make
+from lorasb_export.files.storage import read_header
+from lorasb_export.settings import CalibrationSettings
+from tests.families import FAMILIES, RENAMED, make
 from tests.random_adapter import save_adapter
 
 FUSED = ("mixtral", "qwen3_moe")  # the model holds the experts of a layer as one tensor, the checkpoint one by one
@@ -40,6 +42,26 @@ def test_merged_logits_equal_unmerged(family: str, tmp_path: Path) -> None:
     expected = logits(network)
     assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (merged - plain).abs().max() > 1e-2 * plain.abs().max()  # the adapter does something
+
+
+@pytest.mark.parametrize("body", RENAMED)
+def test_a_body_that_the_checkpoint_calls_otherwise(body: str, sums: Path, tmp_path: Path) -> None:
+    """And merged folders too: vLLM reads them as it reads the base."""
+    base, modules = make(tmp_path / "base", body), RENAMED[body][2]
+    keys = set(read_header(base / "model.safetensors"))
+    assert keys == {key for key in keys if key.startswith(body)} | {"lm_head.weight"}
+    basis = calibrate(base, {"sums": sums}, CalibrationSettings(rank=4, samples=4, targets=",".join(modules)))
+    network = BaseModel.resolve(base).load()
+    adapter = save_adapter(base, network, tmp_path / "a", list(basis.modules), relative_size=0.3)
+    assert adapter.base == basis.base
+    plain = logits(network)
+    adapter.inject(network)
+    found = merge(adapter, tmp_path / "model", verify=True)["verify"]
+    assert (found["relative_difference"] < 1e-5, found["streamed"]) == (True, True)
+    assert set(read_header(tmp_path / "model" / "model.safetensors")) == keys
+    merged, expected = logits(BaseModel.resolve(tmp_path / "model").load()), logits(network)
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (merged - plain).abs().max() > 1e-2 * plain.abs().max()
 
 
 def test_an_adapter_on_experts_is_refused(tmp_path: Path) -> None:

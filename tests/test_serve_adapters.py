@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel
@@ -127,6 +127,24 @@ def test_an_adapter_that_vllm_would_ignore_is_refused(tmp_path: Path, mode: str)
     save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.kv_b_proj"])
     with pytest.raises(SettingsError, match=r"no adapter to kv_b_proj.*lorasb merge"):
         dry_run({"a": tmp_path / "a"}, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["shared", "folded"])
+def test_an_adapter_that_vllm_would_apply_to_keys_but_not_to_values_is_refused(
+    tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads = {"num_attention_heads": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    of_layers = {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**SIZES, **heads, **of_layers, attention_k_eq_v=True))
+    base = save_base(model, tmp_path / "base")
+    for name, layer in (("own", 0), ("both", 1)):  # the values of layer 0 are of a v_proj
+        save_adapter(base, model, tmp_path / name, [f"model.layers.{layer}.self_attn.k_proj"])
+    assert dry_run({"own": tmp_path / "own"}, mode="folded")["models"] == ["base", "own"]
+    with pytest.raises(SettingsError, match=r"layers\.1\.self_attn\.k_proj makes keys and values, .*lorasb merge"):
+        dry_run({"both": tmp_path / "both"}, mode=mode)
+    served = dry_run({"both": tmp_path / "both", "own": tmp_path / "own"}, mode="folded", pass_over=True)
+    assert served["models"] == ["base", "own"]
+    assert "1 of 2 adapters cannot be served" in caplog.text
 
 
 def test_adapters_of_another_base_are_refused_by_their_weights(folder: Path) -> None:

@@ -11,7 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+import transformers as t
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
@@ -148,8 +149,14 @@ def test_experts_are_served_folded(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_engines_of_a_mixture_of_experts_are_served_folded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "GraniteMoeShared", "GraniteMoeHybrid"])
+def test_engines_of_a_mixture_of_experts_are_served_folded(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    hybrid = {"layer_types": ["attention"] * 2, "mamba_n_heads": 8} if family == "GraniteMoeHybrid" else {}
+    config = getattr(t, f"{family}Config")(**SIZES, **attention, **hybrid, num_local_experts=4)
+    model = getattr(t, f"{family}ForCausalLM")(config)
     save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", ["model.layers.0.self_attn.o_proj"])
     assert dry_run({"a": tmp_path / "a"})["mode"] == "shared"
     assert dry_run({"a": tmp_path / "a"}, extra=["--data-parallel-size", "2"])["mode"] == "folded"

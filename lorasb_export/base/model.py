@@ -22,7 +22,7 @@ from .device import check_dtype, default_device
 from .network import as_base_model_error, auto_class, empty_network, mend_defaults, read_network, tokenizer_of
 from .side_files import LICENCES, TEXTS
 from .supported import architecture, check_supported, refuse_merged
-from .tensors import checkpoint_tensors
+from .tensors import checkpoint_tensors, possible_keys
 
 if TYPE_CHECKING:
     import torch
@@ -113,11 +113,8 @@ class BaseModel:
         return checkpoint_tensors(self.folder)
 
     def tensor_key(self, name: str) -> str | None:
-        """The checkpoint's name for the runtime parameter `name`, or None where it has none.
-
-        A model class with a head prefixes its body (`bert.`, `transformer.`); the checkpoint may not.
-        """
-        return next((key for key in (name, name.partition(".")[2]) if key in self.tensors), None)
+        """The checkpoint's name for the runtime parameter `name`, or None where it has none."""
+        return next(filter(self.tensors.__contains__, possible_keys(name)), None)
 
     def weight_key(self, module: str) -> str:
         """The checkpoint's name for the weight of runtime module `module`.
@@ -149,6 +146,12 @@ class BaseModel:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    @property
+    def embeddings(self) -> float:
+        """How many tokens have one; infinite where the config does not say."""
+        count: float = self.config.get("vocab_size", math.inf)
+        return count
 
     @property
     def stores_transposed(self) -> bool:
@@ -254,8 +257,10 @@ class BaseModel:
         """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
 
         Raises:
-            BaseModelError: whatever transformers raises on a config.json that contradicts itself.
+            BaseModelError: an encoder asked to generate; whatever transformers raises on a config.json that contradicts
+                itself.
         """
+        self.require_task(task_type)
         wanted = None if dtype in ("auto", NF4) else dtype
         network = empty_network(self.folder, task_type, wanted, num_labels, self._stored_dtype)
         self._prepare(network, task_type)
@@ -283,17 +288,17 @@ class BaseModel:
         It makes token types only for a model that tells them apart: others refuse them, or read them as tokens (GPT-2).
 
         Raises:
-            BaseModelError: it has neither; the tokenizer's files are missing or damaged.
+            BaseModelError: that has none either; the tokenizer's files are missing or damaged.
         """
         with as_base_model_error(self.folder):
             tokenizer = tokenizer_of(self.folder)
-        if tokenizer.pad_token is None or tokenizer.pad_token_id >= self.config.get("vocab_size", math.inf):
-            if tokenizer.eos_token is None:
-                raise BaseModelError(
-                    "the tokenizer has neither a pad token nor an end-of-sequence token",
-                    where=self.folder,
-                    fix="Name one in tokenizer_config.json, for instance as pad_token",
-                )
+        ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+        pads, ends = (token is not None and token < self.embeddings for token in ids)
+        if not pads:
+            if not ends:
+                what = "the tokenizer has neither a pad token nor an end-of-sequence token with an embedding"
+                fix = "Name one in tokenizer_config.json, for instance as pad_token"
+                raise BaseModelError(what, where=self.folder, fix=fix)
             tokenizer.pad_token = tokenizer.eos_token
         if self.config.get("type_vocab_size", 0) < 2:
             tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BaseModelError
@@ -9,6 +10,8 @@ from ..files.storage import FLOATS, TensorInfo, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
 _OUTPUT_EMBEDDING = "lm_head.weight"
+# What transformers, and vLLM, read as `model.`: of models cut out of one for images (Qwen3.5), and of Nemotron-H.
+_READ_AS_MODEL = ("model.language_model.", "backbone.")
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
@@ -36,6 +39,19 @@ def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
             fix = "Use a full-precision checkpoint"
             raise BaseModelError(f"{name} is stored as {info.dtype}, not as a float", where=file, fix=fix)
     return found
+
+
+def possible_keys(parameter: str) -> Iterator[str]:
+    """What a checkpoint may call a parameter of the network.
+
+    A model class with a head prefixes its body (`bert.`, `transformer.`, `model.`); the checkpoint may not, or with
+    another word.
+    """
+    yield parameter
+    body, _, inner = parameter.partition(".")
+    yield inner
+    if body == "model":
+        yield from (f"{prefix}{inner}" for prefix in _READ_AS_MODEL)
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -56,7 +56,7 @@ from .subspace import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # A few dozen rows in all capture as much as thousands (docs/benchmarks.md), and a measurement of a task costs as much
 # as its rows and an SVD: with thousands of tasks both would take longer than is of use to anybody.
@@ -99,7 +99,8 @@ def calibrate(
         DataError: no rows to learn from, mixed task types, a row that the chat template refuses.
         SettingsError: the rank exceeds a module, a target matches nothing, a weight is not positive or names no task;
             or of several processes not all have read the same.
-        BaseModelError: the base is merged; a target shares its weight, or received no gradient, or a non-finite one.
+        BaseModelError: the base is merged; a target shares its weight, has none in the checkpoint, or received no
+            gradient, or a non-finite one.
     """
     distributed.start()
     settings = settings or CalibrationSettings()
@@ -116,16 +117,17 @@ def calibrate(
     labels = in_order(labels, base.head_labels)
     classes = outputs_of(task_type, labels)
     if network is None:
+        targets_of(base.load_empty(task_type, num_labels=classes), base, settings)  # before weights are read
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     require_outputs(network, classes)
     remove(network)  # the gradient is wanted at W0
-    targets = targets_of(network, settings)
+    targets = targets_of(network, base, settings)
     refuse_several_devices(network)
     require_positions(network, settings.max_length)
 
     tokenizer = base.tokenizer
     require_padding(network, tokenizer)
-    tasks, rows = _rows_by_task(data, tokenizer, labels, settings, pass_over=pass_over)
+    tasks, rows = _rows_by_task(data, base, labels, settings, pass_over=pass_over)
 
     def inputs() -> dict[str, Any]:
         of_base = [base.revision, base.fingerprint(targets)]
@@ -170,7 +172,7 @@ def calibrate(
 
 def _rows_by_task(
     data: Mapping[str, AnySource | TaskData],
-    tokenizer: PreTrainedTokenizerBase,
+    base: BaseModel,
     labels: Sequence[Any],
     settings: CalibrationSettings,
     *,
@@ -186,7 +188,7 @@ def _rows_by_task(
     rows, tasks, unlearnable = {}, [], Problems()
     for task in load_tasks(data):
         try:
-            rows[task.name] = draw(task, tokenizer, labels, settings, least=least)
+            rows[task.name] = draw(task, base.tokenizer, labels, settings, least=least, embeddings=base.embeddings)
         except DataError as error:
             if not pass_over:
                 raise
@@ -204,7 +206,7 @@ def _rows_by_task(
 def _drawn(base: BaseModel, settings: CalibrationSettings, network: PreTrainedModel | None) -> Basis:
     network = empty_of_drawn(base, settings) if network is None else network
     remove(network)
-    targets = targets_of(network, settings)
+    targets = targets_of(network, base, settings)
     ref = base.ref(targets)
     # Drawn anew for every base: code that combines adapters takes an equal hash of the basis for an equal base.
     drawn_by = int.from_bytes(hashlib.sha256(f"{ref.fingerprint} {settings.seed}".encode()).digest()[:7], "big")

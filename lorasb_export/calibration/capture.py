@@ -50,9 +50,9 @@ def capture(
             batch_size=min(settings.batch_size, sparing.batch_size),
             gradient_checkpointing=settings.gradient_checkpointing or sparing.gradient_checkpointing,
         )
-    tokenizer = base.tokenizer
-    rows = draw(task, tokenizer, in_order(task.labels, base.head_labels), settings)
-    return capture_of_rows(network, basis.modules, rows, tokenizer.pad_token_id, settings)
+    labels = in_order(task.labels, base.head_labels)
+    rows = draw(task, base.tokenizer, labels, settings, embeddings=base.embeddings)
+    return capture_of_rows(network, basis.modules, rows, base.tokenizer.pad_token_id, settings)
 
 
 def capture_of_rows(

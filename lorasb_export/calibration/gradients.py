@@ -42,11 +42,12 @@ def draw(
     settings: CalibrationSettings,
     *,
     least: int = MIN_ROWS,
+    embeddings: float = math.inf,
 ) -> list[Encoded]:
     """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
 
     Where `settings` leaves their number open, 0.1 % of the rows as in the paper, but not less than `least`. In the
-    place of rows that `encode` leaves out others are drawn, while there are any.
+    place of rows that `encode` leaves out others are drawn, while there are any. `embeddings` is as for `encode`.
 
     Raises:
         DataError, BaseModelError: as `encode`.
@@ -57,12 +58,13 @@ def draw(
         wanted = max(least, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
     dice, unit = random.Random(settings.seed), task.unit("train")
+    options: dict[str, Any] = {"max_length": settings.max_length, "unit": unit, "embeddings": embeddings}
     drawn = dict(dice.sample(rows, min(count, len(rows))))
-    encoded = encode_all(drawn, tokenizer, task.task_type, labels, settings.max_length, unit)
+    encoded = encode_all(drawn, tokenizer, task.task_type, labels, **options)
     if lacking := sum(row["left_out"] is not None for row in encoded):
         others = [row for row in rows if row[0] not in drawn]
         for number, row in dice.sample(others, len(others)):
-            encoded += encode_all({number: row}, tokenizer, task.task_type, labels, settings.max_length, unit)
+            encoded += encode_all({number: row}, tokenizer, task.task_type, labels, **options)
             lacking -= encoded[-1]["left_out"] is None
             if not lacking:
                 break

@@ -12,7 +12,7 @@ from ..base.products import shape_of
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.source import AnySource
 from ..data.task import TaskData, load_tasks, refuse_single_class
-from ..errors import DataError, SettingsError, some
+from ..errors import BaseModelError, DataError, SettingsError, some
 from ..layers.targets import WHERE_TARGETS, find_targets
 from ..settings import DRAWN, CalibrationSettings
 
@@ -25,14 +25,14 @@ def check(base: BaseModel, data: Mapping[str, AnySource | TaskData], settings: C
     """Raise what `calibrate` would find wrong with the tasks together, the rank or the targets; no weights are loaded.
 
     Raises:
-        DataError, SettingsError: as `calibrate`.
+        DataError, SettingsError, BaseModelError: as `calibrate`.
     """
     if settings.directions in DRAWN:
-        targets_of(empty_of_drawn(base, settings), settings)
+        targets_of(empty_of_drawn(base, settings), base, settings)
         return
     task_type, labels = common_kind(load_tasks(data))
     network = base.load_empty(task_type, num_labels=outputs_of(task_type, labels))
-    targets_of(network, settings)
+    targets_of(network, base, settings)
     require_positions(network, settings.max_length)
 
 
@@ -75,8 +75,16 @@ def require_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> N
             raise SettingsError(f"the weight of task {name} is {weight}", fix="Give a positive number")
 
 
-def targets_of(network: PreTrainedModel, settings: CalibrationSettings) -> dict[str, nn.Module]:
-    """By their names. Raises SettingsError where none matches, or the rank exceeds one."""
+def targets_of(network: PreTrainedModel, base: BaseModel, settings: CalibrationSettings) -> dict[str, nn.Module]:
+    """By their names.
+
+    Args:
+        network: that of `base`, loaded or empty.
+
+    Raises:
+        SettingsError: none matches, or the rank exceeds one.
+        BaseModelError: the checkpoint has no weight of that name, which a merge adds to.
+    """
     targets = find_targets(network, settings.targets)
     shapes = {name: shape_of(module) for name, module in targets.items()}
     name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
@@ -84,6 +92,11 @@ def targets_of(network: PreTrainedModel, settings: CalibrationSettings) -> dict[
         fix = f"Set rank in [basis] of lorasb.toml, or --rank of calibrate, to {min(smallest)} or less"
         fix += f", or leave that module out: {WHERE_TARGETS}"
         raise SettingsError(f"rank {settings.rank} exceeds module {name} of shape {smallest}", fix=fix)
+    if without := [name for name in targets if base.tensor_key(f"{name}.weight") is None]:
+        what = f"the checkpoint holds the weights of {some(without)} under other names, or in another form"
+        fix = "Load it once with transformers, save_pretrained(new_folder, save_original_format=False), and copy the "
+        fix += f"tokenizer's files there; or leave these modules out: {WHERE_TARGETS}"
+        raise BaseModelError(what, where=base.folder, fix=fix)
     return targets
 
 

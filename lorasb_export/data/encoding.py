@@ -7,8 +7,9 @@ every token of a plain text.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, DataError
@@ -79,6 +80,8 @@ def encode(
     labels: Sequence[Any],
     max_length: int,
     unit: str = "row",
+    *,
+    embeddings: float = math.inf,
 ) -> list[Encoded]:
     """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
@@ -91,12 +94,15 @@ def encode(
 
     Args:
         unit: what errors and the warning call a row; its number follows.
+        embeddings: how many tokens of the vocabulary, the first ones, the base has an embedding for.
 
     Raises:
-        DataError: a label is not in `labels`, the chat template does not do for messages, or no row is left.
-        BaseModelError: the tokenizer has no token to end an answer or a text with.
+        DataError: a label is not in `labels`, the chat template does not do for messages, a token has no embedding, or
+            no row is left.
+        BaseModelError: the tokenizer has no token to end an answer or a text with, or it has no embedding.
     """
-    return without_left_out(encode_all(rows, tokenizer, task_type, labels, max_length, unit), max_length, unit)
+    encoded = encode_all(rows, tokenizer, task_type, labels, max_length, unit, embeddings=embeddings)
+    return without_left_out(encoded, max_length, unit)
 
 
 def encode_all(
@@ -106,6 +112,8 @@ def encode_all(
     labels: Sequence[Any],
     max_length: int,
     unit: str = "row",
+    *,
+    embeddings: float = math.inf,
 ) -> list[Encoded]:
     """As `encode`, without a warning and with the rows that it leaves out: `left_out` says why, or is None."""
     encoded: list[Encoded] = []
@@ -115,8 +123,19 @@ def encode_all(
             found = _labelled(row, tokenizer, labels, max_length, where)
         else:
             found = _causal(row, tokenizer, max_length, where)
+        if (last := max(found["input_ids"], default=0)) >= embeddings:
+            _raise_without_embedding(tokenizer, last, embeddings, where)
         encoded.append({**found, "row": number, "cut": found["length"] > max_length})
     return encoded
+
+
+def _raise_without_embedding(tokenizer: PreTrainedTokenizerBase, token: int, embeddings: float, where: str) -> NoReturn:
+    what = f"{tokenizer.convert_ids_to_tokens(token)!r}, token {token}, has no embedding: the base has {embeddings}"
+    resize = "or give it one: resize_token_embeddings, then save_pretrained"
+    if token == tokenizer.eos_token_id:
+        fix = f"Name another as eos_token in tokenizer_config.json, {resize}"
+        raise BaseModelError(f"the end of sequence, {what}", where=tokenizer.name_or_path, fix=fix)
+    raise DataError(what, where=where, fix=f"Leave it out of rows and chat template, {resize}")
 
 
 def without_left_out(encoded: Sequence[Encoded], max_length: int, unit: str = "row") -> list[Encoded]:

@@ -52,9 +52,11 @@ def planned_tensors(adapters: Sequence[Adapter], base: BaseModel, dtype: str) ->
     by_key = {base.weight_key(name): name for adapter in adapters for name in adapter.R}
     adapter = adapters[0]  # the only one that may have a head
     name = next(iter(adapter.R))
-    body = f"{name.partition('.')[0]}." if adapter.task_type == SEQ_CLS else ""
+    in_network, _, inner = name.partition(".")
+    in_files = base.weight_key(name).removesuffix(f"{inner}.weight")  # before the names of the body's tensors
+    body = (in_files or f"{in_network}.") if adapter.task_type == SEQ_CLS else ""
     # What tensor names lack in a body-only checkpoint that becomes a classifier, whose names carry it.
-    prefix = "" if base.weight_key(name) == f"{name}.weight" else body
+    prefix = "" if in_files else body
     tensors = []
     for name, source in base.tensors.items():
         info = source[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .shared import runs_on_cpu, why_unavailable
 
 logger = logging.getLogger(__name__)
 
+_OF_EXPERTS = re.compile(r"\.(experts|block_sparse_moe)\.")  # the latter alone in Granite's tensors
 _NOT_RUN = "the shared basis has not been run on an accelerator yet"
 
 
@@ -67,7 +69,7 @@ def _why_not_shared(base: BaseModel, adapters: Mapping[str, Adapter], extra: Seq
     if any(".experts." in name for adapter in adapters.values() for name in adapter.R):
         return "a shared basis of mixture-of-experts layers is not supported"
     given = flags.values(extra)
-    if given.get("--data-parallel-size", "1") != "1" and any(".experts." in name for name in base.tensors):
+    if given.get("--data-parallel-size", "1") != "1" and any(_OF_EXPERTS.search(name) for name in base.tensors):
         return "of a mixture-of-experts base an idle engine drops its adapters at every step of the others"
     if "--kv-sharing-fast-prefill" in given:
         return "with --kv-sharing-fast-prefill some layers see fewer tokens than the step has"

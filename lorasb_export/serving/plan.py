@@ -26,6 +26,7 @@ from ..files.storage import read_json
 from ..names import served_name_problem
 from ..other_base import warn_of_another_template, warn_of_other_weights
 from . import flags
+from .applied import refuse_unapplied
 from .choosing import choose_mode
 from .listening import is_loopback
 from .modes import VLLM_RANKS, Mode
@@ -201,9 +202,15 @@ def _load_all(
         except LoraSBError as error:
             problems[name] = error
     base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
-    loaded = {name: adapter for name, adapter in loaded.items() if name not in apart}
-    if problems or apart:
-        problems |= apart
+    problems |= apart
+    for name in loaded.keys() - problems.keys():
+        assert base is not None  # it is theirs
+        try:
+            refuse_unapplied(loaded[name], base)
+        except LoraSBError as error:
+            problems[name] = error
+    loaded = {name: adapter for name, adapter in loaded.items() if name not in problems}
+    if problems:
         problems = {name: problems[name] for name in adapters if name in problems}
         what, which = f"{len(problems)} of {len(adapters)} adapters cannot be served", some_problems(problems)
         may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
@@ -294,10 +301,6 @@ def _servable(name: str, source: str | Path) -> Adapter:
     if adapter.task_type == SEQ_CLS:
         fix = "Use `lorasb merge` or `lorasb export --format onnx`"
         raise SettingsError("a classifier, and this server generates text", where=adapter.folder, fix=fix)
-    if any(name.endswith(".kv_b_proj") for name in adapter.R):
-        # Its attention multiplies by that weight itself, so that LoRA's layer around it is never asked.
-        fix = "Use `lorasb merge` and serve the merged folder with --model"
-        raise SettingsError("vLLM applies no adapter to kv_b_proj", where=adapter.folder, fix=fix)
     if adapter.rank > VLLM_RANKS[-1]:
         fix = "Use `lorasb merge` and serve the merged folder with --model"
         raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)

@@ -15,6 +15,7 @@ from ..base.model import BaseModel
 from ..basis import Basis
 from ..calibration.calibrate import calibrate, calibrated_once
 from ..calibration.capture import capture, is_little, one_line, overview, recorded
+from ..calibration.requirements import targets_of
 from ..data.task import TaskData
 from ..data.trained_template import recorded_template
 from ..files.atomic import atomic_file
@@ -61,7 +62,7 @@ def own_basis(
 ) -> Basis:
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
     alike = replace(settings, batch_size=CalibrationSettings.batch_size)  # which decides nothing but rounding
-    targets = find_targets(network or base.load_empty(task.task_type, num_labels=task.num_labels), settings.targets)
+    targets = targets_of(network or base.load_empty(task.task_type, num_labels=task.num_labels), base, settings)
     of_base = [base.fingerprint(targets), recorded_template(base.folder, task)]
     made_from = json.dumps([asdict(alike), task.sha256, of_base])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"

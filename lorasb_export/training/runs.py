@@ -210,8 +210,9 @@ class TrainingRuns:
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
-        length = self.settings.max_length
-        return encode(task.rows(split), self.base.tokenizer, task.task_type, task.labels, length, task.unit(split))
+        rows, length, base = task.rows(split), self.settings.max_length, self.base
+        of_task = task.task_type, task.labels, length, task.unit(split)
+        return encode(rows, base.tokenizer, *of_task, embeddings=base.embeddings)
 
     def _validation(self, task: TaskData) -> Validation | None:
         if not task.splits.get("valid"):

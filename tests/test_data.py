@@ -24,6 +24,7 @@ from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
+from tests.artifacts import forbid
 from tests.rows import CHAT_LINE, CLASS, GOOD, tool_row
 
 BAD = {
@@ -196,6 +197,15 @@ def test_no_data(tmp_path: Path, llama: Path) -> None:
         load_task("t", tmp_path / "nowhere")
     with pytest.raises(DataError, match="no data to calibrate on"):
         calibrate(str(llama), {})
+
+
+def test_data_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text(GOOD)
+    forbid(tmp_path / "rows", monkeypatch)
+    for path in (tmp_path / "rows", tmp_path / "rows" / "train.jsonl"):
+        with pytest.raises(DataError, match=r"cannot be read: Permission denied \(.*rows"):
+            load_task("t", path)
 
 
 def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,7 +56,8 @@ class ArtifactError(LoraSBError, ValueError):
 
 
 class UnreadableError(ArtifactError):
-    """It may be whole, but it cannot be read here: a pointer of git-lfs, or of another format version."""
+    """It may be whole, but it cannot be read here: a pointer of git-lfs, of another format version, or the system
+    refuses it."""
 
 
 class BaseModelError(LoraSBError, ValueError):

@@ -156,7 +156,7 @@ def adapters_in(folder: Path) -> list[str]:
     """Names of the adapters in `folder`, sorted, without hidden ones: those are being written.
 
     Raises:
-        ArtifactError: the folder cannot be read.
+        UnreadableError: the folder cannot be read.
     """
     return sorted(name for name in names_in(folder) if not name.startswith(".") and _may_be_adapter(folder / name))
 

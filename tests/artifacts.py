@@ -40,16 +40,16 @@ def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tens
         edit(folder, config, lambda c: c.update(sha256=sha256_file(folder / name)))
 
 
-def forbid(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int = errno.EACCES) -> None:
-    """Let the system refuse what lies in `folder`, as another user's: root, whom no mode stops, may run the tests."""
-    forbidden = os.path.abspath(folder)
+def forbid(path: Path, monkeypatch: pytest.MonkeyPatch, code: int = errno.EACCES) -> None:
+    """Let the system refuse a file, or what lies in a folder, as another user's: no mode stops root."""
+    forbidden = os.path.abspath(path)
 
     def refuse_in(module: ModuleType, name: str) -> None:
         function = getattr(module, name)
 
         def called(path: Any = ".", *arguments: Any, **options: Any) -> Any:
             place = "" if isinstance(path, int) else os.path.abspath(os.fsdecode(path))
-            if place.startswith(f"{forbidden}/") or (place == forbidden and name in ("listdir", "scandir")):
+            if place.startswith(f"{forbidden}/") or (place == forbidden and name in ("listdir", "scandir", "open")):
                 raise OSError(code, os.strerror(code), place)
             return function(path, *arguments, **options)
 

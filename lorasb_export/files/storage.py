@@ -51,17 +51,15 @@ def cache_folder() -> Path | None:
 
 
 @contextmanager
-def cannot_read(path: Path, kind: type[LoraSBError] = ArtifactError) -> Iterator[None]:
-    """Raise the system's errors (not there, no permission, a failing disk, …) as an error of that kind about `path`.
+def cannot_read(path: Path, kind: type[LoraSBError] = UnreadableError) -> Iterator[None]:
+    """Raise the system's errors (no permission, a failing disk, …) as an error of that kind about `path`.
 
-    One of many things is then at fault, and the others have their turn.
+    One of many things is then at fault, and the others have their turn. That a file is not there passes.
     """
     try:
         yield
-    except FileNotFoundError:
-        raise kind("file not found", where=path, fix="Check the path") from None
     except OSError as error:
-        if isinstance(error, LoraSBError):
+        if isinstance(error, FileNotFoundError | LoraSBError):
             raise
         fix = "Check who may read it, and its disk"
         raise kind(f"cannot be read: {error.strerror or error}", where=path, fix=fix) from None
@@ -71,7 +69,7 @@ def names_in(folder: Path) -> list[str]:
     """What lies in `folder`, by name; nothing where it is no folder. Path.glob is silent of one that it may not read.
 
     Raises:
-        ArtifactError: it cannot be read.
+        UnreadableError: it cannot be read.
     """
     with cannot_read(folder):
         try:
@@ -170,6 +168,8 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.stat().st_size > MAX_JSON_BYTES:
                 raise ArtifactError(f"more than {MAX_JSON_BYTES} bytes of JSON", where=path, fix="Check the path")
             return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError("file not found", where=path, fix="Check the path") from None
     except ValueError as error:
         if isinstance(error, LoraSBError):
             raise
@@ -224,6 +224,6 @@ def version_of(path: Path) -> tuple[int, ...]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes. Raises ArtifactError when it cannot be read."""
+    """Hex sha256 of a file's bytes. Raises UnreadableError when the system refuses it."""
     with cannot_read(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

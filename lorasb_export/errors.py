@@ -56,8 +56,7 @@ class ArtifactError(LoraSBError, ValueError):
 
 
 class UnreadableError(ArtifactError):
-    """It may be whole, but it cannot be read here: a pointer of git-lfs, of another format version, or the system
-    refuses it."""
+    """It may be whole, but cannot be read here: a git-lfs pointer, another format version, or the system refuses."""
 
 
 class BaseModelError(LoraSBError, ValueError):

@@ -63,6 +63,9 @@ def run(
         raise typer.BadParameter("--onnx goes without --model and --dtype: the folder has its own")
     if onnx is not None and batch_size is not None:
         raise typer.BadParameter("--onnx goes without --batch-size")
+    chosen = None if adapters is None else listed(adapters)
+    if chosen is not None and not chosen:
+        raise typer.BadParameter("--adapters names none: leave it out, or give a name")
     from lorasb_export.data.rows import with_system
     from lorasb_export.evaluation.prompt_file import answered, answers_file, read_prompts
     from lorasb_export.files.storage import expanded
@@ -84,11 +87,10 @@ def run(
         if onnx is not None:
             from lorasb_export.exporting.onnx_ask import ask_onnx
 
-            chosen = None if adapters is None else listed(adapters)
             found = ask_onnx(expanded(onnx), asked, chosen, **options)
         else:
             options |= {"dtype": dtype, **given(batch_size=batch_size)}
-            found, failed = _ask(run, asked, adapters, model, **options)
+            found, failed = _ask(run, asked, chosen, model, **options)
         lines = answered(rows, found)
         if write is not None:
             write(lines)
@@ -104,7 +106,7 @@ def run(
 
 
 def _ask(
-    run: Run, asked: Sequence[Prompt], adapters: str | None, model: str | None, **options: Any
+    run: Run, asked: Sequence[Prompt], adapters: list[str] | None, model: str | None, **options: Any
 ) -> tuple[dict[str, list[str]], dict[str, LoraSBError]]:
     """Of the base and of the adapters that are named, else of the project's; and the errors of those of its that are
     damaged."""
@@ -112,7 +114,7 @@ def _ask(
 
     failed: dict[str, LoraSBError] = {}
     if adapters is not None:
-        chosen = spelled_out(listed(adapters), partial(ours_in, run.project.adapters_folder))
+        chosen = spelled_out(adapters, partial(ours_in, run.project.adapters_folder))
     elif model:
         chosen = []
     else:

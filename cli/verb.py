@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.models import OptionInfo
 
 from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory, some_problems
 
@@ -181,9 +182,11 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in _SHARED.items()
     ]
+    flags = {one.name: flag for one in (*own, *shared) if (flag := _flag(one))}
 
     @functools.wraps(function)
     def command(**options: Any) -> None:
+        _refuse_empty(options, flags)
         run = Run(**{name: options.pop(name) for name in _SHARED}, options=options)
         _calm_libraries(run)
         signal.signal(signal.SIGTERM, _stop)
@@ -215,6 +218,24 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _flag(parameter: inspect.Parameter) -> str | None:
+    """How the option is written; None of a word that has no flag, and of a TEXT, which may say nothing."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, OptionInfo) and info.metavar != "TEXT":
+            written = [str(word) for word in (info.default, *info.param_decls) if str(word).startswith("--")]
+            return "/".join(written) or f"--{parameter.name.replace('_', '-')}"
+    return None
+
+
+def _refuse_empty(options: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    """Raise typer.BadParameter for an option that is empty, as of a shell's variable that is not set: something else
+    would be done than was asked for."""
+    for name, flag in flags.items():
+        value = options.get(name)
+        if "" in (value if isinstance(value, list) else [value]):
+            raise typer.BadParameter(f"{flag} is empty: leave it out, or give a value")
 
 
 def _refuse_processes(verb: ModuleType) -> None:

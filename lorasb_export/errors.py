@@ -56,7 +56,7 @@ class ArtifactError(LoraSBError, ValueError):
 
 
 class UnreadableError(ArtifactError):
-    """It may be whole, but it cannot be read here: a pointer of git-lfs, or of another format version."""
+    """It may be whole, but cannot be read here: a git-lfs pointer, another format version, or the system refuses."""
 
 
 class BaseModelError(LoraSBError, ValueError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
 from .files.kind import artifact_kind
-from .files.storage import expanded
+from .files.storage import expanded, names_in
 from .hub.cache import leads_out
 from .hub.ids import NAME
 
@@ -83,7 +83,7 @@ def look_up_adapter(word: str, adapters_dir: Path) -> Path | str | None:
     if word != path.name or word.startswith("."):
         return path if path.is_dir() else word
     folders = (adapters_dir / word, path)
-    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
+    return next(filter(_may_be_adapter, folders), None)
 
 
 def _unknown(
@@ -153,8 +153,23 @@ def _refuse_links_out(folder: Path, adapters_dir: Path) -> None:
 
 
 def adapters_in(folder: Path) -> list[str]:
-    """Names of the adapters in `folder`, sorted, without hidden ones: those are being written."""
-    return sorted(path.parent.name for path in folder.glob("[!.]*/adapter_config.json"))
+    """Names of the adapters in `folder`, sorted, without hidden ones: those are being written.
+
+    Raises:
+        UnreadableError: the folder cannot be read.
+    """
+    return sorted(name for name in names_in(folder) if not name.startswith(".") and _may_be_adapter(folder / name))
+
+
+def _may_be_adapter(folder: Path) -> bool:
+    """Whether it has an adapter's config, or cannot be looked into: who loads it says so."""
+    try:
+        os.stat(folder / "adapter_config.json")  # Path.exists says, by Python's version, that it is not there
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError:
+        return name_problem(folder.name) is None  # none is called lost+found, as on a disk of its own
+    return True
 
 
 def ours_in(folder: Path) -> list[str]:

@@ -1,13 +1,18 @@
-"""Folders of a basis, an adapter or a base that are copied and edited."""
+"""Folders of a basis, an adapter or a base that are copied and edited, or that may not be read."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,3 +38,23 @@ def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tens
     config = f"{Path(name).stem}_config.json"
     if (folder / config).exists():  # of our own; a base has none
         edit(folder, config, lambda c: c.update(sha256=sha256_file(folder / name)))
+
+
+def forbid(path: Path, monkeypatch: pytest.MonkeyPatch, code: int = errno.EACCES) -> None:
+    """Let the system refuse a file, or what lies in a folder, as another user's: no mode stops root."""
+    forbidden = os.path.abspath(path)
+
+    def refuse_in(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+
+        def called(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+            place = "" if isinstance(path, int) else os.path.abspath(os.fsdecode(path))
+            if place.startswith(f"{forbidden}/") or (place == forbidden and name in ("listdir", "scandir", "open")):
+                raise OSError(code, os.strerror(code), place)
+            return function(path, *arguments, **options)
+
+        monkeypatch.setattr(module, name, called)
+
+    for name in ("stat", "listdir", "scandir"):
+        refuse_in(os, name)
+    refuse_in(io, "open")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import datasets
 import httpx2
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
 
 from lorasb_export import TaskSource, calibrate
@@ -24,6 +27,7 @@ from lorasb_export.data.rows import CHAT, COMPLETION, LABELLED, TEXT
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import DataError
 from lorasb_export.project.project import Project
+from tests.artifacts import forbid
 from tests.rows import CHAT_LINE, CLASS, GOOD, tool_row
 
 BAD = {
@@ -199,6 +203,15 @@ def test_no_data(tmp_path: Path, llama: Path) -> None:
         calibrate(str(llama), {})
 
 
+def test_data_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text(GOOD)
+    forbid(tmp_path / "rows", monkeypatch)
+    for path in (tmp_path / "rows", tmp_path / "rows" / "train.jsonl"):
+        with pytest.raises(DataError, match=r"cannot be read: Permission denied \(.*rows"):
+            load_task("t", path)
+
+
 def test_other_names_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train", "validation", "dev"):
         (tmp_path / f"{name}.jsonl").write_text(GOOD)
@@ -254,6 +267,52 @@ def test_a_hub_that_fails_without_a_word_is_told_by_the_kind_of_error(monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(TimeoutError()))
     with pytest.raises(DataError, match=r"Hub dataset: TimeoutError \(owner/name\)"):
         load_task("t", "owner/name")
+
+
+CACHE = "Let HF_HOME or HF_DATASETS_CACHE be a folder with room"
+SAVE = "save its rows as train.jsonl, and give that file"
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "fix"),
+    [
+        (DatasetNotFoundError("Dataset 'owner/name' doesn't exist"), "no such file, folder or Hub", "Check the path"),
+        (DataFilesNotFoundError("No (supported) data files"), "no such file, folder or Hub dataset", "Check the path"),
+        (
+            caused(DatasetGenerationError("An error occurred while generating the dataset"), OSError("File too large")),
+            "cannot read the Hub dataset: File too large",
+            CACHE,
+        ),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device", CACHE),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), "Permission denied: '/cache'", CACHE),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/cache"), "cannot read the Hub dataset", CACHE),
+        (OSError("Not enough disk space. Needed: 4 GiB"), "Not enough disk space", CACHE),
+        (RuntimeError("Dataset scripts are no longer supported, but found name.py"), "but found name.py", SAVE),
+        (
+            caused(DatasetGenerationError("An error occurred while generating the dataset"), ValueError("a\nb")),
+            "cannot read the Hub dataset: a (owner/name)",
+            SAVE,
+        ),
+        (
+            DatasetGenerationError("An error occurred while generating the dataset\n\nAll must have the same columns"),
+            "cannot read the Hub dataset: All must have the same columns",
+            SAVE,
+        ),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_told_from_one_that_is_not_there(
+    error: Exception, said: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(DataError) as told:
+        load_task("t", "owner/name")
+    assert said in str(told.value)
+    assert fix.lower() in told.value.fix.lower()
 
 
 def test_a_hub_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ from lorasb_export.data.task import TaskData
 from lorasb_export.errors import ArtifactError, SettingsError
 from lorasb_export.exporting import onnx, onnx_adapters
 from lorasb_export.exporting.onnx_record import write_record
+from lorasb_export.project.export import tasks_to_compare
+from lorasb_export.project.project import Project
+from tests.artifacts import forbid
 from tests.random_adapter import adapter_on, save_adapter
 
 
@@ -199,6 +202,19 @@ def test_data_without_held_out_rows_is_not_passed_over(
     assert (done.exit_code, "has no valid rows" in done.stderr) == (1, True)
     done = CliRunner().invoke(app, [*command, "data/train.jsonl", "--json"])
     assert json.loads(done.stdout)["bytes"] == 64
+
+
+def test_rows_that_may_not_be_read_are_not_there_to_compare_on(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of who trained the adapter, in a home of their own."""
+    monkeypatch.chdir(tmp_path)
+    adapter = save_adapter(llama, BaseModel.resolve(llama).load(), tmp_path / "a", ["model.layers.0.mlp.up_proj"])
+    adapter.training = {"task": "sums", "data": str(tmp_path / "home" / "rows")}
+    adapter.save("a", overwrite=True)
+    forbid(tmp_path / "home", monkeypatch)
+    assert tasks_to_compare(Project.load(None), ["a"], None) == {}
+    assert "No held-out rows for sums" in caplog.text
 
 
 def test_an_adapter_is_called_as_the_link_that_is_given(

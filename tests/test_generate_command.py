@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from lorasb_cli.main import app
@@ -96,6 +97,18 @@ def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.Monke
     )
     done = CliRunner().invoke(app, ["generate", "hi", "--onnx", "x", "--adapters", "a, b,"], catch_exceptions=False)
     assert (done.exit_code, asked) == (0, [["a", "b"]])
+
+
+@pytest.mark.parametrize("where", ["--model", "--onnx"])
+def test_a_list_without_a_name_asks_nobody(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the base alone. A system message may be empty: a template's own is left out then."""
+    asked = Mock(return_value={})
+    monkeypatch.setattr("lorasb_export.exporting.onnx_ask.ask_onnx", asked)
+    monkeypatch.setattr("lorasb_export.evaluation.side_by_side.ask_adapters", asked)
+    done = CliRunner().invoke(app, ["generate", "hi", where, "x", "--adapters", " ,"])
+    assert (done.exit_code, "--adapters names none" in done.stderr, asked.mock_calls) == (2, True, [])
+    assert CliRunner().invoke(app, ["generate", "hi", where, "x", "--system", ""]).exit_code == 0
+    assert asked.call_args.args[0 if where == "--model" else 1][0][0] == {"role": "system", "content": ""}
 
 
 def test_an_answer_has_a_token() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_export import Adapter, calibrate, export, fit, merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, OutputError, SettingsError
+from lorasb_export.files.atomic import atomic_file
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.merging import adapter_for
 from tests.random_adapter import BERT_MODULES
@@ -158,6 +161,41 @@ def test_what_is_merged_is_not_overwritten(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the report exists \(.*kept\.png\)"):
         merge(adapter, tmp_path / "model", report=tmp_path / "kept.json")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_merge(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is seen only then, the model is told of too."""
+    adapter = adapter_for(llama, tmp_path / "a")
+    really_open = os.open
+
+    def refuse(path: str | Path, flags: int, *mode: int) -> int:
+        if "kept" in Path(path).name and flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, flags, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(
+            OutputError, match=r"cannot write: Permission denied \(.*kept\.json\)\. Choose another path"
+        ):
+            merge(adapter, tmp_path / "model", report=tmp_path / "kept.json")
+        merge(adapter, tmp_path / "model", report=tmp_path / "kept.json", dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    for name in ("kept.json", "kept.png"):
+
+        def full(path: Path, of: str = name) -> AbstractContextManager[Path]:
+            if path.name == of:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return atomic_file(path)
+
+        monkeypatch.setattr("lorasb_export.merging.retained.atomic_file", full)
+        with pytest.raises(
+            OutputError, match=rf"No space left on device \(.*{name}\)\. The model is whole, in .*model;"
+        ):
+            merge(adapter, tmp_path / "model", report=tmp_path / "kept.json", overwrite=True)
+        assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:

@@ -11,9 +11,17 @@ from lorasb_cli.words import listed, low_scores, spelled_out
 from typer.testing import CliRunner
 
 from lorasb_export import names
-from lorasb_export.errors import SettingsError
-from lorasb_export.names import name_problem, resolve_adapters, served_name_problem, task_name_problem
+from lorasb_export.errors import ArtifactError, SettingsError
+from lorasb_export.names import (
+    adapters_in,
+    name_problem,
+    ours_in,
+    resolve_adapters,
+    served_name_problem,
+    task_name_problem,
+)
 from lorasb_export.project.project import Project
+from tests.artifacts import forbid
 
 
 def folder(path: Path) -> Path:
@@ -236,3 +244,22 @@ def test_all_problems_are_reported_at_once(project: Path) -> None:
         resolve("biling", "later", "shipping", "a b=billing")
     assert "3 problems, nothing is served" in str(caught.value)
     assert all(f"\n  {part}" in str(caught.value) for part in ("1. no adapter 'biling'", "2. task later", "3. 'a b'"))
+
+
+def test_an_adapter_that_may_not_be_looked_into_is_left_to_who_loads_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would be passed over in silence; lost+found is a disk's own."""
+    (project / "adapters" / "lost+found").mkdir()
+    for name in ("billing", "lost+found"):
+        forbid(project / "adapters" / name, monkeypatch)
+    assert adapters_in(project / "adapters") == ["billing", "shipping"]
+    assert ours_in(project / "adapters") == ["billing"]  # the other is of no kind
+    assert resolve("billing") == {"billing": Path("adapters/billing")}
+
+
+def test_adapters_that_may_not_be_listed_are_not_none(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adapters_in(project / "nowhere") == []
+    forbid(project / "adapters", monkeypatch)
+    with pytest.raises(ArtifactError, match=r"cannot be read: Permission denied \(.*/adapters\)\. Check who may"):
+        Project.load(None).find_adapter(None)

@@ -20,6 +20,7 @@ from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
 from lorasb_export.training.trainer import RTrainer
+from tests.artifacts import forbid
 from tests.conftest import lorasb
 
 
@@ -62,6 +63,22 @@ def test_a_basis_that_runs_go_on_in_is_not_replaced(project: Path) -> None:
         assert (done.exit_code, "interrupted runs go on in it: a (" in done.stderr) == (1, True)
         write_json(checkpoint / "complete.json", {**made, "basis_sha256": "of another"})
     assert lorasb("calibrate", "--rank", "2", "--overwrite").exit_code == 0
+
+
+def test_a_basis_is_not_replaced_that_what_cannot_be_looked_into_may_need(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree("adapters")
+    for hidden in ("a", ".a.run"):
+        checkpoint = project / "adapters" / hidden / "checkpoint-2"
+        checkpoint.mkdir(parents=True)
+        (checkpoint.parent / "adapter_config.json").touch()
+        write_json(checkpoint / "complete.json", {"basis_sha256": Basis.load("basis").sha256})
+        with monkeypatch.context() as patch:
+            forbid(project / "adapters" / hidden, patch)
+            done = lorasb("calibrate", "--rank", "2", "--overwrite")
+        assert (done.exit_code, "cannot be read: Permission denied" in done.stderr) == (1, True), done.stderr
+        shutil.rmtree("adapters")
 
 
 @pytest.mark.parametrize("replaced", [True, False])

@@ -22,6 +22,7 @@ from lorasb_export.project.evaluate import evaluate_adapters
 from lorasb_export.project.project import Project
 from lorasb_export.settings import CalibrationSettings
 from tests import project_of_a
+from tests.artifacts import forbid
 from tests.conftest import lorasb
 
 project = project_of_a.project
@@ -239,6 +240,26 @@ def test_where_all_are_taken_the_data_of_one_leaves_the_others_their_turn(
     assert (named.exit_code, named.stdout, "bad.jsonl:" in named.stderr) == (1, "", True)
     of_all = lorasb(*words, "--data", "bad.jsonl", "--json")  # whose fault is none of theirs
     assert list(json.loads(of_all.stdout)) == ["error"]
+
+
+def test_where_all_are_taken_what_may_not_be_read_leaves_the_others_their_turn(
+    project: Path, llama: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter b, the data of c and the basis of d are another user's."""
+    calibrate(str(llama), {}, CalibrationSettings(rank=2, directions="random")).save("hidden/basis")
+    adapter = Adapter.fresh(Basis.load("hidden/basis"))
+    adapter.training = {"task": "a", "data": str(sums)}
+    adapter.save("adapters/d")
+    shutil.copytree(sums, "hidden/rows")
+    for name in "bc":
+        shutil.copytree("adapters/a", f"adapters/{name}")
+    with (project / "lorasb.toml").open("a") as file:
+        file.write('[tasks.c]\ndata = "hidden/rows"\n')
+    for folder in ("adapters/b", "hidden"):
+        forbid(project / folder, monkeypatch)
+    printed = json.loads(lorasb("evaluate", "--metric", "loss", "--limit", "1", "--json").stdout)
+    assert (list(printed["evaluation"]), sorted(printed["failed"])) == (["a"], ["b", "c", "d"]), printed
+    assert all("cannot be read: Permission denied" in one["message"] for one in printed["failed"].values())
 
 
 def test_data_that_all_lack_is_told_of_ten_and_not_looked_for_in_the_others(

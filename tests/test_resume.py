@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.trainer import RTrainer
 from tests import training
+from tests.artifacts import forbid
 from tests.forks import FORK, exit_code_of_a_fork
 from tests.rows import GOOD
 
@@ -377,3 +379,16 @@ def test_a_damaged_adapter_is_replaced_by_overwrite(
     (told,) = [message for message in log.messages if "it is replaced" in message]
     assert str(out) in told
     assert Adapter.load(out).sha256 == made.sha256
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter.safetensors"])
+def test_an_adapter_that_the_disk_refuses_is_not_replaced_as_damaged(
+    name: str, llama: Path, sums: Path, basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = (str(llama), basis, sums, tmp_path / "a", replace(SETTINGS, max_steps=1))
+    made = fit(*inputs)
+    with monkeypatch.context() as patch:
+        forbid(tmp_path / "a" / name, patch, errno.EIO)
+        with pytest.raises(UnreadableError, match="cannot be read: Input/output error"):
+            fit(*inputs, resume=True, overwrite=True)
+    assert Adapter.load(tmp_path / "a").sha256 == made.sha256

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lorasb_export.errors import ArtifactError
-from lorasb_export.files.storage import MAX_JSON_BYTES, parse_json, read_header, read_json
+from lorasb_export.files.kind import artifact_kind
+from lorasb_export.files.storage import MAX_JSON_BYTES, parse_json, read_header, read_json, sha256_file
+from tests.artifacts import forbid
 
 
 def test_a_key_that_stands_there_twice_is_found_in_one_pass() -> None:
@@ -42,3 +46,16 @@ def test_what_is_too_large_to_be_one_of_ours_is_not_read(tmp_path: Path) -> None
     assert len(parse_json(f'{{"x": [{brackets * 1000}[]]}}')["x"]) == 1001
     with pytest.raises(ValueError, match="more than 500000 lists and objects"):
         parse_json(f'{{"x": [{brackets * 500_000}[]]}}')
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("read", [artifact_kind, read_json, read_header, sha256_file])
+def test_a_file_that_the_system_refuses_is_an_error_of_its_own(
+    read: Callable[[Path], object], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "adapter_config.json").touch()
+    forbid(folder, monkeypatch, code)
+    with pytest.raises(ArtifactError, match=f"cannot be read: {os.strerror(code)}"):
+        read(folder if read is artifact_kind else folder / "adapter_config.json")

@@ -175,6 +175,31 @@ def test_wrong_usage_names_the_option(words: str, said: str, tmp_path: Path, mon
     assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        *(("init --model=", "--model"), ("init --tasks-dir=", "--tasks-dir"), ("calibrate --out=", "--out")),
+        *(("calibrate --data a=x --data=", "--data"), ("fit --start-from=", "--start-from")),
+        *(("fit --lr=", "--learning-rate/--lr"), ("fit --basis=", "--basis"), ("fit --config=", "--config")),
+        *(
+            ("evaluate --data=", "--data"),
+            ("push adapters/a --repo=", "--repo"),
+            ("generate hi --adapters=", "--adapters"),
+        ),
+        *(("serve --adapters-dir=", "--adapters-dir"), ("quickstart --out=", "--out")),
+    ],
+)
+def test_an_option_that_is_empty_is_not_taken_for_one_that_is_left_out(
+    words: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a variable of the shell's that is not set."""
+    monkeypatch.chdir(tmp_path)
+    done = lorasb(*words.split())
+    said = f"{flag} is empty: leave it out, or give a value"
+    assert (done.exit_code, said in " ".join(done.stderr.split())) == (2, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), MemoryError(), None])
 def test_out_of_memory_says_what_takes_less(error: Exception | None, capsys: pytest.CaptureFixture[str]) -> None:
     def verb(run: Run, batch_size: int = 8, dtype: str = "auto") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, first_line
+from ..files.output import disk_error_in
 from ..hub.calls import hub_errors, status_of, with_retries
 from ..hub.ids import may_be_dataset
 from .rows import LABELLED, Placed, kind_of, warn_once
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _OF_A_WRONG_NAME = ("BuilderConfig", "Unknown split", "Unrecognized instruction")
+_UNTOLD = "An error occurred while generating the dataset"  # what went wrong is this error's cause, or its next lines
 
 
 def rows_from_hub(source: TaskSource) -> dict[str, list[Placed]]:
@@ -91,7 +93,7 @@ def _load(source: TaskSource, **options: Any) -> Any:
     try:
         return with_retries(lambda: load_dataset(name, **options))
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not reachable"
-        what, fix = f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
+        what, fix = _told(error)
         if "Config name" in str(error):
             there, _, _ = str(error).partition("configs: ")[2].partition("\n")
             what = f"the dataset has several parts: {there}"
@@ -104,6 +106,21 @@ def _load(source: TaskSource, **options: Any) -> Any:
             with hub_errors(source.path, DataError, "the dataset cannot be read: "):
                 raise failure from failure.__cause__
         raise DataError(what, where=source.path, fix=fix) from None
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What is wrong, and what to do, where neither a name in the project's file nor the Hub is at fault."""
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # that of a file here has one
+        return f"no such file, folder or Hub dataset: {first_line(error)}", "Check the path, or the network"
+    reason = error.__cause__ or error if str(error) == _UNTOLD else error
+    lines = [line for line in str(reason).splitlines() if line.strip() and line != _UNTOLD]
+    said = lines[0] if lines else type(reason).__name__
+    fix = "Try again; if it stays so, save its rows as train.jsonl, and give that file"
+    if isinstance(reason, OSError) and (reason.filename or disk_error_in(said) or "disk space" in said):
+        fix = "Let HF_HOME or HF_DATASETS_CACHE be a folder with room that can be written"
+    elif "scripts are no longer supported" in said:
+        fix = "Save its rows as train.jsonl, and give that file"
+    return f"cannot read the Hub dataset: {said}", fix
 
 
 def _failure_of_the_hub(error: BaseException) -> BaseException | None:

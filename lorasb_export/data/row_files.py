@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import DataError, LoraSBError, Problems
-from ..files.storage import MAX_JSON_BYTES, parse_json
+from ..files.storage import MAX_JSON_BYTES, cannot_read, parse_json
 from .rows import Placed, Row, refuse_empty, warn_once
 from .source import SPLITS
 
@@ -28,10 +28,11 @@ def is_rows(path: Path) -> bool:
 def split_files(folder: Path) -> dict[str, Path]:
     """The file of each split that a data folder has: JSON lines, or else CSV.
 
-    Warns of the .jsonl and .csv files that are none of them.
+    Warns of the .jsonl and .csv files that are none of them. Raises DataError where the folder cannot be read.
     """
     splits = {split: split for split in SPLITS} | {"validation": "valid"}
-    present = sorted(filter(is_rows, folder.iterdir()))
+    with cannot_read(folder, DataError):
+        present = sorted(filter(is_rows, folder.iterdir()))
     found: dict[str, Path] = {}
     for path in sorted(present, key=is_csv):
         split = splits.get(path.stem)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..errors import DataError, SettingsError, require_path
-from ..files.storage import expanded
+from ..files.storage import cannot_read, expanded
 from .columns import renamed
 from .hold_out import divided
 from .hub_dataset import rows_from_hub
@@ -131,17 +131,20 @@ def load_task(name: str, source: AnySource) -> TaskData:
             training rows to hold out.
 
     Raises:
-        DataError: nothing there; two files of one split; or, with file and line, a broken line, a missing, empty or
-            wrong field or column, a row of another kind than the first, a label that no training row has.
+        DataError: nothing there, or it cannot be read; two files of one split; or, with file and line, a broken line, a
+            missing, empty or wrong field or column, a row of another kind than the first, a label that no training row
+            has.
         SettingsError: splits or a subset of what is no Hub dataset.
     """
     if not isinstance(source, TaskSource):
         require_path("the task's data", source, "For rows in memory make a task with task_of")
         source = TaskSource(str(source))
     path = expanded(source.path)
-    if path.exists() and (source.subset or source.splits):
+    with cannot_read(path, DataError):
+        is_here = path.exists()
+    if is_here and (source.subset or source.splits):
         raise SettingsError("subset and splits are of Hub datasets", where=path, fix="Leave them out")
-    placed, place = _read(source, path), str(path.absolute()) if path.exists() else source.path
+    placed, place = _read(source, path), str(path.absolute()) if is_here else source.path
     kind = _checked_kind(place, placed)
     if source.hold_out and "valid" not in placed:
         placed["train"], placed["valid"] = divided(placed["train"], kind, source.hold_out, place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .storage import read_json
+from .storage import cannot_read, read_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 _RECORDED = ("merged", "onnx", "onnx-adapters", "project", "quickstart")
@@ -15,8 +15,13 @@ def artifact_kind(folder: Path) -> str:
     """What a folder is: `basis`, `adapter`, `peft` or `base`, or what its lorasb.json says, one of `_RECORDED`.
 
     Raises:
-        ArtifactError: not a folder, or none of these.
+        ArtifactError: not a folder, none of these, or it cannot be read.
     """
+    with cannot_read(folder):
+        return _kind(folder)
+
+
+def _kind(folder: Path) -> str:
     if not folder.is_dir():
         raise ArtifactError("not a folder", where=folder, fix="Check the path")
     if (folder / "adapter_config.json").is_file():

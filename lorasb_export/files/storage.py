@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,34 @@ def cache_folder() -> Path | None:
     return next((folder / "lorasb" for folder in (named, home) if folder.is_absolute()), None)
 
 
+@contextmanager
+def cannot_read(path: Path, kind: type[LoraSBError] = UnreadableError) -> Iterator[None]:
+    """Raise the system's errors (no permission, a failing disk, …) as an error of that kind about `path`.
+
+    One of many things is then at fault, and the others have their turn. That a file is not there passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | LoraSBError):
+            raise
+        fix = "Check who may read it, and its disk"
+        raise kind(f"cannot be read: {error.strerror or error}", where=path, fix=fix) from None
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in `folder`, by name; nothing where it is no folder. Path.glob is silent of one that it may not read.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    with cannot_read(folder):
+        try:
+            return os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor as its safetensors header describes it; `start` and `end` are absolute file offsets."""
@@ -67,16 +96,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in file order, without reading a byte of weights.
 
     Raises:
-        ArtifactError: the file is missing, truncated, or its header contradicts itself.
+        ArtifactError: the file is missing, truncated, cannot be read, or its header contradicts itself.
     """
 
     def bad(what: str) -> ArtifactError:
         return ArtifactError(what, where=path, fix="The file is damaged: fetch or write it again")
 
-    if not path.is_file():
-        raise ArtifactError("file not found", where=path, fix="Check the path")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with cannot_read(path):
+        if not path.is_file():
+            raise ArtifactError("file not found", where=path, fix="Check the path")
+        size = path.stat().st_size
+    with cannot_read(path), path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if start == b"version ":
@@ -130,16 +160,17 @@ def utf8(data: bytes, where: object) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`. Raises ArtifactError when it is missing, too large or not an object."""
+    """A JSON object from `path`. Raises ArtifactError when it is missing, too large, cannot be read or no object."""
     try:
-        if path.exists() and not path.is_file():
-            raise ArtifactError("not a file", where=path, fix="Check the path")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ArtifactError(f"more than {MAX_JSON_BYTES} bytes of JSON", where=path, fix="Check the path")
-        return parse_json(path.read_bytes())
+        with cannot_read(path):
+            if path.exists() and not path.is_file():
+                raise ArtifactError("not a file", where=path, fix="Check the path")
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise ArtifactError(f"more than {MAX_JSON_BYTES} bytes of JSON", where=path, fix="Check the path")
+            return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError("file not found", where=path, fix="Check the path") from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         if isinstance(error, LoraSBError):
             raise
         fix = "Correct it, or write or fetch it again"
@@ -193,6 +224,6 @@ def version_of(path: Path) -> tuple[int, ...]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file's bytes. Raises UnreadableError when the system refuses it."""
+    with cannot_read(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

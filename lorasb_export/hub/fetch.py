@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, require_path
-from ..files.storage import absolute, expanded
+from ..files.storage import absolute, cannot_read, expanded
 from .cache import is_intact
 from .calls import hub_errors, with_retries
 from .ids import ADAPTERS, PARTS, HubFolder, is_mistyped_path, parse_hub_adapters, parse_hub_folder, parse_hub_id
@@ -38,12 +38,13 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
         (absolute folder, the same as text), or (its snapshot, `owner/name@commit` or `owner/name/folder@commit`).
 
     Raises:
-        ArtifactError: neither; or the Hub does not have it, will not give it, or cannot be reached.
+        ArtifactError: neither; it cannot be read; or the Hub does not have it, will not give it, or cannot be reached.
     """
     require_path("what holds it", source, "Save it, and give its folder")
     path = absolute(source)
-    if path.is_dir():
-        return path, str(path)
+    with cannot_read(path):
+        if path.is_dir():
+            return path, str(path)
     asked = parse_hub_folder(source)
     if asked is None or path.exists() or expanded(asked.repo).exists():
         raise neither_folder_nor_id(source, ArtifactError)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from ..adapter import Adapter
@@ -17,7 +18,7 @@ from ..cards import card
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
-from ..files.output import free_bytes
+from ..files.output import cannot_write, free_bytes
 from ..files.storage import expanded, read_json, write_json
 from ..hub.ids import parse_hub_id
 from ..made_from import adapter_provenance, published_training
@@ -74,7 +75,8 @@ def merge(
 
     Raises:
         BaseModelError: another base, an already merged or a quantized one, a missing module, a damaged tokenizer.
-        OutputError: `out` or the report exists, another merge writes it, or the disk has too little room.
+        OutputError: `out` or the report exists, another merge writes it, the report cannot be written, or the disk has
+            too little room.
         ArtifactError: the adapter or its basis is bad, or `verify` failed.
         SettingsError: a dtype, size, weight or report's name that is none.
         LoraSBError: several problems at once, listed; of the first one's kind.
@@ -84,6 +86,9 @@ def merge(
     report = None if report is None else expanded(report)
     if report is not None:
         _check_report(report, may_exist=overwrite or dry_run)
+        if not dry_run:
+            with cannot_write(report), NamedTemporaryFile(prefix=f".{report.name}.", dir=report.parent):
+                pass  # now, and not once the model is there
     plan = plan_merge(
         adapter,
         out,
@@ -113,7 +118,8 @@ def merge(
         if verify:
             result["verify"] = compare_logits(plan.base, plan.adapters, folder.path, plan.rounding)
     if report is not None:
-        retained.write_report(modules, report)
+        fix = f"The model is whole, in {out}; for its report merge again, with --overwrite"
+        retained.write_report(modules, report, fix)
         result["report"] = str(report)
     return result | {"seconds": round(time.monotonic() - started, 2)}
 

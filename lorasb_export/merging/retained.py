@@ -89,8 +89,15 @@ def expected(sample: torch.Tensor, rms: float, stored: torch.dtype) -> Retained:
     return Retained(float(delta @ delta), float(error @ error), float(error @ delta))
 
 
-def write_report(modules: Mapping[str, Retained], path: Path) -> None:
-    """Write every module's numbers to `path`, a .json file, and a plot of them beside it, a .png."""
+def write_report(modules: Mapping[str, Retained], path: Path, fix: str) -> None:
+    """Write every module's numbers to `path`, a .json file, and a plot of them beside it, a .png.
+
+    Args:
+        fix: what to do where they cannot be written.
+
+    Raises:
+        OutputError: they cannot.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -100,9 +107,10 @@ def write_report(modules: Mapping[str, Retained], path: Path) -> None:
     axes.set(title="What the stored dtype keeps of the update", xlabel="module, in file order", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
-    with cannot_write(path):
+    plot = path.with_suffix(".png")
+    with cannot_write(path, fix), cannot_write(plot, fix):
         with atomic_file(path) as temporary:
             of_modules = {name: found.shown() for name, found in modules.items()}
             write_json(temporary, {**summary(modules), "modules": of_modules})
-        with atomic_file(path.with_suffix(".png")) as temporary:
+        with atomic_file(plot) as temporary:
             figure.savefig(temporary, dpi=120, format="png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None)
         if data is not None:
             task = load_held_out(name, source or data)
             task.rows(task.held_out())  # or what was asked for would be left out in silence
-        elif source is not None and (name in project.tasks or Path(str(source)).exists()):
+        elif source is not None and (name in project.tasks or os.path.exists(str(source))):
             try:
                 task = load_task(name, source)
             except DataError as error:

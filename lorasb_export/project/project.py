@@ -170,7 +170,7 @@ class Project:
             near = nearest(name, self.tasks)
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
-        source = task.data if not path.exists() and may_be_dataset(task.data, self.folder) else str(path)
+        source = task.data if not os.path.exists(path) and may_be_dataset(task.data, self.folder) else str(path)
         told = vars(task)
         if "valid" in task.splits:  # a table that names both is refused: here `[data]` says what is held out of others
             told = {**told, "hold_out": 0}
@@ -184,7 +184,7 @@ class Project:
         task, path = self.task(name, data), expanded(data)
         if name in self.tasks:
             own = self.path(task.data)
-            if path.samefile(own) if path.exists() and own.exists() else data == task.data:
+            if path.samefile(own) if path.exists() and os.path.exists(own) else data == task.data:
                 return self.task_source(name)
         return TaskSource.of(data, {"columns": task.columns, "hold_out": task.hold_out if hold_out else 0})
 

@@ -21,7 +21,7 @@ from ..data.task import TaskData
 from ..data.trained_template import TEMPLATE_KEY, recorded_template
 from ..errors import ArtifactError, OutputError, TrainingError, some
 from ..files.atomic import discard
-from ..files.storage import read_json
+from ..files.storage import names_in, read_json
 from ..settings import FitSettings, changes
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,15 @@ def runs_begun(folder: Path, name: str = "*") -> dict[Path, dict[str, Any]]:
     """Working folder → what a checkpoint in it belongs to, of every interrupted run that has one, or one under way.
 
     See `identity_of`; `tasks` are their names.
+
+    Raises:
+        ArtifactError: what one belongs to cannot be read.
     """
     found = {}
-    for marker in folder.glob(f".{name}.run/**/checkpoint-*/{COMPLETE}"):
-        found[folder / marker.relative_to(folder).parts[0]] = read_json(marker)
+    for run in folder.glob(f".{name}.run"):
+        names_in(run)  # raises where `glob` would find nothing
+        for marker in run.glob(f"**/checkpoint-*/{COMPLETE}"):
+            found[run] = read_json(marker)
     return found
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -26,6 +24,7 @@ from typer.models import OptionInfo
 
 from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory, some_problems
 
+from .printing import Harmless, as_json, harmless, parts_of, print_out
 from .words import given
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Run:
 
     def say(self, message: str) -> None:
         if not self.quiet and _is_main_process():
-            typer.echo(_harmless(message), err=True)
+            typer.echo(harmless(message), err=True)
 
     def result(self, value: dict[str, Any], text: str, failed: Mapping[str, LoraSBError] | None = None) -> None:
         """Print the outcome: `value` as JSON, or `text` for people. Under torchrun only the first process does.
@@ -80,7 +79,7 @@ class Run:
                 has all), and the exit code is 1.
         """
         if _is_main_process() and (self.json or text):
-            _print(_as_json(value | _failures(failed)) if self.json else text)
+            print_out(as_json(value | _failures(failed)) if self.json else text)
         if failed:
             _tell_failures(failed)
             raise typer.Exit(1)
@@ -111,7 +110,7 @@ class Run:
                 self.done.update(value | _failures(failed))
                 is_stopped = isinstance(error, KeyboardInterrupt) or bool(_received)
                 if _is_main_process() and not (self.json or is_stopped) and (said := text()):
-                    _print(said)
+                    print_out(said)
             if failed:
                 _tell_failures(failed)
             raise
@@ -119,49 +118,13 @@ class Run:
 
 def _failures(failed: Mapping[str, LoraSBError] | None) -> dict[str, Any]:
     """What --json prints besides."""
-    return {"failed": {name: _parts(error, str(error)) for name, error in failed.items()}} if failed else {}
+    return {"failed": {name: parts_of(error, str(error)) for name, error in failed.items()}} if failed else {}
 
 
 def _tell_failures(failed: Mapping[str, LoraSBError]) -> None:
     if _is_main_process():
         lines = some_problems(failed, numbered=True)
-        typer.echo(_harmless(f"Error: not all was done, {len(failed):,} failed:\n{lines}"), err=True)
-
-
-# Of control characters a terminal would obey those that a file of somebody else's has; of Unicode's that turn the
-# direction of writing, a reader might be misled; and bytes of a file's name that are no UTF-8 may not be printed at
-# all. Escaped as here they are valid in JSON too.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def _harmless(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-class _Harmless(logging.Formatter):
-    """Of the messages that are logged."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _harmless(super().format(record))
-
-
-def _print(text: str) -> None:
-    """Write to stdout; where its reader has gone, as `head` goes, end as other tools do, without a word."""
-    try:
-        try:
-            typer.echo(_harmless(text))
-        except UnicodeEncodeError:  # stdout is Latin-1, say
-            typer.echo(_in_ascii(_harmless(text)))
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(128 + signal.SIGPIPE) from None
-        raise
-
-
-def _in_ascii(text: str) -> str:
-    """With all else escaped as JSON has it: JSON still says the same."""
-    return re.sub("[^\0-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+        typer.echo(harmless(f"Error: not all was done, {len(failed):,} failed:\n{lines}"), err=True)
 
 
 def _is_main_process() -> bool:
@@ -224,7 +187,7 @@ def _flag(parameter: inspect.Parameter) -> str | None:
     """How the option is written; None of a word that has no flag, and of a TEXT, which may say nothing."""
     for info in getattr(parameter.annotation, "__metadata__", ()):
         if isinstance(info, OptionInfo) and info.metavar != "TEXT":
-            written = [str(word) for word in (info.default, *info.param_decls) if str(word).startswith("--")]
+            written = [str(word) for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
             return "/".join(written) or f"--{parameter.name.replace('_', '-')}"
     return None
 
@@ -276,7 +239,7 @@ def _memory_error(error: Exception, ways: Sequence[str]) -> Exception:
 def _fail(run: Run, error: Exception) -> None:
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         error = _in_our_words(error)
-    typer.echo(_harmless(f"Error: {error}"), err=True)
+    typer.echo(harmless(f"Error: {error}"), err=True)
     if run.json:
         with suppress(OSError):  # that stdout cannot be written may be what is told
             print_error(error, str(error), run.done)
@@ -290,16 +253,7 @@ def print_error(error: BaseException, message: str, done: Mapping[str, Any] | No
         done: what was done before.
     """
     if _is_main_process():
-        _print(_as_json({**(done or {}), "error": _parts(error, message)}))
-
-
-def _as_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _parts(error: BaseException, message: str) -> dict[str, Any]:
-    parts = {name: getattr(error, name, None) for name in ("what", "where", "fix")}
-    return {"type": type(error).__name__, "message": message, **parts}
+        print_out(as_json({**(done or {}), "error": parts_of(error, message)}))
 
 
 def _in_our_words(error: OSError) -> Exception:
@@ -316,12 +270,12 @@ def _calm_libraries(run: Run) -> None:
     # too that makes two threads slower than one; on idle cores this much shorter spin costs nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if logging.lastResort:  # it prints warnings where nobody has set up another way
-        logging.lastResort.setFormatter(_Harmless("%(message)s"))
+        logging.lastResort.setFormatter(Harmless("%(message)s"))
     if hushed:
         logging.getLogger("lorasb_export").setLevel(logging.ERROR)
     elif not sys.stderr.isatty():
         printed = logging.StreamHandler()
-        printed.setFormatter(_Harmless("%(message)s"))
+        printed.setFormatter(Harmless("%(message)s"))
         logging.basicConfig(handlers=[printed])
         logging.getLogger("lorasb_export").setLevel(logging.INFO)
     if not run.verbose:

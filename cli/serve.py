@@ -63,8 +63,11 @@ def run(
 
     project = run.project
     folder = project.adapters_folder if adapters_dir is None else adapters_folder(adapters_dir)
-    words = ours_in(folder) if adapters is None else spelled_out(listed(adapters), partial(ours_in, folder))
     alone = adapters is None and adapters_dir is None and model is not None
+    if adapters is not None:
+        words = spelled_out(listed(adapters), partial(ours_in, folder))
+    else:
+        words = [] if alone else ours_in(folder)
     if not words and not alone:
         if adapters_dir is None:
             raise project.lacks("no adapter to serve", "Run lorasb fit, or give --model alone for a merged folder")

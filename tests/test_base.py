@@ -228,6 +228,14 @@ def test_a_row_with_a_token_without_an_embedding_is_named(tmp_path: Path) -> Non
     adapter = fit(base, drawn, others, tmp_path / "a", FitSettings(max_steps=1))
     with pytest.raises(DataError, match=told):
         evaluate(adapter, others, metric="loss")
+    asked = replace(task, splits={"train": rows[:1], "test": [{"prompt": "1<|im_end|>", "completion": "2"}]})
+    with pytest.raises(DataError, match=r"token 98, has no embedding.* row 1\)"):
+        evaluate(adapter, asked)
+    with pytest.raises(DataError, match=r"token 98, has no embedding.* \(prompt 2\)"):
+        answers(BaseModel.resolve(base).load(), tokenizer, ["1+1=", "<|im_end|>"])
+    long = {"prompt": "1<|im_end|>" * 8, "completion": "2"}  # is left out, and nobody is asked it
+    of_both = replace(task, splits={"train": [rows[0], long]})
+    fit(base, drawn, of_both, tmp_path / "b", FitSettings(max_steps=1, max_length=8))
     tokenizer.eos_token = "<|im_end|>"  # and the pad token has an embedding
     tokenizer.save_pretrained(base)
     with pytest.raises(BaseModelError, match=r"the end of sequence, '<\|im_end\|>', token 98, has no embedding"):

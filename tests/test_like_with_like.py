@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lorasb_export.errors import OutputError
 from lorasb_export.files.kind import artifact_kind
 from lorasb_export.files.storage import sha256_file, write_json
 from tests import project_of_a
+from tests.artifacts import forbid
 from tests.conftest import lorasb
 
 project = project_of_a.project
@@ -73,3 +75,13 @@ def test_a_damaged_one_may_be_replaced(project: Path) -> None:
     Adapter.load("adapters/a").load_basis().save("other")
     Path("other/basis_config.json").write_text("{")
     assert lorasb(*WRITTEN["basis"], "other", "--overwrite").exit_code == 0
+
+
+def test_one_that_cannot_be_read_may_be_whole_and_stays(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("adapters/a", "other")
+    write_json(Path("other/lorasb.json"), {"kind": "adapter"})
+    with monkeypatch.context() as patch:
+        forbid(Path("other/adapter_config.json"), patch, errno.EIO)
+        done = lorasb(*WRITTEN["merged"], "other", "--overwrite")
+    assert "what is there cannot be read" in done.stderr
+    Adapter.load("other")

@@ -15,6 +15,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
 from lorasb_export.files.storage import read_json, write_json
 from tests import serving
+from tests.artifacts import forbid
 from tests.conftest import lorasb
 from tests.random_adapter import save_adapter, save_base
 from tests.serving import SIZES, dry_run
@@ -48,6 +49,16 @@ def test_all_adapters_of_a_folder_are_served(folder: Path, tmp_path: Path, monke
     (adapters / "notes").mkdir()
     done = lorasb("serve", "--adapters-dir", str(adapters), "--dry-run", "--json")
     assert json.loads(done.stdout)["models"] == ["base", "x1", "x2"], done.stderr
+
+
+def test_a_model_alone_is_served_whoever_the_adapters_belong_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "a", tmp_path / "adapters" / "a")
+    forbid(tmp_path / "adapters", monkeypatch)
+    done = lorasb("serve", "--model", str(folder / "base"), "--dry-run", "--json")
+    assert json.loads(done.stdout)["models"] == ["base"], done.stderr
 
 
 def test_in_a_folder_a_bad_adapter_does_not_keep_the_others_from_being_served(

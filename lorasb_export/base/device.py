@@ -52,8 +52,13 @@ def where_there_is_room(compute: Callable[[torch.device], T], what: str) -> T:
         if device.type == "cpu" or is_out_of_host_memory(error) or not is_out_of_memory(error):
             raise
     # Only now: the error held what was in memory.
-    logger.warning("%s has no room to %s: the CPU does it, which takes longer", device, what)
+    warn_of_no_room(device, what)
     return compute(torch.device("cpu"))
+
+
+@cache  # not for every weight
+def warn_of_no_room(device: torch.device, what: str) -> None:
+    logger.warning("%s has no room to %s: the CPU does it, which takes longer", device, what)
 
 
 @cache

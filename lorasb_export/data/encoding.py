@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, DataError
@@ -123,13 +123,18 @@ def encode_all(
             found = _labelled(row, tokenizer, labels, max_length, where)
         else:
             found = _causal(row, tokenizer, max_length, where)
-        if (last := max(found["input_ids"], default=0)) >= embeddings:
-            _raise_without_embedding(tokenizer, last, embeddings, where)
+        if found["left_out"] is None:
+            require_embeddings(found["input_ids"], tokenizer, embeddings, where)
         encoded.append({**found, "row": number, "cut": found["length"] > max_length})
     return encoded
 
 
-def _raise_without_embedding(tokenizer: PreTrainedTokenizerBase, token: int, embeddings: float, where: str) -> NoReturn:
+def require_embeddings(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, embeddings: float, where: str) -> None:
+    """Raise DataError for a token beyond the first so many, or BaseModelError where it is the end of sequence: torch
+    would say that an index is out of range, and a GPU nothing of use."""
+    token = max(ids, default=0)
+    if token < embeddings:
+        return
     what = f"{tokenizer.convert_ids_to_tokens(token)!r}, token {token}, has no embedding: the base has {embeddings}"
     resize = "or give it one: resize_token_embeddings, then save_pretrained"
     if token == tokenizer.eos_token_id:

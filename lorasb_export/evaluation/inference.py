@@ -15,7 +15,7 @@ from ..base.borrowed import evaluating
 from ..base.structure import positions, trained_positions
 from ..data.chat import calls_tools
 from ..data.chat_template import require_template
-from ..data.encoding import answer_ids, prompt_ids
+from ..data.encoding import answer_ids, prompt_ids, require_embeddings
 from ..data.rows import CHAT, Prompt, Row, kind_of, question_and_answer
 from ..errors import DataError, Problems, SettingsError
 from ..layers.inject import refuse_rows
@@ -97,6 +97,7 @@ def checked_prompt_ids(
     reach: float,
     unit: str,
     made_for: float = math.inf,
+    embeddings: float = math.inf,
 ) -> list[list[int]]:
     """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
 
@@ -107,10 +108,11 @@ def checked_prompt_ids(
         reach: where its positions end (`structure.positions`).
         unit: what errors call one of them; its number, from 1, follows.
         made_for: how many tokens it is made for (`structure.trained_positions`).
+        embeddings: how many tokens of the vocabulary, the first ones, it has an embedding for.
 
     Raises:
-        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or positions end
-            before its answer. Up to ten are named at once.
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens, or one without an
+            embedding; or positions end before its answer. Up to ten are named at once.
         SettingsError: `prompts` is one text.
     """
     if isinstance(prompts, str):
@@ -121,7 +123,9 @@ def checked_prompt_ids(
     problems = Problems()
     for number, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True), 1):
         with problems:
-            questions.append(_asked(tokenizer, prompt, f"{unit} {number}", reach=reach, max_tokens=most))
+            where = f"{unit} {number}"
+            questions.append(_asked(tokenizer, prompt, where, reach=reach, max_tokens=most))
+            require_embeddings(questions[-1], tokenizer, embeddings, where)
         if problems.is_full:
             break
     problems.raise_all("nothing was answered")
@@ -132,6 +136,12 @@ def checked_prompt_ids(
             *(unit, beyond, len(questions), made_for),
         )
     return questions
+
+
+def limits_of(network: PreTrainedModel) -> dict[str, float]:
+    """What `checked_prompt_ids` asks of a network, loaded or empty."""
+    embeddings = network.get_input_embeddings().weight.shape[0]
+    return {"reach": positions(network), "made_for": trained_positions(network), "embeddings": embeddings}
 
 
 def _asked(
@@ -170,8 +180,8 @@ def answers(
             is one text.
     """
     refuse_rows(network)
-    of_each, reach, made_for = [max_tokens] * len(prompts), positions(network), trained_positions(network)
-    questions = checked_prompt_ids(tokenizer, prompts, of_each, reach=reach, made_for=made_for, unit=unit)
+    of_each = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_of(network))
     return answers_of_ids(network, tokenizer, questions, of_each, batch_size=batch_size)
 
 
@@ -219,8 +229,7 @@ def asked_of(
     ends = end_ids(tokenizer, network.generation_config.eos_token_id)
     found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
     prompts, expected, max_tokens = zip(*found, strict=True)
-    reach, made_for = positions(network), trained_positions(network)
-    ids = checked_prompt_ids(tokenizer, prompts, max_tokens, reach=reach, made_for=made_for, unit=unit)
+    ids = checked_prompt_ids(tokenizer, prompts, max_tokens, unit=unit, **limits_of(network))
     return list(map(Asked, ids, expected, max_tokens))
 
 

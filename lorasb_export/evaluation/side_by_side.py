@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import BaseModel
-from ..base.structure import positions, trained_positions
 from ..basis import Basis
 from ..belonging import load_basis_once
 from ..choices import CAUSAL_LM
 from ..data.rows import Prompt
 from ..errors import ArtifactError, LoraSBError, Problems, SettingsError
 from ..other_base import warn_of_another_template
-from .inference import answers_of_ids, checked_prompt_ids
+from .inference import answers_of_ids, checked_prompt_ids, limits_of
 
 
 def ask_adapters(
@@ -73,8 +72,8 @@ def ask_adapters(
     warn_of_another_template(loaded.values(), base_model.folder)
     tokenizer = base_model.tokenizer
     empty = base_model.load_empty(CAUSAL_LM)
-    of_each, reach, made_for = [max_tokens] * len(prompts), positions(empty), trained_positions(empty)
-    questions = checked_prompt_ids(tokenizer, prompts, of_each, reach=reach, made_for=made_for, unit=unit)
+    of_each = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_of(empty))
     network = base_model.load(dtype=dtype)
     asked: dict[str, Adapter | None] = {"base": None, **loaded}
     found = {}

@@ -119,7 +119,8 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     if data is not None:
         scored = data.rows(data.held_out())[:_METRIC_ROWS]
         unit = data.unit(data.held_out())
-        rows = encode(scored, tokenizer, SEQ_CLS, adapter.labels, trained_length(adapter), unit)
+        length = trained_length(adapter)
+        rows = encode(scored, tokenizer, SEQ_CLS, adapter.labels, length, unit, embeddings=base.embeddings)
     batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = collate(rows[start : start + _BATCH_ROWS], tokenizer.pad_token_id)

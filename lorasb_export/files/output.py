@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import ArtifactError, LoraSBError, OutputError
+from ..errors import ArtifactError, LoraSBError, OutputError, UnreadableError
 from .kind import PEFT_TYPE, artifact_kind
 from .storage import real
 
@@ -92,7 +92,10 @@ def refuse_existing(
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
     with suppress(ArtifactError):  # a damaged one
-        there = artifact_kind(target)
+        try:
+            there = artifact_kind(target)
+        except UnreadableError as error:
+            raise OutputError("what is there cannot be read", where=target, fix="Choose another path") from error
         if kind is not None and there != kind:
             what = f"the target is of the kind {there!r}, and only one of the kind {kind!r} would be replaced"
             raise OutputError(what, where=target, fix="Choose another path, or remove it first")

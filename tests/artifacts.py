@@ -41,7 +41,11 @@ def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tens
 
 
 def forbid(path: Path, monkeypatch: pytest.MonkeyPatch, code: int = errno.EACCES) -> None:
-    """Let the system refuse a file, or what lies in a folder, as another user's: no mode stops root."""
+    """Let the system refuse a file, or what lies in a folder, as another user's: no mode stops root.
+
+    And Path's questions say of it that it is not there, as they do from Python 3.14 on. What is read by os.open, or in
+    Rust, is not refused.
+    """
     forbidden = os.path.abspath(path)
 
     def refuse_in(module: ModuleType, name: str) -> None:
@@ -55,6 +59,19 @@ def forbid(path: Path, monkeypatch: pytest.MonkeyPatch, code: int = errno.EACCES
 
         monkeypatch.setattr(module, name, called)
 
+    def answer_no_in(name: str) -> None:
+        method = getattr(Path, name)
+
+        def asked(path: Path, *arguments: Any, **options: Any) -> bool:
+            try:
+                return bool(method(path, *arguments, **options))
+            except OSError:
+                return False
+
+        monkeypatch.setattr(Path, name, asked)
+
     for name in ("stat", "listdir", "scandir"):
         refuse_in(os, name)
     refuse_in(io, "open")
+    for name in ("exists", "is_file", "is_dir"):
+        answer_no_in(name)

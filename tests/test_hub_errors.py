@@ -67,7 +67,9 @@ def test_a_rate_limit_is_waited_for_as_long_as_it_says(
     assert retry_after(HfHubHTTPError("refused", response=answer)) == seconds
 
 
-def test_a_new_try_waits_as_long_as_the_hub_says_or_else_ever_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_try_waits_as_long_as_the_hub_says_or_else_ever_longer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     answers = iter([(503, {}), (429, {"Retry-After": "7"}), (503, {}), (200, {})])
@@ -80,6 +82,7 @@ def test_a_new_try_waits_as_long_as_the_hub_says_or_else_ever_longer(monkeypatch
         return "done"
 
     assert (with_retries(call), waited) == ("done", [1, 7, 4])
+    assert caplog.messages == ["the Hub is failing or asks to wait: the next try is in 7 s"]  # of a long wait alone
 
 
 def test_a_panic_of_hf_xet_is_our_error() -> None:

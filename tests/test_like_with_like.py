@@ -83,5 +83,5 @@ def test_one_that_cannot_be_read_may_be_whole_and_stays(project: Path, monkeypat
     with monkeypatch.context() as patch:
         forbid(Path("other/adapter_config.json"), patch, errno.EIO)
         done = lorasb(*WRITTEN["merged"], "other", "--overwrite")
-    assert "what is there cannot be read" in done.stderr
+    assert "cannot be read: Input/output error" in done.stderr
     Adapter.load("other")

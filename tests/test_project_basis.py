@@ -69,15 +69,17 @@ def test_a_basis_is_not_replaced_that_what_cannot_be_looked_into_may_need(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree("adapters")
+    old = Basis.load("basis").sha256
     for hidden in ("a", ".a.run"):
         checkpoint = project / "adapters" / hidden / "checkpoint-2"
         checkpoint.mkdir(parents=True)
         (checkpoint.parent / "adapter_config.json").touch()
-        write_json(checkpoint / "complete.json", {"basis_sha256": Basis.load("basis").sha256})
+        write_json(checkpoint / "complete.json", {"basis_sha256": old})
         with monkeypatch.context() as patch:
             forbid(project / "adapters" / hidden, patch)
             done = lorasb("calibrate", "--rank", "2", "--overwrite")
         assert (done.exit_code, "cannot be read: Permission denied" in done.stderr) == (1, True), done.stderr
+        assert Basis.load("basis").sha256 == old
         shutil.rmtree("adapters")
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -140,8 +140,8 @@ def checked_prompt_ids(
 
 def limits_of(network: PreTrainedModel) -> dict[str, float]:
     """What `checked_prompt_ids` asks of a network, loaded or empty."""
-    embeddings = network.get_input_embeddings().weight.shape[0]
-    return {"reach": positions(network), "made_for": trained_positions(network), "embeddings": embeddings}
+    table: Any = network.get_input_embeddings()
+    return {"reach": positions(network), "made_for": trained_positions(network), "embeddings": table.weight.shape[0]}
 
 
 def _asked(

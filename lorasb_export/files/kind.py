@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .storage import cannot_read, read_json
+from .storage import cannot_read, look_at, read_json
 
 PEFT_TYPE = "LORA_SB"  # a tool that does not know this type refuses the folder instead of loading half of it
 _RECORDED = ("merged", "onnx", "onnx-adapters", "project", "quickstart")
@@ -18,6 +18,7 @@ def artifact_kind(folder: Path) -> str:
         ArtifactError: not a folder, none of these, or it cannot be read.
     """
     with cannot_read(folder):
+        look_at(folder / "adapter_config.json")  # the folder may be there, and not what is in it
         return _kind(folder)
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, OutputError, UnreadableError
@@ -80,6 +80,9 @@ def refuse_existing(
 
     Args:
         kind: of the folder that is to be written, as `artifact_kind` has it: none of another kind is replaced.
+
+    Raises:
+        UnreadableError: what it is cannot be read.
     """
     if real(target).is_mount():  # of a link Python 3.11 would compare the disks of both its ends
         fix = f"Choose a folder in it, as {target / 'model'}"
@@ -91,14 +94,15 @@ def refuse_existing(
         raise OutputError("the target exists and is not a folder lorasb wrote", where=target, fix="Choose another path")
     if not overwrite:
         raise OutputError("the target exists", where=target, fix=fix)
-    with suppress(ArtifactError):  # a damaged one
-        try:
-            there = artifact_kind(target)
-        except UnreadableError as error:
-            raise OutputError("what is there cannot be read", where=target, fix="Choose another path") from error
-        if kind is not None and there != kind:
-            what = f"the target is of the kind {there!r}, and only one of the kind {kind!r} would be replaced"
-            raise OutputError(what, where=target, fix="Choose another path, or remove it first")
+    try:
+        there = artifact_kind(target)
+    except UnreadableError:  # it may be whole
+        raise
+    except ArtifactError:  # a damaged one
+        return
+    if kind is not None and there != kind:
+        what = f"the target is of the kind {there!r}, and only one of the kind {kind!r} would be replaced"
+        raise OutputError(what, where=target, fix="Choose another path, or remove it first")
 
 
 def refuse_existing_file(path: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -57,12 +58,24 @@ def cannot_read(path: Path, kind: type[LoraSBError] = UnreadableError) -> Iterat
     One of many things is then at fault, and the others have their turn. That a file is not there passes.
     """
     try:
+        look_at(path)
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError | LoraSBError):
             raise
         fix = "Check who may read it, and its disk"
         raise kind(f"cannot be read: {error.strerror or error}", where=path, fix=fix) from None
+
+
+def look_at(path: Path) -> None:
+    """Raise the OSError of what may not be looked at. From Python 3.14 on Path.exists says that it is not there."""
+    try:
+        os.stat(path)
+    except ValueError:  # no path at all
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
 
 
 def names_in(folder: Path) -> list[str]:

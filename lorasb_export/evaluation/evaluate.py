@@ -101,8 +101,8 @@ def evaluate(
     tokenizer = base.tokenizer
     encoded, unit = [], task.unit(split)
     if metric != "exact_match":
-        length, embeddings = trained_length(adapter), base.embeddings
-        encoded = encode(rows, tokenizer, task.task_type, adapter.labels, length, unit, embeddings=embeddings)
+        of_task = task.task_type, adapter.labels, trained_length(adapter), unit
+        encoded = encode(rows, tokenizer, *of_task, embeddings=base.embeddings)
     if network is None:
         network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:

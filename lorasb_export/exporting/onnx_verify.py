@@ -119,8 +119,8 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     if data is not None:
         scored = data.rows(data.held_out())[:_METRIC_ROWS]
         unit = data.unit(data.held_out())
-        length = trained_length(adapter)
-        rows = encode(scored, tokenizer, SEQ_CLS, adapter.labels, length, unit, embeddings=base.embeddings)
+        of_task = SEQ_CLS, adapter.labels, trained_length(adapter), unit
+        rows = encode(scored, tokenizer, *of_task, embeddings=base.embeddings)
     batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = collate(rows[start : start + _BATCH_ROWS], tokenizer.pad_token_id)

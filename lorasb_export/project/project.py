@@ -170,6 +170,7 @@ class Project:
             near = nearest(name, self.tasks)
             raise self.lacks(f"no task {name!r} in the project{near}", "Add [tasks.NAME] data = …, or pass --data")
         task, path = self.tasks[name], self.path(self.tasks[name].data)
+        # Not Path.exists: of a home that may not be entered it raises, by Python's version, and one task would end all.
         source = task.data if not os.path.exists(path) and may_be_dataset(task.data, self.folder) else str(path)
         told = vars(task)
         if "valid" in task.splits:  # a table that names both is refused: here `[data]` says what is held out of others

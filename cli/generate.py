@@ -86,7 +86,10 @@ def run(
     with nullcontext() if out is None else answers_file(out, overwrite=overwrite, prompts=prompts) as write:
         if onnx is not None:
             from lorasb_export.exporting.onnx_ask import ask_onnx
+            from lorasb_export.exporting.onnx_record import read_record
 
+            if chosen is not None:
+                chosen = spelled_out(chosen, lambda: read_record(expanded(onnx)).get("adapters", ()))
             found = ask_onnx(expanded(onnx), asked, chosen, **options)
         else:
             options |= {"dtype": dtype, **given(batch_size=batch_size)}

@@ -24,7 +24,9 @@ def run(
     tasks_dir: Annotated[
         str | None,
         typer.Option(
-            "--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task, and each .jsonl or .csv file."
+            "--tasks-dir",
+            metavar="DIR",
+            help="Make a task of each folder in DIR with a train split, and of each .jsonl or .csv file.",
         ),
     ] = None,
     as_published: Annotated[

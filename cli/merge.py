@@ -15,7 +15,7 @@ from .words import human_bytes
 
 MODEL, MAX_SHARD = "model", "5GB"
 _ROUNDED = ", onto the base in four bits"
-INTERRUPTED = "There is no model yet; the same command again goes on after the last finished shard."
+INTERRUPTED = "Nothing was written to --out; the same command again goes on after the last finished shard of a model."
 
 
 def run(

@@ -25,7 +25,8 @@ stderr, and exits with 0 (done), 1 (an expected failure, explained in one line),
 (interrupted by Ctrl-C or SIGTERM; `torchrun` itself then exits with 1), or 141 (nobody reads its output any longer).
 Paths written in `lorasb.toml` are relative to that file, paths on the command line to the working folder.
 
-With `--json` the result is one object. What was written is under `out`. A verb that does several things has an entry
+With `--json` the result is one object. (`serve` prints it on one line once the server answers; if the server fails
+later, the error is a second line.) What was written is under `out`. A verb that does several things has an entry
 for each of them, by name under `adapters` (`fit`), `evaluation` (`recorded` says whether they are in its card now) or
 `exported` (`export` with {name} in --out), or in the list `pushed`, and those that failed under `failed`. An error is
 `{"error": {"type", "message", "what", "where", "fix"}}`; one that ends such a verb stands beside what was done before.

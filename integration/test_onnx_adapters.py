@@ -219,7 +219,7 @@ def test_routing_needs_a_routed_folder(tasks_onnx: Path) -> None:
         OnnxDecoder(tasks_onnx, threads=1).generate([[5]], 1, set(), ["red"])
 
 
-# Traps of ONNX Runtime (docs/how-to/onnx.md, "What to know"): what it does, and that ours does not fall in.
+# Traps of ONNX Runtime (docs/how-to/onnx.md, "Your own decoding loop"): what it does, and that ours does not fall in.
 
 
 def session_and_feed(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -99,6 +99,18 @@ def test_names_of_adapters_may_have_blanks_around_them(monkeypatch: pytest.Monke
     assert (done.exit_code, asked) == (0, [["a", "b"]])
 
 
+def test_a_pattern_is_of_the_adapters_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "lorasb_export.exporting.onnx_ask.ask_onnx", lambda *arguments, **_: asked.append(arguments[2]) or {}
+    )
+    tasks: dict[str, dict[str, str]] = {"eu-de": {}, "eu-fr": {}, "us": {}}
+    write_record(tmp_path, {"kind": "onnx-adapters", "task_type": CAUSAL_LM, "adapters": tasks})
+    words = ["generate", "hi", "--onnx", str(tmp_path), "--adapters", "eu-*"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert asked == [["eu-de", "eu-fr"]]
+
+
 @pytest.mark.parametrize("where", ["--model", "--onnx"])
 def test_a_list_without_a_name_asks_nobody(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the base alone. A system message may be empty: a template's own is left out then."""

@@ -134,10 +134,15 @@ def test_code_that_stays_on_the_hub_is_named_there(llama: Path, tmp_path: Path) 
     base = shutil.copytree(llama, tmp_path / "base")
     named = {"AutoConfig": "odd.OddConfig", "AutoModel": "other/repo--odd.Odd"}
     write_json(base / "config.json", read_json(base / "config.json") | {"auto_map": named})
+    of_tokenizer = {"AutoTokenizer": ["odd.OddTokenizer", None]}
+    write_json(base / "tokenizer_config.json", read_json(base / "tokenizer_config.json") | {"auto_map": of_tokenizer})
     adapter = adapter_for(base, tmp_path / "a")
     merge(adapter, tmp_path / "here")
     assert read_json(tmp_path / "here" / "config.json")["auto_map"] == named
+    assert read_json(tmp_path / "here" / "tokenizer_config.json")["auto_map"] == of_tokenizer
     of_hub = replace(BaseModel.resolve(base), name_or_path="owner/odd")
     merge(adapter, tmp_path / "there", base=of_hub)
     wanted = {**named, "AutoConfig": "owner/odd--odd.OddConfig"}
     assert read_json(tmp_path / "there" / "config.json")["auto_map"] == wanted
+    wanted_of_tokenizer = {"AutoTokenizer": ["owner/odd--odd.OddTokenizer", None]}
+    assert read_json(tmp_path / "there" / "tokenizer_config.json")["auto_map"] == wanted_of_tokenizer

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from lorasb_export.adapter import Adapter
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import TaskData
 from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
-from lorasb_export.exporting import onnx
+from lorasb_export.exporting import onnx, onnx_verify
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
 from lorasb_export.exporting.onnx_build import _ask_as_we_do
@@ -101,6 +104,20 @@ def test_a_graph_is_asked_without_the_penalties_of_chats(llama: Path, tmp_path: 
     write_json(out / "generation_config.json", {"eos_token_id": 97, "temperature": 0.5, **penalties})
     _ask_as_we_do(out)
     assert read_json(out / "generation_config.json") == {"eos_token_id": [97, 2], "temperature": 0.5}
+
+
+def test_logits_that_are_not_finite_are_no_tie(tmp_path: Path) -> None:
+    """Of two prompts torch's logits of the first are NaN where the graph answered something else."""
+    logits = torch.zeros(1, 2, 3)
+    logits[0, 1, 2] = torch.nan  # argmax takes it: 2, where the graph said 1
+
+    def network(ids: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=logits if ids[0, 0] == 1 else torch.eye(3)[None, :2])
+
+    found = onnx_verify._compare(cast("Any", network), [[1], [2]], [[0, 1], [0, 1]], torch.device("cpu"))
+    assert (found["equal_tokens"], math.isnan(found["gap"])) == (3, True)
+    with pytest.raises(ArtifactError, match="no answer of the fp32 graph"):
+        onnx_verify.require_equal(found, "fp32", tmp_path, 2.0)
 
 
 def test_a_prompt_that_is_longer_than_what_is_read_at_once_is_read_alone() -> None:

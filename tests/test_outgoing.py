@@ -172,8 +172,15 @@ def test_a_part_of_a_config_names_no_folder_either(tmp_path: Path) -> None:
 
 
 def test_lists_and_labels_are_published_as_they_are(tmp_path: Path) -> None:
-    """`modules.json` of a sentence encoder is a list; a class may be called /r/a/politics."""
-    config = {"training": {"data": "/home/somebody/data", "labels": ["/r/a/politics", "/r/b/politics"]}}
+    """`modules.json` of a sentence encoder is a list; a class may be called /r/a/politics, and a prompt begin with a
+    switch of the model's."""
+    config = {
+        "training": {
+            "data": "/home/somebody/data",
+            "labels": ["/r/a/politics", "/r/b/politics"],
+            "data_read": {"columns": {"prompt": "/no_think {title}/{body}"}},
+        }
+    }
     files: outgoing.Files = {}
     for name, content in {"lorasb.json": config, "modules.json": [{"path": "/x"}], "tokenizer.json": []}.items():
         (tmp_path / name).write_text(json.dumps(content))

@@ -134,12 +134,14 @@ def test_the_data_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_init_takes_every_folder_with_rows_for_a_task(
-    sums: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sums: Path, parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, data in (("b", sums), ("a", sums), (".hidden", sums)):
         shutil.copytree(data, tmp_path / "data" / name)
     (tmp_path / "data" / "empty").mkdir()
+    (tmp_path / "data" / "f").mkdir()
+    (tmp_path / "data" / "f" / "rows.jsonl").touch()
     for name in ("d.jsonl", "e.f.CSV", ".hidden.csv", "notes.txt", "g.json"):
         (tmp_path / "data" / name).touch()
     (tmp_path / "proj").mkdir()
@@ -147,6 +149,7 @@ def test_init_takes_every_folder_with_rows_for_a_task(
         app, ["init", "--config", "proj/lorasb.toml", "--tasks-dir", "data", "--task", f"c={parity}"]
     )
     assert done.exit_code == 0, done.output
+    assert "folders with rows and without train.jsonl or train.csv are no tasks: f" in caplog.text
     project = Project.load("proj/lorasb.toml")
     assert {name: task.data for name, task in project.tasks.items()} == {
         "a": "../data/a",

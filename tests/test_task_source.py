@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 from lorasb_export import Adapter, TaskSource, evaluate, load_task, merge
+from lorasb_export.cards.sections import training_table
 from lorasb_export.errors import ArtifactError, DataError, SettingsError
 from lorasb_export.project.project import Project
 from tests.conftest import lorasb
@@ -303,3 +304,5 @@ def test_an_adapter_says_how_its_data_was_read(
     with pytest.raises(ArtifactError, match=r"training says data_read otherwise than fit does: columns has 'x'"):
         Project.load().task_of(adapter, None)
     assert "| data read, columns, prompt | question |" in (project / "adapters/a/README.md").read_text()
+    switched = {"data_read": {"columns": {"prompt": "/no_think {title}/{question}"}}}
+    assert "| data read, columns, prompt | /no_think {title}/{question} |" in training_table(switched)

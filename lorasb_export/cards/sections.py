@@ -117,8 +117,9 @@ def data_of_basis(calibration: Mapping[str, Any], facts: Facts) -> str:
 
 def training_table(training: Mapping[str, Any]) -> str:
     """The curve, what the run reports, what the basis holds of the task, the settings."""
-    rest = {key: value for key, value in training.items() if key not in _ELSEWHERE}
-    rows = [[name.replace("_", " ").replace(".", ", "), value] for name, value in _flat(rest).items()]
+    rest = _flat({key: value for key, value in training.items() if key not in _ELSEWHERE})
+    rest |= {name: _Words(value) for name, value in rest.items() if name.startswith("data_read.columns.")}
+    rows = [[name.replace("_", " ").replace(".", ", "), value] for name, value in rest.items()]
     image = f"![Loss while training]({CURVE})" if training.get("plot") == CURVE else ""
     settings = [
         f"`{_shown(name)}` {_shown(value)}" for name, value in training.get("settings", {}).items() if value is not None
@@ -247,6 +248,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Words(str):
+    """No path, whatever it begins with: a column's template may be "/no_think {question}"."""
+
+
 def _shown(value: object) -> str:
     """A value for a table cell; of a path only its last part, for the author's folders are nobody's business."""
     if isinstance(value, float):
@@ -254,7 +259,7 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:,}"
     text = str(value)
-    if os.path.isabs(text) or text.startswith((".", "~")):
+    if not isinstance(value, _Words) and (os.path.isabs(text) or text.startswith((".", "~"))):
         text = os.path.basename(os.path.normpath(text))
     return as_words(text).replace("|", "\\|")
 

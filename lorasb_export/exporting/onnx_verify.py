@@ -216,8 +216,8 @@ def _compare(
         result["tokens"] += len(answer)
         result["equal_tokens"] += equal
         if equal < len(answer):
-            gap = logits[equal, preferred[equal]] - logits[equal, answer[equal]]
-            result["gap"] = max(result["gap"], float(gap))
+            gap = float(logits[equal, preferred[equal]] - logits[equal, answer[equal]])
+            result["gap"] = max(result["gap"], gap) if math.isfinite(gap) else gap  # max(0.0, nan) is 0.0
     return result
 
 

@@ -188,6 +188,7 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     _write_config(plan, folder)
+    _name_tokenizer_code(plan.base, folder)
     if plan.adapters[0].task_type == SEQ_CLS:
         _name_padding(plan, folder)
     elif plan.tokenizer is not None:
@@ -198,12 +199,9 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
     """config.json anew where the dtype or the task changes it, or where it names code that stays on the Hub."""
-    away = _code_on_the_hub(plan.base)
-    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS and not away:
+    config = _with_code_on_the_hub(plan.base, plan.base.config)
+    if plan.dtype == "auto" and plan.adapters[0].task_type != SEQ_CLS and config == plan.base.config:
         return
-    config: dict[str, Any] = dict(plan.base.config)
-    if away:
-        config["auto_map"] = config["auto_map"] | away
     if plan.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.dtype
@@ -230,12 +228,28 @@ def _classifier_config(base: BaseModel, labels: Sequence[Any]) -> dict[str, Any]
     return entries | {"problem_type": "single_label_classification" if labels else "regression"}
 
 
-def _code_on_the_hub(base: BaseModel) -> dict[str, str]:
-    """The entries of `auto_map` whose code is not fetched, with its repository, as transformers itself writes them."""
-    if parse_hub_id(base.name_or_path) is None:
-        return {}
-    named = base.config.get("auto_map") or {}
-    return {key: f"{base.name_or_path}--{code}" for key, code in named.items() if "--" not in str(code)}
+def _name_tokenizer_code(base: BaseModel, folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        config = read_json(path)
+        if (named := _with_code_on_the_hub(base, config)) != config:
+            write_json(path, named)
+
+
+def _with_code_on_the_hub(base: BaseModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the code that its `auto_map` names, which is not fetched, under the base's repository, as
+    transformers itself writes it."""
+
+    def named(code: Any) -> Any:
+        if isinstance(code, Mapping):
+            return {key: named(entry) for key, entry in code.items()}
+        if isinstance(code, list):  # of a tokenizer the slow one and the fast one
+            return [named(entry) for entry in code]
+        return f"{base.name_or_path}--{code}" if isinstance(code, str) and "--" not in code else code
+
+    if parse_hub_id(base.name_or_path) is None or "auto_map" not in config:
+        return dict(config)
+    return {**config, "auto_map": named(config["auto_map"])}
 
 
 def _name_padding(plan: MergePlan, folder: Path) -> None:

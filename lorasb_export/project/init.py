@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tomllib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from ..data.row_files import is_rows, read_rows, split_files
 from ..data.rows import LABELLED, kind_of
-from ..errors import DataError, OutputError, SettingsError
+from ..errors import DataError, OutputError, SettingsError, some
 from ..files.atomic import atomic_file
 from ..files.lock import only_writer
 from ..files.output import cannot_write
@@ -19,6 +20,8 @@ from ..files.storage import expanded
 from ..settings import ALL_LINEAR, MLP_OUTPUT, FitSettings
 from .file import FILE_NAME, MAX_BYTES
 from .project import OWN_BASIS, Project, refuse_bad_names
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = """\
 # The project file of lorasb: defaults for every verb run in this folder. Flags win.
@@ -153,8 +156,10 @@ def tasks_in(folder: str) -> dict[str, str]:
         fix = "Give the folder that it lies in, or name it with --task NAME=DATA"
         raise SettingsError("it has a train split, so it is one task", where=place, fix=fix)
     found: dict[str, Path] = {}
+    without_train = []
     for path in sorted(place.glob("[!.]*")):
         if not (is_rows(path) or _has_train(path)):
+            without_train += [path.name] * any(map(is_rows, _entries(path)))
             continue
         name = path.stem if path.is_file() else path.name
         if name in found:
@@ -164,13 +169,19 @@ def tasks_in(folder: str) -> dict[str, str]:
     if not found:
         fix = "Give the folder that has a .jsonl or .csv file, or a folder with train.jsonl or train.csv, for each"
         raise SettingsError("there are no tasks in it", where=place, fix=fix)
+    if without_train:
+        logger.warning("folders with rows and without train.jsonl or train.csv are no tasks: %s", some(without_train))
     return {name: os.path.join(folder, path.name) for name, path in found.items()}
 
 
 def _has_train(folder: Path) -> bool:
+    return any(path.stem == "train" and is_rows(path) for path in _entries(folder))
+
+
+def _entries(folder: Path) -> list[Path]:
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        return any(path.stem == "train" and is_rows(path) for path in folder.iterdir())
-    return False
+        return list(folder.iterdir())
+    return []
 
 
 def _labelled(folder: Path, tasks: Mapping[str, str]) -> dict[str, bool]:

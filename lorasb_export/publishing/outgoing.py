@@ -258,7 +258,11 @@ def _without_folders(command: Any) -> Any:
         return " ".join(map(without_folders, command.split()))
 
 
-_CLEANED: Mapping[str, Callable[[Any], Any]] = {"labels": lambda labels: labels, "command": _without_folders}
+_CLEANED: Mapping[str, Callable[[Any], Any]] = {
+    "labels": lambda labels: labels,
+    "data_read": lambda read: read,  # names of columns, or their templates: "/no_think {question}" is no path
+    "command": _without_folders,
+}
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

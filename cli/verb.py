@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.models import OptionInfo
 
-from lorasb_export.errors import LoraSBError, SettingsError, Terminated, is_out_of_memory, some_problems
+from lorasb_export.errors import LoraSBError, SettingsError, Terminated, some_problems
+from lorasb_export.out_of_memory import is_out_of_memory
 
 from .printing import Harmless, as_json, harmless, parts_of, print_out
 from .words import given

@@ -10,7 +10,7 @@ import pytest
 from lorasb_export import Adapter, Basis
 from lorasb_export.errors import ArtifactError, OutputError
 from lorasb_export.files.storage import read_header
-from lorasb_export.made_from import adapter_provenance, published_training
+from lorasb_export.provenance import adapter_provenance, published_training
 from tests.artifacts import copy, edit
 
 

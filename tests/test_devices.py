@@ -12,8 +12,9 @@ from lorasb_export import Adapter, FitSettings, Stack, distributed, evaluate
 from lorasb_export.base.given import require_first_device
 from lorasb_export.base.model import BaseModel
 from lorasb_export.calibration.subspace import CaptureRatios, truncated_svd
-from lorasb_export.errors import BaseModelError, SettingsError, is_out_of_memory
+from lorasb_export.errors import BaseModelError, SettingsError
 from lorasb_export.layers.exact import exact_products
+from lorasb_export.out_of_memory import is_out_of_memory
 from lorasb_export.serving.modes import Folded
 from lorasb_export.training.arguments import trainer_arguments
 from lorasb_export.training.muon import Muon

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..environment import accelerate_uses
-from ..errors import SettingsError, is_out_of_host_memory, is_out_of_memory
+from ..errors import SettingsError
+from ..out_of_memory import is_out_of_host_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

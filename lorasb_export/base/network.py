@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CAUSAL_LM, NF4
-from ..errors import BaseModelError, LoraSBError, first_line, is_out_of_memory
+from ..errors import BaseModelError, LoraSBError, first_line
+from ..out_of_memory import is_out_of_memory
 from .structure import body_of, classifies
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from ..cards import card
 from ..errors import ArtifactError
 from ..files.storage import folder_bytes, read_json, write_json
 from ..format import check_seal, sealed
-from ..made_from import adapter_provenance, published_training
 from ..names import name_problem
-from ..provenance import command, versions
+from ..provenance import adapter_provenance, command, published_training, versions
 from .onnx_exporter import PRECISIONS
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from ..files.atomic import atomic_folder
 from ..files.output import refuse_existing, refuse_own_input
 from ..files.storage import expanded, read_json, write_json
 from ..hub.fetch import resolve_folder
-from ..made_from import adapter_provenance, published_training
 from ..other_base import warn_of_another_template, warn_of_other_weights
-from ..provenance import command
+from ..provenance import adapter_provenance, command, published_training
 from ..tensors import save_tensors
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from ..errors import ArtifactError, SettingsError
 from ..files.atomic import atomic_folder
 from ..files.output import refuse_own_input
 from ..files.storage import expanded, write_json
-from ..made_from import adapter_provenance
-from ..provenance import command, versions
+from ..provenance import adapter_provenance, command, versions
 from ..tensors import check_savable
 
 Weights = Mapping[str | Path, float]  # folder or Hub id → the weight of that adapter

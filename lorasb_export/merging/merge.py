@@ -21,8 +21,7 @@ from ..evaluation.answer_end import write_end_ids
 from ..files.output import cannot_write, free_bytes
 from ..files.storage import expanded, read_json, write_json
 from ..hub.ids import parse_hub_id
-from ..made_from import adapter_provenance, published_training
-from ..provenance import command
+from ..provenance import adapter_provenance, command, published_training
 from . import retained
 from .combine import Weighted, Weights
 from .folder import MergeFolder, resumable_folder

@@ -23,8 +23,8 @@ from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice
 from ..errors import ArtifactError, Problems
 from ..files.output import refuse_existing, refuse_own_input, require_room
 from ..files.storage import DTYPE_BYTES, TensorInfo
-from ..made_from import adapter_provenance
 from ..other_base import warn_of_another_template, warn_of_other_weights
+from ..provenance import adapter_provenance
 from ..tensors import TORCH_DTYPES, read_tensor
 from . import retained
 from .combine import Weighted, Weights, combine, combined_record, load_weighted

@@ -17,9 +17,9 @@ from ..adapter import Adapter
 from ..base.device import where_there_is_room
 from ..base.model import BaseModel
 from ..base.streamed import streamed_model, was_read
-from ..errors import is_out_of_memory
 from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of
 from ..layers.exact import exact_products
+from ..out_of_memory import is_out_of_memory
 from .rounding import NOT_ROUNDED, Rounding
 
 logger = logging.getLogger(__name__)

@@ -17,18 +17,10 @@ from ..base.loaded import LastLoaded
 from ..basis import Basis
 from ..calibration.calibrate import MAX_MEASURED
 from ..choices import CAUSAL_LM, SEQ_CLS
-from ..errors import (
-    PER_ITEM_ERRORS,
-    BusyError,
-    LoraSBError,
-    Problems,
-    SettingsError,
-    TrainingError,
-    is_out_of_memory,
-    some,
-)
+from ..errors import PER_ITEM_ERRORS, BusyError, LoraSBError, Problems, SettingsError, TrainingError, some
 from ..files.output import is_free
 from ..names import PLACE
+from ..out_of_memory import is_out_of_memory
 from ..settings import CalibrationSettings, FitSettings
 from ..training.fit import fit, train_together
 from ..training.requirements import check_requirements

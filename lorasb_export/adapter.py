@@ -6,7 +6,6 @@ Shapes everywhere: W (out, in), B (out, r), R (r, r), A (r, in), S (r,); the upd
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,28 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
 
 from . import basis_source, distributed
+from .adapter_folder import tensor_bytes, write_adapter
 from .base.model import BaseRef
 from .base.structure import classifies
 from .basis import Basis
 from .belonging import basis_for_next, check_same_basis
-from .cards import card
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
-from .files.kind import PEFT_TYPE
-from .files.storage import absolute, expanded, read_header, write_json
-from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
+from .files.storage import absolute, expanded, read_header
+from .format import AGAIN, read_adapter_config
 from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .names import name_of
 from .tensors import check_savable, gathered, head_shapes, load_tensors
 
 logger = logging.getLogger(__name__)
-
-# What `training` says of one R and of no other.
-_MEASURED = {"steps", "best_step", "train_loss", "valid_loss", "valid_metrics", "learning_rates", "evaluation", "plot"}
 
 
 @dataclass(eq=False)  # tensors have no one answer to ==
@@ -45,8 +39,8 @@ class Adapter:
     """One task: an r×r matrix R per module of a basis, and for classification the trained head.
 
     Attributes:
-        base: the base model of its basis. It was trained on these weights; on what beside them, `training` says: their
-            chat template may have been another.
+        base: the model it was trained on: name, revision, fingerprint of the weights. The chat template is not in the
+            fingerprint; `training` records it.
         basis_sha256: hash of the basis its R belong to.
         basis_source: where that basis is: an absolute folder or a Hub id@revision; None when it lies in the
             adapter's own folder, or was never saved (then `save` puts it there).
@@ -54,11 +48,11 @@ class Adapter:
             tensors on the CPU.
         head: full tensor name → tensor, of the trained classification head (empty for CAUSAL_LM).
         training: what `fit` reports about the run; JSON. Keys of your own may hold anything: what is no JSON is
-            saved as numbers or text. Steps, losses and figures that were loaded with an R which has changed since are
-            not saved, unless you have changed any of them too. Those that the card shows are as `fit` and `evaluate`
-            write them: `task` and `data` text, `labels` a list, `settings` by name, `evaluation`
+            saved as numbers or text. If R has changed since loading, `save` drops the recorded steps, losses and
+            scores, unless you updated any of them. Keys that the card shows are as `fit` and `evaluate` write them:
+            `task` and `data` text, `labels` a list, `settings` by name, `evaluation`
             {split: {metric: {"base", "adapter", "rows"}}}.
-        folder: where its files are; for one from the Hub a folder of the cache, which nobody may write to.
+        folder: where its files are; for an adapter from the Hub, a cache folder that must not be modified.
         basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
         hub_source: of one from the Hub, `owner/name@commit`.
     """
@@ -74,7 +68,7 @@ class Adapter:
     folder: Path | None = None
     basis: Basis | None = None
     hub_source: str | None = None
-    _loaded: tuple[str, Mapping[str, Any]] | None = None  # `sha256` and `training` as they were read
+    as_loaded: tuple[str, Mapping[str, Any]] | None = None  # `sha256` and `training` as they were read
 
     def __repr__(self) -> str:
         of = f"{self.task_type}, rank {self.rank} on {len(self.R)} modules of {self.base.name_or_path}"
@@ -92,10 +86,10 @@ class Adapter:
     ) -> Adapter:
         """Put a fresh adapter on every module of `basis` in `model`; all other parameters are frozen.
 
-        All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
-        those of the model's config. Of the model only names and shapes are compared with the basis: whether its
-        weights are those of the base, `BaseModel.verify` says. An adapter that is there is replaced;
-        `lorasb_export.layers.inject.remove(model)` takes it off.
+        The exception is a sequence classifier's head, which is trained with R in fp32 and saved in the adapter. Its
+        labels are those of the model's config. Only names and shapes are compared with the basis; `BaseModel.verify`
+        checks the weights. An adapter already on the model is replaced; `lorasb_export.layers.inject.remove(model)`
+        takes the adapter off.
 
         Args:
             scaling: s.
@@ -109,9 +103,9 @@ class Adapter:
         Raises:
             ArtifactError: the model lacks a module of the basis, or its shape differs; `start` is of another basis, or
                 has another head than the model.
-            BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4), or
-                offloaded.
-            SettingsError: `init` is another word.
+            BaseModelError: it carries PEFT layers; a module is neither Linear nor Conv1D, quantized (but for nf4),
+                offloaded, or sharded.
+            SettingsError: `init` is neither `svd` nor `zero`.
         """
         from .layers.head import labels_of, train_head  # only now: these bring transformers
         from .layers.inject import inject
@@ -145,9 +139,14 @@ class Adapter:
     def inject(self, model: torch.nn.Module) -> None:
         """Put this adapter on `model`, frozen: its R on the modules of its basis, and its head where it has one.
 
-        They are copies: what becomes of them on the model, `save` does not see. To train it on, take
-        `attach(model, adapter.load_basis(), start=adapter)`. An adapter that is there is replaced;
-        `lorasb_export.layers.inject.remove(model)` takes it off.
+        The model gets copies: `save` does not see later changes to them. To continue training, use
+        `attach(model, adapter.load_basis(), start=adapter)`. An adapter already on the model is replaced;
+        `lorasb_export.layers.inject.remove(model)` takes the adapter off.
+
+        Raises:
+            ArtifactError: as for `load_basis`; the model lacks a module of the basis or a parameter of the head, or has
+                it in another shape.
+            BaseModelError: as for `attach`.
         """
         from .layers.head import load_head
         from .layers.inject import inject
@@ -182,49 +181,14 @@ class Adapter:
         """r, of every R (r, r)."""
         return int(next(iter(self.R.values())).shape[0])
 
-    def config(self, source: str) -> dict[str, Any]:
-        """The content of `adapter_config.json`."""
-        content = {
-            "peft_type": PEFT_TYPE,
-            "format_version": FORMAT_VERSION,
-            "base_model_name_or_path": self.base.name_or_path,
-            "revision": self.base.revision,
-            "base_fingerprint": self.base.fingerprint,
-            "task_type": self.task_type,
-            "r": self.rank,
-            "scaling": self.scaling,
-            "target_modules": sorted(self.R),
-            "basis": {"sha256": self.basis_sha256, "source": source},
-            "training": json.loads(json.dumps(self.current_training(), default=_plain)),
-            "sha256": self.sha256,
-        }
-        return sealed(content)
-
-    def current_training(self) -> dict[str, Any]:
-        """`training`, without what was measured of the R and head that were loaded, if these were trained on since."""
-        if self._loaded is None or self._loaded[0] == self.sha256:
-            return dict(self.training)
-        old = {key: value for key, value in self._loaded[1].items() if key in _MEASURED}
-        if not old or any(self.training.get(key) != value for key, value in old.items()):  # they are told anew
-            return dict(self.training)
-        logger.warning(
-            "%s has changed since it was loaded: its record is kept without %s", self, ", ".join(sorted(old))
-        )
-        return {key: value for key, value in self.training.items() if key not in old}
-
     @property
     def sha256(self) -> str:
         """sha256 of `adapter.safetensors` as `save` would write it now."""
-        return hashlib.sha256(self.tensor_bytes()).hexdigest()
+        return hashlib.sha256(tensor_bytes(self)).hexdigest()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What `adapter.safetensors` holds, by name; the live tensors, not copies."""
         return {f"{name}.R": R for name, R in sorted(self.R.items())} | dict(self.head)
-
-    def tensor_bytes(self) -> bytes:
-        """`adapter.safetensors`: sorted names, fp32, so that all R lie in one block."""
-        tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.tensors().items()}
-        return serialize(tensors, {"format": "pt"})
 
     def save(self, folder: str | Path, *, overwrite: bool = False, embed: bool = False) -> None:
         """Write the adapter folder, whole or not at all; `folder` and `name` are those of what was written then.
@@ -238,7 +202,7 @@ class Adapter:
                 than R.
 
         Raises:
-            OutputError: the folder exists; with `overwrite` only what is no adapter.
+            OutputError: the folder exists and `overwrite` is false, or it holds something other than an adapter.
             ArtifactError: `training` has a key that the card shows in another shape; a tensor is not finite, or is
                 a part of one (of FSDP1, of ZeRO-3); or the card that is there cannot be kept.
         """
@@ -248,7 +212,7 @@ class Adapter:
         self.basis_source = self.basis_source or self._saved_since()
         if distributed.is_main():
             with atomic_folder(folder, overwrite=overwrite, kind="adapter") as temporary:
-                replace(self, R=R, head=head).write_into(temporary, folder, embed=embed)
+                write_adapter(replace(self, R=R, head=head), temporary, folder, embed=embed)
             if not (embed or self.basis_source or self.folder or self.load_basis().is_blocks):
                 logger.warning("%s holds the whole basis, saved nowhere else (adapters name one: basis.save)", folder)
         self.folder, self.hub_source = absolute(folder), None
@@ -259,20 +223,6 @@ class Adapter:
         if source is None or not os.path.isfile(os.path.join(source, "basis_config.json")):
             return None
         return None if os.path.isfile(os.path.join(source, "adapter_config.json")) else source
-
-    def write_into(self, temporary: Path, target: Path, *, embed: bool = False) -> None:
-        """Write the adapter's files into `temporary`, which will be renamed to `target`."""
-        source = self.basis_source
-        if embed or source is None or (self.basis is not None and self.basis.is_blocks):
-            self.load_basis().write_into(temporary)
-            source = basis_source.EMBEDDED
-        elif os.path.isabs(source):
-            source = basis_source.relative(source, target)
-        (temporary / "adapter.safetensors").write_bytes(self.tensor_bytes())
-        config = self.config(source)
-        check_training(config["training"], "Adapter.training")
-        write_json(temporary / "adapter_config.json", config)
-        card.write(temporary, card.adapter_card(config))
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:
@@ -321,13 +271,6 @@ class Adapter:
         return self.scaling * (module.B.float() @ R), module.A.float()
 
 
-def _plain(value: Any) -> Any:
-    """What JSON cannot say, as it can: numbers of numpy's or torch's as numbers, all else as text."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
 def describe(source: str | Path) -> tuple[Adapter, Path, dict[str, Any]]:
     """What an adapter's config says, without its tensors: an adapter with neither R nor head, its folder, the config.
 
@@ -346,7 +289,7 @@ def describe(source: str | Path) -> tuple[Adapter, Path, dict[str, Any]]:
         training=config["training"],
         folder=folder,
         hub_source=hub_source,
-        _loaded=(config["sha256"], deepcopy(config["training"])),
+        as_loaded=(config["sha256"], deepcopy(config["training"])),
     )
     return adapter, folder, config
 

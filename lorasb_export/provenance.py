@@ -27,6 +27,9 @@ MAX_COMMAND = 4000  # characters of a command
 
 CURVE = "training.png"  # the picture of an adapter's losses
 
+# What `Adapter.training` says of one R and of no other.
+_MEASURED = {"steps", "best_step", "train_loss", "valid_loss", "valid_metrics", "learning_rates", "evaluation", "plot"}
+
 
 def command() -> str | None:
     """The `lorasb` command line this process runs, with the last part of every absolute path; None for other programs.
@@ -73,9 +76,20 @@ def adapter_provenance(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def current_training(adapter: Adapter) -> dict[str, Any]:
+    """Its `training`, without what was measured of the R and head that were loaded, if these were trained on since."""
+    if adapter.as_loaded is None or adapter.as_loaded[0] == adapter.sha256:
+        return dict(adapter.training)
+    old = {key: value for key, value in adapter.as_loaded[1].items() if key in _MEASURED}
+    if not old or any(adapter.training.get(key) != value for key, value in old.items()):  # they are told anew
+        return dict(adapter.training)
+    logger.warning("%s has changed since it was loaded: its record is kept without %s", adapter, ", ".join(sorted(old)))
+    return {key: value for key, value in adapter.training.items() if key not in old}
+
+
 def published_training(adapter: Adapter, folder: Path | None = None) -> dict[str, Any]:
     """What a folder made from `adapter` says of its training. The picture of its curve, if any, goes to `folder`."""
-    training = {key: value for key, value in adapter.current_training().items() if key != "plot"}
+    training = {key: value for key, value in current_training(adapter).items() if key != "plot"}
     return training | {"plot": CURVE} if folder and _copy_curve(adapter, folder) else training
 
 

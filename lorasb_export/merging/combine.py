@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
+from ..adapter_folder import write_adapter
 from ..data.trained_template import TEMPLATE_KEY
 from ..errors import ArtifactError, SettingsError
 from ..files.atomic import atomic_folder
@@ -108,7 +109,7 @@ def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bo
     # No source where the basis lies in the first of them: then it goes along.
     adapter = replace(summed, R=R, basis_source=first.basis_source, training=training)
     with atomic_folder(out, overwrite=overwrite, kind="adapter") as temporary:
-        adapter.write_into(temporary, out)
+        write_adapter(adapter, temporary, out)
         made = {"kind": "adapter", "base": asdict(adapter.base), "combined": record}
         write_json(temporary / "lorasb.json", made | {"versions": versions(), "command": command()})
     size = (out / "adapter.safetensors").stat().st_size

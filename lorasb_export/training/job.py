@@ -15,6 +15,7 @@ import torch
 
 from .. import distributed
 from ..adapter import Adapter
+from ..adapter_folder import write_adapter
 from ..base.device import default_device
 from ..base.given import refuse_several_devices, require_first_device, require_loaded, require_positions
 from ..base.model import AnyBase, BaseModel
@@ -274,7 +275,7 @@ class Job:
                 made = {**outcome.identity, "settings": used, "learning_rates": rates}
                 made |= {"capture": capture, "seconds": seconds, "start": self._start and self._start.name}
                 with atomic_folder(out, overwrite=overwrite, kind="adapter") as folder:
-                    adapter.write_into(folder, out)
+                    write_adapter(adapter, folder, out)
                     write_training_record(folder, outcome.run, outcome.entries, made)
             adapter.folder = out
             results.append(adapter)

@@ -19,10 +19,11 @@ from ..files.storage import FLOATS, TensorInfo, expanded, read_json
 from ..hub.fetch import snapshot
 from ..hub.ids import parse_hub_id
 from .device import check_dtype, default_device
-from .network import as_base_model_error, auto_class, empty_network, mend_defaults, read_network, tokenizer_of
-from .side_files import LICENCES, TEXTS
+from .network import auto_class, empty_network, mend_defaults, read_network
+from .side_files import FETCHED, FETCHED_TEXTS, LOOKED_AT_FIRST, NOT_FETCHED
 from .supported import architecture, check_supported, refuse_merged
 from .tensors import checkpoint_tensors, possible_keys
+from .tokenizer import padded_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
-# Of what a repository publishes some JSON is read that no copy takes along: the index, and what a merge notes.
-_TEXTS = ["*.json", "*.txt", *TEXTS]
-_CHECKPOINT_FILES = ["*.safetensors", *_TEXTS, *LICENCES, "README.md"]
-# The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
-_NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
-_LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `check_supported` asks for
 
 
 @dataclass(frozen=True)
@@ -76,13 +71,15 @@ class BaseModel:
 
     @classmethod
     def resolve(cls, name_or_path: AnyBase, revision: str | None = None, *, weights: bool = True) -> BaseModel:
-        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`); one that was found is given back.
+        """Find a folder or a Hub id (`owner/name` or `owner/name@revision`); a BaseModel is returned unchanged.
 
         Args:
             weights: fetch them too, from the Hub; else its config and tokenizer alone.
 
         Raises:
             BaseModelError: missing, a file, without safetensors, quantized, or of an unsupported architecture.
+            ArtifactError: config.json is damaged.
+            SettingsError: it is neither a path nor a Hub id, but a loaded network, say.
         """
         if isinstance(name_or_path, BaseModel):
             return name_or_path
@@ -97,14 +94,14 @@ class BaseModel:
             folder = path.resolve()
         else:
             before = "the base model was not found: "
-            name, revision, folder = snapshot(name, _LOOKED_AT_FIRST, BaseModelError, before, revision)
+            name, revision, folder = snapshot(name, LOOKED_AT_FIRST, BaseModelError, before, revision)
         if not (folder / "config.json").is_file():
             raise BaseModelError("no config.json in the base model's folder", where=folder, fix="Give a model folder")
         config = read_json(folder / "config.json")
         check_supported(config, folder)
         if not path.is_dir():  # only now the weights
-            files = _CHECKPOINT_FILES if weights else _TEXTS
-            snapshot(f"{name}@{revision}", files, BaseModelError, before, but=_NOT_FETCHED, cached=folder)
+            files = FETCHED if weights else FETCHED_TEXTS
+            snapshot(f"{name}@{revision}", files, BaseModelError, before, but=NOT_FETCHED, cached=folder)
         return cls(str(folder) if path.is_dir() else name, revision, folder, config)
 
     @cached_property
@@ -224,7 +221,8 @@ class BaseModel:
         Raises:
             BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
                 raises on files that contradict each other.
-            SettingsError: `dtype` is another word, or the device has none of its numbers.
+            SettingsError: unknown `dtype`, or one the device does not support; or `nf4` of a base in float64.
+            MissingPackageError: `nf4` without bitsandbytes.
         """
         import torch
 
@@ -290,19 +288,7 @@ class BaseModel:
         Raises:
             BaseModelError: that has none either; the tokenizer's files are missing or damaged.
         """
-        with as_base_model_error(self.folder):
-            tokenizer = tokenizer_of(self.folder)
-        ids = tokenizer.pad_token_id, tokenizer.eos_token_id
-        pads, ends = (token is not None and token < self.embeddings for token in ids)
-        if not pads:
-            if not ends:
-                what = "the tokenizer has neither a pad token nor an end-of-sequence token with an embedding"
-                fix = "Name one in tokenizer_config.json, for instance as pad_token"
-                raise BaseModelError(what, where=self.folder, fix=fix)
-            tokenizer.pad_token = tokenizer.eos_token
-        if self.config.get("type_vocab_size", 0) < 2:
-            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        return tokenizer
+        return padded_tokenizer(self)
 
 
 AnyBase = str | Path | BaseModel  # a folder, a Hub id, or what was found behind one

@@ -15,7 +15,7 @@ from .structure import body_of, classifies
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _FETCH = "Fetch the base again"
 _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -132,21 +132,6 @@ def _read_by_every_process() -> Iterator[None]:
         os.environ.pop(_EFFICIENT)
         if before is not None:
             os.environ[_EFFICIENT] = before
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer, as its Hugging Face files say.
-
-    Beside a tekken.json transformers takes Mistral's own, if mistral_common is there, which vLLM brings: that one knows
-    no chat template, and serving asks with the template.
-    """
-    from transformers import AutoTokenizer
-
-    has_others = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, mistral_format=False if has_others else None
-    )
-    return found
 
 
 def refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What lies beside a base's weights, and goes wherever a model made from it goes."""
+"""A base's files by their names: those that are fetched, and those that go wherever a model made from it goes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ LICENCES = (
         for ending in ("", "*.md", "*.txt")
     ),
 )
+# Of what a repository publishes some JSON is read that no copy takes along: the index, and what a merge notes.
+FETCHED_TEXTS = ["*.json", "*.txt", *TEXTS]
+FETCHED = ["*.safetensors", *FETCHED_TEXTS, *LICENCES, "README.md"]
+# The same model again in its maker's own format, and what lies in folders: to these patterns `*` is any path.
+NOT_FETCHED = ["*/*.safetensors", "consolidated*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
+LOOKED_AT_FIRST = ["config.json", "adapter_config.json"]  # what `supported.check_supported` asks for
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.model import BaseModel
-from ..base.network import as_base_model_error, tokenizer_of
+from ..base.network import as_base_model_error
 from ..base.side_files import side_files
+from ..base.tokenizer import tokenizer_of
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..environment import child_environment

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..bars import progress_bar
-from ..base.network import tokenizer_of
+from ..base.tokenizer import tokenizer_of
 from ..environment import require_packages
 from ..errors import ArtifactError, DataError, SettingsError, first_line, some
 from ..evaluation.answer_end import ends_of

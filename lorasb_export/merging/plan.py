@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..adapter import Adapter
 from ..base.model import AnyBase, BaseModel
-from ..base.network import as_base_model_error, tokenizer_of
+from ..base.network import as_base_model_error
 from ..base.side_files import side_files
+from ..base.tokenizer import tokenizer_of
 from ..basis import Basis
 from ..cards import card
 from ..choices import SEQ_CLS, Dtype, MergedOnto, require_choice

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,19 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
 from ..base.device import cpu_multiplies
-from ..base.model import BaseModel, BaseRef
+from ..base.model import BaseModel
 from ..base.tensors import INDEX, weight_map
-from ..basis import Basis
-from ..belonging import load_basis_once, of_one_basis
-from ..choices import SEQ_CLS, ServingMode, require_choice
-from ..errors import BaseModelError, LoraSBError, OutputError, SettingsError, some_problems
+from ..belonging import of_one_basis
+from ..choices import ServingMode, require_choice
+from ..errors import BaseModelError, OutputError, SettingsError
 from ..files.storage import read_json
-from ..names import served_name_problem
 from ..other_base import warn_of_another_template, warn_of_other_weights
 from . import flags
-from .applied import refuse_unapplied
 from .choosing import choose_mode
 from .listening import is_loopback
-from .modes import VLLM_RANKS, Mode
+from .modes import Mode
+from .servable import load_servable
 from .shared import runs_on_cpu, vllm_version
 from .temporary import PREFIX
 
@@ -163,7 +159,7 @@ def make_plan(
     if not has_key and not is_loopback(host):
         fix = "set VLLM_API_KEY or --api-key-file, or keep to 127.0.0.1 behind a proxy"
         logger.warning("Listening on %s without a key: %s", host, fix)
-    base, loaded = _load_all(adapters, model, pass_over=pass_over)
+    base, loaded = load_servable(adapters, model, pass_over=pass_over)
     if same := next((name for name in flags.served_names(extra, _base_name(base)) if name in loaded), None):
         named_twice = SettingsError(f"{same!r} is the name of the base and of an adapter", fix="Rename the adapter")
         if not pass_over or len(loaded) == 1:
@@ -188,66 +184,6 @@ def make_plan(
         if os.environ.get(switch, "0") != "0":
             logger.warning("%s has no effect here: %s", switch, instead)
     return plan
-
-
-def _load_all(
-    adapters: Mapping[str, str | Path], model: str | None, *, pass_over: bool
-) -> tuple[BaseModel, dict[str, Adapter]]:
-    """The base that is served, and the adapters that can be; of the others an error, or with `pass_over` a warning."""
-    loaded: dict[str, Adapter] = {}
-    problems: dict[str, LoraSBError] = {}
-    for name, source in adapters.items():
-        try:
-            loaded[name] = _servable(name, source)
-        except LoraSBError as error:
-            problems[name] = error
-    base, apart = _on_one_base(loaded, None if model is None else BaseModel.resolve(model))
-    problems |= apart
-    for name in loaded.keys() - problems.keys():
-        assert base is not None  # it is theirs
-        try:
-            refuse_unapplied(loaded[name], base)
-        except LoraSBError as error:
-            problems[name] = error
-    loaded = {name: adapter for name, adapter in loaded.items() if name not in problems}
-    if problems:
-        problems = {name: problems[name] for name in adapters if name in problems}
-        what, which = f"{len(problems)} of {len(adapters)} adapters cannot be served", some_problems(problems)
-        may_pass, too_many = pass_over and loaded, len(apart) > len(adapters) // 10
-        if not may_pass or too_many:
-            why = " (more than a tenth are without their basis, or of another base: name those to serve)"
-            raise type(next(iter(problems.values())))(f"{what}{why if may_pass else ''}:\n{which}", fix="")
-        logger.warning("%s:\n%s\nThe others are served", what, which)
-    assert base is not None  # given, or that of what is loaded
-    return base, loaded
-
-
-def _on_one_base(
-    adapters: Mapping[str, Adapter], base: BaseModel | None
-) -> tuple[BaseModel | None, dict[str, LoraSBError]]:
-    """Give each adapter its basis, and compare its base with `base`, or with that of the most adapters.
-
-    Returns:
-        the base, None where none is there; and what is wrong with adapters whose basis cannot be read, or that are of
-        another base.
-    """
-    bases: dict[str, Basis] = {}  # adapters of one basis share it
-    verified: set[tuple[BaseRef, frozenset[str]]] = set()  # to read the base for each of a thousand takes seconds
-    apart: dict[str, LoraSBError] = {}
-    named = {name: (adapter.base.name_or_path, adapter.base.revision) for name, adapter in adapters.items()}
-    count = Counter(named.values())
-    for name in sorted(adapters, key=lambda name: -count[named[name]]):
-        adapter = adapters[name]
-        try:
-            load_basis_once(adapter, bases)
-            base = base or adapter.base.resolve()
-            of_base = (adapter.base, frozenset(adapter.R))
-            if of_base not in verified:
-                base.verify(*of_base)
-                verified.add(of_base)
-        except LoraSBError as error:
-            apart[name] = error
-    return base, apart
 
 
 def _check_dtype(plan: ServePlan) -> None:
@@ -291,17 +227,3 @@ def _penalizes_repetition(base: BaseModel) -> bool:
 def _base_name(base: BaseModel) -> str:
     """Its Hub id, or the name of its folder."""
     return base.folder.name if base.name_or_path == str(base.folder) else base.name_or_path
-
-
-def _servable(name: str, source: str | Path) -> Adapter:
-    """The adapter in `source`, loaded. Raises ArtifactError or SettingsError where it cannot be served as `name`."""
-    if problem := served_name_problem(name):
-        raise SettingsError(problem, fix="Serve it under another: NAME=FOLDER")
-    adapter = Adapter.load(source)
-    if adapter.task_type == SEQ_CLS:
-        fix = "Use `lorasb merge` or `lorasb export --format onnx`"
-        raise SettingsError("a classifier, and this server generates text", where=adapter.folder, fix=fix)
-    if adapter.rank > VLLM_RANKS[-1]:
-        fix = "Use `lorasb merge` and serve the merged folder with --model"
-        raise SettingsError(f"rank {adapter.rank}, vLLM takes at most {VLLM_RANKS[-1]}", where=adapter.folder, fix=fix)
-    return adapter

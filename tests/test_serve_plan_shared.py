@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, OutputError, SettingsError
-from lorasb_export.serving import choosing, modes, plan
+from lorasb_export.serving import choosing, copies, plan
 from lorasb_export.serving.modes import Shared
 from lorasb_export.serving.shared.loading import copy_adapter, load_R, version_name
 from tests import serving
@@ -254,7 +254,7 @@ def test_an_adapter_that_is_trained_anew_while_a_server_starts_is_served_as_it_i
             new.save(found, overwrite=True)
             shutil.copy(found / "adapter_config.json", target)
 
-    monkeypatch.setattr(modes, "copy_adapter", copy)
+    monkeypatch.setattr(copies, "copy_adapter", copy)
     made.mode.write(served)
     version = version_name("second", source)
     assert version != old
@@ -272,7 +272,7 @@ def test_an_adapter_that_is_trained_anew_while_a_server_starts_is_served_as_it_i
 def test_what_an_adapter_was_replaced_by_has_to_be_one_that_was_checked(
     folder: Path, siblings: dict[str, Path], tmp_path: Path, now: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modes, "_PAUSE", 0)
+    monkeypatch.setattr(copies, "_PAUSE", 0)
     made, source, served = planned_copies(siblings), siblings["second"], tmp_path / "served"
     served.mkdir()
     second = Adapter.load(source)
@@ -289,9 +289,9 @@ def test_what_an_adapter_was_replaced_by_has_to_be_one_that_was_checked(
             shutil.rmtree(source, ignore_errors=True)
         copy_adapter(found, target)
 
-    copies = Mock(side_effect=copy)
-    monkeypatch.setattr(modes, "copy_adapter", copies)
+    copying = Mock(side_effect=copy)
+    monkeypatch.setattr(copies, "copy_adapter", copying)
     what = "cannot read the adapter" if now == "gone" else "the adapter was replaced meanwhile"
     with pytest.raises(ArtifactError, match=what):
         made.mode.write(served)
-    assert copies.call_count == 1 + 3
+    assert copying.call_count == 1 + 3

@@ -24,6 +24,7 @@ from ..other_base import warn_of_another_template, warn_of_other_weights
 from . import flags
 from .choosing import choose_mode
 from .listening import is_loopback
+from .memory import memory_of
 from .modes import Mode
 from .servable import load_servable
 from .shared import runs_on_cpu, vllm_version
@@ -120,7 +121,7 @@ class ServePlan:
             "command": self.command("TEMPORARY"),
             "environment": self.environment("TEMPORARY"),
             "models": [*flags.served_names(self.extra, _base_name(self.base)), *self.names],
-            "memory": self.mode.memory(4 if self.is_float32 else 2, self.base),
+            "memory": memory_of(self.mode, 4 if self.is_float32 else 2, self.base),
         }
 
 

@@ -41,11 +41,12 @@ class Stack:
         """Attach `adapters`, all of one basis and one scaling; any adapter on `model` is taken off first.
 
         While attached, each adapter's `R` are views of the layers': training those trains them, `save` works as ever,
-        after a move of the model too. For another set of adapters make another Stack; `detach` this one before, or
-        adapters that are not in the other one hold on to the model.
+        after a move of the model too. For another set of adapters make another Stack. Call `detach` first; otherwise
+        adapters missing from the new Stack keep the model in memory.
 
         Raises:
             ArtifactError: no adapter, different bases or scalings, a trained head, or a model they do not fit.
+            BaseModelError: as for `Adapter.attach`.
             SettingsError: the layers lie on several devices.
         """
         first = next(iter(adapters.values()), None)
@@ -116,8 +117,8 @@ class Stack:
     def use(self, choice: str | Sequence[str | None] | None) -> None:
         """Choose for the next forward passes: one adapter for every row, or one for each row; None is the base.
 
-        With gradient checkpointing, which computes passes again, not before `backward` of the last one: of the
-        non-reentrant kind that is an error, the reentrant kind does not notice.
+        With gradient checkpointing, call `backward` before the next `use`: passes are recomputed with the current
+        choice. Non-reentrant checkpointing raises an error; reentrant silently uses the wrong adapter.
 
         Raises:
             SettingsError: no adapter of that name is attached, none is named, or another was put on the model since.

@@ -19,7 +19,7 @@ from lorasb_cli.main import app
 from typer.testing import CliRunner
 
 from lorasb_export.errors import MissingPackageError, OutputError, ServerError
-from lorasb_export.serving import choosing, launcher
+from lorasb_export.serving import choosing, launcher, server_log
 from lorasb_export.serving import server as server_module
 from lorasb_export.serving.launcher import running_server, serve
 from lorasb_export.serving.server import RunningServer
@@ -248,7 +248,7 @@ def test_a_server_that_ends_though_nobody_stopped_it_has_failed(
     log: str, cause: str, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When its engine dies, vLLM's front end closes as if it had been asked to."""
-    monkeypatch.setattr(server_module, "_RECENT", 2)
+    monkeypatch.setattr(server_log, "_RECENT", 2)
     command = [sys.executable, "-c", ANSWERS_TWICE, str(free_port), log, "the/model"]
     url = f"http://127.0.0.1:{free_port}"
     server = RunningServer(command, os.environ, url, echo=False, advice="Start otherwise. ")
@@ -286,7 +286,7 @@ def test_a_prompt_in_the_log_kills_no_server(free_port: int, monkeypatch: pytest
     server = RunningServer(command, os.environ, f"http://127.0.0.1:{free_port}", echo=False)
     try:
         server.start()
-        while not any(ENGINE_DIED in line for line in server._log):
+        while not any(ENGINE_DIED in line for line in server._log.lines):
             time.sleep(0.05)
         if (timer := server._end_of_dead) is not None:  # else it has looked by now
             timer.join()

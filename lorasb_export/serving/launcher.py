@@ -52,8 +52,8 @@ def serve(
     to stderr.
 
     Args:
-        adapters: served name → adapter folder or Hub id; or a list of words as `--adapters` takes them, each
-            with `name=` before it if it shall have another: a name in `adapters/`, a folder's path, a Hub id.
+        adapters: served name → adapter folder or Hub id; or a list of words as `--adapters` takes them (a name in
+            `adapters/`, a folder's path, a Hub id), optionally as `name=word`, to serve it under another name.
         model: the base, where the adapters do not find it themselves; without adapters, any model folder or Hub id.
         mode: `shared`: B and A once, one R per adapter, with a vLLM this was tested with; `folded`: each adapter as an
             ordinary LoRA; `auto`: shared where it can be, or folded, with a warning that says why.
@@ -63,9 +63,9 @@ def serve(
         updates_from: a folder whose adapters clients with the key may load, replace and unload meanwhile.
         api_key_file: holds the key clients have to give, or several, one a line; without it, VLLM_API_KEY holds one,
             if set.
-        pass_over: leave out with a warning the adapters that are damaged or cannot be served, if any is left; of those
-            whose basis cannot be read, or that are of another base than most, a tenth of all at most; in shared mode,
-            or with updates, also the few that are of another basis than the others.
+        pass_over: skip, with a warning, adapters that are damaged or cannot be served, as long as one remains.
+            Unreadable bases and other base models may affect at most a tenth of the adapters. In shared mode or with
+            updates, also skip the few of another basis.
         echo: copy the server's log to stderr.
         on_start: called once when nothing was refused, before the server is started.
         on_ready: called once with `url`, `models` and `pid` when the server answers.

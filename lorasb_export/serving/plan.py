@@ -141,9 +141,7 @@ def make_plan(
     """Check the settings, then load and check every adapter, its basis, and that the base is theirs.
 
     Args:
-        pass_over: leave out with a warning what is damaged or cannot be served, if anything is left; in shared mode, or
-            with updates, also the few that are of another basis than the others. Those whose basis cannot be read, or
-            that are of another base, are left out while they are a tenth of all at most: of more it is an error.
+        pass_over: as of `launcher.serve`.
 
     Raises:
         LoraSBError: SettingsError, or for adapters, all reported at once, of the kind of the first problem.

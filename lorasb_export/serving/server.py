@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -25,18 +23,12 @@ from ..errors import OutputError, ServerError
 from . import guard
 from .api_keys import keys_in
 from .listening import listens
+from .server_log import ServerLog
 from .shared import VERSIONS_VARIABLE
 from .stopping import STOPPING_VARIABLE
 
 SECONDS = 20  # for a server to end when it has answered all requests (vLLM takes 13); then it is killed
 _ARRIVING = 1  # seconds for what came before new requests are refused to reach the engine, which drops what comes late
-_LOG_LINES, _LOG_WIDTH = 20, 2000  # vLLM logs the names of thousands of adapters as one line
-# What vLLM logs for every engine when it ends; with other words an end takes 10 s longer.
-_ASKED, _DRAINED = "send sigterm to process EngineCore", "EngineCore: request processing complete"
-# What it logs when its engine has died. Then it ends, unless it waits for something that the engine was to answer.
-_DIED = "AsyncLLM output_handler failed."
-_RECENT = 60.0  # seconds between an exception and the end that it is the cause of
-_EXCEPTION = re.compile(r"(?:[^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$")  # behind vLLM's stamp
 
 
 class RunningServer:
@@ -65,16 +57,12 @@ class RunningServer:
         self.url = url
         self.models: list[str] = []
         self._advice, self._drain = advice, drain
-        self._asked = self._drained = 0  # engines that were asked to end, and those with nothing left to do
         self._is_up = self._was_killed = False
         self._end_of_dead: threading.Timer | None = None
-        self._cause: str | None = None  # the first exception of a start; of a server that is up, the latest
-        self._cause_at = 0.0
-        self._command, self._variables, self._echo = command, variables, echo
+        self._command, self._variables = command, variables
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
-        self._log: deque[str] = deque(maxlen=_LOG_LINES)
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._log = ServerLog(echo=echo, when_dead=self._end_soon)
 
     @property
     def pid(self) -> int:
@@ -112,12 +100,14 @@ class RunningServer:
                 start_new_session=True,
                 preexec_fn=lambda: os.write(tell, b"%d\n" % os.getpid()),  # here: we may be killed at any moment
             )
-            self._reader.start()
+            assert self._process.stdout is not None
+            self._log.read(self._process.stdout)
         while not self._answers():
             if self._process.poll() is not None:
                 raise self._failed()
             time.sleep(0.2)
-        self._cause, self._is_up = None, True  # exceptions before it was up did not stop it
+        self._is_up = True
+        self._log.mark_up()
         try:
             self.models = self._models()
         except OutputError:  # ours is not
@@ -193,7 +183,7 @@ class RunningServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
+            self._log.wait()
 
     def _refuse_new_requests(self, process: subprocess.Popen[bytes]) -> None:
         """Have them answered with 503, where the server was started with what does that, and let those before it in."""
@@ -206,7 +196,7 @@ class RunningServer:
         end, idle = time.monotonic() + self._drain, 0
         while process.poll() is None and time.monotonic() < end and idle < 10:  # for a second: the last words are sent
             time.sleep(0.1)
-            idle = idle + 1 if 0 < self._asked == self._drained else 0
+            idle = idle + 1 if self._log.is_drained else 0
 
     def _answers(self) -> bool:
         try:
@@ -229,28 +219,12 @@ class RunningServer:
             content: bytes = response.read()
         return content
 
-    def _read_log(self) -> None:
-        stream = self._started.stdout
-        assert stream is not None
-        for line in stream:
-            text = line.decode(errors="replace")
-            self._log.append(text[:_LOG_WIDTH])
-            self._asked += _ASKED in text
-            self._drained += _DRAINED in text
-            if _DIED in text and self._end_of_dead is None:
-                self._end_of_dead = threading.Timer(SECONDS, self._kill_if_dead)
-                self._end_of_dead.daemon = True
-                self._end_of_dead.start()
-            found = _EXCEPTION.match(text.rstrip())
-            if found:
-                self._forget_an_old_cause()
-            # A line "See … for the root cause" counts only if no exception came before, as of a killed engine.
-            if found and (self._cause is None or (self._is_up and "root cause" not in text)):
-                self._cause, self._cause_at = found[1].rstrip("."), time.monotonic()
-            if self._echo:
-                with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the reading
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+    def _end_soon(self) -> None:
+        """See to it that a server whose engine has died ends."""
+        if self._end_of_dead is None:
+            self._end_of_dead = threading.Timer(SECONDS, self._kill_if_dead)
+            self._end_of_dead.daemon = True
+            self._end_of_dead.start()
 
     def _kill_if_dead(self) -> None:
         """Kill the server, which would wait for ever; but not where the words in its log were those of a prompt."""
@@ -261,19 +235,14 @@ class RunningServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def _forget_an_old_cause(self) -> None:
-        """A request may have raised it, days ago."""
-        if self._is_up and time.monotonic() - self._cause_at > _RECENT:
-            self._cause = None
-
     def _failed(self) -> ServerError:
-        self._reader.join(timeout=5)  # a child that outlives the server would hold the log open
-        self._forget_an_old_cause()
-        lines = "".join(f"  {line.rstrip()}\n" for line in self._log)
+        self._log.wait()
+        lines = "".join(f"  {line.rstrip()}\n" for line in self._log.lines)
         what = f"the vLLM server ended with exit code {self._started.returncode}"
         if self._was_killed:
             what = f"the vLLM server was killed: its engine had died, and it did not end within {SECONDS} s"
-        what = what if self._cause is None else f"{what}: {self._cause}"
+        if (cause := self._log.cause) is not None:
+            what = f"{what}: {cause}"
         advice = "" if self._is_up else self._advice
         return ServerError(what, fix=f"{advice}Its last lines:\n{lines.rstrip()}")
 

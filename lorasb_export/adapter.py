@@ -27,10 +27,10 @@ from .cards import card
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
-from .files.kind import PEFT_TYPE
+from .files.kind import ADAPTER_FILES, BASIS_FILES, PEFT_TYPE
 from .files.storage import absolute, expanded, read_header, write_json
 from .format import AGAIN, FORMAT_VERSION, check_training, read_adapter_config, sealed
-from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
+from .hub.fetch import resolve_folder
 from .names import name_of
 from .tensors import check_savable, gathered, head_shapes, load_tensors
 

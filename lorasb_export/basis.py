@@ -19,9 +19,10 @@ from .base.model import BaseRef
 from .cards import card
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
+from .files.kind import BASIS_CONFIG, BASIS_FILES, BASIS_WEIGHTS
 from .files.storage import absolute, expanded, read_json, version_of, write_json
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
-from .hub.fetch import BASIS_FILES, resolve_folder
+from .hub.fetch import resolve_folder
 from .hub.ids import parse_hub_folder
 from .layers.factors import BlockBasis, Factors, ModuleBasis
 from .provenance import versions
@@ -144,7 +145,7 @@ class Basis:
         self._check_orthonormal()
         with atomic_folder(folder, overwrite=overwrite, kind="basis") as temporary:
             self.write_into(temporary)
-            card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
+            card.write(temporary, card.basis_card(read_json(temporary / BASIS_CONFIG)))
         if not parse_hub_folder(self.source or ""):
             object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
 
@@ -166,8 +167,8 @@ class Basis:
         if hashlib.sha256(self._bytes).hexdigest() != self.sha256:
             fix = "Copy its two files by hand: another version of safetensors wrote them"
             raise ArtifactError("this safetensors lays the basis out otherwise", where=self.source, fix=fix)
-        (folder / "basis.safetensors").write_bytes(self._bytes)
-        write_json(folder / "basis_config.json", self.config())
+        (folder / BASIS_WEIGHTS).write_bytes(self._bytes)
+        write_json(folder / BASIS_CONFIG, self.config())
 
     @classmethod
     def open(cls, source: str | Path) -> Basis:
@@ -178,7 +179,7 @@ class Basis:
         """
         folder, where = resolve_folder(source, BASIS_FILES)
         config, shapes = read_basis_config(folder)
-        path = folder / "basis.safetensors"
+        path = folder / BASIS_WEIGHTS
         expected = basis_tensors(shapes, config["rank"], path)
         if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
             return cls.load(where)
@@ -195,7 +196,7 @@ class Basis:
         """
         folder, where = resolve_folder(source, BASIS_FILES)
         config, shapes = read_basis_config(folder)
-        path, rank = folder / "basis.safetensors", config["rank"]
+        path, rank = folder / BASIS_WEIGHTS, config["rank"]
         tensors = load_tensors(path, basis_tensors(shapes, rank, path), config["sha256"])
         modules: dict[str, Factors] = {}
         for name, shape in shapes.items():

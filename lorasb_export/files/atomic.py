@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
+from .kind import CARD
 from .output import cannot_write, is_ours, refuse_existing, replaced
 from .storage import real
 
-CARD = "README.md"
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
 # Of a process elsewhere nobody here can tell whether it lives. No write takes a week, and what is never removed piles

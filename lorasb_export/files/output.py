@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, OutputError, UnreadableError
-from .kind import PEFT_TYPE, artifact_kind
+from .kind import ADAPTER_CONFIG, BASIS_CONFIG, PEFT_TYPE, RECORD, artifact_kind
 from .storage import real
 
-_OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
+_OURS = (BASIS_CONFIG, RECORD)  # every folder we write has one of these, or is an adapter
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {
     errno.ENOSPC: "Free some space there, then start again",
@@ -140,7 +140,7 @@ def is_free(target: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether this package wrote `folder`, and it is one thing: a clone of a project from the Hub is the user's."""
     is_one = any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
-    return is_one and not _is_project(folder / "lorasb.json")
+    return is_one and not _is_project(folder / RECORD)
 
 
 def _is_project(record: Path) -> bool:
@@ -149,7 +149,7 @@ def _is_project(record: Path) -> bool:
 
 def _is_our_adapter(folder: Path) -> bool:
     """By the type its config names, be the file cut short: PEFT's folders have a config of that name too."""
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     return config.is_file() and f'"{PEFT_TYPE}"'.encode() in config.read_bytes()
 
 

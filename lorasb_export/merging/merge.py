@@ -14,10 +14,12 @@ from typing import Any
 from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import AnyBase, BaseModel
+from ..base.tensors import WEIGHT_INDEX
 from ..cards import card
 from ..choices import SEQ_CLS
 from ..errors import BaseModelError, OutputError, SettingsError
 from ..evaluation.answer_end import write_end_ids
+from ..files.kind import RECORD
 from ..files.output import cannot_write, free_bytes
 from ..files.storage import expanded, read_json, write_json
 from ..hub.ids import parse_hub_id
@@ -179,10 +181,8 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     names = plan.shard_names()
     if len(names) > 1:
         weight_map = {t.name: name for name, shard in zip(names, plan.shards, strict=True) for t in shard}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
-        )
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        write_json(folder / WEIGHT_INDEX, index)
     for path in plan.side_files:
         copy = folder / path.relative_to(plan.base.folder)
         copy.parent.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
         _name_padding(plan, folder)
     elif plan.tokenizer is not None:
         write_end_ids(folder, plan.tokenizer)
-    write_json(folder / "lorasb.json", provenance)
+    write_json(folder / RECORD, provenance)
     card.write(folder, card.merged_card(provenance))
 
 

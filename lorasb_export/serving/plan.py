@@ -17,7 +17,8 @@ import torch
 from ..adapter import Adapter
 from ..base.device import cpu_multiplies
 from ..base.model import BaseModel, BaseRef
-from ..base.tensors import INDEX, weight_map
+from ..base.tensors import WEIGHT_INDEX as INDEX
+from ..base.tensors import weight_map
 from ..basis import Basis
 from ..belonging import load_basis_once, of_one_basis
 from ..choices import SEQ_CLS, ServingMode, require_choice

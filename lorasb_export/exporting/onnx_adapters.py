@@ -154,7 +154,7 @@ def add_onnx_adapters(
             require_of_graph(adapter, record, folder)
         warn_of_another_template(loaded.values(), folder)
         warn_of_other_weights(loaded.values())
-        with atomic_folder(folder, overwrite=True) as new:
+        with atomic_folder(folder, overwrite=True, kind="onnx-adapters") as new:
             _copy(folder, new)
             _add(new, record, loaded)
             if verify:

@@ -27,7 +27,7 @@ _SURELY_DEAD = 7 * 24 * 3600  # seconds
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False, kind: str | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, kind: str | None) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
     A process killed inside the block leaves a hidden `.NAME.tmp-PLACE-PID-…` beside an untouched target; the next call

@@ -71,7 +71,7 @@ def refuse_existing(
     overwrite: bool,
     fix: str = "Choose another path, or pass --overwrite",
     *,
-    kind: str | None = None,
+    kind: str | None,
 ) -> None:
     """Raise OutputError when `target` exists with content and may not be replaced.
 
@@ -80,6 +80,7 @@ def refuse_existing(
 
     Args:
         kind: of the folder that is to be written, as `artifact_kind` has it: none of another kind is replaced.
+            None: any folder of ours may be.
 
     Raises:
         UnreadableError: what it is cannot be read.
@@ -105,11 +106,11 @@ def refuse_existing(
         raise OutputError(what, where=target, fix="Choose another path, or remove it first")
 
 
-def refuse_existing_file(path: Path, overwrite: bool) -> None:
+def refuse_existing_file(path: Path, overwrite: bool, what: str = "the file exists") -> None:
     """Raise OutputError when `path` exists, but for a file that may be replaced."""
     if path.exists() and not (overwrite and path.is_file()):
         fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
-        raise OutputError("the file exists", where=path, fix=fix)
+        raise OutputError(what, where=path, fix=fix)
 
 
 def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:

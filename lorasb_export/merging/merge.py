@@ -17,10 +17,10 @@ from ..base.model import AnyBase, BaseModel
 from ..base.tensors import WEIGHT_INDEX
 from ..cards import card
 from ..choices import SEQ_CLS
-from ..errors import BaseModelError, OutputError, SettingsError
+from ..errors import BaseModelError, SettingsError
 from ..evaluation.answer_end import write_end_ids
 from ..files.kind import RECORD
-from ..files.output import cannot_write, free_bytes
+from ..files.output import cannot_write, free_bytes, refuse_existing_file
 from ..files.storage import expanded, read_json, write_json
 from ..hub.ids import parse_hub_id
 from ..made_from import adapter_provenance, published_training
@@ -132,9 +132,7 @@ def _check_report(report: Path, *, may_exist: bool) -> None:
     if not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     for path in (report, report.with_suffix(".png")):
-        if path.exists() and not (may_exist and path.is_file()):
-            fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
-            raise OutputError("the report exists", where=path, fix=fix)
+        refuse_existing_file(path, may_exist, "the report exists")
 
 
 def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retained], int]:

@@ -62,8 +62,12 @@ class Basis:
     """One frozen pair (B, A) per target module of one base model, shared by any number of adapters.
 
     Attributes:
+        base: the model it was made for: name, revision, fingerprint of the weights.
+        rank: r, the same in every module.
         modules: full module name → its `B` (out, r), `A` (r, in), `S` (r,), and the `shape` of its weight.
         calibration: how it was made, JSON; see `calibrate`.
+        created_with: package → version, of what wrote it.
+        source: where it was loaded from or saved to: an absolute folder or a Hub id@revision; None until then.
         sha256: of its tensors, by which adapters know it.
     """
 
@@ -72,7 +76,7 @@ class Basis:
     modules: Mapping[str, Factors]
     calibration: Mapping[str, Any]
     created_with: Mapping[str, str] = field(default_factory=versions)
-    source: str | None = None  # where it lies, loaded from or saved to: an absolute folder, or Hub id@revision
+    source: str | None = None
 
     def __repr__(self) -> str:
         of = f"rank {self.rank} for {len(self.modules)} modules of {self.base.name_or_path}"
@@ -134,11 +138,11 @@ class Basis:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the basis folder, whole or not at all.
 
-        Adapters trained in it from now on name that folder, and so do those that named none, when they are saved next;
-        unless it is from the Hub, where all can find it.
+        Adapters trained in it afterwards record `folder` as its location, as do existing ones without a location at
+        their next `save`. A basis from the Hub keeps its Hub id.
 
         Raises:
-            OutputError: the folder exists; with `overwrite` only what is no basis.
+            OutputError: the folder exists and `overwrite` is false, or it holds something other than a basis.
             ArtifactError: the columns of a B, or the rows of an A, are not `rank` orthonormal ones.
         """
         folder = expanded(folder)
@@ -166,7 +170,8 @@ class Basis:
         """
         if hashlib.sha256(self._bytes).hexdigest() != self.sha256:
             fix = "Copy its two files by hand: another version of safetensors wrote them"
-            raise ArtifactError("this safetensors lays the basis out otherwise", where=self.source, fix=fix)
+            what = "this version of safetensors lays the basis out otherwise, in different bytes"
+            raise ArtifactError(what, where=self.source, fix=fix)
         (folder / BASIS_WEIGHTS).write_bytes(self._bytes)
         write_json(folder / BASIS_CONFIG, self.config())
 

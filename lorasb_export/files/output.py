@@ -121,7 +121,7 @@ def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
     """
     if path.is_symlink() or not (ours(path) or is_free(path)):
         fix = "Remove it if an interrupted run has left it, or choose another path"
-        raise OutputError("what lorasb did not write has a name that it needs", where=path, fix=fix)
+        raise OutputError("something that lorasb did not write has a name that it needs", where=path, fix=fix)
 
 
 def replaced(target: Path) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from lorasb_export.choices import LoadedDtype, Metric, Split
 from lorasb_export.errors import LoraSBError
+from lorasb_export.files.kind import ADAPTER_CONFIG
 
 from .verb import Run
 from .words import FORMS, low_scores, score, spelled_out
@@ -106,4 +107,4 @@ def run(
 def _is_of_tensorboard(word: str) -> bool:
     """Whether a word is the folder of its files, which lies beside adapters and so comes with `candidates/*`."""
     path = Path(word)
-    return "/" in word and path.name == "runs" and path.is_dir() and not (path / "adapter_config.json").exists()
+    return "/" in word and path.name == "runs" and path.is_dir() and not (path / ADAPTER_CONFIG).exists()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasb_export.errors import LoraSBError, SettingsError
+from lorasb_export.files.kind import ADAPTER_WEIGHTS
 
 from .verb import Run
 from .words import human_bytes
@@ -99,7 +100,7 @@ def _done(result: dict[str, Any]) -> str:
 def _replaced(result: dict[str, Any]) -> list[str]:
     """The adapters that were there with other weights: from a clone a push puts back what others have renewed since."""
     changed = [file["path"] for file in result["files"] if file["change"] == "changed"]
-    return [path for path in changed if path.rpartition("/")[2] == "adapter.safetensors"]
+    return [path for path in changed if path.rpartition("/")[2] == ADAPTER_WEIGHTS]
 
 
 def _skipped(result: dict[str, Any]) -> list[str]:

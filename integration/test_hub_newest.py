@@ -15,7 +15,8 @@ FETCH = """
 import json, sys
 from unittest.mock import patch
 from lorasb_export.errors import LoraSBError
-from lorasb_export.hub.fetch import BASIS_FILES, resolve_folder
+from lorasb_export.files.kind import BASIS_FILES
+from lorasb_export.hub.fetch import resolve_folder
 try:
     with patch("lorasb_export.hub.calls._WAITS", (0, 0, 0, 0)):  # else the last, of 8 s, is told
         print(resolve_folder(sys.argv[1], BASIS_FILES)[1])

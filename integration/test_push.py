@@ -294,7 +294,7 @@ def test_a_pickle_on_the_hub_is_not_fetched(any_hub: Hub, basis: Path) -> None:
     any_hub.push(basis, "me/basis")
     files = {**any_hub.files("me/basis"), "evil.bin": any_hub.files("me/basis")["README.md"]}
     any_hub.repos["me/basis"].commit("main", files, "by hand")
-    listing = "from lorasb_export.hub.fetch import MARK_FILES, resolve_folder\n"
+    listing = "from lorasb_export.files.kind import MARK_FILES\nfrom lorasb_export.hub.fetch import resolve_folder\n"
     listing += "print(*sorted(path.name for path in resolve_folder('me/basis', MARK_FILES)[0].iterdir()))"
     assert any_hub.run(listing) == "basis_config.json"
     assert not [line for line in any_hub.requests if "evil" in line]

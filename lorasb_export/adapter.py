@@ -25,9 +25,10 @@ from .belonging import basis_for_next, check_same_basis
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
+from .files.kind import ADAPTER_FILES, BASIS_FILES
 from .files.storage import absolute, expanded, read_header
 from .format import AGAIN, read_adapter_config
-from .hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
+from .hub.fetch import resolve_folder
 from .names import name_of
 from .tensors import check_savable, gathered, head_shapes, load_tensors
 

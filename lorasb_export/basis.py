@@ -19,9 +19,10 @@ from .base.model import BaseRef
 from .cards import card
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
+from .files.kind import BASIS_CONFIG, BASIS_FILES, BASIS_WEIGHTS
 from .files.storage import absolute, expanded, read_json, version_of, write_json
 from .format import EDITED, FORMAT_VERSION, basis_tensors, read_basis_config, sealed
-from .hub.fetch import BASIS_FILES, resolve_folder
+from .hub.fetch import resolve_folder
 from .hub.ids import parse_hub_folder
 from .layers.factors import BlockBasis, Factors, ModuleBasis
 from .provenance import versions
@@ -61,8 +62,12 @@ class Basis:
     """One frozen pair (B, A) per target module of one base model, shared by any number of adapters.
 
     Attributes:
+        base: the model it was made for: name, revision, fingerprint of the weights.
+        rank: r, the same in every module.
         modules: full module name → its `B` (out, r), `A` (r, in), `S` (r,), and the `shape` of its weight.
         calibration: how it was made, JSON; see `calibrate`.
+        created_with: package → version, of what wrote it.
+        source: where it was loaded from or saved to: an absolute folder or a Hub id@revision; None until then.
         sha256: of its tensors, by which adapters know it.
     """
 
@@ -71,7 +76,7 @@ class Basis:
     modules: Mapping[str, Factors]
     calibration: Mapping[str, Any]
     created_with: Mapping[str, str] = field(default_factory=versions)
-    source: str | None = None  # where it lies, loaded from or saved to: an absolute folder, or Hub id@revision
+    source: str | None = None
 
     def __repr__(self) -> str:
         of = f"rank {self.rank} for {len(self.modules)} modules of {self.base.name_or_path}"
@@ -133,18 +138,18 @@ class Basis:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the basis folder, whole or not at all.
 
-        Adapters trained in it from now on name that folder, and so do those that named none, when they are saved next;
-        unless it is from the Hub, where all can find it.
+        Adapters trained in it afterwards record `folder` as its location, as do existing ones without a location at
+        their next `save`. A basis from the Hub keeps its Hub id.
 
         Raises:
-            OutputError: the folder exists; with `overwrite` only what is no basis.
+            OutputError: the folder exists and `overwrite` is false, or it holds something other than a basis.
             ArtifactError: the columns of a B, or the rows of an A, are not `rank` orthonormal ones.
         """
         folder = expanded(folder)
         self._check_orthonormal()
         with atomic_folder(folder, overwrite=overwrite, kind="basis") as temporary:
             self.write_into(temporary)
-            card.write(temporary, card.basis_card(read_json(temporary / "basis_config.json")))
+            card.write(temporary, card.basis_card(read_json(temporary / BASIS_CONFIG)))
         if not parse_hub_folder(self.source or ""):
             object.__setattr__(self, "source", str(absolute(folder)))  # all else of it stays frozen
 
@@ -165,9 +170,10 @@ class Basis:
         """
         if hashlib.sha256(self._bytes).hexdigest() != self.sha256:
             fix = "Copy its two files by hand: another version of safetensors wrote them"
-            raise ArtifactError("this safetensors lays the basis out otherwise", where=self.source, fix=fix)
-        (folder / "basis.safetensors").write_bytes(self._bytes)
-        write_json(folder / "basis_config.json", self.config())
+            what = "this version of safetensors lays the basis out otherwise, in different bytes"
+            raise ArtifactError(what, where=self.source, fix=fix)
+        (folder / BASIS_WEIGHTS).write_bytes(self._bytes)
+        write_json(folder / BASIS_CONFIG, self.config())
 
     @classmethod
     def open(cls, source: str | Path) -> Basis:
@@ -178,7 +184,7 @@ class Basis:
         """
         folder, where = resolve_folder(source, BASIS_FILES)
         config, shapes = read_basis_config(folder)
-        path = folder / "basis.safetensors"
+        path = folder / BASIS_WEIGHTS
         expected = basis_tensors(shapes, config["rank"], path)
         if not any(name.endswith(".B") for name in expected):  # of blocks there is nothing to leave on the disk
             return cls.load(where)
@@ -195,7 +201,7 @@ class Basis:
         """
         folder, where = resolve_folder(source, BASIS_FILES)
         config, shapes = read_basis_config(folder)
-        path, rank = folder / "basis.safetensors", config["rank"]
+        path, rank = folder / BASIS_WEIGHTS, config["rank"]
         tensors = load_tensors(path, basis_tensors(shapes, rank, path), config["sha256"])
         modules: dict[str, Factors] = {}
         for name, shape in shapes.items():

@@ -82,10 +82,12 @@ def stop() -> None:
 
 
 def world_size() -> int:
+    """How many processes compute together; 1 where there is no process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -156,8 +158,9 @@ def require_same_disk(folder: Path) -> None:
     if is_main():
         path.unlink()
     if blind:
+        who = f"number {blind[0]} does" if len(blind) == 1 else f"numbers {', '.join(blind)} do"
         raise SettingsError(
-            f"of the {world_size()} processes number {', '.join(blind)} does not see what number 0 writes",
+            f"of the {world_size()} processes {who} not see what number 0 writes",
             where=folder,
             fix="Put the project on a disk that all nodes share",
         )

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from .choices import TaskType
 from .errors import ArtifactError, UnreadableError, some
-from .files.kind import PEFT_TYPE
+from .files.kind import ADAPTER_CONFIG, BASIS_CONFIG, PEFT_TYPE
 from .files.storage import read_header, read_json
 
 FORMAT_VERSION = 1
@@ -161,7 +161,7 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
     Raises:
         ArtifactError: unknown or missing keys, another format version, a rank that does not fit a module.
     """
-    where = folder / "basis_config.json"
+    where = folder / BASIS_CONFIG
     config = read_json(where)
     check_config(config, BASIS_KEYS, where)
     check_keys(config["base_model"], BASE_KEYS, where)
@@ -194,7 +194,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ArtifactError: of another kind, unknown or missing keys, another format version, changed since it was written;
             see also `check_training`.
     """
-    where = folder / "adapter_config.json"
+    where = folder / ADAPTER_CONFIG
     config = read_json(where)
     if config.get("peft_type") != PEFT_TYPE:
         what = f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}"

@@ -16,13 +16,13 @@ from .data.source import AnySource
 from .data.task import TaskData, load_task
 from .errors import LoraSBError, SettingsError
 from .exporting.onnx_record import read_record
-from .files.kind import artifact_kind
+from .files.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MARK_FILES, RECORD, artifact_kind
 from .files.storage import folder_bytes, read_header, read_json, sha256_file
 from .format import only_numbers
-from .hub.fetch import MARK_FILES, resolve_folder
+from .hub.fetch import resolve_folder
 from .publishing import checksums
 from .publishing.outgoing import PROJECT, SUMS
-from .publishing.project_index import INDEX, read_index
+from .publishing.project_index import read_index
 from .settings import DRAWN
 
 _FOUND = {"path", "kind", "bytes", "verified", "tensors"}  # never taken from what a folder says of itself
@@ -70,16 +70,16 @@ def inspect_folder(
         found["tensors"] = len(BaseModel.resolve(folder).tensors)
     if kind == "peft" and on_disk:
         found["tensors"] = len(read_header(folder / "adapter_model.safetensors"))
-    if kind == "peft" and not (folder / "lorasb.json").is_file():
-        return found | _stock_peft(read_json(folder / "adapter_config.json"))
+    if kind == "peft" and not (folder / RECORD).is_file():
+        return found | _stock_peft(read_json(folder / ADAPTER_CONFIG))
     if kind == PROJECT:
-        index = read_index(read_json(folder / INDEX))
+        index = read_index(read_json(folder / RECORD))
         parts = {
             part: {**about, "evaluation": only_numbers(about["evaluation"])} if "evaluation" in about else about
             for part, about in index["parts"].items()
         }
         return found | {"base_model": index["base"], "parts": parts}
-    record = read_record(folder) if kind.startswith("onnx") else read_json(folder / "lorasb.json")
+    record = read_record(folder) if kind.startswith("onnx") else read_json(folder / RECORD)
     return found | {key: value for key, value in record.items() if key not in _FOUND}
 
 
@@ -150,7 +150,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "scaling": adapter.scaling,
         "modules": len(adapter.R),
         "parameters": sum(R.numel() for R in adapter.R.values()),
-        "sha256": sha256_file(adapter.folder / "adapter.safetensors"),
+        "sha256": sha256_file(adapter.folder / ADAPTER_WEIGHTS),
         "basis_sha256": adapter.basis_sha256,
         "basis_source": adapter.basis_source,
         "update_norm": {

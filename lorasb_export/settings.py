@@ -184,8 +184,8 @@ class FitSettings:
         return {name: value for name, value in asdict(self).items() if name not in _NOT_LEARNT}
 
     def for_task(self, task_type: str, directions: str, rank: int, share: float) -> FitSettings:
-        """These settings with a learning rate, where they name none: of most tuned runs of docs/benchmarks.md the best,
-        or within a step of their grid from it.
+        """These settings with the default learning rate, for where none is set. In docs/benchmarks.md it is the best
+        rate of most tuned runs, or one grid step from it.
 
         Args:
             share: of the linear layers, those in the basis. A step of Muon is equally long in each of them, so that

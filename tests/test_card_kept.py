@@ -57,6 +57,6 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "lorasb.json").write_text("{}")
     (tmp_path / "x" / "README.md").symlink_to(tmp_path / "mine")
-    with atomic_folder(tmp_path / "x", overwrite=True) as new:
+    with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as new:
         (new / "lorasb.json").write_text("{}")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]

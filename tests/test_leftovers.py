@@ -21,7 +21,7 @@ def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None
     (tmp_path / "x" / "lorasb.json").write_text("{}")
     script = (
         "import sys, time; from pathlib import Path; from lorasb_export.files.atomic import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1]), overwrite=True) as t:\n"
+        "with atomic_folder(Path(sys.argv[1]), overwrite=True, kind=None) as t:\n"
         "    (t / 'half').write_text('…'); print('writing', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
@@ -31,7 +31,7 @@ def test_a_killed_write_leaves_the_old_and_is_cleaned_up(tmp_path: Path) -> None
     child.wait()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["lorasb.json"]
     assert len(list(tmp_path.iterdir())) == 2
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+    with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
         (temporary / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -53,7 +53,7 @@ def test_what_a_process_of_the_same_number_left_is_removed(tmp_path: Path, monke
     left = tmp_path / f".x.tmp-{atomic._place()}-{os.getpid()}-89ab"
     left.mkdir()
     monkeypatch.setattr(atomic, "_STARTED", time.time() + 1)
-    with atomic_folder(tmp_path / "x") as temporary:
+    with atomic_folder(tmp_path / "x", kind=None) as temporary:
         assert temporary != left
         (temporary / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -70,7 +70,7 @@ def test_what_cannot_be_removed_does_not_fail_the_write(tmp_path: Path, monkeypa
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with atomic_folder(tmp_path / "folder") as folder, atomic_file(tmp_path / "file") as file:
+    with atomic_folder(tmp_path / "folder", kind=None) as folder, atomic_file(tmp_path / "file") as file:
         (folder / "lorasb.json").touch()
         file.touch()
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", *names}
@@ -86,7 +86,7 @@ def test_what_is_written_on_another_node_is_left_alone_until_it_is_old(
     now = time.time()
     monkeypatch.setattr(atomic, "_STARTED", now + 1)
     for left in (True, False):
-        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
             (temporary / "lorasb.json").touch()
         assert elsewhere.exists() == left
         monkeypatch.setattr("time.time", lambda: now + 8 * 24 * 3600)
@@ -110,6 +110,6 @@ def test_what_an_earlier_replacement_left_behind_is_removed(tmp_path: Path) -> N
     for name in ("x", ".x.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lorasb.json").write_text("{}")
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+    with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
         (temporary / "lorasb.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -178,7 +178,7 @@ def test_what_appears_while_a_folder_is_put_in_place_stays(
         return rename(path, to)
 
     def write() -> None:
-        with atomic_folder(target) as temporary:
+        with atomic_folder(target, kind=None) as temporary:
             write_json(temporary / "lorasb.json", {})
             monkeypatch.setattr(Path, "rename", renamed)
 
@@ -193,7 +193,7 @@ def test_a_folder_that_is_put_back_meanwhile_is_replaced_all_the_same(
     """As another command does, to which the moment between two renames looks like a process that died there."""
     target, old, rename = tmp_path / "x", tmp_path / ".x.old", Path.rename
     for content in ("before", "after"):
-        with atomic_folder(target, overwrite=True) as temporary:
+        with atomic_folder(target, overwrite=True, kind=None) as temporary:
             write_json(temporary / "lorasb.json", {"content": content})
             if content == "after":
 

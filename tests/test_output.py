@@ -30,7 +30,7 @@ from tests.forks import exit_code_of_a_fork
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with atomic_folder(tmp_path / "x") as temporary:
+        with atomic_folder(tmp_path / "x", kind=None) as temporary:
             (temporary / "half").write_text("…")
             raise RuntimeError("disk on fire")
 
@@ -66,7 +66,7 @@ def test_a_tilde_is_the_home_folder_of_what_is_written_too(
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     for name, overwrite in (("old", False), ("new", True)):
-        with atomic_folder(tmp_path / "x", overwrite=overwrite) as temporary:
+        with atomic_folder(tmp_path / "x", overwrite=overwrite, kind=None) as temporary:
             (temporary / name).write_text(name)
             (temporary / "lorasb.json").write_text("{}")
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["lorasb.json", "new"]
@@ -80,7 +80,7 @@ def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path) -> None:
     for name in ("home", "file"):
         with (
             pytest.raises(OutputError, match="not a folder lorasb wrote"),
-            atomic_folder(tmp_path / name, overwrite=True),
+            atomic_folder(tmp_path / name, overwrite=True, kind=None),
         ):
             pass
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
@@ -92,22 +92,22 @@ def test_what_stock_peft_trained_is_somebody_elses(tmp_path: Path) -> None:
     (stock / "checkpoint-500").mkdir(parents=True)
     (stock / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(OutputError, match="not a folder lorasb wrote"):
-        refuse_existing(stock, overwrite=True)
+        refuse_existing(stock, overwrite=True, kind=None)
     (stock / "adapter_config.json").write_text('{"peft_type": "LORA_SB", "r"')  # ours, cut short
-    refuse_existing(stock, overwrite=True)
+    refuse_existing(stock, overwrite=True, kind=None)
 
 
 def test_a_mounted_disk_is_refused_before_anything_is_made() -> None:
     with pytest.raises(OutputError, match="mounted disk") as error:
-        refuse_existing(Path("/"), overwrite=True)
+        refuse_existing(Path("/"), overwrite=True, kind=None)
     assert error.value.fix == "Choose a folder in it, as /model"
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     def race() -> None:
-        with atomic_folder(tmp_path / "x") as temporary:
+        with atomic_folder(tmp_path / "x", kind=None) as temporary:
             (temporary / "lorasb.json").write_text('{"slow": 1}')
-            with atomic_folder(tmp_path / "y") as quicker:
+            with atomic_folder(tmp_path / "y", kind=None) as quicker:
                 (quicker / "lorasb.json").write_text('{"quick": 1}')
             (tmp_path / "y").rename(tmp_path / "x")
 
@@ -123,7 +123,7 @@ def test_a_file_that_the_system_does_not_take_is_our_error(what: str, tmp_path: 
 
     def write() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        with atomic_folder(tmp_path / "x") as folder:
+        with atomic_folder(tmp_path / "x", kind=None) as folder:
             if what == "tensors":
                 save_tensors({"R": torch.zeros(1 << 16)}, folder / "x.safetensors")
             else:
@@ -150,7 +150,7 @@ def test_a_disk_that_syncs_files_but_no_folders_keeps_what_is_written(
         monkeypatch.setattr(os, "fsync", fsync)
 
     def write() -> None:
-        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
             (temporary / "lorasb.json").write_text("{}")
 
     not_of(stat.S_ISREG)
@@ -194,7 +194,7 @@ def test_a_folder_whose_name_the_disk_does_not_confirm_is_there_all_the_same(
     monkeypatch.setattr(os, "fsync", fails_beside_it)
     with (
         pytest.raises(OutputError, match="it is there and whole, but the disk does not confirm its name: Input"),
-        atomic_folder(tmp_path / "x") as temporary,
+        atomic_folder(tmp_path / "x", kind=None) as temporary,
     ):
         (temporary / "lorasb.json").write_text("{}")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["lorasb.json"]
@@ -231,7 +231,7 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> No
     (tmp_path / "disk").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "disk" / "x")
     for content in ("one", "two", "three"):
-        with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+        with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
             (temporary / "lorasb.json").write_text(content)
     assert (tmp_path / "x").is_symlink()
     assert (tmp_path / "disk" / "x" / "lorasb.json").read_text() == "three"
@@ -256,7 +256,7 @@ def test_a_clone_that_is_replaced_keeps_its_history(kind: str, tmp_path: Path) -
     named.write_text("ref: refs/heads/main")
     (named.parent / "hook").symlink_to("nowhere")
     (tmp_path / "x" / "lorasb.json").touch()
-    with atomic_folder(tmp_path / "x", overwrite=True) as temporary:
+    with atomic_folder(tmp_path / "x", overwrite=True, kind=None) as temporary:
         (temporary / "lorasb.json").write_text("{}")
         (temporary / "link").symlink_to("nowhere")
     assert (named.read_text(), (tmp_path / "x" / "lorasb.json").read_text()) == ("ref: refs/heads/main", "{}")

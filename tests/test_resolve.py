@@ -9,7 +9,8 @@ import pytest
 
 from lorasb_export.base.model import BaseModel
 from lorasb_export.errors import ArtifactError, BaseModelError
-from lorasb_export.hub.fetch import BASIS_FILES, resolve_folder
+from lorasb_export.files.kind import BASIS_FILES
+from lorasb_export.hub.fetch import resolve_folder
 from lorasb_export.hub.ids import is_hub_id
 from lorasb_export.project.basis import basis_of_task
 from lorasb_export.project.project import Project

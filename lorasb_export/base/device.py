@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 _IN_FLOAT32 = (
     "the base is in float32: with --dtype %s it takes half the memory, and the tensor cores of a GPU compute it "
-    "(--dtype float32 leaves it as it is, and this warning out)"
+    "(--dtype float32 keeps it and silences this warning)"
 )
 _IN_BFLOAT16 = (
     "this GPU imitates bfloat16, the base's dtype: --dtype float16 is faster, and where that overflows float32 "
-    "(--dtype bfloat16 leaves it as it is, and this warning out)"
+    "(--dtype bfloat16 keeps it and silences this warning)"
 )
 
 

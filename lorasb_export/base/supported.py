@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 from ..errors import BaseModelError
+from ..files.kind import ADAPTER_CONFIG, RECORD
 from ..files.storage import read_json
 
 
@@ -23,10 +24,10 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
             where=folder / "config.json",
             fix="Remove that key; the weights are those of model.safetensors, or of its index",
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise BaseModelError(
             "the base's folder holds an adapter too, which transformers would apply",
-            where=folder / "adapter_config.json",
+            where=folder / ADAPTER_CONFIG,
             fix="Use a folder, or a repository, of the model alone: a copy without adapter_config.json will do",
         )
     quantization = config.get("quantization_config")
@@ -60,7 +61,7 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 def refuse_merged(folder: Path) -> None:
     """Raise BaseModelError where `lorasb merge` wrote this folder: no adapter is for such a base."""
-    path = folder / "lorasb.json"
+    path = folder / RECORD
     provenance = read_json(path) if path.is_file() else {}
     if provenance.get("kind") != "merged":
         return

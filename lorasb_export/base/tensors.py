@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import BaseModelError
 from ..files.storage import FLOATS, TensorInfo, read_header, read_json
 
-INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 _OUTPUT_EMBEDDING = "lm_head.weight"
 # What transformers, and vLLM, read as `model.`: of models cut out of one for images (Qwen3.5), and of Nemotron-H.
 _READ_AS_MODEL = ("model.language_model.", "backbone.")
@@ -21,7 +21,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
         BaseModelError: no safetensors file, the index names a tensor that no file holds, or weights are no floats. An
             output embedding that none holds may be tied to the input's: `network.read_network` refuses one that is not.
     """
-    whole, index = folder / "model.safetensors", folder / INDEX
+    whole, index = folder / "model.safetensors", folder / WEIGHT_INDEX
     named = None if whole.is_file() or not index.is_file() else weight_map(index)
     files = [whole] if named is None else sorted({folder / name for name in named.values()})
     if named is None and not whole.is_file():

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..choices import CAUSAL_LM, NF4, SEQ_CLS
 from ..errors import ArtifactError, some
-from ..files.atomic import CARD, atomic_file
+from ..files.atomic import atomic_file
+from ..files.kind import CARD
 from ..files.storage import utf8
 from ..hub.cache import leads_out
 from ..hub.ids import is_hub_id, parse_hub_id

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ArtifactError, OutputError
+from ..files.kind import CARD
 
 BEGIN, END = "<!-- lorasb:begin -->", "<!-- lorasb:end -->"
 _BLOCK = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
@@ -52,7 +53,7 @@ def update(old: str, card: str, *, where: object = None) -> str:
     return f"---\n{_dump(new_keys)}{kept}---\n{text}"
 
 
-def merge(mine: str, theirs: str, generated: str, *, where: str = "README.md") -> str:
+def merge(mine: str, theirs: str, generated: str, *, where: str = CARD) -> str:
     """The card to publish: `generated`, with what the user wrote in the folder's card and in the one on the Hub.
 
     The published block keeps a hash of the text that the folder had then. So a text edited on the Hub alone stays,

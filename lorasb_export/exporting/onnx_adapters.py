@@ -26,7 +26,7 @@ from ..data.task import TaskData, load_held_out
 from ..errors import ArtifactError, BaseModelError, SettingsError, some
 from ..evaluation.evaluate import require_same_kind
 from ..files.atomic import atomic_folder, link_or_copy, put_back
-from ..files.kind import artifact_kind
+from ..files.kind import RECORD, artifact_kind
 from ..files.lock import only_writer
 from ..files.output import cannot_write, refuse_own_input, require_room
 from ..files.storage import expanded
@@ -36,7 +36,7 @@ from .onnx_build import DATA, GRAPH, build
 from .onnx_exporter import GENAI, PRECISIONS, check_request, exporter_for, genai_outputs, parameter_count
 from .onnx_graph import read_graph
 from .onnx_quantize import quantize
-from .onnx_record import RECORD, finish, onnx_provenance, read_record, write_record
+from .onnx_record import finish, onnx_provenance, read_record, write_record
 from .onnx_swap import (
     BASIS_FILE,
     SUFFIX,
@@ -154,7 +154,7 @@ def add_onnx_adapters(
             require_of_graph(adapter, record, folder)
         warn_of_another_template(loaded.values(), folder)
         warn_of_other_weights(loaded.values())
-        with atomic_folder(folder, overwrite=True) as new:
+        with atomic_folder(folder, overwrite=True, kind="onnx-adapters") as new:
             _copy(folder, new)
             _add(new, record, loaded)
             if verify:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cards import card
 from ..errors import ArtifactError
+from ..files.kind import RECORD
 from ..files.storage import folder_bytes, read_json, write_json
 from ..format import check_seal, sealed
 from ..names import name_problem
@@ -17,8 +18,6 @@ from .onnx_exporter import PRECISIONS
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-
-RECORD = "lorasb.json"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

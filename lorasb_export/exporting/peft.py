@@ -14,6 +14,7 @@ from ..cards.sections import Facts
 from ..environment import require_packages
 from ..errors import BaseModelError, LoraSBError
 from ..files.atomic import atomic_folder
+from ..files.kind import ADAPTER_CONFIG, RECORD
 from ..files.output import refuse_existing, refuse_own_input
 from ..files.storage import expanded, read_json, write_json
 from ..hub.fetch import resolve_folder
@@ -65,7 +66,7 @@ def export_peft(
         size = write_folded(source, folder, transposed=transposed)
         record = {"kind": "peft", **adapter_provenance(source), "command": command()}
         record["training"] = published_training(source, folder)
-        write_json(folder / "lorasb.json", record)
+        write_json(folder / RECORD, record)
         card.write(folder, card.peft_card(peft_config(source, transposed=transposed), facts=Facts(made=record)))
         found = {}
         if verify and base_model is not None:
@@ -79,7 +80,7 @@ def write_folded(adapter: Adapter, folder: Path, *, transposed: bool = False) ->
     """Write PEFT's two files for `adapter` into an existing folder; returns the size of the weights file."""
     path = folder / "adapter_model.safetensors"
     save_tensors(folded_tensors(adapter), path)
-    write_json(folder / "adapter_config.json", peft_config(adapter, transposed=transposed))
+    write_json(folder / ADAPTER_CONFIG, peft_config(adapter, transposed=transposed))
     return path.stat().st_size
 
 

@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
+from .kind import CARD
 from .output import cannot_write, is_ours, refuse_existing, replaced
 from .storage import real
 
-CARD = "README.md"
 _STARTED = time.time()  # of this process, or a little later
 _TEMPORARY = re.compile(r"([0-9a-f]{8})-(\d{1,9})-[0-9a-f]+")  # what `_temporary` puts at the end of a name
 # Of a process elsewhere nobody here can tell whether it lives. No write takes a week, and what is never removed piles
@@ -27,7 +27,7 @@ _SURELY_DEAD = 7 * 24 * 3600  # seconds
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False, kind: str | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, kind: str | None) -> Iterator[Path]:
     """Yield a sibling temporary folder that becomes `target` when the block ends without an exception.
 
     A process killed inside the block leaves a hidden `.NAME.tmp-PLACE-PID-…` beside an untouched target; the next call

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, OutputError, UnreadableError
-from .kind import PEFT_TYPE, artifact_kind
+from .kind import ADAPTER_CONFIG, BASIS_CONFIG, PEFT_TYPE, RECORD, artifact_kind
 from .storage import real
 
-_OURS = ("basis_config.json", "lorasb.json")  # every folder we write has one of these, or is an adapter
+_OURS = (BASIS_CONFIG, RECORD)  # every folder we write has one of these, or is an adapter
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 _FIXES = {
     errno.ENOSPC: "Free some space there, then start again",
@@ -71,7 +71,7 @@ def refuse_existing(
     overwrite: bool,
     fix: str = "Choose another path, or pass --overwrite",
     *,
-    kind: str | None = None,
+    kind: str | None,
 ) -> None:
     """Raise OutputError when `target` exists with content and may not be replaced.
 
@@ -80,6 +80,7 @@ def refuse_existing(
 
     Args:
         kind: of the folder that is to be written, as `artifact_kind` has it: none of another kind is replaced.
+            None: any folder of ours may be.
 
     Raises:
         UnreadableError: what it is cannot be read.
@@ -105,11 +106,11 @@ def refuse_existing(
         raise OutputError(what, where=target, fix="Choose another path, or remove it first")
 
 
-def refuse_existing_file(path: Path, overwrite: bool) -> None:
+def refuse_existing_file(path: Path, overwrite: bool, what: str = "the file exists") -> None:
     """Raise OutputError when `path` exists, but for a file that may be replaced."""
     if path.exists() and not (overwrite and path.is_file()):
         fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
-        raise OutputError("the file exists", where=path, fix=fix)
+        raise OutputError(what, where=path, fix=fix)
 
 
 def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
@@ -120,7 +121,7 @@ def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
     """
     if path.is_symlink() or not (ours(path) or is_free(path)):
         fix = "Remove it if an interrupted run has left it, or choose another path"
-        raise OutputError("what lorasb did not write has a name that it needs", where=path, fix=fix)
+        raise OutputError("something that lorasb did not write has a name that it needs", where=path, fix=fix)
 
 
 def replaced(target: Path) -> Path:
@@ -140,7 +141,7 @@ def is_free(target: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether this package wrote `folder`, and it is one thing: a clone of a project from the Hub is the user's."""
     is_one = any((folder / name).is_file() for name in _OURS) or _is_our_adapter(folder)
-    return is_one and not _is_project(folder / "lorasb.json")
+    return is_one and not _is_project(folder / RECORD)
 
 
 def _is_project(record: Path) -> bool:
@@ -149,7 +150,7 @@ def _is_project(record: Path) -> bool:
 
 def _is_our_adapter(folder: Path) -> bool:
     """By the type its config names, be the file cut short: PEFT's folders have a config of that name too."""
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     return config.is_file() and f'"{PEFT_TYPE}"'.encode() in config.read_bytes()
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import ArtifactError, LoraSBError, require_path
+from ..files.kind import ADAPTER_FILES, BASIS_FILES
 from ..files.storage import absolute, cannot_read, expanded
 from .cache import is_intact
 from .calls import hub_errors, with_retries
@@ -18,11 +19,7 @@ from .newest import at_newest, is_only_read
 
 logger = logging.getLogger(__name__)
 
-# What each kind of folder is read from. Nothing else is fetched: no picture, and never a pickle or a script.
-ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
-BASIS_FILES = ("basis_config.json", "basis.safetensors")
 _OF_ADAPTER = re.compile(rf"^{ADAPTERS}/[^/]+/")
-MARK_FILES = ("adapter_config.json", "basis_config.json", "lorasb.json", "config.json")  # they say what a folder is
 
 
 def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]:

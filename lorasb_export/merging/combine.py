@@ -18,6 +18,7 @@ from ..adapter_folder import write_adapter
 from ..data.trained_template import TEMPLATE_KEY
 from ..errors import ArtifactError, SettingsError
 from ..files.atomic import atomic_folder
+from ..files.kind import ADAPTER_WEIGHTS, RECORD
 from ..files.output import refuse_own_input
 from ..files.storage import expanded, write_json
 from ..provenance import adapter_provenance, command, versions
@@ -111,8 +112,8 @@ def combine_into(adapters: Weights | Weighted, out: str | Path, *, overwrite: bo
     with atomic_folder(out, overwrite=overwrite, kind="adapter") as temporary:
         write_adapter(adapter, temporary, out)
         made = {"kind": "adapter", "base": asdict(adapter.base), "combined": record}
-        write_json(temporary / "lorasb.json", made | {"versions": versions(), "command": command()})
-    size = (out / "adapter.safetensors").stat().st_size
+        write_json(temporary / RECORD, made | {"versions": versions(), "command": command()})
+    size = (out / ADAPTER_WEIGHTS).stat().st_size
     return {"out": str(out), "modules": len(adapter.R), "rank": adapter.rank, "bytes": size, "adapters": record}
 
 

@@ -14,11 +14,13 @@ from typing import Any
 from ..adapter import Adapter
 from ..bars import progress_bar
 from ..base.model import AnyBase, BaseModel
+from ..base.tensors import WEIGHT_INDEX
 from ..cards import card
 from ..choices import SEQ_CLS
-from ..errors import BaseModelError, OutputError, SettingsError
+from ..errors import BaseModelError, SettingsError
 from ..evaluation.answer_end import write_end_ids
-from ..files.output import cannot_write, free_bytes
+from ..files.kind import RECORD
+from ..files.output import cannot_write, free_bytes, refuse_existing_file
 from ..files.storage import expanded, read_json, write_json
 from ..hub.ids import parse_hub_id
 from ..provenance import adapter_provenance, command, published_training
@@ -129,9 +131,7 @@ def _check_report(report: Path, *, may_exist: bool) -> None:
     if not report.absolute().parent.is_dir():
         raise SettingsError("the report's folder is not there", where=report, fix="Make it first")
     for path in (report, report.with_suffix(".png")):
-        if path.exists() and not (may_exist and path.is_file()):
-            fix = "Choose another path, or pass --overwrite" if path.is_file() else "Choose another path"
-            raise OutputError("the report exists", where=path, fix=fix)
+        refuse_existing_file(path, may_exist, "the report exists")
 
 
 def _write_shards(plan: MergePlan, folder: MergeFolder) -> tuple[dict[str, Retained], int]:
@@ -178,10 +178,8 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
     names = plan.shard_names()
     if len(names) > 1:
         weight_map = {t.name: name for name, shard in zip(names, plan.shards, strict=True) for t in shard}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map},
-        )
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        write_json(folder / WEIGHT_INDEX, index)
     for path in plan.side_files:
         copy = folder / path.relative_to(plan.base.folder)
         copy.parent.mkdir(exist_ok=True)
@@ -192,7 +190,7 @@ def _write_other_files(plan: MergePlan, folder: Path, provenance: Mapping[str, A
         _name_padding(plan, folder)
     elif plan.tokenizer is not None:
         write_end_ids(folder, plan.tokenizer)
-    write_json(folder / "lorasb.json", provenance)
+    write_json(folder / RECORD, provenance)
     card.write(folder, card.merged_card(provenance))
 
 

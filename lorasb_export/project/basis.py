@@ -16,6 +16,7 @@ from ..calibration.requirements import check
 from ..cards import card
 from ..data.source import AnySource
 from ..errors import OutputError, SettingsError, some
+from ..files.kind import BASIS_WEIGHTS
 from ..files.lock import only_writer
 from ..files.output import is_free, refuse_existing
 from ..files.storage import absolute, sha256_file
@@ -184,7 +185,7 @@ def refuse_to_strand(project: Project, target: Path) -> None:
     Raises:
         ArtifactError: the config of an adapter is damaged.
     """
-    weights = target / "basis.safetensors"
+    weights = target / BASIS_WEIGHTS
     if not weights.is_file():
         return
     sha256 = sha256_file(weights)  # not what its config says: a damaged basis is of no use to them anyway

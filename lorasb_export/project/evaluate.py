@@ -23,6 +23,7 @@ from ..errors import PER_ITEM_ERRORS, ArtifactError, DataError, LoraSBError, Pro
 from ..evaluation.evaluate import evaluate, metric_for, to_score, trained_length, with_labels_of
 from ..evaluation.predictions import PredictionsFile
 from ..evaluation.record import record_evaluation
+from ..files.kind import ADAPTER_CONFIG
 from ..hub.cache import is_blob
 from .base import find_base
 from .project import Project
@@ -274,7 +275,7 @@ def _record(word: str, adapter: Adapter, result: Mapping[str, Any]) -> bool:
     """Put the figures into the adapter's card, if it lies in a folder of the user's; returns whether they are there."""
     if adapter.folder is None or adapter.hub_source is not None:
         return False
-    config = adapter.folder / "adapter_config.json"
+    config = adapter.folder / ADAPTER_CONFIG
     if config.is_symlink() and is_blob(config.resolve()):  # a folder of the Hub's cache may be named too
         return False
     try:

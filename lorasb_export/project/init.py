@@ -130,8 +130,9 @@ def _added(project: Project, file: Path, tasks: Mapping[str, str]) -> list[str]:
         try:
             tomllib.loads(text)
         except tomllib.TOMLDecodeError:
+            what = "its tasks stand on one line as an inline table, to which none can be appended"
             fix = "Write each of them as a table, [tasks.NAME]"
-            raise SettingsError("its tasks stand on one line", where=file, fix=fix) from None
+            raise SettingsError(what, where=file, fix=fix) from None
         _write(file.resolve(), text, len(project.tasks) + len(new))  # a link stays one
     return list(new)
 

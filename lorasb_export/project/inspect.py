@@ -10,7 +10,7 @@ from typing import Any
 from .. import basis_source
 from ..data.task import load_task
 from ..errors import ArtifactError, SettingsError
-from ..files.kind import artifact_kind
+from ..files.kind import ADAPTER_CONFIG, BASIS_CONFIG, artifact_kind
 from ..format import finite, only_numbers, read_adapter_config, read_basis_config
 from ..hub.ids import parse_hub_folder
 from .project import Project
@@ -78,7 +78,7 @@ def inspect_rows(project: Project, data: str, model: str | None, flags: Mapping[
 def _basis(folder: Path) -> dict[str, Any]:
     found = {"path": str(folder), "state": "missing"}
     try:
-        if not (folder / "basis_config.json").is_file():
+        if not (folder / BASIS_CONFIG).is_file():
             return found
         config, shapes = read_basis_config(folder)
     except (ArtifactError, OSError) as error:
@@ -103,7 +103,7 @@ def _adapter(folder: Path, shared: Path, sha256_of: Callable[[Path], str | None]
     """
     found = {"path": str(folder), "state": "not_fitted"}
     try:
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             return found
         if artifact_kind(folder) != "adapter":
             return found | {"state": "not_ours"}

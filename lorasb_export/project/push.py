@@ -12,10 +12,9 @@ from typing import Any
 from .. import basis_source
 from ..bars import progress_bar
 from ..errors import ArtifactError, LoraSBError, SettingsError
-from ..files.kind import artifact_kind
+from ..files.kind import BASIS_FILES, artifact_kind
 from ..files.storage import absolute
 from ..format import read_adapter_config
-from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE, ours_in
 from ..publishing.folder_card import Licences

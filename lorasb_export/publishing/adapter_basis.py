@@ -10,10 +10,11 @@ from typing import Any
 from ..adapter import Adapter
 from ..basis_source import EMBEDDED
 from ..errors import ArtifactError, ServerError
+from ..files.kind import ADAPTER_CONFIG, BASIS_CONFIG, BASIS_FILES, BASIS_WEIGHTS
 from ..files.storage import parse_json, read_json, to_json
 from ..format import read_basis_config
 from ..hub.calls import hub_errors, with_retries
-from ..hub.fetch import BASIS_FILES, resolve_folder
+from ..hub.fetch import resolve_folder
 from ..hub.ids import HubFolder, parse_hub_folder
 from . import outgoing
 from .checksums import digest
@@ -67,7 +68,7 @@ class AdapterBases:
             return source
         try:
             if basis.revision is None:
-                published = _published_basis(self._repository.text(self._head, f"{place}adapter_config.json"))
+                published = _published_basis(self._repository.text(self._head, f"{place}{ADAPTER_CONFIG}"))
                 before = parse_hub_folder(str(published.get("source")))
                 is_same = published.get("sha256") == adapter.basis_sha256
                 if is_same and before and before._replace(revision=None) == basis and self._is_there(before):
@@ -125,7 +126,7 @@ class AdapterBases:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import RevisionNotFoundError
 
-        inside, branch = PurePosixPath(basis.path) / "basis_config.json", self._repository.revision
+        inside, branch = PurePosixPath(basis.path) / BASIS_CONFIG, self._repository.revision
 
         def get(at: str | None) -> tuple[Path, str]:
             commit = self._commit_of(basis.repo, at)
@@ -150,9 +151,9 @@ class AdapterBases:
 
 def name_in_config(files: Files, source: str) -> None:
     """Write `source` as where the adapter's basis is."""
-    config = parse_json(outgoing.content_of(files["adapter_config.json"]))
+    config = parse_json(outgoing.content_of(files[ADAPTER_CONFIG]))
     config["basis"]["source"] = source
-    files["adapter_config.json"] = to_json(config)
+    files[ADAPTER_CONFIG] = to_json(config)
 
 
 def _embed(adapter: Adapter, files: Files) -> Seen:
@@ -163,7 +164,7 @@ def _embed(adapter: Adapter, files: Files) -> Seen:
     folder, _ = resolve_folder(adapter.basis_source, BASIS_FILES)
     # The adapters of a project share one. Its digest, which is taken once, says that it is what they were trained in.
     is_whole = all((folder / name).is_file() for name in BASIS_FILES)
-    if not is_whole or digest(folder / "basis.safetensors") != adapter.basis_sha256:
+    if not is_whole or digest(folder / BASIS_WEIGHTS) != adapter.basis_sha256:
         adapter.load_basis()  # says what is wrong
     found: Files = {name: folder / name for name in BASIS_FILES}
     seen = outgoing.pin(found)

@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ArtifactError, some
+from ..files.kind import CARD
 from ..files.storage import absolute, sha256_file, version_of
 from ..hub.fetch import fetch_listed, resolve_folder
 from ..hub.ids import parse_hub_folder
 from .outgoing import SUMS, Files, is_publishable, part_of
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n]+)")
-_UNLISTED = (SUMS, "README.md")  # in the folder, or a part of a project
+_UNLISTED = (SUMS, CARD)  # in the folder, or a part of a project
 _SHOWN = 3  # files in an error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..cards import card, readme
 from ..cards.sections import Facts
 from ..errors import ArtifactError, ServerError
+from ..files.kind import ADAPTER_CONFIG, BASIS_CONFIG, CARD, RECORD
 from ..files.storage import expanded, read_json, utf8
 from ..hub.calls import hub_errors, with_retries
 from ..hub.ids import HubFolder, is_hub_id, parse_hub_id
@@ -21,12 +22,12 @@ from .outgoing import Files
 
 # kind → its card, and the file that it is made from
 _CARDS: Mapping[str, tuple[Any, str]] = {
-    "basis": (card.basis_card, "basis_config.json"),
-    "adapter": (card.adapter_card, "adapter_config.json"),
-    "peft": (card.peft_card, "adapter_config.json"),
-    "merged": (card.merged_card, "lorasb.json"),
-    "onnx": (card.onnx_card, "lorasb.json"),
-    "onnx-adapters": (card.onnx_card, "lorasb.json"),
+    "basis": (card.basis_card, BASIS_CONFIG),
+    "adapter": (card.adapter_card, ADAPTER_CONFIG),
+    "peft": (card.peft_card, ADAPTER_CONFIG),
+    "merged": (card.merged_card, RECORD),
+    "onnx": (card.onnx_card, RECORD),
+    "onnx-adapters": (card.onnx_card, RECORD),
 }
 
 _MAX_NAMES, _MAX_LENGTH = 10, 300  # of a licence
@@ -64,7 +65,7 @@ def folder_card(
     folder: Path,
     theirs: str,
     licences: Licences | None,
-    where: str = "README.md",
+    where: str = CARD,
 ) -> str:
     """README.md with its generated part brought up to date, so that it names the repository.
 
@@ -80,8 +81,8 @@ def folder_card(
     """
     make, source = _CARDS[kind]
     config = json.loads(outgoing.content_of(files[source]))
-    mine = utf8(outgoing.content_of(files.get("README.md", b"")), folder / "README.md")
-    made = read_json(folder / "lorasb.json") if "lorasb.json" in files else {}
+    mine = utf8(outgoing.content_of(files.get(CARD, b"")), folder / CARD)
+    made = read_json(folder / RECORD) if RECORD in files else {}
     if kind == "adapter":
         made = {"adapter sha256": config["sha256"], **made}
     facts = licences.facts(config, made, files) if licences else Facts(made=made)
@@ -102,7 +103,7 @@ def licence(
         ServerError: the Hub fails or cannot be reached.
     """
     folder = expanded(source)
-    path = folder / "README.md" if folder.is_dir() else None
+    path = folder / CARD if folder.is_dir() else None
     if path is None and is_hub_id(source):
         path = _card_on_the_hub(source, revision, dataset)
     if path is None or not path.is_file():
@@ -140,7 +141,7 @@ def _card_on_the_hub(name: str, revision: str | None, dataset: bool) -> Path | N
     repo_type = "dataset" if dataset else None
     with hub_errors(name, ServerError):
         try:
-            path = with_retries(lambda: hf_hub_download(name, "README.md", revision=revision, repo_type=repo_type))
+            path = with_retries(lambda: hf_hub_download(name, CARD, revision=revision, repo_type=repo_type))
         except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):  # or gated
             return None
     return Path(path)

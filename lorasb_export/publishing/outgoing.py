@@ -14,10 +14,19 @@ from typing import Any
 from ..base.model import BaseModel
 from ..base.side_files import LICENCES, TEXTS
 from ..errors import ArtifactError
-from ..files.kind import artifact_kind
+from ..files.kind import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WEIGHTS,
+    BASIS_CONFIG,
+    BASIS_FILES,
+    BASIS_WEIGHTS,
+    CARD,
+    RECORD,
+    artifact_kind,
+)
 from ..files.storage import read_json, to_json, version_of
 from ..format import sealed
-from ..hub.fetch import ADAPTER_FILES, BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS, PARTS
 from ..provenance import MAX_COMMAND, without_folders
 
@@ -28,12 +37,12 @@ SUMS = "SHA256SUMS"  # made by every push, of exactly what it publishes
 PROJECT = "project"  # the kind of a repository with a project's basis and adapters
 
 _GRAPHS = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.onnx_adapter")
-_ALWAYS = ("README.md", *LICENCES, "lorasb.json", "*.png")
+_ALWAYS = (CARD, *LICENCES, RECORD, "*.png")
 # What a folder of each kind may publish. No pattern admits a pickle, a checkpoint or a cache.
 _ALLOWED = {
     "basis": (*BASIS_FILES, *_ALWAYS),
     "adapter": (*ADAPTER_FILES, *BASIS_FILES, "training_log.jsonl", *_ALWAYS),
-    "peft": ("adapter_model.safetensors", "adapter_config.json", *_ALWAYS),
+    "peft": ("adapter_model.safetensors", ADAPTER_CONFIG, *_ALWAYS),
     "merged": ("*.safetensors", "*.safetensors.index.json", *TEXTS, *_ALWAYS),
     "onnx": (*_GRAPHS, "genai_config.json", *TEXTS, *_ALWAYS),
     "onnx-adapters": (*_GRAPHS, "genai_config.json", *TEXTS, *_ALWAYS),
@@ -44,16 +53,16 @@ _IN_PARTS = tuple(f"{part}/{pattern}" for part, kind in PARTS.items() for patter
 _NEEDED = {"peft": "adapter_model.safetensors", "onnx": "model.onnx", "onnx-adapters": "model.onnx"}
 _DATA_FILE = re.compile(rb"[\w-]+\.onnx_data")  # in a graph, where names stand as they are
 # Left in the repository by an earlier push, these would be loaded together with the new files.
-_STALE = ("*.safetensors", "*.safetensors.index.json", "basis_config.json", *_GRAPHS)
+_STALE = ("*.safetensors", "*.safetensors.index.json", BASIS_CONFIG, *_GRAPHS)
 _MARKS = {
-    "adapter.safetensors": "adapter",  # first: an embedded basis lies beside it
-    "basis.safetensors": "basis",
+    ADAPTER_WEIGHTS: "adapter",  # first: an embedded basis lies beside it
+    BASIS_WEIGHTS: "basis",
     "adapter_model.safetensors": "peft",
     "*.onnx": "onnx",
     "*.safetensors": "merged",
     **{f"{part}/{kind}.safetensors": PROJECT for part, kind in PARTS.items()},
 }
-_OURS = ("adapter_config.json", "basis_config.json", "lorasb.json")
+_OURS = (ADAPTER_CONFIG, BASIS_CONFIG, RECORD)
 _CONFIGS = ("config.json", "tokenizer_config.json")  # of transformers; the second lists all added tokens
 _LOADED_FROM = ("_name_or_path", "name_or_path")
 # Forms that nothing else has, as long as tokens are: vocabularies are full of their beginnings.
@@ -111,7 +120,7 @@ def refuse_incomplete(files: Files, kind: str, folder: Path) -> None:
     if "model.onnx" in needed & set(files):
         needed |= {name.decode() for name in _DATA_FILE.findall(content_of(files["model.onnx"]))}
     if kind == "onnx-adapters":
-        record = read_json(folder / "lorasb.json")
+        record = read_json(folder / RECORD)
         if not record.get("routed"):  # there they lie in a data file
             needed |= {f"{name}.onnx_adapter" for name in record.get("adapters", ())}
     missing = sorted(needed - set(files))

@@ -8,14 +8,13 @@ from typing import Any
 
 from ..cards.card import base_of
 from ..errors import ArtifactError, OutputError, some
+from ..files.kind import RECORD
 from ..files.storage import parse_json
 from ..format import check_training
 from ..hub.ids import kind_of_part
 from ..names import name_problem
 from .outgoing import PROJECT, part_of
 from .repository import Head, Repository
-
-INDEX = "lorasb.json"
 
 About = Mapping[str, Any]
 
@@ -56,7 +55,7 @@ def others(repository: Repository, head: Head, mine: Collection[str]) -> dict[st
     What is in neither in the form of ours is left out.
     """
     try:
-        known = read_index(parse_json(repository.text(head, INDEX)))["parts"]
+        known = read_index(parse_json(repository.text(head, RECORD)))["parts"]
     except ValueError:
         known = {}
     found = {}
@@ -116,7 +115,7 @@ def _checked(kind: str, said: Any) -> About | None:
         return None
     of_training = {key: said[key] for key in _OF_TRAINING if key in said and kind == "adapter"}
     try:
-        check_training(of_training, INDEX)
+        check_training(of_training, RECORD)
     except ArtifactError:
         return None
     return {key: said[key] for key in form} | ({"evaluation": {}, **of_training} if kind == "adapter" else {})

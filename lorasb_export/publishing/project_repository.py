@@ -25,8 +25,8 @@ from ..cards.project_card import project_card
 from ..cards.sections import NOTHING
 from ..choices import SEQ_CLS
 from ..errors import ArtifactError, LoraSBError, OutputError, Problems, ServerError
+from ..files.kind import ADAPTER_CONFIG, BASIS_FILES, BASIS_WEIGHTS, CARD, RECORD
 from ..files.storage import to_json
-from ..hub.fetch import BASIS_FILES
 from ..hub.ids import kind_of_part
 from ..names import name_problem
 from . import outgoing
@@ -34,7 +34,7 @@ from .adapter_basis import AdapterBases, name_in_config
 from .checksums import checksums
 from .folder_card import Licences, folder_card
 from .outgoing import PROJECT, SUMS, Files, Seen
-from .project_index import INDEX, About, about, labels_of, make_index, others, refuse_lost
+from .project_index import About, about, labels_of, make_index, others, refuse_lost
 from .push import check_target, planned
 from .repository import Head, Repository, Stored, compare, is_of_one, is_stored, refuse_other
 
@@ -180,7 +180,7 @@ class _Reader:
             name_in_config(files, shown)
             text = self._card(part, folder, files)
             name_in_config(files, stored)
-        files["README.md"] = text.encode()
+        files[CARD] = text.encode()
         outgoing.take_out_paths(files)
         placed: Files = {f"{part}/{path}": file for path, file in files.items()}
         outgoing.refuse_tokens(placed)
@@ -203,10 +203,10 @@ class _Reader:
             files.setdefault(outgoing.part_of(path), {})[path] = stored
         early: list[Mapping[str, _Part]] = []
         so_far: dict[str, _Part] = {}
-        room = most = _MANY - len((INDEX, SUMS, "README.md"))
+        room = most = _MANY - len((RECORD, SUMS, CARD))
         for part, one in read.items():
             changes = compare(one.files, replace(head, files=files.get(part, {})))
-            weights, is_basis = f"{part}/basis.safetensors", kind_of_part(part) == "basis"
+            weights, is_basis = f"{part}/{BASIS_WEIGHTS}", kind_of_part(part) == "basis"
             if is_basis and weights in changes.written and weights in head.files:
                 return []
             count = len(changes.written) + len(changes.deleted)
@@ -232,8 +232,8 @@ class _Reader:
         facts = self.licences.facts(index, {}, {}) if self.licences else NOTHING
         files = {path: file for one in parts.values() for path, file in one.files.items()}
         shown = index | {"parts": self._with_labels(index["parts"], files, head)}
-        text = readme.merge("", theirs, project_card(shown, repo, facts), where="README.md")
-        files |= {INDEX: to_json(index), "README.md": text.encode()}
+        text = readme.merge("", theirs, project_card(shown, repo, facts), where=CARD)
+        files |= {RECORD: to_json(index), CARD: text.encode()}
         kept = {path: sha for path, sha in head.published.items() if outgoing.part_of(path) not in {"", *parts}}
         files[SUMS] = checksums(files, {path: sha for path, sha in kept.items() if path in head.files})
         return files
@@ -243,7 +243,7 @@ class _Reader:
         first = next(part for part in parts if kind_of_part(part) == "adapter")
         if parts[first]["task_type"] != SEQ_CLS:
             return dict(parts)
-        path, config = f"{first}/adapter_config.json", ""
+        path, config = f"{first}/{ADAPTER_CONFIG}", ""
         with suppress(ArtifactError):  # somebody else's, and not UTF-8
             config = outgoing.content_of(files[path]).decode() if path in files else self._repository.text(head, path)
         return {**parts, first: {**parts[first], "labels": labels_of(config)}}
@@ -264,7 +264,7 @@ class _Reader:
 
     def _card(self, part: str, folder: Path, files: Files) -> str:
         """Its README.md. The published one is asked for where it is not what is made anyway."""
-        name, path = f"{self._repository.name}/{part}", f"{part}/README.md"
+        name, path = f"{self._repository.name}/{part}", f"{part}/{CARD}"
         made = folder_card(files, kind_of_part(part), name, folder, "", self.licences, path)
         if path not in self._head.files or is_stored(made.encode(), self._head.files[path]):
             return made

@@ -12,6 +12,7 @@ from ..basis import Basis
 from ..basis_source import EMBEDDED
 from ..cards import readme
 from ..errors import SettingsError
+from ..files.kind import CARD
 from ..files.storage import absolute
 from ..hub.ids import is_hub_id, parse_hub_folder
 from . import outgoing
@@ -90,7 +91,7 @@ def push(
         seen |= of_basis
         name_in_config(files, basis)
     licences = (licences or Licences()) if head.reached else None
-    files["README.md"] = folder_card(files, kind, repo, folder, theirs, licences).encode()
+    files[CARD] = folder_card(files, kind, repo, folder, theirs, licences).encode()
     outgoing.take_out_paths(files)
     outgoing.refuse_tokens(files)
     files[outgoing.SUMS] = checksums(files)
@@ -136,7 +137,7 @@ def planned(
     """What `push` returns, but for `basis`, before its commit on `head`, where the card is still `theirs`."""
     changes = compare(files, head)
     sizes = {path: outgoing.size_of(file) for path, file in sorted(files.items())}
-    card = outgoing.content_of(files["README.md"]).decode()
+    card = outgoing.content_of(files[CARD]).decode()
 
     def change(path: str) -> str:
         if path not in changes.written:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, LoraSBError, OutputError, ServerError
+from ..files.kind import CARD
 from ..files.storage import utf8
 from ..hub.cache import git_hash
 from ..hub.calls import hub_errors, retry_after, status_of, wait_for, with_retries
@@ -103,7 +104,7 @@ class Repository:
         """
         try:
             head = self.read()
-            return head, self.text(head, "README.md")
+            return head, self.text(head, CARD)
         except ServerError as error:
             if not (dry_run and error.silent):
                 raise

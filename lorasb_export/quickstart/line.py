@@ -30,6 +30,7 @@ from ..exporting.onnx_ask import ask_onnx
 from ..exporting.onnx_exporter import PRECISIONS, check_request
 from ..exporting.peft import export_peft
 from ..files.atomic import atomic_folder
+from ..files.kind import RECORD
 from ..files.storage import expanded, folder_bytes, write_json
 from ..merging.merge import merge
 from ..project.init import TEXT_DEFAULTS, write_project
@@ -131,7 +132,7 @@ def quickstart(
     # Only the project: the steps below write into it.
     with atomic_folder(out, overwrite=overwrite, kind="quickstart") as temporary:
         data = write_tasks(temporary / "data")
-        write_json(temporary / "lorasb.json", {"kind": "quickstart", "versions": versions()})
+        write_json(temporary / RECORD, {"kind": "quickstart", "versions": versions()})
         write_project(
             temporary / "lorasb.toml",
             base.name_or_path,

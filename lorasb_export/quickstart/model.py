@@ -82,6 +82,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, kind=None) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

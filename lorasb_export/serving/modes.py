@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from ..adapter import Adapter
 from ..exporting.peft import write_folded
+from ..files.kind import ADAPTER_FILES, BASIS_FILES
 from ..files.output import cannot_write, require_room
-from ..hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
+from ..hub.fetch import resolve_folder
 from .copies import copied
 from .shared import BASE_VARIABLE, BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
 from .shared.loading import version_name

@@ -15,7 +15,7 @@ import torch
 
 from ..base.device import cpu_multiplies
 from ..base.model import BaseModel
-from ..base.tensors import INDEX, weight_map
+from ..base.tensors import WEIGHT_INDEX, weight_map
 from ..belonging import of_one_basis
 from ..choices import ServingMode, require_choice
 from ..errors import BaseModelError, OutputError, SettingsError
@@ -209,10 +209,10 @@ def _check_weights(plan: ServePlan) -> None:
     """Raise BaseModelError where vLLM would read other files than those that the fingerprint is of: those that an index
     names, or else all there are."""
     folder = plan.base.folder
-    index, ours = folder / INDEX, {path.name for path, _ in plan.base.tensors.values()}
+    index, ours = folder / WEIGHT_INDEX, {path.name for path, _ in plan.base.tensors.values()}
     read = set(weight_map(index).values()) if index.is_file() else {path.name for path in folder.glob("*.safetensors")}
     if others := sorted(read - ours):
-        what = "vLLM would read weights twice" + (f", those of {INDEX} too" if index.is_file() else "")
+        what = "vLLM would read weights twice" + (f", those of {WEIGHT_INDEX} too" if index.is_file() else "")
         fix = f"Serve a folder without {others[0]}, for example a merged model, or a copy of this one"
         raise BaseModelError(what, where=folder / others[0], fix=fix)
 

@@ -11,6 +11,7 @@ from ..basis import Basis
 from ..data.task import TaskData
 from ..data.trained_template import TEMPLATE_KEY, template_sha256
 from ..errors import ArtifactError
+from ..files.kind import RECORD
 from ..files.storage import read_json
 from ..settings import CalibrationSettings, FitSettings, changes
 
@@ -30,7 +31,7 @@ def differences(
     Raises:
         ArtifactError: the adapter, or its record, is damaged.
     """
-    record = out / "lorasb.json"
+    record = out / RECORD
     made, adapter = read_json(record) if record.is_file() else {}, Adapter.load(out)
     if "settings" not in made:
         return []

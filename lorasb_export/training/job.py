@@ -28,6 +28,7 @@ from ..choices import NF4
 from ..data.task import TaskData
 from ..errors import ArtifactError, SettingsError, TrainingError, UnreadableError
 from ..files.atomic import atomic_folder, discard, put_back
+from ..files.kind import BASIS_CONFIG
 from ..files.lock import only_writer
 from ..files.output import cannot_write, is_free, refuse_existing, refuse_own_input
 from ..hub.ids import parse_hub_folder
@@ -290,7 +291,7 @@ def _is_lost(basis: Basis) -> bool:
     """Whether the folder that a basis was loaded from holds another one by now, or none."""
     if basis.source is None or parse_hub_folder(basis.source):
         return False
-    config = Path(basis.source) / "basis_config.json"
+    config = Path(basis.source) / BASIS_CONFIG
     try:
         return basis.sha256 not in config.read_text(encoding="utf-8")  # of 10,000 tasks it has 2 MB: not parsed
     except FileNotFoundError:

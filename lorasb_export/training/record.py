@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..calibration.subspace import spread
+from ..files.kind import RECORD
 from ..files.storage import write_json
 from ..provenance import CURVE, command, versions
 
@@ -77,7 +78,7 @@ def write_training_record(folder: Path, run: TaskRun, entries: Entries, made: Ma
         "versions": versions(),
         "command": command(),
     }
-    write_json(folder / "lorasb.json", provenance)
+    write_json(folder / RECORD, provenance)
 
 
 def plot_losses(entries: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from ...basis import Basis
 from ...errors import ArtifactError
+from ...files.kind import ADAPTER_FILES
 from ...files.output import cannot_write
 from ...files.storage import read_header, read_json
 from ...format import AGAIN, read_adapter_config
-from ...hub.fetch import ADAPTER_FILES
 
 
 class LoadedR(NamedTuple):

@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse
 
 from ...basis import Basis
 from ...errors import ArtifactError, LoraSBError, OutputError, ServerError, SettingsError, first_line
+from ...files.kind import ADAPTER_FILES
 from ...files.output import cannot_write
 from ...files.storage import parse_json, real
 from ...format import read_adapter_config
 from ...hub.cache import leads_out
-from ...hub.fetch import ADAPTER_FILES
 from ...names import name_problem, served_name_problem
 from ...other_base import told_of_another_template, told_of_other_weights
 from . import BASE_VARIABLE, BASIS_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE

@@ -9,7 +9,7 @@ from contextlib import suppress
 from filecmp import cmp
 from pathlib import Path
 
-from ...hub.fetch import ADAPTER_FILES
+from ...files.kind import ADAPTER_FILES
 from .loading import version_name
 
 SECONDS = 3600  # longer than any request runs: the engine may read its version again in the middle of it

@@ -17,7 +17,7 @@ from ..files.storage import absolute
 from ..format import read_adapter_config
 from ..hub.fetch import BASIS_FILES
 from ..hub.ids import ADAPTERS, BASES, BASIS
-from ..names import PLACE, ours_in
+from ..names import PLACE, adapters_in, ours_in
 from ..publishing.folder_card import Licences
 from ..publishing.project_repository import push_parts
 from ..publishing.push import push
@@ -52,7 +52,7 @@ def push_project(
             request would bring a new basis, or `with_basis` for one repository.
         and what `push` raises.
     """
-    names = ours_in(project.adapters_folder) if only is None else project.adapter_names()
+    names = (ours_in if only is None else adapters_in)(project.adapters_folder)
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
     if PLACE not in repo and with_basis:
